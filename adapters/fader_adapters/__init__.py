@@ -1,0 +1,1 @@
+"""LoRA adapters as data: parse, store, place and apply them. Knows nothing of HTTP, tokens or scheduling."""
