@@ -1,0 +1,68 @@
+"""The adapter library's errors. Each message says what was expected, what came and what to do.
+
+AdapterError
+├── AdapterInvalid        the files are malformed, or use something that is not implemented exactly
+├── AdapterMismatch       a sound adapter, but made for another base
+├── AdapterTooLarge       can never fit: rank, file or arena limits
+├── ArenaFull             does not fit now: what is loaded and leased leaves too little room
+├── AdapterNotFound       no such name or version
+├── AdapterExists         the name is taken
+├── VersionConflict       compare-and-swap on a version that moved
+├── BlendInvalid          weights, number of terms, duplicates
+├── SourceForbidden       outside the allowed roots, or not a plain file
+├── SourceNotFound        nothing there (told apart from SourceForbidden only to administrators)
+├── BaseUnsupported       the base model cannot be served by these kernels
+└── KernelUnavailable     a backend was asked for that this machine cannot run
+"""
+
+
+class AdapterError(Exception):
+    """Base of every error a user, a file or a machine can cause in this library."""
+
+
+class AdapterInvalid(AdapterError):
+    """The adapter's files are malformed or use something that is not implemented exactly."""
+
+
+class AdapterMismatch(AdapterError):
+    """The adapter was made for another base."""
+
+
+class AdapterTooLarge(AdapterError):
+    """The adapter can never fit."""
+
+
+class ArenaFull(AdapterError):
+    """The adapter does not fit beside what is loaded and leased now."""
+
+
+class AdapterNotFound(AdapterError):
+    """No adapter has this name or version."""
+
+
+class AdapterExists(AdapterError):
+    """The name is taken."""
+
+
+class VersionConflict(AdapterError):
+    """The name is at another version than the caller expected."""
+
+
+class BlendInvalid(AdapterError):
+    """A blend's weights, terms or names are not acceptable."""
+
+
+class SourceForbidden(AdapterError):
+    """The source lies outside the allowed roots or is not a plain file."""
+
+
+class SourceNotFound(AdapterError):
+    """The source does not exist."""
+
+
+class BaseUnsupported(AdapterError):
+    """The base model cannot be served."""
+
+
+class KernelUnavailable(AdapterError):
+    """The requested kernel backend cannot run on this machine."""

@@ -1,0 +1,176 @@
+"""The vocabulary: bases, adapters, blends as frozen facts. Integers and strings only, no tensors."""
+
+import hashlib
+import math
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NewType
+
+from fader_adapters.errors import BlendInvalid
+
+Digest = NewType("Digest", str)
+"""A sha256 in lower-case hexadecimal, 64 characters."""
+
+EXTENT_ALIGN = 32
+"""Every A and B starts at a multiple of this many elements inside an extent (64 bytes in bf16)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One adapter version with its weight γ in a blend."""
+
+    version: Digest
+    gamma: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.gamma):
+            raise BlendInvalid(f"an adapter weight must be a finite number, got {self.gamma}")
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Terms sorted by version, without duplicates or zero weights; empty is the base.
+
+    Build one with `Blend.of`. Two blends are equal exactly when their digests are.
+    """
+
+    terms: tuple[Term, ...] = ()
+
+    @classmethod
+    def of(cls, terms: Iterable[Term]) -> "Blend":
+        """Sort the terms and drop those with γ = 0. Raises BlendInvalid on a repeated version."""
+        kept = sorted((t for t in terms if t.gamma != 0.0), key=lambda t: t.version)
+        for before, after in zip(kept, kept[1:], strict=False):
+            if before.version == after.version:
+                raise BlendInvalid(
+                    f"adapter version {after.version[:12]} stands twice in one blend; add its weights"
+                )
+        return cls(tuple(kept))
+
+    @cached_property
+    def digest(self) -> Digest:
+        """sha256 over (version, exact bits of γ) of every term, in order."""
+        state = hashlib.sha256(b"fader-blend-1")
+        for term in self.terms:
+            state.update(bytes.fromhex(term.version))
+            state.update(struct.pack("<d", term.gamma))
+        return Digest(state.hexdigest())
+
+    def __bool__(self) -> bool:
+        return bool(self.terms)
+
+
+BASE = Blend()
+"""The blend without terms: the base itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """One linear of the base that an adapter may target."""
+
+    path: str
+    """Dotted module path in the transformers model, e.g. `model.layers.0.self_attn.q_proj`."""
+    in_features: int
+    out_features: int
+    layer: int | None
+    """Index of the decoder layer, None outside the layers."""
+    conv1d: bool = False
+    """transformers' Conv1D: the checkpoint's weight is [in, out] (PEFT's fan_in_fan_out)."""
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """What an adapter must fit: the base's linears in model order. A linear's index is its place here."""
+
+    linears: tuple[LinearSpec, ...]
+    fingerprint: Digest
+    """sha256 over the model type and every linear's path and shape."""
+    model_type: str
+    name: str = ""
+    """What the base was loaded from; shown, never compared."""
+
+    @cached_property
+    def index_of(self) -> dict[str, int]:
+        return {linear.path: i for i, linear in enumerate(self.linears)}
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaSpec:
+    """One adapted linear: ΔW = scale · B·A with A [rank, in] and B [out, rank]."""
+
+    linear: int
+    """Index into BaseSpec.linears."""
+    rank: int
+    scale: float
+    """α/r, or α/√r for rsLoRA."""
+    a_offset: int
+    """Elements from the start of the adapter's extent to A, row-major [rank, in]."""
+    b_offset: int
+    """Elements from the start of the adapter's extent to B, rank-major [rank, out]."""
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """The shape of one adapter version: which linears, ranks, scales and where they lie in its extent."""
+
+    version: Digest
+    deltas: tuple[DeltaSpec, ...]
+    """In the order of BaseSpec.linears."""
+    numel: int
+    """Elements of the extent; bytes are numel · element size of the arena."""
+
+    @cached_property
+    def by_linear(self) -> dict[int, DeltaSpec]:
+        return {delta.linear: delta for delta in self.deltas}
+
+    @property
+    def max_rank(self) -> int:
+        return max(delta.rank for delta in self.deltas)
+
+
+@dataclass(frozen=True, slots=True)
+class RankScale:
+    """Input of `lay_out`: rank and scale of one adapted linear."""
+
+    linear: int
+    rank: int
+    scale: float
+
+
+def lay_out(base: BaseSpec, version: Digest, parts: Iterable[RankScale]) -> AdapterSpec:
+    """Assign offsets: for each linear in base order A, then B, each aligned to EXTENT_ALIGN."""
+    deltas: list[DeltaSpec] = []
+    cursor = 0
+    for part in sorted(parts, key=lambda p: p.linear):
+        linear = base.linears[part.linear]
+        a_offset = cursor
+        b_offset = _align(a_offset + part.rank * linear.in_features)
+        cursor = _align(b_offset + part.rank * linear.out_features)
+        deltas.append(DeltaSpec(part.linear, part.rank, part.scale, a_offset, b_offset))
+    return AdapterSpec(version, tuple(deltas), cursor)
+
+
+def _align(elements: int) -> int:
+    return -(-elements // EXTENT_ALIGN) * EXTENT_ALIGN
+
+
+@dataclass(frozen=True, slots=True)
+class RowTerms:
+    """The delta work of one row of a step: its token count and its (slot, γ) pairs in digest order."""
+
+    tokens: int
+    terms: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepTerms:
+    """The delta work of one step: rows in packed order. Backends turn this into device metadata once."""
+
+    rows: tuple[RowTerms, ...] = field(default=())
+
+    @property
+    def idle(self) -> bool:
+        """True when no row has a term: the step costs nothing beyond the base."""
+        return not any(row.terms for row in self.rows)

@@ -1,0 +1,207 @@
+"""The nouns of the server, read first: requests, sequences, plans, events. Integers only, no torch."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from fader_adapters.spec import BASE, AdapterSpec, Blend, Digest, StepTerms
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. Validated by the API layer; the engine trusts it."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """0 keeps every token."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Over prompt and output, as in transformers."""
+    presence_penalty: float = 0.0
+    """Over output only, as OpenAI defines it."""
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    """Always set: the API layer draws one when the client gives none."""
+    logprobs: int | None = None
+    """None: off; n ≥ 0: the chosen token's logprob and the n most likely."""
+    prompt_logprobs: int | None = None
+    """The same for every prompt position but the first."""
+    max_tokens: int = 16
+    min_tokens: int = 0
+    """No stop token id before this many output tokens."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """EOS and the client's own; empty under ignore_eos."""
+
+
+class AdapterData(Protocol):
+    """One adapter version as the device needs it: its layout and its weights in host memory."""
+
+    @property
+    def spec(self) -> AdapterSpec: ...
+
+    @property
+    def flat(self) -> Any:
+        """1-D torch tensor of spec.numel elements in the arena's dtype."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sequence to generate. A call with n choices and p prompts is n·p requests."""
+
+    id: str
+    prompt: tuple[int, ...]
+    """Token ids, at least one."""
+    params: SamplingParams
+    blend: Blend = BASE
+    adapters: Mapping[Digest, AdapterData] = field(default_factory=dict)
+    """Data of every version in the blend; the caller's lease keeps it alive until the last event."""
+    cache_salt: str = ""
+    """Namespace of the prefix cache beside the blend: requests of one salt may share blocks."""
+
+
+TopLogprobs = tuple[tuple[int, float], ...]
+"""(token id, logprob) pairs, most likely first."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Logprob of one token under the raw distribution (before temperature and truncation)."""
+
+    token: int
+    logprob: float
+    top: TopLogprobs = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """What one step did for one request. Exactly one event of a request has `finish` or `error`."""
+
+    request_id: str
+    token: int | None = None
+    """None when the event only carries prompt logprobs or the end."""
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """For the next prompt positions in order; all of them arrive before or with the first token."""
+    cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache; set on the first event with a token."""
+    finish: FinishReason | None = None
+    error: Exception | None = None
+
+
+Sink = Callable[[TokenEvent], None]
+"""Called on the engine thread; must return at once and never raise."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request inside the engine. Owned by the engine thread; changed by the scheduler only."""
+
+    request: Request
+    tokens: list[int]
+    """Prompt, then output."""
+    computed: int = 0
+    """Tokens whose keys and values are in the cache."""
+    blocks: list[int] = field(default_factory=list)
+    """KV block ids; position p lives in blocks[p // block_size]."""
+    cached_tokens: int = 0
+    prompt_logprobs_sent: int = 0
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def output_len(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRow:
+    """One sequence's share of a step: tokens[start:start+count] are computed."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+    """True when the row reaches the sequence's last token, so that a new one is drawn."""
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return (
+            self.sequence.request.params.prompt_logprobs is not None
+            and self.start < self.sequence.prompt_len
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """Bring one adapter version into the device arena: copy `data.flat` to `offset`, publish `slot`."""
+
+    data: AdapterData
+    slot: int
+    offset: int
+    """Elements from the start of the arena."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step, decided in integers."""
+
+    rows: tuple[PlanRow, ...]
+    """Decode rows first, then prefill chunks."""
+    terms: StepTerms
+    """One RowTerms per row, same order."""
+    uploads: tuple[Upload, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return sum(row.count for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """What the device returns for one row of a plan."""
+
+    token: int | None = None
+    """The sampled token; None when the row does not sample."""
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    finite: bool = True
+    """False when the row's logits hold NaN or Inf: the request fails, its neighbours do not."""
+
+
+class Runner(Protocol):
+    """The device side of a step."""
+
+    def run(self, plan: Plan) -> list[RowResult]:
+        """Compute every row of the plan; one result per row, same order."""
+        ...
+
+
+class AdapterPool(Protocol):
+    """The device tier as the scheduler sees it: integers only. Owned by the engine thread."""
+
+    def acquire(self, data: Mapping[Digest, AdapterData]) -> tuple[Upload, ...] | None:
+        """Pin every version on the device, evicting unpinned ones; None: not now, nothing changed.
+
+        Versions already there need no upload. Raises AdapterTooLarge when they can never fit.
+        """
+        ...
+
+    def release(self, versions: tuple[Digest, ...]) -> None:
+        """Undo one acquire."""
+        ...
+
+    def slot(self, version: Digest) -> int:
+        """The slot of a pinned version."""
+        ...
+
+    def forget(self, version: Digest) -> None:
+        """The version left the host: drop it once unpinned."""
+        ...

@@ -1,0 +1,65 @@
+"""The server's errors. Only api/errors.py knows which HTTP status each one becomes.
+
+FaderError
+├── ConfigInvalid         a flag, file or variable the user can mend (exit code 2)
+├── ModelUnsupported      the base cannot be served: says why in one line (exit code 2)
+├── RequestInvalid        a malformed or impossible request; carries the offending parameter
+│   └── ContextTooLong    prompt + output exceed the model's context
+├── ModelNotFound         no such base, adapter, version or recipe for this caller
+├── Overloaded            the queue is full, or the server drains: try again later
+├── RequestTimeout        a request's own deadline passed
+└── EngineFault           a fault inside the engine; the request failed, others go on
+    └── NumericFault      an adapter or blend produced NaN or Inf for this request
+"""
+
+
+class FaderError(Exception):
+    """Base of every error the server reports."""
+
+
+class ConfigInvalid(FaderError):
+    """The configuration cannot be used."""
+
+
+class ModelUnsupported(FaderError):
+    """The base model cannot be served."""
+
+
+class RequestInvalid(FaderError):
+    """The request is malformed or can never be served.
+
+    `param` names the offending field as the client spelled it, `code` is a stable machine name.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class ContextTooLong(RequestInvalid):
+    """Prompt and output do not fit the model's context."""
+
+
+class ModelNotFound(FaderError):
+    """The requested model does not exist for this caller."""
+
+
+class Overloaded(FaderError):
+    """The server cannot take the request now. `retry_after` is in whole seconds, 1 to 120."""
+
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class RequestTimeout(FaderError):
+    """The request's own deadline passed."""
+
+
+class EngineFault(FaderError):
+    """The engine failed this request."""
+
+
+class NumericFault(EngineFault):
+    """The request's logits were not finite."""
