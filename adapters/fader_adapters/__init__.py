@@ -1,1 +1,1 @@
-"""LoRA adapters as data: parse, store, place and apply them. Knows nothing of HTTP, tokens or scheduling."""
+"""LoRA adapters as data: parse, store, place, apply. Knows nothing of HTTP or scheduling."""

@@ -1,14 +1,18 @@
-"""The vocabulary: bases, adapters, blends as frozen facts. Integers and strings only, no tensors."""
+"""The vocabulary: bases, adapters, blends as frozen facts. Never imports torch."""
 
 import hashlib
+import itertools
 import math
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import NewType
+from typing import TYPE_CHECKING, NewType, Protocol
 
 from fader_adapters.errors import BlendInvalid
+
+if TYPE_CHECKING:
+    import torch
 
 Digest = NewType("Digest", str)
 """A sha256 in lower-case hexadecimal, 64 characters."""
@@ -42,10 +46,10 @@ class Blend:
     def of(cls, terms: Iterable[Term]) -> "Blend":
         """Sort the terms and drop those with γ = 0. Raises BlendInvalid on a repeated version."""
         kept = sorted((t for t in terms if t.gamma != 0.0), key=lambda t: t.version)
-        for before, after in zip(kept, kept[1:], strict=False):
+        for before, after in itertools.pairwise(kept):
             if before.version == after.version:
                 raise BlendInvalid(
-                    f"adapter version {after.version[:12]} stands twice in one blend; add its weights"
+                    f"adapter version {after.version[:12]} stands twice in a blend; add its weights"
                 )
         return cls(tuple(kept))
 
@@ -82,7 +86,7 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class BaseSpec:
-    """What an adapter must fit: the base's linears in model order. A linear's index is its place here."""
+    """What an adapter must fit: the base's linears in model order; their index is their place."""
 
     linears: tuple[LinearSpec, ...]
     fingerprint: Digest
@@ -113,7 +117,7 @@ class DeltaSpec:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """The shape of one adapter version: which linears, ranks, scales and where they lie in its extent."""
+    """One adapter version's shape: its linears, ranks, scales and their places in its extent."""
 
     version: Digest
     deltas: tuple[DeltaSpec, ...]
@@ -128,6 +132,28 @@ class AdapterSpec:
     @property
     def max_rank(self) -> int:
         return max(delta.rank for delta in self.deltas)
+
+
+class AdapterData(Protocol):
+    """One adapter version as the device needs it: its layout and its weights in host memory."""
+
+    @property
+    def spec(self) -> AdapterSpec: ...
+
+    @property
+    def flat(self) -> "torch.Tensor":
+        """1-D tensor of spec.numel elements in the arena's dtype."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """Bring one version into the device arena: copy `data.flat` to `offset`, then publish `slot`."""
+
+    data: AdapterData
+    slot: int
+    offset: int
+    """Elements from the start of the arena."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +184,7 @@ def _align(elements: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RowTerms:
-    """The delta work of one row of a step: its token count and its (slot, γ) pairs in digest order."""
+    """The delta work of one row of a step: token count and (slot, γ) pairs in digest order."""
 
     tokens: int
     terms: tuple[tuple[int, float], ...] = ()
@@ -166,9 +192,9 @@ class RowTerms:
 
 @dataclass(frozen=True, slots=True)
 class StepTerms:
-    """The delta work of one step: rows in packed order. Backends turn this into device metadata once."""
+    """The delta work of one step, rows in packed order; turned into device metadata once."""
 
-    rows: tuple[RowTerms, ...] = field(default=())
+    rows: tuple[RowTerms, ...] = ()
 
     @property
     def idle(self) -> bool:

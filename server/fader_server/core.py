@@ -1,10 +1,10 @@
-"""The nouns of the server, read first: requests, sequences, plans, events. Integers only, no torch."""
+"""The nouns, read first: requests, sequences, plans, events. Integers only, no torch."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
-from fader_adapters.spec import BASE, AdapterSpec, Blend, Digest, StepTerms
+from fader_adapters.spec import BASE, AdapterData, Blend, Digest, StepTerms, Upload
 
 FinishReason = Literal["stop", "length"]
 
@@ -38,18 +38,6 @@ class SamplingParams:
     """EOS and the client's own; empty under ignore_eos."""
 
 
-class AdapterData(Protocol):
-    """One adapter version as the device needs it: its layout and its weights in host memory."""
-
-    @property
-    def spec(self) -> AdapterSpec: ...
-
-    @property
-    def flat(self) -> Any:
-        """1-D torch tensor of spec.numel elements in the arena's dtype."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Request:
     """One sequence to generate. A call with n choices and p prompts is n·p requests."""
@@ -60,7 +48,7 @@ class Request:
     params: SamplingParams
     blend: Blend = BASE
     adapters: Mapping[Digest, AdapterData] = field(default_factory=dict)
-    """Data of every version in the blend; the caller's lease keeps it alive until the last event."""
+    """Data of every version in the blend, kept alive by the caller's lease to the last event."""
     cache_salt: str = ""
     """Namespace of the prefix cache beside the blend: requests of one salt may share blocks."""
 
@@ -137,16 +125,6 @@ class PlanRow:
             self.sequence.request.params.prompt_logprobs is not None
             and self.start < self.sequence.prompt_len
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Upload:
-    """Bring one adapter version into the device arena: copy `data.flat` to `offset`, publish `slot`."""
-
-    data: AdapterData
-    slot: int
-    offset: int
-    """Elements from the start of the arena."""
 
 
 @dataclass(frozen=True, slots=True)
