@@ -148,7 +148,7 @@ class AdapterData(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """Bring one version into the device arena: copy `data.flat` to `offset`, then publish `slot`."""
+    """Bring one version into the device arena: copy `data.flat` to `offset`, publish `slot`."""
 
     data: AdapterData
     slot: int
