@@ -1,0 +1,64 @@
+"""Where every slot's A and B lie in the arena. Filled by the pool, read by the kernels."""
+
+import torch
+
+from fader_adapters.spec import AdapterSpec
+
+GROWTH = 64
+"""Slots added at a time; tables are a few bytes per slot and linear."""
+
+
+class Tables:
+    """Per (slot, linear): offsets of A and B in the arena, rank and scale; −1, 0, 0 where unused.
+
+    arena    [elements]          the adapters' weights, one dtype, one device
+    a_offset [slots, linears]    int64, elements from the arena's start to A [rank, in]
+    b_offset [slots, linears]    int64, elements from the arena's start to B [rank, out]
+    rank     [slots, linears]    int32
+    scale    [slots, linears]    float32
+    The four tables are host tensors; `generation` counts changes, so a backend knows when its own
+    copy is stale. Owned by the engine thread.
+    """
+
+    def __init__(self, arena: torch.Tensor, linears: int) -> None:
+        self.arena = arena
+        self.generation = 0
+        self.a_offset = torch.full((0, linears), -1, dtype=torch.int64)
+        self.b_offset = torch.full((0, linears), -1, dtype=torch.int64)
+        self.rank = torch.zeros((0, linears), dtype=torch.int32)
+        self.scale = torch.zeros((0, linears), dtype=torch.float32)
+
+    @property
+    def slots(self) -> int:
+        return self.rank.shape[0]
+
+    def publish(self, slot: int, spec: AdapterSpec, offset: int) -> None:
+        """Make `slot` stand for an adapter whose extent starts at element `offset`."""
+        while slot >= self.slots:
+            self._grow()
+        self._clear(slot)
+        for delta in spec.deltas:
+            self.a_offset[slot, delta.linear] = offset + delta.a_offset
+            self.b_offset[slot, delta.linear] = offset + delta.b_offset
+            self.rank[slot, delta.linear] = delta.rank
+            self.scale[slot, delta.linear] = delta.scale
+        self.generation += 1
+
+    def retract(self, slot: int) -> None:
+        """Empty `slot`; its rows in the arena may be reused afterwards."""
+        self._clear(slot)
+        self.generation += 1
+
+    def _clear(self, slot: int) -> None:
+        self.a_offset[slot].fill_(-1)
+        self.b_offset[slot].fill_(-1)
+        self.rank[slot].zero_()
+        self.scale[slot].zero_()
+
+    def _grow(self) -> None:
+        linears = self.rank.shape[1]
+        gap = torch.full((GROWTH, linears), -1, dtype=torch.int64)
+        self.a_offset = torch.cat([self.a_offset, gap])
+        self.b_offset = torch.cat([self.b_offset, gap])
+        self.rank = torch.cat([self.rank, torch.zeros((GROWTH, linears), dtype=torch.int32)])
+        self.scale = torch.cat([self.scale, torch.zeros((GROWTH, linears))])
