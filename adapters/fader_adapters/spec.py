@@ -84,6 +84,17 @@ class LinearSpec:
     """transformers' Conv1D: the checkpoint's weight is [in, out] (PEFT's fan_in_fan_out)."""
 
 
+@dataclass(frozen=True, slots=True)
+class SiteSpec:
+    """Linears that share one input; their outputs lie side by side."""
+
+    linears: tuple[int, ...]
+    """Indices into BaseSpec.linears."""
+    in_features: int
+    out_features: tuple[int, ...]
+    """Per linear."""
+
+
 @dataclass(frozen=True)
 class BaseSpec:
     """What an adapter must fit: the base's linears in model order; their index is their place."""

@@ -1,0 +1,107 @@
+"""NF4 weights as bitsandbytes stores them, and the one function that reads them densely."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from bitsandbytes.functional import dequantize_blockwise
+from bitsandbytes.nn.modules import Params4bit
+
+from fader_adapters.errors import BaseUnsupported
+
+BLOCK = 64
+"""Weights that share one absmax."""
+
+
+@dataclass(frozen=True, eq=False)
+class Nf4Weight:
+    """A weight W [out_features, in_features] in NF4: w = code[nibble] · absmax[block].
+
+    packed  uint8 [out·in/2]   row-major, the high nibble is the even element
+    absmax  float32 [out·in/64]  double quantisation already undone
+    Source of the layout: bitsandbytes' 4-bit quantisation.
+    """
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    out_features: int
+    in_features: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes + self.absmax.nbytes
+
+    def rows(self, start: int, stop: int) -> "Nf4Weight":
+        """Rows start..stop as a view."""
+        k = self.in_features
+        return Nf4Weight(
+            self.packed[start * k // 2 : stop * k // 2],
+            self.absmax[start * k // BLOCK : stop * k // BLOCK],
+            stop - start,
+            k,
+        )
+
+
+def from_bitsandbytes(weight: Params4bit) -> Nf4Weight:
+    """Take over a Linear4bit's weight before its first forward; the packed bytes are not copied.
+
+    bitsandbytes ≥ 0.50 repacks `weight.data` in place on some CPUs at the first eval forward, after
+    which the bytes mean something else; `packing_format_for_cpu` tells. Raises BaseUnsupported.
+    """
+    state = weight.quant_state
+    if state is None or state.quant_type != "nf4":
+        kind = None if state is None else state.quant_type
+        raise BaseUnsupported(f"expected NF4 weights, found {kind}; quantise with nf4")
+    if getattr(state, "packing_format_for_cpu", False):
+        raise BaseUnsupported("the weight was repacked by a forward pass; load it afresh")
+    if state.blocksize != BLOCK:
+        raise BaseUnsupported(
+            f"NF4 blocks of {state.blocksize} weights, Fader reads blocks of {BLOCK}; "
+            "quantise the original again with `fader quantize`"
+        )
+    assert state.shape is not None
+    out_features, in_features = state.shape
+    check_width(in_features)
+    absmax = state.absmax
+    if state.nested:
+        assert state.offset is not None
+        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+    return Nf4Weight(
+        weight.data.reshape(-1).view(torch.uint8),
+        absmax.to(torch.float32).reshape(-1).contiguous(),
+        out_features,
+        in_features,
+    )
+
+
+def check_width(in_features: int) -> None:
+    """Raise BaseUnsupported when a row's blocks would straddle rows."""
+    if in_features % BLOCK:
+        raise BaseUnsupported(
+            f"the input width {in_features} is not a multiple of {BLOCK}, "
+            "so NF4 blocks would straddle rows; this base cannot be served in NF4"
+        )
+
+
+def dense(weight: Nf4Weight, dtype: torch.dtype) -> torch.Tensor:
+    """W [out, in] in `dtype`: code · absmax in fp32, rounded once."""
+    return torch.ops.bitsandbytes.dequantize_4bit.default(
+        weight.packed,
+        weight.absmax,
+        BLOCK,
+        "nf4",
+        [weight.out_features, weight.in_features],
+        dtype,
+    )
+
+
+def stack(weights: Sequence[Nf4Weight]) -> Nf4Weight:
+    """One weight whose rows are those of `weights` in order; all must share in_features."""
+    if len(weights) == 1:
+        return weights[0]
+    return Nf4Weight(
+        torch.cat([w.packed for w in weights]),
+        torch.cat([w.absmax for w in weights]),
+        sum(w.out_features for w in weights),
+        weights[0].in_features,
+    )

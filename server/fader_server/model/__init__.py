@@ -1,0 +1,1 @@
+"""The device side: loads a base, keeps its KV cache and runs the steps the engine plans."""

@@ -1,0 +1,158 @@
+"""The attention function transformers' models call: writes the paged cache, reads it back.
+
+Knows one packed step and its block tables; knows nothing of requests.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from fader_server.errors import ModelUnsupported
+from fader_server.model.batch import Batch
+from fader_server.model.kv_cache import KVCache, LayerCache, LayerShape
+
+NAME = "fader_paged"
+"""The implementation's name in transformers' registry."""
+
+IGNORED = frozenset(
+    {
+        "dropout",
+        "position_ids",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "cache_position",
+        "is_causal",
+        "position_embeddings",
+        "layer_idx",
+        "num_items_in_batch",
+        "past_key_values",
+        "deterministic",
+        "target_dtype",
+    }
+)
+"""Keywords that models pass along and that change nothing here."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionParams:
+    """How one layer attends: scores = q·k·scale, softcap·tanh(scores/softcap), causal window."""
+
+    scale: float
+    window: int | None
+    """Keys a query sees, itself included; None: all."""
+    softcap: float | None
+
+
+class PagedAttention(Protocol):
+    """Attention over a paged cache on one kind of device."""
+
+    def prepare(self, batch: Batch) -> object:
+        """Metadata of one step, shared by its layers."""
+        ...
+
+    def attend(
+        self, q: torch.Tensor, cache: LayerCache, params: AttentionParams, step: object
+    ) -> torch.Tensor:
+        """q [T, heads, head_dim] → [T, heads, value_dim]; a query sees the keys of its own row up
+        to its own position. Never reads past a row's context; a row's bits depend on it alone.
+        """
+        ...
+
+
+class StepAttention:
+    """One step's attention, handed to every layer through the forward's keywords."""
+
+    def __init__(self, backend: PagedAttention, cache: KVCache, batch: Batch) -> None:
+        self._backend = backend
+        self._cache = cache
+        self._batch = batch
+        self._step = backend.prepare(batch)
+
+    def run(
+        self,
+        module: nn.Module,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        params: AttentionParams,
+    ) -> torch.Tensor:
+        """q [1, heads, T', d], k and v [1, kv_heads, T', d] → [1, T', heads, d]; padding gets 0."""
+        layer = self._cache[module]
+        tokens = self._batch.tokens
+        layer.k.flatten(0, 1).index_copy_(0, self._batch.slots, k[0, :, :tokens].transpose(0, 1))
+        layer.v.flatten(0, 1).index_copy_(0, self._batch.slots, v[0, :, :tokens].transpose(0, 1))
+        queries = q[0].transpose(0, 1)
+        out = self._backend.attend(queries[:tokens], layer, params, self._step)
+        if queries.shape[0] > tokens:
+            padding = out.new_zeros(queries.shape[0] - tokens, *out.shape[1:])
+            out = torch.cat([out, padding])
+        return out.unsqueeze(0)
+
+
+class Probe:
+    """Stands in for a step while a base is checked: records every layer, attends densely."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[nn.Module, LayerShape] = {}
+
+    def run(
+        self,
+        module: nn.Module,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        params: AttentionParams,
+    ) -> torch.Tensor:
+        if module in self.shapes:
+            raise ModelUnsupported(f"{type(module).__name__} attends twice in one forward")
+        if not getattr(module, "is_causal", True):
+            raise ModelUnsupported(f"{type(module).__name__} is not causal")
+        self.shapes[module] = LayerShape(k.shape[1], k.shape[3], v.shape[3])
+        groups = q.shape[1] // k.shape[1]
+        out = nn.functional.scaled_dot_product_attention(
+            q,
+            k.repeat_interleave(groups, dim=1),
+            v.repeat_interleave(groups, dim=1),
+            is_causal=True,
+            scale=params.scale,
+        )
+        return out.transpose(1, 2)
+
+
+def fader_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    fader_step: StepAttention | Probe | None = None,
+    **others: object,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention signature; the step arrives as the keyword `fader_step`.
+
+    Raises ModelUnsupported for a keyword that would change the mathematics and is not known here.
+    """
+    if fader_step is None:
+        raise ModelUnsupported(f"{type(module).__name__} does not pass keywords to its attention")
+    unknown = [name for name, given in others.items() if given is not None and name not in IGNORED]
+    if unknown or attention_mask is not None:
+        what = ", ".join(unknown) or "a mask of its own"
+        raise ModelUnsupported(f"{type(module).__name__} attends with {what}, unknown to Fader")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    params = AttentionParams(float(scale), sliding_window, softcap)
+    return fader_step.run(module, query, key, value, params), None
+
+
+def register() -> None:
+    """Make the function known to transformers under NAME; no mask is ever built for it."""
+    function: Callable[..., tuple[torch.Tensor, None]] = fader_attention
+    AttentionInterface.register(NAME, function)

@@ -1,0 +1,112 @@
+"""Turns a plan's integers into the tensors of one packed forward. Decides nothing."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fader_server.core import Plan, PlanRow
+
+MIN_TOKENS = 4
+"""CPU fp32 products give a row the same bits whatever surrounds it only from four rows on."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRow:
+    """One row's share of the packed step: queries [begin, begin+count) of a context."""
+
+    begin: int
+    count: int
+    context: int
+    """Keys it may see, its own included."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One packed step of R rows and T tokens.
+
+    input_ids, position_ids  [1, T'] int64, padded to MIN_TOKENS with zeros
+    slots         [T] int64, place of each token in a cache of [blocks · block_size] tokens
+    cu_tokens     [R + 1] int32, where each row's tokens begin
+    contexts      [R] int32, keys of each row, its new tokens included
+    block_tables  [R, W] int32, padded with the null block
+    logit_index   [S + P] int64, the packed tokens whose logits are wanted: one per sampling row,
+                  then those of the prompt logprobs; padded to MIN_TOKENS by repeating
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    slots: torch.Tensor
+    cu_tokens: torch.Tensor
+    contexts: torch.Tensor
+    block_tables: torch.Tensor
+    logit_index: torch.Tensor
+    rows: tuple[AttentionRow, ...]
+    sampling: tuple[int, ...]
+    """Indices of the plan's rows that sample, in the order of their logits."""
+    scored: tuple[tuple[int, int, int], ...]
+    """(row, first position, positions) of each span of prompt logprobs, in the order of logits."""
+
+    @property
+    def tokens(self) -> int:
+        return self.slots.shape[0]
+
+    @classmethod
+    def from_plan(cls, plan: Plan, *, block_size: int, device: torch.device) -> "Batch":
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        rows: list[AttentionRow] = []
+        cu_tokens = [0]
+        for row in plan.rows:
+            stop = row.start + row.count
+            rows.append(AttentionRow(len(ids), row.count, stop))
+            ids += row.sequence.tokens[row.start : stop]
+            positions += range(row.start, stop)
+            blocks = row.sequence.blocks
+            slots += [
+                blocks[p // block_size] * block_size + p % block_size
+                for p in range(row.start, stop)
+            ]
+            cu_tokens.append(len(ids))
+        padding = [0] * max(0, MIN_TOKENS - len(ids))
+        sampling, scored, index = _logits(plan.rows, cu_tokens)
+        return cls(
+            input_ids=torch.tensor([ids + padding], device=device),
+            position_ids=torch.tensor([positions + padding], device=device),
+            slots=torch.tensor(slots, device=device),
+            cu_tokens=torch.tensor(cu_tokens, dtype=torch.int32, device=device),
+            contexts=torch.tensor([r.context for r in rows], dtype=torch.int32, device=device),
+            block_tables=_block_tables(plan.rows, block_size).to(device),
+            logit_index=torch.tensor(index, dtype=torch.int64, device=device),
+            rows=tuple(rows),
+            sampling=sampling,
+            scored=scored,
+        )
+
+
+def _block_tables(rows: tuple[PlanRow, ...], block_size: int) -> torch.Tensor:
+    used = [-(-(row.start + row.count) // block_size) for row in rows]
+    width = max(used)
+    return torch.tensor(
+        [row.sequence.blocks[:n] + [0] * (width - n) for row, n in zip(rows, used, strict=True)],
+        dtype=torch.int32,
+    )
+
+
+def _logits(
+    rows: tuple[PlanRow, ...], cu_tokens: list[int]
+) -> tuple[tuple[int, ...], tuple[tuple[int, int, int], ...], list[int]]:
+    sampling = tuple(i for i, row in enumerate(rows) if row.samples)
+    index = [cu_tokens[i + 1] - 1 for i in sampling]
+    scored: list[tuple[int, int, int]] = []
+    for i, row in enumerate(rows):
+        if not row.wants_prompt_logprobs:
+            continue
+        # position p is predicted by the logits of p - 1, so the prompt's last token scores nothing
+        count = min(row.start + row.count, row.sequence.prompt_len - 1) - row.start
+        if count > 0:
+            scored.append((i, row.start, count))
+            index += range(cu_tokens[i], cu_tokens[i] + count)
+    if index:
+        index += [index[-1]] * (MIN_TOKENS - len(index))
+    return sampling, tuple(scored), index

@@ -1,0 +1,66 @@
+"""Paged keys and values, one pair of tensors a layer. Knows shapes and bytes, not sequences."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one attention layer stores per token."""
+
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """k [blocks, block, kv_heads, head_dim] and v [blocks, block, kv_heads, value_dim]."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+class KVCache:
+    """Every attention layer's paged cache; block 0 is the null block and stays zero."""
+
+    def __init__(
+        self,
+        shapes: Mapping[nn.Module, LayerShape],
+        *,
+        blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.blocks = blocks
+        self.block_size = block_size
+        self._layers: dict[nn.Module, LayerCache] = {}
+        for module, shape in shapes.items():
+            place = (blocks, block_size, shape.kv_heads)
+            k = torch.empty(*place, shape.head_dim, dtype=dtype, device=device)
+            v = torch.empty(*place, shape.value_dim, dtype=dtype, device=device)
+            k[0].zero_()
+            v[0].zero_()
+            self._layers[module] = LayerCache(k, v)
+
+    def __getitem__(self, module: nn.Module) -> LayerCache:
+        return self._layers[module]
+
+    def layers(self) -> list[LayerCache]:
+        return list(self._layers.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.k.nbytes + layer.v.nbytes for layer in self._layers.values())
+
+
+def bytes_per_block(
+    shapes: Mapping[nn.Module, LayerShape], *, block_size: int, dtype: torch.dtype
+) -> int:
+    """Bytes one block takes over all layers."""
+    values = sum(s.kv_heads * (s.head_dim + s.value_dim) for s in shapes.values())
+    return values * block_size * dtype.itemsize

@@ -1,0 +1,80 @@
+"""Runs one plan on the device: batch, forward, sample. Decides nothing, keeps no requests."""
+
+import torch
+from fader_adapters.kernels.tables import Tables
+
+from fader_server.core import Plan, RowResult
+from fader_server.model.attention import PagedAttention, StepAttention
+from fader_server.model.batch import Batch
+from fader_server.model.kv_cache import KVCache
+from fader_server.model.loader import LoadedBase
+from fader_server.model.sampler import Sampler
+
+
+class ModelRunner:
+    """The device side of a step. Every method runs on the engine thread."""
+
+    def __init__(
+        self,
+        base: LoadedBase,
+        *,
+        cache: KVCache,
+        tables: Tables,
+        attention: PagedAttention,
+        sampler: Sampler,
+    ) -> None:
+        self._base = base
+        self._cache = cache
+        self._tables = tables
+        self._attention = attention
+        self._sampler = sampler
+
+    def run(self, plan: Plan) -> list[RowResult]:
+        """Compute every row; one result a row, in order. KV writes are repeatable."""
+        with torch.inference_mode():
+            batch = Batch.from_plan(
+                plan, block_size=self._cache.block_size, device=self._base.device
+            )
+            logits = self._forward(plan, batch)
+            return self._results(plan, batch, logits)
+
+    def _forward(self, plan: Plan, batch: Batch) -> torch.Tensor:
+        """[len(batch.logit_index), vocab]"""
+        state = self._base.installed.state
+        state.step = self._base.backend.prepare(self._tables, plan.terms)
+        try:
+            out = self._base.model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                logits_to_keep=batch.logit_index,
+                fader_step=StepAttention(self._attention, self._cache, batch),
+            )
+        finally:
+            state.step = None
+        return out.logits[0]
+
+    def _results(self, plan: Plan, batch: Batch, logits: torch.Tensor) -> list[RowResult]:
+        results = [RowResult() for _ in plan.rows]
+        if batch.sampling:
+            sequences = [plan.rows[i].sequence for i in batch.sampling]
+            samples = self._sampler.sample(logits[: len(sequences)], sequences)
+            for i, sample in zip(batch.sampling, samples, strict=True):
+                results[i] = sample
+        at = len(batch.sampling)
+        for i, start, count in batch.scored:
+            sequence = plan.rows[i].sequence
+            scored = self._sampler.prompt_logprobs(
+                logits[at : at + count],
+                sequence.tokens[start + 1 : start + 1 + count],
+                top=sequence.request.params.prompt_logprobs or 0,
+            )
+            at += count
+            before = results[i]
+            results[i] = RowResult(
+                before.token,
+                before.logprob,
+                scored.logprobs,
+                before.finite and scored.finite,
+            )
+        return results

@@ -1,0 +1,85 @@
+"""transformers and PEFT on the very same NF4 base: what Fader's answers are compared with."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.nn.modules import Linear4bit
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+
+def nf4_oracle(source: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The base quantised by bitsandbytes, its linears then plain ones holding the decoded weights."""
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype="auto",
+        device_map={"": "cpu"},
+        attn_implementation="eager",
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+    )
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit):
+            state = module.weight.quant_state
+            state.dtype = dtype
+            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            plain.weight.data = bnb.functional.dequantize_4bit(module.weight.data, state)
+            if module.bias is not None:
+                plain.bias.data = module.bias.data
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, plain)
+    model.is_loaded_in_4bit = False  # PEFT is to see plain linears
+    for parameter in model.parameters():  # not the buffers: rotary frequencies stay in fp32
+        parameter.data = parameter.data.to(dtype)
+    return model.eval()
+
+
+class Oracle:
+    """Answers one sequence at a time, under the base, an adapter or PEFT's `cat` of several."""
+
+    def __init__(self, source: Path, dtype: torch.dtype, adapters: Mapping[str, Path]) -> None:
+        self._model: PreTrainedModel | PeftModel = nf4_oracle(source, dtype)
+        for name, path in adapters.items():
+            if isinstance(self._model, PeftModel):
+                self._model.load_adapter(path, adapter_name=name)
+            else:
+                self._model = PeftModel.from_pretrained(self._model, path, adapter_name=name)
+        self._model.eval()
+
+    def logits(self, tokens: Sequence[int], blend: Mapping[str, float]) -> torch.Tensor:
+        """[len(tokens), vocab] in fp32."""
+        with torch.inference_mode():
+            ids = torch.tensor([list(tokens)])
+            if not isinstance(self._model, PeftModel):
+                assert not blend
+                return self._model(input_ids=ids, use_cache=False).logits[0].float()
+            if not blend:
+                with self._model.disable_adapter():
+                    return self._model(input_ids=ids, use_cache=False).logits[0].float()
+            self._model.set_adapter(self._blended(blend))
+            return self._model(input_ids=ids, use_cache=False).logits[0].float()
+
+    def greedy(self, prompt: Sequence[int], count: int, blend: Mapping[str, float]) -> list[int]:
+        tokens = list(prompt)
+        for _ in range(count):
+            tokens.append(int(self.logits(tokens, blend)[-1].argmax()))
+        return tokens[len(prompt) :]
+
+    def _blended(self, blend: Mapping[str, float]) -> str:
+        if len(blend) == 1 and next(iter(blend.values())) == 1.0:
+            return next(iter(blend))
+        name = "+".join(f"{adapter}*{gamma}" for adapter, gamma in sorted(blend.items()))
+        name = name.replace(".", "_")
+        assert isinstance(self._model, PeftModel)
+        if name not in self._model.peft_config:
+            self._model.add_weighted_adapter(
+                list(blend), list(blend.values()), name, combination_type="cat"
+            )
+        return name
