@@ -1,6 +1,7 @@
 """The memory plan, in integers."""
 
 import pytest
+
 from fader_server.errors import ConfigInvalid
 from fader_server.model.memory import MemoryPlan, plan_memory
 

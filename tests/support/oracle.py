@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 
 def nf4_oracle(source: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The base quantised by bitsandbytes, its linears then plain ones holding the decoded weights."""
+    """The base quantised by bitsandbytes, then plain linears that hold the decoded weights."""
     model = AutoModelForCausalLM.from_pretrained(
         source,
         dtype="auto",

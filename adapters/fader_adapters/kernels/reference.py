@@ -21,8 +21,9 @@ CHUNK = 4 << 20
 class DecodedLinear:
     """An NF4 weight decoded in chunks of rows at every call; resident at 0.5625 byte a weight."""
 
-    def __init__(self, weight: Nf4Weight, bias: torch.Tensor | None) -> None:
+    def __init__(self, weight: Nf4Weight, bias: torch.Tensor | None, *, chunk: int = CHUNK) -> None:
         self.weight = weight
+        self._rows = max(1, chunk // weight.in_features)
         self.bias = bias
         self.out_features = weight.out_features
         self.in_features = weight.in_features
@@ -32,12 +33,11 @@ class DecodedLinear:
         return self.weight.nbytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        rows = max(1, CHUNK // self.in_features)
-        if rows >= self.out_features:
+        if self._rows >= self.out_features:
             return F.linear(x, dense(self.weight, x.dtype), self.bias)
         y = x.new_empty(x.shape[0], self.out_features)
-        for start in range(0, self.out_features, rows):
-            stop = min(start + rows, self.out_features)
+        for start in range(0, self.out_features, self._rows):
+            stop = min(start + self._rows, self.out_features)
             bias = None if self.bias is None else self.bias[start:stop]
             y[:, start:stop] = F.linear(x, dense(self.weight.rows(start, stop), x.dtype), bias)
         return y

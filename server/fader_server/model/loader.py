@@ -5,7 +5,7 @@ Knows checkpoints and module trees; knows nothing of requests or adapters.
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,6 @@ from typing import Any
 import torch
 import transformers
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
-from fader_adapters.errors import BaseUnsupported
-from fader_adapters.kernels.backend import Backend
-from fader_adapters.kernels.nf4 import check_width
-from fader_adapters.layers import Installed, install
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -28,6 +24,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from fader_adapters.errors import BaseUnsupported
+from fader_adapters.kernels.backend import Backend
+from fader_adapters.kernels.nf4 import check_width
+from fader_adapters.layers import Installed, install
 from fader_server.errors import ConfigInvalid, ModelUnsupported
 from fader_server.model import attention
 from fader_server.model.kv_cache import LayerShape
@@ -207,10 +207,8 @@ def _probe(model: PreTrainedModel, source: str) -> dict[nn.Module, LayerShape]:
 
 def _eos_ids(source: str, config: PretrainedConfig) -> frozenset[int]:
     found: list[Any] = [config.get_text_config(decoder=True).eos_token_id]
-    try:
+    with suppress(OSError):  # a checkpoint without generation_config.json is an ordinary one
         found.append(GenerationConfig.from_pretrained(source).eos_token_id)
-    except OSError:
-        pass  # a checkpoint without generation_config.json is an ordinary one
     flat = [i for given in found for i in (given if isinstance(given, list) else [given])]
     return frozenset(int(i) for i in flat if i is not None)
 

@@ -58,8 +58,8 @@ def plan_memory(
         )
     if blocks < per_sequence + 1:
         raise ConfigInvalid(
-            f"the KV cache holds {max(0, blocks - 1) * block_size} tokens, less than one sequence of "
-            f"{max_model_len}; raise --kv-cache to {(per_sequence + 1) * block_bytes} bytes "
-            "or lower --max-model-len"
+            f"the KV cache holds {max(0, blocks - 1) * block_size} tokens, less than one "
+            f"sequence of {max_model_len}; raise --kv-cache to "
+            f"{(per_sequence + 1) * block_bytes} bytes or lower --max-model-len"
         )
     return MemoryPlan(base, arena, blocks * block_bytes, blocks)

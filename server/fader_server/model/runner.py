@@ -1,8 +1,8 @@
 """Runs one plan on the device: batch, forward, sample. Decides nothing, keeps no requests."""
 
 import torch
-from fader_adapters.kernels.tables import Tables
 
+from fader_adapters.kernels.tables import Tables
 from fader_server.core import Plan, RowResult
 from fader_server.model.attention import PagedAttention, StepAttention
 from fader_server.model.batch import Batch
