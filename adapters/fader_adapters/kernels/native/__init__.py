@@ -1,0 +1,45 @@
+"""Native CPU kernels behind torch tensors: NF4 weights, batched LoRA, paged attention. Knows no models, no requests.
+
+`available()` says whether the library is there, `reason()` why not; every other name needs it.
+"""
+
+from fader_adapters.kernels.native.attention import PagedAttention, paged_attention
+from fader_adapters.kernels.native.dense import dense
+from fader_adapters.kernels.native.library import LEVELS, available, best_isa, isa, reason, set_isa
+from fader_adapters.kernels.native.panels import Nf4Panels
+from fader_adapters.kernels.native.quantise import (
+    Nested,
+    Quantised,
+    dequantise_absmax,
+    dequantise_nf4,
+    quantise_absmax,
+    quantise_nf4,
+)
+from fader_adapters.kernels.native.site import Site, SiteTables, delta, gemm
+from fader_adapters.kernels.native.step import StepPlan
+from fader_adapters.kernels.native.workspace import Workspace
+
+__all__ = [
+    "LEVELS",
+    "Nested",
+    "Nf4Panels",
+    "PagedAttention",
+    "Quantised",
+    "Site",
+    "SiteTables",
+    "StepPlan",
+    "Workspace",
+    "available",
+    "best_isa",
+    "delta",
+    "dense",
+    "dequantise_absmax",
+    "dequantise_nf4",
+    "gemm",
+    "isa",
+    "paged_attention",
+    "quantise_absmax",
+    "quantise_nf4",
+    "reason",
+    "set_isa",
+]

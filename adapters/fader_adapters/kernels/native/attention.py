@@ -1,0 +1,153 @@
+"""Paged attention over one layer's caches. Knows blocks, positions and heads; no models, no scheduling."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from fader_adapters.kernels.native import checks
+from fader_adapters.kernels.native.library import CODES, AttentionStruct, check, library
+from fader_adapters.kernels.native.workspace import Workspace
+
+_INTS = (torch.int32,)
+
+
+class PagedAttention:
+    """Causal attention of packed rows against a paged cache, decode and prefill chunks alike.
+
+    k_cache, v_cache: [blocks, block_size, kv_heads, dim], both bf16 or both fp32; dim 16..256, a multiple of 16.
+    window: a query sees its last `window` positions (0 = all). softcap: cap·tanh(score/cap) (0 = none).
+    """
+
+    def __init__(
+        self,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        *,
+        heads: int,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        workspace: Workspace | None = None,
+    ) -> None:
+        """Raises: TypeError, ValueError."""
+        checks.tensor("k_cache", k_cache, checks.FLOATS, shape=(None,) * 4)
+        checks.tensor("v_cache", v_cache, (k_cache.dtype,), shape=k_cache.shape)
+        blocks, block_size, kv_heads, dim = k_cache.shape
+        if dim % 16 or not 16 <= dim <= 256:
+            raise ValueError(
+                f"k_cache must have a head size of 16 to 256 in steps of 16, got {dim}"
+            )
+        if not blocks or not block_size or not kv_heads:
+            raise ValueError(f"k_cache must not be empty, got {list(k_cache.shape)}")
+        if checks.positive("heads", heads) % kv_heads:
+            raise ValueError(f"heads must be a multiple of the {kv_heads} KV heads, got {heads}")
+        if window < 0 or softcap < 0:
+            raise ValueError(f"window and softcap must not be negative, got {window} and {softcap}")
+        self.heads, self.kv_heads, self.dim, self.dtype = heads, kv_heads, dim, k_cache.dtype
+        self._struct = AttentionStruct(
+            k_cache=k_cache.data_ptr(),
+            v_cache=v_cache.data_ptr(),
+            blocks=blocks,
+            block_size=block_size,
+            kv_heads=kv_heads,
+            heads=heads,
+            dim=dim,
+            window=window,
+            scale=scale,
+            softcap=softcap,
+            dtype=CODES[k_cache.dtype],
+        )
+        self._ref = ctypes.addressof(self._struct)
+        self._keep = (k_cache, v_cache)
+        self._workspace = workspace or Workspace()
+        self._function, self._write = library().fader_attention, library().fader_write_kv
+
+    def __call__(
+        self,
+        q: Tensor,
+        *,
+        q_start: Tensor,
+        context: Tensor,
+        block_tables: Tensor,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """out [T, heads, dim] in q's dtype.
+
+        q [T, heads, dim] contiguous, of the caches' dtype; q_start int32 [R+1]: rows' first queries, ending at T;
+        context int32 [R]: positions of a row including its queries'; block_tables int32 [R, columns].
+        Query i of a row with n stands at context - n + i. Positions past a row's context are never read.
+        Raises: TypeError, ValueError (shapes, a block number out of range, context shorter than the queries).
+        """
+        shape = (None, self.heads, self.dim)
+        checks.tensor("q", q, (self.dtype,), shape=shape)
+        checks.tensor("q_start", q_start, _INTS, shape=(None,))
+        rows = q_start.shape[0] - 1
+        checks.tensor("context", context, _INTS, shape=(rows,))
+        checks.tensor("block_tables", block_tables, _INTS, shape=(rows, None))
+        out = (
+            torch.empty_like(q)
+            if out is None
+            else checks.tensor("out", out, (self.dtype,), shape=q.shape)
+        )
+        self._struct.max_blocks = max(block_tables.shape[1], 1) if rows > 0 else 1
+        self._workspace.call(
+            self._function,
+            "paged_attention",
+            self._ref,
+            q.shape[0],
+            rows,
+            q.data_ptr(),
+            q_start.data_ptr(),
+            context.data_ptr(),
+            block_tables.data_ptr(),
+            out.data_ptr(),
+            threads=torch.get_num_threads(),
+        )
+        return out
+
+    def write(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        """Store k, v [T, kv_heads, dim] (tokens may be strided) at token slots int64 [T]; -1 skips one.
+
+        Raises: TypeError, ValueError (shapes, a slot out of range).
+        """
+        for name, value in (("k", k), ("v", v)):
+            checks.rows(name, value, (self.dtype,), shape=(None, self.kv_heads, self.dim))
+            if value.shape[0] and self.kv_heads > 1 and value.stride(1) != self.dim:
+                raise ValueError(
+                    f"{name} must have its heads side by side, got strides {value.stride()}"
+                )
+        if k.shape != v.shape:
+            raise ValueError(f"v must have the shape of k {list(k.shape)}, got {list(v.shape)}")
+        checks.tensor("slots", slots, (torch.int64,), shape=(k.shape[0],))
+        code = self._write(
+            self._ref,
+            k.shape[0],
+            k.data_ptr(),
+            k.stride(0),
+            v.data_ptr(),
+            v.stride(0),
+            slots.data_ptr(),
+            torch.get_num_threads(),
+        )
+        check(code, "write")
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    q_start: Tensor,
+    context: Tensor,
+    block_tables: Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """One call of `PagedAttention` for tests and notebooks; heads are q's."""
+    checks.tensor("q", q, checks.FLOATS, shape=(None, None, None))
+    layer = PagedAttention(
+        k_cache, v_cache, heads=q.shape[1], scale=scale, window=window, softcap=softcap
+    )
+    return layer(q, q_start=q_start, context=context, block_tables=block_tables)

@@ -1,0 +1,211 @@
+// The C ABI: argument checks, choice of the instruction set, and the work that needs none (repack,
+// 8-bit statistics, cache writes).
+#include <omp.h>
+#include <stdlib.h>
+
+#include "common.h"
+
+#if defined(__x86_64__) && !defined(FADER_NO_X86)
+#define FADER_X86 1
+#else
+#define FADER_X86 0
+#endif
+
+static const Kernels *kernels_of(int level) {
+#if FADER_X86
+    if (level == FADER_AVX512_BF16) return &fader_avx512bf16;
+    if (level == FADER_AVX512) return &fader_avx512;
+    if (level == FADER_AVX2) return &fader_avx2;
+#endif
+    return level == FADER_SCALAR ? &fader_scalar : 0;
+}
+
+static int detect(void) {
+#if FADER_X86
+    __builtin_cpu_init();
+    const bool f = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (f && __builtin_cpu_supports("avx512bf16")) return FADER_AVX512_BF16;
+    if (f) return FADER_AVX512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        return FADER_AVX2;
+#endif
+    return FADER_SCALAR;
+}
+
+static int level_in_use = -1;
+static const Kernels *active = 0;
+static const Kernels &now(void) {
+    if (!active) fader_set_isa(-1);
+    return *active;
+}
+
+extern "C" {
+
+int fader_abi(void) { return FADER_ABI; }
+int fader_best_isa(void) { return detect(); }
+int fader_isa(void) {
+    now();
+    return level_in_use;
+}
+int fader_set_isa(int level) {
+    const int best = detect(), want = level < 0 ? best : level;
+    if (want > best || !kernels_of(want)) return FADER_E_ISA;
+    level_in_use = want;
+    active = kernels_of(want);
+    return 0;
+}
+
+int fader_repack(int64_t n, int64_t k, const uint8_t *packed, const float *absmax, uint8_t *panels,
+                 float *scales, int nt) {
+    if (n <= 0 || k <= 0 || k % BLOCK || nt < 1 || !packed || !absmax || !panels || !scales) return FADER_E_ARG;
+    const int64_t half = k / 2, blocks = k / BLOCK;
+#pragma omp parallel for schedule(static) num_threads(nt)
+    for (int64_t p = 0; p < ceil_div(n, PANEL); p++) {
+        const uint8_t *row[PANEL];
+        uint8_t zero[1] = {0x77}; // code 7 is 0.0
+        const int cols = (int)min64(PANEL, n - p * PANEL);
+        for (int c = 0; c < cols; c++) row[c] = packed + (p * PANEL + c) * half;
+        for (int64_t i = 0; i < half; i++) {
+            uint8_t *to = panels + (p * half + i) * PANEL;
+            for (int j = 0; j < 16; j++) {
+                const uint8_t a = j < cols ? row[j][i] : *zero, b = j + 16 < cols ? row[j + 16][i] : *zero;
+                to[2 * j] = (uint8_t)(a >> 4 | (b & 0xf0));
+                to[2 * j + 1] = (uint8_t)((a & 15) | b << 4);
+            }
+        }
+        for (int64_t b = 0; b < blocks; b++)
+            for (int c = 0; c < PANEL; c++)
+                scales[(p * blocks + b) * PANEL + c] = c < cols ? absmax[(p * PANEL + c) * blocks + b] : 0.0f;
+    }
+    return 0;
+}
+
+int fader_panels_dense(int64_t n, int64_t k, const uint8_t *panels, const float *scales, void *out, int dtype,
+                       int nt) {
+    if (n <= 0 || k <= 0 || k % BLOCK || nt < 1 || !panels || !scales || !out || dtype > FADER_BF16) return FADER_E_ARG;
+    const int64_t half = k / 2, blocks = k / BLOCK;
+#pragma omp parallel for schedule(static) num_threads(nt)
+    for (int64_t p = 0; p < ceil_div(n, PANEL); p++)
+        for (int64_t b = 0; b < blocks; b++)
+            for (int c = 0; c < min64(PANEL, n - p * PANEL); c++) {
+                const float s = scales[(p * blocks + b) * PANEL + c];
+                const uint8_t *w = panels + (p * half + b * (BLOCK / 2)) * PANEL + 2 * (c & 15);
+                const int64_t at = (p * PANEL + c) * k + b * BLOCK;
+                for (int i = 0; i < BLOCK; i++) {
+                    const float v = NF4[(w[i / 2 * PANEL + (i & 1)] >> (c & 16 ? 4 : 0)) & 15] * s;
+                    if (dtype == FADER_F32) ((float *)out)[at + i] = v;
+                    else ((u16 *)out)[at + i] = to_bf16(v);
+                }
+            }
+    return 0;
+}
+
+int fader_quantise(int64_t count, const void *w, int dtype, uint8_t *packed, float *absmax, int nt) {
+    if (count <= 0 || nt < 1 || !w || !packed || !absmax || dtype < 0 || dtype > FADER_F16) return FADER_E_ARG;
+    return now().quantise(count, w, dtype, packed, absmax, nt);
+}
+int fader_dequantise(int64_t count, const uint8_t *packed, const float *absmax, void *out, int dtype, int nt) {
+    if (count <= 0 || nt < 1 || !packed || !absmax || !out || dtype < 0 || dtype > FADER_BF16) return FADER_E_ARG;
+    return now().dequantise(count, packed, absmax, out, dtype, nt);
+}
+
+// The code of a value is looked up at its nearest 1/65535 step of [-1, 1], as bitsandbytes does.
+int fader_quantise8(int64_t count, const float *x, float offset, const float *map, uint8_t *codes, float *absmax,
+                    int nt) {
+    if (count <= 0 || nt < 1 || !x || !map || !codes || !absmax) return FADER_E_ARG;
+    uint8_t *table = (uint8_t *)malloc(65536);
+    if (!table) return FADER_E_ARG;
+    for (int i = 0, q = 0; i < 65536; i++) {
+        const float v = ((float)i + (float)i) / 65535.0f - 1.0f;
+        while (q < 255 && v > (map[q] + map[q + 1]) * 0.5f) q++;
+        table[i] = (uint8_t)q;
+    }
+#pragma omp parallel for schedule(static) num_threads(nt)
+    for (int64_t b = 0; b < ceil_div(count, 256); b++) {
+        const int64_t from = b * 256, to = min64(count, from + 256);
+        float am = 0.0f;
+        for (int64_t i = from; i < to; i++) {
+            const float a = __builtin_fabsf(x[i] - offset);
+            am = a > am ? a : am;
+        }
+        absmax[b] = am;
+        const float inv = 1.0f / am;
+        for (int64_t i = from; i < to; i++) {
+            float v = (x[i] - offset) * inv;
+            v = v < -1.0f ? -1.0f : v > 1.0f ? 1.0f : v;
+            const int at = (int)__builtin_fmaf((v + 1.0f) * 0.5f, 65535.0f, 0.5f);
+            codes[i] = am == 0.0f ? 0 : table[at & 0xffff];
+        }
+    }
+    free(table);
+    return 0;
+}
+int fader_dequantise8(int64_t count, const uint8_t *codes, const float *absmax, const float *map, float offset,
+                      float *out, int nt) {
+    if (count <= 0 || nt < 1 || !codes || !absmax || !map || !out) return FADER_E_ARG;
+#pragma omp parallel for schedule(static) num_threads(nt)
+    for (int64_t i = 0; i < count; i++) out[i] = map[codes[i]] * absmax[i >> 8] + offset;
+    return 0;
+}
+
+int fader_site(const fader_site_t *s, const int32_t *plan, int64_t T, const void *x, int x_dtype, int64_t xs,
+               void *out, int out_dtype, int64_t os, void *scratch, int64_t bytes, int64_t *need, int nt) {
+    if (!s || !need || T < 0 || nt < 1 || s->n <= 0 || s->k <= 0 || x_dtype < 0 || x_dtype > FADER_BF16) return FADER_E_ARG;
+    if (out_dtype < 0 || out_dtype > FADER_BF16 || (s->panels && s->k % BLOCK)) return FADER_E_ARG;
+    if (!s->panels && out_dtype != FADER_F32) return FADER_E_ARG;
+    if (!T) return 0;
+    if (!x || !out || !scratch || ((uintptr_t)scratch & 63) || xs < s->k || os < s->n) return FADER_E_ARG;
+    if (plan && (((const Plan *)plan)->T != T || ((const Plan *)plan)->slots > s->slots)) return FADER_E_BOUNDS;
+    return now().site(s, plan, T, x, x_dtype, xs, out, out_dtype, os, scratch, bytes, need, nt);
+}
+
+int fader_dense(int64_t M, int64_t N, int64_t K, const void *x, int64_t xs, const void *w, int dtype,
+                const float *bias, void *y, int yd, int64_t ys, int nt) {
+    if (M < 0 || N <= 0 || K <= 0 || nt < 1 || dtype < 0 || dtype > FADER_BF16 || yd < 0 || yd > FADER_BF16) return FADER_E_ARG;
+    if (!M) return 0;
+    if (!x || !w || !y || xs < K || ys < N) return FADER_E_ARG;
+    return now().dense(M, N, K, x, xs, w, dtype, bias, y, yd, ys, nt);
+}
+
+int fader_attention(const fader_attn_t *a, int64_t T, int64_t R, const void *q, const int32_t *q_start,
+                    const int32_t *context, const int32_t *tables, void *out, void *scratch, int64_t bytes,
+                    int64_t *need, int nt) {
+    if (!a || !need || T < 0 || R < 0 || nt < 1 || a->dtype < 0 || a->dtype > FADER_BF16) return FADER_E_ARG;
+    if (a->dim < 16 || a->dim > 256 || a->dim % 16 || a->kv_heads <= 0 || a->heads <= 0 || a->heads % a->kv_heads) return FADER_E_ARG;
+    if (a->block_size <= 0 || a->blocks <= 0 || a->max_blocks <= 0 || a->window < 0) return FADER_E_ARG;
+    if (!T || !R) return 0;
+    if (!q || !q_start || !context || !tables || !out || !scratch || ((uintptr_t)scratch & 63)) return FADER_E_ARG;
+    if (q_start[0] != 0 || q_start[R] != T) return FADER_E_BOUNDS;
+    for (int64_t r = 0; r < R; r++) {
+        const int64_t n = q_start[r + 1] - q_start[r], used = ceil_div(context[r], a->block_size);
+        if (n < 0 || context[r] < n || used > a->max_blocks) return FADER_E_BOUNDS;
+        const int64_t oldest = a->window > 0 ? max64(0, context[r] - n + 1 - a->window) : 0;
+        for (int64_t b = oldest / 32 * 32 / a->block_size; n && b < used; b++) {
+            const int32_t block = tables[r * a->max_blocks + b];
+            if (block < 0 || block >= a->blocks) return FADER_E_BOUNDS;
+        }
+    }
+    return now().attention(a, T, R, q, q_start, context, tables, out, scratch, bytes, need, nt);
+}
+
+int fader_write_kv(const fader_attn_t *a, int64_t T, const void *k, int64_t ks, const void *v, int64_t vs,
+                   const int64_t *slots, int nt) {
+    if (!a || T < 0 || nt < 1 || a->dtype < 0 || a->dtype > FADER_BF16) return FADER_E_ARG;
+    if (!T) return 0;
+    if (!k || !v || !slots || !a->k_cache || !a->v_cache) return FADER_E_ARG;
+    const int64_t size = a->dtype == FADER_BF16 ? 2 : 4, row = a->kv_heads * a->dim * size;
+    for (int64_t t = 0; t < T; t++)
+        if (slots[t] < -1 || slots[t] >= a->blocks * a->block_size) return FADER_E_BOUNDS;
+#pragma omp parallel for schedule(static) num_threads(nt) if (T * row > (1 << 18))
+    for (int64_t t = 0; t < T; t++) {
+        if (slots[t] < 0) continue;
+        memcpy((char *)a->k_cache + slots[t] * row, (const char *)k + t * ks * size, (size_t)row);
+        memcpy((char *)a->v_cache + slots[t] * row, (const char *)v + t * vs * size, (size_t)row);
+    }
+    return 0;
+}
+
+double fader_probe_read(const void *data, int64_t bytes, int nt) { return now().probe_read(data, bytes, nt); }
+double fader_probe_dot(int64_t rounds, int nt) { return now().probe_dot(rounds, nt); }
+}

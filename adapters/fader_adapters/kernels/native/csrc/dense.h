@@ -1,0 +1,89 @@
+// A plain weight matrix [N,K] times few rows: weights are read once, in order. For lm_head and merged
+// bf16 layers. Every dot product has one shape, so a row's bits do not depend on the number of rows.
+#pragma once
+#include <omp.h>
+
+#include "simd.h"
+
+namespace {
+
+enum { DENSE_COLS = 4 };
+
+template <class Ty, int MR, int NR>
+static void dense_tile(int64_t K, const Ty *const *x, const Ty *w, float *out) {
+    typedef Step<Ty, Ty> S;
+    V acc[MR][NR];
+    for (int m = 0; m < MR; m++)
+        for (int n = 0; n < NR; n++) acc[m][n] = vzero();
+    int64_t k = 0;
+    for (; k + S::SIZE <= K; k += S::SIZE) {
+        typename S::Reg wv[NR];
+        for (int n = 0; n < NR; n++) {
+            wv[n] = S::y(w + n * K + k);
+            if (MR <= 2) prefetch(w + n * K + k + 1024);
+        }
+        for (int m = 0; m < MR; m++) {
+            typename S::Reg xv = S::x(x[m] + k);
+            for (int n = 0; n < NR; n++) acc[m][n] = S::dot(acc[m][n], xv, wv[n]);
+        }
+    }
+    for (int m = 0; m < MR; m++)
+        for (int n = 0; n < NR; n++) {
+            float sum = vsum(acc[m][n]);
+            for (int64_t i = k; i < K; i++) sum += load1(x[m] + i) * load1(w + n * K + i);
+            out[m * NR + n] = sum;
+        }
+}
+
+template <class Ty, int MR, int NR>
+static void dense_rows(int m, int64_t K, const Ty *const *x, const Ty *w, float *out) {
+    if constexpr (MR > 1) {
+        if (m < MR) return dense_rows<Ty, MR - 1, NR>(m, K, x, w, out);
+    }
+    dense_tile<Ty, MR, NR>(K, x, w, out);
+}
+
+template <class Ty, class Out>
+static void dense_run(int64_t M, int64_t N, int64_t K, const Ty *x, int64_t xs, const Ty *w,
+                      const float *bias, Out *y, int64_t ys, int nt) {
+    enum { NR = DENSE_COLS, MR = W == 16 ? 6 : 3 };
+    const int64_t groups = ceil_div(N, NR), parts = ceil_div(M, MR);
+#pragma omp parallel for schedule(static) num_threads(nt)
+    for (int64_t g = 0; g < groups; g++) {
+        const int64_t n0 = g * NR;
+        const int nn = (int)min64(NR, N - n0);
+        for (int64_t i = 0, m0 = 0; i < parts; i++) {
+            const int64_t m1 = M * (i + 1) / parts;
+            const int mm = (int)(m1 - m0);
+            const Ty *xp[MR];
+            float out[MR * NR];
+            for (int m = 0; m < mm; m++) xp[m] = x + (m0 + m) * xs;
+            if (nn == NR) dense_rows<Ty, MR, NR>(mm, K, xp, w + n0 * K, out);
+            else
+                for (int n = 0; n < nn; n++) {
+                    float one[MR];
+                    dense_rows<Ty, MR, 1>(mm, K, xp, w + (n0 + n) * K, one);
+                    for (int m = 0; m < mm; m++) out[m * NR + n] = one[m];
+                }
+            for (int m = 0; m < mm; m++)
+                for (int n = 0; n < nn; n++)
+                    store1(y + (m0 + m) * ys + n0 + n, out[m * NR + n] + (bias ? bias[n0 + n] : 0.0f));
+            m0 = m1;
+        }
+    }
+}
+
+template <class Ty>
+static int dense_typed(int64_t M, int64_t N, int64_t K, const void *x, int64_t xs, const void *w,
+                       const float *bias, void *y, int yd, int64_t ys, int nt) {
+    if (yd == FADER_F32) dense_run<Ty, float>(M, N, K, (const Ty *)x, xs, (const Ty *)w, bias, (float *)y, ys, nt);
+    else dense_run<Ty, u16>(M, N, K, (const Ty *)x, xs, (const Ty *)w, bias, (u16 *)y, ys, nt);
+    return 0;
+}
+int dense(int64_t M, int64_t N, int64_t K, const void *x, int64_t xs, const void *w, int dtype,
+          const float *bias, void *y, int yd, int64_t ys, int nt) {
+    if (dtype == FADER_BF16) return dense_typed<u16>(M, N, K, x, xs, w, bias, y, yd, ys, nt);
+    return dense_typed<float>(M, N, K, x, xs, w, bias, y, yd, ys, nt);
+}
+
+} // namespace

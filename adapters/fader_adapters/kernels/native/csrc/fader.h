@@ -1,0 +1,126 @@
+/* C ABI of Fader's CPU kernels: raw pointers and sizes in, status codes out. Knows no torch, no Python, no files.
+ *
+ * Status: 0 = done, < 0 = a FADER_E_* code, nothing written. Every call is safe from several threads.
+ * Dtypes: FADER_F32, FADER_BF16, FADER_F16 (F16 only as input of the quantiser).
+ * `nt` is the number of OpenMP threads the call may use; results never depend on it.
+ * Row results never depend on the other rows of the call: each has one fixed order of additions.
+ */
+#ifndef FADER_H
+#define FADER_H
+#include <stdint.h>
+
+#pragma GCC visibility push(default)
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FADER_ABI 1
+enum { FADER_F32 = 0, FADER_BF16 = 1, FADER_F16 = 2 };
+enum { FADER_SCALAR = 0, FADER_AVX2 = 1, FADER_AVX512 = 2, FADER_AVX512_BF16 = 3 };
+enum {
+    FADER_E_ARG = -1,     /* a size, pointer or dtype that the kernel does not take */
+    FADER_E_SCRATCH = -2, /* scratch too small: *need holds the bytes to pass */
+    FADER_E_BOUNDS = -3,  /* an offset, slot, row or block number outside its table */
+    FADER_E_ISA = -4      /* this machine or build does not have that level */
+};
+
+int fader_abi(void);
+int fader_best_isa(void);     /* highest level of this machine that this build holds */
+int fader_isa(void);          /* level in use */
+int fader_set_isa(int level); /* level >= 0, or -1 for the best one */
+
+/* ---- NF4 weights -----------------------------------------------------------------------------
+ * bitsandbytes' bytes:  packed [n*k/2], high nibble = even element; absmax fp32 [n*k/64].
+ * Panels: 32 columns each, P = ceil(n/32):
+ *   panels [P][k/2][32]: byte 2j+b of pair i holds element 2i+b of columns j (low nibble), j+16 (high)
+ *   scales [P][k/64][32] fp32
+ * Columns past n decode to zero. 0.5625 byte per weight. k % 64 == 0. */
+int fader_repack(int64_t n, int64_t k, const uint8_t *packed, const float *absmax,
+                 uint8_t *panels, float *scales, int nt);
+/* panels -> dense [n,k] of `dtype` (F32 or BF16), one rounding of code*absmax */
+int fader_panels_dense(int64_t n, int64_t k, const uint8_t *panels, const float *scales,
+                       void *out, int dtype, int nt);
+/* flat blockwise NF4 of `count` elements, blocks of 64, bit-equal with bitsandbytes on CPU:
+ * packed [(count+1)/2], absmax [ceil(count/64)] */
+int fader_quantise(int64_t count, const void *w, int dtype, uint8_t *packed, float *absmax, int nt);
+int fader_dequantise(int64_t count, const uint8_t *packed, const float *absmax, void *out, int dtype,
+                     int nt);
+/* 8-bit blockwise (256) quantisation of absmax - offset against a sorted map [256] */
+int fader_quantise8(int64_t count, const float *x, float offset, const float *map, uint8_t *codes,
+                    float *absmax, int nt);
+int fader_dequantise8(int64_t count, const uint8_t *codes, const float *absmax, const float *map,
+                      float offset, float *out, int nt);
+
+/* ---- One step's blends ------------------------------------------------------------------------
+ * terms of request row r: term_ptr[r] .. term_ptr[r+1] of (term_slot, term_gamma), in the row's own
+ * order; row_of_token [T]. Terms with gamma 0 are dropped. `blob` takes the plan (int32 words,
+ * at least fader_plan_words(T, R, terms)). Opaque to the caller, reused by every site of the step. */
+int64_t fader_plan_words(int64_t T, int64_t R, int64_t terms);
+int fader_plan_build(int64_t T, int64_t R, const int32_t *term_ptr, const int32_t *term_slot,
+                     const float *term_gamma, const int32_t *row_of_token, int32_t slots,
+                     int32_t *blob, int64_t words);
+
+/* ---- A site -----------------------------------------------------------------------------------
+ * y[t, n0:n1] of member m  =  x[t] . W[n0:n1]^T + bias
+ *                           + sum_i gamma_i * scale[s_i,m] * (x[t] . A[s_i,m]^T) . B[s_i,m]
+ * accumulated in fp32 in the row's term order, rounded once.
+ * Tables have one row per slot (`table_stride` elements apart), one column per member:
+ *   a_off, b_off: element offset into the arena of A [rank,k] row-major and B [rank, n1-n0]
+ *   rank-major, -1 = that adapter does not touch the member. Slots nobody names are never read. */
+typedef struct {
+    const uint8_t *panels; /* NULL: no base, out (fp32) is accumulated in place */
+    const float *scales;
+    const float *bias; /* [n] fp32 or NULL */
+    int64_t n, k;
+    const void *arena;
+    int64_t arena_count; /* elements */
+    const int64_t *a_off, *b_off;
+    const int32_t *rank;
+    const float *scale;
+    const int32_t *cols; /* [members][2]: n0, n1; ascending, disjoint */
+    int64_t table_stride;
+    int32_t members, slots, arena_dtype, pad;
+} fader_site_t;
+
+/* x [T,k] of x_dtype, rows x_stride elements apart; out [T,n] of out_dtype, rows out_stride apart.
+ * plan NULL or without terms: base only. scratch: 64-byte aligned. */
+int fader_site(const fader_site_t *site, const int32_t *plan, int64_t T, const void *x, int x_dtype,
+               int64_t x_stride, void *out, int out_dtype, int64_t out_stride, void *scratch,
+               int64_t scratch_bytes, int64_t *need, int nt);
+
+/* y[M,N] = x[M,K] . w[N,K]^T + bias, x and w of one dtype, fp32 sums; for few rows, at memory speed */
+int fader_dense(int64_t M, int64_t N, int64_t K, const void *x, int64_t x_stride, const void *w,
+                int dtype, const float *bias, void *y, int y_dtype, int64_t y_stride, int nt);
+
+/* ---- Paged attention ---------------------------------------------------------------------------
+ * caches [blocks, block_size, kv_heads, dim]; q, out [T, heads, dim]; one dtype for all of them.
+ * Query i of a row with n queries stands at position context - n + i and sees positions <= its own,
+ * with window > 0 only the last `window` of them. Positions past a query's own are never used,
+ * positions past the row's context never read. Sums run over tiles of 32 absolute positions, so a
+ * result depends neither on other rows nor on how a prompt was cut in chunks. */
+typedef struct {
+    const void *k_cache, *v_cache;
+    int64_t blocks, block_size, kv_heads, heads, dim;
+    int64_t max_blocks; /* columns of block_tables */
+    int64_t window;
+    float scale, softcap; /* softcap 0: none */
+    int32_t dtype, pad;
+} fader_attn_t;
+
+int fader_attention(const fader_attn_t *a, int64_t T, int64_t R, const void *q,
+                    const int32_t *q_start, const int32_t *context, const int32_t *block_tables,
+                    void *out, void *scratch, int64_t scratch_bytes, int64_t *need, int nt);
+/* k, v [T, kv_heads, dim] (rows k_stride, v_stride elements apart) into the token slots
+ * block*block_size + offset of `slots` [T]; -1 skips the token */
+int fader_write_kv(const fader_attn_t *a, int64_t T, const void *k, int64_t k_stride, const void *v,
+                   int64_t v_stride, const int64_t *slots, int nt);
+
+/* measured limits for benchmarks: bytes summed once; multiply-adds of `rounds` register loops */
+double fader_probe_read(const void *data, int64_t bytes, int nt);
+double fader_probe_dot(int64_t rounds, int nt);
+
+#ifdef __cplusplus
+}
+#endif
+#pragma GCC visibility pop
+#endif

@@ -1,0 +1,253 @@
+// One NF4 panel times many rows: acc[m][32] = x[m] . W[panel]^T in fp32. Knows nothing of threads,
+// members or adapters.
+//
+// Every row's sum has one shape, whatever tile it falls in: inside a block of 64 a chain of fused
+// multiply-adds over k, then acc = t * absmax + acc, blocks in order. That is what makes a row's bits
+// independent of the number of rows.
+#pragma once
+#include "simd.h"
+
+namespace {
+
+// x as the kernels read it: row m, block b starts at p + m * row + b * blk (elements of X).
+template <class X> struct Rows {
+    const X *p;
+    int64_t row, blk;
+};
+
+#if FADER_ISA >= 3
+// bf16: one u32 per pair (k, k+1); codes as bf16 by vpermw, absmax in fp32 after the block.
+struct LutBf {
+    __m512i t;
+    LutBf() {
+        alignas(64) u16 c[32];
+        for (int i = 0; i < 32; i++) c[i] = to_bf16(NF4[i & 15]);
+        t = _mm512_load_si512(c);
+    }
+};
+FADER_INLINE void decode_pair(const LutBf &lut, const uint8_t *w, P *v) {
+    __m512i q = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)w));
+    v[0] = (P)_mm512_permutexvar_epi16(q, lut.t);
+    v[1] = (P)_mm512_permutexvar_epi16(_mm512_srli_epi16(q, 4), lut.t);
+}
+struct Bf {
+    typedef u32 X;
+    typedef LutBf Lut;
+    enum { CV = 2, STEP = 1, FUSED = 12, TILE = 12, PAIRED = 1, BUF = 32 * 128 };
+    template <int MR, int C> FADER_INLINE void pair(const Lut &lut, const uint8_t *w, const u32 *x,
+                                                    int64_t row, V t[MR][C]) {
+        P v[2];
+        decode_pair(lut, w, v);
+        for (int m = 0; m < MR; m++) {
+            P xv = pset(x[m * row]);
+            t[m][0] = pdot(t[m][0], v[0], xv);
+            t[m][1] = pdot(t[m][1], v[1], xv);
+        }
+    }
+    FADER_INLINE void decode(const Lut &lut, const uint8_t *w, void *buf) {
+        P *o = (P *)buf;
+        for (int i = 0; i < 32; i++) decode_pair(lut, w + i * 32, o + 2 * i);
+    }
+    template <int MR, int C> FADER_INLINE void buffered(const void *buf, int i, const u32 *x,
+                                                        int64_t row, V t[MR][C]) {
+        const P *v = (const P *)buf + 2 * i;
+        for (int m = 0; m < MR; m++) {
+            P xv = pset(x[m * row]);
+            t[m][0] = pdot(t[m][0], v[0], xv);
+            t[m][1] = pdot(t[m][1], v[1], xv);
+        }
+    }
+};
+#endif
+
+// fp32: two floats per pair, exact codes. The 32 bytes of a pair are 16 words of 16 bits: nibbles
+// (k, col j), (k, col j+16), (k+1, col j), (k+1, col j+16).
+struct LutF {
+#if FADER_ISA >= 2
+    V t;
+    LutF() : t(vload(NF4)) {}
+    FADER_METHOD V at(I q) const { return _mm512_permutexvar_ps(q, t); }
+#elif FADER_ISA == 1
+    V lo, hi;
+    LutF() : lo(vload(NF4)), hi(vload(NF4 + 8)) {}
+    FADER_METHOD V at(I q) const {
+        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(lo, q), _mm256_permutevar8x32_ps(hi, q),
+                                _mm256_castsi256_ps(_mm256_slli_epi32(q, 28)));
+    }
+#endif
+};
+#if FADER_ISA >= 2
+FADER_INLINE I words(const uint8_t *w, int c) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(w + 32 * c)));
+}
+FADER_INLINE I shifted(I q, int s) { return _mm512_srli_epi32(q, (unsigned)s); }
+#elif FADER_ISA == 1
+FADER_INLINE I words(const uint8_t *w, int c) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(w + 16 * c)));
+}
+FADER_INLINE I shifted(I q, int s) { return _mm256_srli_epi32(q, s); }
+#endif
+// element `odd` of the pair, vector c of the 32 columns
+FADER_INLINE V decode_f(const LutF &lut, const uint8_t *w, int odd, int c) {
+#if FADER_ISA >= 1
+    const int half = 16 / W; // vectors in 16 columns
+    return lut.at(shifted(words(w, c % half), 8 * odd + 4 * (c / half)));
+#else
+    (void)lut;
+    V r;
+    for (int i = 0; i < W; i++) {
+        int col = c * W + i;
+        r.f[i] = NF4[(w[2 * (col & 15) + odd] >> (col & 16 ? 4 : 0)) & 15];
+    }
+    return r;
+#endif
+}
+struct Fp {
+    typedef float X;
+    typedef LutF Lut;
+    enum { CV = 32 / W, STEP = 2, PAIRED = W == 16, BUF = 64 * 32 * 4 };
+    enum { FUSED = W == 16 ? 10 : 2, TILE = W == 16 ? 12 : 3 };
+    template <int MR, int C> FADER_INLINE void pair(const Lut &lut, const uint8_t *w, const float *x,
+                                                    int64_t row, V t[MR][C]) {
+        for (int odd = 0; odd < 2; odd++)
+            for (int c = 0; c < C; c++) {
+                V v = decode_f(lut, w, odd, c);
+                for (int m = 0; m < MR; m++) t[m][c] = vfma(v, vset(x[m * row + odd]), t[m][c]);
+            }
+    }
+    FADER_INLINE void decode(const Lut &lut, const uint8_t *w, void *buf) {
+        float *o = (float *)buf;
+        for (int i = 0; i < 64; i++)
+            for (int c = 0; c < CV; c++)
+                vstore(o + i * 32 + c * W, decode_f(lut, w + (i >> 1) * 32, i & 1, c));
+    }
+    template <int MR, int C> FADER_INLINE void buffered(const void *buf, int i, const float *x,
+                                                        int64_t row, V t[MR][C]) {
+        for (int odd = 0; odd < 2; odd++) {
+            V xv[MR];
+            for (int m = 0; m < MR; m++) xv[m] = vset(x[m * row + odd]);
+            for (int c = 0; c < C; c++) {
+                V v = vload((const float *)buf + (2 * i + odd) * 32 + c * W);
+                for (int m = 0; m < MR; m++) t[m][c] = vfma(v, xv[m], t[m][c]);
+            }
+        }
+    }
+};
+
+enum { TILE_MAX = 12 };
+template <class E> struct Gemm {
+    typedef typename E::X X;
+    typedef typename E::Lut Lut;
+    enum { C = E::CV, PAIRS = BLOCK / 2 };
+
+    // MR rows, NP neighbouring panels, decoded in registers as they stream by
+    template <int MR, int NP>
+    static void fused(int64_t K, Rows<X> x, const uint8_t *w, const float *am, float *acc, int64_t as) {
+        const Lut lut;
+        const int64_t blocks = K / BLOCK, wp = K / 2 * PANEL, ap = blocks * PANEL;
+        const bool in_registers = MR * NP * C * 2 <= (W == 16 ? 26 : 10);
+        V sum[NP][MR][C];
+        for (int p = 0; p < NP; p++)
+            for (int m = 0; m < MR; m++)
+                for (int c = 0; c < C; c++) {
+                    sum[p][m][c] = vzero();
+                    if (!in_registers) vstore(acc + m * as + p * PANEL + c * W, vzero());
+                }
+        for (int64_t b = 0; b < blocks; b++) {
+            V t[NP][MR][C];
+            for (int p = 0; p < NP; p++)
+                for (int m = 0; m < MR; m++)
+                    for (int c = 0; c < C; c++) t[p][m][c] = vzero();
+            const X *xb = x.p + b * x.blk;
+            const uint8_t *wb = w + b * PANEL_BYTES;
+            for (int i = 0; i < PAIRS; i++)
+                for (int p = 0; p < NP; p++) {
+                    if (!(i & 1)) prefetch(wb + p * wp + i * PANEL + 3072);
+                    E::template pair<MR, C>(lut, wb + p * wp + i * PANEL, xb + i * E::STEP, x.row,
+                                            t[p]);
+                }
+            for (int p = 0; p < NP; p++)
+                for (int c = 0; c < C; c++) {
+                    V s = vload(am + p * ap + b * PANEL + c * W);
+                    for (int m = 0; m < MR; m++) {
+                        float *a = acc + m * as + p * PANEL + c * W;
+                        if (in_registers) sum[p][m][c] = vfma(t[p][m][c], s, sum[p][m][c]);
+                        else vstore(a, vfma(t[p][m][c], s, vload(a)));
+                    }
+                }
+        }
+        if (in_registers)
+            for (int p = 0; p < NP; p++)
+                for (int m = 0; m < MR; m++)
+                    for (int c = 0; c < C; c++) vstore(acc + m * as + p * PANEL + c * W, sum[p][m][c]);
+    }
+
+    // MR rows against one decoded block
+    template <int MR>
+    static void tile(const void *buf, const float *am, const X *x, int64_t row, float *acc,
+                     int64_t as) {
+        V t[MR][C];
+        for (int m = 0; m < MR; m++)
+            for (int c = 0; c < C; c++) t[m][c] = vzero();
+        for (int i = 0; i < PAIRS; i++)
+            E::template buffered<MR, C>(buf, i, x + i * E::STEP, row, t);
+        for (int c = 0; c < C; c++) {
+            V s = vload(am + c * W);
+            for (int m = 0; m < MR; m++) {
+                float *a = acc + m * as + c * W;
+                vstore(a, vfma(t[m][c], s, vload(a)));
+            }
+        }
+    }
+
+    typedef void (*Fused)(int64_t, Rows<X>, const uint8_t *, const float *, float *, int64_t);
+    typedef void (*Tile)(const void *, const float *, const X *, int64_t, float *, int64_t);
+    template <int M> static Fused fused_for(int m) {
+        if constexpr (M == 1) return fused<1, 1>;
+        else return m == M ? fused<M, 1> : fused_for<M - 1>(m);
+    }
+    template <int M> static Tile tile_for(int m) {
+        if constexpr (M == 1) return tile<1>;
+        else return m == M ? tile<M> : tile_for<M - 1>(m);
+    }
+
+    // rows [0, M) x `np` panels -> acc[M][as]; buf holds E::BUF bytes, 64-byte aligned
+    static void run(int64_t M, int64_t K, Rows<X> x, const uint8_t *w, const float *am, int np,
+                    float *acc, int64_t as, void *buf) {
+        const int64_t wp = K / 2 * PANEL, ap = K / BLOCK * PANEL;
+        int p = 0;
+        if constexpr (E::PAIRED > 0) {
+            if (M == 1)
+                for (; p + 4 <= np; p += 4)
+                    fused<1, 4>(K, x, w + p * wp, am + p * ap, acc + p * PANEL, as);
+            if (M <= 2)
+                for (; p + 2 <= np; p += 2)
+                    (M == 1 ? fused<1, 2> : fused<2, 2>)(K, x, w + p * wp, am + p * ap,
+                                                         acc + p * PANEL, as);
+        }
+        for (; p < np; p++) {
+            if (M <= E::FUSED) fused_for<E::FUSED>((int)M)(K, x, w + p * wp, am + p * ap, acc + p * PANEL, as);
+            else buffered(M, K, x, w + p * wp, am + p * ap, acc + p * PANEL, as, buf);
+        }
+    }
+
+    static void buffered(int64_t M, int64_t K, Rows<X> x, const uint8_t *w, const float *am,
+                         float *acc, int64_t as, void *buf) {
+        const Lut lut;
+        const int64_t parts = ceil_div(M, E::TILE);
+        for (int64_t m = 0; m < M; m++)
+            for (int c = 0; c < C; c++) vstore(acc + m * as + c * W, vzero());
+        for (int64_t b = 0; b < K / BLOCK; b++) {
+            prefetch(w + (b + 1) * PANEL_BYTES);
+            E::decode(lut, w + b * PANEL_BYTES, buf);
+            for (int64_t i = 0, m = 0; i < parts; i++) {
+                const int64_t end = M * (i + 1) / parts; // even parts: no thin last tile
+                tile_for<E::TILE>((int)(end - m))(buf, am + b * PANEL, x.p + b * x.blk + m * x.row,
+                                                  x.row, acc + m * as, as);
+                m = end;
+            }
+        }
+    }
+};
+
+} // namespace

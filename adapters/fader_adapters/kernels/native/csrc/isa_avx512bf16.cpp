@@ -1,0 +1,4 @@
+#define FADER_ISA 3
+#include "kernels.h"
+
+FADER_EXPORT(fader_avx512bf16);

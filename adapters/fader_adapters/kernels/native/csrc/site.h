@@ -1,0 +1,140 @@
+// A site: base panels, then the delta, then one rounding; two parallel phases (pack x and shrink;
+// column blocks). Knows the plan's groups; chooses work units, never the order of a row's sum.
+#pragma once
+#include "delta.h"
+#include "gemm.h"
+
+namespace {
+
+enum { ROWS_MAX = 132, BLOCK_PANELS = 4 };
+
+// Rows past 4 are packed block by block: strides of whole rows would fall on few cache sets.
+template <class In, class E> struct Packer {
+    typedef typename E::X X;
+    enum { PER_BLOCK = BLOCK / 2 * E::STEP };
+    static const bool same = sizeof(In) * 2 == sizeof(X) * E::STEP;
+    static bool direct(const In *x, int64_t T, int64_t stride) {
+        return T <= 4 && same && (uintptr_t)x % sizeof(X) == 0 && stride * sizeof(In) % sizeof(X) == 0;
+    }
+    static Rows<X> view(const In *x, int64_t stride) {
+        const int64_t per = sizeof(X) / sizeof(In);
+        return {(const X *)x, stride / (per ? per : 1), PER_BLOCK};
+    }
+    static void block(const In *x, int64_t stride, int64_t T, int64_t b, X *to) {
+        for (int64_t t = 0; t < T; t++) {
+            const In *from = x + t * stride + b * BLOCK;
+            if (same) memcpy(to + t * PER_BLOCK, from, BLOCK * sizeof(In));
+            else
+                for (int i = 0; i < BLOCK; i++) ((float *)(to + t * PER_BLOCK))[i] = load1(from + i);
+        }
+    }
+};
+
+FADER_INLINE void finish_row(const float *acc, const float *bias, int64_t n, void *out, int dtype) {
+    int64_t c = 0;
+    if (dtype == FADER_F32) {
+        float *o = (float *)out;
+        for (; c + W <= n; c += W)
+            vstore(o + c, bias ? vadd(vload(acc + c), vload(bias + c)) : vload(acc + c));
+        for (; c < n; c++) o[c] = bias ? acc[c] + bias[c] : acc[c];
+        return;
+    }
+    u16 *o = (u16 *)out;
+    for (; c + W <= n; c += W)
+        vstore_bf16(o + c, bias ? vadd(vload(acc + c), vload(bias + c)) : vload(acc + c));
+    for (; c < n; c++) o[c] = to_bf16(bias ? acc[c] + bias[c] : acc[c]);
+}
+
+template <class In, class E, class Ar>
+int site_run(const fader_site_t *s, const Plan *plan, int64_t T, const In *x, int64_t xs, void *out,
+             int out_dtype, int64_t os, char *scratch, int64_t bytes, int64_t *need, int nt) {
+    typedef Packer<In, E> Pack;
+    typedef typename E::X X;
+    const int64_t n = s->n, K = s->k, panels = ceil_div(n, PANEL);
+    const int64_t chunks = ceil_div(T, ROWS_MAX), rows = ceil_div(T, chunks);
+    // narrower blocks only when the threads would otherwise starve
+    int bp = BLOCK_PANELS;
+    while (bp > 1 && ceil_div(panels, bp) * chunks < 4 * nt) bp >>= 1;
+    const int64_t col_blocks = ceil_div(panels, bp), width = bp * PANEL;
+    const bool direct = !s->panels || Pack::direct(x, T, xs);
+
+    const int64_t acc_bytes = align64(rows * width * 4), own = acc_bytes + align64(E::BUF);
+    const int64_t pack_bytes = direct ? 0 : align64(T * K * (int64_t)sizeof(X) * E::STEP / 2);
+    Delta d;
+    const int64_t fixed = own * nt + pack_bytes;
+    const int64_t total = fixed + (plan ? delta_bytes(*s, *plan) : 0);
+    *need = total + 64;
+    if (bytes < total) return FADER_E_SCRATCH;
+    if (plan) {
+        const int err = delta_layout(*s, *plan, scratch + fixed, nt, &d);
+        if (err) return err;
+    }
+    X *packed = (X *)(scratch + own * nt);
+    const Rows<X> xr = direct ? Pack::view(x, xs)
+                              : Rows<X>{packed, Pack::PER_BLOCK, T * (int64_t)Pack::PER_BLOCK};
+    const int64_t pack_items = direct ? 0 : K / BLOCK, shrink_items = plan ? d.items : 0;
+    const int64_t esize = out_dtype == FADER_F32 ? 4 : 2;
+
+#pragma omp parallel num_threads(nt)
+    {
+        float *acc = (float *)(scratch + own * omp_get_thread_num());
+        void *buf = (char *)acc + acc_bytes;
+        if (pack_items + shrink_items) {
+#pragma omp for schedule(static) nowait
+            for (int64_t b = 0; b < pack_items; b++)
+                Pack::block(x, xs, T, b, packed + b * T * Pack::PER_BLOCK);
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < shrink_items; i++)
+                shrink_item<In, Ar>(*s, *plan, d, d.item[i], x, xs);
+        }
+#pragma omp for schedule(static)
+        for (int64_t u = 0; u < chunks * col_blocks; u++) {
+            const int64_t cb = u % col_blocks, m0 = u / col_blocks * rows, m1 = min64(T, m0 + rows);
+            const int64_t c0 = cb * width, c1 = min64(n, c0 + width), p0 = cb * bp;
+            float *a = acc;
+            int64_t as = width;
+            if (s->panels) {
+                Rows<X> xc = xr;
+                xc.p += m0 * xr.row;
+                Gemm<E>::run(m1 - m0, K, xc, s->panels + p0 * (K / 2) * PANEL,
+                             s->scales + p0 * (K / BLOCK) * PANEL, (int)min64(bp, panels - p0), a, as,
+                             buf);
+            } else {
+                a = (float *)out + m0 * os + c0;
+                as = os;
+            }
+            if (plan) expand_block<Ar>(*s, *plan, d, m0, m1, c0, c1, a, as);
+            if (s->panels)
+                for (int64_t m = m0; m < m1; m++)
+                    finish_row(a + (m - m0) * as, s->bias ? s->bias + c0 : 0, c1 - c0,
+                               (char *)out + (m * os + c0) * esize, out_dtype);
+        }
+    }
+    return 0;
+}
+
+template <class In, class E>
+int site_arena(const fader_site_t *s, const Plan *p, int64_t T, const void *x, int64_t xs, void *out,
+               int od, int64_t os, char *scratch, int64_t bytes, int64_t *need, int nt) {
+    if (s->arena_dtype == FADER_BF16)
+        return site_run<In, E, u16>(s, p, T, (const In *)x, xs, out, od, os, scratch, bytes, need, nt);
+    return site_run<In, E, float>(s, p, T, (const In *)x, xs, out, od, os, scratch, bytes, need, nt);
+}
+
+int site(const fader_site_t *s, const int32_t *blob, int64_t T, const void *x, int x_dtype,
+         int64_t xs, void *out, int od, int64_t os, void *scratch, int64_t bytes, int64_t *need,
+         int nt) {
+    const Plan *p = (const Plan *)blob;
+    if (p && !p->tokens) p = 0;
+    if (!s->panels && !p) return 0;
+    char *sc = (char *)scratch;
+    if (x_dtype == FADER_F32)
+        return site_arena<float, Fp>(s, p, T, x, xs, out, od, os, sc, bytes, need, nt);
+#if FADER_ISA >= 3
+    return site_arena<u16, Bf>(s, p, T, x, xs, out, od, os, sc, bytes, need, nt);
+#else
+    return site_arena<u16, Fp>(s, p, T, x, xs, out, od, os, sc, bytes, need, nt);
+#endif
+}
+
+} // namespace

@@ -1,0 +1,143 @@
+"""Loads the shared library and gives its functions their C types. Knows no tensors' meaning; the one place
+that reads FADER_CPU_ISA (scalar, avx2, avx512, avx512_bf16), which lets tests choose a slower path."""
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import torch  # first: its libgomp must be the one both use
+
+from fader_adapters.kernels.native.build import LIBRARY
+
+ABI = 1
+LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MESSAGES = {
+    -1: "a size, pointer or dtype that the kernel does not take",
+    -2: "scratch too small",
+    -3: "a slot, row, block number or arena offset lies outside its table",
+    -4: "this machine or build lacks that instruction set",
+}
+_P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_SIGNATURES: dict[str, list[type]] = {
+    "fader_abi": [],
+    "fader_best_isa": [],
+    "fader_isa": [],
+    "fader_set_isa": [_I],
+    "fader_repack": [_L, _L, _P, _P, _P, _P, _I],
+    "fader_panels_dense": [_L, _L, _P, _P, _P, _I, _I],
+    "fader_quantise": [_L, _P, _I, _P, _P, _I],
+    "fader_dequantise": [_L, _P, _P, _P, _I, _I],
+    "fader_quantise8": [_L, _P, _F, _P, _P, _P, _I],
+    "fader_dequantise8": [_L, _P, _P, _P, _F, _P, _I],
+    "fader_plan_build": [_L, _L, _P, _P, _P, _P, ctypes.c_int32, _P, _L],
+    "fader_site": [_P, _P, _L, _P, _I, _L, _P, _I, _L, _P, _L, _P, _I],
+    "fader_dense": [_L, _L, _L, _P, _L, _P, _I, _P, _P, _I, _L, _I],
+    "fader_attention": [_P, _L, _L, _P, _P, _P, _P, _P, _P, _L, _P, _I],
+    "fader_write_kv": [_P, _L, _P, _L, _P, _L, _P, _I],
+}
+
+
+class SiteStruct(ctypes.Structure):
+    """fader_site_t of csrc/fader.h, field for field."""
+
+    _fields_ = [
+        *[(name, _P) for name in ("panels", "scales", "bias")],
+        *[("n", _L), ("k", _L), ("arena", _P), ("arena_count", _L)],
+        *[(name, _P) for name in ("a_off", "b_off", "rank", "scale", "cols")],
+        ("table_stride", _L),
+        *[(name, ctypes.c_int32) for name in ("members", "slots", "arena_dtype", "pad")],
+    ]
+
+
+class AttentionStruct(ctypes.Structure):
+    """fader_attn_t of csrc/fader.h, field for field."""
+
+    _fields_ = [
+        *[("k_cache", _P), ("v_cache", _P)],
+        *[
+            (name, _L)
+            for name in ("blocks", "block_size", "kv_heads", "heads", "dim", "max_blocks", "window")
+        ],
+        *[("scale", _F), ("softcap", _F), ("dtype", ctypes.c_int32), ("pad", ctypes.c_int32)],
+    ]
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    lib = ctypes.CDLL(str(path))
+    for name, types in _SIGNATURES.items():
+        function = getattr(lib, name)
+        function.argtypes = types
+        function.restype = _I
+    for name, types in (("fader_probe_read", [_P, _L, _I]), ("fader_probe_dot", [_L, _I])):
+        getattr(lib, name).argtypes = types
+        getattr(lib, name).restype = ctypes.c_double
+    lib.fader_plan_words.argtypes = [_L, _L, _L]
+    lib.fader_plan_words.restype = _L
+    if lib.fader_abi() != ABI:
+        raise OSError(f"{path} has ABI {lib.fader_abi()}, this package needs {ABI}: build it again")
+    return lib
+
+
+@cache
+def _attempt() -> tuple[ctypes.CDLL | None, str]:
+    path = Path(__file__).resolve().parent / LIBRARY
+    if not path.exists():
+        return (
+            None,
+            f"{LIBRARY} was not built: run `python -m fader_adapters.kernels.native.build` (needs g++)",
+        )
+    try:
+        lib = _open(path)
+    except (OSError, AttributeError) as error:
+        return None, f"{path.name} does not load: {error}"
+    wanted = os.environ.get("FADER_CPU_ISA")
+    if wanted:
+        if wanted not in LEVELS:
+            return None, f"FADER_CPU_ISA must be one of {', '.join(LEVELS)}, got {wanted!r}"
+        if lib.fader_set_isa(LEVELS.index(wanted)):
+            return None, f"FADER_CPU_ISA={wanted}: {MESSAGES[-4]}"
+    return lib, ""
+
+
+def available() -> bool:
+    """Whether the library is built and loads on this machine."""
+    return _attempt()[0] is not None
+
+
+def reason() -> str:
+    """Why `available()` is False, with what to do; empty when it is True."""
+    return _attempt()[1]
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library. Raises: RuntimeError with `reason()` when there is none."""
+    lib, why = _attempt()
+    if lib is None:
+        raise RuntimeError(why)
+    return lib
+
+
+def isa() -> str:
+    """Name of the instruction set in use."""
+    return LEVELS[library().fader_isa()]
+
+
+def best_isa() -> str:
+    """Name of the best instruction set of this machine."""
+    return LEVELS[library().fader_best_isa()]
+
+
+def set_isa(level: str | None) -> None:
+    """Use `level` from now on; None picks the best. Raises: ValueError if unknown or not on this machine."""
+    if level is not None and level not in LEVELS:
+        raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
+    if library().fader_set_isa(-1 if level is None else LEVELS.index(level)):
+        raise ValueError(f"level {level}: {MESSAGES[-4]} (best is {best_isa()})")
+
+
+def check(code: int, what: str) -> None:
+    """Raise ValueError for a failed call of `what`."""
+    if code:
+        raise ValueError(f"{what}: {MESSAGES.get(code, f'status {code}')}")

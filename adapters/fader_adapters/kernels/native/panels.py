@@ -1,0 +1,90 @@
+"""NF4 weights in the layout the kernels stream: panels of 32 columns. Knows weights; no adapters, no rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fader_adapters.kernels.native import checks
+from fader_adapters.kernels.native.library import CODES, check, library
+from fader_adapters.kernels.native.quantise import BLOCK, packed_bytes
+
+PANEL = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Nf4Panels:
+    """W [n, k] as panels uint8 [P, k/2, 32] and scales fp32 [P, k/64, 32], P = ceil(n / 32): 0.5625 byte a weight."""
+
+    panels: Tensor
+    scales: Tensor
+    n: int
+    k: int
+
+    @staticmethod
+    def from_bnb(packed: Tensor, absmax: Tensor, n: int, k: int) -> "Nf4Panels":
+        """Repack bitsandbytes' bytes (uint8, n*k/2 of them) and absmax (fp32 [n*k/64], not nested).
+
+        Nothing of the inputs is kept. Raises: TypeError, ValueError (sizes; k must be a multiple of 64).
+        """
+        return Nf4Panels.stack([(packed, absmax, n)], k)
+
+    @staticmethod
+    def stack(parts: Sequence[tuple[Tensor, Tensor, int]], k: int) -> "Nf4Panels":
+        """One weight from several that share their input (q/k/v, gate/up): (packed, absmax, n) each, stacked by n.
+
+        Raises: TypeError, ValueError.
+        """
+        if not parts:
+            raise ValueError("parts must not be empty")
+        checks.positive("k", k)
+        if k % BLOCK:
+            raise ValueError(f"k must be a multiple of {BLOCK}, got {k}")
+        for packed, absmax, n in parts:
+            packed_bytes(packed, absmax, checks.positive("n", n) * k)
+        if len(parts) > 1 and any(n % PANEL for _, _, n in parts[:-1]):
+            # a part that ends inside a panel: join the rows first
+            joined = torch.cat([packed.reshape(-1) for packed, _, _ in parts])
+            scale = torch.cat([absmax.reshape(-1) for _, absmax, _ in parts])
+            parts = [(joined, scale, sum(n for _, _, n in parts))]
+        total = sum(n for _, _, n in parts)
+        count = -(-total // PANEL)
+        panels = torch.empty((count, k // 2, PANEL), dtype=torch.uint8)
+        scales = torch.empty((count, k // BLOCK, PANEL), dtype=torch.float32)
+        at = 0
+        for packed, absmax, n in parts:
+            code = library().fader_repack(
+                n,
+                k,
+                packed.data_ptr(),
+                absmax.data_ptr(),
+                panels[at:].data_ptr(),
+                scales[at:].data_ptr(),
+                torch.get_num_threads(),
+            )
+            check(code, "Nf4Panels")
+            at += n // PANEL
+        return Nf4Panels(panels, scales, total, k)
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes."""
+        return self.panels.nbytes + self.scales.nbytes
+
+    def dense(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """W [n, k] in `dtype` (bf16 or fp32), each value code * absmax rounded once. Raises: TypeError."""
+        if dtype not in checks.FLOATS:
+            raise TypeError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+        out = torch.empty((self.n, self.k), dtype=dtype)
+        code = library().fader_panels_dense(
+            self.n,
+            self.k,
+            self.panels.data_ptr(),
+            self.scales.data_ptr(),
+            out.data_ptr(),
+            CODES[dtype],
+            torch.get_num_threads(),
+        )
+        check(code, "dense")
+        return out

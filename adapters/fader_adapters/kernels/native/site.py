@@ -1,0 +1,176 @@
+"""A site: y = x·Wᵀ + bias + Σ γ·s·(x·Aᵀ)·B for the linears that share x. Knows tables and panels, no models."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fader_adapters.kernels.native import checks
+from fader_adapters.kernels.native.library import CODES, SiteStruct, library
+from fader_adapters.kernels.native.panels import Nf4Panels
+from fader_adapters.kernels.native.step import StepPlan
+from fader_adapters.kernels.native.workspace import Workspace
+
+
+@dataclass(frozen=True, slots=True)
+class SiteTables:
+    """Where each slot keeps its matrices for one site of `members` linears.
+
+    arena: bf16 or fp32 [elements]; a_off, b_off: int64 [slots, members], element offsets of A [r, k] and of B
+    rank-major [r, n_member], -1 = the adapter leaves that member alone; rank int32, scale fp32 [slots, members].
+    cols: (n0, n1) of each member in y, ascending. The tensors may be rewritten in place between steps.
+    """
+
+    arena: Tensor
+    a_off: Tensor
+    b_off: Tensor
+    rank: Tensor
+    scale: Tensor
+    cols: Sequence[tuple[int, int]]
+
+    def __post_init__(self) -> None:
+        checks.tensor("arena", self.arena, checks.FLOATS, shape=(None,))
+        shape = (
+            self.a_off.shape[0] if isinstance(self.a_off, Tensor) and self.a_off.ndim else None,
+            len(self.cols),
+        )
+        for name, dtype in (
+            ("a_off", torch.int64),
+            ("b_off", torch.int64),
+            ("rank", torch.int32),
+            ("scale", torch.float32),
+        ):
+            table = checks.rows(name, getattr(self, name), (dtype,), shape=shape)
+            if checks.row_stride(table) != checks.row_stride(self.a_off):
+                raise ValueError(f"{name} must have the row stride of a_off, got {table.stride()}")
+        if not self.cols:
+            raise ValueError("cols must name at least one member")
+        last = 0
+        for start, end in self.cols:
+            if not last <= start < end:
+                raise ValueError(f"cols must be ascending and disjoint, got {list(self.cols)}")
+            last = end
+
+
+class Site:
+    """One site, its pointers taken once. Call it with rows and the step's plan.
+
+    workspace: scratch shared by the sites of one thread; by default the site owns one.
+    """
+
+    def __init__(
+        self,
+        base: Nf4Panels | None,
+        tables: SiteTables | None = None,
+        *,
+        bias: Tensor | None = None,
+        shape: tuple[int, int] | None = None,
+        workspace: Workspace | None = None,
+    ) -> None:
+        """base: the weights, or None for a delta alone (then `shape` = (n, k)); bias fp32 or bf16 [n].
+
+        Raises: TypeError, ValueError.
+        """
+        if base is None and (shape is None or tables is None):
+            raise ValueError("base or both shape and tables must be given")
+        self.n, self.k = (base.n, base.k) if base is not None else shape or (0, 0)
+        self._function = library().fader_site
+        self._workspace = workspace or Workspace()
+        s = SiteStruct(n=self.n, k=self.k)
+        bias = (
+            None
+            if bias is None
+            else checks.tensor("bias", bias, checks.FLOATS, shape=(self.n,)).float()
+        )
+        cols = None
+        if base is not None:
+            s.panels, s.scales = base.panels.data_ptr(), base.scales.data_ptr()
+        if bias is not None:
+            s.bias = bias.data_ptr()
+        if tables is not None:
+            if tables.cols[-1][1] > self.n:
+                raise ValueError(
+                    f"cols must end at or before n = {self.n}, got {list(tables.cols)}"
+                )
+            cols = torch.tensor(tables.cols, dtype=torch.int32)
+            s.arena, s.arena_count, s.arena_dtype = (
+                tables.arena.data_ptr(),
+                tables.arena.numel(),
+                CODES[tables.arena.dtype],
+            )
+            s.a_off, s.b_off = tables.a_off.data_ptr(), tables.b_off.data_ptr()
+            s.rank, s.scale, s.cols = (
+                tables.rank.data_ptr(),
+                tables.scale.data_ptr(),
+                cols.data_ptr(),
+            )
+            s.table_stride, s.members, s.slots = (
+                checks.row_stride(tables.a_off),
+                len(tables.cols),
+                tables.a_off.shape[0],
+            )
+        self._struct = s
+        self._ref = ctypes.addressof(s)
+        self._keep = (base, tables, bias, cols)
+        self.has_base, self.has_tables = base is not None, tables is not None
+
+    def __call__(
+        self, x: Tensor, plan: StepPlan | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
+        """y [T, n] in `out` (bf16 or fp32; default x's dtype), one rounding from fp32 sums.
+
+        x: bf16 or fp32 [T, k], rows may be strided. Without a base `out` (fp32) is required and added to.
+        A row's bits depend on nothing but the row, its terms and the weights. Raises: TypeError, ValueError.
+        """
+        checks.rows("x", x, checks.FLOATS, shape=(None, self.k))
+        tokens = x.shape[0]
+        dtype = x.dtype if out is None else out.dtype
+        if out is not None and dtype not in checks.FLOATS:
+            raise TypeError(f"out must be torch.float32 or torch.bfloat16, got {dtype}")
+        if not self.has_base and (out is None or dtype != torch.float32):
+            raise TypeError("out must be a torch.float32 tensor to add a delta to")
+        out = checks.output("out", out, (tokens, self.n), dtype)
+        blob = None
+        if plan is not None:
+            if plan.tokens != tokens:
+                raise ValueError(f"plan must be for the {tokens} rows of x, got {plan.tokens}")
+            if plan.active and not self.has_tables:
+                raise ValueError("plan names adapters, but this site has no tables")
+            blob = plan.pointer
+        self._workspace.call(
+            self._function,
+            "site",
+            self._ref,
+            blob,
+            tokens,
+            x.data_ptr(),
+            CODES[x.dtype],
+            checks.row_stride(x),
+            out.data_ptr(),
+            CODES[dtype],
+            checks.row_stride(out),
+            threads=torch.get_num_threads(),
+        )
+        return out
+
+
+def gemm(
+    x: Tensor, panels: Nf4Panels, *, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """x·Wᵀ + bias: x bf16 or fp32 [M, k] -> `out` [M, n], by default fp32. Raises: TypeError, ValueError.
+
+    bf16 rows use bf16 codes with fp32 sums and absmax where the machine multiplies bf16, else exact fp32.
+    """
+    checks.rows("x", x, checks.FLOATS, shape=(None, panels.k))
+    if out is None:
+        out = torch.empty((x.shape[0], panels.n), dtype=torch.float32)
+    return Site(panels, bias=bias)(x, out=out)
+
+
+def delta(y: Tensor, x: Tensor, tables: SiteTables, plan: StepPlan) -> Tensor:
+    """y += Σ γ·s·(x·Aᵀ)·B in place: y fp32 [T, n], x bf16 or fp32 [T, k]. Raises: TypeError, ValueError."""
+    checks.rows("y", y, (torch.float32,), shape=(None, None))
+    checks.rows("x", x, checks.FLOATS, shape=(y.shape[0], None))
+    return Site(None, tables, shape=(y.shape[1], x.shape[1]))(x, plan, out=y)
