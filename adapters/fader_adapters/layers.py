@@ -158,14 +158,15 @@ def _groups(found: list[tuple[str, nn.Module]]) -> Iterator[list[int]]:
         parent, _, child = path.rpartition(".")
         for names in SHARED_INPUTS:
             together = [place.get(f"{parent}.{other}") for other in names]
-            if child == names[0] and all(_stackable(found, j) for j in together):
-                members = [j for j in together if j is not None]
+            in_order = list(range(i, i + len(names)))
+            if child == names[0] and together == in_order and _stackable(found, in_order):
+                members = in_order
         grouped.update(members)
         yield members
 
 
-def _stackable(found: list[tuple[str, nn.Module]], index: int | None) -> bool:
-    return index is not None and isinstance(found[index][1], Linear4bit)
+def _stackable(found: list[tuple[str, nn.Module]], members: list[int]) -> bool:
+    return all(isinstance(found[i][1], Linear4bit) for i in members)
 
 
 def _base(members: list[nn.Module], backend: Backend) -> BaseLinear:

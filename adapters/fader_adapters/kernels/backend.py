@@ -1,13 +1,19 @@
 """What a kernel backend does, and the one place that knows there is more than one."""
 
+import logging
 from typing import Literal, Protocol
 
 import torch
 
+from fader_adapters.errors import KernelUnavailable
+from fader_adapters.kernels import native
+from fader_adapters.kernels.cpu import NativeBackend
 from fader_adapters.kernels.nf4 import Nf4Weight
 from fader_adapters.kernels.reference import ReferenceBackend
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import SiteSpec, StepTerms
+
+log = logging.getLogger(__name__)
 
 
 class BaseLinear(Protocol):
@@ -40,7 +46,7 @@ class SiteKernel(Protocol):
     def __call__(self, x: torch.Tensor, step: Step | None) -> torch.Tensor:
         """y[t] = base(x[t]) + Σᵢ γ[t,i]·s[slotᵢ,m]·(x[t]·A[slotᵢ,m]ᵀ)·B[slotᵢ,m].
 
-        x        [T, in]   the step's tokens in packed order, then padding that gets the base alone
+        x        [T, in]   the step's tokens in packed order, all of them
         returns  [T, Σ out of the members] in x's dtype
         Rows without terms equal base(x[t]) bit for bit; a row's terms are summed in the order of
         its RowTerms, whatever else is in the step; a zero coefficient selects, it never multiplies.
@@ -66,12 +72,27 @@ class Backend(Protocol):
         ...
 
 
-BackendName = Literal["auto", "reference"]
+BackendName = Literal["auto", "reference", "native"]
 
 
-def choose(device: torch.device, name: BackendName = "auto") -> Backend:
-    """The fastest backend for `device`, or the one asked for.
+def choose(device: torch.device, dtype: torch.dtype, name: BackendName = "auto") -> Backend:
+    """The fastest backend for `device` and the activations' dtype, or the one asked for.
 
-    Raises KernelUnavailable when the one asked for cannot run here.
+    A machine that should have the native kernels and has not is told so, once, in the log. Raises
+    KernelUnavailable when the one asked for cannot run here.
     """
+    if name == "reference":
+        return ReferenceBackend()
+    if device.type != "cpu":
+        obstacle = f"it runs on the CPU, not on {device.type}"
+    elif dtype not in (torch.float32, torch.bfloat16):
+        obstacle = f"it computes in float32 and bfloat16, not in {dtype}"
+    else:
+        obstacle = "" if native.available() else native.reason()
+    if not obstacle:
+        return NativeBackend()
+    if name == "native":
+        raise KernelUnavailable(f"the native backend is not available: {obstacle}")
+    if device.type == "cpu":
+        log.warning("running on the slow reference kernels: %s", obstacle)
     return ReferenceBackend()

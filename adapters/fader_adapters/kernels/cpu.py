@@ -1,6 +1,6 @@
 """The native CPU backend: NF4 panels and one call a site. Knows the C library, not models."""
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -8,6 +8,9 @@ from fader_adapters.kernels.native import Nf4Panels, Site, SiteTables, StepPlan,
 from fader_adapters.kernels.nf4 import Nf4Weight
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import SiteSpec, StepTerms
+
+if TYPE_CHECKING:
+    from fader_adapters.kernels.backend import BaseLinear
 
 
 class PanelLinear:
@@ -18,7 +21,6 @@ class PanelLinear:
         self.bias = bias
         self.out_features = panels.n
         self.in_features = panels.k
-        self.scratch = scratch
         self._site = Site(panels, bias=bias, workspace=scratch)
 
     @property
@@ -33,10 +35,12 @@ class PanelLinear:
 
 
 class NativeSite:
-    """One site: base and deltas in one call, summed in fp32 and rounded once."""
+    """One site. Over panels, base and deltas are one call, summed in fp32 and rounded once; over
+    another base the deltas are added to its output in fp32."""
 
-    def __init__(self, site: SiteSpec, base: PanelLinear) -> None:
+    def __init__(self, site: SiteSpec, base: "BaseLinear", scratch: Workspace) -> None:
         self.base = base
+        self._scratch = scratch
         self._first = site.linears[0]
         self._members = len(site.linears)
         ends = [sum(site.out_features[: i + 1]) for i in range(self._members)]
@@ -54,16 +58,19 @@ class NativeSite:
             tables.scale[:, own],
             self._columns,
         )
-        self._bound = Site(
-            self.base.panels, views, bias=self.base.bias, workspace=self.base.scratch
-        )
+        base = self.base
+        panels, bias = (base.panels, base.bias) if isinstance(base, PanelLinear) else (None, None)
+        shape = (base.out_features, base.in_features)
+        self._bound = Site(panels, views, bias=bias, shape=shape, workspace=self._scratch)
 
     def __call__(self, x: torch.Tensor, step: object | None) -> torch.Tensor:
         if step is None:
             return self.base(x)
         assert isinstance(step, StepPlan)
         assert self._bound is not None
-        return self._bound(x, step)
+        if self._bound.has_base:
+            return self._bound(x, step)
+        return self._bound(x, step, out=self.base(x).float()).to(x.dtype)
 
 
 class NativeBackend:
@@ -82,9 +89,9 @@ class NativeBackend:
         )
         return PanelLinear(panels, bias, self._scratch)
 
-    def bind(self, site: SiteSpec, base: PanelLinear) -> NativeSite:
+    def bind(self, site: SiteSpec, base: "BaseLinear") -> NativeSite:
         """The members' indices must follow one another."""
-        kernel = NativeSite(site, base)
+        kernel = NativeSite(site, base, self._scratch)
         self._sites.append(kernel)
         return kernel
 
@@ -98,5 +105,5 @@ class NativeBackend:
         row_of_token: list[int] = []
         for i, row in enumerate(terms.rows):
             row_of_token += [i] * row.tokens
-        blends: Sequence[Sequence[tuple[int, float]]] = [row.terms for row in terms.rows]
+        blends = [list(row.terms) for row in terms.rows]
         return StepPlan.of(blends, row_of_token, slots=tables.slots)

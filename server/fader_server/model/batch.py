@@ -50,6 +50,11 @@ class Batch:
     def tokens(self) -> int:
         return self.slots.shape[0]
 
+    @property
+    def padding(self) -> int:
+        """Packed tokens that belong to no row."""
+        return self.input_ids.shape[1] - self.tokens
+
     @classmethod
     def from_plan(cls, plan: Plan, *, block_size: int, device: torch.device) -> "Batch":
         ids: list[int] = []

@@ -1,16 +1,17 @@
 """Paged attention by the native CPU kernel: no gathers, every row on its own."""
 
 import torch
+
 from fader_adapters.kernels.native import PagedAttention as Kernel
 from fader_adapters.kernels.native import Workspace
-
 from fader_server.model.attention import AttentionParams
 from fader_server.model.batch import Batch
-from fader_server.model.kv_cache import LayerCache
+from fader_server.model.kv_cache import LayerCache, LayerShape
 
-MULTIPLE = 16
-LARGEST = 256
-"""Head sizes the kernel takes: multiples of 16 up to 256."""
+
+def fits(shape: LayerShape) -> bool:
+    """The kernel takes head sizes that are multiples of 16 up to 256, equal for keys and values."""
+    return shape.head_dim == shape.value_dim <= 256 and shape.head_dim % 16 == 0
 
 
 class NativeAttention:
@@ -22,10 +23,6 @@ class NativeAttention:
 
     def prepare(self, batch: Batch) -> Batch:
         return batch
-
-    def write(self, k: torch.Tensor, v: torch.Tensor, cache: LayerCache, batch: Batch) -> None:
-        cache.k.flatten(0, 1).index_copy_(0, batch.slots, k)
-        cache.v.flatten(0, 1).index_copy_(0, batch.slots, v)
 
     def attend(
         self, q: torch.Tensor, cache: LayerCache, params: AttentionParams, step: object

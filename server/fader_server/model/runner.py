@@ -3,12 +3,18 @@
 import torch
 
 from fader_adapters.kernels.tables import Tables
+from fader_adapters.spec import RowTerms, StepTerms
 from fader_server.core import Plan, RowResult
 from fader_server.model.attention import PagedAttention, StepAttention
 from fader_server.model.batch import Batch
 from fader_server.model.kv_cache import KVCache
 from fader_server.model.loader import LoadedBase
 from fader_server.model.sampler import Sampler
+
+
+def _padded(terms: StepTerms, padding: int) -> StepTerms:
+    """The terms of every packed token: padding is a row of the base."""
+    return StepTerms((*terms.rows, RowTerms(padding))) if padding else terms
 
 
 class ModelRunner:
@@ -41,7 +47,7 @@ class ModelRunner:
     def _forward(self, plan: Plan, batch: Batch) -> torch.Tensor:
         """[len(batch.logit_index), vocab]"""
         state = self._base.installed.state
-        state.step = self._base.backend.prepare(self._tables, plan.terms)
+        state.step = self._base.backend.prepare(self._tables, _padded(plan.terms, batch.padding))
         try:
             out = self._base.model(
                 input_ids=batch.input_ids,

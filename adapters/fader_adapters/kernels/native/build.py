@@ -17,9 +17,9 @@ BASE = (
     # a product and a sum round twice unless the source says fma: bits must not depend on inlining
     "-ffp-contract=off -fvisibility=hidden -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized"
 ).split()
-AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c".split()
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 LEVELS: dict[str, list[str]] = {
-    "isa_avx2": "-mavx2 -mfma -mf16c".split(),
+    "isa_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "isa_avx512": AVX512,
     "isa_avx512bf16": [*AVX512, "-mavx512bf16"],
 }
