@@ -130,8 +130,8 @@ def _draw(shifted: Tensor, sequences: list[Sequence]) -> Tensor:
     if cut:
         index = _upload(cut, mass)
         kept = mass if len(cut) == len(params) else mass.index_select(0, index)
-        kept = torch.where(kept >= edges(kept, limits([params[row] for row in cut])), kept, 0)
-        mass = kept if len(cut) == len(params) else mass.index_copy(0, index, kept)
+        kept.masked_fill_(kept < edges(kept, limits([params[row] for row in cut])), 0)
+        mass = kept if kept is mass else mass.index_copy_(0, index, kept)
     numbers = [uniform(s.request.params.seed, s.output_len) for s in sequences]
     return draw(mass, _upload(np.array(numbers, np.float64), mass)[:, None])
 
