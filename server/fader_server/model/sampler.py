@@ -1,0 +1,204 @@
+"""Chooses tokens from logits, one host synchronisation a step. Knows nothing of caches or text.
+
+A row's result depends on its own logits, parameters, seed and position only, bit for bit: sums are
+integers (mass.py), randomness is a hash, and everything else is elementwise or a maximum.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fader_server.core import RowResult, Sequence, TokenLogprob
+from fader_server.model.mass import draw, edges, likeliest, log_total, masses
+from fader_server.model.sampling_state import (
+    CountsTable,
+    Shifts,
+    biases,
+    edits,
+    limits,
+    penalises,
+    penalties,
+    stop_masks,
+    truncates,
+    uniform,
+)
+
+_CHUNK_ELEMENTS = 2**22
+"""Logits worked on at a time for prompt logprobs: about 100 MB of temporaries."""
+
+
+class Sampler:
+    """Owned by the engine thread. Keeps token counts of penalised rows between steps."""
+
+    def __init__(self) -> None:
+        self._counts = CountsTable()
+
+    @property
+    def tracked(self) -> int:
+        """Rows whose token counts are held."""
+        return len(self._counts)
+
+    @torch.inference_mode()
+    def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[RowResult]:
+        """One token per row.
+
+        logits: [R, V], any float dtype, untouched; row i belongs to sequences[i]. Greedy takes the
+        lowest id among equals. Order of edits: bias, repetition, presence and frequency, stop mask;
+        then temperature, top-k, top-p, min-p. Logprobs are of the logits as given. A row with NaN,
+        +Inf or no finite logit comes back with token None and finite False.
+        """
+        assert logits.shape[0] == len(sequences)
+        if not sequences:
+            return []
+        best, tokens = logits.max(-1)
+        finite = best.isfinite()
+        touched = [
+            row
+            for row, sequence in enumerate(sequences)
+            if sequence.request.params.temperature > 0 or edits(sequence)
+        ]
+        rows = [sequences[row] for row in touched]
+        counted = [row for row, seq in enumerate(rows) if penalises(seq.request.params)]
+        counts = self._counts.refresh([rows[row] for row in counted])
+        if touched:
+            index = _upload(touched, logits)
+            x = logits.index_select(0, index).float()
+            _add(x, biases(rows))
+            if counted:
+                pairs = penalties(counted, [rows[row] for row in counted], counts)
+                _penalise(x, pairs.row, pairs.token, pairs.repetition, pairs.subtract)
+            _add(x, stop_masks(rows, logits.shape[1]))
+            chosen, sound = _choose(x, rows)
+            tokens = tokens.index_copy(0, index, chosen)
+            finite = finite.index_copy(0, index, finite.index_select(0, index) & sound)
+        return _results(logits, sequences, tokens, finite)
+
+
+def prompt_logprobs(logits: Tensor, targets: Tensor, top_n: int) -> tuple[TokenLogprob, ...]:
+    """Logprob of targets[i] under logits[i], with the top_n likeliest. One synchronisation a chunk.
+
+    logits: [n, V], any float dtype. targets: [n] int64. Rows that are not finite give NaN.
+    """
+    step = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+    found: list[TokenLogprob] = []
+    with torch.inference_mode():
+        for start in range(0, len(targets), step):
+            ids = targets[start : start + step].to(logits.device)
+            scored = _score(logits[start : start + step].float(), ids, top_n)
+            pieces = zip(ids.tolist(), scored.flat().tolist(), strict=True)
+            found += [_logprob(token, values, top_n) for token, values in pieces]
+    return tuple(found)
+
+
+def _penalise(
+    x: Tensor, row: np.ndarray, token: np.ndarray, repetition: np.ndarray, subtract: np.ndarray
+) -> None:
+    at = (_upload(row, x), _upload(token, x))
+    factor = _upload(repetition, x)
+    seen = x[at]
+    seen = torch.where(seen > 0, seen / factor, seen * factor)
+    x[at] = seen - _upload(subtract, x)
+
+
+def _add(x: Tensor, shifts: Shifts | None) -> None:
+    if shifts is not None:
+        at = (_upload(shifts.row, x), _upload(shifts.token, x))
+        x[at] = x[at] + _upload(shifts.value, x)
+
+
+def _choose(x: Tensor, sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
+    """Token [R] of every row of x [R, V] float32, and whether the row has a finite maximum [R]."""
+    best, chosen = x.max(-1)
+    drawn = [row for row, seq in enumerate(sequences) if seq.request.params.temperature > 0]
+    if drawn:
+        index = _upload(drawn, x)
+        rows = [sequences[row] for row in drawn]
+        shifted = x.index_select(0, index).sub_(best.index_select(0, index)[:, None])
+        chosen = chosen.index_copy(0, index, _draw(shifted, rows))
+    return chosen, best.isfinite()
+
+
+def _draw(shifted: Tensor, sequences: list[Sequence]) -> Tensor:
+    """A token per row of shifted [R, V] (row maximum 0, overwritten) under its own parameters."""
+    params = [sequence.request.params for sequence in sequences]
+    heat = np.array([p.temperature for p in params], np.float32)
+    mass = masses(shifted.div_(_upload(heat, shifted)[:, None]))
+    cut = [row for row, p in enumerate(params) if truncates(p)]
+    if cut:
+        index = _upload(cut, mass)
+        kept = mass if len(cut) == len(params) else mass.index_select(0, index)
+        kept.masked_fill_(kept < edges(kept, limits([params[row] for row in cut])), 0)
+        mass = kept if kept is mass else mass.index_copy_(0, index, kept)
+    numbers = [uniform(s.request.params.seed, s.output_len) for s in sequences]
+    return draw(mass, _upload(np.array(numbers, np.float64), mass)[:, None])
+
+
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    chosen: Tensor
+    """[R] float64."""
+    top_ids: Tensor
+    """[R, n] int64, likeliest first."""
+    top: Tensor
+    """[R, n] float64."""
+
+    def flat(self) -> Tensor:
+        """[R, 1 + 2n] float64: chosen, ids, logprobs. Ids below 2^53 survive it."""
+        return torch.cat([self.chosen[:, None], self.top_ids.double(), self.top], dim=-1)
+
+
+def _score(x: Tensor, tokens: Tensor, top_n: int) -> _Scores:
+    """Logprobs under x [R, V] float32 of tokens [R] and of the top_n likeliest."""
+    best = x.amax(-1, keepdim=True)
+    total = log_total(masses(x - best))[:, None]
+    chosen = (x.gather(-1, tokens[:, None]) - best).double() - total
+    ids = likeliest(x, top_n) if top_n else tokens.new_empty((len(tokens), 0))
+    top = (x.gather(-1, ids) - best).double() - total
+    return _Scores(chosen[:, 0], ids, top)
+
+
+def _logprob(token: int, values: list[float], top_n: int) -> TokenLogprob:
+    """From a row of _Scores.flat() computed for at least top_n tokens."""
+    width = (len(values) - 1) // 2
+    ids = [int(value) for value in values[1 : 1 + min(top_n, width)]]
+    return TokenLogprob(token, values[0], tuple(zip(ids, values[1 + width :], strict=False)))
+
+
+def _results(
+    logits: Tensor, sequences: list[Sequence], tokens: Tensor, finite: Tensor
+) -> list[RowResult]:
+    """Everything to the host in one transfer, then plain values."""
+    asked = [s.request.params.logprobs for s in sequences]
+    scored = [row for row, count in enumerate(asked) if count is not None]
+    parts = [tokens.double(), finite.double()]
+    if scored:
+        index = _upload(scored, logits)
+        x = logits.index_select(0, index).float()
+        top_n = max(count for count in asked if count is not None)
+        parts.append(_score(x, tokens.index_select(0, index), top_n).flat().reshape(-1))
+    values: list[float] = torch.cat(parts).tolist()
+    size = len(sequences)
+    width = (len(values) - 2 * size) // max(1, len(scored))
+    rows = _slices(values[2 * size :], width)
+    results = []
+    for row, count in enumerate(asked):
+        token, sound = int(values[row]), bool(values[size + row])
+        scores = next(rows) if count is not None else []
+        if not sound:
+            results.append(RowResult(token=None, finite=False))
+        else:
+            logprob = _logprob(token, scores, count) if count is not None else None
+            results.append(RowResult(token=token, logprob=logprob))
+    return results
+
+
+def _slices(values: list[float], width: int) -> Iterator[list[float]]:
+    return (values[start : start + width] for start in range(0, len(values), max(1, width)))
+
+
+def _upload(values: np.ndarray | list[int], like: Tensor) -> Tensor:
+    host = torch.from_numpy(np.ascontiguousarray(values))
+    return host.to(like.device, non_blocking=True)

@@ -1,0 +1,189 @@
+"""What a batch of sequences asks of the sampler, as arrays on the host; no tensors here.
+
+Penalty counts follow Sequence.tokens, O(1) a token, and live only while their rows keep coming.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from fader_server.core import SamplingParams, Sequence
+from fader_server.model.mass import Limits
+
+_MASK = 2**64 - 1
+
+
+def uniform(seed: int, position: int) -> float:
+    """The number in [0, 1) that decides output token `position`: splitmix64 of both, 53 bits."""
+    return (_mix(_mix(seed & _MASK) + position + 1) >> 11) * 2.0**-53
+
+
+def _mix(value: int) -> int:
+    value = (value * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def penalises(params: SamplingParams) -> bool:
+    """Whether the tokens seen so far change the logits."""
+    return bool(
+        params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+    )
+
+
+def masks_stops(sequence: Sequence) -> bool:
+    """Whether stop tokens are still forbidden."""
+    params = sequence.request.params
+    return sequence.output_len < params.min_tokens and bool(params.stop_token_ids)
+
+
+def edits(sequence: Sequence) -> bool:
+    """Whether the row's logits must be changed before a token is chosen."""
+    params = sequence.request.params
+    return bool(params.logit_bias) or penalises(params) or masks_stops(sequence)
+
+
+def truncates(params: SamplingParams) -> bool:
+    """Whether some tokens may not be drawn."""
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+
+
+def limits(params: list[SamplingParams]) -> Limits:
+    """Truncation of the given rows."""
+    return Limits(
+        top_k=np.array([p.top_k for p in params], np.int64),
+        top_p=np.array([p.top_p for p in params], np.float64),
+        min_p=np.array([p.min_p for p in params], np.float64),
+    )
+
+
+class TokenCounts:
+    """The distinct tokens of one sequence and how often each was put out."""
+
+    def __init__(self, sequence: Sequence) -> None:
+        self._source = sequence.tokens  # the list itself: its identity says whose counts these are
+        self._prompt_len = sequence.prompt_len
+        seen = np.unique(np.asarray(sequence.request.prompt, np.int64))
+        self._ids = np.zeros(max(64, 2 * seen.size), np.int64)
+        self._counts = np.zeros_like(self._ids)
+        self._ids[: seen.size] = seen
+        self._at = {token: index for index, token in enumerate(seen.tolist())}
+        self._read = self._prompt_len
+
+    def follows(self, sequence: Sequence) -> bool:
+        """Whether these counts are this sequence's, and not ahead of it."""
+        return (
+            self._source is sequence.tokens
+            and self._prompt_len == sequence.prompt_len
+            and self._read <= len(sequence.tokens)
+        )
+
+    def update(self) -> None:
+        """Read the tokens that came since."""
+        for position in range(self._read, len(self._source)):
+            token = self._source[position]
+            index = self._at.setdefault(token, len(self._at))
+            if index == self._ids.size:
+                self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+                self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+            self._ids[index] = token
+            self._counts[index] += 1
+        self._read = len(self._source)
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct token ids [n] and their output counts [n]; 0 for a token of the prompt only."""
+        size = len(self._at)
+        return self._ids[:size], self._counts[:size]
+
+
+class CountsTable:
+    """Counts of the rows of the last batch; a row that stays away is counted anew when it returns.
+
+    Holds token lists, never sequences or requests: an idle sampler keeps no adapter alive.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[int, TokenCounts] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def refresh(self, sequences: list[Sequence]) -> list[TokenCounts]:
+        """Counts of these sequences, up to date and in order; every other one is forgotten."""
+        fresh: dict[int, TokenCounts] = {}
+        for sequence in sequences:
+            counts = self._rows.get(id(sequence.tokens))
+            if counts is None or not counts.follows(sequence):
+                counts = TokenCounts(sequence)
+            counts.update()
+            fresh[id(sequence.tokens)] = counts
+        self._rows = fresh
+        return list(fresh.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """Penalised (row, token) pairs, each once. Arrays [N]."""
+
+    row: np.ndarray
+    token: np.ndarray
+    repetition: np.ndarray
+    """float32; divides a positive logit, multiplies another."""
+    subtract: np.ndarray
+    """float32; presence + count · frequency for tokens put out, else 0."""
+
+
+def penalties(rows: list[int], sequences: list[Sequence], counts: list[TokenCounts]) -> Penalties:
+    """Pairs of the given rows; tokens of the prompt count for the repetition penalty only."""
+    columns: list[tuple[np.ndarray, ...]] = []
+    for row, sequence, count in zip(rows, sequences, counts, strict=True):
+        params = sequence.request.params
+        token, times = count.arrays()
+        if params.repetition_penalty == 1.0:
+            token, times = token[times > 0], times[times > 0]
+        subtract = params.presence_penalty * (times > 0) + params.frequency_penalty * times
+        repetition = np.full(token.size, params.repetition_penalty, np.float32)
+        columns.append((np.full(token.size, row), token, repetition, subtract.astype(np.float32)))
+    return Penalties(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class Shifts:
+    """Values added to (row, token) pairs, each once; -inf forbids. Arrays [N]."""
+
+    row: np.ndarray
+    token: np.ndarray
+    value: np.ndarray
+
+
+def biases(sequences: list[Sequence]) -> Shifts | None:
+    """The rows' logit biases."""
+    return _shifts(sequences, lambda sequence: dict(sequence.request.params.logit_bias))
+
+
+def stop_masks(sequences: list[Sequence], vocab: int) -> Shifts | None:
+    """The stop tokens still forbidden; one beyond the vocabulary needs no mask."""
+
+    def masked(sequence: Sequence) -> dict[int, float]:
+        if not masks_stops(sequence):
+            return {}
+        ids = sequence.request.params.stop_token_ids
+        return {token: -np.inf for token in ids if token < vocab}
+
+    return _shifts(sequences, masked)
+
+
+def _shifts(
+    sequences: list[Sequence], values: Callable[[Sequence], dict[int, float]]
+) -> Shifts | None:
+    found = [
+        (row, token, value)
+        for row, sequence in enumerate(sequences)
+        for token, value in values(sequence).items()
+    ]
+    if not found:
+        return None
+    row, token, value = zip(*found, strict=True)
+    return Shifts(np.array(row, np.int64), np.array(token, np.int64), np.array(value, np.float32))
