@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from fader_adapters.spec import BASE, AdapterData, Blend, Digest, StepTerms, Upload
+from fader_adapters.spec import BASE, AdapterData, Blend, Digest, RowTerms, StepTerms, Upload
 
 FinishReason = Literal["stop", "length"]
 
@@ -77,7 +77,7 @@ class TokenEvent:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """For the next prompt positions in order; all of them arrive before or with the first token."""
     cached_tokens: int = 0
-    """Prompt tokens found in the prefix cache; set on the first event with a token."""
+    """Prompt tokens found in the prefix cache; set on the first event with a token or `finish`."""
     finish: FinishReason | None = None
     error: Exception | None = None
 
@@ -96,9 +96,21 @@ class Sequence:
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
     blocks: list[int] = field(default_factory=list)
-    """KV block ids; position p lives in blocks[p // block_size]."""
+    """KV block ids; position p lives in blocks[p // block_size]. Empty when it is not running."""
     cached_tokens: int = 0
     prompt_logprobs_sent: int = 0
+    arrival: int = 0
+    """Its place in the order of arrival: larger is newer."""
+    decoding: bool = False
+    """Only the newest token's keys and values are missing."""
+    terms: RowTerms = field(default_factory=lambda: RowTerms(1))
+    """The delta work of one of its tokens, fixed from admission on: its versions stay pinned."""
+    keys: list[bytes] = field(default_factory=list)
+    """Prefix-cache keys of its first full blocks, extended when asked for."""
+    published: int = 0
+    """Leading blocks that others may already find."""
+    overtaken: int = 0
+    """Requests admitted before it while its adapters had no room."""
 
     @property
     def prompt_len(self) -> int:
@@ -117,7 +129,7 @@ class PlanRow:
     start: int
     count: int
     samples: bool
-    """True when the row reaches the sequence's last token, so that a new one is drawn."""
+    """True when the row reaches the sequence's last token and a new one is wanted."""
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -150,12 +162,16 @@ class RowResult:
     """The sampled token; None when the row does not sample."""
     logprob: TokenLogprob | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """For prompt positions start + 1 .. min(start + count, prompt_len - 1), when wanted."""
     finite: bool = True
     """False when the row's logits hold NaN or Inf: the request fails, its neighbours do not."""
 
 
 class Runner(Protocol):
-    """The device side of a step."""
+    """The device side of a step. Running a plan again before it is committed changes nothing.
+
+    Block 0 belongs to nobody: rows may write it, and what it holds is never read.
+    """
 
     def run(self, plan: Plan) -> list[RowResult]:
         """Compute every row of the plan; one result per row, same order."""

@@ -1,0 +1,1 @@
+"""The engine: blocks, scheduler and the thread that owns the device. Never imports torch."""

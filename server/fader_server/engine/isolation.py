@@ -1,0 +1,112 @@
+"""Runs a step so that one bad row costs only itself. Knows rows and exceptions, not tensors."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fader_adapters.spec import Digest, RowTerms, StepTerms, Upload
+from fader_server.core import Plan, PlanRow, Request, RowResult, Runner, SamplingParams, Sequence
+from fader_server.engine.blocks import NULL_BLOCK
+from fader_server.errors import EngineFault
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class StepOutcome:
+    """Every row of a plan is in exactly one of these."""
+
+    done: list[tuple[Plan, list[RowResult]]] = field(default_factory=list)
+    failed: list[tuple[Sequence, Exception]] = field(default_factory=list)
+    """Rows that fail even alone."""
+    crowded: list[tuple[Sequence, Exception]] = field(default_factory=list)
+    """Rows left out because the device ran out of memory, newest first."""
+
+
+def run_isolated(runner: Runner, plan: Plan) -> StepOutcome:
+    """Run a plan; after an exception run its halves, down to the rows at fault.
+
+    Running rows again is safe: keys and values land in the same places, and nothing is
+    committed yet. Out of memory is nobody's fault: the newest row is left out instead.
+    """
+    outcome = StepOutcome()
+    _run(runner, plan, outcome)
+    return outcome
+
+
+def upload_isolated(
+    upload: Callable[[tuple[Upload, ...]], None], uploads: tuple[Upload, ...]
+) -> dict[Digest, Exception]:
+    """Bring versions in; after an exception one by one. Returns those that cannot be brought."""
+    try:
+        upload(uploads)
+    except Exception as error:  # noqa: BLE001 - told apart one by one below
+        _log.warning("bringing %d adapters in failed", len(uploads), exc_info=error)
+    else:
+        return {}
+    lost: dict[Digest, Exception] = {}
+    for one in uploads:
+        try:
+            upload((one,))
+        except Exception as error:  # noqa: BLE001, PERF203 - it must cost only its requests
+            lost[one.data.spec.version] = error
+    return lost
+
+
+def probe(runner: Runner) -> Exception | None:
+    """What the device raises for one token of the base, in the null block; None: it works."""
+    request = Request("probe", (0,), SamplingParams(max_tokens=1, temperature=0.0))
+    sequence = Sequence(request, [0], blocks=[NULL_BLOCK])
+    plan = Plan((PlanRow(sequence, 0, 1, True),), StepTerms((RowTerms(1),)))
+    try:
+        runner.run(plan)
+    except Exception as error:  # noqa: BLE001 - any exception is the answer
+        return error
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's, CUDA's or the CPU allocator's way to say so."""
+    return (
+        isinstance(error, MemoryError)
+        or any(c.__name__ == "OutOfMemoryError" for c in type(error).__mro__)
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+def without(plan: Plan, dropped: set[int]) -> Plan | None:
+    """The plan without the rows at these indices; None when no row is left. No uploads."""
+    kept = [i for i in range(len(plan.rows)) if i not in dropped]
+    if not kept:
+        return None
+    terms = StepTerms(tuple(plan.terms.rows[i] for i in kept))
+    return Plan(tuple(plan.rows[i] for i in kept), terms)
+
+
+def _run(runner: Runner, plan: Plan, outcome: StepOutcome) -> None:
+    try:
+        results = runner.run(plan)
+        if len(results) != len(plan.rows):
+            raise EngineFault(f"expected {len(plan.rows)} results, got {len(results)}")
+    except Exception as error:  # noqa: BLE001 - whatever it is, it must cost only its rows
+        _log.warning("a step of %d rows failed", len(plan.rows), exc_info=error)
+        _split(runner, plan, outcome, error)
+    else:
+        outcome.done.append((plan, results))
+
+
+def _split(runner: Runner, plan: Plan, outcome: StepOutcome, error: Exception) -> None:
+    count = len(plan.rows)
+    if is_out_of_memory(error):
+        newest = max(range(count), key=lambda i: plan.rows[i].sequence.arrival)
+        outcome.crowded.append((plan.rows[newest].sequence, error))
+        parts = [without(plan, {newest})]
+    elif count == 1:
+        outcome.failed.append((plan.rows[0].sequence, error))
+        return
+    else:
+        middle = count // 2
+        parts = [without(plan, set(range(middle, count))), without(plan, set(range(middle)))]
+    for part in parts:
+        if part is not None:
+            _run(runner, part, outcome)

@@ -1,0 +1,54 @@
+"""What a step and a request may be at most. Numbers only."""
+
+from dataclasses import dataclass
+
+from fader_server.core import Request
+from fader_server.errors import ConfigInvalid, ContextTooLong, RequestInvalid
+
+_TOKEN_IDS = 1 << 32
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of the scheduler, checked at birth."""
+
+    max_rows: int = 16
+    """Sequences that run at a time."""
+    max_step_tokens: int = 512
+    """Tokens of one step: a decode token per row, the rest for prefill chunks."""
+    chunk_size: int = 256
+    """A prefill chunk ends where the position is a multiple of this, whatever shares its step."""
+    max_model_len: int = 4096
+    """Tokens of one sequence, prompt and output."""
+    max_overtakes: int = 16
+    """So often may others be admitted before a request whose adapters have no room."""
+
+    def __post_init__(self) -> None:
+        if min(self.max_rows, self.chunk_size, self.max_model_len) < 1 or self.max_overtakes < 0:
+            raise ConfigInvalid(f"the scheduler's limits must be positive, got {self}")
+        if self.max_step_tokens < self.max_rows + self.chunk_size:
+            raise ConfigInvalid(
+                f"a step must hold every row and one prefill chunk: expected at least "
+                f"{self.max_rows} + {self.chunk_size} tokens, got {self.max_step_tokens}; "
+                f"raise --max-step-tokens or lower --max-batch-rows"
+            )
+
+
+def check_request(request: Request, context: int) -> None:
+    """Refuse what can never be served in `context` tokens. Raises RequestInvalid."""
+    prompt, wanted = len(request.prompt), request.params.max_tokens
+    if not prompt:
+        raise RequestInvalid("the prompt must hold at least one token, got none", param="prompt")
+    if wanted < 0:
+        raise RequestInvalid(f"max_tokens must be 0 or more, got {wanted}", param="max_tokens")
+    if prompt + wanted > context:
+        raise ContextTooLong(
+            f"This model's maximum context length is {context} tokens, but the request asks for "
+            f"{prompt + wanted} ({prompt} in the prompt, {wanted} to generate). Shorten either.",
+            param="prompt" if prompt > context else "max_tokens",
+            code="context_length_exceeded",
+        )
+    if min(request.prompt) < 0 or max(request.prompt) >= _TOKEN_IDS:
+        raise RequestInvalid("a prompt token id lies outside the vocabulary", param="prompt")
+    if any(term.version not in request.adapters for term in request.blend.terms):
+        raise RequestInvalid("a version of the blend came without its data", param="adapters")

@@ -1,0 +1,321 @@
+"""The engine thread: plan, upload, run, commit. Moves token ids; knows nothing of text or HTTP."""
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Self, TypeVar
+
+from fader_adapters.spec import Digest, Upload
+from fader_server.core import Plan, Request, RowResult, Runner, Sequence, Sink, TokenEvent
+from fader_server.engine.isolation import probe, run_isolated, upload_isolated, without
+from fader_server.engine.scheduler import Scheduler
+from fader_server.engine.stats import EngineStats, StepObserver, Unobserved
+from fader_server.errors import EngineFault, FaderError, Overloaded, RequestInvalid
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+_BEAT_SECONDS = 1.0
+"""An idle loop still turns this often, so that a stuck one is told from an idle one."""
+_RETRY_SECONDS = 0.02
+"""How soon to ask again when nothing runs and the pool has no room for who waits."""
+_OOM_PREEMPTIONS = 2
+"""So often may a request be the newest of a step that ran out of memory before it fails."""
+
+
+class Engine:
+    """Owns the device. Every method may be called from any thread; sinks run on the engine's.
+
+    Every accepted request ends in exactly one event with `finish` or `error`. Only `abort`
+    ends one without: events that were under way may still arrive, none does afterwards.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        upload: Callable[[tuple[Upload, ...]], None],
+        *,
+        max_waiting: int = 256,
+        clock: Callable[[], float] = time.monotonic,
+        observer: StepObserver | None = None,
+        on_fatal: Callable[[Exception], None] = lambda error: None,
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._upload = upload
+        self._max_waiting = max_waiting
+        self._clock = clock
+        self._observer = observer or Unobserved()
+        self._on_fatal = on_fatal
+        self._thread = threading.Thread(target=self._main, name="fader-engine", daemon=True)
+        self._inbound: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._lock = threading.Lock()  # guards the next five between submitters and the end
+        self._sinks: dict[str, Sink] = {}
+        self._queued = 0
+        self._draining = False
+        self._closed: FaderError | None = None
+        self._fatal = ""
+        self._stopping = False
+        self._idle = False
+        self._drains: list[Future[None]] = []
+        self._crowded: Counter[str] = Counter()
+        self._beat_at = self._progress_at = clock()
+        self._steps = self._rows = self._tokens = self._generated = self._faults = 0
+        self._step_seconds = 0.0
+
+    def start(self) -> None:
+        """Start the thread. Once."""
+        self._thread.start()
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Accept a request. Raises RequestInvalid, ContextTooLong, Overloaded or EngineFault."""
+        self._scheduler.check(request)
+        with self._lock:
+            if self._closed is not None:
+                raise type(self._closed)(str(self._closed))
+            if self._draining:
+                raise Overloaded("the server is draining: send the request to another one")
+            if self._queued + self._scheduler.waiting >= self._max_waiting:
+                raise Overloaded(f"{self._max_waiting} requests are waiting: try again later")
+            if request.id in self._sinks:
+                raise RequestInvalid(f"request id {request.id!r} is in use")
+            self._sinks[request.id] = sink
+            self._queued += 1
+            self._inbound.put(partial(self._accept, request))
+
+    def abort(self, request_id: str) -> None:
+        """End a request without an event; nothing happens when it has ended already."""
+        self._inbound.put(partial(self._abort, request_id))
+
+    def call(self, function: Callable[[], _T]) -> "Future[_T]":
+        """Run a function on the engine thread between two steps. What it raises, the future has."""
+        future: Future[_T] = Future()
+        future.set_running_or_notify_cancel()
+        with self._lock:
+            if self._closed is None:
+                self._inbound.put(partial(self._call, function, future))
+                return future
+        future.set_exception(EngineFault("the engine has ended"))
+        return future
+
+    def forget(self, version: Digest, done: Callable[[], None]) -> None:
+        """Drop a version from the device once no request uses it; then `done`, on any thread."""
+        future = self.call(partial(self._scheduler.pool.forget, version))
+        future.add_done_callback(lambda _: done())
+
+    def drain(self) -> "Future[None]":
+        """Refuse new requests; the future is done when the last accepted one has ended."""
+        drained: Future[None] = Future()
+        drained.set_running_or_notify_cancel()
+        with self._lock:
+            self._draining = True
+            if self._closed is None:
+                self._inbound.put(partial(self._drains.append, drained))
+                return drained
+        drained.set_result(None)
+        return drained
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """End the thread after its step; open requests get an error event. False: still busy."""
+        if self._thread.ident is None:
+            self._close(Overloaded("the server never started"))
+            return True
+        self._inbound.put(self._stop)
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def stats(self) -> EngineStats:
+        """A snapshot, from any thread, without waiting for the engine's."""
+        blocks = self._scheduler.blocks
+        cached, free = blocks.cached, blocks.free
+        return EngineStats(
+            healthy=not self._fatal,
+            reason=self._fatal,
+            draining=self._draining,
+            beat_at=self._beat_at,
+            progress_at=self._progress_at,
+            running=self._scheduler.running,
+            waiting=self._scheduler.waiting + self._queued,
+            kv_total=blocks.total,
+            kv_used=blocks.total - cached - free,
+            kv_cached=cached,
+            kv_free=free,
+            prefix_queries=blocks.queries,
+            prefix_hits=blocks.hits,
+            steps=self._steps,
+            step_seconds=self._step_seconds,
+            rows=self._rows,
+            tokens=self._tokens,
+            generated=self._generated,
+            preemptions=self._scheduler.preemptions,
+            faults=self._faults,
+        )
+
+    def _main(self) -> None:
+        end: FaderError = Overloaded("the server is shutting down: send the request again")
+        try:
+            while not self._stopping:
+                self._beat_at = self._clock()
+                self._obey()
+                self._turn()
+        except Exception as error:  # noqa: BLE001 - the thread's border: nobody may be left waiting
+            _log.critical("the engine ended", exc_info=error)
+            self._fatal = f"the engine ended after {type(error).__name__}"
+            end = EngineFault("the engine ended after a fault of its device")
+            self._close(end)
+            self._on_fatal(error)
+        else:
+            self._close(end)
+
+    def _obey(self) -> None:
+        """Run what other threads asked for; wait for it when there is nothing else to do."""
+        if self._idle:
+            wait = _RETRY_SECONDS if self._scheduler.waiting else _BEAT_SECONDS
+            with suppress(Empty):
+                self._inbound.get(timeout=wait)()
+        while not self._inbound.empty():
+            self._inbound.get()()
+
+    def _turn(self) -> None:
+        started = self._clock()
+        plan = self._scheduler.plan()
+        for event in self._scheduler.take_refused():
+            self._deliver(event)
+        self._idle = plan is None
+        if plan is not None:
+            ready = self._bring_in(plan) if plan.uploads else plan
+            if ready is not None:
+                self._step(ready, started)
+        elif not self._scheduler.waiting:
+            self._progress_at = started
+        if self._drains and not self._sinks:
+            for drained in self._drains:
+                drained.set_result(None)
+            self._drains.clear()
+
+    def _step(self, plan: Plan, started: float) -> None:
+        outcome = run_isolated(self._runner, plan)
+        for part, results in outcome.done:
+            for event in self._scheduler.commit(part, results):
+                self._deliver(event)
+        for sequence, error in outcome.crowded:
+            self._make_room(sequence, error)
+        for sequence, error in outcome.failed:
+            self._fail(sequence, "the engine failed on this request; others go on", error)
+        if outcome.failed and not outcome.done:
+            broken = probe(self._runner)
+            if broken is not None:
+                raise EngineFault("the device fails on every request") from broken
+        self._count(outcome.done, started)
+
+    def _count(self, done: list[tuple[Plan, list[RowResult]]], started: float) -> None:
+        now = self._clock()
+        rows = sum(len(part.rows) for part, _ in done)
+        tokens = sum(part.tokens for part, _ in done)
+        self._steps += 1
+        self._step_seconds += now - started
+        self._rows += rows
+        self._tokens += tokens
+        if rows:
+            self._progress_at = now
+        self._observer.on_step(now - started, rows, tokens)
+
+    def _bring_in(self, plan: Plan) -> Plan | None:
+        """The plan without the rows whose adapters could not be copied to the device."""
+        lost = upload_isolated(self._upload, plan.uploads)
+        if not lost:
+            return plan
+        dropped: set[int] = set()
+        for index, row in enumerate(plan.rows):
+            error = next((lost[v] for v in row.sequence.request.adapters if v in lost), None)
+            if error is not None:
+                dropped.add(index)
+                self._fail(row.sequence, "an adapter could not be brought to the device", error)
+        for version in lost:
+            self._scheduler.pool.forget(version)
+        return without(plan, dropped)
+
+    def _make_room(self, sequence: Sequence, error: Exception) -> None:
+        """The newest row of a step without memory steps back, or fails when it did so before."""
+        request_id = sequence.request.id
+        self._crowded[request_id] += 1
+        if self._crowded[request_id] > _OOM_PREEMPTIONS:
+            self._fail(sequence, "the device has too little memory for this request", error)
+        else:
+            self._scheduler.preempt(sequence)
+
+    def _fail(self, sequence: Sequence, message: str, cause: Exception) -> None:
+        fault = EngineFault(message)
+        fault.__cause__ = cause
+        for event in self._scheduler.fail(sequence.request.id, fault):
+            self._deliver(event)
+
+    def _deliver(self, event: TokenEvent) -> None:
+        request_id = event.request_id
+        sink = self._sinks.get(request_id)
+        self._generated += event.token is not None
+        self._faults += event.error is not None
+        if event.finish is not None or event.error is not None:
+            self._sinks.pop(request_id, None)
+            self._crowded.pop(request_id, None)
+        if sink is None:
+            return
+        try:
+            sink(event)
+        except Exception as error:  # noqa: BLE001 - one reader's fault must not end the others
+            _log.error("a sink raised; its request is aborted", exc_info=error)
+            self._abort(request_id)
+
+    def _accept(self, request: Request) -> None:
+        try:
+            if self._closed is None:
+                self._scheduler.add(request)
+        except RequestInvalid as error:
+            self._deliver(TokenEvent(request.id, error=error))
+        finally:
+            with self._lock:
+                self._queued -= 1
+
+    def _abort(self, request_id: str) -> None:
+        self._scheduler.abort(request_id)
+        self._sinks.pop(request_id, None)
+        self._crowded.pop(request_id, None)
+
+    def _call(self, function: Callable[[], _T], future: "Future[_T]") -> None:
+        try:
+            if self._closed is not None:
+                raise EngineFault("the engine has ended")
+            future.set_result(function())
+        except Exception as error:  # noqa: BLE001 - it belongs to the caller
+            future.set_exception(error)
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _close(self, end: FaderError) -> None:
+        """Refuse everything from now on; end what is open with `end`."""
+        with self._lock:
+            self._closed = end
+        while not self._inbound.empty():
+            self._inbound.get()()
+        for request_id in list(self._sinks):
+            with suppress(Exception):  # after a fault the scheduler's state may be anything
+                self._scheduler.abort(request_id)
+            self._deliver(TokenEvent(request_id, error=end))
+        for drained in self._drains:
+            drained.set_result(None)
+        self._drains.clear()

@@ -1,0 +1,85 @@
+"""Where every open sequence is: waiting or running. Each move takes its blocks and pins along.
+
+Decides nothing: the scheduler says who moves.
+"""
+
+from collections import deque
+
+from fader_adapters.spec import RowTerms, Upload
+from fader_server.core import AdapterPool, Request, Sequence
+from fader_server.engine.blocks import BlockManager
+from fader_server.errors import RequestInvalid
+
+
+class Roster:
+    """Open sequences by id, in the waiting line or among the running; never in both."""
+
+    def __init__(self, blocks: BlockManager, pool: AdapterPool) -> None:
+        self.open: dict[str, Sequence] = {}
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        """By arrival, oldest first."""
+        self._blocks = blocks
+        self._pool = pool
+        self._arrivals = 0
+
+    def enter(self, request: Request) -> Sequence:
+        """A new sequence at the end of the line. Raises RequestInvalid on an id in use."""
+        if request.id in self.open:
+            raise RequestInvalid(f"request id {request.id!r} is in use")
+        self._arrivals += 1
+        sequence = Sequence(request, list(request.prompt), arrival=self._arrivals)
+        self.open[request.id] = sequence
+        self.waiting.append(sequence)
+        return sequence
+
+    def acquire(self, sequence: Sequence) -> tuple[Upload, ...] | None:
+        """Pin its adapters; None: not now. Raises what the pool raises; nothing is pinned then."""
+        adapters = sequence.request.adapters
+        return self._pool.acquire(adapters) if adapters else ()
+
+    def start(self, sequence: Sequence, hits: list[int], *, total: int, sought: int) -> None:
+        """Waiting → running, with its adapters pinned: blocks, slots, place by arrival."""
+        self.waiting.remove(sequence)
+        self._blocks.admit(sequence, hits, total=total, sought=sought)
+        sequence.computed = len(hits) * self._blocks.block_size
+        if not sequence.output_len:
+            sequence.cached_tokens = sequence.computed
+        slot, blend = self._pool.slot, sequence.request.blend
+        sequence.terms = RowTerms(1, tuple((slot(t.version), t.gamma) for t in blend.terms))
+        at = len(self.running)
+        while at and self.running[at - 1].arrival > sequence.arrival:
+            at -= 1
+        self.running.insert(at, sequence)
+
+    def in_place(self, sequence: Sequence) -> bool:
+        """True while every version it uses still is in the slot it was admitted with."""
+        for term, (slot, _) in zip(sequence.request.blend.terms, sequence.terms.terms, strict=True):
+            try:
+                if self._pool.slot(term.version) != slot:
+                    return False
+            except LookupError:
+                return False
+        return True
+
+    def send_back(self, sequence: Sequence) -> None:
+        """Running → front of the line. It keeps its tokens, to be computed again later."""
+        self.running.remove(sequence)
+        self._let_go(sequence)
+        sequence.computed = 0
+        sequence.decoding = False
+        self.waiting.appendleft(sequence)
+
+    def leave(self, sequence: Sequence) -> None:
+        """An open sequence ends, wherever it is."""
+        del self.open[sequence.request.id]
+        if sequence.blocks:
+            self.running.remove(sequence)
+            self._let_go(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        self._blocks.release(sequence)
+        if sequence.request.adapters:
+            self._pool.release(tuple(sequence.request.adapters))
