@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import math
+import re
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ Digest = NewType("Digest", str)
 
 EXTENT_ALIGN = 32
 """Every A and B starts at a multiple of this many elements inside an extent (64 bytes in bf16)."""
+
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
+"""What `fullmatch` of an adapter's name must accept."""
 
 
 @dataclass(frozen=True, slots=True)

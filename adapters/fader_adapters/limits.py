@@ -1,0 +1,21 @@
+"""How large an adapter's files and numbers may be. Plain bounds; reads nothing."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds checked before anything is read, allocated or computed; all are inclusive."""
+
+    file_bytes: int = 2 << 30
+    """Size of adapter_model.safetensors."""
+    config_bytes: int = 1 << 20
+    """Size of adapter_config.json."""
+    header_bytes: int = 1 << 20
+    """Size of the safetensors header."""
+    tensors: int = 4096
+    rank: int = 512
+    """Rank of one linear."""
+    alpha: float = 1e6
+    delta_norm: float = 1e5
+    """Frobenius norm of one linear's scaled delta."""

@@ -1,0 +1,183 @@
+"""adapter_config.json, read into the part that decides the delta. Reads no tensors."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from fader_adapters.config_keys import check_init, invalid, require_known
+from fader_adapters.errors import AdapterInvalid, AdapterTooLarge
+from fader_adapters.limits import Limits
+from fader_adapters.pattern_nodes import Budget, PatternUnsafe
+from fader_adapters.patterns import Pattern
+from fader_adapters.strict_json import load_object
+from fader_adapters.targets import ALL_LINEAR, PathMap, Targets
+
+_NAME = re.compile(r"[A-Za-z0-9_]+", re.ASCII)
+_MAX_NAMES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """The part of a LoRA config that decides the delta."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    targets: Targets
+    ranks: PathMap
+    alphas: PathMap
+    base_name: str | None
+    """What the adapter says it was trained on; shown, never compared."""
+
+    def rank_of(self, path: str) -> int:
+        """Declared rank of a module of the adapter's own model. Raises AdapterInvalid."""
+        try:
+            return int(self.ranks.get(path, self.rank))
+        except PatternUnsafe as error:
+            raise _unsafe("rank_pattern", error) from None
+
+    def alpha_of(self, path: str) -> float:
+        """Declared alpha of a module of the adapter's own model. Raises AdapterInvalid."""
+        try:
+            return self.alphas.get(path, self.alpha)
+        except PatternUnsafe as error:
+            raise _unsafe("alpha_pattern", error) from None
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """What multiplies B·A."""
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def read_config(data: bytes, limits: Limits) -> LoraConfig:
+    """Check and read adapter_config.json. Raises AdapterInvalid, AdapterTooLarge."""
+    fields = load_object(data, "adapter_config.json")
+    require_known(fields)
+    if fields.get("peft_type") != "LORA":
+        raise invalid("peft_type", fields.get("peft_type"), '"LORA"')
+    if fields.get("task_type") not in (None, "CAUSAL_LM"):
+        raise invalid("task_type", fields["task_type"], '"CAUSAL_LM" or null')
+    if fields.get("bias") not in (None, "none"):
+        raise invalid("bias", fields["bias"], '"none": biases of the base are shared')
+    # Only PEFT's merge reads fan_in_fan_out, and PEFT itself corrects it to the layer's kind.
+    _boolean(fields, "fan_in_fan_out")
+    check_init(fields.get("init_lora_weights", True))
+    budget = Budget()
+    base_name = fields.get("base_model_name_or_path")
+    return LoraConfig(
+        rank=_rank("r", fields.get("r"), limits),
+        alpha=_alpha("lora_alpha", fields.get("lora_alpha"), limits),
+        rslora=_boolean(fields, "use_rslora"),
+        targets=_targets(fields, budget),
+        ranks=_path_map(
+            "rank_pattern",
+            {k: _rank(k, v, limits) for k, v in _entries(fields, "rank_pattern")},
+            budget,
+        ),
+        alphas=_path_map(
+            "alpha_pattern",
+            {k: _alpha(k, v, limits) for k, v in _entries(fields, "alpha_pattern")},
+            budget,
+        ),
+        base_name=base_name if isinstance(base_name, str) else None,
+    )
+
+
+def _targets(fields: dict[str, Any], budget: Budget) -> Targets:
+    include = _names_or_pattern("target_modules", fields.get("target_modules"))
+    if not include:
+        raise invalid("target_modules", fields.get("target_modules"), "names or a pattern")
+    layers = _layers(fields.get("layers_to_transform"))
+    names = fields.get("layers_pattern") or []
+    names = [names] if isinstance(names, str) else names
+    if not _strings(names) or not all(_NAME.fullmatch(name) for name in names):
+        raise invalid("layers_pattern", names, "plain names such as 'layers'")
+    if not isinstance(include, frozenset) and (layers is not None or names):
+        raise AdapterInvalid(
+            "adapter_config.json: layers_to_transform and layers_pattern need a list in "
+            "target_modules, not a pattern"
+        )
+    return Targets(
+        include=include,
+        exclude=_exclude(fields.get("exclude_modules")),
+        layers=layers,
+        layer_names=tuple(names),
+        budget=budget,
+    )
+
+
+def _exclude(value: Any) -> frozenset[str] | Pattern:  # noqa: ANN401
+    if not value:
+        return frozenset()
+    exclude = _names_or_pattern("exclude_modules", value)
+    return Pattern(ALL_LINEAR) if isinstance(exclude, str) else exclude
+
+
+def _names_or_pattern(key: str, value: Any) -> frozenset[str] | Pattern | Any:  # noqa: ANN401
+    if isinstance(value, str) and value:
+        if value.lower() == ALL_LINEAR:
+            return ALL_LINEAR
+        try:
+            return Pattern(value)
+        except PatternUnsafe as error:
+            raise _unsafe(key, error) from None
+    if _strings(value) and len(value) <= _MAX_NAMES and all(value):
+        return frozenset(value)
+    raise invalid(key, value, f"a pattern or a list of 1 to {_MAX_NAMES} names")
+
+
+def _layers(value: Any) -> frozenset[int] | None:  # noqa: ANN401
+    if value is None or value == []:
+        return None
+    layers = [value] if type(value) is int else value
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise invalid("layers_to_transform", value, "a layer index or a list of them")
+    return frozenset(layers)
+
+
+def _entries(fields: dict[str, Any], key: str) -> list[tuple[str, Any]]:
+    value = fields.get(key) or {}
+    if not isinstance(value, dict) or len(value) > _MAX_NAMES:
+        raise invalid(key, value, f"an object of at most {_MAX_NAMES} entries")
+    return list(value.items())
+
+
+def _path_map(key: str, values: dict[str, Any], budget: Budget) -> PathMap:
+    try:
+        return PathMap(values, budget)
+    except PatternUnsafe as error:
+        raise _unsafe(key, error) from None
+
+
+def _rank(key: str, value: Any, limits: Limits) -> int:  # noqa: ANN401
+    if type(value) is not int or value < 1:
+        raise invalid(key, value, "a rank ≥ 1")
+    if value > limits.rank:
+        raise AdapterTooLarge(
+            f"adapter_config.json: {key[:80]!r} = {value}, the limit is {limits.rank}"
+        )
+    return value
+
+
+def _alpha(key: str, value: Any, limits: Limits) -> float:  # noqa: ANN401
+    if type(value) not in (int, float) or not 0 < value <= limits.alpha:
+        raise invalid(key, value, f"an alpha in (0, {limits.alpha:g}]")
+    return float(value)
+
+
+def _boolean(fields: dict[str, Any], key: str) -> bool:
+    value = fields.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise invalid(key, value, "true or false")
+    return bool(value)
+
+
+def _strings(value: Any) -> bool:  # noqa: ANN401
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _unsafe(key: str, error: PatternUnsafe) -> AdapterInvalid:
+    return AdapterInvalid(
+        f"adapter_config.json: a pattern in {key} cannot be evaluated safely: {error}; "
+        "list the module names instead"
+    )

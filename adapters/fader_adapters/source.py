@@ -1,0 +1,222 @@
+"""Adapter files from disk: inside roots, regular files only, each read once. Parses nothing."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from fader_adapters.errors import (
+    AdapterInvalid,
+    AdapterTooLarge,
+    SourceForbidden,
+    SourceNotFound,
+)
+from fader_adapters.limits import Limits
+from fader_adapters.spec import ADAPTER_NAME
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+# O_NONBLOCK: a FIFO put in a file's place between stat and open must not hang the loader.
+_FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class RawAdapter:
+    """An adapter's two files as private bytes: nothing on disk can change them any more."""
+
+    config: bytes
+    weights: bytes
+    origin: str
+    """Where they came from; shown to administrators only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An adapter directory directly under a root."""
+
+    name: str
+    reference: str
+    """What `fetch` takes."""
+
+
+class LocalSources:
+    """Adapter directories under allowed roots. Safe to use from any thread."""
+
+    def __init__(self, roots: tuple[Path, ...], limits: Limits | None = None) -> None:
+        """`roots` are resolved now, so a symlink to a root is fine and one inside a root is not.
+
+        Raises SourceNotFound when a root is not a directory.
+        """
+        self._limits = limits or Limits()
+        self._roots: list[tuple[PurePosixPath, Path]] = []
+        for root in roots:
+            resolved = root.resolve()
+            if not resolved.is_dir():
+                raise SourceNotFound(f"the adapter root {str(root)!r} is not a directory")
+            self._roots.append((PurePosixPath(os.path.abspath(root)), resolved))
+
+    def fetch(self, reference: str) -> RawAdapter:
+        """Read an adapter that a client named: relative to the roots in order, or inside one.
+
+        Raises SourceForbidden, SourceNotFound, AdapterTooLarge, or AdapterInvalid for pickle files
+        and files that change while they are read.
+        """
+        for root, parts in self._candidates(reference):
+            try:
+                with _descend(root, parts) as directory:
+                    return self._read_pair(directory, str(root.joinpath(*parts)), follow=False)
+            except SourceNotFound:
+                continue
+        raise SourceNotFound(f"no adapter at {reference[:200]!r}")
+
+    def fetch_trusted(self, path: Path) -> RawAdapter:
+        """Read an adapter the operator named: any directory, symlinks followed.
+
+        Raises as `fetch` does.
+        """
+        with _opened(path, _DIRECTORY) as directory:
+            return self._read_pair(directory, str(path), follow=True)
+
+    def discover(self) -> list[Found]:
+        """Adapter directories directly under the roots, by name; the first root wins."""
+        found: dict[str, Found] = {}
+        for _, root in self._roots:
+            for entry in os.scandir(root):
+                if entry.name in found or not ADAPTER_NAME.fullmatch(entry.name):
+                    continue
+                if entry.is_dir(follow_symlinks=False) and _is_file(Path(entry, CONFIG_FILE)):
+                    found[entry.name] = Found(entry.name, entry.name)
+        return sorted(found.values(), key=lambda item: item.name)
+
+    def _candidates(self, reference: str) -> list[tuple[Path, tuple[str, ...]]]:
+        path = PurePosixPath(reference)
+        if not reference or "\0" in reference or ".." in path.parts:
+            raise SourceForbidden("a source must be a path inside an adapter root, without '..'")
+        if not path.is_absolute():
+            if not path.parts:
+                raise SourceForbidden("a source must name a directory under an adapter root")
+            return [(root, path.parts) for _, root in self._roots]
+        inside = [
+            (root, path.relative_to(prefix).parts)
+            for given, root in self._roots
+            for prefix in dict.fromkeys((given, PurePosixPath(root)))
+            if path.is_relative_to(prefix)
+        ]
+        if not inside:
+            raise SourceForbidden(f"{reference[:200]!r} lies outside the adapter roots")
+        return inside
+
+    def _read_pair(self, directory: int, origin: str, *, follow: bool) -> RawAdapter:
+        config = _read_file(
+            CONFIG_FILE, directory=directory, cap=self._limits.config_bytes, follow=follow
+        )
+        try:
+            weights = _read_file(
+                WEIGHTS_FILE, directory=directory, cap=self._limits.file_bytes, follow=follow
+            )
+        except SourceNotFound:
+            if _exists(PICKLE_FILE, directory):
+                raise AdapterInvalid(
+                    f"expected {WEIGHTS_FILE}, found only {PICKLE_FILE}: pickle files run code and "
+                    "are never opened; save the adapter with safe_serialization=True"
+                ) from None
+            raise
+        return RawAdapter(config, weights, origin)
+
+
+@contextmanager
+def _descend(root: Path, parts: tuple[str, ...]) -> Iterator[int]:
+    """Open root/parts as a directory, one component at a time, following no symlink."""
+    fd = _open(root, _DIRECTORY)
+    try:
+        for part in parts:
+            inner = _open(part, _DIRECTORY | os.O_NOFOLLOW, directory=fd)
+            os.close(fd)
+            fd = inner
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    fd = _open(path, flags)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _open(path: str | Path, flags: int, *, directory: int | None = None) -> int:
+    try:
+        return os.open(path, flags, dir_fd=directory)
+    except (FileNotFoundError, ValueError):
+        raise SourceNotFound("no such file or directory") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise SourceNotFound("no such file or directory") from None
+        raise SourceForbidden(
+            f"a component of the source cannot be opened ({errno.errorcode.get(error.errno or 0)}):"
+            " expected plain directories and files, no symlinks"
+        ) from None
+
+
+def _read_file(name: str, *, directory: int, cap: int, follow: bool) -> bytes:
+    """One read of a regular file of at most `cap` bytes inside the open `directory`."""
+    try:
+        # Before opening: opening a device may already do something.
+        mode = os.stat(name, dir_fd=directory, follow_symlinks=follow).st_mode
+    except FileNotFoundError:
+        raise SourceNotFound(f"the directory has no {name}") from None
+    except OSError:
+        raise SourceForbidden(f"{name} cannot be examined") from None
+    _require_regular(name, mode)
+    fd = _open(name, _FILE if follow else _FILE | os.O_NOFOLLOW, directory=directory)
+    with open(fd, "rb", buffering=0) as file:
+        status = os.fstat(fd)
+        _require_regular(name, status.st_mode)
+        if status.st_size > cap:
+            raise AdapterTooLarge(f"{name} has {status.st_size} bytes, the limit is {cap}")
+        data = _read_exactly(file.fileno(), status.st_size)
+    if len(data) != status.st_size:
+        raise AdapterInvalid(
+            f"{name} changed while it was read; write a new file and rename it into place"
+        )
+    return data
+
+
+def _read_exactly(fd: int, size: int) -> bytes:
+    """At most size + 1 bytes, so that growth shows; usually one system call and no second copy."""
+    data = os.read(fd, size + 1)
+    while 0 < len(data) <= size:
+        more = os.read(fd, size + 1 - len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def _require_regular(name: str, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise SourceForbidden(f"{name} is not a regular file")
+
+
+def _exists(name: str, directory: int) -> bool:
+    try:
+        os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False

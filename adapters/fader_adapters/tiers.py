@@ -1,0 +1,93 @@
+"""Where adapters rest in host memory: inside the CPU arena, or in buffers under a byte budget."""
+
+from typing import Protocol
+
+import torch
+
+from fader_adapters.errors import AdapterTooLarge
+from fader_adapters.extents import ExtentAllocator
+
+
+class HostTier(Protocol):
+    """Host memory for adapter weights. Owned by the store's thread; fails only by its answers."""
+
+    @property
+    def used_bytes(self) -> int: ...
+
+    @property
+    def total_bytes(self) -> int: ...
+
+    def allocate(self, numel: int) -> torch.Tensor | None:
+        """A 1-D tensor of `numel` elements, contents undefined; None: not now.
+
+        Raises AdapterTooLarge when it could not fit even alone.
+        """
+        ...
+
+    def free(self, flat: torch.Tensor) -> None:
+        """Take back what `allocate` gave; nobody may read it any more."""
+        ...
+
+
+class ArenaTier:
+    """CPU: the host tier is the device arena itself, so an adapter is stored once and never copied."""
+
+    def __init__(self, arena: torch.Tensor) -> None:
+        """`arena`: 1-D; every element of it is this tier's from now on."""
+        self._arena = arena
+        self._extents = ExtentAllocator(arena.numel())
+
+    @property
+    def used_bytes(self) -> int:
+        return self._extents.used * self._arena.itemsize
+
+    @property
+    def total_bytes(self) -> int:
+        return self._extents.capacity * self._arena.itemsize
+
+    def allocate(self, numel: int) -> torch.Tensor | None:
+        if not self._extents.fits_empty(numel):
+            raise _too_large(numel * self._arena.itemsize, self.total_bytes)
+        offset = self._extents.allocate(numel)
+        return None if offset is None else self._arena[offset : offset + numel]
+
+    def free(self, flat: torch.Tensor) -> None:
+        self._extents.release(flat.storage_offset() - self._arena.storage_offset())
+
+
+class BufferTier:
+    """Beside a GPU: one buffer an adapter under a byte budget, pinned for fast transfers."""
+
+    def __init__(self, total_bytes: int, dtype: torch.dtype, *, pinned: bool) -> None:
+        self._total = total_bytes
+        self._used = 0
+        self._dtype = dtype
+        self._pinned = pinned
+
+    @property
+    def used_bytes(self) -> int:
+        return self._used
+
+    @property
+    def total_bytes(self) -> int:
+        return self._total
+
+    def allocate(self, numel: int) -> torch.Tensor | None:
+        size = numel * self._dtype.itemsize
+        if size > self._total:
+            raise _too_large(size, self._total)
+        if self._used + size > self._total:
+            return None
+        flat = torch.empty(numel, dtype=self._dtype, pin_memory=self._pinned)
+        self._used += size
+        return flat
+
+    def free(self, flat: torch.Tensor) -> None:
+        self._used -= flat.nbytes
+
+
+def _too_large(size: int, total: int) -> AdapterTooLarge:
+    return AdapterTooLarge(
+        f"the adapter needs {size} bytes, the arena for adapters has {total} in all; "
+        "start with a larger one or use a lower rank"
+    )
