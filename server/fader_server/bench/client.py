@@ -1,4 +1,4 @@
-"""One streamed completion, timed and checked as a client sees it. Knows no load and no statistics."""
+"""One streamed completion, timed and checked as a client sees it. Knows no load, no figures."""
 
 import asyncio
 import json
@@ -37,7 +37,7 @@ class Sample:
 
     model: str
     due: float
-    """When the load plan wanted it sent; latencies start here, so a late client is not flattered."""
+    """When the load plan wanted it sent; latencies start here, so lateness is not flattered."""
     end: float
     token_times: tuple[float, ...] = ()
     """Arrival of each event that carried output."""

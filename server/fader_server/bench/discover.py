@@ -45,7 +45,9 @@ async def discover(
             f"GET /v1/models answered {response.status_code}: {response.text[:200]}"
         )
     cards = _cards(response)
-    base = model or next((c["id"] for c in cards if c.get("parent") is None), None)
+    roots = [card["id"] for card in cards if card.get("parent") is None]
+    parents = [card["parent"] for card in cards if card.get("parent") is not None]
+    base = model or next(iter([*roots, *parents]), None)
     if base is None:
         raise ConfigInvalid("GET /v1/models lists no base model: name one with --model")
     if adapters is None:

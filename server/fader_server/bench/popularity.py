@@ -78,7 +78,8 @@ class Draw:
                 f"concurrency {concurrency}, adapters {len(adapters)}"
             )
         self._by_lane = popularity.kind == "distinct"
-        self._names = _names(popularity, base, tuple(adapters), requests, seed)
+        in_use = tuple(adapters)[: concurrency if self._by_lane else None]
+        self._names = _names(popularity, base, in_use, requests, seed)
 
     def model(self, number: int, lane: int) -> str:
         """The model request `number` asks for when it is sent by `lane`."""

@@ -22,6 +22,8 @@ from fader_server.bench.popularity import Draw, Popularity
 from fader_server.bench.prompts import PromptSource
 from fader_server.errors import ConfigInvalid
 
+PARITY_TOKENS = 16
+"""Length of a parity answer, unless the load's own is shorter."""
 PARITY_LANES = 8
 """Parity questions asked at a time amid the load, and the load's lanes in an open loop."""
 
@@ -49,7 +51,6 @@ class Options:
     api_key: str | None = field(default=None, repr=False)
     vocab: int | None = None
     ignore_base: bool = False
-    parity_tokens: int = 16
 
     def __post_init__(self) -> None:
         if (self.concurrency is None) == (self.rate is None):
@@ -216,7 +217,7 @@ class _Run:
     def _parity_ask(self, model: str) -> Ask:
         vocabulary = self._result.served.vocabulary
         source = PromptSource(vocabulary, length=self._options.prompt_tokens, key="parity")
-        return Ask(model, source.take(), self._options.parity_tokens)
+        return Ask(model, source.take(), min(PARITY_TOKENS, self._options.output_tokens))
 
     def _note(self, samples: Sequence[Sample]) -> None:
         self._result.faults += [(s.model, s.fault) for s in samples if s.fault is not None]
