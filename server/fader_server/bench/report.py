@@ -5,7 +5,6 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from fader_server.bench.figures import Repeat, across, ratios
@@ -15,10 +14,10 @@ from fader_server.bench.stats import Spread
 _LABELS = {
     "output_tokens_per_s": "output tokens/s",
     "requests_per_s": "requests/s",
-    "ttft_ms": "time to first token, ms",
+    "ttft_ms": "TTFT, ms",
     "inter_token_ms": "inter-token, ms",
-    "tpot_ms": "time per output token, ms",
-    "latency_ms": "request latency, ms",
+    "tpot_ms": "TPOT, ms",
+    "latency_ms": "latency, ms",
 }
 
 
@@ -96,51 +95,59 @@ def show(result: Result, console: Console) -> None:
         style="green",
     )
     for name, repeats in result.repeats.items():
-        console.print(_figures_table(name, repeats))
+        console.print(f"{name}: medians of {len(repeats)} repeat(s)", style="bold", markup=False)
+        console.print(_figures_table(repeats))
     first = _first(result)
     for name, repeats in list(result.repeats.items())[1:]:
-        console.print(_ratio_table(f"{name} / {first}", ratios(repeats, result.repeats[first])))
+        console.print(f"{name} / {first}: ratios of medians", style="bold", markup=False)
+        console.print(_ratio_table(ratios(repeats, result.repeats[first])))
     for note in notes(result):
-        console.print(f"note: {escape(note)}", style="yellow")
+        console.print(f"note: {note}", style="yellow", markup=False)
 
 
 def _show_faults(result: Result, console: Console) -> None:
     counts = Counter(fault.kind for _, fault in result.faults)
     summary = ", ".join(f"{kind} × {count}" for kind, count in counts.most_common())
-    console.print(f"FAILED, no figures: {escape(summary)}", style="bold red")
+    console.print(f"FAILED, no figures: {summary}", style="bold red", markup=False)
     for kind in counts:
         model, fault = next(pair for pair in result.faults if pair[1].kind == kind)
-        console.print(f"  {kind}: {escape(model)}: {escape(fault.detail)}", style="red")
+        line = f"  {kind}: {model}: {fault.detail}"
+        console.print(line, style="red", markup=False, soft_wrap=True)
 
 
-def _figures_table(name: str, repeats: list[Repeat]) -> Table:
-    table = Table(title=f"{name}: median of {len(repeats)} repeat(s) [least, greatest]")
-    table.add_column("figure")
-    for column in ("p50", "p95", "p99"):
-        table.add_column(column, justify="right")
+def _figures_table(repeats: list[Repeat]) -> Table:
+    table = _table("figure", "p50", "least … greatest", "p95", "p99")
     figures = across(repeats)
     for key, label in _LABELS.items():
         if key in figures:
-            table.add_row(label, _cell(figures[key]), "", "")
+            rate = figures[key]
+            table.add_row(label, f"{rate.median:.1f}", _ends(rate, digits=1), "", "")
         elif f"{key}_p50" in figures:
-            cells = [_cell(figures[f"{key}_{p}"]) for p in ("p50", "p95", "p99")]
-            table.add_row(label, *cells)
+            p50, p95, p99 = (figures[f"{key}_{p}"] for p in ("p50", "p95", "p99"))
+            tail = (f"{p95.median:.2f}", f"{p99.median:.2f}")
+            table.add_row(label, f"{p50.median:.2f}", _ends(p50, digits=2), *tail)
     return table
 
 
-def _ratio_table(title: str, figures: dict[str, Spread]) -> Table:
-    table = Table(title=f"{title}: ratio of medians [least, greatest within a round]")
-    table.add_column("figure")
-    table.add_column("ratio", justify="right")
+def _ratio_table(figures: dict[str, Spread]) -> Table:
+    table = _table("figure", "ratio", "least … greatest")
     for key, label in _LABELS.items():
-        value = figures.get(key) or figures.get(f"{key}_p50")
-        if value is not None:
-            table.add_row(label, _cell(value, digits=3))
+        ratio = figures.get(key) or figures.get(f"{key}_p50")
+        if ratio is not None:
+            table.add_row(label, f"{ratio.median:.3f}", _ends(ratio, digits=3))
     return table
 
 
-def _cell(value: Spread, *, digits: int = 2) -> str:
-    return escape(f"{value.median:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]")
+def _table(first: str, *columns: str) -> Table:
+    table = Table()
+    table.add_column(first, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _ends(value: Spread, *, digits: int) -> str:
+    return f"{value.low:.{digits}f} … {value.high:.{digits}f}"
 
 
 def _first(result: Result) -> str:
