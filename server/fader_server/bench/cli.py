@@ -52,7 +52,8 @@ def serve(
     seed: Annotated[int, typer.Option(help="Of arrivals, popularity and prompts.")] = 0,
     timeout: Annotated[float, typer.Option(help="Seconds a request may take.")] = 600.0,
     api_key: Annotated[
-        str | None, typer.Option(envvar="FADER_API_KEY", help="Sent as a bearer token.")
+        str | None,
+        typer.Option(envvar="FADER_API_KEY", help="Bearer token; the first, if commas follow."),
     ] = None,
     vocab: Annotated[
         int | None, typer.Option(help="Vocabulary size, where the server does not say.")
@@ -89,7 +90,7 @@ def serve(
             repeats=repeat or (3 if compare else 1),
             seed=seed,
             timeout=timeout,
-            api_key=api_key,
+            api_key=api_key.split(",")[0] if api_key else None,
             vocab=vocab,
             ignore_base=ignore_base,
         )
