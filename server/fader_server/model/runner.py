@@ -1,5 +1,7 @@
 """Runs one plan on the device: batch, forward, sample. Decides nothing, keeps no requests."""
 
+import dataclasses
+
 import torch
 
 from fader_adapters.kernels.tables import Tables
@@ -9,7 +11,7 @@ from fader_server.model.attention import PagedAttention, StepAttention
 from fader_server.model.batch import Batch
 from fader_server.model.kv_cache import KVCache
 from fader_server.model.loader import LoadedBase
-from fader_server.model.sampler import Sampler
+from fader_server.model.sampler import Sampler, prompt_logprobs
 
 
 def _padded(terms: StepTerms, padding: int) -> StepTerms:
@@ -70,17 +72,14 @@ class ModelRunner:
         at = len(batch.sampling)
         for i, start, count in batch.scored:
             sequence = plan.rows[i].sequence
-            scored = self._sampler.prompt_logprobs(
-                logits[at : at + count],
-                sequence.tokens[start + 1 : start + 1 + count],
-                top=sequence.request.params.prompt_logprobs or 0,
-            )
+            targets = torch.tensor(sequence.tokens[start + 1 : start + 1 + count])
+            span = logits[at : at + count]
             at += count
-            before = results[i]
-            results[i] = RowResult(
-                before.token,
-                before.logprob,
-                scored.logprobs,
-                before.finite and scored.finite,
+            results[i] = dataclasses.replace(
+                results[i],
+                prompt_logprobs=prompt_logprobs(
+                    span, targets.to(span.device), sequence.request.params.prompt_logprobs or 0
+                ),
+                finite=results[i].finite and bool(span.isfinite().all()),
             )
         return results
