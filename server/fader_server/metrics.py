@@ -1,4 +1,4 @@
-"""Prometheus metrics in a registry of their own. Knows names and labels, not where numbers arise."""
+"""Prometheus metrics in a registry of their own: names and labels, not where numbers arise."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -11,6 +11,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OTHER = "other"
 _FAST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _LONG = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _STEP = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -61,6 +62,9 @@ class Metrics:
             buckets=_FAST,
             registry=self.registry,
         )
+        self._step_seconds = self._histogram("step_seconds", "Steps of the engine.", _STEP)
+        self._step_rows = self._histogram("step_rows", "Rows of a step.", _ROWS)
+        self._step_tokens = self._counter("step_tokens", "Positions computed in steps.")
         self._http = self._counter("http_responses", "HTTP answers.", "route", "status")
         self._ignored = self._counter("ignored_fields", "Unknown request fields ignored.")
 
@@ -92,6 +96,12 @@ class Metrics:
         for direction, count in (("prompt", prompt), ("completion", completion)):
             self._tokens.labels(direction).inc(count)
             self._adapter_tokens.labels(label, direction).inc(count)
+
+    def on_step(self, seconds: float, rows: int, tokens: int) -> None:
+        """One step of the engine, told on the engine thread."""
+        self._step_seconds.observe(seconds)
+        self._step_rows.observe(rows)
+        self._step_tokens.inc(tokens)
 
     def loaded(self, result: str, seconds: float) -> None:
         """A load ended: `result` is ok or refused."""

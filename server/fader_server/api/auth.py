@@ -79,6 +79,7 @@ def requires(guard: Guard, role: Role) -> Check:
 
     async def check(request: Request) -> None:
         request.state.principal = decide(request)
+        request.state.log.tenant = request.state.principal.tenant
 
     return check
 

@@ -1,5 +1,6 @@
 """One choice of a call: its tokens become text, logprobs and an end. Knows nothing about HTTP."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fader_server.api.ports import Tokenizer
@@ -38,6 +39,13 @@ class Delta:
             after.finish or self.finish,
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence["Delta"]) -> "Delta":
+        """All gains of one choice as one; at least one part."""
+        text = "".join(part.text for part in parts)
+        scored = tuple(item for part in parts for item in part.scored)
+        return cls(parts[0].index, text, scored, parts[-1].finish)
+
 
 class Choice:
     """Follows one engine request to its end."""
@@ -50,9 +58,8 @@ class Choice:
         *,
         stop: tuple[str, ...],
         echo: str | None,
-        score_only: bool,
     ) -> None:
-        """`echo`: the prompt's text when it is returned. `score_only`: generated tokens are not."""
+        """`echo`: the prompt's text when it is returned."""
         self.index = index
         self.request = request
         self.generated = 0
@@ -61,7 +68,6 @@ class Choice:
         self._tokenizer = tokenizer
         self._text = tokenizer.stream(stop)
         self._echo = echo
-        self._score_only = score_only
         self._chars = 0
         self._prompt_scores: list[TokenLogprob] = []
 
@@ -72,10 +78,10 @@ class Choice:
         if self.finish is not None or (event.token is None and event.finish is None):
             return Delta(self.index)
         delta = self._take_echo()
-        if event.token is not None and not self._score_only:
+        if event.token is not None:
             delta = delta.plus(self._take_token(event, event.token))
         if event.finish is not None and self.finish is None:
-            self.finish = "length" if self._score_only else event.finish
+            self.finish = event.finish
             delta = delta.plus(self._gain(self._text.flush()))
         return delta
 

@@ -45,6 +45,10 @@ class ClientGone(HttpError):
     """The client closed the connection; nobody reads the answer."""
 
 
+class ClientStalled(HttpError):
+    """The client stopped reading its stream."""
+
+
 class FirstTokenTimeout(server.RequestTimeout):
     """The first token did not come in time."""
 
@@ -86,6 +90,7 @@ _TABLE: tuple[tuple[type[Exception], Answer], ...] = (  # the first match wins: 
     (Unauthorized, Answer(401, INVALID, "invalid_api_key")),
     (Forbidden, Answer(403, INVALID, "permission_denied")),
     (ClientGone, Answer(499, INVALID, "client_closed_request")),
+    (ClientStalled, Answer(499, INVALID, "client_stalled")),
     (adapters.AdapterInvalid, Answer(400, INVALID, "adapter_invalid")),
     (adapters.AdapterMismatch, Answer(400, INVALID, "adapter_mismatch")),
     (adapters.AdapterTooLarge, Answer(400, INVALID, "adapter_too_large")),

@@ -110,7 +110,6 @@ class Generator:
             self._tokenizer,
             stop=call.stop,
             echo=self._preparer.echo_text(call, index, request.prompt),
-            score_only=call.max_tokens == 0,
         )
 
 

@@ -105,22 +105,19 @@ def gauges(engine: Engine, adapters: Adapters, board: Board) -> Callable[[], Ite
     """The families read from the engine and the store at every scrape."""
 
     def read() -> Iterable[Metric]:
-        state, totals = engine.state(), adapters.totals()
-        full = state.kv_blocks_used / state.kv_blocks if state.kv_blocks else 0.0
+        stats, totals = engine.stats(), adapters.totals()
+        full = stats.kv_used / stats.kv_total if stats.kv_total else 0.0
         running, waiting = board.names()
-        yield gauge("fader_requests_running", "Requests in the batch.", state.running)
-        yield gauge("fader_requests_waiting", "Requests in the queue.", state.waiting)
-        yield gauge("fader_kv_blocks", "KV blocks in all.", state.kv_blocks)
-        yield gauge("fader_kv_blocks_used", "KV blocks held by requests.", state.kv_blocks_used)
-        yield gauge(
-            "fader_kv_blocks_cached", "Free KV blocks with content.", state.kv_blocks_cached
-        )
-        yield counter("fader_prefix_tokens", "Prompt tokens looked up.", state.prefix_tokens)
-        yield counter("fader_prefix_hits", "Prompt tokens found cached.", state.prefix_hits)
-        yield counter("fader_steps", "Steps of the engine.", state.steps)
-        yield counter("fader_step_rows", "Rows of all steps.", state.step_rows)
-        yield counter("fader_step_seconds", "Seconds in steps.", state.step_seconds)
-        yield counter("fader_preemptions", "Requests put back into the queue.", state.preemptions)
+        yield gauge("fader_requests_running", "Requests in the batch.", stats.running)
+        yield gauge("fader_requests_waiting", "Requests in the queue.", stats.waiting)
+        yield gauge("fader_kv_blocks", "KV blocks in all.", stats.kv_total)
+        yield gauge("fader_kv_blocks_used", "KV blocks held by requests.", stats.kv_used)
+        yield gauge("fader_kv_blocks_cached", "KV blocks kept for reuse.", stats.kv_cached)
+        yield counter("fader_prefix_queries", "Prompt blocks looked up.", stats.prefix_queries)
+        yield counter("fader_prefix_hits", "Prompt blocks found cached.", stats.prefix_hits)
+        yield counter("fader_generated_tokens", "Tokens drawn by the engine.", stats.generated)
+        yield counter("fader_preemptions", "Requests put back into the queue.", stats.preemptions)
+        yield counter("fader_engine_faults", "Requests ended by a fault.", stats.faults)
         yield gauge("fader_adapters", "Registered adapters.", totals.adapters)
         yield gauge("fader_adapter_leases", "Leases held by calls.", totals.leases)
         yield by_tier(
@@ -132,8 +129,8 @@ def gauges(engine: Engine, adapters: Adapters, board: Board) -> Callable[[], Ite
             totals.host_evictions, totals.device_evictions,
         )  # fmt: skip
         yield lora_requests_info(running, waiting, totals.slots or totals.adapters)
-        yield gauge("vllm:num_requests_running", "Requests in the batch.", state.running)
-        yield gauge("vllm:num_requests_waiting", "Requests in the queue.", state.waiting)
+        yield gauge("vllm:num_requests_running", "Requests in the batch.", stats.running)
+        yield gauge("vllm:num_requests_waiting", "Requests in the queue.", stats.waiting)
         yield gauge("vllm:kv_cache_usage_perc", "Share of KV blocks used, 0 to 1.", full)
 
     return read

@@ -15,27 +15,37 @@ from fader_server.core import Request, Sink
 Tier = Literal["disk", "host", "device"]
 
 
-@dataclass(frozen=True, slots=True)
-class EngineState:
-    """One look at the engine. Counts, except where a unit is named."""
+class EngineStats(Protocol):
+    """One look at the engine: engine.stats.EngineStats, as far as the API reads it."""
 
-    running: int = 0
-    waiting: int = 0
-    kv_blocks: int = 0
-    kv_blocks_used: int = 0
-    kv_blocks_cached: int = 0
-    prefix_tokens: int = 0
-    """Prompt tokens looked up in the prefix cache so far."""
-    prefix_hits: int = 0
-    """Of those, found."""
-    steps: int = 0
-    step_rows: int = 0
-    step_seconds: float = 0.0
-    preemptions: int = 0
-    beat_age: float = 0.0
-    """Seconds since the engine thread last turned its loop."""
-    alive: bool = True
-    """False once the engine has stopped for good."""
+    @property
+    def healthy(self) -> bool: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def kv_total(self) -> int: ...
+    @property
+    def kv_used(self) -> int: ...
+    @property
+    def kv_cached(self) -> int: ...
+    @property
+    def prefix_queries(self) -> int: ...
+    @property
+    def prefix_hits(self) -> int: ...
+    @property
+    def generated(self) -> int: ...
+    @property
+    def preemptions(self) -> int: ...
+    @property
+    def faults(self) -> int: ...
+
+    def stuck(self, now: float, after: float) -> str:
+        """Why the loop counts as stuck at `now` (time.monotonic), else empty."""
+        ...
 
 
 class Engine(Protocol):
@@ -44,16 +54,15 @@ class Engine(Protocol):
     def submit(self, request: Request, sink: Sink) -> None:
         """Queue a request; its events reach `sink` on the engine thread.
 
-        Raises Overloaded when the queue is full, RequestInvalid or AdapterTooLarge when it can
-        never run, EngineFault when the engine has stopped.
+        Raises Overloaded, RequestInvalid, ContextTooLong or EngineFault.
         """
         ...
 
     def abort(self, request_id: str) -> None:
-        """End a request early; unknown or ended ids are ignored."""
+        """End a request without an event; unknown or ended ids are ignored."""
         ...
 
-    def state(self) -> EngineState: ...
+    def stats(self) -> EngineStats: ...
 
 
 class TextStream(Protocol):
@@ -166,6 +175,15 @@ class AdapterInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a load did."""
+
+    info: AdapterInfo
+    replaced: Digest | None
+    """The version the name had before, if any."""
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterTotals:
     """The store and the pool in numbers."""
 
@@ -189,7 +207,13 @@ class Adapters(Protocol):
         """
         ...
 
-    def load(self, order: LoadOrder) -> AdapterInfo: ...
+    def load(self, order: LoadOrder) -> Loaded:
+        """Fetch, check and publish; the name moves at once or not at all.
+
+        Raises AdapterError: AdapterInvalid, AdapterMismatch, AdapterTooLarge, ArenaFull,
+        AdapterExists, VersionConflict, SourceForbidden, SourceNotFound.
+        """
+        ...
 
     def unload(self, name: str) -> None:
         """The name is gone at once. Raises AdapterNotFound."""

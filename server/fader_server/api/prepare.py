@@ -86,7 +86,7 @@ class Preparer:
             seed=choice_seed(choosing.seed, k),
             logprobs=call.logprobs,
             prompt_logprobs=call.logprobs if call.echo else None,
-            max_tokens=max(1, room),  # 0 scores the prompt: one token is drawn and left out
+            max_tokens=room,
             min_tokens=choosing.min_tokens,
             stop_token_ids=stop_ids,
         )
