@@ -1,4 +1,4 @@
-"""Extents of a linear space handed out first-fit. Integers only: knows neither bytes nor tensors."""
+"""Extents of a linear space, handed out first-fit. Integers only, neither bytes nor tensors."""
 
 from bisect import bisect_left
 

@@ -30,7 +30,7 @@ class HostTier(Protocol):
 
 
 class ArenaTier:
-    """CPU: the host tier is the device arena itself, so an adapter is stored once and never copied."""
+    """CPU: the host tier is the device arena itself; an adapter is stored once, never copied."""
 
     def __init__(self, arena: torch.Tensor) -> None:
         """`arena`: 1-D; every element of it is this tier's from now on."""
@@ -52,7 +52,7 @@ class ArenaTier:
         return None if offset is None else self._arena[offset : offset + numel]
 
     def free(self, flat: torch.Tensor) -> None:
-        self._extents.release(flat.storage_offset() - self._arena.storage_offset())
+        self._extents.release(int(flat.storage_offset()) - int(self._arena.storage_offset()))
 
 
 class BufferTier:

@@ -1,0 +1,191 @@
+"""The device tier: which versions are in the arena, in which slot, pinned by how many requests.
+
+Owned by the engine thread. Decides in integers; `upload` alone touches tensors.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+import torch
+
+from fader_adapters.errors import AdapterTooLarge
+from fader_adapters.extents import ExtentAllocator
+from fader_adapters.kernels.tables import Tables
+from fader_adapters.spec import AdapterData, Digest, Upload
+
+
+@dataclass(slots=True, eq=False)
+class _Resident:
+    slot: int
+    offset: int
+    numel: int
+    pins: int = 0
+    uploaded: bool = False
+    doomed: bool = False
+    """Forgotten while pinned: it goes with its last pin."""
+
+
+class Pool:
+    """Versions on the device, least recently used first. Implements the engine's AdapterPool."""
+
+    def __init__(self, tables: Tables, *, in_place: bool = False) -> None:
+        """`in_place`: adapters already lie in the arena (CPU), placed by the store's ArenaTier.
+
+        Nothing is copied or evicted then: a version stays until it is forgotten.
+        """
+        self._tables = tables
+        self._in_place = in_place
+        self._extents = ExtentAllocator(tables.arena.numel())
+        self._residents: OrderedDict[Digest, _Resident] = OrderedDict()
+        self._free_slots: list[int] = []
+        self._slots = 0
+        self.evictions = 0
+        self.uploads = 0
+
+    @property
+    def resident(self) -> int:
+        """Versions on the device."""
+        return len(self._residents)
+
+    @property
+    def resident_bytes(self) -> int:
+        itemsize = self._tables.arena.itemsize
+        return sum(resident.numel for resident in self._residents.values()) * itemsize
+
+    @property
+    def pins(self) -> int:
+        """Acquires not yet released, one for each version."""
+        return sum(resident.pins for resident in self._residents.values())
+
+    def __contains__(self, version: Digest) -> bool:
+        return version in self._residents
+
+    def acquire(self, data: Mapping[Digest, AdapterData]) -> tuple[Upload, ...] | None:
+        """Pin every version, evicting unpinned ones; None: not now, nothing changed.
+
+        Returns the uploads nobody has planned yet. Raises AdapterTooLarge when the versions cannot
+        fit together even alone.
+        """
+        missing = [version for version in data if version not in self._residents]
+        offsets = self._place(data, missing)
+        if offsets is None:
+            return None
+        uploads = []
+        for version in missing:
+            slot = heappop(self._free_slots) if self._free_slots else self._new_slot()
+            uploads.append(Upload(data[version], slot, offsets[version]))
+            numel = data[version].spec.numel
+            self._residents[version] = _Resident(slot, offsets[version], numel)
+        for version in data:
+            self._residents[version].pins += 1
+            self._residents.move_to_end(version)
+        return tuple(uploads)
+
+    def release(self, versions: tuple[Digest, ...]) -> None:
+        """Undo one acquire of these versions."""
+        for version in versions:
+            resident = self._residents[version]
+            assert resident.pins > 0
+            resident.pins -= 1
+            # Never uploaded: its plan was dropped, so nothing of it may be found here later.
+            if resident.pins == 0 and (resident.doomed or not resident.uploaded):
+                self._drop(version)
+
+    def slot(self, version: Digest) -> int:
+        """The slot of a version on the device. Raises KeyError when it is not there."""
+        return self._residents[version].slot
+
+    def forget(self, version: Digest) -> None:
+        """The version leaves the host: drop it now, or with its last pin."""
+        resident = self._residents.get(version)
+        if resident is None:
+            return
+        if resident.pins:
+            resident.doomed = True
+        else:
+            self._drop(version)
+
+    def upload(self, uploads: Iterable[Upload]) -> None:
+        """Copy the weights in and publish their slots, on the current stream; repeats do nothing.
+
+        Kernels already queued on that stream read the old bytes, later ones the new.
+        """
+        for upload in uploads:
+            resident = self._residents[upload.data.spec.version]
+            if resident.uploaded:
+                continue
+            assert (resident.slot, resident.offset) == (upload.slot, upload.offset)
+            if not self._in_place:
+                extent = self._tables.arena.narrow(0, upload.offset, resident.numel)
+                extent.copy_(upload.data.flat, non_blocking=True)
+            self._tables.publish(upload.slot, upload.data.spec, upload.offset)
+            resident.uploaded = True
+            self.uploads += 1
+
+    def _place(
+        self, data: Mapping[Digest, AdapterData], missing: list[Digest]
+    ) -> dict[Digest, int] | None:
+        """Offsets for the missing versions, with room made for them; None: not now."""
+        if self._in_place:
+            return {version: self._offset_in_arena(data[version].flat) for version in missing}
+        sizes = {version: data[version].spec.numel for version in data}
+        if not self._extents.fits_empty(*sizes.values()):
+            itemsize = self._tables.arena.itemsize
+            raise AdapterTooLarge(
+                f"the adapters of this request need {sum(sizes.values()) * itemsize} bytes, "
+                f"the arena has {self._extents.capacity * itemsize}"
+            )
+        evictable = [v for v, r in self._residents.items() if not r.pins and v not in data]
+        if sum(self._residents[v].numel for v in evictable) + self._extents.free < sum(
+            sizes[version] for version in missing
+        ):
+            return None
+        return self._evict_and_place({version: sizes[version] for version in missing}, evictable)
+
+    def _evict_and_place(
+        self, sizes: dict[Digest, int], evictable: list[Digest]
+    ) -> dict[Digest, int] | None:
+        """Try with more and more of the least recently used gone; change nothing until it works."""
+        emptied = self._extents.copy()
+        for count in range(len(evictable) + 1):
+            if count:
+                emptied.release(self._residents[evictable[count - 1]].offset)
+            offsets = _allocate_all(emptied.copy(), sizes)
+            if offsets is None:
+                continue
+            for version in evictable[:count]:
+                self._drop(version)
+            self.evictions += count
+            return _allocate_all(self._extents, sizes)
+        return None
+
+    def _drop(self, version: Digest) -> None:
+        resident = self._residents.pop(version)
+        assert resident.pins == 0
+        if resident.uploaded:
+            self._tables.retract(resident.slot)
+        heappush(self._free_slots, resident.slot)
+        if not self._in_place:
+            self._extents.release(resident.offset)
+
+    def _new_slot(self) -> int:
+        self._slots += 1
+        return self._slots - 1
+
+    def _offset_in_arena(self, flat: torch.Tensor) -> int:
+        arena = self._tables.arena
+        assert flat.untyped_storage().data_ptr() == arena.untyped_storage().data_ptr()
+        return int(flat.storage_offset()) - int(arena.storage_offset())
+
+
+def _allocate_all(extents: ExtentAllocator, sizes: dict[Digest, int]) -> dict[Digest, int] | None:
+    """An extent for each size, largest first; None when one does not fit (`extents` is spoilt)."""
+    offsets: dict[Digest, int] = {}
+    for version in sorted(sizes, key=lambda v: (-sizes[v], v)):
+        offset = extents.allocate(sizes[version])
+        if offset is None:
+            return None
+        offsets[version] = offset
+    return offsets

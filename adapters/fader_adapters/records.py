@@ -1,0 +1,96 @@
+"""The store's books: one record a name, one a version, and what may stand in them. No behaviour."""
+
+import math
+import re
+from dataclasses import dataclass, field
+
+from fader_adapters.errors import AdapterInvalid, BlendInvalid, VersionConflict
+from fader_adapters.leases import HostAdapter
+from fader_adapters.report import AdapterReport
+from fader_adapters.spec import ADAPTER_NAME, Digest
+
+MAX_WEIGHT = 16.0
+"""Largest magnitude of a blend's weight."""
+
+VERSION_PREFIX = re.compile(r"[0-9a-f]{12,64}", re.ASCII)
+"""What `fullmatch` of a version in a request must accept."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterStatus:
+    """One name at one instant."""
+
+    name: str
+    version: Digest
+    report: AdapterReport
+    nbytes: int
+    leases: int
+    """On the current version, under any name."""
+    pinned: bool
+    retired: tuple[Digest, ...]
+    """Earlier versions of this name that are still leased, sorted."""
+
+
+@dataclass(slots=True, eq=False)
+class NameRecord:
+    """Where a name stands."""
+
+    version: Digest
+    pinned: bool
+    used: int
+    """The store's clock when it was last leased or published."""
+
+
+@dataclass(slots=True, eq=False)
+class VersionRecord:
+    """One version in memory and everything that holds it."""
+
+    adapter: HostAdapter
+    names: set[str] = field(default_factory=set)
+    """Where it is current."""
+    former: set[str] = field(default_factory=set)
+    """Where it was current before."""
+    leases: int = 0
+    reservations: int = 0
+    forgets: int = 0
+    """Calls of `on_retired` not yet answered by `reclaim`."""
+
+    @property
+    def wanted(self) -> bool:
+        return bool(self.names or self.leases or self.reservations)
+
+    def retired_from(self, name: str) -> bool:
+        """Whether the name meant this version before and a lease still holds it."""
+        return name in self.former and self.leases > 0
+
+
+def check_name(name: str) -> None:
+    """Raises AdapterInvalid."""
+    if not ADAPTER_NAME.fullmatch(name):
+        raise AdapterInvalid(
+            "an adapter's name has 1 to 128 letters, digits, '.', '_' or '-' and starts with a "
+            f"letter or digit, got {name[:160]!r}"
+        )
+
+
+def check_weight(weight: float) -> None:
+    """Raises BlendInvalid."""
+    if not math.isfinite(weight) or abs(weight) > MAX_WEIGHT:
+        raise BlendInvalid(
+            f"an adapter's weight is a number from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}, got {weight}"
+        )
+
+
+def check_version(name: str, current: str, expected: str | None) -> None:
+    """Compare-and-swap: `current` is "" for a free name, `expected` None asks nothing.
+
+    Raises VersionConflict.
+    """
+    if expected is None or expected == current:
+        return
+    if VERSION_PREFIX.fullmatch(expected) and current.startswith(expected):
+        return
+    raise VersionConflict(
+        f"expected {name!r} {f'at version {expected[:64]}' if expected else 'to be free'}, "
+        f"it is {f'at {current}' if current else 'not loaded'}; read it again"
+    )

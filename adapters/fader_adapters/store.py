@@ -1,0 +1,267 @@
+"""Names, versions and leases of adapters in host memory. One thread, no I/O, never waits.
+
+A version's life: reserved → current under one or more names → retired (no name, still leased) →
+leaving (`on_retired` was called: the device is told to forget it) → reclaimed (memory is free).
+"""
+
+from collections.abc import Callable, Sequence
+
+from fader_adapters.errors import (
+    AdapterExists,
+    AdapterNotFound,
+    ArenaFull,
+    BlendInvalid,
+)
+from fader_adapters.leases import AdapterRef, HostAdapter, Lease, LeasedTerm, Reservation
+from fader_adapters.parse import ParsedAdapter
+from fader_adapters.records import (
+    VERSION_PREFIX,
+    AdapterStatus,
+    NameRecord,
+    VersionRecord,
+    check_name,
+    check_version,
+    check_weight,
+)
+from fader_adapters.spec import Blend, Digest, Term
+from fader_adapters.tiers import HostTier
+
+
+class Store:
+    """The host tier's books. All methods belong to one thread (the event loop's)."""
+
+    def __init__(
+        self,
+        tier: HostTier,
+        *,
+        on_retired: Callable[[Digest], None],
+        max_adapters: int = 1024,
+        max_terms: int = 8,
+    ) -> None:
+        """`on_retired(version)` is called when a version has neither name nor lease any more.
+
+        Its memory stays until `reclaim(version)` answers that the device has forgotten it.
+        """
+        self._tier = tier
+        self._on_retired = on_retired
+        self._max_adapters = max_adapters
+        self._max_terms = max_terms
+        self._names: dict[str, NameRecord] = {}
+        self._versions: dict[Digest, VersionRecord] = {}
+        self._clock = 0
+        self._leases = 0
+
+    @property
+    def leases(self) -> int:
+        """Leases not yet released."""
+        return self._leases
+
+    @property
+    def versions(self) -> int:
+        """Versions in memory: current, retired and leaving."""
+        return len(self._versions)
+
+    @property
+    def used_bytes(self) -> int:
+        return self._tier.used_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self._tier.total_bytes
+
+    def reserve(self, parsed: ParsedAdapter) -> Reservation:
+        """Room for a version; shared when it is here already. Then: fill, publish or cancel.
+
+        Raises AdapterTooLarge (never) or ArenaFull (not now).
+        """
+        entry = self._versions.get(parsed.spec.version)
+        if entry is not None:
+            entry.reservations += 1
+            return Reservation(parsed, entry.adapter.flat, shared=True, give_back=self._cancel)
+        flat = self._tier.allocate(parsed.spec.numel)
+        if flat is None:
+            raise ArenaFull(
+                f"the adapter needs {parsed.nbytes} bytes in one piece, {self.used_bytes} of "
+                f"{self.total_bytes} are in use; unload an adapter or wait for its last request"
+            )
+        return Reservation(parsed, flat, shared=False, give_back=self._cancel)
+
+    def publish(
+        self,
+        name: str,
+        reservation: Reservation,
+        *,
+        replace: bool = False,
+        if_version: str | None = None,
+        pin: bool = False,
+    ) -> HostAdapter:
+        """Let `name` mean the reserved version from now on; running leases keep theirs.
+
+        `if_version` asks that the name is at this version (12 or more hex digits), or free for "".
+        Raises AdapterInvalid (the name), AdapterExists, VersionConflict, ArenaFull (too many
+        names); the reservation stays open then.
+        """
+        assert reservation.open
+        assert reservation.filled
+        record = self._names.get(name)
+        check_name(name)
+        check_version(name, self._current(name), if_version)
+        if record is not None and not replace and if_version is None:
+            raise AdapterExists(f"the adapter {name!r} is loaded already; ask to replace it")
+        if record is None and len(self._names) >= self._max_adapters:
+            raise ArenaFull(f"{len(self._names)} adapters are loaded, the limit; unload one first")
+        entry = self._settle_reservation(reservation)
+        old = self._versions[record.version] if record is not None else None
+        entry.names.add(name)
+        entry.former.discard(name)
+        self._names[name] = NameRecord(entry.adapter.version, pin, self._tick())
+        if old is not None and old is not entry:
+            old.names.discard(name)
+            old.former.add(name)
+            self._retire_unwanted(old)
+        return entry.adapter
+
+    def unload(self, name: str, if_version: str | None = None) -> None:
+        """Forget the name at once; its versions go when their last lease ends.
+
+        Raises AdapterNotFound, VersionConflict.
+        """
+        record = self._record(name)
+        check_version(name, self._current(name), if_version)
+        del self._names[name]
+        for entry in self._versions.values():
+            entry.former.discard(name)
+        entry = self._versions[record.version]
+        entry.names.discard(name)
+        self._retire_unwanted(entry)
+
+    def pin(self, name: str, *, pinned: bool) -> None:
+        """Exempt the name from `idle`, or not. Raises AdapterNotFound."""
+        self._record(name).pinned = pinned
+
+    def acquire(self, refs: Sequence[AdapterRef]) -> Lease:
+        """Resolve every name and lease every version, in one step; no refs: the base.
+
+        Terms of weight 0 are checked and dropped. Raises AdapterNotFound, BlendInvalid.
+        """
+        if len(refs) > self._max_terms:
+            raise BlendInvalid(f"a blend has at most {self._max_terms} terms, got {len(refs)}")
+        terms = [self._resolve(ref) for ref in refs]
+        if len({term.version for term in terms}) < len(terms):
+            raise BlendInvalid("an adapter stands twice in the blend; add its weights")
+        kept = tuple(term for term in terms if term.weight != 0.0)
+        blend = Blend.of(Term(term.version, term.weight) for term in kept)
+        entries = [self._versions[term.version] for term in kept]
+        for term, entry in zip(kept, entries, strict=True):
+            entry.leases += 1
+            self._names[term.name].used = self._tick()
+        self._leases += 1
+        adapters = {entry.adapter.version: entry.adapter for entry in entries}
+        return Lease(blend, adapters, kept, lambda: self._release(entries))
+
+    def reclaim(self, version: Digest) -> None:
+        """The device has forgotten the version, once for each `on_retired`; frees its memory.
+
+        A version that was published again meanwhile, or retired again, stays.
+        """
+        entry = self._versions[version]
+        entry.forgets -= 1
+        assert entry.forgets >= 0
+        if not entry.wanted and not entry.forgets:
+            del self._versions[version]
+            self._tier.free(entry.adapter.flat)
+
+    def status(self, name: str) -> AdapterStatus:
+        """Raises AdapterNotFound."""
+        record = self._record(name)
+        entry = self._versions[record.version]
+        return AdapterStatus(
+            name=name,
+            version=record.version,
+            report=entry.adapter.report,
+            nbytes=entry.adapter.nbytes,
+            leases=entry.leases,
+            pinned=record.pinned,
+            retired=tuple(sorted(v for v, e in self._versions.items() if e.retired_from(name))),
+        )
+
+    def list(self) -> tuple[AdapterStatus, ...]:
+        """Every name, sorted."""
+        return tuple(self.status(name) for name in sorted(self._names))
+
+    def idle(self) -> tuple[str, ...]:
+        """Names that could be unloaded to make room, longest unused first: no lease, no pin."""
+        names = [
+            name
+            for name, record in self._names.items()
+            if not record.pinned and not self._versions[record.version].leases
+        ]
+        return tuple(sorted(names, key=lambda name: self._names[name].used))
+
+    def _record(self, name: str) -> NameRecord:
+        record = self._names.get(name)
+        if record is None:
+            raise AdapterNotFound(f"no adapter {name[:160]!r} is loaded")
+        return record
+
+    def _current(self, name: str) -> str:
+        """The version of a name, "" when it is free."""
+        record = self._names.get(name)
+        return record.version if record is not None else ""
+
+    def _resolve(self, ref: AdapterRef) -> LeasedTerm:
+        check_weight(ref.weight)
+        record = self._record(ref.name)
+        if ref.version is None:
+            return LeasedTerm(ref.name, record.version, ref.weight)
+        live = [
+            version
+            for version, entry in self._versions.items()
+            if version.startswith(ref.version)
+            and (version == record.version or entry.retired_from(ref.name))
+        ]
+        if not VERSION_PREFIX.fullmatch(ref.version) or len(live) != 1:
+            raise AdapterNotFound(
+                f"no live version {ref.version[:64]!r} of adapter {ref.name!r}; it is at "
+                f"{record.version[:12]}"
+            )
+        return LeasedTerm(ref.name, live[0], ref.weight)
+
+    def _settle_reservation(self, reservation: Reservation) -> VersionRecord:
+        """The version a reservation now belongs to, created unless it is here already."""
+        entry = self._versions.get(reservation.version)
+        if reservation.shared:
+            assert entry is not None
+            entry.reservations -= 1
+        elif entry is not None:  # the same content was published while this one was being filled
+            self._tier.free(reservation.flat)
+        else:
+            parsed = reservation.parsed
+            entry = VersionRecord(HostAdapter(parsed.spec, reservation.flat, parsed.report))
+            self._versions[reservation.version] = entry
+        reservation.close()
+        return entry
+
+    def _cancel(self, reservation: Reservation) -> None:
+        if not reservation.shared:
+            self._tier.free(reservation.flat)
+            return
+        entry = self._versions[reservation.version]
+        entry.reservations -= 1
+        self._retire_unwanted(entry)
+
+    def _release(self, entries: Sequence[VersionRecord]) -> None:
+        self._leases -= 1
+        for entry in entries:
+            entry.leases -= 1
+        for entry in entries:
+            self._retire_unwanted(entry)
+
+    def _retire_unwanted(self, entry: VersionRecord) -> None:
+        if not entry.wanted:
+            entry.forgets += 1
+            self._on_retired(entry.adapter.version)
+
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock

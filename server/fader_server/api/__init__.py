@@ -1,0 +1,1 @@
+"""HTTP: OpenAI's routes, Fader's own, and vLLM's for adapters. Knows nothing about tensors."""

@@ -1,0 +1,143 @@
+"""/v1/adapters: health reports for users; load, swap, pin and unload for administrators."""
+
+import asyncio
+import re
+import time
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from fader_adapters.errors import AdapterError
+from fader_server.api.blends import AdapterRef
+from fader_server.api.context import Context, body_of, context_of, log_of, principal_of
+from fader_server.api.fields import Fields
+from fader_server.api.ports import AdapterInfo, Loaded, LoadOrder
+from fader_server.errors import RequestInvalid
+from fader_server.settings import ADAPTER_NAME
+
+user_router = APIRouter()
+admin_router = APIRouter()
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_VERSION = re.compile(r"[0-9a-f]{12,64}")
+
+
+@user_router.get("/v1/adapters")
+async def list_adapters(request: Request) -> Response:
+    """Every adapter's health report."""
+    reports = [report(info, request) for info in context_of(request).adapters.list()]
+    return JSONResponse({"object": "list", "data": reports})
+
+
+@user_router.get("/v1/adapters/{name}")
+async def one_adapter(request: Request) -> Response:
+    """One adapter's health report; `name@version` works too."""
+    ref = AdapterRef.read(request.path_params["name"])
+    if ref is None:
+        raise RequestInvalid("the adapter's name is malformed", param="name")
+    return JSONResponse(report(context_of(request).adapters.get(ref), request))
+
+
+@admin_router.put("/v1/adapters/{name}")
+async def put_adapter(request: Request) -> Response:
+    """Load an adapter under a new name (201), or swap the name to a new version (200)."""
+    order = read_order(_name(request), await body_of(request))
+    loaded = await load(request, order)
+    status = 201 if loaded.replaced is None else 200
+    return JSONResponse(report(loaded.info, request), status)
+
+
+@admin_router.patch("/v1/adapters/{name}")
+async def patch_adapter(request: Request) -> Response:
+    """Pin or unpin."""
+    fields = Fields(await body_of(request))
+    fields.unknown({"pin"}, strict=True)
+    if fields.raw("pin") is None:
+        fields.refuse("pin", "is required: true or false")
+    pinned = fields.boolean("pin")
+    fields.finish()
+    info = context_of(request).adapters.pin(_name(request), pinned=pinned)
+    return JSONResponse(report(info, request))
+
+
+@admin_router.delete("/v1/adapters/{name}")
+async def delete_adapter(request: Request) -> Response:
+    """The name is gone at once; the memory follows when the last lease ends."""
+    name = _name(request)
+    context_of(request).adapters.unload(name)
+    return JSONResponse({"object": "adapter", "name": name, "deleted": True})
+
+
+def read_order(name: str, body: dict[str, Any]) -> LoadOrder:
+    """The body of a PUT. Raises RequestInvalid."""
+    fields = Fields(body)
+    fields.unknown({"source", "revision", "sha256", "if_version", "pin"}, strict=True)
+    order = LoadOrder(
+        name=name,
+        source=fields.string("source", required=True, longest=4096),
+        revision=fields.string("revision", longest=256) or None,
+        sha256=fields.string("sha256", longest=64) or None,
+        if_version=fields.string("if_version", longest=64) if "if_version" in body else None,
+        pin=fields.boolean("pin"),
+    )
+    if order.sha256 and not _SHA256.fullmatch(order.sha256):
+        fields.refuse("sha256", "must be 64 lower-case hexadecimal digits")
+    if order.if_version and not _VERSION.fullmatch(order.if_version):
+        fields.refuse("if_version", "must be 12 to 64 lower-case hexadecimal digits, or empty")
+    fields.finish()
+    return order
+
+
+async def load(request: Request, order: LoadOrder) -> Loaded:
+    """Load off the event loop, counted and logged."""
+    context = context_of(request)
+    log_of(request).extra["adapter"] = order.name
+    began = time.monotonic()
+    loop = asyncio.get_running_loop()
+    try:
+        loaded = await loop.run_in_executor(context.loads, context.adapters.load, order)
+    except AdapterError:
+        context.metrics.loaded("refused", time.monotonic() - began)
+        raise
+    context.metrics.loaded("ok", time.monotonic() - began)
+    log_of(request).extra["version"] = loaded.info.version
+    return loaded
+
+
+def report(info: AdapterInfo, request: Request) -> dict[str, Any]:
+    """The health report; where it came from is shown to administrators only."""
+    body: dict[str, Any] = {
+        "object": "adapter",
+        "name": info.name,
+        "version": info.version,
+        "base": _base_name(context_of(request)),
+        "rank": info.rank,
+        "scale": info.scale,
+        "modules": info.modules,
+        "targets": list(info.targets),
+        "bytes": info.bytes,
+        "relative_norm": info.relative_norm,
+        "tier": info.tier,
+        "leases": info.leases,
+        "pinned": info.pinned,
+        "retired": list(info.retired),
+        "created": info.created,
+    }
+    if principal_of(request).role == "admin":
+        body["source"] = info.source
+    return body
+
+
+def _base_name(context: Context) -> str:
+    return context.base.name
+
+
+def _name(request: Request) -> str:
+    name = request.path_params["name"]
+    if not ADAPTER_NAME.fullmatch(name):
+        raise RequestInvalid(
+            "an adapter's name has letters, digits and . _ - (128 at most), a letter or digit first",
+            param="name",
+        )
+    return name

@@ -1,0 +1,109 @@
+"""Who calls: keys to principals, deny by default. Knows keys by their sha256 only."""
+
+import hashlib
+import hmac
+import ipaddress
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from starlette.requests import Request
+
+from fader_server.api.errors import Forbidden, Unauthorized
+from fader_server.config import ServeConfig
+
+Role = Literal["user", "admin"]
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """A caller: what it may do, and the tenant its prefix cache belongs to."""
+
+    role: Role
+    tenant: str
+    """"" when nobody needs a key, else 12 hex digits of the key's sha256."""
+
+
+class Guard:
+    """Decides for every request. Holds digests of the keys, never the keys."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._keys = [(_digest(key.encode()), Principal("user", "")) for key in config.api_key]
+        if config.admin_key is not None:
+            self._keys.append((_digest(config.admin_key.encode()), Principal("admin", "")))
+        self._keys = [(key, Principal(who.role, key.hex()[:12])) for key, who in self._keys]
+        self._user_open = config.user_open
+        self._admin_open = config.admin_open
+        self._has_admin_key = config.admin_key is not None
+
+    def user(self, request: Request) -> Principal:
+        """The caller of a user route. Raises Unauthorized."""
+        known = self._known(_presented(request))
+        if known is not None:
+            return known
+        if self._user_open:  # clients send made-up keys to servers without one
+            return Principal("user", "")
+        raise Unauthorized("A valid API key is required: Authorization: Bearer KEY.")
+
+    def admin(self, request: Request) -> Principal:
+        """The caller of an admin route. Raises Unauthorized or Forbidden."""
+        if self._admin_open:
+            if not _is_loopback_host(request.headers.get("host", "")):
+                raise Forbidden("Admin routes without a key answer to loopback host names only.")
+            return Principal("admin", "")
+        known = self._known(_presented(request))
+        if known is None and self._keys:
+            raise Unauthorized("A valid admin key is required: Authorization: Bearer KEY.")
+        if known is None or known.role != "admin":
+            hint = "" if self._has_admin_key else " This server runs without --admin-key."
+            raise Forbidden(f"This route needs the admin key.{hint}")
+        return known
+
+    def _known(self, presented: bytes | None) -> Principal | None:
+        if presented is None:
+            return None
+        digest = _digest(presented)
+        found = None
+        for key, principal in self._keys:  # always all of them: no early exit to time
+            if hmac.compare_digest(key, digest):
+                found = principal
+        return found
+
+
+Check = Callable[[Request], Awaitable[None]]
+
+
+def requires(guard: Guard, role: Role) -> Check:
+    """The dependency that every route of a role carries; leaves the principal in request.state."""
+    decide = guard.admin if role == "admin" else guard.user
+
+    async def check(request: Request) -> None:
+        request.state.principal = decide(request)
+        request.state.log.tenant = request.state.principal.tenant
+
+    return check
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _presented(request: Request) -> bytes | None:
+    given = [value for name, value in request.scope["headers"] if name == b"authorization"]
+    if not given:
+        return None
+    scheme, _, key = given[0].partition(b" ")
+    if len(given) > 1 or scheme.lower() != b"bearer":
+        return b""
+    return key.strip()
+
+
+def _is_loopback_host(host: str) -> bool:
+    """True for localhost and loopback addresses, whatever the port: guards against rebinding."""
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    if name.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

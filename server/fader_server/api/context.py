@@ -1,0 +1,89 @@
+"""What every route shares: built once by app.build, reached through request.app.state.context."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+
+from fader_server.api.auth import Principal
+from fader_server.api.body import read_json
+from fader_server.api.choosing import Limits
+from fader_server.api.edge import RequestLog
+from fader_server.api.generate import Generator
+from fader_server.api.observe import Board, CallRecord
+from fader_server.api.ports import Adapters, Engine, Lease, Tokenizer
+from fader_server.api.sse import Pace
+from fader_server.config import ServeConfig
+from fader_server.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """The base as the API shows it."""
+
+    name: str
+    fingerprint: str
+    """sha256 of its shapes, BaseSpec.fingerprint."""
+    max_model_len: int
+    created: int
+    """Unix seconds of the server's start."""
+
+
+@dataclass(slots=True)
+class Readiness:
+    """Why the server is not ready; empty when it is. Adapters never change it."""
+
+    reason: str = "starting"
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The services behind the routes."""
+
+    config: ServeConfig
+    base: BaseModel
+    engine: Engine
+    adapters: Adapters
+    tokenizer: Tokenizer
+    generator: Generator
+    metrics: Metrics
+    limits: Limits
+    pace: Pace
+    board: Board
+    loads: Executor
+    """Where adapters are read: loads must not take the threads of tokenisation."""
+    version: str
+    readiness: Readiness = field(default_factory=Readiness)
+    clock: Callable[[], float] = time.monotonic
+
+    def fingerprint(self, lease: Lease) -> str:
+        """system_fingerprint: this server, the base and the blend, in hexadecimal."""
+        blend = lease.blend.digest[:12] if lease.blend else "base"
+        return f"fader-{self.version}-{self.base.fingerprint[:12]}-{blend}"
+
+    def record(self, request: Request) -> CallRecord:
+        """A new record of a call, tied to the request's log line."""
+        record = CallRecord(self.metrics, self.board, self.clock)
+        log_of(request).call = record
+        return record
+
+
+def context_of(request: Request) -> Context:
+    return request.app.state.context
+
+
+def log_of(request: Request) -> RequestLog:
+    return request.state.log
+
+
+def principal_of(request: Request) -> Principal:
+    return request.state.principal
+
+
+async def body_of(request: Request) -> dict[str, Any]:
+    """The request's JSON object, within the server's limits."""
+    config = context_of(request).config
+    return await read_json(request, limit=config.max_body, seconds=config.body_timeout)

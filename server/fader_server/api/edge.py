@@ -1,0 +1,108 @@
+"""The outermost layer: request ids, one log line a request, and the last resort for exceptions.
+
+Pure ASGI, so that it sees streams as they are. Knows no route.
+"""
+
+import json
+import logging
+import re
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fader_server.api.errors import ClientGone, describe
+from fader_server.api.observe import CallRecord
+from fader_server.metrics import Metrics
+
+_log = logging.getLogger("fader.request")
+_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+@dataclass(slots=True)
+class RequestLog:
+    """What one request leaves in the log. Routes add to it."""
+
+    request_id: str
+    tenant: str = ""
+    call: CallRecord | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Edge:
+    """Wraps the application; `scope["state"]["log"]` is the request's RequestLog."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.monotonic()
+        log = RequestLog(_request_id(scope))
+        scope["state"] = {**scope.get("state", {}), "log": log}
+        status = 0
+
+        async def send_marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = log.request_id
+                headers["openai-processing-ms"] = str(round((time.monotonic() - began) * 1000))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_marked)
+        except ClientGone:
+            status = status or 499
+        except Exception as error:
+            _log.exception("a route failed", extra={"fields": {"request_id": log.request_id}})
+            if status:
+                raise
+            await describe(error).response()(scope, receive, send_marked)
+        finally:
+            self._finish(scope, log, status, time.monotonic() - began)
+
+    def _finish(self, scope: Scope, log: RequestLog, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "none")
+        self._metrics.answered(route, status)
+        fields = {
+            "request_id": log.request_id,
+            "tenant": log.tenant or None,
+            "method": scope["method"],
+            "route": route,
+            "status": status,
+            "ms": round(seconds * 1000, 1),
+            **log.extra,
+            **(log.call.log_fields() if log.call else {}),
+        }
+        _log.info("request", extra={"fields": fields})
+
+
+def _request_id(scope: Scope) -> str:
+    given = [value for name, value in scope["headers"] if name == b"x-request-id"]
+    if len(given) == 1 and _ID.fullmatch(given[0]):
+        return given[0].decode()
+    return f"req-{secrets.token_hex(12)}"
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line; control characters cannot break out of it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "ts": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)

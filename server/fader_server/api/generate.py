@@ -1,0 +1,221 @@
+"""A generation call from names and text to deltas: leases, submits, follows, releases.
+
+The only place that holds leases and engine requests for HTTP. Knows no wire format.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from fader_adapters.errors import AdapterNotFound
+from fader_server.api.choice import Choice, Delta
+from fader_server.api.errors import FirstTokenTimeout
+from fader_server.api.mailbox import Mailbox
+from fader_server.api.observe import CallRecord
+from fader_server.api.ports import Adapters, Engine, Lease, Tokenizer
+from fader_server.api.prepare import Preparer
+from fader_server.api.resolve import adapter_label, resolve
+from fader_server.api.schemas import Call
+from fader_server.core import Request, TokenEvent
+from fader_server.errors import ModelNotFound, Overloaded, RequestTimeout
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a whole call; a prompt counts once however many choices it has."""
+
+    prompt: int
+    completion: int
+    cached: int
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Seconds a call may take."""
+
+    first_token: float
+    total: float
+
+
+class Generator:
+    """Starts calls, and knows those under way so that a drain can end them."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        adapters: Adapters,
+        tokenizer: Tokenizer,
+        *,
+        base_name: str,
+        max_model_len: int,
+        patience: Patience,
+    ) -> None:
+        self._engine = engine
+        self._adapters = adapters
+        self._tokenizer = tokenizer
+        self._base_name = base_name
+        self._preparer = Preparer(tokenizer, max_model_len=max_model_len)
+        self._patience = patience
+        self._live: set[Generation] = set()
+        self._closed: Overloaded | None = None
+
+    @property
+    def live(self) -> int:
+        """Calls under way."""
+        return len(self._live)
+
+    def end_all(self) -> None:
+        """Fail every call under way and every new one: the server goes down."""
+        self._closed = Overloaded("The server is shutting down.", retry_after=5)
+        for generation in self._live:
+            generation.fail(self._closed)
+
+    async def start(self, call: Call, *, id: str, salt: str, record: CallRecord) -> "Generation":
+        """Lease, tokenise and submit, all or nothing. The caller closes the generation.
+
+        Raises ModelNotFound, BlendInvalid, ContextTooLong, Overloaded, RequestInvalid.
+        """
+        if self._closed is not None:
+            raise self._closed
+        lease = self._lease(call)
+        try:
+            record.leased(adapter_label(lease), lease.terms)
+            prompts = await asyncio.to_thread(self._preparer.encode, call)
+            requests = self._preparer.requests(call, prompts, lease, id=id, salt=salt)
+            choices = [self._choice(call, index, item) for index, item in enumerate(requests)]
+        except BaseException:
+            lease.release()
+            raise
+        generation = Generation(
+            self._engine, call, choices, lease, record=record, patience=self._patience,
+            on_close=self._live.discard,
+        )  # fmt: skip
+        self._live.add(generation)
+        generation.submit()
+        return generation
+
+    def _lease(self, call: Call) -> Lease:
+        target = resolve(call.model, call.terms, base=self._base_name)
+        try:
+            return self._adapters.acquire(target.terms)
+        except AdapterNotFound:
+            if call.terms is not None:
+                raise ModelNotFound("An adapter of the blend does not exist.") from None
+            raise ModelNotFound(f"The model `{call.model}` does not exist.") from None
+
+    def _choice(self, call: Call, index: int, request: Request) -> Choice:
+        return Choice(
+            index,
+            request,
+            self._tokenizer,
+            stop=call.stop,
+            echo=self._preparer.echo_text(call, index, request.prompt),
+        )
+
+
+class Generation:
+    """One call under way. Whoever has it closes it, however it ends; closing twice is nothing."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        call: Call,
+        choices: list[Choice],
+        lease: Lease,
+        *,
+        record: CallRecord,
+        patience: Patience,
+        on_close: Callable[["Generation"], None],
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self.call = call
+        self.lease = lease
+        self._engine = engine
+        self._choices = {choice.request.id: choice for choice in choices}
+        self._in_engine: set[str] = set()
+        self._record = record
+        self._mailbox = Mailbox(loop)
+        self._first_by = loop.time() + patience.first_token
+        self._last_by = loop.time() + patience.total
+        self._on_close = on_close
+        self._closed = False
+
+    def submit(self) -> None:
+        """Queue every choice; closes itself when the engine refuses one."""
+        try:
+            for id, choice in self._choices.items():
+                self._engine.submit(choice.request, self._mailbox.post)
+                self._in_engine.add(id)
+        except BaseException:
+            self.close()
+            raise
+
+    def fail(self, error: Exception) -> None:
+        """Make the reader of `deltas` see this error next."""
+        self._mailbox.fail(error)
+
+    async def deltas(self) -> AsyncIterator[list[Delta]]:
+        """What the choices gain, as it comes; ends when every choice has ended.
+
+        Raises the engine's error of any choice, FirstTokenTimeout, RequestTimeout.
+        """
+        while self._in_engine:
+            events = await self._take()
+            gained: dict[int, Delta] = {}
+            for event in events:
+                delta = self._follow(event)
+                before = gained.get(delta.index, Delta(delta.index))
+                gained[delta.index] = before.plus(delta)
+            batch = [delta for delta in gained.values() if not delta.empty]
+            if batch:
+                yield batch
+        self.close()
+
+    async def _take(self) -> list[TokenEvent]:
+        by = self._last_by if self._record.started else min(self._first_by, self._last_by)
+        try:
+            async with asyncio.timeout_at(by):
+                return await self._mailbox.take()
+        except TimeoutError:
+            if self._record.started or by == self._last_by:
+                raise RequestTimeout("The request did not finish in time.") from None
+            raise FirstTokenTimeout("The first token did not come in time.") from None
+
+    def _follow(self, event: TokenEvent) -> Delta:
+        choice = self._choices[event.request_id]
+        if event.request_id not in self._in_engine:
+            return Delta(choice.index)
+        if event.error is not None:
+            self._in_engine.discard(event.request_id)
+            raise event.error
+        if event.token is not None:
+            self._record.token()
+        delta = choice.take(event)
+        if choice.finish is not None:
+            self._in_engine.discard(event.request_id)
+            if event.finish is None:  # a stop string: the engine does not know
+                self._engine.abort(event.request_id)
+        return delta
+
+    @property
+    def usage(self) -> Usage:
+        choices = list(self._choices.values())
+        firsts = choices[:: self.call.n]
+        return Usage(
+            prompt=sum(len(choice.request.prompt) for choice in firsts),
+            completion=sum(choice.generated for choice in choices),
+            cached=sum(choice.cached for choice in firsts),
+        )
+
+    def close(self) -> None:
+        """Abort what still runs, release the lease, account for the call."""
+        if self._closed:
+            return
+        self._closed = True
+        for id in self._in_engine:
+            self._engine.abort(id)
+        self._in_engine.clear()
+        self.lease.release()
+        usage = self.usage
+        self._record.used(usage.prompt, usage.completion, usage.cached)
+        self._on_close(self)

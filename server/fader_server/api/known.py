@@ -1,0 +1,25 @@
+"""The field names the generation bodies know: read, refused with a reason, or ignored by intent."""
+
+# fmt: off
+_SHARED = frozenset((
+    "model", "max_tokens", "n", "stop", "seed", "logit_bias", "temperature", "top_p", "top_k",
+    "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs",
+    "stream", "stream_options", "adapters", "lora", "ignore_eos", "min_tokens",
+    "stop_token_ids", "cache_salt",
+))
+_IGNORED = frozenset((
+    "user", "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_key",
+    "safety_identifier", "reasoning_effort", "verbosity", "prediction", "audio",
+    "web_search_options", "skip_special_tokens", "spaces_between_special_tokens",
+    "add_special_tokens", "prompt_logprobs", "length_penalty", "use_beam_search", "request_id",
+    "priority", "return_token_ids", "truncate_prompt_tokens", "detokenize",
+))
+_COMPLETION = frozenset(("prompt", "echo", "best_of", "suffix"))
+_CHAT = frozenset((
+    "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice",
+    "response_format", "functions", "function_call", "modalities", "chat_template",
+    "chat_template_kwargs",
+))
+# fmt: on
+COMPLETION_FIELDS = _SHARED | _IGNORED | _COMPLETION
+CHAT_FIELDS = _SHARED | _IGNORED | _CHAT

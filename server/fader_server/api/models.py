@@ -1,0 +1,56 @@
+"""/v1/models: the base first, then the adapters, as OpenAI's model cards."""
+
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from fader_adapters.errors import AdapterNotFound
+from fader_server.api.context import Context, context_of
+from fader_server.api.ports import AdapterInfo
+from fader_server.api.resolve import resolve
+from fader_server.errors import ModelNotFound
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> Response:
+    """Every model of this server."""
+    context = context_of(request)
+    cards = [_base_card(context), *(_card(context, info) for info in context.adapters.list())]
+    return JSONResponse({"object": "list", "data": cards})
+
+
+@router.get("/v1/models/{id:path}")
+async def one_model(request: Request) -> Response:
+    """One model, by any spelling that a request may use."""
+    context = context_of(request)
+    target = resolve(request.path_params["id"], None, base=context.base.name)
+    if not target.terms:
+        return JSONResponse(_base_card(context))
+    try:
+        info = context.adapters.get(target.terms[0].ref)
+    except AdapterNotFound:
+        raise ModelNotFound("The requested model does not exist.") from None
+    return JSONResponse({**_card(context, info), "id": target.model})
+
+
+def _base_card(context: Context) -> dict[str, Any]:
+    return {
+        "id": context.base.name,
+        "object": "model",
+        "created": context.base.created,
+        "owned_by": "fader",
+        "root": context.base.name,
+        "parent": None,
+        "max_model_len": context.base.max_model_len,
+        "permission": [],
+    }
+
+
+def _card(context: Context, info: AdapterInfo) -> dict[str, Any]:
+    root = f"{info.name}@{info.version[:12]}"  # never a path of the host
+    changes = {"id": info.name, "created": info.created, "root": root, "version": info.version}
+    return {**_base_card(context), **changes, "parent": context.base.name}

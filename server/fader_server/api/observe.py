@@ -1,0 +1,136 @@
+"""What is remembered of calls: one record each, for metrics and the log line. No texts, no keys."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from fader_server.api.ports import Adapters, Engine, LeasedTerm
+from fader_server.metrics import Metrics, by_tier, counter, gauge, lora_requests_info
+
+
+@dataclass(slots=True)
+class CallRecord:
+    """One generation call, from its lease to its end."""
+
+    metrics: Metrics
+    board: "Board"
+    clock: Callable[[], float] = time.monotonic
+    began: float = 0.0
+    adapter: str = ""
+    """Empty until the names are resolved."""
+    terms: tuple[LeasedTerm, ...] = ()
+    first: float | None = None
+    last: float | None = None
+    tokens: tuple[int, int, int] = (0, 0, 0)
+    """Prompt, completion, cached."""
+    outcome: str = ""
+
+    def __post_init__(self) -> None:
+        self.began = self.clock()
+
+    @property
+    def started(self) -> bool:
+        """The first token is there."""
+        return self.first is not None
+
+    def leased(self, adapter: str, terms: tuple[LeasedTerm, ...]) -> None:
+        self.adapter, self.terms = adapter, terms
+        self.board.waiting.update(self._names())
+
+    def token(self) -> None:
+        """A token of any choice came."""
+        now = self.clock()
+        if self.first is None:
+            self.first = now
+            self.metrics.first(self.adapter, now - self.began)
+            self.board.waiting.subtract(self._names())
+            self.board.running.update(self._names())
+        elif self.last is not None:
+            self.metrics.inter_token.observe(now - self.last)
+        self.last = now
+
+    def used(self, prompt: int, completion: int, cached: int) -> None:
+        self.tokens = (prompt, completion, cached)
+
+    def end(self, outcome: str) -> None:
+        """The call is over; only the first end counts."""
+        if self.outcome:
+            return
+        self.outcome = outcome
+        if not self.adapter:
+            return
+        (self.board.running if self.started else self.board.waiting).subtract(self._names())
+        prompt, completion, _ = self.tokens
+        seconds = self.clock() - self.began
+        self.metrics.ended(
+            self.adapter, outcome, seconds=seconds, prompt=prompt, completion=completion
+        )
+
+    def _names(self) -> list[str]:
+        return [term.name for term in self.terms]
+
+    def log_fields(self) -> dict[str, Any]:
+        first = None if self.first is None else round((self.first - self.began) * 1000, 1)
+        return {
+            "adapter": self.adapter or None,
+            "versions": [f"{term.name}@{term.version[:12]}" for term in self.terms],
+            "prompt_tokens": self.tokens[0],
+            "completion_tokens": self.tokens[1],
+            "cached_tokens": self.tokens[2],
+            "first_ms": first,
+            "outcome": self.outcome or None,
+        }
+
+
+@dataclass(slots=True)
+class Board:
+    """Calls by adapter name, before and after their first token."""
+
+    waiting: Counter[str] = field(default_factory=Counter)
+    running: Counter[str] = field(default_factory=Counter)
+
+    def names(self) -> tuple[list[str], list[str]]:
+        """Names with calls: running, waiting. Forgets those without."""
+        for table in (self.waiting, self.running):
+            for name in [name for name, count in table.items() if count <= 0]:
+                del table[name]
+        return sorted(self.running), sorted(self.waiting)
+
+
+def gauges(engine: Engine, adapters: Adapters, board: Board) -> Callable[[], Iterable[Metric]]:
+    """The families read from the engine and the store at every scrape."""
+
+    def read() -> Iterable[Metric]:
+        stats, totals = engine.stats(), adapters.totals()
+        full = stats.kv_used / stats.kv_total if stats.kv_total else 0.0
+        running, waiting = board.names()
+        yield gauge("fader_requests_running", "Requests in the batch.", stats.running)
+        yield gauge("fader_requests_waiting", "Requests in the queue.", stats.waiting)
+        yield gauge("fader_kv_blocks", "KV blocks in all.", stats.kv_total)
+        yield gauge("fader_kv_blocks_used", "KV blocks held by requests.", stats.kv_used)
+        yield gauge("fader_kv_blocks_cached", "KV blocks kept for reuse.", stats.kv_cached)
+        yield counter("fader_prefix_queries", "Prompt blocks looked up.", stats.prefix_queries)
+        yield counter("fader_prefix_hits", "Prompt blocks found cached.", stats.prefix_hits)
+        yield counter("fader_generated_tokens", "Tokens drawn by the engine.", stats.generated)
+        yield counter("fader_preemptions", "Requests put back into the queue.", stats.preemptions)
+        yield counter("fader_engine_faults", "Requests ended by a fault.", stats.faults)
+        yield gauge("fader_adapters", "Registered adapters.", totals.adapters)
+        yield gauge("fader_adapter_leases", "Leases held by calls.", totals.leases)
+        yield by_tier(
+            GaugeMetricFamily("fader_adapter_bytes", "Bytes of adapters.", labels=["tier"]),
+            totals.host_bytes, totals.device_bytes,
+        )  # fmt: skip
+        yield by_tier(
+            CounterMetricFamily("fader_adapter_evictions", "Evicted adapters.", labels=["tier"]),
+            totals.host_evictions, totals.device_evictions,
+        )  # fmt: skip
+        yield lora_requests_info(running, waiting, totals.slots or totals.adapters)
+        yield gauge("vllm:num_requests_running", "Requests in the batch.", stats.running)
+        yield gauge("vllm:num_requests_waiting", "Requests in the queue.", stats.waiting)
+        yield gauge("vllm:kv_cache_usage_perc", "Share of KV blocks used, 0 to 1.", full)
+
+    return read

@@ -1,0 +1,107 @@
+"""From a checked call to engine requests: tokens, room in the context, sampling parameters.
+
+Pure but for the tokenizer; meant to run off the event loop. Takes no lease, submits nothing.
+"""
+
+import hashlib
+
+from fader_server.api.ports import Lease, Tokenizer
+from fader_server.api.schemas import Call, Prompt
+from fader_server.core import Request, SamplingParams
+from fader_server.errors import ContextTooLong
+
+Tokens = tuple[int, ...]
+
+
+class Preparer:
+    """Knows the base's tokenizer and the longest sequence the engine takes."""
+
+    def __init__(self, tokenizer: Tokenizer, *, max_model_len: int) -> None:
+        self._tokenizer = tokenizer
+        self._longest = max_model_len
+
+    def encode(self, call: Call) -> list[Tokens]:
+        """The tokens of every prompt. Raises ContextTooLong before encoding a hopeless text."""
+        if not call.chat:
+            return [self._encode(prompt) for prompt in call.prompts]
+        self._check_length("".join(message.content for message in call.messages), "messages")
+        return [tuple(self._tokenizer.encode_chat(call.messages))]
+
+    def _encode(self, prompt: Prompt) -> Tokens:
+        if not isinstance(prompt, str):
+            return prompt
+        self._check_length(prompt, "prompt")
+        return tuple(self._tokenizer.encode_prompt(prompt))
+
+    def _check_length(self, text: str, param: str) -> None:
+        least = len(text) // max(1, self._tokenizer.longest_token)
+        if least > self._longest:
+            raise self._too_long(f"at least {least} tokens in the {param}", param)
+
+    def requests(
+        self, call: Call, prompts: list[Tokens], lease: Lease, *, id: str, salt: str
+    ) -> list[Request]:
+        """One request for each choice, prompts outer, n inner. Raises ContextTooLong."""
+        requests: list[Request] = []
+        for prompt in prompts:
+            room = self._output_room(call, len(prompt))
+            for k in range(call.n):
+                params = self._params(call, room, k)
+                name = f"{id}-{len(requests)}"
+                requests.append(Request(name, prompt, params, lease.blend, lease.adapters, salt))
+        return requests
+
+    def _output_room(self, call: Call, prompt: int) -> int:
+        param = "messages" if call.chat else "prompt"
+        if call.max_tokens is None:
+            if prompt >= self._longest:
+                raise self._too_long(f"{prompt} tokens in the {param}", param)
+            return self._longest - prompt
+        if prompt + call.max_tokens > self._longest:
+            what = f"{prompt} tokens in the {param} and {call.max_tokens} in the completion"
+            raise self._too_long(what, param)
+        return call.max_tokens
+
+    def _too_long(self, what: str, param: str) -> ContextTooLong:
+        return ContextTooLong(
+            f"This model's maximum context length is {self._longest} tokens. "
+            f"However, you requested {what}. Please reduce the length.",
+            param=param,
+        )
+
+    def _params(self, call: Call, room: int, k: int) -> SamplingParams:
+        choosing = call.choosing
+        stop_ids = frozenset(choosing.stop_token_ids)
+        if not choosing.ignore_eos:
+            stop_ids |= self._tokenizer.stop_ids
+        return SamplingParams(
+            temperature=choosing.temperature,
+            top_k=choosing.top_k,
+            top_p=choosing.top_p,
+            min_p=choosing.min_p,
+            repetition_penalty=choosing.repetition_penalty,
+            presence_penalty=choosing.presence_penalty,
+            frequency_penalty=choosing.frequency_penalty,
+            logit_bias=choosing.logit_bias,
+            seed=choice_seed(choosing.seed, k),
+            logprobs=call.logprobs,
+            prompt_logprobs=call.logprobs if call.echo else None,
+            max_tokens=room,
+            min_tokens=choosing.min_tokens,
+            stop_token_ids=stop_ids,
+        )
+
+    def echo_text(self, call: Call, index: int, prompt: Tokens) -> str | None:
+        """What a choice returns before its own text; None without echo."""
+        if not call.echo:
+            return None
+        given = call.prompts[index // call.n]
+        return given if isinstance(given, str) else self._tokenizer.decode(prompt)
+
+
+def choice_seed(seed: int, k: int) -> int:
+    """The seed of the k-th choice, 0 to 2⁶³ − 1: the call's own for the first, then derived."""
+    if k == 0:
+        return seed % (1 << 63)
+    state = hashlib.blake2b(f"{seed}/{k}".encode(), digest_size=8)
+    return int.from_bytes(state.digest(), "little") >> 1

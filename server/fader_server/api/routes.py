@@ -1,0 +1,90 @@
+"""The generation routes: a body in, an answer or a stream out. Decides nothing itself."""
+
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from fader_server.api.choice import Delta
+from fader_server.api.choosing import Limits
+from fader_server.api.context import Context, body_of, context_of, log_of, principal_of
+from fader_server.api.disconnect import while_connected
+from fader_server.api.generate import Generation
+from fader_server.api.observe import CallRecord
+from fader_server.api.render import ChatRenderer, CompletionRenderer, Head, Renderer, encode
+from fader_server.api.resolve import blend_header
+from fader_server.api.schemas import Call, read_chat, read_completion
+from fader_server.api.sse import EventStream, outcome_of, start
+
+router = APIRouter()
+Reader = Callable[[dict[str, Any], Limits], Call]
+
+
+@router.post("/v1/completions")
+async def completions(request: Request) -> Response:
+    """OpenAI's completions, streamed or whole."""
+    return await _generate(request, read_completion, "cmpl")
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(request: Request) -> Response:
+    """OpenAI's chat completions, streamed or whole."""
+    return await _generate(request, read_chat, "chatcmpl")
+
+
+async def _generate(request: Request, read: Reader, prefix: str) -> Response:
+    context = context_of(request)
+    body = await body_of(request)
+    call = read(body, context.limits)
+    context.metrics.ignored(call.ignored)
+    record = context.record(request)
+    log_of(request).extra.update(stream=call.stream, n=call.n)
+    id = f"{prefix}-{secrets.token_hex(12)}"
+    try:
+        work = _answer(context, request, call, id, record)
+        return await while_connected(request.receive, work)
+    except BaseException as error:
+        record.end(outcome_of(error))
+        raise
+
+
+async def _answer(
+    context: Context, request: Request, call: Call, id: str, record: CallRecord
+) -> Response:
+    tenant = principal_of(request).tenant
+    salt = f"{tenant}/{call.cache_salt}"
+    generation = await context.generator.start(call, id=id, salt=salt, record=record)
+    renderer = _renderer(context, generation, id)
+    headers = {"x-fader-blend": blend_header(generation.lease)}
+    if call.stream:
+        started = await start(generation, context.pace)
+        return EventStream(started, renderer, headers=headers, record=record, pace=context.pace)
+    try:
+        whole = await _collect(generation)
+    finally:
+        generation.close()
+    record.end("ok")
+    body = encode(renderer.whole(whole, generation.usage))
+    return Response(body, 200, headers, media_type="application/json")
+
+
+async def _collect(generation: Generation) -> list[Delta]:
+    parts: dict[int, list[Delta]] = {}
+    async for batch in generation.deltas():
+        for delta in batch:
+            parts.setdefault(delta.index, []).append(delta)
+    return [Delta.joined(parts[index]) for index in sorted(parts)]
+
+
+def _renderer(context: Context, generation: Generation, id: str) -> Renderer:
+    call = generation.call
+    head = Head(id, int(time.time()), call.model, context.fingerprint(generation.lease))
+    kind = ChatRenderer if call.chat else CompletionRenderer
+    return kind(
+        head, context.tokenizer, logprobs=call.logprobs is not None,
+        include_usage=call.include_usage,
+    )  # fmt: skip

@@ -1,0 +1,192 @@
+"""The two generation bodies as frozen facts, checked field by field against API.md.
+
+Knows OpenAI's fields and our extensions; knows nothing about tokens, adapters that exist, or HTTP.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fader_server.api.blends import NamedTerm, read_blend
+from fader_server.api.choosing import Choosing, Limits, is_token_ids, read_choosing
+from fader_server.api.fields import Fields, is_text
+from fader_server.api.known import CHAT_FIELDS, COMPLETION_FIELDS
+from fader_server.api.messages import Message, read_messages
+from fader_server.errors import RequestInvalid
+
+Prompt = str | tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One generation call. Exactly one of `prompts` and `messages` is filled."""
+
+    model: str
+    terms: tuple[NamedTerm, ...] | None
+    """A blend named in the body, or None."""
+    prompts: tuple[Prompt, ...]
+    messages: tuple[Message, ...]
+    n: int
+    max_tokens: int | None
+    """None: as many as the context holds."""
+    choosing: Choosing
+    stop: tuple[str, ...]
+    logprobs: int | None
+    echo: bool
+    stream: bool
+    include_usage: bool
+    cache_salt: str
+    ignored: int
+    """Unknown fields that were ignored."""
+
+    @property
+    def chat(self) -> bool:
+        return bool(self.messages)
+
+
+def read_completion(body: dict[str, Any], limits: Limits) -> Call:
+    """A /v1/completions body. Raises RequestInvalid."""
+    fields = Fields(body)
+    ignored = fields.unknown(COMPLETION_FIELDS)
+    prompts = _prompts(fields, limits)
+    echo = fields.boolean("echo")
+    most = fields.integer("max_tokens", 16, low=0 if echo else 1, high=limits.max_call_tokens)
+    logprobs = fields.optional_integer("logprobs", low=0, high=20)
+    n = fields.integer("n", 1, low=1, high=limits.max_n)
+    fields.only("best_of", lambda v: v == n and type(v) is int, "is not supported beyond n")
+    fields.only("suffix", lambda v: False, "is not supported")
+    return _call(
+        fields, limits, ignored, prompts=prompts, messages=(), n=n, max_tokens=most,
+        logprobs=logprobs, echo=echo,
+    )  # fmt: skip
+
+
+def read_chat(body: dict[str, Any], limits: Limits) -> Call:
+    """A /v1/chat/completions body. Raises RequestInvalid."""
+    fields = Fields(body)
+    ignored = fields.unknown(CHAT_FIELDS)
+    messages = read_messages(fields)
+    most = None
+    for name in ("max_tokens", "max_completion_tokens"):  # the later one wins
+        given = fields.optional_integer(name, low=1, high=limits.max_call_tokens)
+        most = most if given is None else given
+    logprobs = None
+    top = fields.optional_integer("top_logprobs", low=0, high=20)
+    if fields.boolean("logprobs"):
+        logprobs = top or 0
+    elif top is not None:
+        fields.refuse("top_logprobs", "needs logprobs to be true")
+    _refuse_unimplemented(fields)
+    n = fields.integer("n", 1, low=1, high=limits.max_n)
+    return _call(
+        fields, limits, ignored, prompts=(), messages=messages, n=n, max_tokens=most,
+        logprobs=logprobs, echo=False,
+    )  # fmt: skip
+
+
+def _refuse_unimplemented(fields: Fields) -> None:
+    missing = "is not supported by this server"
+    fields.only("tools", lambda v: v == [], missing)
+    fields.only("functions", lambda v: v == [], missing)
+    fields.only("tool_choice", lambda v: v in ("none", "auto"), missing)
+    fields.only("function_call", lambda v: v in ("none", "auto"), missing)
+    fields.only("response_format", lambda v: v == {"type": "text"}, missing)
+    fields.only("modalities", lambda v: v == ["text"], missing)
+    fields.only("chat_template", lambda v: False, "may not come from a request")
+    fields.only("chat_template_kwargs", lambda v: v == {}, "may not come from a request")
+
+
+def _call(
+    fields: Fields,
+    limits: Limits,
+    ignored: int,
+    *,
+    prompts: tuple[Prompt, ...],
+    messages: tuple[Message, ...],
+    n: int,
+    max_tokens: int | None,
+    logprobs: int | None,
+    echo: bool,
+) -> Call:
+    model = fields.string("model", required=True, longest=512)
+    stream = fields.boolean("stream")
+    call = Call(
+        model=model,
+        terms=read_blend(fields, limits.max_terms),
+        prompts=prompts,
+        messages=messages,
+        n=n,
+        max_tokens=max_tokens,
+        choosing=read_choosing(fields, limits, max_tokens),
+        stop=_stop(fields),
+        logprobs=logprobs,
+        echo=echo,
+        stream=stream,
+        include_usage=_include_usage(fields, stream=stream),
+        cache_salt=fields.string("cache_salt", longest=256),
+        ignored=ignored,
+    )
+    fields.finish()
+    _check_budget(call, limits)
+    return call
+
+
+def _check_budget(call: Call, limits: Limits) -> None:
+    choices = max(1, len(call.prompts)) * call.n
+    if choices > limits.max_choices:
+        raise RequestInvalid(
+            f"prompts times n must be at most {limits.max_choices}; send several requests",
+            param="n" if call.n > 1 else "prompt",
+        )
+    if choices * (call.max_tokens or 1) > limits.max_call_tokens:
+        raise RequestInvalid(
+            f"prompts times n times max_tokens must be at most {limits.max_call_tokens}",
+            param="max_tokens",
+        )
+
+
+def _prompts(fields: Fields, limits: Limits) -> tuple[Prompt, ...]:
+    value = fields.raw("prompt")
+    if isinstance(value, str) or (isinstance(value, list) and value and type(value[0]) is int):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        fields.refuse("prompt", "is required: text, token ids, or a list of either, not empty")
+        return ()
+    if len(value) > limits.max_choices:
+        fields.refuse("prompt", f"must hold at most {limits.max_choices} prompts")
+        return ()
+    prompts: list[Prompt] = []
+    for item in value:
+        if isinstance(item, str) and item and is_text(item):
+            prompts.append(item)
+        elif isinstance(item, list) and item and is_token_ids(item, limits.vocab_size):
+            prompts.append(tuple(item))
+        else:
+            wanted = f"text, or token ids from 0 to {limits.vocab_size - 1}, not empty"
+            fields.refuse("prompt", f"must be {wanted}")
+            return ()
+    return tuple(prompts)
+
+
+def _stop(fields: Fields) -> tuple[str, ...]:
+    value = fields.raw("stop")
+    items = [value] if isinstance(value, str) else value
+    if items is None or items == []:
+        return ()
+    good = isinstance(items, list) and len(items) <= 4
+    if not good or not all(is_text(item) and 0 < len(item) <= 1024 for item in items):
+        fields.refuse("stop", "must be text or a list of up to 4 texts, none empty")
+        return ()
+    return tuple(items)
+
+
+def _include_usage(fields: Fields, *, stream: bool) -> bool:
+    value = fields.raw("stream_options")
+    if value is None:
+        return False
+    if not stream:
+        fields.refuse("stream_options", "needs stream to be true")
+        return False
+    if not isinstance(value, dict) or type(value.get("include_usage", False)) is not bool:
+        fields.refuse("stream_options", "must be an object with include_usage true or false")
+        return False
+    return value.get("include_usage", False)

@@ -1,0 +1,163 @@
+"""Server-sent events: one generation as a stream, with pings, in-band errors and an end.
+
+Knows the framing and the order of chunks; what a chunk says is the renderer's business.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from fader_server.api.choice import Delta
+from fader_server.api.disconnect import while_connected
+from fader_server.api.errors import ClientGone, ClientStalled, describe
+from fader_server.api.generate import Generation
+from fader_server.api.observe import CallRecord
+from fader_server.api.render import Json, Renderer, encode
+from fader_server.errors import FaderError
+
+_log = logging.getLogger(__name__)
+DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Seconds between pings of a silent stream, and that a client may leave it unread."""
+
+    ping: float
+    stall: float
+
+
+@dataclass(slots=True)
+class Started:
+    """A generation whose first word is known, or known to take long."""
+
+    generation: Generation
+    batches: AsyncIterator[list[Delta]]
+    pending: "asyncio.Task[list[Delta] | None]"
+    """The next batch, None at the end."""
+
+
+async def start(generation: Generation, pace: Pace) -> Started:
+    """Wait for the first batch, but no longer than a ping takes to fall due.
+
+    An error up to here is raised, so that it is answered with a real HTTP status.
+    """
+    batches = generation.deltas()
+    pending = asyncio.ensure_future(_next(batches))
+    try:
+        await asyncio.wait({pending}, timeout=pace.ping)
+        if pending.done():
+            pending.result()
+    except BaseException:
+        pending.cancel()
+        generation.close()
+        raise
+    return Started(generation, batches, pending)
+
+
+async def _next(batches: AsyncIterator[list[Delta]]) -> list[Delta] | None:
+    return await anext(batches, None)
+
+
+class EventStream(Response):
+    """The streaming answer. Closes its generation however it ends."""
+
+    def __init__(
+        self,
+        started: Started,
+        renderer: Renderer,
+        *,
+        headers: Mapping[str, str],
+        record: CallRecord,
+        pace: Pace,
+    ) -> None:
+        super().__init__(status_code=200, headers={**HEADERS, **headers})
+        del self.headers["content-length"]
+        self._started = started
+        self._renderer = renderer
+        self._record = record
+        self._pace = pace
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await while_connected(receive, self._pump(send))
+            self._record.end("ok")
+        except (ClientStalled, ClientGone) as error:
+            # Returning with the answer unfinished makes the server cut the connection.
+            self._record.end(outcome_of(error))
+        finally:
+            self._started.pending.cancel()
+            self._started.generation.close()
+            self._record.end("error")
+
+    async def _pump(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            await self._send_batches(send)
+        except (ClientGone, ClientStalled):
+            raise
+        except Exception as error:  # noqa: BLE001 - the status is sent: the stream must say it
+            self._started.generation.close()
+            self._record.end(outcome_of(error))
+            if not isinstance(error, FaderError):
+                _log.exception("a stream failed")
+            await self._write(send, event({"error": dict(describe(error).error)}))
+        await self._write(send, DONE)
+        await self._write(send, b"", more=False)
+
+    async def _send_batches(self, send: Send) -> None:
+        call = self._started.generation.call
+        choices = max(1, len(call.prompts)) * call.n
+        opening = b"".join(event(chunk) for chunk in self._renderer.opening(choices))
+        while (batch := await self._next_batch(send)) is not None:
+            chunks = b"".join(event(self._renderer.chunk(delta)) for delta in batch)
+            await self._write(send, opening + chunks)
+            opening = b""
+        if call.include_usage:
+            usage = self._renderer.usage_chunk(self._started.generation.usage)
+            await self._write(send, event(usage))
+
+    async def _next_batch(self, send: Send) -> list[Delta] | None:
+        pending = self._started.pending
+        while not pending.done():
+            await asyncio.wait({pending}, timeout=self._pace.ping)
+            if not pending.done():
+                await self._write(send, PING)
+        batch = pending.result()
+        if batch is not None:
+            self._started.pending = asyncio.ensure_future(_next(self._started.batches))
+        return batch
+
+    async def _write(self, send: Send, body: bytes, *, more: bool = True) -> None:
+        try:
+            async with asyncio.timeout(self._pace.stall):
+                await send({"type": "http.response.body", "body": body, "more_body": more})
+        except TimeoutError:
+            raise ClientStalled("The client left its stream unread for too long.") from None
+
+
+def event(body: Json) -> bytes:
+    """One `data:` event. JSON escapes newlines, so one line is always enough."""
+    return b"data: " + encode(body) + b"\n\n"
+
+
+def outcome_of(error: BaseException) -> str:
+    """The word for metrics and logs."""
+    if isinstance(error, ClientGone | asyncio.CancelledError):
+        return "gone"
+    if isinstance(error, ClientStalled):
+        return "stalled"
+    status = describe(error).status if isinstance(error, Exception) else 500
+    if status == 504:
+        return "timeout"
+    return "refused" if status < 500 or status == 503 else "error"

@@ -1,0 +1,147 @@
+"""vLLM's side routes, word for word: load and unload adapters, tokenise and detokenise."""
+
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from fader_adapters.errors import (
+    AdapterError,
+    AdapterExists,
+    AdapterNotFound,
+    SourceForbidden,
+    SourceNotFound,
+)
+from fader_server.api.admin import load
+from fader_server.api.choosing import is_token_ids
+from fader_server.api.context import Context, body_of, context_of
+from fader_server.api.errors import describe
+from fader_server.api.fields import Fields
+from fader_server.api.messages import read_messages
+from fader_server.api.ports import LoadOrder
+from fader_server.api.resolve import resolve
+from fader_server.errors import ModelNotFound, RequestInvalid
+from fader_server.settings import ADAPTER_NAME
+
+user_router = APIRouter()
+admin_router = APIRouter()
+
+
+@admin_router.post("/v1/load_lora_adapter")
+async def load_lora_adapter(request: Request) -> Response:
+    """Load under a free name, or in place with `load_inplace`."""
+    body = await body_of(request)
+    name, path = body.get("lora_name"), body.get("lora_path")
+    if not (isinstance(name, str) and name and isinstance(path, str) and path):
+        return _refuse(400, "Both 'lora_name' and 'lora_path' must be provided.")
+    if name == context_of(request).base.name:
+        return _refuse(
+            400, f"The lora adapter '{_shown(name)}' conflicts with a served base model."
+        )
+    if not ADAPTER_NAME.fullmatch(name):
+        return _refuse(400, "'lora_name' has letters, digits and . _ - only, 128 at most.")
+    in_place = body.get("load_inplace") is True
+    order = LoadOrder(name, path, if_version=None if in_place else "")
+    try:
+        await load(request, order)
+    except AdapterExists:
+        return _refuse(
+            400,
+            f"The lora adapter '{name}' has already been loaded. If you want to load the adapter "
+            "in place, set 'load_inplace' to True.",
+        )
+    except (SourceNotFound, SourceForbidden):
+        return _refuse(404, f"No adapter found for '{name}'.")
+    except AdapterError as error:
+        problem = describe(error)
+        return _refuse(problem.status, problem.error["message"], code=problem.error["code"])
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+
+@admin_router.post("/v1/unload_lora_adapter")
+async def unload_lora_adapter(request: Request) -> Response:
+    """Forget a name."""
+    name = (await body_of(request)).get("lora_name")
+    if not isinstance(name, str) or not name:
+        return _refuse(400, "'lora_name' needs to be provided to unload a LoRA adapter.")
+    try:
+        context_of(request).adapters.unload(name)
+    except AdapterNotFound:
+        return _refuse(404, f"The lora adapter '{_shown(name)}' cannot be found.")
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+
+def _shown(name: str) -> str:
+    return name if ADAPTER_NAME.fullmatch(name) else "…"
+
+
+def _refuse(status: int, message: str, *, code: str | None = None) -> Response:
+    kinds = {400: "InvalidUserInput", 404: "NotFoundError"}
+    error = {
+        "message": message,
+        "type": kinds.get(status, "InternalServerError"),
+        "param": None,
+        "code": code,
+    }
+    return JSONResponse({"error": error}, status, {"x-should-retry": "false"})
+
+
+@user_router.post("/tokenize")
+async def tokenize(request: Request) -> Response:
+    """Tokens of a prompt or of chat messages."""
+    context, body = context_of(request), await body_of(request)
+    fields = Fields(body)
+    chat = fields.raw("messages") is not None
+    messages = read_messages(fields) if chat else ()
+    prompt = "" if chat else fields.string("prompt", required="prompt" not in body)
+    special = fields.boolean("add_special_tokens", default=True)
+    strings = fields.boolean("return_token_strs")
+    fields.finish()
+    _check_model(context, body)
+
+    def encode() -> dict[str, Any]:
+        tokenizer = context.tokenizer
+        if chat:
+            tokens = list(tokenizer.encode_chat(messages))
+        else:
+            tokens = list(tokenizer.encode_prompt(prompt, special=special))
+        texts = [tokenizer.token_text(token) for token in tokens] if strings else None
+        return {
+            "count": len(tokens),
+            "max_model_len": context.base.max_model_len,
+            "tokens": tokens,
+            "token_strs": texts,
+        }
+
+    return JSONResponse(await run_in_threadpool(encode))
+
+
+@user_router.post("/detokenize")
+async def detokenize(request: Request) -> Response:
+    """The text of tokens."""
+    context, body = context_of(request), await body_of(request)
+    tokens = body.get("tokens")
+    vocab_size = context.limits.vocab_size
+    if not isinstance(tokens, list) or not is_token_ids(tokens, vocab_size):
+        raise RequestInvalid(
+            f"tokens must be a list of ids from 0 to {vocab_size - 1}", param="tokens"
+        )
+    _check_model(context, body)
+    text = await run_in_threadpool(context.tokenizer.decode, tokens)
+    return JSONResponse({"prompt": text})
+
+
+def _check_model(context: Context, body: dict[str, Any]) -> None:
+    """vLLM lets `model` be absent here; when it is given it must exist."""
+    model = body.get("model")
+    if model is None:
+        return
+    if not isinstance(model, str):
+        raise RequestInvalid("model must be text", param="model")
+    try:
+        for term in resolve(model, None, base=context.base.name).terms:
+            context.adapters.get(term.ref)
+    except AdapterNotFound:
+        raise ModelNotFound("The requested model does not exist.") from None

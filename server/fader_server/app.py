@@ -1,0 +1,124 @@
+"""Builds the application from its parts. No globals: two applications never share a thing."""
+
+from concurrent.futures import Executor, ThreadPoolExecutor
+
+from fastapi import Depends, FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from fader_adapters.errors import AdapterError
+from fader_server.api import admin, models, probes, routes, vllm
+from fader_server.api.auth import Guard, requires
+from fader_server.api.choosing import Limits
+from fader_server.api.context import BaseModel, Context
+from fader_server.api.edge import Edge
+from fader_server.api.errors import describe
+from fader_server.api.generate import Generator, Patience
+from fader_server.api.observe import Board, gauges
+from fader_server.api.ports import Adapters, Engine, Tokenizer
+from fader_server.api.sse import Pace
+from fader_server.config import ServeConfig
+from fader_server.errors import FaderError
+from fader_server.metrics import Metrics
+
+
+def build(
+    config: ServeConfig,
+    base: BaseModel,
+    *,
+    engine: Engine,
+    adapters: Adapters,
+    tokenizer: Tokenizer,
+    metrics: Metrics,
+    version: str,
+    loads: Executor | None = None,
+) -> FastAPI:
+    """The application; `app.state.context` is what its routes share. Starts nothing.
+
+    `metrics` is given because the engine tells its steps to the same one. Not ready until
+    `context.readiness.reason` is set to "".
+    """
+    context = _context(config, base, engine, adapters, tokenizer, metrics, version, loads)
+    metrics.add_gauges(gauges(engine, adapters, context.board))
+    app = FastAPI(
+        title="Fader",
+        version=version,
+        openapi_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    app.state.context = context
+    guard = Guard(config)
+    user, administrator = requires(guard, "user"), requires(guard, "admin")
+    for router, check in (
+        (routes.router, user),
+        (models.router, user),
+        (admin.user_router, user),
+        (vllm.user_router, user),
+        (admin.admin_router, administrator),
+        (vllm.admin_router, administrator),
+    ):
+        app.include_router(router, dependencies=[Depends(check)])
+    app.include_router(probes.router)
+    protected = [Depends(user)] if config.protect_metrics else []
+    app.include_router(probes.metrics_router, dependencies=protected)
+    _answer_errors(app, guard)
+    app.add_middleware(Edge, metrics=metrics)
+    return app
+
+
+def _context(
+    config: ServeConfig,
+    base: BaseModel,
+    engine: Engine,
+    adapters: Adapters,
+    tokenizer: Tokenizer,
+    metrics: Metrics,
+    version: str,
+    loads: Executor | None,
+) -> Context:
+    return Context(
+        config=config,
+        base=base,
+        engine=engine,
+        adapters=adapters,
+        tokenizer=tokenizer,
+        generator=Generator(
+            engine,
+            adapters,
+            tokenizer,
+            base_name=base.name,
+            max_model_len=base.max_model_len,
+            patience=Patience(config.first_token_timeout, config.request_timeout),
+        ),
+        metrics=metrics,
+        limits=Limits(
+            max_n=config.max_n,
+            max_choices=config.max_choices,
+            max_call_tokens=config.max_call_tokens,
+            max_terms=config.max_terms,
+            vocab_size=tokenizer.vocab_size,
+        ),
+        pace=Pace(ping=config.ping_interval, stall=config.stall_timeout),
+        board=Board(),
+        loads=loads or ThreadPoolExecutor(1, "fader-load"),
+        version=version,
+    )
+
+
+def _answer_errors(app: FastAPI, guard: Guard) -> None:
+    async def known(request: Request, error: Exception) -> Response:
+        return describe(error).response()
+
+    async def routing(request: Request, error: Exception) -> Response:
+        """404 and 405: a caller without a key does not learn which routes exist."""
+        try:
+            guard.user(request)
+        except FaderError as refusal:
+            return describe(refusal).response()
+        return describe(error).response()
+
+    app.add_exception_handler(FaderError, known)
+    app.add_exception_handler(AdapterError, known)
+    app.add_exception_handler(HTTPException, routing)

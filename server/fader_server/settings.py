@@ -1,0 +1,109 @@
+"""The kinds of values a setting may have: one reader each, from text or TOML, checked.
+
+Every reader raises ValueError saying what it expects. Knows no setting by name.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,255}")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB|KB|MB|GB|TB|K|M|G|T)?", re.IGNORECASE)
+_BINARY = {"": 0, "B": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+_SWITCH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSource:
+    """An adapter to load at start: NAME=SOURCE."""
+
+    name: str
+    source: str
+
+
+def text(value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("expected text that is not empty")
+    return value
+
+
+def path(value: object) -> Path:
+    return Path(text(value)).expanduser()
+
+
+def key(value: object) -> str:
+    """A secret. Never repeated in a message."""
+    if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]{1,512}", value):
+        raise ValueError("expected a key of 1 to 512 visible ASCII characters")
+    return value
+
+
+def model_name(value: object) -> str:
+    if not isinstance(value, str) or not _MODEL_NAME.fullmatch(value):
+        raise ValueError("expected a name of letters, digits and . _ / - (256 at most)")
+    return value
+
+
+def adapter_source(value: object) -> AdapterSource:
+    name, equals, source = value.partition("=") if isinstance(value, str) else ("", "", "")
+    if not equals or not source.strip() or not ADAPTER_NAME.fullmatch(name):
+        raise ValueError(
+            "expected NAME=SOURCE with a name of letters, digits and . _ - (128 at most)"
+        )
+    return AdapterSource(name, source)
+
+
+def integer(value: object, *, low: int, high: int | None = None) -> int:
+    wanted = f"expected a whole number from {low}" + ("" if high is None else f" to {high}")
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d{1,18}", value.strip()):
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(wanted)
+    if value < low or (high is not None and value > high):
+        raise ValueError(wanted)
+    return value
+
+
+def number(value: object, *, low: float) -> float:
+    wanted = f"expected a number from {low:g}"
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(wanted)
+    try:
+        result = float(value)
+    except ValueError:
+        raise ValueError(wanted) from None
+    if not low <= result < float("inf"):
+        raise ValueError(wanted)
+    return result
+
+
+def size(value: object) -> int:
+    """Bytes from 512MiB, 1.5G, 1GB or a plain number. K, M, G and T are powers of 1024."""
+    match = _SIZE.fullmatch(str(value).strip()) if isinstance(value, str | int) else None
+    if match is None or isinstance(value, bool):
+        raise ValueError("expected a size like 512MiB or 2GiB")
+    unit = (match[2] or "").upper()
+    scale = 1000 if unit.endswith("B") and len(unit) == 2 else 1024
+    result = int(float(match[1]) * scale ** _BINARY[unit[:1]])
+    if result < 1:
+        raise ValueError("expected a size above zero, like 512MiB")
+    return result
+
+
+def switch(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in _SWITCH:
+        return _SWITCH[value.lower()]
+    raise ValueError("expected true or false")
+
+
+def one_of(*choices: str) -> Callable[[object], str]:
+    def read(value: object) -> str:
+        if value not in choices:
+            raise ValueError(f"expected one of {', '.join(choices)}")
+        return str(value)
+
+    return read
