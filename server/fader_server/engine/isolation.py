@@ -48,8 +48,8 @@ def upload_isolated(
     for one in uploads:
         try:
             upload((one,))
-        except Exception as error:  # noqa: BLE001, PERF203 - it must cost only its requests
-            lost[one.data.spec.version] = error
+        except Exception as error:  # noqa: BLE001 - it must cost only its requests
+            lost[one.data.spec.version] = _bare(error)
     return lost
 
 
@@ -61,7 +61,7 @@ def probe(runner: Runner) -> Exception | None:
     try:
         runner.run(plan)
     except Exception as error:  # noqa: BLE001 - any exception is the answer
-        return error
+        return _bare(error)
     return None
 
 
@@ -84,15 +84,23 @@ def without(plan: Plan, dropped: set[int]) -> Plan | None:
 
 
 def _run(runner: Runner, plan: Plan, outcome: StepOutcome) -> None:
+    failure: Exception | None = None
     try:
         results = runner.run(plan)
         if len(results) != len(plan.rows):
             raise EngineFault(f"expected {len(plan.rows)} results, got {len(results)}")
+        outcome.done.append((plan, results))
     except Exception as error:  # noqa: BLE001 - whatever it is, it must cost only its rows
         _log.warning("a step of %d rows failed", len(plan.rows), exc_info=error)
-        _split(runner, plan, outcome, error)
-    else:
-        outcome.done.append((plan, results))
+        failure = _bare(error)
+    if failure is not None:
+        _split(runner, plan, outcome, failure)
+
+
+def _bare(error: Exception) -> Exception:
+    """The error without its frames: they would keep the failed step's tensors alive."""
+    error.__context__ = None
+    return error.with_traceback(None)
 
 
 def _split(runner: Runner, plan: Plan, outcome: StepOutcome, error: Exception) -> None:

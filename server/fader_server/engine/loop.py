@@ -3,7 +3,6 @@
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -12,10 +11,10 @@ from queue import Empty, SimpleQueue
 from typing import Self, TypeVar
 
 from fader_adapters.spec import Digest, Upload
-from fader_server.core import Plan, Request, RowResult, Runner, Sequence, Sink, TokenEvent
-from fader_server.engine.isolation import probe, run_isolated, upload_isolated, without
+from fader_server.core import Request, Runner, Sink, TokenEvent
 from fader_server.engine.scheduler import Scheduler
 from fader_server.engine.stats import EngineStats, StepObserver, Unobserved
+from fader_server.engine.stepper import Stepper
 from fader_server.errors import EngineFault, FaderError, Overloaded, RequestInvalid
 
 _log = logging.getLogger(__name__)
@@ -25,8 +24,6 @@ _BEAT_SECONDS = 1.0
 """An idle loop still turns this often, so that a stuck one is told from an idle one."""
 _RETRY_SECONDS = 0.02
 """How soon to ask again when nothing runs and the pool has no room for who waits."""
-_OOM_PREEMPTIONS = 2
-"""So often may a request be the newest of a step that ran out of memory before it fails."""
 
 
 class Engine:
@@ -48,11 +45,16 @@ class Engine:
         on_fatal: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self._scheduler = scheduler
-        self._runner = runner
-        self._upload = upload
+        self._stepper = Stepper(
+            scheduler,
+            runner,
+            upload,
+            deliver=self._deliver,
+            clock=clock,
+            observer=observer or Unobserved(),
+        )
         self._max_waiting = max_waiting
         self._clock = clock
-        self._observer = observer or Unobserved()
         self._on_fatal = on_fatal
         self._thread = threading.Thread(target=self._main, name="fader-engine", daemon=True)
         self._inbound: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -65,10 +67,7 @@ class Engine:
         self._stopping = False
         self._idle = False
         self._drains: list[Future[None]] = []
-        self._crowded: Counter[str] = Counter()
-        self._beat_at = self._progress_at = clock()
-        self._steps = self._rows = self._tokens = self._generated = self._faults = 0
-        self._step_seconds = 0.0
+        self._beat_at = clock()
 
     def start(self) -> None:
         """Start the thread. Once."""
@@ -128,7 +127,8 @@ class Engine:
             self._close(Overloaded("the server never started"))
             return True
         self._inbound.put(self._stop)
-        self._thread.join(timeout)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
         return not self._thread.is_alive()
 
     def __enter__(self) -> Self:
@@ -140,14 +140,14 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """A snapshot, from any thread, without waiting for the engine's."""
-        blocks = self._scheduler.blocks
+        blocks, stepper = self._scheduler.blocks, self._stepper
         cached, free = blocks.cached, blocks.free
         return EngineStats(
             healthy=not self._fatal,
             reason=self._fatal,
             draining=self._draining,
             beat_at=self._beat_at,
-            progress_at=self._progress_at,
+            progress_at=stepper.progress_at,
             running=self._scheduler.running,
             waiting=self._scheduler.waiting + self._queued,
             kv_total=blocks.total,
@@ -156,13 +156,13 @@ class Engine:
             kv_free=free,
             prefix_queries=blocks.queries,
             prefix_hits=blocks.hits,
-            steps=self._steps,
-            step_seconds=self._step_seconds,
-            rows=self._rows,
-            tokens=self._tokens,
-            generated=self._generated,
+            steps=stepper.steps,
+            step_seconds=stepper.seconds,
+            rows=stepper.rows,
+            tokens=stepper.tokens,
+            generated=stepper.generated,
             preemptions=self._scheduler.preemptions,
-            faults=self._faults,
+            faults=stepper.faults,
         )
 
     def _main(self) -> None:
@@ -171,7 +171,9 @@ class Engine:
             while not self._stopping:
                 self._beat_at = self._clock()
                 self._obey()
-                self._turn()
+                self._idle = not self._stepper.turn()
+                if self._drains and not self._sinks:
+                    self._end_drains()
         except Exception as error:  # noqa: BLE001 - the thread's border: nobody may be left waiting
             _log.critical("the engine ended", exc_info=error)
             self._fatal = f"the engine ended after {type(error).__name__}"
@@ -190,88 +192,11 @@ class Engine:
         while not self._inbound.empty():
             self._inbound.get()()
 
-    def _turn(self) -> None:
-        started = self._clock()
-        plan = self._scheduler.plan()
-        for event in self._scheduler.take_refused():
-            self._deliver(event)
-        self._idle = plan is None
-        if plan is not None:
-            ready = self._bring_in(plan) if plan.uploads else plan
-            if ready is not None:
-                self._step(ready, started)
-        elif not self._scheduler.waiting:
-            self._progress_at = started
-        if self._drains and not self._sinks:
-            for drained in self._drains:
-                drained.set_result(None)
-            self._drains.clear()
-
-    def _step(self, plan: Plan, started: float) -> None:
-        outcome = run_isolated(self._runner, plan)
-        for part, results in outcome.done:
-            for event in self._scheduler.commit(part, results):
-                self._deliver(event)
-        for sequence, error in outcome.crowded:
-            self._make_room(sequence, error)
-        for sequence, error in outcome.failed:
-            self._fail(sequence, "the engine failed on this request; others go on", error)
-        if outcome.failed and not outcome.done:
-            broken = probe(self._runner)
-            if broken is not None:
-                raise EngineFault("the device fails on every request") from broken
-        self._count(outcome.done, started)
-
-    def _count(self, done: list[tuple[Plan, list[RowResult]]], started: float) -> None:
-        now = self._clock()
-        rows = sum(len(part.rows) for part, _ in done)
-        tokens = sum(part.tokens for part, _ in done)
-        self._steps += 1
-        self._step_seconds += now - started
-        self._rows += rows
-        self._tokens += tokens
-        if rows:
-            self._progress_at = now
-        self._observer.on_step(now - started, rows, tokens)
-
-    def _bring_in(self, plan: Plan) -> Plan | None:
-        """The plan without the rows whose adapters could not be copied to the device."""
-        lost = upload_isolated(self._upload, plan.uploads)
-        if not lost:
-            return plan
-        dropped: set[int] = set()
-        for index, row in enumerate(plan.rows):
-            error = next((lost[v] for v in row.sequence.request.adapters if v in lost), None)
-            if error is not None:
-                dropped.add(index)
-                self._fail(row.sequence, "an adapter could not be brought to the device", error)
-        for version in lost:
-            self._scheduler.pool.forget(version)
-        return without(plan, dropped)
-
-    def _make_room(self, sequence: Sequence, error: Exception) -> None:
-        """The newest row of a step without memory steps back, or fails when it did so before."""
-        request_id = sequence.request.id
-        self._crowded[request_id] += 1
-        if self._crowded[request_id] > _OOM_PREEMPTIONS:
-            self._fail(sequence, "the device has too little memory for this request", error)
-        else:
-            self._scheduler.preempt(sequence)
-
-    def _fail(self, sequence: Sequence, message: str, cause: Exception) -> None:
-        fault = EngineFault(message)
-        fault.__cause__ = cause
-        for event in self._scheduler.fail(sequence.request.id, fault):
-            self._deliver(event)
-
     def _deliver(self, event: TokenEvent) -> None:
         request_id = event.request_id
         sink = self._sinks.get(request_id)
-        self._generated += event.token is not None
-        self._faults += event.error is not None
         if event.finish is not None or event.error is not None:
             self._sinks.pop(request_id, None)
-            self._crowded.pop(request_id, None)
         if sink is None:
             return
         try:
@@ -283,7 +208,7 @@ class Engine:
     def _accept(self, request: Request) -> None:
         try:
             if self._closed is None:
-                self._scheduler.add(request)
+                self._stepper.add(request)
         except RequestInvalid as error:
             self._deliver(TokenEvent(request.id, error=error))
         finally:
@@ -291,9 +216,8 @@ class Engine:
                 self._queued -= 1
 
     def _abort(self, request_id: str) -> None:
-        self._scheduler.abort(request_id)
+        self._stepper.abort(request_id)
         self._sinks.pop(request_id, None)
-        self._crowded.pop(request_id, None)
 
     def _call(self, function: Callable[[], _T], future: "Future[_T]") -> None:
         try:
@@ -314,8 +238,11 @@ class Engine:
             self._inbound.get()()
         for request_id in list(self._sinks):
             with suppress(Exception):  # after a fault the scheduler's state may be anything
-                self._scheduler.abort(request_id)
+                self._stepper.abort(request_id)
             self._deliver(TokenEvent(request_id, error=end))
+        self._end_drains()
+
+    def _end_drains(self) -> None:
         for drained in self._drains:
             drained.set_result(None)
         self._drains.clear()

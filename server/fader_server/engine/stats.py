@@ -6,7 +6,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Gauges and counters at one moment. Each number is exact; together they may be a step apart."""
+    """Gauges and counters at one moment. Each is exact; together they may be a step apart."""
 
     healthy: bool
     """False once a fault of the device or the engine itself ended the loop."""

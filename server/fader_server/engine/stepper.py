@@ -1,0 +1,133 @@
+"""One turn of the engine: plan, upload, run, commit, and what to do when one of them fails.
+
+Runs on whatever thread calls it; knows no queue, no sink and no other thread.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+
+from fader_adapters.spec import Upload
+from fader_server.core import Plan, Request, RowResult, Runner, Sequence, TokenEvent
+from fader_server.engine.isolation import probe, run_isolated, upload_isolated, without
+from fader_server.engine.scheduler import Scheduler
+from fader_server.engine.stats import StepObserver
+from fader_server.errors import EngineFault
+
+_OOM_PREEMPTIONS = 2
+"""So often may a request be the newest of a step that ran out of memory before it fails."""
+
+
+class Stepper:
+    """Drives a scheduler and a runner; hands every event to `deliver`, in order."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        upload: Callable[[tuple[Upload, ...]], None],
+        *,
+        deliver: Callable[[TokenEvent], None],
+        clock: Callable[[], float],
+        observer: StepObserver,
+    ) -> None:
+        self.scheduler = scheduler
+        self.progress_at = clock()
+        """When a step was last committed or nothing was there to do, in the clock's seconds."""
+        self.steps = self.rows = self.tokens = self.generated = self.faults = 0
+        self.seconds = 0.0
+        self._runner = runner
+        self._upload = upload
+        self._deliver = deliver
+        self._clock = clock
+        self._observer = observer
+        self._crowded: Counter[str] = Counter()
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises what the scheduler's `add` raises."""
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request without an event, if it is open."""
+        self._crowded.pop(request_id, None)
+        self.scheduler.abort(request_id)
+
+    def turn(self) -> bool:
+        """One step; False when there was none to do. Raises EngineFault on a broken device."""
+        started = self._clock()
+        plan = self.scheduler.plan()
+        for event in self.scheduler.take_refused():
+            self._emit(event)
+        if plan is None:
+            if not self.scheduler.waiting:
+                self.progress_at = started
+            return False
+        ready = self._bring_in(plan) if plan.uploads else plan
+        if ready is not None:
+            self._step(ready, started)
+        return True
+
+    def _step(self, plan: Plan, started: float) -> None:
+        outcome = run_isolated(self._runner, plan)
+        for part, results in outcome.done:
+            for event in self.scheduler.commit(part, results):
+                self._emit(event)
+        for sequence, error in outcome.crowded:
+            self._make_room(sequence, error)
+        for sequence, error in outcome.failed:
+            self._fail(sequence, "the engine failed on this request; others go on", error)
+        if outcome.failed and not outcome.done:
+            broken = probe(self._runner)
+            if broken is not None:
+                raise EngineFault("the device fails on every request") from broken
+        self._count(outcome.done, started)
+
+    def _count(self, done: list[tuple[Plan, list[RowResult]]], started: float) -> None:
+        now = self._clock()
+        rows = sum(len(part.rows) for part, _ in done)
+        tokens = sum(part.tokens for part, _ in done)
+        self.steps += 1
+        self.seconds += now - started
+        self.rows += rows
+        self.tokens += tokens
+        if rows:
+            self.progress_at = now
+        self._observer.on_step(now - started, rows, tokens)
+
+    def _bring_in(self, plan: Plan) -> Plan | None:
+        """The plan without the rows whose adapters could not be copied to the device."""
+        lost = upload_isolated(self._upload, plan.uploads)
+        if not lost:
+            return plan
+        dropped: set[int] = set()
+        for index, row in enumerate(plan.rows):
+            error = next((lost[v] for v in row.sequence.request.adapters if v in lost), None)
+            if error is not None:
+                dropped.add(index)
+                self._fail(row.sequence, "an adapter could not be brought to the device", error)
+        for version in lost:  # the pool took it for present: let the next request bring it again
+            self.scheduler.pool.forget(version)
+        return without(plan, dropped)
+
+    def _make_room(self, sequence: Sequence, error: Exception) -> None:
+        """The newest row of a step without memory steps back, or fails when it did so before."""
+        request_id = sequence.request.id
+        self._crowded[request_id] += 1
+        if self._crowded[request_id] > _OOM_PREEMPTIONS:
+            self._fail(sequence, "the device has too little memory for this request", error)
+        else:
+            self.scheduler.preempt(sequence)
+
+    def _fail(self, sequence: Sequence, message: str, cause: Exception) -> None:
+        fault = EngineFault(message)
+        fault.__cause__ = cause
+        for event in self.scheduler.fail(sequence.request.id, fault):
+            self._emit(event)
+
+    def _emit(self, event: TokenEvent) -> None:
+        if event.token is not None:
+            self.generated += 1
+        if event.error is not None:
+            self.faults += 1
+        if self._crowded and (event.finish is not None or event.error is not None):
+            self._crowded.pop(event.request_id, None)
+        self._deliver(event)

@@ -1,0 +1,359 @@
+"""A world to run the engine in: a pool and a device in plain integers that notice every mistake.
+
+The device keeps keys and values as hash chains: a position's content depends on every token
+before it and on the versions that stood in the row's slots. A token depends on all contents
+read through the row's blocks. So a stale, foreign, unwritten or shared block, a wrong slot or a
+wrong weight changes the tokens, and `expected` knows the right ones without any engine.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from fader_adapters.errors import AdapterTooLarge
+from fader_adapters.spec import AdapterData, AdapterSpec, Blend, Digest, Term, Upload
+from fader_server.core import (
+    Plan,
+    PlanRow,
+    Request,
+    RowResult,
+    SamplingParams,
+    Sequence,
+    TokenEvent,
+    TokenLogprob,
+)
+from fader_server.engine.blocks import BlockManager
+from fader_server.engine.limits import Limits
+from fader_server.engine.scheduler import Scheduler
+from fader_server.engine.stats import Unobserved
+from fader_server.engine.stepper import Stepper
+
+VOCAB = 50
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch names its own."""
+
+
+@dataclass(frozen=True)
+class FakeData:
+    spec: AdapterSpec
+    flat: None = None
+
+
+def version(name: str) -> Digest:
+    return Digest(hashlib.sha256(name.encode()).hexdigest())
+
+
+def adapters_of(blend: Blend, sizes: Mapping[Digest, int]) -> dict[Digest, AdapterData]:
+    return {
+        t.version: FakeData(AdapterSpec(t.version, (), sizes.get(t.version, 1)))  # type: ignore[misc]
+        for t in blend.terms
+    }
+
+
+def blend_of(*terms: tuple[str, float]) -> Blend:
+    return Blend.of(Term(version(name), gamma) for name, gamma in terms)
+
+
+def request(
+    name: str,
+    prompt: Iterable[int],
+    *,
+    blend: Blend | None = None,
+    sizes: Mapping[Digest, int] | None = None,
+    salt: str = "",
+    **params: object,
+) -> Request:
+    blend = blend or Blend()
+    params.setdefault("max_tokens", 4)
+    return Request(
+        name,
+        tuple(prompt),
+        SamplingParams(**params),  # type: ignore[arg-type]
+        blend,
+        adapters_of(blend, sizes or {}),
+        salt,
+    )
+
+
+class FakePool:
+    """Slots and a budget of elements; evicts the least recently acquired unpinned version."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.pins: Counter[Digest] = Counter()
+        self.size: dict[Digest, int] = {}  # resident, oldest first
+        self.slots: dict[Digest, int] = {}
+        self.leaving: set[Digest] = set()
+        self.fail_acquires = 0
+
+    def acquire(self, data: Mapping[Digest, AdapterData]) -> tuple[Upload, ...] | None:
+        if self.fail_acquires:
+            self.fail_acquires -= 1
+            raise MemoryError("injected")
+        need = {v: d.spec.numel for v, d in data.items()}
+        if sum(need.values()) > self.capacity:
+            raise AdapterTooLarge("never fits")
+        pinned = sum(n for v, n in self.size.items() if self.pins[v] and v not in need)
+        if pinned + sum(need.values()) > self.capacity:
+            return None
+        for v in [v for v in self.size if not self.pins[v] and v not in need]:
+            fresh = sum(n for v, n in need.items() if v not in self.size)
+            if sum(self.size.values()) + fresh <= self.capacity:
+                break
+            self._drop(v)
+        uploads = []
+        for v, d in data.items():
+            self.pins[v] += 1
+            if v in self.size:
+                self.size[v] = self.size.pop(v)
+                continue
+            self.size[v] = d.spec.numel
+            self.slots[v] = min(set(range(len(self.slots) + 1)) - set(self.slots.values()))
+            uploads.append(Upload(d, self.slots[v], 0))
+        return tuple(uploads)
+
+    def release(self, versions: tuple[Digest, ...]) -> None:
+        for v in versions:
+            assert self.pins[v] > 0, "released more often than acquired"
+            self.pins[v] -= 1
+            if not self.pins[v] and v in self.leaving:
+                self._drop(v)
+
+    def slot(self, v: Digest) -> int:
+        return self.slots[v]
+
+    def forget(self, v: Digest) -> None:
+        if v in self.size:
+            if self.pins[v]:
+                self.leaving.add(v)
+            else:
+                self._drop(v)
+
+    def _drop(self, v: Digest) -> None:
+        del self.size[v], self.slots[v]
+        self.leaving.discard(v)
+
+
+class Device:
+    """The runner: see the module's docstring."""
+
+    def __init__(self, blocks: int, block_size: int) -> None:
+        self.size = block_size
+        self.kv = [[-1 - b * block_size - o for o in range(block_size)] for b in range(blocks)]
+        self.arena: dict[int, int] = {}
+        self.culprits: set[str] = set()
+        self.nan: set[str] = set()
+        self.bad_uploads: set[Digest] = set()
+        self.out_of_memory_above = 10**9
+        """Tokens a step may have."""
+        self.broken = False
+        self.plans: list[Plan] = []
+        self.runs = 0
+
+    def upload(self, uploads: tuple[Upload, ...]) -> None:
+        for one in uploads:
+            if one.data.spec.version in self.bad_uploads:
+                raise RuntimeError("injected")
+            self.arena[one.slot] = int(one.data.spec.version[:12], 16)
+
+    def run(self, plan: Plan) -> list[RowResult]:
+        self.runs += 1
+        if self.broken:
+            raise RuntimeError("device lost")
+        if plan.tokens > self.out_of_memory_above:
+            raise OutOfMemoryError("injected")
+        if any(row.sequence.request.id in self.culprits for row in plan.rows):
+            raise RuntimeError("injected")
+        self.plans.append(plan)
+        before = [self._read(row.sequence, row.start - 1) for row in plan.rows]
+        for row, terms, content in zip(plan.rows, plan.terms.rows, before, strict=True):
+            assert terms.tokens == row.count
+            key = tuple((self.arena[slot], gamma) for slot, gamma in terms.terms)
+            for at in range(row.start, row.start + row.count):
+                content = hash((content, row.sequence.tokens[at], key))
+                block = row.sequence.blocks[at // self.size]
+                self.kv[block][at % self.size] = content
+        return [self._result(row) for row in plan.rows]
+
+    def _read(self, sequence: Sequence, at: int) -> int:
+        return self.kv[sequence.blocks[at // self.size]][at % self.size] if at >= 0 else 0
+
+    def _result(self, row: PlanRow) -> RowResult:
+        sequence, end = row.sequence, row.start + row.count
+        scored = ()
+        if row.wants_prompt_logprobs:
+            last = min(end, sequence.prompt_len - 1)
+            scored = tuple(
+                TokenLogprob(sequence.tokens[p + 1], float(self._read(sequence, p)))
+                for p in range(row.start, last)
+            )
+        if not row.samples:
+            return RowResult(prompt_logprobs=scored)
+        contents = tuple(self._read(sequence, p) for p in range(end))
+        token = _draw(sequence.request.params.seed, contents)
+        finite = sequence.request.id not in self.nan
+        return RowResult(token, TokenLogprob(token, 0.0), scored, finite)
+
+
+def _draw(seed: int, contents: tuple[int, ...]) -> int:
+    return hash((seed, contents)) % VOCAB
+
+
+def _contents(request: Request, tokens: list[int]) -> tuple[int, ...]:
+    key = tuple((int(t.version[:12], 16), t.gamma) for t in request.blend.terms)
+    contents, content = [], 0
+    for token in tokens:
+        content = hash((content, token, key))
+        contents.append(content)
+    return tuple(contents)
+
+
+def expected(request: Request) -> list[int]:
+    """The tokens of the request alone, by definition."""
+    params, tokens = request.params, list(request.prompt)
+    output: list[int] = []
+    while len(output) < params.max_tokens:
+        token = _draw(params.seed, _contents(request, tokens))
+        tokens.append(token)
+        output.append(token)
+        if len(output) > params.min_tokens and token in params.stop_token_ids:
+            break
+    return output
+
+
+def expected_scores(request: Request) -> list[TokenLogprob]:
+    """The prompt logprobs of the request alone, by definition."""
+    if request.params.prompt_logprobs is None:
+        return []
+    contents = _contents(request, list(request.prompt))
+    return [TokenLogprob(request.prompt[p + 1], float(contents[p])) for p in range(len(contents) - 1)]
+
+
+@dataclass
+class Seen:
+    """What one request's caller saw."""
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    scores: list[TokenLogprob] = field(default_factory=list)
+    finish: str | None = None
+    error: Exception | None = None
+    ends: int = 0
+    cached: int = 0
+    aborted: bool = False
+
+    def take(self, event: TokenEvent) -> None:
+        assert not self.ends, "an event after the last"
+        assert not self.aborted, "an event after the abort"
+        if event.token is not None:
+            assert len(self.scores) >= len(expected_scores(self.request)) - len(
+                event.prompt_logprobs
+            ), "prompt logprobs come before or with the first token"
+            self.tokens.append(event.token)
+        self.scores += event.prompt_logprobs
+        self.cached = max(self.cached, event.cached_tokens)
+        if event.finish is not None or event.error is not None:
+            self.ends += 1
+            self.finish, self.error = event.finish, event.error
+
+
+class World:
+    """Scheduler, pool and device in one thread, with everything they promise checked."""
+
+    def __init__(
+        self,
+        *,
+        blocks: int = 40,
+        block_size: int = 4,
+        max_rows: int = 4,
+        chunk_size: int = 8,
+        max_step_tokens: int | None = None,
+        max_model_len: int = 64,
+        max_overtakes: int = 3,
+        capacity: int = 3,
+    ) -> None:
+        limits = Limits(
+            max_rows=max_rows,
+            chunk_size=chunk_size,
+            max_step_tokens=max_step_tokens or max_rows + chunk_size,
+            max_model_len=max_model_len,
+            max_overtakes=max_overtakes,
+        )
+        self.blocks = BlockManager(blocks, block_size=block_size)
+        self.pool = FakePool(capacity)
+        self.device = Device(blocks, block_size)
+        self.scheduler = Scheduler(limits, blocks=self.blocks, pool=self.pool)
+        self.stepper = Stepper(
+            self.scheduler,
+            self.device,
+            self.device.upload,
+            deliver=lambda event: self.seen[event.request_id].take(event),
+            clock=lambda: 0.0,
+            observer=Unobserved(),
+        )
+        self.seen: dict[str, Seen] = {}
+
+    def submit(self, one: Request) -> Seen:
+        self.stepper.add(one)
+        self.seen[one.id] = Seen(one)
+        return self.seen[one.id]
+
+    def abort(self, name: str) -> None:
+        self.stepper.abort(name)
+        if not self.seen[name].ends:
+            self.seen[name].aborted = True
+
+    def turn(self) -> bool:
+        return self.stepper.turn()
+
+    def finish(self, turns: int = 3000) -> None:
+        """Run until nothing is open; that this ends is freedom from deadlock."""
+        for _ in range(turns):
+            if not self.turn():
+                break
+        roster = self.scheduler._roster
+        assert not roster.open, f"still open after {turns} turns: {list(roster.open)}"
+        self.check_end()
+
+    def check(self) -> None:
+        """The invariants between two turns."""
+        blocks, roster = self.blocks, self.scheduler._roster
+        holders: dict[int, list[tuple[Sequence, int]]] = {}
+        for sequence in roster.running:
+            for index, block in enumerate(sequence.blocks):
+                holders.setdefault(block, []).append((sequence, index))
+        for block, refs in enumerate(blocks._refs):
+            assert refs == len(holders.get(block, []))
+        assert 0 not in holders
+        assert blocks.used == len(holders)
+        assert blocks.used + blocks.cached + blocks.free == blocks.total
+        for block, held in holders.items():
+            if len(held) > 1:
+                keys = {(s.request.blend.digest, s.request.cache_salt, i) for s, i in held}
+                prefixes = {tuple(s.tokens[: (i + 1) * blocks.block_size]) for s, i in held}
+                assert len(keys) == len(prefixes) == 1, f"block {block} is shared by strangers"
+                assert all((i + 1) * blocks.block_size <= s.computed for s, i in held)
+        pins = Counter(v for s in roster.running for v in s.request.adapters)
+        assert +self.pool.pins == pins
+        assert not any(s.blocks for s in roster.waiting)
+        assert set(roster.open) == {s.request.id for s in [*roster.running, *roster.waiting]}
+        assert len(roster.running) <= self.scheduler.limits.max_rows
+        assert [s.arrival for s in roster.running] == sorted(s.arrival for s in roster.running)
+
+    def check_end(self) -> None:
+        """What must hold when every request has ended."""
+        self.check()
+        assert self.blocks.used == 0
+        assert not +self.pool.pins
+        for name, seen in self.seen.items():
+            assert seen.ends == (not seen.aborted), f"{name} ended {seen.ends} times"
+            want = expected(seen.request)
+            scores = expected_scores(seen.request)
+            if seen.error is None and not seen.aborted:
+                assert seen.tokens == want, name
+                assert seen.scores == scores, name
+            assert seen.tokens == want[: len(seen.tokens)], name
+            assert seen.scores == scores[: len(seen.scores)], name
