@@ -15,6 +15,7 @@ def _plan(**changes) -> MemoryPlan:
         "block_size": 16,
         "max_rows": 4,
         "max_model_len": 256,
+        "max_positions": 4096,
         "arena": None,
         "kv_cache": None,
     }
@@ -46,3 +47,9 @@ def test_a_cache_too_small_for_one_sequence_is_refused_with_the_bytes_it_needs()
 def test_more_than_there_is_is_refused():
     with pytest.raises(ConfigInvalid, match="ask for less"):
         _plan(arena=1 << 30, kv_cache=1 << 20)
+
+
+def test_a_length_nobody_asked_for_shrinks_to_what_the_cache_holds():
+    assert _plan(max_model_len=None, kv_cache=17 << 10).max_model_len == 256
+    assert _plan(max_model_len=None, kv_cache=1 << 20).max_model_len == 4096
+    assert _plan(max_model_len=300, kv_cache=1 << 20).max_model_len == 300

@@ -17,7 +17,6 @@ COMMON = {
     "num_key_value_heads": 2,
     "head_dim": 32,
     "max_position_embeddings": 512,
-    "initializer_range": 0.05,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
@@ -75,7 +74,6 @@ def _gpt2() -> PretrainedConfig:
         n_layer=2,
         n_head=4,
         n_positions=512,
-        initializer_range=0.05,
         bos_token_id=1,
         eos_token_id=2,
     )
@@ -93,10 +91,14 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 }
 
 
-def write_family(family: str, target: Path, *, seed: int = 0) -> Path:
-    """Save a random fp32 checkpoint of `family`; norms and biases are random too."""
+def write_family(family: str, target: Path, *, seed: int = 0, scale: float = 0.05) -> Path:
+    """Save a random fp32 checkpoint of `family`; norms and biases are random too.
+
+    `scale` is the standard deviation of the weights.
+    """
     torch.manual_seed(seed)
     config = CONFIGS[family]()
+    config.initializer_range = scale
     model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,5 +1,6 @@
 """transformers and PEFT on the very same NF4 base: what Fader's answers are compared with."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -46,11 +47,14 @@ class Oracle:
 
     def __init__(self, source: Path, dtype: torch.dtype, adapters: Mapping[str, Path]) -> None:
         self._model: PreTrainedModel | PeftModel = nf4_oracle(source, dtype)
-        for name, path in adapters.items():
-            if isinstance(self._model, PeftModel):
-                self._model.load_adapter(path, adapter_name=name)
-            else:
-                self._model = PeftModel.from_pretrained(self._model, path, adapter_name=name)
+        with warnings.catch_warnings():
+            # a Conv1D's adapter on the plain linear that holds its decoded weight
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True")
+            for name, path in adapters.items():
+                if isinstance(self._model, PeftModel):
+                    self._model.load_adapter(path, adapter_name=name)
+                else:
+                    self._model = PeftModel.from_pretrained(self._model, path, adapter_name=name)
         self._model.eval()
 
     def logits(self, tokens: Sequence[int], blend: Mapping[str, float]) -> torch.Tensor:

@@ -1,0 +1,164 @@
+"""Opens the world of one server: base, arena, KV cache, engine, adapters. Knows no HTTP."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from fader_adapters.errors import AdapterError, SourceNotFound
+from fader_adapters.kernels.backend import choose
+from fader_adapters.kernels.tables import Tables
+from fader_adapters.pool import Pool
+from fader_adapters.source import LocalSources
+from fader_adapters.tiers import ArenaTier, BufferTier, HostTier
+from fader_server import demo
+from fader_server.api.context import BaseModel
+from fader_server.api.ports import LoadOrder
+from fader_server.config import ServeConfig
+from fader_server.engine.blocks import BlockManager
+from fader_server.engine.limits import Limits
+from fader_server.engine.loop import Engine
+from fader_server.engine.scheduler import Scheduler
+from fader_server.errors import ConfigInvalid
+from fader_server.launch import World
+from fader_server.metrics import Metrics
+from fader_server.model.device import choose_device, choose_dtype, free_bytes, set_threads
+from fader_server.model.kernels import choose_attention
+from fader_server.model.kv_cache import KVCache, bytes_per_block
+from fader_server.model.loader import LoadedBase, load_base
+from fader_server.model.memory import MemoryPlan, plan_memory
+from fader_server.model.runner import ModelRunner
+from fader_server.model.sampler import Sampler
+from fader_server.registry import Registry
+from fader_server.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+BLOCK_SIZE = 16
+CHUNK_SIZE = 256
+
+
+@contextmanager
+def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
+    """Load the base, reserve memory, start the engine, load the adapters; undo it at the end.
+
+    Raises ConfigInvalid, ModelUnsupported or AdapterError for what the user can mend.
+    """
+    started = int(time.time())
+    source = config.model or str(demo.base_dir())
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    set_threads(config.threads)
+    base = load_base(source, dtype=dtype, device=device, backend=choose(device, dtype))
+    plan = _memory(config, base)
+    fields = {
+        "base_bytes": plan.base,
+        "arena_bytes": plan.arena,
+        "kv_cache_bytes": plan.kv_cache,
+        "total_bytes": plan.total,
+        "max_model_len": plan.max_model_len,
+    }
+    log.info("memory plan", extra={"fields": fields})
+    tokenizer = Tokenizer.load(source, max_model_len=plan.max_model_len)
+    arena = torch.empty(plan.arena // dtype.itemsize, dtype=dtype, device=device)
+    tables = Tables(arena, len(base.installed.spec.linears))
+    pool = Pool(tables, in_place=device.type == "cpu")
+    engine = _engine(config, base, plan, tables=tables, pool=pool, metrics=metrics)
+    registry = Registry(
+        base.installed,
+        tier=_host_tier(arena),
+        pool=pool,
+        sources=LocalSources(config.adapter_dir),
+        dtype=dtype,
+        forget=engine.forget,
+        max_terms=config.max_terms,
+    )
+    _load_adapters(config, registry)
+    name = config.served_model_name or (Path(source).name if config.model else demo.SERVED_NAME)
+    model = BaseModel(name, base.installed.spec.fingerprint, plan.max_model_len, started)
+    with engine:
+        yield World(model, engine, registry, tokenizer)
+
+
+def _memory(config: ServeConfig, base: LoadedBase) -> MemoryPlan:
+    return plan_memory(
+        available=free_bytes(base.device),
+        on_host=base.device.type == "cpu",
+        base=base.nbytes,
+        block_bytes=bytes_per_block(base.layers, block_size=BLOCK_SIZE, dtype=base.dtype),
+        block_size=BLOCK_SIZE,
+        max_rows=config.max_batch_rows,
+        max_model_len=config.max_model_len,
+        max_positions=base.max_positions,
+        arena=config.arena,
+        kv_cache=config.kv_cache,
+    )
+
+
+def _engine(
+    config: ServeConfig,
+    base: LoadedBase,
+    plan: MemoryPlan,
+    *,
+    tables: Tables,
+    pool: Pool,
+    metrics: Metrics,
+) -> Engine:
+    limits = Limits(
+        max_rows=config.max_batch_rows,
+        max_step_tokens=config.max_step_tokens,
+        chunk_size=min(CHUNK_SIZE, config.max_step_tokens - config.max_batch_rows),
+        max_model_len=plan.max_model_len,
+    )
+    cache = KVCache(
+        base.layers,
+        blocks=plan.blocks,
+        block_size=BLOCK_SIZE,
+        dtype=base.dtype,
+        device=base.device,
+    )
+    runner = ModelRunner(
+        base,
+        cache=cache,
+        tables=tables,
+        attention=choose_attention(base, block_size=BLOCK_SIZE),
+        sampler=Sampler(),
+    )
+    blocks = BlockManager(plan.blocks, block_size=BLOCK_SIZE)
+    return Engine(
+        Scheduler(limits, blocks=blocks, pool=pool),
+        runner,
+        pool.upload,
+        max_waiting=config.max_waiting,
+        observer=metrics,
+    )
+
+
+def _host_tier(arena: torch.Tensor) -> HostTier:
+    if arena.device.type == "cpu":
+        return ArenaTier(arena)
+    return BufferTier(arena.nbytes, arena.dtype, pinned=True)
+
+
+def _load_adapters(config: ServeConfig, registry: Registry) -> None:
+    """Those the operator named must load; one found in a folder that cannot is skipped, aloud."""
+    if not config.model:
+        for name, path in demo.adapter_dirs().items():
+            registry.load_trusted(name, path)
+    for given in config.adapter:
+        try:
+            registry.load_trusted(given.name, Path(given.source))
+        except SourceNotFound as error:
+            raise ConfigInvalid(f"--adapter {given.name}: {error}") from error
+    named = {given.name for given in config.adapter}
+    for name, source in registry.discover():
+        if name in named:
+            continue
+        try:
+            registry.load(LoadOrder(name, source))
+        except AdapterError as error:
+            fields = {"adapter": name, "reason": str(error)}
+            log.warning("adapter skipped", extra={"fields": fields})
