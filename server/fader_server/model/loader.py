@@ -142,8 +142,9 @@ def read_nf4(
     )
     try:
         with quiet_libraries():
-            model = AutoModelForCausalLM.from_pretrained(
+            model, told = AutoModelForCausalLM.from_pretrained(
                 source,
+                output_loading_info=True,
                 config=config,
                 dtype="auto",
                 device_map={"": str(device)},
@@ -154,6 +155,11 @@ def read_nf4(
             )
     except Exception as error:  # whatever a checkpoint on disk can cause ends as one line
         raise ModelUnsupported(f"{source}: cannot be loaded: {_first_line(error)}") from error
+    missing = sorted({*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])})
+    if missing:  # transformers would go on with random numbers in their place
+        raise ModelUnsupported(
+            f"{source}: {len(missing)} weights are missing or of another shape, first {missing[0]}"
+        )
     model.eval()
     for path, module in model.named_modules():
         if isinstance(module, Linear4bit):

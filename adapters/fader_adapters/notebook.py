@@ -1,0 +1,125 @@
+"""LoRA adapters on any transformers model in memory, for a notebook. Knows no server."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fader_adapters.errors import BlendInvalid
+from fader_adapters.kernels.backend import BackendName, choose
+from fader_adapters.kernels.tables import Tables
+from fader_adapters.layers import Installed, install
+from fader_adapters.leases import AdapterRef
+from fader_adapters.parse import read_adapter
+from fader_adapters.pool import Pool
+from fader_adapters.report import AdapterReport
+from fader_adapters.source import LocalSources
+from fader_adapters.spec import Digest, RowTerms, StepTerms
+from fader_adapters.store import Store
+from fader_adapters.tiers import ArenaTier
+
+Row = str | Mapping[str, float] | None
+"""One row's adapter: a name, a blend of names and weights γ, or None for the base."""
+
+
+class Attached:
+    """A model whose linears take deltas. Made by `attach`; not thread-safe."""
+
+    def __init__(
+        self, model: PreTrainedModel, *, arena_bytes: int, backend: BackendName = "auto"
+    ) -> None:
+        first = next(model.parameters())
+        dtype, device = model.dtype, first.device
+        self._model = model
+        self._originals = dict(model.named_modules())
+        self._backend = choose(device, dtype, backend)
+        self._installed: Installed = install(model, self._backend)
+        arena = torch.empty(arena_bytes // dtype.itemsize, dtype=dtype, device=device)
+        self._tables = Tables(arena, len(self._installed.spec.linears))
+        self._pool = Pool(self._tables, in_place=True)
+        self._store = Store(ArenaTier(arena), on_retired=self._forget)
+        self._rows: list[tuple[tuple[int, float], ...]] | None = None
+        self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def load(self, name: str, path: str | Path) -> AdapterReport:
+        """Read a PEFT directory; the name may be taken, then it moves. Raises AdapterError."""
+        raw = LocalSources(()).fetch_trusted(Path(path))
+        parsed = read_adapter(raw, self._installed.spec, dtype=self._tables.arena.dtype)
+        with self._store.reserve(parsed) as reservation:
+            reservation.fill()
+            return self._store.publish(name, reservation, replace=True).report
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter. Raises AdapterNotFound."""
+        self._store.unload(name)
+
+    @contextmanager
+    def rows(self, rows: Sequence[Row]) -> Iterator[None]:
+        """Inside, row i of every batch runs under rows[i]. Raises AdapterNotFound, BlendInvalid."""
+        leases = []
+        try:
+            for row in rows:
+                lease = self._store.acquire(_refs(row))
+                leases.append(lease)
+                uploads = self._pool.acquire(lease.adapters)
+                assert uploads is not None, "in place, there is always room"
+                self._pool.upload(uploads)
+            self._rows = [
+                tuple((self._pool.slot(t.version), t.gamma) for t in lease.blend.terms)
+                for lease in leases
+            ]
+            yield
+        finally:
+            self._rows = None
+            self._installed.state.step = None
+            for lease in leases:
+                self._pool.release(tuple(v for v in lease.adapters if v in self._pool))
+                lease.release()
+
+    def detach(self) -> None:
+        """Put the model's own linears back."""
+        self._hook.remove()
+        for linear in self._installed.spec.linears:
+            parent, _, child = linear.path.rpartition(".")
+            setattr(self._model.get_submodule(parent), child, self._originals[linear.path])
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._installed.state.step = None
+        if self._rows is None:
+            return
+        given = kwargs.get("input_ids")
+        given = kwargs.get("inputs_embeds") if given is None else given
+        given = args[0] if given is None else given
+        count, length = given.shape[:2]
+        if count != len(self._rows):
+            raise BlendInvalid(f"the batch has {count} rows, `rows` named {len(self._rows)}")
+        terms = StepTerms(tuple(RowTerms(length, row) for row in self._rows))
+        self._installed.state.step = self._backend.prepare(self._tables, terms)
+
+    def _forget(self, version: Digest) -> None:
+        self._pool.forget(version)
+        self._store.reclaim(version)
+
+
+def attach(
+    model: PreTrainedModel, *, arena_bytes: int = 256 << 20, backend: BackendName = "auto"
+) -> Attached:
+    """Let a transformers model run a different adapter, or blend, in every row of a batch.
+
+    model        any causal language model, plain or in bitsandbytes NF4 and not yet run; its
+                 linears are replaced in place until `detach`
+    arena_bytes  memory for all adapters together, in the model's dtype
+    Raises BaseUnsupported.
+    """
+    return Attached(model, arena_bytes=arena_bytes, backend=backend)
+
+
+def _refs(row: Row) -> list[AdapterRef]:
+    if row is None:
+        return []
+    weights = {row: 1.0} if isinstance(row, str) else row
+    return [AdapterRef(name, None, float(weight)) for name, weight in weights.items()]

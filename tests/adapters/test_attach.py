@@ -1,0 +1,88 @@
+"""`attach` on an ordinary transformers model, compared with PEFT."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from fader_adapters import attach
+from fader_adapters.errors import AdapterNotFound, BlendInvalid
+from tests.support.families import VOCAB, write_family
+from tests.support.peft_adapters import write_adapter
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_family(request.param, tmp_path_factory.mktemp("attach") / "base")
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path) -> dict[str, Path]:
+    return {
+        "one": write_adapter(base, base.parent / "one", rank=4, seed=1),
+        "two": write_adapter(base, base.parent / "two", rank=16, seed=2),
+    }
+
+
+def _model(base: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(base).eval()
+
+
+def _ids(rows: int) -> torch.Tensor:
+    return torch.randint(3, VOCAB, (rows, 12), generator=torch.Generator().manual_seed(3))
+
+
+def _logits(model, ids: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_every_row_of_a_batch_runs_its_own_adapter_or_blend(base, adapters, backend):
+    ids = _ids(4)
+    lora = attach(model := _model(base), arena_bytes=1 << 22, backend=backend)
+    for name, path in adapters.items():
+        lora.load(name, path)
+    with lora.rows([None, "one", "two", {"one": 0.5, "two": -0.25}]):
+        ours = _logits(model, ids)
+    peft = PeftModel.from_pretrained(_model(base), adapters["one"], adapter_name="one")
+    peft.load_adapter(adapters["two"], adapter_name="two")
+    peft.add_weighted_adapter(["one", "two"], [0.5, -0.25], "both", combination_type="cat")
+    peft.eval()
+    for row, name in enumerate([None, "one", "two", "both"]):
+        if name is None:
+            with peft.disable_adapter():
+                theirs = _logits(peft, ids[:1])
+        else:
+            peft.set_adapter(name)
+            theirs = _logits(peft, ids[row : row + 1])
+        torch.testing.assert_close(ours[row], theirs[0], rtol=0, atol=1e-4)
+    assert (ours[1] - _logits(model, ids[1:2])[0]).abs().max() > 1e-2
+
+
+def test_generate_runs_under_the_rows_and_detach_restores_the_model(base, adapters):
+    ids = _ids(2)
+    model = _model(base)
+    plain = model.generate(ids, max_new_tokens=6, do_sample=False)
+    lora = attach(model, arena_bytes=1 << 22)
+    lora.load("one", adapters["one"])
+    with lora.rows([None, "one"]):
+        mixed = model.generate(ids, max_new_tokens=6, do_sample=False)
+    assert torch.equal(mixed[0], plain[0])
+    assert not torch.equal(mixed[1], plain[1])
+    lora.detach()
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), plain)
+    assert "site" not in repr(model).lower()
+
+
+def test_unknown_names_and_wrong_batches_are_refused_and_nothing_stays_held(base, adapters):
+    lora = attach(model := _model(base), arena_bytes=1 << 22)
+    lora.load("one", adapters["one"])
+    with pytest.raises(AdapterNotFound, match="missing"), lora.rows(["one", "missing"]):
+        pass
+    with lora.rows(["one"]), pytest.raises(BlendInvalid, match="3 rows"):
+        model(input_ids=_ids(3))
+    lora.unload("one")
+    assert lora._store.leases == lora._store.versions == lora._pool.pins == 0

@@ -1,0 +1,179 @@
+"""Reading, quantising and refusing bases."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from fader_adapters.kernels.backend import choose
+from fader_server.errors import ConfigInvalid, ModelUnsupported
+from fader_server.model.loader import LoadedBase, load_base, quantize
+from tests.support.families import CONFIGS, write_family
+from tests.support.oracle import nf4_oracle
+
+CPU = torch.device("cpu")
+
+
+def _load(source: Path | str) -> LoadedBase:
+    return load_base(
+        str(source), dtype=torch.float32, device=CPU, backend=choose(CPU, torch.float32)
+    )
+
+
+def _weights(base: LoadedBase) -> dict[int, torch.Tensor]:
+    return {s.spec.linears[0]: s.kernel.base.dense(torch.float32) for s in base.installed.sites}
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_family("llama", tmp_path_factory.mktemp("loader") / "llama")
+
+
+def test_quantised_checkpoint_loads_to_the_same_bytes_and_is_not_rewritten(llama, tmp_path):
+    quantize(str(llama), tmp_path / "nf4", device=CPU)
+    before = _digests(tmp_path / "nf4")
+    plain, ready = _load(llama), _load(tmp_path / "nf4")
+    assert _digests(tmp_path / "nf4") == before
+    for index, weight in _weights(plain).items():
+        assert torch.equal(_weights(ready)[index], weight)
+    config = json.loads((tmp_path / "nf4" / "config.json").read_text())
+    assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+    assert config["quantization_config"]["bnb_4bit_use_double_quant"] is True
+
+
+def test_quantised_checkpoint_is_readable_by_transformers(llama, tmp_path):
+    quantize(str(llama), tmp_path / "nf4", device=CPU)
+    ids = torch.arange(3, 20).unsqueeze(0)
+    with torch.inference_mode():
+        theirs = nf4_oracle(llama, torch.float32)(input_ids=ids).logits
+        ours = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "nf4", device_map={"": "cpu"}, dtype=torch.float32
+        )(input_ids=ids).logits
+    assert (ours - theirs).abs().max() < 0.2  # bitsandbytes' own CPU path rounds to bf16
+    assert (ours[0].argmax(-1) == theirs[0].argmax(-1)).float().mean() > 0.8
+
+
+def test_quantising_twice_or_into_a_full_folder_is_refused(llama, tmp_path):
+    quantize(str(llama), tmp_path / "nf4", device=CPU)
+    with pytest.raises(ConfigInvalid, match="not empty"):
+        quantize(str(llama), tmp_path / "nf4", device=CPU)
+    with pytest.raises(ConfigInvalid, match="quantised already"):
+        quantize(str(tmp_path / "nf4"), tmp_path / "again", device=CPU)
+
+
+def test_every_linear_inside_the_layers_is_a_site_and_shared_inputs_are_one(llama):
+    base = _load(llama)
+    assert len(base.installed.spec.linears) == 2 * 7
+    assert len(base.installed.sites) == 2 * 4
+    assert base.installed.nbytes < 0.6 * sum(
+        linear.in_features * linear.out_features for linear in base.installed.spec.linears
+    )
+
+
+def test_fingerprints_tell_shapes_apart_and_nothing_else(llama, tmp_path):
+    other = write_family("mistral", tmp_path / "mistral")
+    again = write_family("llama", tmp_path / "llama2", seed=9)
+    prints = [_load(p).installed.spec.fingerprint for p in (llama, other, again)]
+    assert prints[0] == prints[2] != prints[1]
+
+
+def test_nothing_at_the_path_is_a_mistake_of_the_user(tmp_path):
+    with pytest.raises(ConfigInvalid, match="no model at"):
+        _load(tmp_path / "missing")
+
+
+def _edited(source: Path, target: Path, **changes: object) -> Path:
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | changes))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_type": "novel", "auto_map": {"AutoConfig": "code.Novel"}}, "remote code"),
+        ({"model_type": "never-heard-of"}, "never-heard-of"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        (
+            {
+                "quantization_config": {
+                    "quant_method": "bitsandbytes",
+                    "load_in_4bit": True,
+                    "bnb_4bit_quant_type": "fp4",
+                }
+            },
+            "fp4",
+        ),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_one_line(llama, tmp_path, changes, reason):
+    with pytest.raises(ModelUnsupported, match=reason) as caught:
+        _load(_edited(llama, tmp_path / "edited", **changes))
+    assert "\n" not in str(caught.value)
+
+
+def _save(config: transformers.PretrainedConfig, auto: type, target: Path) -> Path:
+    auto.from_config(config).save_pretrained(target)
+    return target
+
+
+def test_models_that_are_not_causal_decoders_are_refused(tmp_path):
+    small = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = transformers.BertConfig(**small, intermediate_size=64, vocab_size=64)
+    t5 = transformers.T5Config(d_model=64, d_kv=32, d_ff=64, num_layers=1, vocab_size=64)
+    for name, config, auto in (
+        ("bert", bert, transformers.AutoModelForMaskedLM),
+        ("t5", t5, transformers.AutoModelForSeq2SeqLM),
+    ):
+        with pytest.raises(ModelUnsupported):
+            _load(_save(config, auto, tmp_path / name))
+
+
+def test_a_model_with_attention_of_its_own_is_refused(tmp_path):
+    config = transformers.BloomConfig(hidden_size=64, n_layer=1, n_head=2, vocab_size=64)
+    with pytest.raises(ModelUnsupported, match="attention"):
+        _load(_save(config, transformers.AutoModelForCausalLM, tmp_path / "bloom"))
+
+
+def test_a_width_that_splits_blocks_is_refused_with_the_module(tmp_path):
+    config = CONFIGS["llama"]()
+    config.intermediate_size = 96
+    target = _save(config, transformers.AutoModelForCausalLM, tmp_path / "narrow")
+    with pytest.raises(ModelUnsupported, match=r"down_proj.*96 is not a multiple of 64"):
+        _load(target)
+
+
+def test_corrupt_and_incomplete_checkpoints_are_refused_in_one_line(llama, tmp_path):
+    for name, damage in (("cut", _cut), ("gone", _drop_tensor), ("pickle", _only_pickle)):
+        target = tmp_path / name
+        shutil.copytree(llama, target)
+        damage(target)
+        with pytest.raises((ModelUnsupported, ConfigInvalid)) as caught:
+            _load(target)
+        assert "\n" not in str(caught.value), name
+
+
+def _cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def _drop_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    copies = {k: v.clone() for k, v in tensors.items() if "layers.1.mlp.up_proj" not in k}
+    save_file(copies, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _only_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
