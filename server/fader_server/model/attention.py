@@ -143,7 +143,11 @@ def fader_attention(
     """
     if fader_step is None:
         raise ModelUnsupported(f"{type(module).__name__} does not pass keywords to its attention")
-    unknown = [name for name, given in others.items() if given is not None and name not in IGNORED]
+    unknown = [
+        name
+        for name, given in others.items()
+        if given is not None and given is not False and name not in IGNORED
+    ]
     if unknown or attention_mask is not None:
         what = ", ".join(unknown) or "a mask of its own"
         raise ModelUnsupported(f"{type(module).__name__} attends with {what}, unknown to Fader")

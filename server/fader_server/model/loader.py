@@ -107,6 +107,12 @@ def read_config(source: str) -> PretrainedConfig:
         raise ModelUnsupported(
             f"{source}: {config.model_type} is not a decoder-only language model"
         )
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if not architecture._supports_attention_backend:
+        raise ModelUnsupported(
+            f"{source}: the attention of {architecture.__name__} does not go through "
+            "transformers' AttentionInterface"
+        )
     text = config.get_text_config(decoder=True)
     for name in ("attention_chunk_size", "use_bidirectional_attention", "add_cross_attention"):
         if getattr(text, name, None):
