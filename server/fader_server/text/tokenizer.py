@@ -1,0 +1,126 @@
+"""The base's tokenizer as the server uses it. Adapters' own files have no say."""
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import tokenizers
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from fader_server.errors import ModelUnsupported, RequestInvalid
+from fader_server.text.chat import ChatEncoder, characters
+from fader_server.text.detokenizer import Detokenizer
+from fader_server.text.encoding import check_length, encode
+from fader_server.text.pieces import Pieces
+from fader_server.text.stream import TextStream
+
+
+class Tokenizer:
+    """Safe to use from several threads, and long encodings do not stall the others."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_model_len: int,
+        eos_ids: Iterable[int] = (),
+    ) -> None:
+        """eos_ids: the generation config's, beside the tokenizer's. Raises ModelUnsupported."""
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, tokenizers.Tokenizer):
+            raise ModelUnsupported(
+                "expected a base with a tokenizer.json; its tokenizer runs in Python only"
+            )
+        # A private copy: transformers changes truncation and padding of its own under our feet.
+        self._backend = tokenizers.Tokenizer.from_str(backend.to_str())
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._max_model_len = max_model_len
+        self._pieces = Pieces(self._backend)
+        self._chat = (
+            ChatEncoder(tokenizer, self._backend)
+            if getattr(tokenizer, "chat_template", None)
+            else None
+        )
+        own = tokenizer.eos_token_id
+        self.eos_ids = frozenset(eos_ids) | ({own} if isinstance(own, int) else frozenset())
+        """Tokens that end an output."""
+        self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
+        """One more than the highest id; the model's logits may be wider."""
+
+    @classmethod
+    def load(cls, source: str, *, max_model_len: int, revision: str | None = None) -> "Tokenizer":
+        """From a folder or Hub id. No code of the source is ever run. Raises ModelUnsupported."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, revision=revision, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ModelUnsupported(f"cannot load the tokenizer of {source}: {error}") from error
+        eos_ids = _config_eos(source, revision)
+        return cls(tokenizer, max_model_len=max_model_len, eos_ids=eos_ids)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether encode_chat works."""
+        return self._chat is not None
+
+    def encode_prompt(self, text: str, *, special: bool = True) -> list[int]:
+        """Ids of a raw prompt; control tokens in it are control tokens.
+
+        special: with the tokens the tokenizer adds by itself, such as BOS. Raises RequestInvalid,
+        and ContextTooLong for a text too long to be worth encoding.
+        """
+        check_length(len(text), self._max_model_len, param="prompt")
+        return encode(self._backend, text, param="prompt", special=special)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Ids of a chat; see ChatEncoder.encode. Control tokens in it are plain text."""
+        if self._chat is None:
+            raise RequestInvalid(
+                "this model has no chat template: use /v1/completions", param="messages"
+            )
+        check_length(characters(messages), self._max_model_len, param="messages")
+        return self._chat.encode(messages)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of all tokens, special ones left out: what a TextStream of them gives."""
+        detokenizer = Detokenizer(self._pieces)
+        return "".join([detokenizer.feed(token) for token in tokens]) + detokenizer.flush()
+
+    def stream(
+        self,
+        *,
+        prompt: Sequence[int] = (),
+        echo: bool = False,
+        stops: Iterable[str] = (),
+        include_stop: bool = False,
+    ) -> TextStream:
+        """The text of a new choice; see TextStream."""
+        return TextStream(
+            self._pieces, prompt=prompt, echo=echo, stops=stops, include_stop=include_stop
+        )
+
+    def token_text(self, token: int) -> str:
+        """A token for people: part of a character shows as U+FFFD, a special token by its name."""
+        name = self._pieces.special_name(token)
+        return name if name is not None else self._pieces.piece(token).decode(errors="replace")
+
+    def token_bytes(self, token: int) -> bytes | None:
+        """The bytes a token adds inside a text; None for one that adds none."""
+        return self._pieces.piece(token) or None
+
+
+def _config_eos(source: str, revision: str | None) -> list[int]:
+    """End tokens of generation_config.json, else of config.json."""
+    found: object = None
+    try:
+        config = GenerationConfig.from_pretrained(source, revision=revision or "main")
+        found = config.eos_token_id
+    except OSError:
+        with contextlib.suppress(OSError):
+            found = PreTrainedConfig.get_config_dict(source, revision=revision)[0].get(
+                "eos_token_id"
+            )
+    ids = found if isinstance(found, list) else [found]
+    return [token for token in ids if isinstance(token, int)]

@@ -1,0 +1,189 @@
+"""Tokenizer and TextStream: prompts, limits, names of tokens, offsets, and other threads."""
+
+import sys
+import threading
+import time
+
+import pytest
+from text_worlds import CORPUS, TEMPLATES, hf
+from tokenizers.processors import TemplateProcessing
+
+from fader_server.errors import ContextTooLong, ModelUnsupported, RequestInvalid
+from fader_server.text.tokenizer import Tokenizer
+
+
+def make(family="byte_level", template=None, *, max_model_len=4096, **more):
+    return Tokenizer(hf(family, template, **more), max_model_len=max_model_len, eos_ids=[7])
+
+
+def with_bos(family="byte_level"):
+    source = hf(family)
+    source.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", source.bos_token_id)]
+    )
+    return source
+
+
+def test_a_prompt_is_encoded_as_transformers_does():
+    source = with_bos()
+    tokenizer = Tokenizer(source, max_model_len=4096)
+    for text in CORPUS:
+        want = source(text)["input_ids"]
+        assert tokenizer.encode_prompt(text) == want
+        assert want[0] == source.bos_token_id
+        assert tokenizer.encode_prompt(text, special=False) == want[1:]
+
+
+def test_truncation_set_by_someone_else_does_not_reach_us():
+    source = hf("byte_level")
+    tokenizer = Tokenizer(source, max_model_len=4096)
+    short = source(CORPUS[0], truncation=True, max_length=3)["input_ids"]
+    assert len(short) == 3
+    assert len(tokenizer.encode_prompt(CORPUS[0])) > 3
+
+
+def test_control_tokens_of_a_raw_prompt_are_control_tokens():
+    source = hf("byte_level")
+    ids = Tokenizer(source, max_model_len=64).encode_prompt("a<|im_end|>b")
+    assert source.convert_tokens_to_ids("<|im_end|>") in ids
+
+
+def test_a_prompt_beyond_all_hope_is_refused_before_it_is_tokenised():
+    tokenizer = make(max_model_len=10)
+    assert len(tokenizer.encode_prompt("a" * 320)) > 0
+    with pytest.raises(ContextTooLong, match="maximum context length is 10 tokens") as caught:
+        tokenizer.encode_prompt("a" * 321)
+    assert caught.value.code == "context_length_exceeded"
+    assert caught.value.param == "prompt"
+
+
+def test_text_that_is_no_unicode_is_refused():
+    with pytest.raises(RequestInvalid, match="surrogate"):
+        make().encode_prompt("a\ud800b")
+    assert make().encode_prompt("a\ue000b")
+
+
+def test_a_failing_tokenizer_fails_the_request_only():
+    tokenizer = make("words")
+    tokenizer._backend.model.unk_token = "absent"
+    with pytest.raises(RequestInvalid, match="cannot encode"):
+        tokenizer.encode_prompt("unseenword")
+    assert tokenizer.encode_prompt("hello world")
+
+
+def test_a_long_prompt_does_not_stall_other_threads():
+    tokenizer = make(max_model_len=10**6)
+    text = " ".join(f"w{n * 7919 % 100003}" for n in range(60_000))
+    gaps, done = [], threading.Event()
+
+    def beat():
+        last = time.perf_counter()
+        while not done.is_set():
+            time.sleep(0.001)
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    start = time.perf_counter()
+    tokenizer.encode_prompt(text)
+    spent = time.perf_counter() - start
+    done.set()
+    thread.join()
+    assert len(gaps) > 3, f"the other thread never ran in {spent:.3f} s"
+    assert max(gaps) < max(0.5 * spent, 0.05)
+
+
+def test_ends_come_from_the_generation_config_and_the_tokenizer(tmp_path):
+    source = hf("byte_level")
+    source.save_pretrained(tmp_path)
+    end = source.eos_token_id
+    load = Tokenizer.load
+    assert load(str(tmp_path), max_model_len=64).eos_ids == {end}
+    (tmp_path / "config.json").write_text('{"eos_token_id": 5, "model_type": "llama"}')
+    assert load(str(tmp_path), max_model_len=64).eos_ids == {end, 5}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 11]}')
+    assert load(str(tmp_path), max_model_len=64).eos_ids == {end, 9, 11}
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ModelUnsupported, match="cannot load the tokenizer"):
+        Tokenizer.load(str(tmp_path), max_model_len=64)
+
+
+def test_a_template_file_travels_with_the_base(tmp_path):
+    hf("byte_level", TEMPLATES["chatml"]).save_pretrained(tmp_path)
+    assert Tokenizer.load(str(tmp_path), max_model_len=64).has_chat_template
+    assert not make().has_chat_template
+
+
+def test_tokens_have_a_text_and_bytes():
+    source = hf("byte_level")
+    tokenizer = Tokenizer(source, max_model_len=64)
+    half = source("😀")["input_ids"][0]
+    assert tokenizer.token_text(half) == "\ufffd"
+    assert tokenizer.token_bytes(half) == "😀".encode()[: len(tokenizer.token_bytes(half))]
+    assert tokenizer.token_text(source.eos_token_id) == "</s>"
+    assert tokenizer.token_bytes(source.eos_token_id) is None
+    assert tokenizer.token_bytes(10**6) is None
+    space = source(" hello")["input_ids"]
+    assert b"".join(tokenizer.token_bytes(token) for token in space) == b" hello"
+    assert tokenizer.vocab_size == len(source)
+
+
+def test_decode_is_what_a_stream_gives():
+    tokenizer = make("llama")
+    for text in [line for line in CORPUS if "<|" not in line]:
+        ids = tokenizer.encode_prompt(text)
+        stream = tokenizer.stream()
+        assert "".join([stream.feed(token).text for token in ids]) + stream.finish() == text
+        assert tokenizer.decode(ids) == text
+
+
+def test_offsets_count_the_characters_before_each_token():
+    tokenizer = make()
+    prompt = tokenizer.encode_prompt("hello wor")
+    output = tokenizer.encode_prompt("ld 😀!")
+    stream = tokenizer.stream(prompt=prompt, echo=True, stops=["hello"])
+    parts = [*stream.echoed, *(stream.feed(token) for token in output)]
+    text = "".join(part.text for part in parts) + stream.finish()
+    assert text == "hello world 😀!"
+    names = [tokenizer.token_text(token) for token in prompt + output]
+    assert parts[0].offset == 0
+    for part, name in zip(parts, names, strict=True):
+        if "\ufffd" not in name:
+            assert text[part.offset :].startswith(name)
+    silent = tokenizer.stream(prompt=prompt)
+    assert silent.echoed == ()
+    assert silent.feed(output[0]).offset == 0
+
+
+def test_a_stop_string_across_tokens_ends_the_stream():
+    tokenizer = make()
+    ids = tokenizer.encode_prompt("one two END three")
+    stream = tokenizer.stream(stops=["END"])
+    parts = []
+    for token in ids:
+        parts.append(stream.feed(token))
+        if parts[-1].stopped:
+            break
+    assert "".join(part.text for part in parts) + stream.finish() == "one two "
+    assert stream.stopped
+    assert len(parts) < len(ids)
+    other = tokenizer.stream(stops=["ENDX"])
+    text = "".join([other.feed(token).text for token in ids]) + other.finish()
+    assert text == "one two END three"
+    assert not other.stopped
+
+
+def test_an_unfinished_character_can_complete_a_stop_string_at_the_end():
+    tokenizer = make()
+    ids = tokenizer.encode_prompt("a😀")[:-1]
+    stream = tokenizer.stream(stops=["a\ufffd"])
+    assert "".join([stream.feed(token).text for token in ids]) + stream.finish() == ""
+    assert stream.stopped
+
+
+def test_the_text_layer_needs_no_torch():
+    assert "torch" not in vars(sys.modules["fader_server.text.tokenizer"])
