@@ -229,7 +229,9 @@ def expected_scores(request: Request) -> list[TokenLogprob]:
     if request.params.prompt_logprobs is None:
         return []
     contents = _contents(request, list(request.prompt))
-    return [TokenLogprob(request.prompt[p + 1], float(contents[p])) for p in range(len(contents) - 1)]
+    return [
+        TokenLogprob(request.prompt[p + 1], float(contents[p])) for p in range(len(contents) - 1)
+    ]
 
 
 @dataclass
