@@ -105,7 +105,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.world.finish()
 
 
-FEW = settings(max_examples=150, stateful_step_count=40, deadline=None)
+FEW = settings(max_examples=80, stateful_step_count=40, deadline=None)
 EngineMachine.TestCase.settings = FEW
 TestEngineInAnyOrder = EngineMachine.TestCase
 
