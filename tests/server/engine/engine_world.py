@@ -284,6 +284,7 @@ class World:
             max_model_len=max_model_len,
             max_overtakes=max_overtakes,
         )
+        self.now = 0.0
         self.blocks = BlockManager(blocks, block_size=block_size)
         self.pool = FakePool(capacity)
         self.device = Device(blocks, block_size)
@@ -293,7 +294,7 @@ class World:
             self.device,
             self.device.upload,
             deliver=lambda event: self.seen[event.request_id].take(event),
-            clock=lambda: 0.0,
+            clock=lambda: self.now,
             observer=Unobserved(),
         )
         self.seen: dict[str, Seen] = {}

@@ -137,6 +137,18 @@ def test_a_failed_step_keeps_nothing_of_the_device_alive():
     assert not [ref for ref in alive if ref() is not None]
 
 
+def test_a_step_without_a_single_good_row_is_no_progress():
+    world = roomy()
+    crowd(world, 2)
+    world.now = 1.0
+    world.turn()
+    assert world.stepper.progress_at == 1.0
+    world.now = 2.0
+    world.device.culprits |= {"r0", "r1"}
+    world.turn()
+    assert world.stepper.progress_at == 1.0
+
+
 def test_an_upload_that_fails_costs_its_requests_and_is_tried_again_for_the_next():
     world = roomy()
     bad, good, both = blend_of(("a", 1.0)), blend_of(("b", 1.0)), blend_of(("a", 1.0), ("b", 1.0))
