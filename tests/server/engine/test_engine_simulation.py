@@ -88,7 +88,7 @@ def test_no_world_breaks_a_promise():
 
 @pytest.mark.slow
 def test_no_world_of_many_breaks_a_promise():
-    for seed in range(600, 12_000):
+    for seed in range(600, 4_000):
         live(seed)
 
 
