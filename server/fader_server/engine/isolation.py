@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from traceback import format_exc
 
 from fader_adapters.spec import Digest, RowTerms, StepTerms, Upload
 from fader_server.core import Plan, PlanRow, Request, RowResult, Runner, SamplingParams, Sequence
@@ -40,8 +41,8 @@ def upload_isolated(
     """Bring versions in; after an exception one by one. Returns those that cannot be brought."""
     try:
         upload(uploads)
-    except Exception as error:  # noqa: BLE001 - told apart one by one below
-        _log.warning("bringing %d adapters in failed", len(uploads), exc_info=error)
+    except Exception:  # noqa: BLE001 - told apart one by one below
+        _log.warning("bringing %d adapters in failed\n%s", len(uploads), format_exc())
     else:
         return {}
     lost: dict[Digest, Exception] = {}
@@ -91,14 +92,17 @@ def _run(runner: Runner, plan: Plan, outcome: StepOutcome) -> None:
             raise EngineFault(f"expected {len(plan.rows)} results, got {len(results)}")
         outcome.done.append((plan, results))
     except Exception as error:  # noqa: BLE001 - whatever it is, it must cost only its rows
-        _log.warning("a step of %d rows failed", len(plan.rows), exc_info=error)
+        _log.warning("a step of %d rows failed\n%s", len(plan.rows), format_exc())
         failure = _bare(error)
     if failure is not None:
         _split(runner, plan, outcome, failure)
 
 
 def _bare(error: Exception) -> Exception:
-    """The error without its frames: they would keep the failed step's tensors alive."""
+    """The error without its frames: they would keep the failed step's tensors alive.
+
+    For the same reason the log gets text: a handler may keep its records.
+    """
     error.__context__ = None
     return error.with_traceback(None)
 

@@ -284,6 +284,7 @@ class World:
             max_model_len=max_model_len,
             max_overtakes=max_overtakes,
         )
+        self.now = 0.0
         self.blocks = BlockManager(blocks, block_size=block_size)
         self.pool = FakePool(capacity)
         self.device = Device(blocks, block_size)
@@ -293,7 +294,7 @@ class World:
             self.device,
             self.device.upload,
             deliver=lambda event: self.seen[event.request_id].take(event),
-            clock=lambda: 0.0,
+            clock=lambda: self.now,
             observer=Unobserved(),
         )
         self.seen: dict[str, Seen] = {}
@@ -309,7 +310,22 @@ class World:
             self.seen[name].aborted = True
 
     def turn(self) -> bool:
-        return self.stepper.turn()
+        plans = self.device.plans
+        known = len(plans)
+        worked = self.stepper.turn()
+        for plan in plans[known:]:
+            self._check_plan(plan)
+        return worked
+
+    def _check_plan(self, plan: Plan) -> None:
+        limits = self.scheduler.limits
+        assert plan.tokens <= limits.max_step_tokens
+        assert len({id(row.sequence) for row in plan.rows}) == len(plan.rows) <= limits.max_rows
+        for row in plan.rows:
+            end, prompt_len = row.start + row.count, row.sequence.prompt_len
+            ends = row.start // limits.chunk_size + 1
+            assert end <= ends * limits.chunk_size
+            assert row.start >= prompt_len or end <= prompt_len, "a chunk ends at the prompt's end"
 
     def finish(self, turns: int = 3000) -> None:
         """Run until nothing is open; that this ends is freedom from deadlock."""

@@ -1,6 +1,6 @@
 import pytest
 from engine_world import World, blend_of, request, version
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -105,7 +105,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.world.finish()
 
 
-FEW = settings(max_examples=60, stateful_step_count=40, deadline=None)
+FEW = settings(max_examples=80, stateful_step_count=40, deadline=None)
 EngineMachine.TestCase.settings = FEW
 TestEngineInAnyOrder = EngineMachine.TestCase
 
@@ -115,7 +115,13 @@ def test_the_machine_notices_keys_that_ignore_the_blend(monkeypatch):
     monkeypatch.setattr(
         blocks_module, "chain_seed", lambda blend, salt, size: chain_seed(empty, salt, size)
     )
+    search = settings(
+        FEW,
+        max_examples=2000,
+        database=None,
+        phases=[Phase.generate],
+        report_multiple_bugs=False,
+        print_blob=False,
+    )
     with pytest.raises(AssertionError):
-        run_state_machine_as_test(
-            EngineMachine, settings=settings(FEW, max_examples=500, database=None, print_blob=False)
-        )
+        run_state_machine_as_test(EngineMachine, settings=search)

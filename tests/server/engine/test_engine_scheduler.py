@@ -136,6 +136,20 @@ def test_a_step_never_exceeds_its_budget_or_its_rows():
     assert max(len(plan.rows) for plan in world.device.plans) <= 3
 
 
+def test_a_running_prefill_waits_for_a_step_that_holds_its_whole_chunk():
+    world = World(max_rows=3, chunk_size=8, max_step_tokens=16, blocks=100)
+    world.submit(request("warm", range(5), max_tokens=1, salt="b"))
+    world.finish()
+    world.submit(request("d", (1,), max_tokens=20))
+    step(world)
+    world.submit(request("a", range(20)))
+    world.submit(request("b", range(20), salt="b"))
+    assert step(world) == [("d", 1, 1), ("a", 0, 8), ("b", 4, 4)]
+    assert step(world) == [("d", 2, 1), ("a", 8, 8)]
+    assert step(world) == [("d", 3, 1), ("a", 16, 4), ("b", 8, 8)]
+    world.finish()
+
+
 def test_requests_are_admitted_in_the_order_of_arrival():
     world = World(max_rows=2, blocks=100)
     for i in range(6):
@@ -227,12 +241,12 @@ def test_a_preempted_request_goes_on_with_the_tokens_it_would_have_had():
 
 
 def test_the_newest_is_preempted_and_comes_back_first():
-    world = World(blocks=9, max_rows=3)
+    world = World(blocks=9, max_rows=2)
     world.submit(request("old", range(8), max_tokens=20))
     world.submit(request("new", range(10, 18), max_tokens=20))
+    world.submit(request("late", range(9), max_tokens=1, salt="x"))
     while not world.scheduler.preemptions:
         step(world)
-    world.submit(request("late", (1,), max_tokens=1))
     assert [s.request.id for s in world.scheduler._roster.waiting] == ["new", "late"]
     assert [s.request.id for s in world.scheduler._roster.running] == ["old"]
     world.finish()
