@@ -2,7 +2,7 @@
 
 For benchmarks of any server: the files are what Hugging Face tools write. Knows no server.
 
-    python bench/make_model.py 57m OUT --adapters 16
+    python -m bench.make_model 57m OUT --adapters 16
 """
 
 import argparse
