@@ -1,6 +1,5 @@
 """Builds the application from its parts. No globals: two applications never share a thing."""
 
-from concurrent.futures import Executor, ThreadPoolExecutor
 
 from fastapi import Depends, FastAPI
 from starlette.exceptions import HTTPException
@@ -32,14 +31,13 @@ def build(
     tokenizer: Tokenizer,
     metrics: Metrics,
     version: str,
-    loads: Executor | None = None,
 ) -> FastAPI:
     """The application; `app.state.context` is what its routes share. Starts nothing.
 
     `metrics` is given because the engine tells its steps to the same one. Not ready until
     `context.readiness.reason` is set to "".
     """
-    context = _context(config, base, engine, adapters, tokenizer, metrics, version, loads)
+    context = _context(config, base, engine, adapters, tokenizer, metrics, version)
     metrics.add_gauges(gauges(engine, adapters, context.board))
     app = FastAPI(
         title="Fader",
@@ -76,7 +74,6 @@ def _context(
     tokenizer: Tokenizer,
     metrics: Metrics,
     version: str,
-    loads: Executor | None,
 ) -> Context:
     return Context(
         config=config,
@@ -102,7 +99,6 @@ def _context(
         ),
         pace=Pace(ping=config.ping_interval, stall=config.stall_timeout),
         board=Board(),
-        loads=loads or ThreadPoolExecutor(1, "fader-load"),
         version=version,
     )
 

@@ -1,6 +1,5 @@
 """/v1/adapters: health reports for users; load, swap, pin and unload for administrators."""
 
-import asyncio
 import re
 import time
 from typing import Any
@@ -11,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from fader_adapters.errors import AdapterError
 from fader_server.api.blends import AdapterRef
-from fader_server.api.context import Context, body_of, context_of, log_of, principal_of
+from fader_server.api.context import body_of, context_of, log_of, principal_of
 from fader_server.api.fields import Fields
 from fader_server.api.ports import AdapterInfo, Loaded, LoadOrder
 from fader_server.errors import RequestInvalid
@@ -90,13 +89,12 @@ def read_order(name: str, body: dict[str, Any]) -> LoadOrder:
 
 
 async def load(request: Request, order: LoadOrder) -> Loaded:
-    """Load off the event loop, counted and logged."""
+    """Load, counted and logged."""
     context = context_of(request)
     log_of(request).extra["adapter"] = order.name
     began = time.monotonic()
-    loop = asyncio.get_running_loop()
     try:
-        loaded = await loop.run_in_executor(context.loads, context.adapters.load, order)
+        loaded = await context.adapters.load(order)
     except AdapterError:
         context.metrics.loaded("refused", time.monotonic() - began)
         raise
@@ -111,13 +109,13 @@ def report(info: AdapterInfo, request: Request) -> dict[str, Any]:
         "object": "adapter",
         "name": info.name,
         "version": info.version,
-        "base": _base_name(context_of(request)),
+        "base": context_of(request).base.name,
         "rank": info.rank,
-        "scale": info.scale,
+        "scales": list(info.scales),
         "modules": info.modules,
         "targets": list(info.targets),
         "bytes": info.bytes,
-        "relative_norm": info.relative_norm,
+        "delta_norm": info.delta_norm,
         "tier": info.tier,
         "leases": info.leases,
         "pinned": info.pinned,
@@ -129,15 +127,11 @@ def report(info: AdapterInfo, request: Request) -> dict[str, Any]:
     return body
 
 
-def _base_name(context: Context) -> str:
-    return context.base.name
-
-
 def _name(request: Request) -> str:
     name = request.path_params["name"]
     if not ADAPTER_NAME.fullmatch(name):
         raise RequestInvalid(
-            "an adapter's name has letters, digits and . _ - (128 at most), a letter or digit first",
+            "an adapter's name has letters, digits and . _ - only, 128 at most",
             param="name",
         )
     return name

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fader_server.api.ports import Tokenizer
+from fader_server.api.ports import TextStream
 from fader_server.core import FinishReason, Request, TokenEvent, TokenLogprob
 
 
@@ -50,25 +50,14 @@ class Delta:
 class Choice:
     """Follows one engine request to its end."""
 
-    def __init__(
-        self,
-        index: int,
-        request: Request,
-        tokenizer: Tokenizer,
-        *,
-        stop: tuple[str, ...],
-        echo: str | None,
-    ) -> None:
-        """`echo`: the prompt's text when it is returned."""
+    def __init__(self, index: int, request: Request, text: TextStream) -> None:
         self.index = index
         self.request = request
         self.generated = 0
         self.cached = 0
         self.finish: FinishReason | None = None
-        self._tokenizer = tokenizer
-        self._text = tokenizer.stream(stop)
-        self._echo = echo
-        self._chars = 0
+        self._text = text
+        self._echoes = bool(text.echoed)
         self._prompt_scores: list[TokenLogprob] = []
 
     def take(self, event: TokenEvent) -> Delta:
@@ -82,38 +71,31 @@ class Choice:
             delta = delta.plus(self._take_token(event, event.token))
         if event.finish is not None and self.finish is None:
             self.finish = event.finish
-            delta = delta.plus(self._gain(self._text.flush()))
+            delta = delta.plus(Delta(self.index, self._text.finish(), finish=event.finish))
         return delta
 
-    def _gain(self, text: str, scored: tuple[Scored, ...] = ()) -> Delta:
-        self._chars += len(text)
-        return Delta(self.index, text, scored, self.finish)
-
     def _take_echo(self) -> Delta:
-        if self._echo is None:
+        if not self._echoes:
             return Delta(self.index)
-        text, self._echo = self._echo, None
-        wanted = self.request.params.prompt_logprobs is not None
-        return self._gain(text, self._score_prompt() if wanted else ())
-
-    def _score_prompt(self) -> tuple[Scored, ...]:
-        scores = [None, *self._prompt_scores]
-        positions = self._tokenizer.stream(())
+        self._echoes = False
+        echoed = self._text.echoed
         scored: list[Scored] = []
-        chars = 0
-        for token, score in zip(self.request.prompt, scores, strict=True):
-            logprob, top = (score.logprob, score.top) if score else (None, ())
-            scored.append(Scored(token, logprob, top, chars))
-            chars += len(positions.push(token))
-        return tuple(scored)
+        if self.request.params.prompt_logprobs is not None:
+            scores = [None, *self._prompt_scores]  # nothing comes before the first token
+            for token, score, delta in zip(self.request.prompt, scores, echoed, strict=True):
+                logprob, top = (score.logprob, score.top) if score else (None, ())
+                scored.append(Scored(token, logprob, top, delta.offset))
+        return Delta(self.index, "".join(delta.text for delta in echoed), tuple(scored))
 
     def _take_token(self, event: TokenEvent, token: int) -> Delta:
         self.generated += 1
+        ends = event.finish == "stop" and token in self.request.params.stop_token_ids
+        if ends:  # the token that ends a text is not part of it
+            return Delta(self.index)
+        delta = self._text.feed(token)
+        self.finish = "stop" if delta.stopped else None
         scored: tuple[Scored, ...] = ()
         if event.logprob is not None and self.request.params.logprobs is not None:
-            scored = (Scored(token, event.logprob.logprob, event.logprob.top, self._chars),)
-        ends = event.finish == "stop" and token in self.request.params.stop_token_ids
-        text = "" if ends else self._text.push(token)
-        if self._text.stopped:
-            self.finish = "stop"
-        return self._gain(text, scored)
+            score = event.logprob
+            scored = (Scored(token, score.logprob, score.top, delta.offset),)
+        return Delta(self.index, delta.text, scored, self.finish)

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,8 +52,6 @@ class Context:
     limits: Limits
     pace: Pace
     board: Board
-    loads: Executor
-    """Where adapters are read: loads must not take the threads of tokenisation."""
     version: str
     readiness: Readiness = field(default_factory=Readiness)
     clock: Callable[[], float] = time.monotonic

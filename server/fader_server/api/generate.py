@@ -104,13 +104,9 @@ class Generator:
             raise ModelNotFound(f"The model `{call.model}` does not exist.") from None
 
     def _choice(self, call: Call, index: int, request: Request) -> Choice:
-        return Choice(
-            index,
-            request,
-            self._tokenizer,
-            stop=call.stop,
-            echo=self._preparer.echo_text(call, index, request.prompt),
-        )
+        continued = () if call.chat else request.prompt
+        text = self._tokenizer.stream(prompt=continued, echo=call.echo, stops=call.stop)
+        return Choice(index, request, text)
 
 
 class Generation:

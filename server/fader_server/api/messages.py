@@ -1,5 +1,6 @@
 """Chat messages: roles and text, checked. Knows nothing about templates or tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -33,6 +34,11 @@ def read_messages(fields: Fields) -> tuple[Message, ...]:
             return ()
         messages.append(Message(cast(Role, item["role"]), _text(item.get("content"))))
     return tuple(messages)
+
+
+def plain(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """As the text layer takes them."""
+    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 def _problem(item: Any) -> str:  # noqa: ANN401 - any JSON value

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ class CallRecord:
     began: float = 0.0
     adapter: str = ""
     """Empty until the names are resolved."""
-    terms: tuple[LeasedTerm, ...] = ()
+    terms: Sequence[LeasedTerm] = ()
     first: float | None = None
     last: float | None = None
     tokens: tuple[int, int, int] = (0, 0, 0)
@@ -37,7 +37,7 @@ class CallRecord:
         """The first token is there."""
         return self.first is not None
 
-    def leased(self, adapter: str, terms: tuple[LeasedTerm, ...]) -> None:
+    def leased(self, adapter: str, terms: Sequence[LeasedTerm]) -> None:
         self.adapter, self.terms = adapter, terms
         self.board.waiting.update(self._names())
 

@@ -3,13 +3,12 @@
 Tests stand fakes behind these; app.py stands the real ones.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from fader_adapters.spec import AdapterData, Blend, Digest
 from fader_server.api.blends import AdapterRef, NamedTerm
-from fader_server.api.messages import Message
 from fader_server.core import Request, Sink
 
 Tier = Literal["disk", "host", "device"]
@@ -65,61 +64,77 @@ class Engine(Protocol):
     def stats(self) -> EngineStats: ...
 
 
-class TextStream(Protocol):
-    """Turns one choice's tokens into text. Holds back half characters and stop prefixes."""
+class TextDelta(Protocol):
+    """What one token did to a text."""
 
-    def push(self, token: int) -> str:
-        """The text that is now certain."""
+    @property
+    def text(self) -> str:
+        """To append now."""
         ...
 
-    def flush(self) -> str:
-        """What was held back; call once, when no more tokens come."""
+    @property
+    def offset(self) -> int:
+        """Characters of the returned text before this token."""
         ...
 
     @property
     def stopped(self) -> bool:
-        """A stop string was found; it and all after it is left out."""
+        """A stop string is complete; it and all after it is left out."""
+        ...
+
+
+class TextStream(Protocol):
+    """Turns one choice's tokens into text: text.stream.TextStream."""
+
+    @property
+    def echoed(self) -> Sequence[TextDelta]:
+        """One a prompt token, when the prompt is part of the text."""
+        ...
+
+    def feed(self, token: int) -> TextDelta: ...
+
+    def finish(self) -> str:
+        """What was held back, when no more tokens come."""
         ...
 
 
 class Tokenizer(Protocol):
-    """The base's text layer. Every method may run on any thread."""
+    """The base's text layer: text.tokenizer.Tokenizer. Encoding may run on any thread."""
 
     @property
     def vocab_size(self) -> int: ...
 
     @property
-    def stop_ids(self) -> frozenset[int]:
-        """Ids that end a text: the model's EOS."""
+    def eos_ids(self) -> frozenset[int]: ...
+
+    def encode_prompt(self, text: str, *, special: bool = True) -> list[int]:
+        """Raises RequestInvalid, ContextTooLong."""
         ...
 
-    @property
-    def longest_token(self) -> int:
-        """Characters of the longest token: text longer than this times n has over n tokens."""
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Through the base's template. Raises RequestInvalid, ContextTooLong."""
         ...
 
-    def encode_prompt(self, text: str, *, special: bool = True) -> Sequence[int]: ...
+    def decode(self, tokens: Iterable[int]) -> str: ...
 
-    def encode_chat(self, messages: Sequence[Message]) -> Sequence[int]:
-        """Through the base's template. Raises RequestInvalid when it has none or refuses."""
-        ...
+    def stream(
+        self, *, prompt: Sequence[int] = (), echo: bool = False, stops: Iterable[str] = ()
+    ) -> TextStream: ...
 
     def token_text(self, token: int) -> str: ...
 
-    def token_bytes(self, token: int) -> bytes: ...
-
-    def decode(self, tokens: Sequence[int]) -> str: ...
-
-    def stream(self, stop: tuple[str, ...]) -> TextStream: ...
+    def token_bytes(self, token: int) -> bytes | None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class LeasedTerm:
+class LeasedTerm(Protocol):
     """One adapter of a running call, resolved."""
 
-    name: str
-    version: Digest
-    weight: float
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> Digest: ...
+    @property
+    def weight(self) -> float: ...
 
 
 class Lease(Protocol):
@@ -127,12 +142,10 @@ class Lease(Protocol):
 
     @property
     def blend(self) -> Blend: ...
-
     @property
     def adapters(self) -> Mapping[Digest, AdapterData]: ...
-
     @property
-    def terms(self) -> tuple[LeasedTerm, ...]: ...
+    def terms(self) -> Sequence[LeasedTerm]: ...
 
     def release(self) -> None: ...
 
@@ -145,6 +158,8 @@ class LoadOrder:
     source: str
     revision: str | None = None
     sha256: str | None = None
+    replace: bool = True
+    """Swap a name that is taken; else AdapterExists."""
     if_version: str | None = None
     """Only swap from this version; "" asks that the name is free."""
     pin: bool = False
@@ -157,7 +172,8 @@ class AdapterInfo:
     name: str
     version: Digest
     rank: int
-    scale: float
+    """The largest of its modules."""
+    scales: tuple[float, ...]
     modules: int
     """Linears of the base that it changes."""
     targets: tuple[str, ...]
@@ -167,8 +183,8 @@ class AdapterInfo:
     pinned: bool
     retired: tuple[Digest, ...] = ()
     """Earlier versions that requests still hold."""
-    relative_norm: float | None = None
-    """Largest ‖ΔW‖/‖W‖ of its modules."""
+    delta_norm: float = 0.0
+    """Frobenius norm of all deltas together."""
     source: str = ""
     created: int = 0
     """Unix seconds of the load."""
@@ -198,7 +214,7 @@ class AdapterTotals:
 
 
 class Adapters(Protocol):
-    """The adapters of this server. Only `load` blocks: call it off the event loop."""
+    """The adapters of this server. Every method belongs to the event loop; none blocks it."""
 
     def acquire(self, terms: Sequence[NamedTerm]) -> Lease:
         """Resolve names and take the lease in one step. No terms: the base.
@@ -207,7 +223,7 @@ class Adapters(Protocol):
         """
         ...
 
-    def load(self, order: LoadOrder) -> Loaded:
+    async def load(self, order: LoadOrder) -> Loaded:
         """Fetch, check and publish; the name moves at once or not at all.
 
         Raises AdapterError: AdapterInvalid, AdapterMismatch, AdapterTooLarge, ArenaFull,

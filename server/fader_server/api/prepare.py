@@ -5,6 +5,7 @@ Pure but for the tokenizer; meant to run off the event loop. Takes no lease, sub
 
 import hashlib
 
+from fader_server.api.messages import plain
 from fader_server.api.ports import Lease, Tokenizer
 from fader_server.api.schemas import Call, Prompt
 from fader_server.core import Request, SamplingParams
@@ -21,22 +22,13 @@ class Preparer:
         self._longest = max_model_len
 
     def encode(self, call: Call) -> list[Tokens]:
-        """The tokens of every prompt. Raises ContextTooLong before encoding a hopeless text."""
+        """The tokens of every prompt. Raises RequestInvalid, ContextTooLong."""
         if not call.chat:
             return [self._encode(prompt) for prompt in call.prompts]
-        self._check_length("".join(message.content for message in call.messages), "messages")
-        return [tuple(self._tokenizer.encode_chat(call.messages))]
+        return [tuple(self._tokenizer.encode_chat(plain(call.messages)))]
 
     def _encode(self, prompt: Prompt) -> Tokens:
-        if not isinstance(prompt, str):
-            return prompt
-        self._check_length(prompt, "prompt")
-        return tuple(self._tokenizer.encode_prompt(prompt))
-
-    def _check_length(self, text: str, param: str) -> None:
-        least = len(text) // max(1, self._tokenizer.longest_token)
-        if least > self._longest:
-            raise self._too_long(f"at least {least} tokens in the {param}", param)
+        return tuple(self._tokenizer.encode_prompt(prompt)) if isinstance(prompt, str) else prompt
 
     def requests(
         self, call: Call, prompts: list[Tokens], lease: Lease, *, id: str, salt: str
@@ -73,7 +65,7 @@ class Preparer:
         choosing = call.choosing
         stop_ids = frozenset(choosing.stop_token_ids)
         if not choosing.ignore_eos:
-            stop_ids |= self._tokenizer.stop_ids
+            stop_ids |= self._tokenizer.eos_ids
         return SamplingParams(
             temperature=choosing.temperature,
             top_k=choosing.top_k,
@@ -90,13 +82,6 @@ class Preparer:
             min_tokens=choosing.min_tokens,
             stop_token_ids=stop_ids,
         )
-
-    def echo_text(self, call: Call, index: int, prompt: Tokens) -> str | None:
-        """What a choice returns before its own text; None without echo."""
-        if not call.echo:
-            return None
-        given = call.prompts[index // call.n]
-        return given if isinstance(given, str) else self._tokenizer.decode(prompt)
 
 
 def choice_seed(seed: int, k: int) -> int:

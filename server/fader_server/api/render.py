@@ -157,10 +157,11 @@ class ChatRenderer:
         return {"content": content, "refusal": None}
 
     def _token(self, token: int, logprob: float) -> Json:
+        data = self._tokenizer.token_bytes(token)
         return {
             "token": self._tokenizer.token_text(token),
             "logprob": max(logprob, _FLOOR),
-            "bytes": list(self._tokenizer.token_bytes(token)),
+            "bytes": None if data is None else list(data),
         }
 
 

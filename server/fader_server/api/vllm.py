@@ -19,7 +19,7 @@ from fader_server.api.choosing import is_token_ids
 from fader_server.api.context import Context, body_of, context_of
 from fader_server.api.errors import describe
 from fader_server.api.fields import Fields
-from fader_server.api.messages import read_messages
+from fader_server.api.messages import plain, read_messages
 from fader_server.api.ports import LoadOrder
 from fader_server.api.resolve import resolve
 from fader_server.errors import ModelNotFound, RequestInvalid
@@ -42,8 +42,7 @@ async def load_lora_adapter(request: Request) -> Response:
         )
     if not ADAPTER_NAME.fullmatch(name):
         return _refuse(400, "'lora_name' has letters, digits and . _ - only, 128 at most.")
-    in_place = body.get("load_inplace") is True
-    order = LoadOrder(name, path, if_version=None if in_place else "")
+    order = LoadOrder(name, path, replace=body.get("load_inplace") is True)
     try:
         await load(request, order)
     except AdapterExists:
@@ -104,9 +103,9 @@ async def tokenize(request: Request) -> Response:
     def encode() -> dict[str, Any]:
         tokenizer = context.tokenizer
         if chat:
-            tokens = list(tokenizer.encode_chat(messages))
+            tokens = tokenizer.encode_chat(plain(messages))
         else:
-            tokens = list(tokenizer.encode_prompt(prompt, special=special))
+            tokens = tokenizer.encode_prompt(prompt, special=special)
         texts = [tokenizer.token_text(token) for token in tokens] if strings else None
         return {
             "count": len(tokens),

@@ -1,0 +1,339 @@
+"""A small world behind the API: bytes as tokens, an engine thread that follows a script."""
+
+import asyncio
+import codecs
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fader_adapters.errors import (
+    AdapterExists,
+    AdapterInvalid,
+    AdapterNotFound,
+    SourceForbidden,
+    SourceNotFound,
+    VersionConflict,
+)
+from fader_adapters.spec import Blend, Digest, Term
+from fader_server import app
+from fader_server.api.blends import AdapterRef, NamedTerm
+from fader_server.api.context import BaseModel
+from fader_server.api.ports import AdapterInfo, AdapterTotals, Loaded, LoadOrder
+from fader_server.config import ServeConfig
+from fader_server.core import Request, Sink, TokenEvent, TokenLogprob
+from fader_server.metrics import Metrics
+
+EOS = 256
+VOCAB = 257
+TEXT = "Grüße aus Köln: 🦊 jumps over the lazy dog."
+MAX_LEN = 4096
+
+
+def digest(text: str) -> Digest:
+    return Digest(hashlib.sha256(text.encode()).hexdigest())
+
+
+@dataclass(frozen=True)
+class FakeDelta:
+    text: str
+    offset: int
+    stopped: bool
+
+
+class FakeTextStream:
+    def __init__(self, prompt: Sequence[int], *, echo: bool, stops: Iterable[str]) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stops = list(stops)
+        self._held = ""
+        self._length = 0
+        self._stopped = False
+        self.echoed = [self._delta(token, matched=False) for token in prompt] if echo else []
+
+    def feed(self, token: int) -> FakeDelta:
+        return self._delta(token, matched=True)
+
+    def _delta(self, token: int, *, matched: bool) -> FakeDelta:
+        text = self._decoder.decode(bytes([token])) if token < 256 else ""
+        offset, self._length = self._length, self._length + len(text)
+        return FakeDelta(self._match(text) if matched else text, offset, self._stopped)
+
+    def _match(self, text: str) -> str:
+        if self._stopped:
+            return ""
+        whole = self._held + text
+        found = [at for at in (whole.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self._stopped, self._held = True, ""
+            return whole[: min(found)]
+        longest = max(
+            (n for stop in self._stops for n in range(len(stop)) if whole.endswith(stop[:n])),
+            default=0,
+        )
+        cut = len(whole) - longest
+        self._held = whole[cut:]
+        return whole[:cut]
+
+    def finish(self) -> str:
+        if self._stopped:
+            return ""
+        held, self._held = self._held + self._decoder.decode(b"", final=True), ""
+        return held
+
+
+class FakeTokenizer:
+    vocab_size = VOCAB
+    eos_ids = frozenset({EOS})
+
+    def encode_prompt(self, text: str, *, special: bool = True) -> list[int]:
+        return list(text.encode())
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        return list("".join(f"{m['role']}:{m['content']}\n" for m in messages).encode())
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return bytes(token for token in tokens if token < 256).decode(errors="replace")
+
+    def stream(
+        self, *, prompt: Sequence[int] = (), echo: bool = False, stops: Iterable[str] = ()
+    ) -> FakeTextStream:
+        return FakeTextStream(prompt, echo=echo, stops=stops)
+
+    def token_text(self, token: int) -> str:
+        return "<eos>" if token == EOS else bytes([token]).decode(errors="replace")
+
+    def token_bytes(self, token: int) -> bytes | None:
+        return None if token == EOS else bytes([token])
+
+
+@dataclass(frozen=True)
+class FakeStats:
+    healthy: bool = True
+    reason: str = ""
+    running: int = 0
+    waiting: int = 0
+    kv_total: int = 100
+    kv_used: int = 25
+    kv_cached: int = 5
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    generated: int = 0
+    preemptions: int = 0
+    faults: int = 0
+    stuck_reason: str = ""
+
+    def stuck(self, now: float, after: float) -> str:
+        return self.stuck_reason
+
+
+Script = Callable[[Request], Iterator[TokenEvent]]
+
+
+def say(text: str = TEXT, *, fail_after: int | None = None, error: Exception | None = None) -> Script:
+    """A script: the text, then EOS; or an error after some tokens."""
+
+    def run(request: Request) -> Iterator[TokenEvent]:
+        params = request.params
+        prompt_scores: tuple[TokenLogprob, ...] = ()
+        if params.prompt_logprobs is not None:
+            prompt_scores = tuple(score(t, params.prompt_logprobs) for t in request.prompt[1:])
+            yield TokenEvent(request.id, prompt_logprobs=prompt_scores)
+        if params.max_tokens == 0:
+            yield TokenEvent(request.id, finish="length")
+            return
+        for count, token in enumerate([*text.encode(), EOS], 1):
+            if fail_after is not None and count > fail_after:
+                yield TokenEvent(request.id, error=error)
+                return
+            stops = token in params.stop_token_ids
+            ends = "stop" if stops else "length" if count == params.max_tokens else None
+            found = None if params.logprobs is None else score(token, params.logprobs)
+            yield TokenEvent(request.id, token, found, cached_tokens=count == 1, finish=ends)
+            if ends:
+                return
+        yield TokenEvent(request.id, EOS, finish="length")
+
+    return run
+
+
+def score(token: int, top: int) -> TokenLogprob:
+    others = tuple(((token + k) % VOCAB, -0.5 - k) for k in range(top))
+    return TokenLogprob(token, -0.5, others)
+
+
+class FakeEngine:
+    """One event of every open request a turn, on a thread of its own, like the real one."""
+
+    def __init__(self, script: Script | None = None) -> None:
+        self.script = script or say()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.refuse: Exception | None = None
+        self.refuse_from = 0
+        self.seen: list[Request] = []
+        self.aborted: list[str] = []
+        self.told = FakeStats()
+        self._open: dict[str, tuple[Iterator[TokenEvent], Sink]] = {}
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._ended = False
+        self._thread = threading.Thread(target=self._main, daemon=True)
+        self._thread.start()
+
+    @property
+    def open(self) -> int:
+        return len(self._open)
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        if self.refuse is not None and len(self.seen) >= self.refuse_from:
+            raise self.refuse
+        with self._lock:
+            self.seen.append(request)
+            self._open[request.id] = (self.script(request), sink)
+        self._wake.set()
+
+    def abort(self, request_id: str) -> None:
+        with self._lock:
+            self.aborted.append(request_id)
+            self._open.pop(request_id, None)
+
+    def stats(self) -> FakeStats:
+        return replace(self.told, running=self.open)
+
+    def stop(self) -> None:
+        self._ended = True
+        self._wake.set()
+        self.gate.set()
+        self._thread.join(5)
+
+    def _main(self) -> None:
+        while not self._ended:
+            self._wake.wait()
+            self._wake.clear()
+            while self._open and not self._ended:
+                self.gate.wait()
+                for id, (events, sink) in list(self._open.items()):
+                    event = next(events)
+                    if event.finish or event.error:
+                        with self._lock:
+                            self._open.pop(id, None)
+                    sink(event)
+
+
+@dataclass(frozen=True)
+class FakeTerm:
+    name: str
+    version: Digest
+    weight: float
+
+
+@dataclass
+class FakeLease:
+    blend: Blend
+    terms: tuple[FakeTerm, ...]
+    owner: "FakeAdapters"
+    adapters: Mapping[Digest, Any] = field(default_factory=dict)
+    released: bool = False
+
+    def release(self) -> None:
+        if not self.released:
+            self.released = True
+            self.owner.leases -= 1
+
+
+class FakeAdapters:
+    """Names to versions; any source but `missing`, `secret` and `broken` loads."""
+
+    def __init__(self, names: Sequence[str] = ("tone", "domain")) -> None:
+        self.infos = {name: self._info(name, name) for name in names}
+        self.leases = 0
+
+    def _info(self, name: str, content: str, *, pinned: bool = False) -> AdapterInfo:
+        return AdapterInfo(
+            name, digest(content), 8, (2.0,), 4, ("q_proj",), 1024, "host", 0, pinned,
+            source=f"/roots/{content}",
+        )  # fmt: skip
+
+    def acquire(self, terms: Sequence[NamedTerm]) -> FakeLease:
+        kept = [
+            FakeTerm(term.ref.name, self.get(term.ref).version, term.weight)
+            for term in terms
+            if self.get(term.ref) and term.weight
+        ]
+        self.leases += 1
+        return FakeLease(Blend.of(Term(t.version, t.weight) for t in kept), tuple(kept), self)
+
+    def get(self, ref: AdapterRef) -> AdapterInfo:
+        info = self.infos.get(ref.name)
+        if info is None or not info.version.startswith(ref.version or ""):
+            raise AdapterNotFound("no such adapter")
+        return info
+
+    async def load(self, order: LoadOrder) -> Loaded:
+        await asyncio.sleep(0)
+        old = self.infos.get(order.name)
+        refusals = {
+            "missing": SourceNotFound("nothing there"),
+            "secret": SourceForbidden("outside the roots"),
+            "broken": AdapterInvalid("lora_A is missing"),
+        }
+        if order.source in refusals:
+            raise refusals[order.source]
+        if old and not order.replace:
+            raise AdapterExists("taken")
+        if order.if_version is not None and (old.version if old else "") != order.if_version:
+            raise VersionConflict("moved")
+        self.infos[order.name] = self._info(order.name, order.source, pinned=order.pin)
+        return Loaded(self.infos[order.name], old.version if old else None)
+
+    def unload(self, name: str) -> None:
+        if self.infos.pop(name, None) is None:
+            raise AdapterNotFound("no such adapter")
+
+    def pin(self, name: str, *, pinned: bool) -> AdapterInfo:
+        self.infos[name] = replace(self.get(AdapterRef(name)), pinned=pinned)
+        return self.infos[name]
+
+    def list(self) -> list[AdapterInfo]:
+        return list(self.infos.values())
+
+    def totals(self) -> AdapterTotals:
+        return AdapterTotals(len(self.infos), self.leases, 2048, 1024, 0, 3, 4)
+
+
+@dataclass
+class World:
+    """An application over fakes."""
+
+    engine: FakeEngine
+    adapters: FakeAdapters
+    metrics: Metrics
+    app: Any
+
+    @property
+    def idle(self) -> bool:
+        return self.engine.open == 0 and self.adapters.leases == 0
+
+    async def until(self, condition: Callable[[], bool], seconds: float = 5.0) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "the condition never came"
+            await asyncio.sleep(0.002)
+
+
+def build_world(**changes: Any) -> World:
+    script = changes.pop("script", None)
+    engine, adapters, metrics = FakeEngine(script), FakeAdapters(), Metrics()
+    application = app.build(
+        ServeConfig(**changes),
+        BaseModel("base", digest("base"), MAX_LEN, 1700000000),
+        engine=engine,
+        adapters=adapters,
+        tokenizer=FakeTokenizer(),
+        metrics=metrics,
+        version="9",
+    )
+    application.state.context.readiness.reason = ""
+    return World(engine, adapters, metrics, application)
