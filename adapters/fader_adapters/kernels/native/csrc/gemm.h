@@ -33,7 +33,7 @@ FADER_INLINE void decode_pair(const LutBf &lut, const uint8_t *w, P *v) {
 struct Bf {
     typedef u32 X;
     typedef LutBf Lut;
-    enum { CV = 2, STEP = 1, FUSED = 12, TILE = 12, PAIRED = 1, BUF = 32 * 128 };
+    enum { CV = 2, STEP = 1, FUSED = 12, TILE = 12, BUF = 32 * 128 };
     template <int MR, int C> FADER_INLINE void pair(const Lut &lut, const uint8_t *w, const u32 *x,
                                                     int64_t row, V t[MR][C]) {
         P v[2];
@@ -105,7 +105,7 @@ FADER_INLINE V decode_f(const LutF &lut, const uint8_t *w, int odd, int c) {
 struct Fp {
     typedef float X;
     typedef LutF Lut;
-    enum { CV = 32 / W, STEP = 2, PAIRED = W == 16, BUF = 64 * 32 * 4 };
+    enum { CV = 32 / W, STEP = 2, BUF = 64 * 32 * 4 };
     enum { FUSED = W == 16 ? 10 : 2, TILE = W == 16 ? 12 : 3 };
     template <int MR, int C> FADER_INLINE void pair(const Lut &lut, const uint8_t *w, const float *x,
                                                     int64_t row, V t[MR][C]) {
@@ -134,24 +134,26 @@ struct Fp {
     }
 };
 
-enum { TILE_MAX = 12 };
+enum { AHEAD = 4096 }; // bytes of one stream to prefetch ahead
 template <class E> struct Gemm {
     typedef typename E::X X;
     typedef typename E::Lut Lut;
     enum { C = E::CV, PAIRS = BLOCK / 2 };
 
-    // MR rows, NP neighbouring panels, decoded in registers as they stream by
+    template <int N> static constexpr bool in_registers() { return N * C * 2 <= (W == 16 ? 26 : 10); }
+
+    // MR rows, NP neighbouring panels (side by side they hide the latency of few rows), decoded in
+    // registers as they stream by
     template <int MR, int NP>
     static void fused(int64_t K, Rows<X> x, const uint8_t *w, const float *am, float *acc, int64_t as) {
         const Lut lut;
         const int64_t blocks = K / BLOCK, wp = K / 2 * PANEL, ap = blocks * PANEL;
-        const bool in_registers = MR * NP * C * 2 <= (W == 16 ? 26 : 10);
         V sum[NP][MR][C];
         for (int p = 0; p < NP; p++)
             for (int m = 0; m < MR; m++)
                 for (int c = 0; c < C; c++) {
                     sum[p][m][c] = vzero();
-                    if (!in_registers) vstore(acc + m * as + p * PANEL + c * W, vzero());
+                    if (!in_registers<MR * NP>()) vstore(acc + m * as + p * PANEL + c * W, vzero());
                 }
         for (int64_t b = 0; b < blocks; b++) {
             V t[NP][MR][C];
@@ -160,23 +162,27 @@ template <class E> struct Gemm {
                     for (int c = 0; c < C; c++) t[p][m][c] = vzero();
             const X *xb = x.p + b * x.blk;
             const uint8_t *wb = w + b * PANEL_BYTES;
-            for (int i = 0; i < PAIRS; i++)
+            // past a panel's end its stream goes on NP panels further
+            const uint8_t *ahead = wb + AHEAD + (b * PANEL_BYTES + AHEAD < wp ? 0 : (NP - 1) * wp);
+            for (int i = 0; i < PAIRS; i += 2)
+#pragma GCC unroll 4
                 for (int p = 0; p < NP; p++) {
-                    if (!(i & 1)) prefetch(wb + p * wp + i * PANEL + 3072);
-                    E::template pair<MR, C>(lut, wb + p * wp + i * PANEL, xb + i * E::STEP, x.row,
-                                            t[p]);
+                    const uint8_t *wi = wb + p * wp + i * PANEL;
+                    prefetch(ahead + p * wp + i * PANEL);
+                    E::template pair<MR, C>(lut, wi, xb + i * E::STEP, x.row, t[p]);
+                    E::template pair<MR, C>(lut, wi + PANEL, xb + (i + 1) * E::STEP, x.row, t[p]);
                 }
             for (int p = 0; p < NP; p++)
                 for (int c = 0; c < C; c++) {
                     V s = vload(am + p * ap + b * PANEL + c * W);
                     for (int m = 0; m < MR; m++) {
                         float *a = acc + m * as + p * PANEL + c * W;
-                        if (in_registers) sum[p][m][c] = vfma(t[p][m][c], s, sum[p][m][c]);
+                        if (in_registers<MR * NP>()) sum[p][m][c] = vfma(t[p][m][c], s, sum[p][m][c]);
                         else vstore(a, vfma(t[p][m][c], s, vload(a)));
                     }
                 }
         }
-        if (in_registers)
+        if (in_registers<MR * NP>())
             for (int p = 0; p < NP; p++)
                 for (int m = 0; m < MR; m++)
                     for (int c = 0; c < C; c++) vstore(acc + m * as + p * PANEL + c * W, sum[p][m][c]);
@@ -216,14 +222,11 @@ template <class E> struct Gemm {
                     float *acc, int64_t as, void *buf) {
         const int64_t wp = K / 2 * PANEL, ap = K / BLOCK * PANEL;
         int p = 0;
-        if constexpr (E::PAIRED > 0) {
-            if (M == 1)
-                for (; p + 4 <= np; p += 4)
-                    fused<1, 4>(K, x, w + p * wp, am + p * ap, acc + p * PANEL, as);
-            if (M <= 2)
-                for (; p + 2 <= np; p += 2)
-                    (M == 1 ? fused<1, 2> : fused<2, 2>)(K, x, w + p * wp, am + p * ap,
-                                                         acc + p * PANEL, as);
+        if constexpr (W == 16) {
+            for (; M == 1 && p + 4 <= np; p += 4)
+                fused<1, 4>(K, x, w + p * wp, am + p * ap, acc + p * PANEL, as);
+            for (; M <= 2 && p + 2 <= np; p += 2)
+                (M == 1 ? fused<1, 2> : fused<2, 2>)(K, x, w + p * wp, am + p * ap, acc + p * PANEL, as);
         }
         for (; p < np; p++) {
             if (M <= E::FUSED) fused_for<E::FUSED>((int)M)(K, x, w + p * wp, am + p * ap, acc + p * PANEL, as);

@@ -1,0 +1,153 @@
+"""Paged attention against float64 softmax, with every token that must not be read turned into NaN."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fader_adapters.kernels import native
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def world(
+    contexts: list[int], *, kv_heads: int, dim: int, block: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    """Caches whose free tokens are NaN, shuffled block tables, and each row's keys and values in order."""
+    columns = max(-(-c // block) for c in contexts) + 1
+    total = len(contexts) * columns
+    k = torch.full((total, block, kv_heads, dim), torch.nan, dtype=dtype)
+    v = k.clone()
+    tables = torch.randperm(total, dtype=torch.int32).reshape(len(contexts), columns)
+    rows = []
+    for r, context in enumerate(contexts):
+        keys, values = torch.randn(2, context, kv_heads, dim).to(dtype)
+        for p in range(context):
+            b, o = int(tables[r, p // block]), p % block
+            k[b, o], v[b, o] = keys[p], values[p]
+        tables[r, -(-context // block) :] = 1 << 30  # entries past the context are never looked at
+        rows.append((keys, values))
+    return k, v, tables, rows
+
+
+def expected(q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int, cap: float) -> Tensor:
+    n, heads, _ = q.shape
+    group = heads // keys.shape[1]
+    k, v = (t.double().repeat_interleave(group, dim=1) for t in (keys, values))
+    s = torch.einsum("qhd,khd->hqk", q.double(), k) * scale
+    if cap:
+        s = cap * torch.tanh(s / cap)
+    pos = torch.arange(keys.shape[0] - n, keys.shape[0])[:, None]
+    key = torch.arange(keys.shape[0])[None]
+    hidden = (key > pos) | ((key <= pos - window) if window else torch.zeros_like(key > pos))
+    return torch.einsum("hqk,khd->qhd", s.masked_fill(hidden, -torch.inf).softmax(-1), v)
+
+
+def starts(queries: list[int]) -> Tensor:
+    return torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32)
+
+
+CASES = [  # heads, kv_heads, dim, block, window, cap
+    (8, 2, 64, 16, 0, 0.0),
+    (4, 4, 32, 16, 0, 0.0),
+    (6, 1, 80, 8, 0, 30.0),
+    (4, 2, 128, 32, 24, 0.0),
+    (2, 1, 256, 16, 70, 50.0),
+    (3, 3, 48, 5, 33, 0.0),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_decode_and_prefill_match_float64(level: str, case: tuple, dtype: torch.dtype) -> None:
+    heads, kv_heads, dim, block, window, cap = case
+    contexts, queries = [1, 33, 100, 64, 150], [1, 1, 40, 64, 7]
+    k, v, tables, rows = world(contexts, kv_heads=kv_heads, dim=dim, block=block, dtype=dtype)
+    q, scale = torch.randn(sum(queries), heads, dim).to(dtype) * 2, dim**-0.5
+    got = native.paged_attention(
+        q,
+        k,
+        v,
+        q_start=starts(queries),
+        context=torch.tensor(contexts, dtype=torch.int32),
+        block_tables=tables,
+        scale=scale,
+        window=window,
+        softcap=cap,
+    )
+    at = 0
+    for (keys, values), n in zip(rows, queries, strict=True):
+        want = expected(q[at : at + n], keys, values, scale, window, cap)
+        limit = 1e-5 if dtype == F32 else 2e-2
+        assert (got[at : at + n].double() - want).abs().max() <= limit
+        if n > 1:
+            plain = expected(q[at : at + n], keys, values, scale * 2, window, cap)
+            assert (plain - want).abs().max() > limit
+        at += n
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("window", [0, 40])
+def test_a_query_has_the_same_bits_in_any_batch_and_any_chunk(level: str, dtype: torch.dtype, window: int) -> None:
+    contexts = [90, 1, 77, 130]
+    k, v, tables, _ = world(contexts, kv_heads=2, dim=64, block=16, dtype=dtype)
+    layer = native.PagedAttention(k, v, heads=8, scale=0.125, window=window)
+    q = torch.randn(90, 8, 64).to(dtype)
+    whole = layer(q, q_start=starts([90]), context=torch.tensor([90], dtype=torch.int32), block_tables=tables[:1])
+    for cut in (1, 31, 64, 89):
+        parts = [
+            layer(
+                part,
+                q_start=starts([part.shape[0]]),
+                context=torch.tensor([end], dtype=torch.int32),
+                block_tables=tables[:1],
+            )
+            for part, end in ((q[:cut], cut), (q[cut:], 90))
+        ]
+        assert torch.equal(torch.cat(parts), whole), cut
+    others = torch.randn(1 + 7 + 130, 8, 64).to(dtype)
+    mixed = layer(
+        torch.cat([others[:1], q[60:], others[1:]]),
+        q_start=starts([1, 30, 7, 130]),
+        context=torch.tensor([1, 90, 77, 130], dtype=torch.int32),
+        block_tables=tables[[1, 0, 2, 3]],
+    )
+    assert torch.equal(mixed[1:31], whole[60:])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_long_context_is_the_same_for_any_number_of_threads(level: str, dtype: torch.dtype) -> None:
+    k, v, tables, rows = world([2500], kv_heads=1, dim=32, block=16, dtype=dtype)
+    layer = native.PagedAttention(k, v, heads=2, scale=0.2)
+    q, before, got = torch.randn(1, 2, 32).to(dtype), torch.get_num_threads(), []
+    for threads in (1, 4):
+        torch.set_num_threads(threads)
+        got.append(
+            layer(q, q_start=starts([1]), context=torch.tensor([2500], dtype=torch.int32), block_tables=tables)
+        )
+    torch.set_num_threads(before)
+    assert torch.equal(got[0], got[1])
+    want = expected(q, *rows[0], 0.2, 0, 0.0)
+    assert (got[0].double() - want).abs().max() <= (1e-5 if dtype == F32 else 5e-3)
+
+
+def test_a_later_token_of_the_same_row_cannot_reach_back(level: str) -> None:
+    k, v, tables, _ = world([40], kv_heads=1, dim=32, block=16, dtype=F32)
+    layer, q = native.PagedAttention(k, v, heads=4, scale=0.2), torch.randn(40, 4, 32)
+    args = {"q_start": starts([40]), "context": torch.tensor([40], dtype=torch.int32), "block_tables": tables}
+    clean = layer(q, **args)
+    b, o = int(tables[0, 30 // 16]), 30 % 16
+    k[b, o], v[b, o] = torch.nan, torch.inf
+    dirty = layer(q, **args)
+    assert torch.equal(dirty[:30], clean[:30])
+    assert not bool(dirty[30:].isfinite().any())
+
+
+def test_write_puts_tokens_in_their_slots_and_skips_minus_one(level: str) -> None:
+    k, v = torch.zeros(2, 4, 4, 2, 16, dtype=BF16)
+    layer = native.PagedAttention(k, v, heads=2, scale=1.0)
+    qkv = torch.randn(3, 2 * 16 * 3).bfloat16()
+    new_k, new_v = qkv[:, 32:64].view(3, 2, 16), qkv[:, 64:].view(3, 2, 16)
+    layer.write(new_k, new_v, torch.tensor([5, -1, 14]))
+    assert torch.equal(k.view(16, 2, 16)[[5, 14]], new_k[[0, 2]])
+    assert torch.equal(v.view(16, 2, 16)[[5, 14]], new_v[[0, 2]])
+    assert int((k.view(16, -1) != 0).any(dim=1).sum()) == 2

@@ -1,0 +1,114 @@
+"""NF4 GEMM and the plain few-row GEMM against float64, and their rows' independence of one another."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fader_adapters.kernels import native
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def panels(n: int, k: int) -> native.Nf4Panels:
+    q = native.quantise_nf4(torch.randn(n, k))
+    assert q.absmax is not None
+    return native.Nf4Panels.from_bnb(q.packed, q.absmax, n, k)
+
+
+def rms(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).pow(2).mean().sqrt() / want.pow(2).mean().sqrt())
+
+
+@pytest.mark.parametrize("shape", [(96, 128), (100, 192), (1, 64), (33, 320)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 63, 133])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_gemm_matches_float64(level: str, shape: tuple[int, int], rows: int, dtype: torch.dtype) -> None:
+    n, k = shape
+    w, x, bias = panels(n, k), torch.randn(rows, k).to(dtype), torch.randn(n)
+    want = x.double() @ w.dense(F32).double().T + bias.double()
+    out = torch.full((rows, n), torch.nan)
+    got = native.gemm(x, w, bias=bias, out=out)
+    assert got is out
+    limit = 2e-3 if dtype == BF16 and level == "avx512_bf16" else 5e-7
+    assert rms(got, want) <= limit
+    assert rms(got, want + 0.1 * want.abs().mean()) > limit
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_row_has_the_same_bits_alone_and_among_any_number(level: str, dtype: torch.dtype) -> None:
+    w, x = panels(130, 256), torch.randn(133, 256).to(dtype)
+    alone = torch.cat([native.gemm(x[i : i + 1], w) for i in range(133)])
+    for rows in range(1, 134):
+        assert torch.equal(native.gemm(x[:rows], w), alone[:rows]), rows
+    assert torch.equal(native.gemm(torch.cat([x] * 3), w), torch.cat([alone] * 3))
+    assert not torch.equal(native.gemm(x.flip(0), w), alone)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_result_does_not_depend_on_the_number_of_threads(level: str, dtype: torch.dtype) -> None:
+    w, x, before = panels(200, 128), torch.randn(40, 128).to(dtype), torch.get_num_threads()
+    got = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        got.append(native.gemm(x, w))
+    torch.set_num_threads(before)
+    assert torch.equal(got[0], got[1])
+    assert torch.equal(got[0], got[2])
+
+
+def test_non_finite_rows_stay_in_their_row(level: str) -> None:
+    w, x = panels(64, 128), torch.randn(20, 128).bfloat16()
+    clean = native.gemm(x, w)
+    x[3, 5], x[7, 1] = torch.inf, torch.nan
+    dirty = native.gemm(x, w)
+    others = [i for i in range(20) if i not in (3, 7)]
+    assert torch.equal(dirty[others], clean[others])
+    assert bool(dirty[7].isnan().all())
+
+
+def test_strided_rows_and_outputs(level: str) -> None:
+    w = panels(96, 128)
+    wide = torch.randn(9, 300).bfloat16()
+    x = wide[:, 100:228]
+    out = torch.zeros(9, 200)
+    native.gemm(x, w, out=out[:, 50:146])
+    assert torch.equal(out[:, 50:146], native.gemm(x.contiguous(), w))
+    assert not out[:, :50].any()
+    assert not out[:, 146:].any()
+
+
+def test_bf16_output_is_the_fp32_result_rounded_once(level: str) -> None:
+    w, x = panels(96, 128), torch.randn(9, 128).bfloat16()
+    exact = native.gemm(x, w)
+    assert torch.equal(native.Site(w)(x), exact.bfloat16())
+
+
+def test_stacked_weights_equal_the_parts_side_by_side(level: str) -> None:
+    for sizes in ((64, 32, 32), (40, 7, 50)):
+        dense = [torch.randn(n, 128) for n in sizes]
+        parts = [(native.quantise_nf4(w), w.shape[0]) for w in dense]
+        one = native.Nf4Panels.stack([(q.packed, q.absmax, n) for q, n in parts if q.absmax is not None], 128)
+        x = torch.randn(5, 128)
+        apart = [
+            native.gemm(x, native.Nf4Panels.from_bnb(q.packed, q.absmax, n, 128))
+            for q, n in parts
+            if q.absmax is not None
+        ]
+        assert torch.equal(native.gemm(x, one), torch.cat(apart, dim=1))
+
+
+def test_resident_size_is_at_most_060_bytes_a_weight(built: None) -> None:
+    w = panels(256, 512)
+    assert w.nbytes <= 0.60 * 256 * 512
+
+
+@pytest.mark.parametrize("k", [64, 96, 77, 5])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_dense_matches_float64_and_rows_are_independent(level: str, k: int, dtype: torch.dtype) -> None:
+    w, x, bias = torch.randn(37, k).to(dtype), torch.randn(19, k).to(dtype), torch.randn(37)
+    want = x.double() @ w.double().T + bias.double()
+    got = native.dense(x, w, bias=bias, out=torch.full((19, 37), torch.nan))
+    assert rms(got, want) <= 1e-6
+    alone = torch.cat([native.dense(x[i : i + 1], w, bias=bias, out=torch.empty(1, 37)) for i in range(19)])
+    assert torch.equal(got, alone)
+    assert torch.equal(native.dense(x, w, bias=bias), got.to(dtype))
