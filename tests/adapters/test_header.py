@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from fader_adapters.errors import AdapterInvalid, AdapterTooLarge
+from fader_adapters.errors import AdapterError, AdapterInvalid, AdapterTooLarge
 from fader_adapters.header import read_header
 from fader_adapters.limits import Limits
 from fader_adapters.source import RawAdapter
@@ -130,8 +130,7 @@ def test_flipped_bytes_are_refused_or_still_a_whole_adapter(data):
         weights[data.draw(st.integers(0, header_end))] = data.draw(st.integers(0, 255))
     try:
         read(RawAdapter(raw.config, bytes(weights), "fuzz"))
-    except Exception as error:
-        assert type(error).__module__ == "fader_adapters.errors", error
+    except AdapterError:  # any other exception fails this test
         return
     load(bytes(weights))
 

@@ -2,6 +2,7 @@
 
 import re
 import time
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
@@ -63,10 +64,8 @@ def test_patterns_as_people_write_them_answer_like_re(pattern):
 )
 def test_patterns_that_explode_in_re_are_evaluated_in_bounded_time(bomb):
     start = time.perf_counter()
-    try:
+    with suppress(PatternUnsafe):
         assert not Pattern(bomb).fullmatch("a" * 60, Budget())
-    except PatternUnsafe:
-        pass
     assert time.perf_counter() - start < 2
 
 
