@@ -19,6 +19,7 @@ _KNOWN_EXTRAS = {
     "lora_magnitude_vector": "DoRA, which is not implemented",
     "modules_to_save": "a full module (modules_to_save); train LoRA only",
     "lora_E": "AdaLoRA, which is not implemented",
+    ".base_layer.": "a copy of the base's own weight; save with save_embedding_layers=False",
     ".bias": "a trained bias; train with bias='none' and lora_bias=False",
     "embed_tokens": "full embeddings; save with save_embedding_layers=False",
     "lm_head.weight": "a full output head; save with save_embedding_layers=False",

@@ -1,0 +1,214 @@
+"""Files from disk: nothing outside the roots, nothing but regular files, nothing read twice."""
+
+import os
+import threading
+
+import pytest
+
+from fader_adapters.errors import (
+    AdapterInvalid,
+    AdapterTooLarge,
+    SourceForbidden,
+    SourceNotFound,
+)
+from fader_adapters.limits import Limits
+from fader_adapters.source import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, LocalSources
+from fader_adapters.spec import Digest
+from tests.adapters.peft_files import make_config, make_raw, make_tensors, read, write_files
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "root").mkdir()
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def sources(root):
+    return LocalSources((root,))
+
+
+def test_relative_and_absolute_references_inside_a_root_are_read(root, sources):
+    raw = make_raw()
+    write_files(root / "team" / "tone", raw)
+    for reference in ("team/tone", "./team/tone/", str(root / "team" / "tone")):
+        found = sources.fetch(reference)
+        assert (found.config, found.weights) == (raw.config, raw.weights)
+
+
+def test_roots_are_tried_in_order(tmp_path):
+    first, second = make_raw(), make_raw(tensors=make_tensors(seed=1))
+    write_files(tmp_path / "a" / "one", first)
+    write_files(tmp_path / "b" / "one", second)
+    write_files(tmp_path / "b" / "two", second)
+    sources = LocalSources((tmp_path / "a", tmp_path / "b"))
+    assert sources.fetch("one").weights == first.weights
+    assert sources.fetch("two").weights == second.weights
+    assert LocalSources((tmp_path / "b", tmp_path / "a")).fetch("one").weights == second.weights
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["", ".", "/", "..", "../outside", "tone/../../outside", "a\0b", "/etc", "/proc/self/environ"],
+)
+def test_references_that_leave_the_roots_are_forbidden(root, sources, reference):
+    write_files(root.parent / "outside")
+    with pytest.raises(SourceForbidden):
+        sources.fetch(reference)
+
+
+@pytest.mark.parametrize("reference", ["absent", "%2e%2e/outside", "~", "x" * 300, "absent/deep"])
+def test_references_to_nothing_are_not_found(root, sources, reference):
+    write_files(root.parent / "outside")
+    with pytest.raises(SourceNotFound):
+        sources.fetch(reference)
+
+
+def test_a_sibling_whose_name_starts_like_the_root_is_outside(root, sources):
+    evil = write_files(root.parent / "root-evil")
+    with pytest.raises(SourceForbidden):
+        sources.fetch(str(evil))
+
+
+def test_symlinks_are_not_followed(root, sources):
+    outside = write_files(root.parent / "outside")
+    inside = write_files(root / "inside")
+    (root / "link").symlink_to(outside)
+    (root / "loop").symlink_to(root / "loop")
+    (root / "to-inside").symlink_to(inside)
+    for reference in ("link", "loop", "to-inside", f"{root}/link"):
+        with pytest.raises(SourceForbidden):
+            sources.fetch(reference)
+    (inside / WEIGHTS_FILE).unlink()
+    (inside / WEIGHTS_FILE).symlink_to(outside / WEIGHTS_FILE)
+    with pytest.raises(SourceForbidden):
+        sources.fetch("inside")
+
+
+def test_a_root_may_itself_be_a_symlink(root, tmp_path):
+    write_files(root / "tone")
+    (tmp_path / "alias").symlink_to(root)
+    sources = LocalSources((tmp_path / "alias",))
+    assert sources.fetch("tone")
+    assert sources.fetch(str(tmp_path / "alias" / "tone"))
+    assert sources.fetch(str(root / "tone"))
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
+def test_fifos_and_directories_in_place_of_files_do_not_hang(root, sources, name):
+    tone = write_files(root / "tone")
+    (tone / name).unlink()
+    os.mkfifo(tone / name)
+    for fetch in (lambda: sources.fetch("tone"), lambda: sources.fetch_trusted(tone)):
+        with pytest.raises(SourceForbidden):
+            fetch()
+    (tone / name).unlink()
+    (tone / name).mkdir()
+    with pytest.raises(SourceForbidden):
+        sources.fetch("tone")
+
+
+def test_a_file_in_place_of_a_directory_is_forbidden(root, sources):
+    (root / "plain").write_bytes(b"")
+    with pytest.raises(SourceForbidden):
+        sources.fetch("plain")
+
+
+def test_a_huge_sparse_file_is_refused_before_it_is_read(root, sources):
+    tone = write_files(root / "tone")
+    os.truncate(tone / WEIGHTS_FILE, 8 << 30)
+    with pytest.raises(AdapterTooLarge, match="limit"):
+        sources.fetch("tone")
+
+
+def test_the_size_limit_is_inclusive(root):
+    raw = make_raw()
+    write_files(root / "tone", raw)
+    exact = Limits(file_bytes=len(raw.weights), config_bytes=len(raw.config))
+    assert LocalSources((root,), exact).fetch("tone").weights == raw.weights
+    for less in (
+        Limits(file_bytes=len(raw.weights) - 1),
+        Limits(config_bytes=len(raw.config) - 1),
+    ):
+        with pytest.raises(AdapterTooLarge):
+            LocalSources((root,), less).fetch("tone")
+
+
+def test_pickle_files_are_refused_with_a_hint_and_never_opened(root, sources):
+    tone = write_files(root / "tone")
+    os.mkfifo(tone / PICKLE_FILE)  # opening it would hang
+    assert sources.fetch("tone")
+    (tone / WEIGHTS_FILE).unlink()
+    with pytest.raises(AdapterInvalid, match="safe_serialization"):
+        sources.fetch("tone")
+    (tone / PICKLE_FILE).unlink()
+    with pytest.raises(SourceNotFound):
+        sources.fetch("tone")
+
+
+def test_trusted_paths_may_lie_anywhere_and_be_symlinks(root, sources):
+    outside = write_files(root.parent / "outside")
+    (root.parent / "link").symlink_to(outside)
+    assert sources.fetch_trusted(root.parent / "link").weights == make_raw().weights
+    with pytest.raises(SourceNotFound):
+        sources.fetch_trusted(root.parent / "absent")
+
+
+def test_a_root_that_is_no_directory_is_refused(tmp_path):
+    with pytest.raises(SourceNotFound):
+        LocalSources((tmp_path / "absent",))
+
+
+def test_discovery_lists_adapters_directly_under_the_roots(tmp_path):
+    for path in ("a/tone", "a/nested/deep", "b/tone", "b/domain", "b/.hidden", "b/bad name"):
+        write_files(tmp_path / path)
+    (tmp_path / "b" / "empty").mkdir()
+    (tmp_path / "b" / "link").symlink_to(tmp_path / "a" / "tone")
+    sources = LocalSources((tmp_path / "a", tmp_path / "b"))
+    found = sources.discover()
+    assert [item.name for item in found] == ["domain", "tone"]
+    assert all(sources.fetch(item.reference) for item in found)
+
+
+def test_what_is_read_is_one_of_the_files_ever_written(root, sources):
+    """A writer swaps the weights all the time: every read is whole, old or new, or refused."""
+    good = [make_raw(make_config(), make_tensors(seed=seed)) for seed in (1, 2)]
+    versions = {read(raw).spec.version for raw in good}
+    tone = write_files(root / "tone", good[0])
+    done = threading.Event()
+
+    def swap():
+        turn = 0
+        while not done.is_set():
+            turn += 1
+            (tone / "new").write_bytes(good[turn % 2].weights)
+            os.replace(tone / "new", tone / WEIGHTS_FILE)
+
+    writer = threading.Thread(target=swap)
+    writer.start()
+    try:
+        seen: set[Digest] = {read(sources.fetch("tone")).spec.version for _ in range(100)}
+    finally:
+        done.set()
+        writer.join()
+    assert seen <= versions
+
+
+def test_bytes_do_not_change_when_the_file_does(root, sources):
+    tone = write_files(root / "tone")
+    raw = sources.fetch("tone")
+    before = bytes(raw.weights)
+    (tone / WEIGHTS_FILE).write_bytes(b"\0" * 10)
+    assert raw.weights == before
+
+
+def test_no_descriptor_is_left_open(root, sources):
+    write_files(root / "tone")
+    (root / "empty").mkdir()
+    count = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        sources.fetch("tone")
+        for bad in ("empty", "absent", "tone/adapter_config.json"):
+            with pytest.raises((SourceNotFound, SourceForbidden)):
+                sources.fetch(bad)
+    assert len(os.listdir("/proc/self/fd")) == count
