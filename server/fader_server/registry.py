@@ -4,9 +4,11 @@ The store is not thread-safe; a lock lets the event loop lease while a loader th
 Reading, hashing and checking files happen outside it.
 """
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +42,7 @@ class _Facts:
 
 
 class Registry:
-    """Implements the API's Adapters. `load` blocks on files; everything else is immediate."""
+    """Implements the API's Adapters. Everything but `load_now` and `load_trusted` is immediate."""
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class Registry:
         self._dtype = dtype
         self._forget = forget
         self._lock = threading.RLock()
+        self._loader = ThreadPoolExecutor(1, "fader-load")
         self._facts: dict[str, _Facts] = {}
         self._store = Store(tier, on_retired=self._retired, max_terms=max_terms)
 
@@ -69,8 +72,15 @@ class Registry:
         with self._lock:
             return LockedLease(self._store.acquire(refs), self._lock)
 
-    def load(self, order: LoadOrder) -> Loaded:
-        """Fetch what a client named, check it and let the name mean it. Raises AdapterError."""
+    async def load(self, order: LoadOrder) -> Loaded:
+        """Fetch what a client named, check it and let the name mean it. Raises AdapterError.
+
+        One at a time, on a thread of its own; the event loop and the engine go on.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._loader, self.load_now, order)
+
+    def load_now(self, order: LoadOrder) -> Loaded:
+        """The same on the caller's thread."""
         return self._publish(self._sources.fetch(order.source), order)
 
     def load_trusted(self, name: str, path: Path) -> Loaded:
@@ -132,7 +142,7 @@ class Registry:
                 self._store.publish(
                     order.name,
                     reservation,
-                    replace=True,
+                    replace=order.replace,
                     if_version=order.if_version,
                     pin=order.pin,
                 )
@@ -155,7 +165,7 @@ class Registry:
             name=status.name,
             version=status.version,
             rank=max(report.ranks),
-            scale=max(report.scales),
+            scales=report.scales,
             modules=report.matched,
             targets=report.targets,
             bytes=status.nbytes,
@@ -163,6 +173,7 @@ class Registry:
             leases=status.leases,
             pinned=status.pinned,
             retired=status.retired,
+            delta_norm=report.delta_norm,
             relative_norm=facts.relative_norm,
             source=facts.source,
             created=facts.created,

@@ -158,7 +158,7 @@ def _load_adapters(config: ServeConfig, registry: Registry) -> None:
         if name in named:
             continue
         try:
-            registry.load(LoadOrder(name, source))
+            registry.load_now(LoadOrder(name, source))
         except AdapterError as error:
             fields = {"adapter": name, "reason": str(error)}
             log.warning("adapter skipped", extra={"fields": fields})

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -107,7 +107,7 @@ def read_config(source: str) -> PretrainedConfig:
         raise ModelUnsupported(
             f"{source}: {config.model_type} is not a decoder-only language model"
         )
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    architecture: type[PreTrainedModel] = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     if not architecture._supports_attention_backend:
         raise ModelUnsupported(
             f"{source}: the attention of {architecture.__name__} does not go through "
@@ -148,7 +148,7 @@ def read_nf4(
     )
     try:
         with quiet_libraries():
-            model, told = AutoModelForCausalLM.from_pretrained(
+            read: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 output_loading_info=True,
                 config=config,
@@ -161,6 +161,7 @@ def read_nf4(
             )
     except Exception as error:  # whatever a checkpoint on disk can cause ends as one line
         raise ModelUnsupported(f"{source}: cannot be loaded: {_first_line(error)}") from error
+    model, told = cast("tuple[PreTrainedModel, dict[str, Any]]", read)
     missing = sorted({*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])})
     if missing:  # transformers would go on with random numbers in their place
         raise ModelUnsupported(
