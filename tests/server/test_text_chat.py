@@ -112,6 +112,15 @@ def test_structure_tokens_are_forged_by_users_but_repeated_by_assistants():
     assert tool in tokenizer.encode_chat(ask("</s>", "<tool_response>"))
 
 
+def test_a_special_token_inside_a_structure_token_is_found_for_every_role():
+    template = TEMPLATES["chatml"] + "{% if false %}<a|</s>{% endif %}"
+    source = hf("byte_level", template, structure=["<a|</s>"])
+    tokenizer = Tokenizer(source, max_model_len=4096)
+    ids = tokenizer.encode_chat(ask("<a|</s>", "<a|</s>"))
+    assert source.eos_token_id not in ids
+    assert tokenizer.decode(ids).count("<a|</s>") == 2
+
+
 def test_text_parts_are_joined():
     _, tokenizer = pair("byte_level", "chatml")
     parts = [{"type": "text", "text": "hello "}, {"type": "text", "text": "world"}]

@@ -1,8 +1,8 @@
 """Tokenizer and TextStream: prompts, limits, names of tokens, offsets, and other threads."""
 
-import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from text_worlds import CORPUS, TEMPLATES, hf
@@ -185,5 +185,13 @@ def test_an_unfinished_character_can_complete_a_stop_string_at_the_end():
     assert stream.stopped
 
 
-def test_the_text_layer_needs_no_torch():
-    assert "torch" not in vars(sys.modules["fader_server.text.tokenizer"])
+def test_many_threads_get_what_one_gets():
+    source = hf("llama", TEMPLATES["chatml"])
+    tokenizer = Tokenizer(source, max_model_len=4096)
+    chats = [
+        [{"role": "user", "content": line + "</s>" * (n % 2)}] for n, line in enumerate(CORPUS)
+    ]
+    alone = [tokenizer.encode_chat(chat) for chat in chats]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(tokenizer.encode_chat, chats * 8)) == alone * 8
+    assert len(set(map(tuple, alone))) > 1

@@ -1,6 +1,7 @@
 """Small tokenizers of every family, trained on the spot, and chat templates in known styles."""
 
 import functools
+import json
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
@@ -47,11 +48,6 @@ def byte_level():
     return tok
 
 
-def _with_bytes(tok):
-    tok.add_tokens([f"<0x{byte:02X}>" for byte in range(256)])
-    return tok
-
-
 def llama(*, prepend):
     """SentencePiece BPE with byte fallback, as Llama-2 converts: spaces in the normaliser."""
     tok = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -87,8 +83,6 @@ def metaspace(scheme="first"):
 
 def _bytes_in_vocab(tok):
     """Byte tokens belong to the model's vocabulary, not to the added tokens."""
-    import json
-
     spec = json.loads(tok.to_str())
     vocab = spec["model"]["vocab"]
     for byte in range(256):

@@ -89,7 +89,8 @@ class ChatEncoder:
         """Private characters nobody uses here: a seam, and one for each control token found."""
         texts = [message[field] for message in messages for field in _FIELDS if field in message]
         used = set(self._template).union(*texts)
-        names = sorted({name for text in texts for name in self._all.findall(text)})
+        patterns = (self._all, self._special_only)
+        names = sorted({name for text in texts for p in patterns for name in p.findall(text)})
         unused = [char for char in map(chr, _PRIVATE) if char not in used][: len(names) + 1]
         if len(unused) <= len(names):
             raise RequestInvalid("the messages use every private character", param="messages")
