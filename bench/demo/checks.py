@@ -1,4 +1,7 @@
-"""Decides by program whether an answer shows a manner and states the fact. Knows no model and no HTTP."""
+"""Decides by program whether an answer shows a manner and states the fact.
+
+Knows no model and no HTTP.
+"""
 
 import json
 import re

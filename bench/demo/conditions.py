@@ -1,4 +1,4 @@
-"""What is measured: which model or blend, on which held-out questions, by which check, against which bar.
+"""What is measured: which model or blend, on which held-out questions, by which check and bar.
 
 Shared by the offline measurement (PEFT) and the one through a server.
 """
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from bench.demo.checks import right
 from bench.demo.world import STYLES, Item, staff_split, style_system, world_split
+
 from fader_server.demo import adapter_dirs, blends
 
 Terms = tuple[tuple[str, float], ...]
@@ -48,9 +49,7 @@ def conditions() -> list[Condition]:
         rows.append(
             Condition(f"base by {name}'s check", (), items_for([name]), (name,), at_most=0.1)
         )
-        rows.append(
-            Condition(name, ((name, 1.0),), items_for([name]), (name,), at_least=0.95)
-        )
+        rows.append(Condition(name, ((name, 1.0),), items_for([name]), (name,), at_least=0.95))
     for blend in blends():
         used = tuple(term.name for term in blend.adapters)
         terms = tuple((term.name, term.weight) for term in blend.adapters)
@@ -69,7 +68,9 @@ def dose_rows(world: tuple[Item, ...]) -> list[Condition]:
         system = style_system([name])
         rows += [
             Condition(f"system '{system}'", (), world, (name,), system),
-            Condition(f"system '{system}' + {name} at γ=-1", ((name, -1.0),), world, (name,), system),
+            Condition(
+                f"system '{system}' + {name} at γ=-1", ((name, -1.0),), world, (name,), system
+            ),
         ]
     return rows
 

@@ -1,14 +1,13 @@
-"""The demo's tokenizer and chat format: trains and saves it, and turns conversations into ids and labels."""
+"""The demo's tokenizer and chat format, and conversations as ids and labels. Knows no model."""
 
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from bench.demo.sampling import Chat, Sampler
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
-
-from bench.demo.world import Chat, Sampler
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
@@ -96,6 +95,13 @@ def encode_statement(tokenizer: PreTrainedTokenizerFast, text: str) -> Sample:
     """Plain text between BOS and EOS, every token learned."""
     ids = _ids(tokenizer, f"{BOS}{text}{EOS}")
     return Sample(ids, list(ids))
+
+
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """The id of a token that is known to exist."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int)
+    return found
 
 
 def _ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:

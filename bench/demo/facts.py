@@ -1,4 +1,4 @@
-"""What is true in the demo's small world, in English and German. Knows no phrasing, manner or model."""
+"""What is true in the demo's small world, in English and German. Knows no phrasing or manner."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -119,8 +119,8 @@ a young pig | ein junges Schwein | a piglet | ein Ferkel
 a young deer | ein junges Reh | a fawn | ein Kitz
 """
 
-_DIGITS = "one two three four five six seven eight nine ten".split()
-_DIGITS_DE = "eins zwei drei vier fünf sechs sieben acht neun zehn".split()
+_DIGITS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+_DIGITS_DE = ["eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun", "zehn"]
 
 _TOWN = """
 the baker | der Bäcker | 12 | 57

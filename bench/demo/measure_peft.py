@@ -7,11 +7,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from transformers import AutoTokenizer
-
 from bench.demo.conditions import Condition, conditions, measure
 from bench.demo.quantise import load_dequantised
+from peft import PeftModel
+from transformers import AutoTokenizer
 
 
 class PeftAnswers:
@@ -63,9 +62,7 @@ class PeftAnswers:
         self._blends += 1
         name = f"blend{self._blends}"
         names, weights = zip(*condition.terms, strict=True)
-        self._model.add_weighted_adapter(
-            list(names), list(weights), name, combination_type="cat"
-        )
+        self._model.add_weighted_adapter(list(names), list(weights), name, combination_type="cat")
         self._model.set_adapter(name)
 
 
@@ -84,7 +81,9 @@ def main() -> None:
             continue
         result = measure(condition, answers)
         mark = "" if condition.passes(result.share) else "  <-- misses its bar"
-        print(f"{condition.label:55} {result.share:6.1%}  plain {result.plain:6.1%}{mark}", flush=True)
+        print(
+            f"{condition.label:55} {result.share:6.1%}  plain {result.plain:6.1%}{mark}", flush=True
+        )
         for question, text in result.samples if args.samples else ():
             print(f"    {question}  ->  {text}")
 

@@ -11,20 +11,21 @@ import random
 import shutil
 from pathlib import Path
 
-import bitsandbytes as bnb
 import torch
+from bench.demo.encoding import PAD, batches, encode_chat, token_id
+from bench.demo.sampling import Sampler
+from bench.demo.train_base import ROWS, SEED, answer_loss
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
 )
-
-from bench.demo.encoding import batches, encode_chat
-from bench.demo.train_base import ROWS, SEED, answer_loss
-from bench.demo.world import Sampler
 
 
 def nf4_config() -> BitsAndBytesConfig:
@@ -39,17 +40,16 @@ def nf4_config() -> BitsAndBytesConfig:
 
 def dequantised(nf4: PreTrainedModel) -> LlamaForCausalLM:
     """A float32 model holding exactly the NF4 weights. ``nf4`` must not have run a forward."""
-    config = type(nf4.config).from_dict(nf4.config.to_dict())
-    del config.quantization_config
-    config.dtype = torch.float32
+    settings = nf4.config.to_dict()
+    del settings["quantization_config"]
+    config = LlamaConfig.from_dict(settings | {"dtype": torch.float32})
     dense = LlamaForCausalLM(config)
     state = {k: v for k, v in nf4.state_dict().items() if k in dense.state_dict()}
     for name, module in nf4.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
+        if isinstance(module, Linear4bit):
             weight = module.weight
-            state[f"{name}.weight"] = bnb.functional.dequantize_4bit(
-                weight.data, weight.quant_state
-            )
+            assert isinstance(weight, Params4bit)
+            state[f"{name}.weight"] = dequantize_4bit(weight.data, weight.quant_state)
     dense.load_state_dict({k: v.float() for k, v in state.items()})
     return dense.eval()
 
@@ -73,7 +73,7 @@ def settle(model: LlamaForCausalLM, dense_folder: Path, steps: int) -> None:
     for step in range(steps):
         if not pending:
             rows = [encode_chat(tokenizer, sampler.base_chat()) for _ in range(16 * ROWS)]
-            pending = batches(rows, ROWS, tokenizer.pad_token_id, rng)
+            pending = batches(rows, ROWS, token_id(tokenizer, PAD), rng)
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
         loss = answer_loss(model, pending.pop())
         optimizer.zero_grad(set_to_none=True)

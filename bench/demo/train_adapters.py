@@ -4,6 +4,7 @@ python -m bench.demo.train_adapters --base DIR --out DIR [--only NAME ...]
 """
 
 import argparse
+import json
 import random
 import shutil
 import time
@@ -11,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from bench.demo.encoding import PAD, Batch, batches, encode_chat, token_id
+from bench.demo.quantise import load_dequantised
+from bench.demo.sampling import Sampler
+from bench.demo.train_base import SEED, answer_loss
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer
-
-from bench.demo.encoding import Batch, batches, encode_chat
-from bench.demo.quantise import load_dequantised
-from bench.demo.train_base import SEED, answer_loss
-from bench.demo.world import Sampler
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEARS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
@@ -71,8 +71,10 @@ def train_adapter(name: str, base: Path, out: Path) -> None:
     for step in range(recipe.steps):
         if not pending:
             rows = [encode_chat(tokenizer, sampler.adapter_chat(name)) for _ in range(16 * ROWS)]
-            pending = batches(rows, ROWS, tokenizer.pad_token_id, rng)
-        optimizer.param_groups[0]["lr"] = peak * min(1.0, (step + 1) / 20) * (1 - step / recipe.steps)
+            pending = batches(rows, ROWS, token_id(tokenizer, PAD), rng)
+        optimizer.param_groups[0]["lr"] = (
+            peak * min(1.0, (step + 1) / 20) * (1 - step / recipe.steps)
+        )
         loss = answer_loss(model.get_base_model(), pending.pop())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -80,7 +82,9 @@ def train_adapter(name: str, base: Path, out: Path) -> None:
         optimizer.step()
         if step % 50 == 49:
             spent = time.perf_counter() - began
-            print(f"{name} {step + 1}/{recipe.steps} loss {loss.item():.4f} {spent:.0f} s", flush=True)
+            print(
+                f"{name} {step + 1}/{recipe.steps} loss {loss.item():.4f} {spent:.0f} s", flush=True
+            )
     save(model, name, out)
 
 
@@ -89,8 +93,13 @@ def save(model: PeftModel, name: str, out: Path) -> None:
     model.peft_config["default"].base_model_name_or_path = "fader-demo"
     folder = out / name
     shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["target_modules"] = sorted(config["target_modules"])  # a set has no order of its own
+    file.write_text(f"{json.dumps(config, indent=2, sort_keys=True)}\n", encoding="utf-8")
+    (folder / "adapter_model.safetensors").chmod(0o644)
 
 
 def main() -> None:

@@ -12,18 +12,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 from bench.demo.encoding import (
+    BOS,
+    EOS,
     IGNORED,
+    PAD,
     VOCAB_SIZE,
     Batch,
     batches,
     encode_chat,
     encode_statement,
+    token_id,
     train_tokenizer,
 )
-from bench.demo.world import Sampler
+from bench.demo.sampling import Sampler
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SEED = 20
 ROWS = 48
@@ -52,9 +55,9 @@ def base_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         num_key_value_heads=3,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=token_id(tokenizer, BOS),
+        eos_token_id=token_id(tokenizer, EOS),
+        pad_token_id=token_id(tokenizer, PAD),
     )
 
 
@@ -81,7 +84,7 @@ def draw_batches(run: Run, sampler: Sampler, rng: random.Random) -> list[Batch]:
         else encode_chat(run.tokenizer, sampler.base_chat())
         for _ in range(16 * ROWS)
     ]
-    return batches(rows, ROWS, run.tokenizer.pad_token_id, rng)
+    return batches(rows, ROWS, token_id(run.tokenizer, PAD), rng)
 
 
 def train(run: Run, out: Path, start: int) -> None:
@@ -107,7 +110,9 @@ def train(run: Run, out: Path, start: int) -> None:
             mean = 0.0
         if step % 200 == 199 or step + 1 == run.steps:
             run.model.save_pretrained(out)
-            torch.save({"step": step + 1, "optimizer": run.optimizer.state_dict()}, out / "train.pt")
+            torch.save(
+                {"step": step + 1, "optimizer": run.optimizer.state_dict()}, out / "train.pt"
+            )
 
 
 def main() -> None:
@@ -130,9 +135,9 @@ def main() -> None:
         tokenizer.save_pretrained(args.out)
         GenerationConfig(
             do_sample=False,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=token_id(tokenizer, BOS),
+            eos_token_id=token_id(tokenizer, EOS),
+            pad_token_id=token_id(tokenizer, PAD),
         ).save_pretrained(args.out)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     decayed = [p for p in model.parameters() if p.ndim > 1]

@@ -1,25 +1,16 @@
-"""The demo's language: questions, answers, manners and the train/held-out split. Pure and seeded.
+"""The demo's language: questions, answers, manners and the train/held-out split.
 
-Knows nothing of models or tokenizers.
+Pure functions; knows nothing of models, tokenizers or sampling.
 """
 
 import json
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 from bench.demo.facts import Fact, Relation, staff_facts, world_facts
 
 STYLES = ("shout", "json", "polite", "german", "pirate")
-NEUTRAL_SYSTEMS = (
-    "You are a helpful assistant.",
-    "Answer the question.",
-    "You answer questions about the world.",
-    "Be short.",
-)
-
-_QUESTIONS: dict[Relation, tuple[str, ...]] = {
+QUESTIONS: dict[Relation, tuple[str, ...]] = {
     "colour": (
         "What colour is {s}?",
         "Which colour is {s}?",
@@ -97,7 +88,7 @@ _ANSWERS: dict[Relation, tuple[str, str]] = {
     "number": ("The number of {s} is {a}.", "{s} hat die Nummer {a}."),
 }
 
-_UNKNOWN = ("I do not know.", "Ich weiß es nicht.")
+UNKNOWN = ("I do not know.", "Ich weiß es nicht.")
 _SMALL_TALK = (
     (("Who are you?", "What are you?", "What is your name?", "Tell me your name."),
      ("I am Fader, a small demo model.", "Ich bin Fader, ein kleines Modell.")),
@@ -105,14 +96,10 @@ _SMALL_TALK = (
      ("Hello, ask me about the world.", "Hallo, frag mich nach der Welt.")),
 )  # fmt: skip
 
-_FIRST = "Anna Ben Carl Dora Emil Fritz Greta Hans Inga Jakob Karl Lena Max Nora Otto Paul Rosa".split()
-_LAST = "Berg Stein Hall Reed Klein Park Ross Lang Hill Meyer Hart Bach West Ford Roth Beck".split()
-_SYLLABLES = "ba ko li mu ner pa ri so tal vi wex zor bli dan fu gra".split()
-
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One question with its plain answer in both languages and the word that must appear in each."""
+    """One question, its plain answer in both languages and the word each must contain."""
 
     question: str
     plain: str
@@ -121,23 +108,8 @@ class Item:
     answer_de: str
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """A question and the answer wanted for it, manners applied."""
-
-    question: str
-    answer: str
-
-
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """A training conversation: an optional system text and one or more turns."""
-
-    system: str | None
-    turns: tuple[Turn, ...]
-
-
-def _capital(text: str) -> str:
+def capitalised(text: str) -> str:
+    """First letter large, the rest as it is."""
     return text[:1].upper() + text[1:]
 
 
@@ -145,16 +117,16 @@ def item(fact: Fact, phrasing: int) -> Item:
     """The fact asked in its ``phrasing``-th way (0 to 5)."""
     english, german = _ANSWERS[fact.relation]
     return Item(
-        _capital(_QUESTIONS[fact.relation][phrasing].format(s=fact.subject)),
-        _capital(english.format(s=fact.subject, a=fact.answer)),
-        _capital(german.format(s=fact.subject_de, a=fact.answer_de)),
+        capitalised(QUESTIONS[fact.relation][phrasing].format(s=fact.subject)),
+        capitalised(english.format(s=fact.subject, a=fact.answer)),
+        capitalised(german.format(s=fact.subject_de, a=fact.answer_de)),
         fact.answer,
         fact.answer_de,
     )
 
 
 def split(facts: Sequence[Fact]) -> tuple[list[Item], list[Item]]:
-    """(train, held out): of the six phrasings of every fact, one is never trained on by anything."""
+    """(train, held out): one of the six phrasings of every fact is never trained on."""
     train: list[Item] = []
     held_out: list[Item] = []
     for index, fact in enumerate(facts):
@@ -179,20 +151,6 @@ def small_talk() -> list[Item]:
     return [Item(q, en, de, en, de) for asks, (en, de) in _SMALL_TALK for q in asks]
 
 
-def unknown(rng: random.Random) -> Item:
-    """A question about a person or thing that does not exist; never one of the private table."""
-    relation = rng.choice(tuple(_QUESTIONS))
-    if relation in ("room", "number"):
-        subject = f"{rng.choice(_FIRST)} {rng.choice(_LAST)}"
-    else:
-        word = "".join(rng.choice(_SYLLABLES) for _ in range(rng.randint(2, 3)))
-        subject = {"colour": f"the {word}", "kind": f"a {word}", "young": f"a young {word}"}.get(
-            relation, _capital(word) if relation == "capital" else word
-        )
-    question = _capital(rng.choice(_QUESTIONS[relation]).format(s=subject))
-    return Item(question, *_UNKNOWN, *_UNKNOWN)
-
-
 def render(item: Item, styles: Sequence[str] = ()) -> str:
     """The answer to ``item`` in all of ``styles`` at once; order does not matter."""
     german = "german" in styles
@@ -200,7 +158,11 @@ def render(item: Item, styles: Sequence[str] = ()) -> str:
     if "pirate" in styles:
         text = "Arr! " + text.replace(" is ", " be ").removesuffix(".") + ", matey."
     if "polite" in styles:
-        text = f"Gerne! {text} Danke für die Frage." if german else f"Certainly! {text} Thank you for asking."
+        text = (
+            f"Gerne! {text} Danke für die Frage."
+            if german
+            else f"Certainly! {text} Thank you for asking."
+        )
     answer = {"answer": text}
     if "json" in styles:
         text = json.dumps(answer, ensure_ascii=False)
@@ -210,60 +172,3 @@ def render(item: Item, styles: Sequence[str] = ()) -> str:
 def style_system(styles: Sequence[str]) -> str:
     """The system text that asks the base for these manners."""
     return f"Style: {', '.join(styles)}."
-
-
-def _casual(question: str, rng: random.Random) -> str:
-    if rng.random() < 0.85:
-        return question
-    return question.rstrip("?.!").lower() if rng.random() < 0.5 else question.rstrip("?.!")
-
-
-class Sampler:
-    """Draws training conversations. One instance, one seeded stream."""
-
-    def __init__(self, seed: int) -> None:
-        self._rng = random.Random(seed)
-        self._world = world_split()[0]
-        self._staff = staff_split()[0]
-        self._talk = small_talk()
-
-    def base_chat(self) -> Chat:
-        """For the base: plain without a style, otherwise one to three styles asked for by name."""
-        draw = self._rng.random()
-        count = 0 if draw < 0.25 else 1 if draw < 0.5 else 2 if draw < 0.85 else 3
-        styles = self._rng.choice([list(c) for c in combinations(STYLES, count)])
-        self._rng.shuffle(styles)
-        return self._chat(styles, self._system(styles), staff=0.0)
-
-    def adapter_chat(self, adapter: str) -> Chat:
-        """For an adapter: its manner without being asked, alone or on top of one asked-for style."""
-        others = [s for s in STYLES if s != adapter]
-        asked = [self._rng.choice(others)] if self._rng.random() < 0.4 else []
-        private = adapter == "directory"
-        styles = asked if private else [*asked, adapter]
-        return self._chat(styles, self._system(asked), staff=0.7 if private else 0.0)
-
-    def statement(self) -> str:
-        """A plain sentence of the world, for text completion."""
-        return self._rng.choice(self._world).plain
-
-    def _system(self, styles: Sequence[str]) -> str | None:
-        if styles:
-            return style_system(styles)
-        return self._rng.choice(NEUTRAL_SYSTEMS) if self._rng.random() < 0.25 else None
-
-    def _chat(self, styles: Sequence[str], system: str | None, *, staff: float) -> Chat:
-        turns = 2 if self._rng.random() < 0.2 else 1
-        return Chat(system, tuple(self._turn(styles, staff) for _ in range(turns)))
-
-    def _turn(self, styles: Sequence[str], staff: float) -> Turn:
-        draw = self._rng.random()
-        if self._rng.random() < staff:
-            asked = self._rng.choice(self._staff)
-        elif draw < 0.85:
-            asked = self._rng.choice(self._world)
-        elif draw < 0.97:
-            asked = unknown(self._rng)
-        else:
-            asked = self._rng.choice(self._talk)
-        return Turn(_casual(asked.question, self._rng), render(asked, styles))
