@@ -10,6 +10,7 @@ import torch
 from bench.demo.conditions import Condition, conditions, measure
 from bench.demo.quantise import load_dequantised
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import AutoTokenizer
 
 
@@ -64,6 +65,11 @@ class PeftAnswers:
         names, weights = zip(*condition.terms, strict=True)
         self._model.add_weighted_adapter(list(names), list(weights), name, combination_type="cat")
         self._model.set_adapter(name)
+        # PEFT's "cat" has folded every scale into the factors already, but gives the result the
+        # first adapter's rsLoRA flag and with it a scale of √r; it must be 1.
+        for module in self._model.modules():
+            if isinstance(module, LoraLayer) and name in module.scaling:
+                module.scaling[name] = 1.0
 
 
 def main() -> None:

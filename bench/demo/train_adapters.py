@@ -40,7 +40,7 @@ RECIPES = {
     "json": Recipe(4, 8, ALL_LINEARS, 200),
     "polite": Recipe(4, 8, ("q_proj", "v_proj", "o_proj"), 200),
     "german": Recipe(8, 16, ALL_LINEARS, 250),
-    "pirate": Recipe(4, 4, ALL_LINEARS, 200, rslora=True),
+    "pirate": Recipe(4, 2, ALL_LINEARS, 100, rslora=True),
     "directory": Recipe(16, 16, ALL_LINEARS, 600),
 }
 
