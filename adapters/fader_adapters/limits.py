@@ -9,7 +9,7 @@ class Limits:
 
     file_bytes: int = 2 << 30
     """Size of adapter_model.safetensors."""
-    config_bytes: int = 1 << 20
+    config_bytes: int = 256 << 10
     """Size of adapter_config.json."""
     header_bytes: int = 1 << 20
     """Size of the safetensors header."""

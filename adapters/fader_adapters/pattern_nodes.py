@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 MAX_TEXT = 1024
 """Characters of a text."""
-WORK = 2_000_000
+WORK = 1_000_000
 """Node visits one Budget allows."""
 
 Positions = int
@@ -31,6 +31,19 @@ class Budget:
 
     def __init__(self, work: int = WORK) -> None:
         self._left = work
+        self._indexes: dict[str, dict[str, Positions]] = {}
+
+    def index(self, text: str) -> dict[str, Positions]:
+        """Where every character of the text stands; computed once a text. Raises PatternUnsafe."""
+        index = self._indexes.get(text)
+        if index is None:
+            if len(text) > MAX_TEXT or not text.isascii():
+                raise PatternUnsafe("the text is too long or not ASCII")
+            index = self._indexes[text] = {}
+            for place, char in enumerate(text):
+                self.spend()
+                index[char] = index.get(char, 0) | 1 << place
+        return index
 
     def spend(self) -> None:
         self._left -= 1
@@ -48,12 +61,7 @@ class Text:
 
     @classmethod
     def of(cls, text: str, budget: Budget) -> "Text":
-        if len(text) > MAX_TEXT or not text.isascii():
-            raise PatternUnsafe("the text is too long or not ASCII")
-        at: dict[str, Positions] = {}
-        for index, char in enumerate(text):
-            at[char] = at.get(char, 0) | 1 << index
-        return cls(text, at, budget)
+        return cls(text, budget.index(text), budget)
 
     @property
     def everywhere(self) -> Positions:

@@ -113,10 +113,10 @@ def test_a_header_of_a_million_tensors_is_refused_at_once():
         for i in range(10**6)
     )
     bomb = build(("{" + ",".join(names) + "}").encode(), b"\0" * 2 * 10**6)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(AdapterTooLarge):
         read_header(bomb, Limits())
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 @settings(max_examples=300, deadline=None)

@@ -10,7 +10,7 @@ from safetensors.torch import save
 from fader_adapters.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge
 from fader_adapters.limits import Limits
 from fader_adapters.source import RawAdapter
-from fader_adapters.spec import EXTENT_ALIGN
+from fader_adapters.spec import EXTENT_ALIGN, BaseSpec, LinearSpec
 from tests.adapters.peft_files import (
     BASE,
     LAYERS,
@@ -44,6 +44,16 @@ def test_the_layout_holds_a_row_major_and_b_rank_major():
         assert delta.a_offset % EXTENT_ALIGN == delta.b_offset % EXTENT_ALIGN == 0
         assert delta.scale == 2.0
     assert flat.isfinite().all()
+
+
+def test_gaps_of_alignment_are_zero():
+    base = BaseSpec((LinearSpec("model.layers.0.odd", 5, 7, 0),), BASE.fingerprint, "test")
+    raw = make_raw(make_config(r=3, target_modules=["odd"]), make_tensors(base, ["odd"], ranks=3))
+    parsed = read(raw, base)
+    flat = torch.full((parsed.spec.numel,), math.nan)
+    parsed.write(flat)
+    assert flat.isfinite().all()
+    assert flat.count_nonzero() == 3 * 5 + 3 * 7 < len(flat)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])

@@ -63,10 +63,10 @@ def test_patterns_as_people_write_them_answer_like_re(pattern):
     "bomb", ["(a+)+b", "(a|a)*b", "(a*)*b", "(.*)*x", "((a?){0,999}){0,999}b", "(a|aa)+b" * 9]
 )
 def test_patterns_that_explode_in_re_are_evaluated_in_bounded_time(bomb):
-    start = time.perf_counter()
+    start = time.process_time()
     with suppress(PatternUnsafe):
         assert not Pattern(bomb).fullmatch("a" * 60, Budget())
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_the_budget_ends_every_evaluation():

@@ -108,6 +108,16 @@ def test_fifos_and_directories_in_place_of_files_do_not_hang(root, sources, name
         sources.fetch("tone")
 
 
+def test_a_fifo_put_in_place_after_the_check_does_not_hang_either(root, sources, monkeypatch):
+    tone = write_files(root / "tone")
+    regular = os.stat(tone / CONFIG_FILE)
+    (tone / CONFIG_FILE).unlink()
+    os.mkfifo(tone / CONFIG_FILE)
+    monkeypatch.setattr(os, "stat", lambda *args, **kwargs: regular)
+    with pytest.raises(SourceForbidden, match="regular"):
+        sources.fetch("tone")
+
+
 def test_a_file_in_place_of_a_directory_is_forbidden(root, sources):
     (root / "plain").write_bytes(b"")
     with pytest.raises(SourceForbidden):
