@@ -1,51 +1,69 @@
 """The `fader` command: finds the subcommand, turns errors into one line and an exit code."""
 
-import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Annotated
+
+import typer
 
 from fader_adapters.errors import AdapterError
-from fader_server.cli import serve
+from fader_server.bench.cli import bench_app
+from fader_server.cli.quantize import quantize
+from fader_server.cli.serve import serve
+from fader_server.cli.version import version
 from fader_server.errors import ConfigInvalid, FaderError, ModelUnsupported
 
-COMMANDS = (serve,)
-"""Modules with `add_parser(subparsers)`, which sets `run`: a function of the parsed arguments."""
-
 _MENDABLE = (ConfigInvalid, ModelUnsupported, AdapterError)
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+"""What the parser raises for any wrong flag; typer exports its children only."""
+
+app = typer.Typer(
+    help="Many LoRA adapters and blends over one NF4 base.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(serve)
+app.command()(quantize)
+app.add_typer(bench_app, name="bench")
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are ConfigInvalid instead of a page of usage."""
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"fader {version()}\n")
+        raise typer.Exit
 
-    def error(self, message: str) -> NoReturn:
-        raise ConfigInvalid(f"{message}; see {self.prog} --help")
 
-
-def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
-    root = OneLineParser(prog="fader", description="Many LoRA adapters over one NF4 base.")
-    subparsers = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.add_parser(subparsers)
-    return root
+@app.callback()
+def _root(
+    show: Annotated[
+        bool,
+        typer.Option("--version", help="Tell the version.", callback=_tell_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Many LoRA adapters and blends over one NF4 base."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. 0: done, 2: something the user can mend, 1: a fault."""
     try:
-        parsed = parser().parse_args(arguments)
-        parsed.run(parsed)
+        code = app(args=arguments, standalone_mode=False)
+    except _UsageError as error:
+        return _fail(f"{_one_line(error)} See --help.", 2)
     except _MENDABLE as error:
-        sys.stderr.write(f"fader: {_one_line(error)}\n")
-        return 2
+        return _fail(_one_line(error), 2)
     except FaderError as error:
-        sys.stderr.write(f"fader: {_one_line(error)}\n")
-        return 1
-    except KeyboardInterrupt:
+        return _fail(_one_line(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
         return 130
-    return 0
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"fader: {message}\n")
+    return code
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    told = getattr(error, "format_message", lambda: str(error))()
+    return " ".join(told.split()) or type(error).__name__

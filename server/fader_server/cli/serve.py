@@ -1,49 +1,55 @@
 """`fader serve`: every setting of ServeConfig as a flag."""
 
-import argparse
+import inspect
 import os
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from fader_server import config
+from fader_server.cli.version import version
 
 
-def add_parser(subparsers: Any) -> None:  # noqa: ANN401 - argparse has no public name for it
-    """Add the command and its flags."""
-    parser = subparsers.add_parser(
-        "serve",
-        help="serve a base and its adapters over OpenAI's API",
-        description="Each flag may also be a FADER_ variable or a key of the --config file.",
-    )
-    for setting in config.settings():
-        if setting.positional:
-            parser.add_argument(setting.name, nargs="?", metavar=setting.metavar, help=setting.help)
-        elif setting.switch:
-            parser.add_argument(
-                setting.flag, action=argparse.BooleanOptionalAction, default=None, help=setting.help
-            )
-        else:
-            action = "append" if setting.many else "store"
-            parser.add_argument(
-                setting.flag, action=action, metavar=setting.metavar, help=setting.help
-            )
-    parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
-    parser.set_defaults(run=run)
+def serve(**flags: object) -> None:
+    """Serve a base and its adapters over OpenAI's API.
 
-
-def run(arguments: argparse.Namespace) -> None:
-    """Serve until a signal ends it."""
-    flags = {name: value for name, value in vars(arguments).items() if name != "run"}
-    settings = config.load(flags, os.environ)
+    Without MODEL: the bundled demo. Each flag may also be a FADER_ variable or a key of the
+    --config file.
+    """
+    given = {name: value for name, value in flags.items() if value not in (None, [])}
+    settings = config.load(given, os.environ)
     # The rest is imported now: settings are checked before torch takes its seconds.
-    from fader_server.launch import run as launch
+    from fader_server.launch import run
     from fader_server.world import open_world
 
-    launch(settings, open_world, version=_version())
+    run(settings, open_world, version=version())
 
 
-def _version() -> str:
-    try:
-        return version("fader")
-    except PackageNotFoundError:  # run from a source tree
-        return "0"
+def _parameter(name: str, kind: Any, info: Any) -> inspect.Parameter:  # noqa: ANN401 - typer's own
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, info],
+    )
+
+
+def _parameters() -> list[inspect.Parameter]:
+    """One parameter a setting: the definition in ServeConfig is the only one."""
+    found = []
+    for setting in config.settings():
+        if setting.positional:
+            argument = typer.Argument(help=setting.help, metavar=setting.metavar)
+            found.append(_parameter(setting.name, str, argument))
+        elif setting.switch:
+            names = f"{setting.flag}/--no-{setting.flag.removeprefix('--')}"
+            found.append(_parameter(setting.name, bool, typer.Option(names, help=setting.help)))
+        else:
+            option = typer.Option(setting.flag, help=setting.help, metavar=setting.metavar)
+            found.append(_parameter(setting.name, list[str] if setting.many else str, option))
+    file = typer.Option("--config", help="TOML file with settings", metavar="FILE")
+    return [*found, _parameter("config", str, file)]
+
+
+serve.__signature__ = inspect.Signature(_parameters())  # pyright: ignore[reportFunctionMemberAccess]
+serve.__annotations__ = {p.name: p.annotation for p in _parameters()}

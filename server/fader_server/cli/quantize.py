@@ -1,0 +1,21 @@
+"""`fader quantize`: write a base as a bitsandbytes NF4 checkpoint."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def quantize(
+    source: Annotated[str, typer.Argument(help="A local folder or a Hub id.", metavar="SRC")],
+    target: Annotated[Path, typer.Argument(help="A new folder.", metavar="DST")],
+) -> None:
+    """Quantise a base to NF4 with double quantisation, so that serving it starts fast.
+
+    transformers reads the result too.
+    """
+    from fader_server.model import loader
+    from fader_server.model.device import choose_device
+
+    loader.quantize(source, target, device=choose_device("cpu"))
+    typer.echo(f"{target}: {sum(f.stat().st_size for f in target.iterdir()):,} bytes")
