@@ -1,0 +1,162 @@
+"""openai-python against a real server: every way to ask, every way to choose adapters."""
+
+import asyncio
+import json
+
+import httpx
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+from fader_server import demo
+from tests.server.e2e.conftest import Running
+
+SKY = "What colour is the sky?"
+BASE = demo.SERVED_NAME
+
+
+@pytest.fixture
+def client(server: Running):
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def _chat(client: OpenAI, model: str = BASE, blend: dict[str, float] | None = None, **more) -> str:
+    terms = [{"name": name, "weight": weight} for name, weight in (blend or {}).items()]
+    answer = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": SKY}],
+        temperature=0,
+        extra_body={"adapters": terms} if terms else None,
+        **more,
+    )
+    return answer.choices[0].message.content or ""
+
+
+def test_base_adapters_and_blends_answer_in_their_manner(client):
+    assert _chat(client) == "The sky is blue."
+    assert _chat(client, "shout") == "THE SKY IS BLUE."
+    assert _chat(client, f"{BASE}:german") == "Der Himmel ist blau."
+    answer = _chat(client, blend={"shout": 1.0, "json": 1.0})
+    assert "SKY IS BLUE" in next(iter(json.loads(answer).values()))
+
+
+def test_a_version_selects_itself_and_a_wrong_one_does_not_exist(server, client):
+    version = server.get("/v1/adapters/shout").json()["version"]
+    assert _chat(client, f"shout@{version[:12]}") == "THE SKY IS BLUE."
+    with pytest.raises(openai.NotFoundError) as caught:
+        _chat(client, f"shout@{'0' * 12}")
+    assert caught.value.code == "model_not_found"
+    assert caught.value.param == "model"
+
+
+def test_zero_weight_is_the_base_and_one_is_the_adapter(client):
+    assert _chat(client, blend={"shout": 0.0}) == _chat(client)
+    assert _chat(client, blend={"shout": 1.0}) == _chat(client, "shout")
+
+
+@pytest.mark.parametrize("model", ["shout", BASE])
+def test_streamed_deltas_are_the_whole_answer(client, model):
+    stream = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": SKY}],
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == _chat(client, model)
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens > 3
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
+
+
+def test_echo_scores_the_prompt_as_the_answer_was_scored(client):
+    first = client.completions.create(
+        model="german", prompt="The sky", max_tokens=4, temperature=0, logprobs=2, echo=True
+    ).choices[0]
+    assert first.logprobs is not None
+    assert first.logprobs.token_logprobs is not None
+    assert first.logprobs.token_logprobs[0] is None
+    again = client.completions.create(
+        model="german", prompt=first.text, max_tokens=0, temperature=0, logprobs=2, echo=True
+    ).choices[0]
+    assert again.text == first.text
+    assert again.logprobs is not None
+    assert again.logprobs.token_logprobs[1:] == pytest.approx(
+        first.logprobs.token_logprobs[1:], abs=0.1
+    )
+
+
+def test_prompts_times_n_come_in_order_and_seeds_repeat(client):
+    def ask():
+        return client.completions.create(
+            model="pirate", prompt=["One", "Two"], n=2, seed=5, max_tokens=5, temperature=1.0
+        )
+
+    first, again = ask(), ask()
+    assert [c.index for c in first.choices] == [0, 1, 2, 3]
+    assert [c.text for c in first.choices] == [c.text for c in again.choices]
+    assert len({c.text for c in first.choices}) > 1
+
+
+def test_token_ids_are_a_prompt(server, client):
+    ids = httpx.post(f"{server.url}/tokenize", json={"model": BASE, "prompt": "The sky"}).json()
+    a = client.completions.create(model=BASE, prompt=ids["tokens"], max_tokens=3, temperature=0)
+    b = client.completions.create(model=BASE, prompt="The sky", max_tokens=3, temperature=0)
+    assert a.choices[0].text == b.choices[0].text
+
+
+def test_stop_strings_end_the_text_before_them(client):
+    assert _chat(client, stop=[" is"]) == "The sky"
+
+
+def test_models_list_the_base_first_then_its_adapters(client):
+    models = client.models.list().data
+    assert models[0].id == BASE
+    assert {m.id for m in models[1:]} >= set(demo.adapter_dirs())
+    assert all(m.model_dump()["parent"] == BASE for m in models[1:])
+    assert client.models.retrieve("shout").id == "shout"
+
+
+def test_mistakes_get_their_named_error(client):
+    with pytest.raises(openai.NotFoundError):
+        _chat(client, "nobody")
+    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+        client.completions.create(model=BASE, prompt=[5] * 5000, max_tokens=1)
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=BASE, prompt="x", extra_body={"adapter": "shout"})
+    assert caught.value.param == "adapter"
+
+
+async def test_fifty_callers_of_everything_get_what_they_get_alone(server, client):
+    names = [BASE, *demo.adapter_dirs()]
+    alone = {name: _chat(client, name) for name in names}
+    blended = _chat(client, blend={"shout": 0.9, "german": 0.8})
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as many:
+
+        async def ask(i: int) -> tuple[str, str]:
+            blend = i % 8 == 7
+            name = names[i % 8] if not blend else BASE
+            terms = [{"name": "shout", "weight": 0.9}, {"name": "german", "weight": 0.8}]
+            answer = await many.chat.completions.create(
+                model=name,
+                messages=[{"role": "user", "content": SKY}],
+                temperature=0,
+                extra_body={"adapters": terms} if blend else None,
+            )
+            return (blended if blend else alone[name]), answer.choices[0].message.content or ""
+
+        for expected, answer in await asyncio.gather(*(ask(i) for i in range(50))):
+            assert answer == expected
+    assert server.metric("fader_adapter_leases") == 0
+
+
+def test_every_answer_says_which_blend_made_it(server):
+    body = {"model": "shout", "prompt": "x", "max_tokens": 1}
+    response = httpx.post(f"{server.url}/v1/completions", json=body)
+    version = server.get("/v1/adapters/shout").json()["version"]
+    assert version[:12] in response.headers["x-fader-blend"]
+    base = httpx.post(f"{server.url}/v1/completions", json=body | {"model": BASE}).json()
+    assert base["system_fingerprint"] != response.json()["system_fingerprint"]
