@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [p for p in (str(ROOT),) if p not in sys.path]
 
 from bench.make_model import PRESETS, write_all  # noqa: E402
-from bench.step_overhead import check_parity, measure  # noqa: E402
+from bench.step_overhead import Round, check_parity, measure, quiet  # noqa: E402
 from bench.step_rig import Rig, read_adapters  # noqa: E402
 from fader_adapters.kernels.backend import choose  # noqa: E402
 from fader_server.model.loader import load_base  # noqa: E402
@@ -50,3 +51,10 @@ def test_answers_that_change_in_company_stop_the_measurement(rig, monkeypatch):
     monkeypatch.setattr(Rig, "step", wrong)
     with pytest.raises(SystemExit, match="parity failed"):
         check_parity(rig, prompts())
+
+
+def test_figures_of_a_busy_machine_are_not_for_quoting():
+    calm = Round(10.0, 0.1, 0.1, 8.0, 11.0, 0.2, 0.27)
+    assert quiet([calm, replace(calm, step_ms=10.9)])
+    assert not quiet([calm, replace(calm, step_ms=12.5, profiled_step_ms=13.0)])
+    assert not quiet([replace(calm, step_ms=11.5)])
