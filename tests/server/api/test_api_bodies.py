@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import json
 import time
 
@@ -205,6 +206,7 @@ async def test_hostile_bodies_do_not_stop_the_loop(client, number):
     answer = await client.post(
         "/v1/completions", content=HOSTILE[number], headers={"content-type": "application/json"}
     )
+    await asyncio.sleep(0.005)  # the stall shows when the heart beats again
     heart.cancel()
     assert answer.status_code in (400, 413)
     check_envelope(answer)
@@ -279,14 +281,12 @@ async def test_random_bodies_never_become_a_500():
     limits = Limits(max_n=16, max_choices=256, max_call_tokens=1 << 20, max_terms=8, vocab_size=257)
     names = st.sampled_from(sorted(CHAT_FIELDS | COMPLETION_FIELDS))
 
-    @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.dictionaries(names | st.text(max_size=6), json_values, max_size=8))
     def check(body: dict) -> None:
         for read in (read_completion, read_chat):
-            try:
+            with contextlib.suppress(RequestInvalid):
                 read({"model": "base", "prompt": "x", **body}, limits)
-            except RequestInvalid as error:
-                str(error).encode()
 
     check()
 
