@@ -3,8 +3,9 @@ import json
 import pytest
 from api_fakes import World, build_world, digest
 from conftest import asgi, listening
-from fader_server.api.edge import JsonFormatter
 from openai.types import Model
+
+from fader_server.api.edge import JsonFormatter
 
 REPORT = {
     "object", "name", "version", "base", "rank", "scales", "modules", "targets", "bytes",

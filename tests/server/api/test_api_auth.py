@@ -4,9 +4,10 @@ import httpx
 import pytest
 from api_fakes import World
 from conftest import asgi
+from fastapi.routing import APIRoute
+
 from fader_server.config import ServeConfig
 from fader_server.errors import ConfigInvalid
-from fastapi.routing import APIRoute
 
 OPEN = {"/health", "/ready", "/metrics"}
 ADMIN = {

@@ -93,8 +93,8 @@ BAD = [
     *[("min_tokens", v) for v in (17, -1)],
     *[("ignore_eos", v) for v in (1,)],
     *[("cache_salt", v) for v in (1, "x" * 300)],
-    *[(k, v) for k, v in (("gama", 1), ("adapter", "tone"), ("adapter_id", "tone"), ("lora_path", "x"),
-      ("max_token", 1), ("temprature", 1), ("tempersture", 1))],
+    *[(k, v) for k, v in (("gama", 1), ("adapter", "tone"), ("adapter_id", "tone"),
+      ("lora_path", "x"), ("max_token", 1), ("temprature", 1), ("tempersture", 1))],
     *[("adapters", v) for v in ([], {}, "tone", [1], ["tone"], [{"name": "tone"}] * 9,
       [{"name": "tone", "weight": 17}], [{"name": "tone", "weight": "1"}],
       [{"name": "tone", "weight": True}], [{"name": "tone", "gamma": 1}], [{"weight": 1}],
@@ -117,13 +117,13 @@ async def test_bad_fields_are_named(client, world: World, field, value):
 
 
 CHAT_BAD = [
-    *[("messages", v) for v in (None, [], {}, [1], [{}], [{"role": "user"}], [{"role": "root", "content": "x"}],
-      [{"role": "user", "content": 1}], [{"role": "user", "content": []}],
+    *[("messages", v) for v in (None, [], {}, [1], [{}], [{"role": "user"}],
+      [{"role": "root", "content": "x"}], [{"role": "user", "content": 1}], [{"role": "user", "content": []}],
       [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
       [{"role": "user", "content": "\ud800"}], [{"role": 1, "content": "x"}])],
     ("top_logprobs", 1), ("logprobs", 1), ("top_logprobs", 21), ("tools", [{"type": "function"}]),
-    ("tool_choice", "required"), ("response_format", {"type": "json_object"}), ("chat_template", "x"),
-    ("chat_template_kwargs", {"a": 1}), ("max_completion_tokens", 0), ("functions", [{}]),
+    ("tool_choice", "required"), ("response_format", {"type": "json_object"}),
+    ("chat_template", "x"), ("chat_template_kwargs", {"a": 1}), ("max_completion_tokens", 0), ("functions", [{}]),
 ]  # fmt: skip
 
 
@@ -157,7 +157,7 @@ async def test_unknown_fields_are_counted(client, world: World):
 
 
 async def test_at_most_three_problems_and_no_echo(client):
-    bad = {name: "SECRET" for name in ("n", "seed", "top_p", "top_k", "min_p", "max_tokens")}
+    bad = dict.fromkeys(("n", "seed", "top_p", "top_k", "min_p", "max_tokens"), "SECRET")
     answer = await client.post("/v1/completions", json={"model": "base", "prompt": "x", **bad})
     message = answer.json()["error"]["message"]
     assert message.count(";") == 2
@@ -186,7 +186,7 @@ HOSTILE = [
     b'{"a":[' + b",".join([b"{}"] * 300_000) + b"]}",
     json.dumps({f"k{n}": 1 for n in range(60_000)}).encode(),
     json.dumps({f"prompt{n}": 1 for n in range(50_000)}).encode(),
-    json.dumps({"model": "base", "prompt": "x", "logit_bias": {str(n): 1 for n in range(80_000)}}).encode(),
+    json.dumps({"prompt": "x", "logit_bias": {str(n): 1 for n in range(80_000)}}).encode(),
     json.dumps({"model": "base", "prompt": "ä" * 150_000}).encode(),
 ]  # fmt: skip
 

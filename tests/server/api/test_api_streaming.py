@@ -8,9 +8,10 @@ import openai
 import pytest
 from api_fakes import TEXT, World, endless, say
 from conftest import asgi, listening
-from fader_server.errors import EngineFault, NumericFault, Overloaded
 from openai.types import Completion
 from openai.types.chat import ChatCompletionChunk
+
+from fader_server.errors import EngineFault, NumericFault, Overloaded
 
 BODY = {"model": "base", "prompt": "Hallo", "max_tokens": 99, "stream": True}
 CHAT = {
@@ -143,14 +144,15 @@ async def test_refusal_of_a_stream_has_a_real_status(client, world: World):
 async def test_queued_stream_gets_pings_then_tokens(worlds):
     world = worlds(ping_interval=0.01)
     world.engine.gate.clear()
-    async with listening(world) as port, httpx.AsyncClient() as client:
-        async with client.stream(
-            "POST", f"http://127.0.0.1:{port}/v1/completions", json=BODY
-        ) as answer:
-            lines = answer.aiter_lines()
-            assert [await anext(lines) for _ in range(3)] == [": ping", "", ": ping"]
-            world.engine.gate.set()
-            rest = [line async for line in lines if line.startswith("data:")]
+    async with (
+        listening(world) as port,
+        httpx.AsyncClient() as client,
+        client.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=BODY) as answer,
+    ):
+        lines = answer.aiter_lines()
+        assert [await anext(lines) for _ in range(3)] == [": ping", "", ": ping"]
+        world.engine.gate.set()
+        rest = [line async for line in lines if line.startswith("data:")]
     assert rest[-1] == "data: [DONE]"
     assert TEXT[:5] in rest[0]
 
@@ -184,7 +186,10 @@ async def test_disconnect_frees_everything(worlds, stream, queued):
     body = json.dumps({**BODY, "model": "tone", "n": 3, "stream": stream}).encode()
     async with listening(world) as port:
         _, writer = await asyncio.open_connection("127.0.0.1", port)
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        )
         writer.write(head.encode() + body)
         await world.until(lambda: world.engine.open == 3)
         assert world.adapters.leases == 1
@@ -205,7 +210,7 @@ async def test_client_that_does_not_read_is_cut_off(worlds):
         if not sent:
             sent.append("body")
             return {"type": "http.request", "body": body, "more_body": False}
-        await asyncio.Event().wait()
+        return await asyncio.Event().wait()
 
     async def send(message):
         if message["type"] == "http.response.body":
@@ -250,12 +255,15 @@ async def test_openai_client_streams_and_reads_errors(worlds):
         parts = []
         release = threading.Event()
         world.engine.script = say(fail_after=1, error=EngineFault("x"), fail_when=release.is_set)
-        with pytest.raises(openai.APIError) as broken:
-            async for chunk in await client.completions.create(
-                model="base", prompt="x", stream=True
-            ):
+        stream = await client.completions.create(model="base", prompt="x", stream=True)
+
+        async def read() -> None:
+            async for chunk in stream:
                 parts.append(chunk)
                 release.set()
+
+        with pytest.raises(openai.APIError) as broken:
+            await read()
         assert len(parts) == 1
         assert len(world.engine.seen) == count + 1
         assert broken.value.code == "engine_error"
