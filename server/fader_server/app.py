@@ -1,6 +1,5 @@
 """Builds the application from its parts. No globals: two applications never share a thing."""
 
-
 from fastapi import Depends, FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request

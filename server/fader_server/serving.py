@@ -22,6 +22,7 @@ _KEEP_ALIVE_SECONDS = 30
 
 def bind(config: ServeConfig) -> socket.socket:
     """Open the listening socket. Raises ConfigInvalid when the address cannot be had."""
+    sock: socket.socket | None = None
     try:
         found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)
         family, kind, protocol, _, address = found[0]
@@ -32,11 +33,12 @@ def bind(config: ServeConfig) -> socket.socket:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         sock.bind(address)
     except OSError as error:
+        if sock is not None:
+            sock.close()
         reason = error.strerror or "not an address"
         raise ConfigInvalid(
             f"cannot bind {config.host} port {config.port}: {reason}; choose --host and --port"
         ) from None
-    sock.set_inheritable(True)
     return sock
 
 

@@ -11,6 +11,8 @@ from typing import Any
 from fader_server.errors import RequestInvalid
 
 MAX_PROBLEMS = 3
+MAX_FIELDS = 64
+"""Unknown names in one object: judging each costs a comparison with every known one."""
 _OWN = ("adapter", "lora", "gamma", "gama", "blend")
 """Unknown fields that begin like this mean our extension; ignoring them would serve the base."""
 
@@ -101,9 +103,11 @@ class Fields:
     def unknown(self, known: Collection[str], *, strict: bool = False) -> int:
         """Refuse near misses of `known` (all others when strict); count what is ignored."""
         ignored = 0
-        for name in self._body:
-            if name in known:
-                continue
+        strangers = [name for name in self._body if name not in known]
+        if len(strangers) > MAX_FIELDS:
+            self.refuse("the body", f"has more than {MAX_FIELDS} fields that are not known here")
+            return len(strangers)
+        for name in strangers:
             near = difflib.get_close_matches(name[:64], known, n=1, cutoff=0.88)
             ours = name.lower().startswith(_OWN)
             if strict or near or ours:

@@ -155,16 +155,22 @@ class Generation:
 
         Raises the engine's error of any choice, FirstTokenTimeout, RequestTimeout.
         """
+        told = False
         while self._in_engine:
-            events = await self._take()
             gained: dict[int, Delta] = {}
-            for event in events:
+            failure: Exception | None = None
+            for event in await self._take():
+                failure = failure or event.error
                 delta = self._follow(event)
-                before = gained.get(delta.index, Delta(delta.index))
-                gained[delta.index] = before.plus(delta)
+                gained[delta.index] = gained.get(delta.index, Delta(delta.index)).plus(delta)
+            if failure is not None and not told:
+                raise failure  # nothing has been told yet: the error can have a status of its own
             batch = [delta for delta in gained.values() if not delta.empty]
             if batch:
                 yield batch
+                told = True
+            if failure is not None:
+                raise failure
         self.close()
 
     async def _take(self) -> list[TokenEvent]:
@@ -183,7 +189,7 @@ class Generation:
             return Delta(choice.index)
         if event.error is not None:
             self._in_engine.discard(event.request_id)
-            raise event.error
+            return Delta(choice.index)
         if event.token is not None:
             self._record.token()
         delta = choice.take(event)

@@ -40,9 +40,7 @@ class Mailbox:
         await self._ready.wait()
         self._ready.clear()
         self._announced = False  # before draining: a post from here on announces itself again
-        events: list[TokenEvent] = []
-        while self._events:
-            events.append(self._events.popleft())
+        events = [self._events.popleft() for _ in range(len(self._events))]
         if self._failure is not None:
             raise self._failure
         return events or await self.take()

@@ -131,8 +131,14 @@ class FakeStats:
 Script = Callable[[Request], Iterator[TokenEvent]]
 
 
-def say(text: str = TEXT, *, fail_after: int | None = None, error: Exception | None = None) -> Script:
-    """A script: the text, then EOS; or an error after some tokens."""
+def say(
+    text: str = TEXT,
+    *,
+    fail_after: int | None = None,
+    error: Exception | None = None,
+    fail_when: Callable[[], bool] = lambda: True,
+) -> Script:
+    """A script: the text, then EOS; or an error after some tokens, once it may."""
 
     def run(request: Request) -> Iterator[TokenEvent]:
         params = request.params
@@ -145,6 +151,8 @@ def say(text: str = TEXT, *, fail_after: int | None = None, error: Exception | N
             return
         for count, token in enumerate([*text.encode(), EOS], 1):
             if fail_after is not None and count > fail_after:
+                while not fail_when():
+                    time.sleep(0.001)
                 yield TokenEvent(request.id, error=error)
                 return
             stops = token in params.stop_token_ids
@@ -156,6 +164,13 @@ def say(text: str = TEXT, *, fail_after: int | None = None, error: Exception | N
         yield TokenEvent(request.id, EOS, finish="length")
 
     return run
+
+
+def endless(request: Request) -> Iterator[TokenEvent]:
+    """A script that never ends, a token a millisecond."""
+    while True:
+        time.sleep(0.001)
+        yield TokenEvent(request.id, 97)
 
 
 def score(token: int, top: int) -> TokenLogprob:
@@ -315,6 +330,10 @@ class World:
     @property
     def idle(self) -> bool:
         return self.engine.open == 0 and self.adapters.leases == 0
+
+    def told(self) -> bool:
+        """A first token has been seen by the API."""
+        return "fader_time_to_first_token_seconds_count 0.0" not in self.metrics.render().decode()
 
     async def until(self, condition: Callable[[], bool], seconds: float = 5.0) -> None:
         end = time.monotonic() + seconds

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 from api_fakes import World, build_world
+
 from fader_server.serving import Server, bind
 
 

@@ -1,0 +1,292 @@
+import json
+
+import pytest
+from api_fakes import World, build_world, digest
+from conftest import asgi, listening
+from openai.types import Model
+
+from fader_server.api.edge import JsonFormatter
+
+REPORT = {
+    "object", "name", "version", "base", "rank", "scales", "modules", "targets", "bytes",
+    "delta_norm", "tier", "leases", "pinned", "retired", "created", "source",
+}  # fmt: skip
+
+
+async def test_models_lists_the_base_first_and_no_paths(client):
+    body = (await client.get("/v1/models")).json()
+    for card in body["data"]:
+        Model.model_validate(card)
+    base, *others = body["data"]
+    assert (base["id"], base["parent"]) == ("base", None)
+    assert [card["id"] for card in others] == ["tone", "domain"]
+    assert {card["parent"] for card in others} == {"base"}
+    assert "/roots" not in json.dumps(body)
+
+
+@pytest.mark.parametrize("id", ["base", "tone", "base:tone", f"tone@{digest('tone')[:12]}"])
+async def test_one_model_by_any_spelling(client, id):
+    answer = await client.get(f"/v1/models/{id}")
+    assert answer.json()["id"] == id
+
+
+async def test_unknown_model_is_404(client):
+    for id in ("nope", "a/b/c", "..%2f..%2fetc"):
+        answer = await client.get(f"/v1/models/{id}")
+        assert answer.status_code == 404
+        assert answer.json()["error"]["code"] == "model_not_found"
+
+
+async def test_put_creates_then_swaps_by_version(client, world: World):
+    first = await client.put("/v1/adapters/new", json={"source": "one", "pin": True})
+    assert first.status_code == 201
+    assert set(first.json()) == REPORT
+    assert first.json()["pinned"] is True
+    version = first.json()["version"]
+    taken = await client.put("/v1/adapters/new", json={"source": "two", "if_version": ""})
+    assert taken.status_code == 409
+    assert taken.json()["error"]["code"] == "adapter_version_conflict"
+    assert taken.headers["x-should-retry"] == "false"
+    swapped = await client.put("/v1/adapters/new", json={"source": "two", "if_version": version})
+    assert swapped.status_code == 200
+    assert swapped.json()["version"] == digest("two")
+
+
+@pytest.mark.parametrize(
+    ("source", "status", "code"),
+    [
+        ("missing", 404, "adapter_source_not_found"),
+        ("secret", 403, "adapter_forbidden_source"),
+        ("broken", 400, "adapter_invalid"),
+    ],
+)
+async def test_refused_loads_change_nothing(client, world: World, source, status, code):
+    before = dict(world.adapters.infos)
+    answer = await client.put("/v1/adapters/tone", json={"source": source})
+    assert answer.status_code == status
+    assert answer.json()["error"]["code"] == code
+    assert world.adapters.infos == before
+    assert 'fader_adapter_loads_total{result="refused"} 1.0' in world.metrics.render().decode()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {}, {"source": ""}, {"source": 1}, {"source": "x", "sha256": "abc"},
+        {"source": "x", "pin": "yes"}, {"source": "x", "if_version": "12"},
+        {"source": "x", "ifversion": "a" * 12}, {"source": "x", "trust": True},
+    ],
+)  # fmt: skip
+async def test_bad_loads_are_refused(client, body):
+    answer = await client.put("/v1/adapters/new", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"]
+
+
+@pytest.mark.parametrize("name", ["a%0Ab", "..", ".hidden", "%3Cb%3E", "x" * 129, "a@b", "a%00"])
+async def test_bad_names_never_load(client, world: World, name):
+    before = dict(world.adapters.infos)
+    answer = await client.put(f"/v1/adapters/{name}", json={"source": "x"})
+    assert answer.status_code in (400, 404, 405)
+    assert world.adapters.infos == before
+
+
+async def test_patch_pins_and_delete_forgets(client, world: World):
+    assert (await client.patch("/v1/adapters/tone", json={"pin": True})).json()["pinned"]
+    assert (await client.patch("/v1/adapters/tone", json={})).status_code == 400
+    assert (await client.patch("/v1/adapters/nope", json={"pin": True})).status_code == 404
+    assert (await client.delete("/v1/adapters/tone")).json()["deleted"] is True
+    gone = await client.delete("/v1/adapters/tone")
+    assert gone.status_code == 404
+    assert gone.json()["error"]["code"] == "adapter_not_found"
+    assert (await client.get("/v1/adapters/tone")).status_code == 404
+    assert set(world.adapters.infos) == {"domain"}
+
+
+async def test_users_see_reports_without_sources(worlds):
+    world = worlds(api_key=("k",), admin_key="a")
+    async with asgi(world, authorization="Bearer k") as client:
+        listed = (await client.get("/v1/adapters")).json()["data"]
+        assert set(listed[0]) == REPORT - {"source"}
+        assert set((await client.get("/v1/adapters/tone")).json()) == REPORT - {"source"}
+    async with asgi(world, authorization="Bearer a") as client:
+        assert set((await client.get("/v1/adapters/tone")).json()) == REPORT
+
+
+async def test_vllm_load_and_unload_answer_word_for_word(client, world: World):
+    load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+    answer = await client.post(load, json={"lora_name": "x", "lora_path": "p"})
+    assert answer.text == "Success: LoRA adapter 'x' added successfully."
+    again = await client.post(load, json={"lora_name": "x", "lora_path": "q"})
+    assert again.status_code == 400
+    assert again.json()["error"]["message"] == (
+        "The lora adapter 'x' has already been loaded. If you want to load the adapter in place, "
+        "set 'load_inplace' to True."
+    )
+    body = {"lora_name": "x", "lora_path": "q", "load_inplace": True}
+    assert (await client.post(load, json=body)).status_code == 200
+    assert world.adapters.infos["x"].version == digest("q")
+    gone = await client.post(unload, json={"lora_name": "x"})
+    assert gone.text == "Success: LoRA adapter 'x' removed successfully."
+    absent = await client.post(unload, json={"lora_name": "x"})
+    assert absent.status_code == 404
+    assert absent.json()["error"]["message"] == "The lora adapter 'x' cannot be found."
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "text"),
+    [
+        ({"lora_name": "x"}, 400, "Both 'lora_name' and 'lora_path' must be provided."),
+        ({"lora_name": "", "lora_path": "p"}, 400, "Both 'lora_name'"),
+        ({"lora_name": "base", "lora_path": "p"}, 400, "conflicts with a served base model."),
+        ({"lora_name": "x", "lora_path": "missing"}, 404, "No adapter found"),
+        ({"lora_name": "x", "lora_path": "secret"}, 404, "No adapter found"),
+        ({"lora_name": "x", "lora_path": "broken"}, 400, "lora_A is missing"),
+        ({"lora_name": "../x", "lora_path": "p"}, 400, "'lora_name'"),
+    ],
+)
+async def test_vllm_load_refusals(client, body, status, text):
+    answer = await client.post("/v1/load_lora_adapter", json=body)
+    assert answer.status_code == status
+    assert text in answer.json()["error"]["message"]
+    assert answer.json()["error"]["type"] in ("InvalidUserInput", "NotFoundError")
+
+
+async def test_tokenize_and_back(client):
+    answer = await client.post(
+        "/tokenize", json={"model": "tone", "prompt": "hé", "return_token_strs": True}
+    )
+    assert answer.json() == {
+        "count": 3, "max_model_len": 4096, "tokens": [104, 195, 169], "token_strs": ["h", "�", "�"]
+    }  # fmt: skip
+    assert (await client.post("/detokenize", json={"tokens": [104, 195, 169]})).json() == {
+        "prompt": "hé"
+    }
+    chat = await client.post("/tokenize", json={"messages": [{"role": "user", "content": "x"}]})
+    assert chat.json()["count"] == 7
+    for path, body in (
+        ("/tokenize", {"model": "nope", "prompt": "x"}),
+        ("/detokenize", {"model": "nope", "tokens": [1]}),
+    ):
+        assert (await client.post(path, json=body)).status_code == 404
+    for bad in ({"tokens": [True]}, {"tokens": [257]}, {"tokens": "x"}, {}):
+        assert (await client.post("/detokenize", json=bad)).status_code == 400
+
+
+async def test_unknown_routes_and_methods_have_the_envelope(client):
+    for method, path, status in (
+        ("GET", "/nope", 404), ("GET", "/v1/completions", 405), ("TRACE", "/v1/models", 405),
+        ("GET", "/docs", 404), ("GET", "/openapi.json", 404), ("GET", "/v1/models/", 404),
+    ):  # fmt: skip
+        answer = await client.request(method, path)
+        assert answer.status_code == status, path
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+async def test_health_tells_a_stuck_engine_from_a_busy_one(client, world: World):
+    from api_fakes import FakeStats
+
+    assert (await client.get("/health")).status_code == 200
+    world.engine.told = FakeStats(stuck_reason="no step was completed for 200 s")
+    for path in ("/health", "/ready"):
+        answer = await client.get(path)
+        assert answer.status_code == 503
+        assert "no step" in answer.json()["error"]["message"]
+    world.engine.told = FakeStats(healthy=False, reason="the engine ended")
+    assert (await client.get("/health")).status_code == 503
+    world.engine.told = FakeStats()
+    world.app.state.context.readiness.reason = "draining"
+    assert (await client.get("/health")).status_code == 200
+    assert (await client.get("/ready")).status_code == 503
+
+
+async def test_metrics_of_calls_and_the_gateway_contract(client, world: World):
+    world.engine.gate.clear()
+    import asyncio
+
+    body = {"model": "tone", "prompt": "x", "max_tokens": 3}
+    call = asyncio.create_task(client.post("/v1/completions", json=body))
+    await world.until(lambda: world.engine.open == 1)
+    waiting = world.metrics.render().decode()
+    assert 'running_lora_adapters="",waiting_lora_adapters="tone"' in waiting
+    assert 'max_lora="4"' in waiting
+    world.engine.gate.set()
+    await call
+    text = (await client.get("/metrics")).text
+    for line in (
+        'running_lora_adapters="",waiting_lora_adapters=""',
+        'fader_requests_total{adapter="tone",outcome="ok"} 1.0',
+        'fader_tokens_total{direction="completion"} 3.0',
+        'fader_adapter_tokens_total{adapter="tone",direction="prompt"} 1.0',
+        "vllm:num_requests_waiting 0.0",
+        "vllm:kv_cache_usage_perc 0.25",
+        "fader_adapter_leases 0.0",
+        'fader_adapter_evictions_total{tier="device"} 3.0',
+        'fader_http_responses_total{route="/v1/completions",status="200"} 1.0',
+        "fader_time_to_first_token_seconds_count 1.0",
+        "fader_inter_token_seconds_count 2.0",
+    ):
+        assert line in text, line
+
+
+async def test_unknown_models_do_not_grow_the_metrics(client, world: World):
+    await client.post("/v1/completions", json={"model": "n0", "prompt": "x"})
+    await client.get("/nope")
+    size = len(world.metrics.render().splitlines())
+    for n in range(200):
+        await client.post("/v1/completions", json={"model": f"n{n}", "prompt": "x"})
+        await client.get(f"/nope/{n}")
+    assert len(world.metrics.render().splitlines()) == size
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [("abc-1", True), ("a b", False), ("x" * 129, False), ("", False)]
+)
+async def test_request_ids_are_echoed_when_clean(client, given, kept):
+    answer = await client.get("/v1/models", headers={"x-request-id": given})
+    assert (answer.headers["x-request-id"] == given) is kept
+
+
+async def test_one_log_line_a_request_without_texts(client, world: World, caplog):
+    caplog.set_level("INFO")
+    await client.post(
+        "/v1/completions",
+        json={"model": "tone", "prompt": "SECRET", "max_tokens": 2},
+        headers={"x-request-id": "me"},
+    )
+    (record,) = [record for record in caplog.records if record.name == "fader.request"]
+    line = JsonFormatter().format(record)
+    fields = json.loads(line)
+    assert "\n" not in line
+    assert "SECRET" not in line
+    assert fields["request_id"] == "me"
+    assert fields["status"] == 200
+    assert fields["versions"] == [f"tone@{digest('tone')[:12]}"]
+    assert (fields["prompt_tokens"], fields["completion_tokens"]) == (6, 2)
+    assert fields["outcome"] == "ok"
+    assert fields["first_ms"] is not None
+
+
+def test_control_characters_cannot_break_a_log_line():
+    import logging
+
+    record = logging.LogRecord("x", 20, "", 0, "a\r\nb\x1b[31m", None, None)
+    assert len(JsonFormatter().format(record).splitlines()) == 1
+
+
+async def test_health_answers_beside_a_thousand_idle_sockets():
+    """Lives without the world fixture: its sockets outnumber what a test usually opens."""
+    import asyncio
+    import time
+
+    world = build_world()
+    async with listening(world) as port:
+        kept = [await asyncio.open_connection("127.0.0.1", port) for _ in range(400)]
+        began = time.perf_counter()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        assert time.perf_counter() - began < 0.5
+        for _, other in [*kept, (reader, writer)]:
+            other.close()
+    world.engine.stop()

@@ -1,0 +1,310 @@
+import asyncio
+import contextlib
+import json
+import time
+
+import pytest
+from api_fakes import World, build_world
+from conftest import asgi, listening
+
+GOOD = {
+    "/v1/completions": {"model": "base", "prompt": "x"},
+    "/v1/chat/completions": {"model": "base", "messages": [{"role": "user", "content": "x"}]},
+    "/tokenize": {"prompt": "x"},
+    "/detokenize": {"tokens": [1]},
+    "/v1/load_lora_adapter": {"lora_name": "a", "lora_path": "p"},
+    "/v1/unload_lora_adapter": {"lora_name": "a"},
+}
+RAW = {
+    "empty": b"",
+    "not json": b"{",
+    "not utf-8": b'{"model":"\xff"}',
+    "an array": b"[]",
+    "a string": b'"x"',
+    "deep": b'{"model":' + b"[" * 5000 + b"]" * 5000 + b"}",
+    "very deep": b"[" * 500_000,
+    "just too deep": b'{"x":' + b"[" * 40 + b"]" * 40 + b"}",
+    "deep objects": b'{"a":' * 20000 + b"1" + b"}" * 20000,
+    "NaN": b'{"temperature":NaN}',
+    "Infinity": b'{"temperature":-Infinity}',
+    "many digits": b'{"seed":' + b"1" * 5000 + b"}",
+    "same key twice": b'{"model":"base","model":"tone"}',
+    "same key twice inside": b'{"x":{"a":1,"a":2}}',
+    "bom": b"\xef\xbb\xbf{}",
+    "nul": b'{"model":"\x00"}',
+    "too large": b'{"prompt":"' + b"x" * (1 << 20) + b'"}',
+}
+
+
+def check_envelope(answer) -> dict:
+    body = answer.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["code"] is None or isinstance(body["error"]["code"], str)
+    return body["error"]
+
+
+@pytest.mark.parametrize("path", GOOD)
+@pytest.mark.parametrize("name", RAW)
+async def test_malformed_bodies_get_an_envelope(client, world: World, path, name):
+    answer = await client.post(
+        path, content=RAW[name], headers={"content-type": "application/json"}
+    )
+    assert answer.status_code == (413 if name == "too large" else 400)
+    error = check_envelope(answer)
+    assert "Traceback" not in answer.text
+    assert len(error["message"]) < 300
+    assert world.engine.seen == []
+
+
+@pytest.mark.parametrize("media", ["text/plain", "application/x-www-form-urlencoded", ""])
+async def test_other_content_types_are_refused(client, media):
+    """A browser sends these across origins without asking."""
+    headers = {"content-type": media} if media else {}
+    answer = await client.post("/v1/completions", content=b"{}", headers=headers)
+    assert answer.status_code == 415
+    check_envelope(answer)
+
+
+NAN = float("nan")
+BAD = [
+    *[("model", v) for v in (None, "", 1, True, [], "x" * 600)],
+    *[("prompt", v) for v in (None, "", [], [[]], [""], 1, True, {}, [True], [1, True], [1, "a"],
+      ["a", 1], [-1], [257], [[1], []], [[1.0]], "\ud800", [["a"]], [None])],
+    *[("max_tokens", v) for v in (0, -1, "1", 1.5, True, 10**400, [])],
+    *[("n", v) for v in (0, 17, True, "2", 10**6)],
+    *[("temperature", v) for v in (-0.1, 2.1, "1", True, 10**400, [])],
+    *[("top_p", v) for v in (0, 1.1, True)],
+    *[("top_k", v) for v in (-2, 1.5, True)],
+    *[("min_p", v) for v in (-1, 2)],
+    *[("presence_penalty", v) for v in (-3, 3, True)],
+    *[("repetition_penalty", v) for v in (0, -1)],
+    *[("seed", v) for v in (2**63, -(2**63) - 1, "1", True)],
+    *[("logprobs", v) for v in (-1, 21, True)],
+    *[("stop", v) for v in ("", [""], ["a"] * 5, [1], 1, {}, ["\ud800"])],
+    *[("stop_token_ids", v) for v in ([True], [257], "1")],
+    *[("logit_bias", v) for v in ({"x": 1}, {"257": 1}, {"1": 101}, {"1": True}, {"1": "1"}, [],
+      {"-1": 1}, {"1": 1, "01": 1})],
+    *[("echo", v) for v in (1, "true")],
+    *[("stream", v) for v in (1, "true")],
+    *[("stream_options", v) for v in ({"include_usage": True}, 1)],
+    *[("best_of", v) for v in (2, True)],
+    *[("suffix", v) for v in ("x", "")],
+    *[("min_tokens", v) for v in (17, -1)],
+    *[("ignore_eos", v) for v in (1,)],
+    *[("cache_salt", v) for v in (1, "x" * 300)],
+    *[(k, v) for k, v in (("gama", 1), ("adapter", "tone"), ("adapter_id", "tone"),
+      ("lora_path", "x"), ("max_token", 1), ("temprature", 1), ("tempersture", 1))],
+    *[("adapters", v) for v in ([], {}, "tone", [1], ["tone"], [{"name": "tone"}] * 9,
+      [{"name": "tone", "weight": 17}], [{"name": "tone", "weight": "1"}],
+      [{"name": "tone", "weight": True}], [{"name": "tone", "gamma": 1}], [{"weight": 1}],
+      [{"name": "../x", "weight": 1}], [{"name": "tone", "weight": 10**400}],
+      [{"name": "tone", "weight": 1}, {"name": "tone", "weight": 2}],
+      [{"name": "tone@12", "weight": 1}], [{"name": None, "weight": 1}])],
+    *[("lora", v) for v in ([{"id": 0, "scale": 1}], [{"id": "tone", "name": "tone", "scale": 1}])],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), BAD)
+async def test_bad_fields_are_named(client, world: World, field, value):
+    body = json.dumps({**GOOD["/v1/completions"], field: value})
+    answer = await client.post(
+        "/v1/completions", content=body, headers={"content-type": "application/json"}
+    )
+    assert answer.status_code == 400, answer.text
+    assert check_envelope(answer)["param"] == field
+    assert world.engine.seen == []
+
+
+CHAT_BAD = [
+    *[("messages", v) for v in (None, [], {}, [1], [{}], [{"role": "user"}],
+      [{"role": "root", "content": "x"}], [{"role": "user", "content": 1}], [{"role": "user", "content": []}],
+      [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
+      [{"role": "user", "content": "\ud800"}], [{"role": 1, "content": "x"}])],
+    ("top_logprobs", 1), ("logprobs", 1), ("top_logprobs", 21), ("tools", [{"type": "function"}]),
+    ("tool_choice", "required"), ("response_format", {"type": "json_object"}),
+    ("chat_template", "x"), ("chat_template_kwargs", {"a": 1}), ("max_completion_tokens", 0), ("functions", [{}]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), CHAT_BAD)
+async def test_bad_chat_fields_are_named(client, field, value):
+    body = json.dumps({**GOOD["/v1/chat/completions"], field: value})
+    answer = await client.post(
+        "/v1/chat/completions", content=body, headers={"content-type": "application/json"}
+    )
+    assert answer.status_code == 400, answer.text
+    assert check_envelope(answer)["param"] == field
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"user": "u", "metadata": {}, "store": False, "service_tier": "auto"},
+        {"parallel_tool_calls": True, "something_new": 1, "stream_options": None},
+        {"best_of": 1, "n": 1, "logprobs": 0, "max_tokens": 16.0, "stop": []},
+        {"seed": -(2**63), "temperature": 0, "top_k": -1, "logit_bias": {}},
+    ],
+)
+async def test_harmless_fields_pass(client, extra):
+    answer = await client.post("/v1/completions", json={**GOOD["/v1/completions"], **extra})
+    assert answer.status_code == 200, answer.text
+
+
+async def test_unknown_fields_are_counted(client, world: World):
+    await client.post("/v1/completions", json={**GOOD["/v1/completions"], "zzz": 1, "yyy": 2})
+    assert "fader_ignored_fields_total 2.0" in world.metrics.render().decode()
+
+
+async def test_at_most_three_problems_and_no_echo(client):
+    bad = dict.fromkeys(("n", "seed", "top_p", "top_k", "min_p", "max_tokens"), "SECRET")
+    answer = await client.post("/v1/completions", json={"model": "base", "prompt": "x", **bad})
+    message = answer.json()["error"]["message"]
+    assert message.count(";") == 2
+    assert "(and 3 more)" in message
+    assert "SECRET" not in answer.text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": ["x"] * 257},
+        {"prompt": ["x"] * 100, "n": 16},
+        {"prompt": ["x"] * 10, "n": 16, "max_tokens": 100_000},
+        {"prompt": ["x"] * 100_000},
+    ],
+)
+async def test_one_budget_for_prompts_n_and_max_tokens(client, world: World, body):
+    answer = await client.post("/v1/completions", json={"model": "base", **body})
+    assert answer.status_code == 400
+    assert world.engine.seen == []
+
+
+HOSTILE = [
+    json.dumps({"model": "base", "prompt": [True] * 150_000}).encode(),
+    json.dumps({"model": "base", "prompt": [1] * 300_000}).encode(),
+    b'{"a":[' + b",".join([b"{}"] * 300_000) + b"]}",
+    json.dumps({f"k{n}": 1 for n in range(60_000)}).encode(),
+    json.dumps({f"prompt{n}": 1 for n in range(50_000)}).encode(),
+    json.dumps({"prompt": "x", "logit_bias": {str(n): 1 for n in range(80_000)}}).encode(),
+    json.dumps({"model": "base", "prompt": "ä" * 150_000}).encode(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(HOSTILE)))
+async def test_hostile_bodies_do_not_stop_the_loop(client, number):
+    stalls: list[float] = []
+
+    async def beat() -> None:
+        while True:
+            before = time.perf_counter()
+            await asyncio.sleep(0.001)
+            stalls.append(time.perf_counter() - before)
+
+    heart = asyncio.create_task(beat())
+    await asyncio.sleep(0.005)
+    answer = await client.post(
+        "/v1/completions", content=HOSTILE[number], headers={"content-type": "application/json"}
+    )
+    await asyncio.sleep(0.005)  # the stall shows when the heart beats again
+    heart.cancel()
+    assert answer.status_code in (400, 413)
+    check_envelope(answer)
+    assert max(stalls) < 0.25  # 0.1 on a machine of one's own
+
+
+async def raw(port: int, *parts: bytes) -> bytes:
+    """Send bytes as they are; the answer until the server closes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for part in parts:
+        writer.write(part)
+    try:
+        return await asyncio.wait_for(reader.read(), 5)
+    except ConnectionResetError:
+        return b""
+    finally:
+        writer.close()
+
+
+async def test_slow_and_broken_requests_end(worlds):
+    world = worlds(body_timeout=0.1)
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+    async with listening(world) as port:
+        slow_body = await raw(port, head + b"content-length: 99\r\n\r\n{")
+        assert slow_body.startswith(b"HTTP/1.1 408")
+        assert b'"code":"request_timeout"' in slow_body
+        assert await raw(port, head) == b""
+        assert await raw(port) == b""
+        huge = await raw(port, head + b"x-a: " + b"a" * 200_000 + b"\r\n\r\n")
+        assert huge == b"" or huge.startswith(b"HTTP/1.1 400")
+        two = await raw(port, head + b"content-length: 2\r\ncontent-length: 3\r\n\r\n{}")
+        assert two.startswith(b"HTTP/1.1 400")
+        chunked = (
+            head
+            + b"transfer-encoding: chunked\r\n\r\n"
+            + b"fffff\r\n"
+            + b"x" * 0xFFFFF
+            + b"\r\n"
+            + b"ff\r\n"
+            + b"x" * 255
+            + b"\r\n"
+        )
+        assert (await raw(port, chunked)).startswith(b"HTTP/1.1 413")
+
+
+async def test_idle_sockets_are_capped(worlds):
+    world = worlds(max_connections=2)
+    async with listening(world) as port:
+        kept = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        assert await raw(port) == b""
+        for _, writer in kept:
+            writer.close()
+
+
+async def test_random_bodies_never_become_a_500():
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis import strategies as st
+
+    json_values = st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+        lambda inner: (
+            st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4)
+        ),
+        max_leaves=12,
+    )
+    from fader_server.api.choosing import Limits
+    from fader_server.api.known import CHAT_FIELDS, COMPLETION_FIELDS
+    from fader_server.api.schemas import read_chat, read_completion
+    from fader_server.errors import RequestInvalid
+
+    limits = Limits(max_n=16, max_choices=256, max_call_tokens=1 << 20, max_terms=8, vocab_size=257)
+    names = st.sampled_from(sorted(CHAT_FIELDS | COMPLETION_FIELDS))
+
+    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.dictionaries(names | st.text(max_size=6), json_values, max_size=8))
+    def check(body: dict) -> None:
+        for read in (read_completion, read_chat):
+            with contextlib.suppress(RequestInvalid):
+                read({"model": "base", "prompt": "x", **body}, limits)
+
+    check()
+
+
+def test_two_worlds_share_nothing():
+    first, second = build_world(), build_world()
+    first.metrics.ignored(3)
+    assert "fader_ignored_fields_total 0.0" in second.metrics.render().decode()
+    for world in (first, second):
+        world.engine.stop()
+
+
+async def test_every_5xx_text_is_fixed(worlds):
+    from api_fakes import say
+
+    world = worlds(script=say(fail_after=0, error=RuntimeError("/secret/path 0xdeadbeef")))
+    async with asgi(world) as client:
+        answer = await client.post("/v1/completions", json=GOOD["/v1/completions"])
+    assert answer.status_code == 500
+    assert check_envelope(answer)["code"] == "internal_error"
+    assert "secret" not in answer.text

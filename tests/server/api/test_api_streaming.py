@@ -1,0 +1,280 @@
+import asyncio
+import json
+import random
+import threading
+
+import httpx
+import openai
+import pytest
+from api_fakes import TEXT, World, endless, say
+from conftest import asgi, listening
+from openai.types import Completion
+from openai.types.chat import ChatCompletionChunk
+
+from fader_server.errors import EngineFault, NumericFault, Overloaded
+
+BODY = {"model": "base", "prompt": "Hallo", "max_tokens": 99, "stream": True}
+CHAT = {
+    "model": "base",
+    "messages": [{"role": "user", "content": "x"}],
+    "max_tokens": 99,
+    "stream": True,
+}
+
+
+async def events(client: httpx.AsyncClient, path: str, body: dict) -> list:
+    """The payloads of a stream; "[DONE]" must be the last."""
+    answer = await client.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["cache-control"] == "no-cache"
+    assert answer.headers["x-accel-buffering"] == "no"
+    parts = answer.text.split("\n\n")
+    assert parts.pop() == ""
+    assert parts[-1] == "data: [DONE]"
+    return [json.loads(p.removeprefix("data: ")) for p in parts[:-1] if p.startswith("data:")]
+
+
+def text_of(chunks: list, index: int = 0) -> str:
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    mine = [choice for choice in choices if choice["index"] == index]
+    return "".join(c["text"] if "text" in c else c["delta"].get("content", "") for c in mine)
+
+
+async def test_completion_chunks_have_one_head_and_one_end(client):
+    chunks = await events(client, "/v1/completions", BODY)
+    assert len({(c["id"], c["created"], c["model"], c["system_fingerprint"]) for c in chunks}) == 1
+    for chunk in chunks:
+        Completion.model_validate(
+            {**chunk, "choices": [{**chunk["choices"][0], "finish_reason": "stop"}]}
+        )
+        assert "usage" not in chunk
+    assert [c["choices"][0]["finish_reason"] for c in chunks][-1] == "stop"
+    assert [c["choices"][0]["finish_reason"] for c in chunks][:-1] == [None] * (len(chunks) - 1)
+    assert text_of(chunks) == TEXT
+
+
+async def test_chat_stream_opens_with_the_role(client):
+    chunks = await events(client, "/v1/chat/completions", CHAT)
+    for chunk in chunks:
+        ChatCompletionChunk.model_validate(chunk)
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert text_of(chunks) == TEXT
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_usage_comes_last_and_only_when_asked_for(client):
+    chunks = await events(
+        client, "/v1/completions", {**BODY, "stream_options": {"include_usage": True}}
+    )
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"]["completion_tokens"] == len(TEXT.encode()) + 1
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_concatenated_deltas_are_the_whole_text(worlds, seed):
+    choose = random.Random(seed)
+    letters = "aé🦊 \n\u2028"
+    text = "".join(choose.choice(letters) for _ in range(choose.randint(1, 80)))
+    stop = ["".join(choose.choice(letters) for _ in range(2))]
+    extra = {
+        "stop": stop,
+        "echo": choose.random() < 0.5,
+        "n": 2,
+        "logprobs": 1,
+        "max_tokens": choose.randint(1, 300),
+    }
+    world = worlds(script=say(text))
+    async with asgi(world) as client:
+        chunks = await events(client, "/v1/completions", {**BODY, **extra, "prompt": ["ä", "🦊"]})
+        whole = await client.post(
+            "/v1/completions", json={**BODY, **extra, "prompt": ["ä", "🦊"], "stream": False}
+        )
+    for choice in whole.json()["choices"]:
+        index = choice["index"]
+        assert text_of(chunks, index) == choice["text"]
+        mine = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
+        tokens = [token for c in mine for token in c["logprobs"]["tokens"]]
+        offsets = [offset for c in mine for offset in c["logprobs"]["text_offset"]]
+        assert tokens == choice["logprobs"]["tokens"]
+        assert offsets == choice["logprobs"]["text_offset"]
+
+
+async def test_error_before_the_first_token_has_a_real_status(worlds):
+    world = worlds(script=say(fail_after=0, error=EngineFault("secret 0xdead")))
+    async with asgi(world) as client:
+        answer = await client.post("/v1/completions", json=BODY)
+    assert answer.status_code == 500
+    assert answer.headers["x-should-retry"] == "false"
+    assert answer.json()["error"]["code"] == "engine_error"
+    assert "0xdead" not in answer.text
+    assert world.idle
+
+
+async def test_error_after_the_first_token_stands_in_the_stream(worlds):
+    world = worlds()
+    world.engine.script = say(fail_after=3, error=NumericFault("row 3"), fail_when=world.told)
+    async with asgi(world) as client:
+        chunks = await events(client, "/v1/completions", BODY)
+    told = text_of(chunks[:-1])
+    assert told
+    assert "Grü".startswith(told)
+    assert chunks[-1]["error"]["code"] == "adapter_numeric_error"
+    assert set(chunks[-1]["error"]) == {"message", "type", "param", "code"}
+    assert "row 3" not in json.dumps(chunks)
+
+
+async def test_unexpected_exception_in_a_stream_is_not_silent(worlds, caplog):
+    world = worlds()
+    world.engine.script = say(fail_after=2, error=ZeroDivisionError("boom"), fail_when=world.told)
+    async with asgi(world) as client:
+        chunks = await events(client, "/v1/completions", BODY)
+    assert chunks[-1]["error"]["code"] == "internal_error"
+    assert "boom" in caplog.text
+
+
+async def test_refusal_of_a_stream_has_a_real_status(client, world: World):
+    world.engine.refuse = Overloaded("full")
+    answer = await client.post("/v1/completions", json=BODY)
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
+
+
+async def test_queued_stream_gets_pings_then_tokens(worlds):
+    world = worlds(ping_interval=0.01)
+    world.engine.gate.clear()
+    async with (
+        listening(world) as port,
+        httpx.AsyncClient() as client,
+        client.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=BODY) as answer,
+    ):
+        lines = answer.aiter_lines()
+        assert [await anext(lines) for _ in range(3)] == [": ping", "", ": ping"]
+        world.engine.gate.set()
+        rest = [line async for line in lines if line.startswith("data:")]
+    assert rest[-1] == "data: [DONE]"
+    assert TEXT[:5] in rest[0]
+
+
+async def test_first_token_timeout_is_a_504_that_is_not_retried(worlds):
+    world = worlds(first_token_timeout=0.02)
+    world.engine.gate.clear()
+    async with asgi(world) as client:
+        for stream in (True, False):
+            answer = await client.post("/v1/completions", json={**BODY, "stream": stream})
+            assert answer.status_code == 504
+            assert answer.json()["error"]["code"] == "first_token_timeout"
+            assert answer.headers["x-should-retry"] == "false"
+    assert world.idle
+
+
+async def test_total_timeout_ends_a_running_stream_in_band(worlds):
+    world = worlds(request_timeout=0.05, script=endless)
+    async with asgi(world) as client:
+        chunks = await events(client, "/v1/completions", BODY)
+    assert chunks[-1]["error"]["code"] == "request_timeout"
+    assert world.idle
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("queued", [True, False])
+async def test_disconnect_frees_everything(worlds, stream, queued):
+    world = worlds(script=endless, ping_interval=0.01)
+    if queued:
+        world.engine.gate.clear()
+    body = json.dumps({**BODY, "model": "tone", "n": 3, "stream": stream}).encode()
+    async with listening(world) as port:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        )
+        writer.write(head.encode() + body)
+        await world.until(lambda: world.engine.open == 3)
+        assert world.adapters.leases == 1
+        writer.close()
+        await writer.wait_closed()
+        await world.until(lambda: world.idle)
+        await world.until(lambda: 'outcome="gone"' in world.metrics.render().decode())
+    world.engine.gate.set()
+
+
+async def test_client_that_does_not_read_is_cut_off(worlds):
+    """The server's send never returns: after stall_timeout the call ends and nothing leaks."""
+    world = worlds(script=endless, stall_timeout=0.05)
+    body = json.dumps({**BODY, "model": "tone"}).encode()
+    sent: list[str] = []
+
+    async def receive():
+        if not sent:
+            sent.append("body")
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await asyncio.Event().wait()
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"",
+        "query_string": b"", "root_path": "", "scheme": "http", "http_version": "1.1",
+        "headers": [(b"content-type", b"application/json")], "client": None, "server": None,
+    }  # fmt: skip
+    await world.app(scope, receive, send)
+    assert world.idle
+    assert 'outcome="stalled"' in world.metrics.render().decode()
+
+
+async def test_openai_client_streams_and_reads_errors(worlds):
+    world = worlds()
+    async with (
+        listening(world) as port,
+        openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x") as client,
+    ):
+        parts = [
+            chunk.choices[0].text
+            async for chunk in await client.completions.create(
+                model="base", prompt="x", max_tokens=99, stream=True
+            )
+        ]
+        assert "".join(parts) == TEXT
+        chat = await client.chat.completions.create(
+            model="base",
+            messages=[{"role": "user", "content": "x"}],
+            extra_body={"adapters": [{"name": "tone", "weight": 0.5}]},
+        )
+        assert chat.choices[0].message.content == TEXT
+        assert chat._request_id
+        with pytest.raises(openai.NotFoundError) as refused:
+            await client.completions.create(model="nope", prompt="x")
+        assert refused.value.code == "model_not_found"
+        assert [model.id async for model in client.models.list()] == ["base", "tone", "domain"]
+        assert (await client.models.retrieve("tone")).id == "tone"
+        count = len(world.engine.seen)
+        parts = []
+        release = threading.Event()
+        world.engine.script = say(fail_after=1, error=EngineFault("x"), fail_when=release.is_set)
+        stream = await client.completions.create(model="base", prompt="x", stream=True)
+
+        async def read() -> None:
+            async for chunk in stream:
+                parts.append(chunk)
+                release.set()
+
+        with pytest.raises(openai.APIError) as broken:
+            await read()
+        assert len(parts) == 1
+        assert len(world.engine.seen) == count + 1
+        assert broken.value.code == "engine_error"
+
+
+async def test_openai_client_sends_a_crashing_request_once(worlds):
+    world = worlds(script=say(fail_after=0, error=EngineFault("x")))
+    async with (
+        listening(world) as port,
+        openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x") as client,
+    ):
+        with pytest.raises(openai.InternalServerError):
+            await client.completions.create(model="base", prompt="x")
+    assert len(world.engine.seen) == 1

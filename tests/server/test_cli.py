@@ -1,0 +1,63 @@
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from fader_server import config
+from fader_server.cli import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["serve", "--port", "x"], "--port"),
+        (["serve", "--host", "0.0.0.0"], "--api-key"),
+        (["serve", "--arena", "many"], "--arena"),
+        (["serve", "--adapter", "x"], "--adapter"),
+        (["serve", "--no-such-flag"], "--no-such-flag"),
+        (["nonsense"], "nonsense"),
+        (["serve", "--config", "/nowhere.toml"], "/nowhere.toml"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(capsys, arguments, named):
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("fader: ")
+    assert told.count("\n") == 1
+    assert named in told
+
+
+def test_environment_reaches_the_settings(capsys, monkeypatch):
+    monkeypatch.setenv("FADER_DEVICE", "abacus")
+    assert main(["serve"]) == 2
+    assert "FADER_DEVICE" in capsys.readouterr().err
+
+
+def test_every_setting_is_in_the_help():
+    paths = os.pathsep.join(path for path in sys.path if path)
+    told = subprocess.run(
+        [sys.executable, "-m", "fader_server", "serve", "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "200"},
+        check=True,
+    ).stdout
+    for setting in config.settings():
+        spelled = setting.metavar if setting.positional else setting.flag
+        assert spelled in told
+
+
+def test_a_busy_port_is_told_before_anything_is_loaded(capsys):
+    from fader_server.config import ServeConfig
+    from fader_server.errors import ConfigInvalid
+    from fader_server.serving import bind
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ConfigInvalid, match="--port"):
+            bind(ServeConfig(port=taken.getsockname()[1]))
+    with pytest.raises(ConfigInvalid, match="no-such-host"):
+        bind(ServeConfig(host="no-such-host.invalid", insecure=True))

@@ -1,0 +1,127 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from fader_server.config import ServeConfig, load, settings
+from fader_server.errors import ConfigInvalid
+from fader_server.settings import AdapterSource
+
+EXAMPLES = {
+    "adapter": ("a=b", AdapterSource("a", "b")),
+    "adapter_dir": ("/x", Path("/x")),
+    "state_dir": ("/x", Path("/x")),
+    "device": ("cpu", "cpu"),
+    "dtype": ("float32", "float32"),
+    "log_level": ("error", "error"),
+    "host": ("::1", "::1"),
+}
+
+
+def example(setting) -> tuple[str, object]:
+    if setting.name in EXAMPLES:
+        return EXAMPLES[setting.name]
+    if setting.switch:
+        return "true", True
+    if setting.metavar == "SIZE":
+        return "3MiB", 3 << 20
+    return ("some-text", "some-text") if setting.metavar in ("MODEL", "NAME", "KEY") else ("7", 7)
+
+
+@pytest.mark.parametrize("setting", list(settings()), ids=lambda setting: setting.name)
+def test_each_setting_reads_the_same_from_flag_variable_and_file(setting, tmp_path):
+    text, value = example(setting)
+    expected = (value,) if setting.many else value
+    file = tmp_path / "fader.toml"
+    file.write_text(f'{setting.name.replace("_", "-")} = "{text}"')
+    assert expected != getattr(ServeConfig(), setting.name)
+    for flags, env in (
+        ({setting.name: [text] if setting.many else text}, {}),
+        ({}, {setting.variable: text}),
+        ({"config": str(file)}, {}),
+        ({}, {"FADER_CONFIG": str(file)}),
+    ):
+        assert getattr(load(flags, env), setting.name) == expected
+
+
+def test_flag_beats_variable_beats_file_beats_default(tmp_path):
+    file = tmp_path / "fader.toml"
+    file.write_text("port = 1\nmax-n = 2\nthreads = 3\nkv-cache = 4096\nstall_timeout = 1.5\n")
+    config = load(
+        {"config": str(file), "port": "5"}, {"FADER_PORT": "6", "FADER_MAX_N": "7", "HOME": "/"}
+    )
+    assert (config.port, config.max_n, config.threads) == (5, 7, 3)
+    assert (config.kv_cache, config.stall_timeout, config.host) == (4096, 1.5, "127.0.0.1")
+
+
+def test_repeatable_settings_take_lists(tmp_path):
+    file = tmp_path / "fader.toml"
+    file.write_text('adapter = ["a=x", "b=y=z"]\n')
+    config = load({"config": str(file)}, {"FADER_API_KEY": "one,two"})
+    assert config.adapter == (AdapterSource("a", "x"), AdapterSource("b", "y=z"))
+    assert config.api_key == ("one", "two")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("512MiB", 512 << 20), ("2GiB", 2 << 30), ("1.5G", 3 << 29), ("1GB", 10**9), ("7", 7),
+        ("1 kib", 1024),
+    ],
+)  # fmt: skip
+def test_sizes(text, size):
+    assert load({"arena": text}, {}).arena == size
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"port": "65536"}, "--port"),
+        ({"port": "http"}, "--port"),
+        ({"port": "1" * 5000}, "--port"),
+        ({"arena": "0"}, "--arena"),
+        ({"arena": "-1GiB"}, "--arena"),
+        ({"arena": "1XiB"}, "--arena"),
+        ({"device": "tpu"}, "--device"),
+        ({"adapter": ["a"]}, "--adapter"),
+        ({"adapter": ["../a=b"]}, "--adapter"),
+        ({"adapter": ["a=b", "a=c"]}, "--adapter"),
+        ({"threads": "0"}, "--threads"),
+        ({"stall_timeout": "nan"}, "--stall-timeout"),
+        ({"api_key": ["a b"]}, "--api-key"),
+        ({"api_key": [""]}, "--api-key"),
+        ({"model": " "}, "MODEL"),
+        ({"served_model_name": "a b"}, "--served-model-name"),
+        ({"config": "/nowhere.toml"}, "--config"),
+    ],
+)
+def test_wrong_values_are_named_in_one_line(flags, named):
+    with pytest.raises(ConfigInvalid) as refused:
+        load(flags, {})
+    assert named in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_secret_is_never_repeated():
+    with pytest.raises(ConfigInvalid) as refused:
+        load({"admin_key": "sec ret"}, {})
+    assert "sec" not in str(refused.value)
+    assert "hunter2" not in repr(load({"admin_key": "hunter2", "api_key": ["hunter2"]}, {}))
+
+
+def test_misspelt_names_are_refused_with_a_hint(tmp_path):
+    file = tmp_path / "fader.toml"
+    file.write_text("prot = 1\n")
+    with pytest.raises(ConfigInvalid, match="did you mean port"):
+        load({"config": str(file)}, {})
+    with pytest.raises(ConfigInvalid, match="FADER_API_KEY"):
+        load({}, {"FADER_API_KEYS": "x"})
+    load({}, {"FADER_SOMETHING_ELSE": "x"})
+    file.write_text("port = [")
+    with pytest.raises(ConfigInvalid, match="not TOML"):
+        load({"config": str(file)}, {})
+
+
+def test_settings_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ServeConfig().port = 1  # pyright: ignore[reportAttributeAccessIssue]
