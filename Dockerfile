@@ -20,10 +20,9 @@ COPY . .
 RUN /opt/fader/bin/pip install --no-cache-dir -c constraints.txt .
 
 FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04
-# Triton compiles its launchers with gcc against Python's headers when a kernel is first used.
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-        ca-certificates gcc libc6-dev libgomp1 python3.12 python3.12-dev \
+        ca-certificates libgomp1 python3.12 \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 --shell /usr/sbin/nologin fader \
     && install -d -o fader -g fader /models /home/fader/.cache/huggingface

@@ -66,6 +66,15 @@ class Answer:
 
 
 _ENGINE_TEXT = "The engine failed this request; other requests go on."
+_NO_SOURCE = Answer(
+    404,
+    INVALID,
+    "adapter_forbidden_source",
+    "There is no adapter at this source that the server may read; name a folder that holds "
+    "adapter_config.json and adapter_model.safetensors, relative to an --adapter-dir.",
+    param="source",
+)
+"""One answer for what is not there and what is out of bounds: paths cannot be probed with it."""
 _TABLE: tuple[tuple[type[Exception], Answer], ...] = (  # the first match wins: subclasses first
     (server.ContextTooLong, Answer(400, INVALID, "context_length_exceeded")),
     (server.RequestInvalid, Answer(400, INVALID, None)),
@@ -99,8 +108,8 @@ _TABLE: tuple[tuple[type[Exception], Answer], ...] = (  # the first match wins: 
     (adapters.AdapterExists, Answer(409, INVALID, "adapter_exists", retry=False)),
     (adapters.VersionConflict, Answer(409, INVALID, "adapter_version_conflict", retry=False)),
     (adapters.BlendInvalid, Answer(400, INVALID, "blend_invalid", param="adapters")),
-    (adapters.SourceForbidden, Answer(403, INVALID, "adapter_forbidden_source", param="source")),
-    (adapters.SourceNotFound, Answer(404, INVALID, "adapter_source_not_found", param="source")),
+    (adapters.SourceForbidden, _NO_SOURCE),
+    (adapters.SourceNotFound, _NO_SOURCE),
 )
 _UNKNOWN = Answer(
     500, FAULT, "internal_error", "The server failed to answer this request.", retry=False

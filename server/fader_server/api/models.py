@@ -46,6 +46,7 @@ def _base_card(context: Context) -> dict[str, Any]:
         "root": context.base.name,
         "parent": None,
         "max_model_len": context.base.max_model_len,
+        "vocab_size": context.tokenizer.vocab_size,
         "permission": [],
     }
 

@@ -9,7 +9,7 @@ from fader_server.api.edge import JsonFormatter
 
 REPORT = {
     "object", "name", "version", "base", "rank", "scales", "modules", "targets", "bytes",
-    "delta_norm", "tier", "leases", "pinned", "retired", "created", "source",
+    "delta_norm", "relative_norm", "tier", "leases", "pinned", "retired", "created", "source",
 }  # fmt: skip
 
 
@@ -55,8 +55,8 @@ async def test_put_creates_then_swaps_by_version(client, world: World):
 @pytest.mark.parametrize(
     ("source", "status", "code"),
     [
-        ("missing", 404, "adapter_source_not_found"),
-        ("secret", 403, "adapter_forbidden_source"),
+        ("missing", 404, "adapter_forbidden_source"),
+        ("secret", 404, "adapter_forbidden_source"),
         ("broken", 400, "adapter_invalid"),
     ],
 )
