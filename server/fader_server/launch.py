@@ -2,10 +2,13 @@
 
 import asyncio
 import logging
+import socket
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+
+from fastapi import FastAPI
 
 from fader_server import app
 from fader_server.api.context import BaseModel
@@ -14,6 +17,7 @@ from fader_server.api.ports import Adapters, Engine, Tokenizer
 from fader_server.config import ServeConfig
 from fader_server.metrics import Metrics
 from fader_server.serving import bind, serve
+from fader_server.state import RememberedAdapters, StateFile
 
 _log = logging.getLogger("fader")
 
@@ -38,8 +42,14 @@ Raises ConfigInvalid, ModelUnsupported or AdapterError for what the user can men
 def run(config: ServeConfig, open_world: OpenWorld, *, version: str) -> None:
     """Serve until a signal ends it. The port is taken first, so that a busy one fails at once."""
     log_to_stderr(config.log_level)
+    file = StateFile(config.state_dir) if config.state_dir is not None else None
+    entries = file.read() if file is not None else {}
     metrics = Metrics()
-    with bind(config) as sock, open_world(config, metrics) as world:
+    with bind(config) as sock, open_world(config, metrics) as world, ExitStack() as stack:
+        if file is not None:
+            remembered = RememberedAdapters(world.adapters, file, entries)
+            stack.callback(remembered.close)
+            world = replace(world, adapters=remembered)
         application = app.build(
             config,
             world.base,
@@ -49,10 +59,16 @@ def run(config: ServeConfig, open_world: OpenWorld, *, version: str) -> None:
             metrics=metrics,
             version=version,
         )
-        fields = {"host": config.host, "port": sock.getsockname()[1], "model": world.base.name}
-        _log.info("serving", extra={"fields": fields})
-        asyncio.run(serve(application, sock))
+        asyncio.run(_serve(application, world, sock))
     _log.info("ended")
+
+
+async def _serve(application: FastAPI, world: World, sock: socket.socket) -> None:
+    if isinstance(world.adapters, RememberedAdapters):
+        await world.adapters.restore()
+    host, port = sock.getsockname()[:2]
+    _log.info("serving", extra={"fields": {"host": host, "port": port, "model": world.base.name}})
+    await serve(application, sock)
 
 
 def log_to_stderr(level: str) -> None:

@@ -118,12 +118,14 @@ async def test_bad_fields_are_named(client, world: World, field, value):
 
 CHAT_BAD = [
     *[("messages", v) for v in (None, [], {}, [1], [{}], [{"role": "user"}],
-      [{"role": "root", "content": "x"}], [{"role": "user", "content": 1}], [{"role": "user", "content": []}],
+      [{"role": "root", "content": "x"}], [{"role": "user", "content": 1}],
+      [{"role": "user", "content": []}],
       [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
       [{"role": "user", "content": "\ud800"}], [{"role": 1, "content": "x"}])],
     ("top_logprobs", 1), ("logprobs", 1), ("top_logprobs", 21), ("tools", [{"type": "function"}]),
     ("tool_choice", "required"), ("response_format", {"type": "json_object"}),
-    ("chat_template", "x"), ("chat_template_kwargs", {"a": 1}), ("max_completion_tokens", 0), ("functions", [{}]),
+    ("chat_template", "x"), ("chat_template_kwargs", {"a": 1}), ("max_completion_tokens", 0),
+    ("functions", [{}]),
 ]  # fmt: skip
 
 
