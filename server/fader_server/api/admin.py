@@ -116,6 +116,7 @@ def report(info: AdapterInfo, request: Request) -> dict[str, Any]:
         "targets": list(info.targets),
         "bytes": info.bytes,
         "delta_norm": info.delta_norm,
+        "relative_norm": info.relative_norm,
         "tier": info.tier,
         "leases": info.leases,
         "pinned": info.pinned,

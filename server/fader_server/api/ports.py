@@ -185,6 +185,8 @@ class AdapterInfo:
     """Earlier versions that requests still hold."""
     delta_norm: float = 0.0
     """Frobenius norm of all deltas together."""
+    relative_norm: float = 0.0
+    """Largest ‖ΔW‖/‖W‖ of its modules."""
     source: str = ""
     created: int = 0
     """Unix seconds of the load."""

@@ -9,7 +9,7 @@ from fader_server.api.edge import JsonFormatter
 
 REPORT = {
     "object", "name", "version", "base", "rank", "scales", "modules", "targets", "bytes",
-    "delta_norm", "tier", "leases", "pinned", "retired", "created", "source",
+    "delta_norm", "relative_norm", "tier", "leases", "pinned", "retired", "created", "source",
 }  # fmt: skip
 
 
