@@ -26,10 +26,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fader_adapters.errors import BaseUnsupported
 from fader_adapters.kernels.backend import Backend
+from fader_adapters.kernels.cpu import NativeBackend
 from fader_adapters.kernels.nf4 import check_width
 from fader_adapters.layers import Installed, install
 from fader_server.errors import ConfigInvalid, ModelUnsupported
 from fader_server.model import attention
+from fader_server.model.head import NativeHead
 from fader_server.model.kv_cache import LayerShape
 
 log = logging.getLogger(__name__)
@@ -75,6 +77,9 @@ def load_base(
         installed = install(model, backend, name=source)
     except BaseUnsupported as error:
         raise ModelUnsupported(f"{source}: {error}") from error
+    head = model.get_output_embeddings()
+    if isinstance(backend, NativeBackend) and isinstance(head, nn.Linear):
+        model.set_output_embeddings(NativeHead(head))
     text = config.get_text_config(decoder=True)
     return LoadedBase(
         model=model,
