@@ -87,9 +87,14 @@ def limits(repeats: int) -> dict[str, float]:
     lib, threads = library(), torch.get_num_threads()
     data = torch.ones(STREAMED, dtype=torch.uint8)
     flops = lib.fader_probe_dot(20_000, threads)
-    read = interleave("", {"r": lambda: lib.fader_probe_read(data.data_ptr(), STREAMED, threads)}, repeats)
+    read = interleave(
+        "", {"r": lambda: lib.fader_probe_read(data.data_ptr(), STREAMED, threads)}, repeats
+    )
     dot = interleave("", {"d": lambda: lib.fader_probe_dot(20_000, threads)}, repeats)
-    return {"read_gb_s": STREAMED / read[0].best_ms / 1e6, "dot_gflop_s": flops / dot[0].best_ms / 1e6}
+    return {
+        "read_gb_s": STREAMED / read[0].best_ms / 1e6,
+        "dot_gflop_s": flops / dot[0].best_ms / 1e6,
+    }
 
 
 def panels(n: int, k: int) -> tuple[native.Nf4Panels, native.Quantised]:
@@ -138,7 +143,9 @@ def plan(blends: list[list[tuple[int, float]]]) -> native.StepPlan:
     return native.StepPlan.of(blends, list(range(len(blends))), slots=8)
 
 
-def bitsandbytes_calls(q: native.Quantised, n: int, k: int, copies: int) -> Callable[[Tensor], Call] | None:
+def bitsandbytes_calls(
+    q: native.Quantised, n: int, k: int, copies: int
+) -> Callable[[Tensor], Call] | None:
     """bitsandbytes' packed CPU path on its own Linear4bit, None where this machine lacks it."""
     import bitsandbytes as bnb
 
@@ -147,8 +154,14 @@ def bitsandbytes_calls(q: native.Quantised, n: int, k: int, copies: int) -> Call
     layers = []
     for _ in range(copies):
         layer = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-        weight = native.dequantise_nf4(q.packed, q.absmax, (n, k)) if q.absmax is not None else torch.randn(n, k)
-        layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=False)
+        weight = (
+            native.dequantise_nf4(q.packed, q.absmax, (n, k))
+            if q.absmax is not None
+            else torch.randn(n, k)
+        )
+        layer.weight = bnb.nn.Params4bit(
+            weight, requires_grad=False, quant_type="nf4", compress_statistics=False
+        )
         layers.append(layer.to("cpu").eval())
 
     def bind(x: Tensor) -> Call:
@@ -225,7 +238,9 @@ def other_timings(repeats: int) -> Iterator[Timing]:
             "block_tables": torch.randperm(rows * columns).int().reshape(rows, columns),
         }
         methods = {"native": lambda layer=layer, q=q, where=where: layer(q, **where)}
-        yield from interleave(f"attention 32/4x64 rows={rows} queries={queries} context={context}", methods, repeats)
+        yield from interleave(
+            f"attention 32/4x64 rows={rows} queries={queries} context={context}", methods, repeats
+        )
     import bitsandbytes.functional as bnb
 
     weight = torch.randn(2048, 2048).bfloat16()

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from bench.demo.conditions import Condition, Result, conditions, measure
-from bench.demo.world import Item
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bench.demo.conditions import Condition, Result, conditions, measure
+from bench.demo.world import Item
 from fader_server.demo import SERVED_NAME
 
 MAX_TOKENS = 64

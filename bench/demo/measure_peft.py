@@ -7,11 +7,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from bench.demo.conditions import Condition, conditions, measure
-from bench.demo.quantise import load_dequantised
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoTokenizer
+
+from bench.demo.conditions import Condition, conditions, measure
+from bench.demo.quantise import load_dequantised
 
 
 class PeftAnswers:

@@ -12,9 +12,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from bench.demo.encoding import PAD, batches, encode_chat, token_id
-from bench.demo.sampling import Sampler
-from bench.demo.train_base import ROWS, SEED, answer_loss
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from safetensors.torch import load_file, save_file
@@ -26,6 +23,10 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
+
+from bench.demo.encoding import PAD, batches, encode_chat, token_id
+from bench.demo.sampling import Sampler
+from bench.demo.train_base import ROWS, SEED, answer_loss
 
 
 def nf4_config() -> BitsAndBytesConfig:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 from bench.demo.encoding import (
     BOS,
     EOS,
@@ -26,7 +28,6 @@ from bench.demo.encoding import (
     train_tokenizer,
 )
 from bench.demo.sampling import Sampler
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SEED = 20
 ROWS = 48

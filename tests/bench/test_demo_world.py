@@ -24,7 +24,6 @@ from bench.demo.world import (  # noqa: E402
     staff_split,
     world_split,
 )
-
 from fader_server import demo  # noqa: E402
 
 HELD_OUT = world_split()[1]

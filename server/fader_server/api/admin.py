@@ -9,12 +9,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from fader_adapters.errors import AdapterError
+from fader_adapters.spec import ADAPTER_NAME
 from fader_server.api.blends import AdapterRef
 from fader_server.api.context import body_of, context_of, log_of, principal_of
 from fader_server.api.fields import Fields
 from fader_server.api.ports import AdapterInfo, Loaded, LoadOrder
 from fader_server.errors import RequestInvalid
-from fader_server.settings import ADAPTER_NAME
 
 user_router = APIRouter()
 admin_router = APIRouter()

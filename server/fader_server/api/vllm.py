@@ -14,6 +14,7 @@ from fader_adapters.errors import (
     SourceForbidden,
     SourceNotFound,
 )
+from fader_adapters.spec import ADAPTER_NAME
 from fader_server.api.admin import load
 from fader_server.api.choosing import is_token_ids
 from fader_server.api.context import Context, body_of, context_of
@@ -23,7 +24,6 @@ from fader_server.api.messages import plain, read_messages
 from fader_server.api.ports import LoadOrder
 from fader_server.api.resolve import resolve
 from fader_server.errors import ModelNotFound, RequestInvalid
-from fader_server.settings import ADAPTER_NAME
 
 user_router = APIRouter()
 admin_router = APIRouter()

@@ -28,4 +28,4 @@ class NativeHead(nn.Module):
         for start in range(0, rows.shape[0], ROWS):
             part = slice(start, start + ROWS)
             dense(rows[part], self.weight.data, bias=self._offset, out=logits[part])
-        return logits.view(*x.shape[:-1], -1)
+        return logits.view(*x.shape[:-1], logits.shape[1])

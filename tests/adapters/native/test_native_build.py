@@ -17,7 +17,9 @@ TESTS = Path(__file__).resolve().parent
 
 def clone(to: Path) -> Path:
     """A copy of the package without its library; returns the folder of the native kernels."""
-    shutil.copytree(PACKAGE, to / PACKAGE.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(
+        PACKAGE, to / PACKAGE.name, ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
     return to / PACKAGE.name / "kernels" / "native"
 
 
@@ -31,7 +33,9 @@ def python(code: str, root: Path, **env: str) -> subprocess.CompletedProcess[str
     )
 
 
-def test_without_a_compiler_the_build_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_compiler_the_build_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(build.shutil, "which", lambda _: None)
     with pytest.raises(build.BuildError, match="no C\\+\\+ compiler found"):
         build.build(tmp_path)
@@ -60,11 +64,15 @@ def test_the_environment_chooses_the_instruction_set(built: None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(platform.system() != "Linux" or not shutil.which("g++"), reason="needs g++ on Linux")
+@pytest.mark.skipif(
+    platform.system() != "Linux" or not shutil.which("g++"), reason="needs g++ on Linux"
+)
 def test_kernels_are_clean_under_address_and_undefined_sanitizers(tmp_path: Path) -> None:
     build.build(clone(tmp_path), sanitise=True)
     runtime = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
     ]
     env = {
