@@ -5,10 +5,10 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text_worlds import CONTROLS, TEMPLATES, hf
 
 from fader_server.errors import ContextTooLong, ModelUnsupported, RequestInvalid
 from fader_server.text.tokenizer import Tokenizer
+from tests.server.text_worlds import CONTROLS, TEMPLATES, hf
 
 FAMILIES = ["byte_level", "llama", "gemma", "metaspace", "unigram"]
 STYLES = ["chatml", "llama3", "gemma", "phi"]

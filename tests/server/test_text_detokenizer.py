@@ -3,13 +3,13 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text_worlds import BUILDERS, CORPUS, backend
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from fader_server.errors import ModelUnsupported
 from fader_server.text.detokenizer import Detokenizer
 from fader_server.text.pieces import Pieces
+from tests.server.text_worlds import BUILDERS, CORPUS, backend
 
 FAMILIES = sorted(BUILDERS)
 PIECES = {family: Pieces(backend(family)) for family in FAMILIES}

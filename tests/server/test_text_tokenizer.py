@@ -5,11 +5,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from text_worlds import CORPUS, TEMPLATES, hf
 from tokenizers.processors import TemplateProcessing
 
 from fader_server.errors import ContextTooLong, ModelUnsupported, RequestInvalid
 from fader_server.text.tokenizer import Tokenizer
+from tests.server.text_worlds import CORPUS, TEMPLATES, hf
 
 
 def make(family="byte_level", template=None, *, max_model_len=4096, **more):

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from native_sites import Blend, Case, make, plan_of, reference
 
 from fader_adapters.kernels import native
+from tests.adapters.native.native_sites import Blend, Case, make, plan_of, reference
 
 F32, BF16 = torch.float32, torch.bfloat16
 RANKS = [1, 8, 16, 64, 3, 16, 24, 8]

@@ -7,9 +7,9 @@ from typing import Any
 
 import httpx
 import pytest
-from api_fakes import World, build_world
 
 from fader_server.serving import Server, bind
+from tests.server.api.api_fakes import World, build_world
 
 
 @pytest.fixture

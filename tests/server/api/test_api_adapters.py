@@ -1,11 +1,11 @@
 import json
 
 import pytest
-from api_fakes import World, build_world, digest
-from conftest import asgi, listening
 from openai.types import Model
 
 from fader_server.api.edge import JsonFormatter
+from tests.server.api.api_fakes import World, build_world, digest
+from tests.server.api.conftest import asgi, listening
 
 REPORT = {
     "object", "name", "version", "base", "rank", "scales", "modules", "targets", "bytes",
@@ -184,7 +184,7 @@ async def test_unknown_routes_and_methods_have_the_envelope(client):
 
 
 async def test_health_tells_a_stuck_engine_from_a_busy_one(client, world: World):
-    from api_fakes import FakeStats
+    from tests.server.api.api_fakes import FakeStats
 
     assert (await client.get("/health")).status_code == 200
     world.engine.told = FakeStats(stuck_reason="no step was completed for 200 s")

@@ -2,12 +2,12 @@ import json
 
 import httpx
 import pytest
-from api_fakes import World
-from conftest import asgi
 from fastapi.routing import APIRoute
 
 from fader_server.config import ServeConfig
 from fader_server.errors import ConfigInvalid
+from tests.server.api.api_fakes import World
+from tests.server.api.conftest import asgi
 
 OPEN = {"/health", "/ready", "/metrics"}
 ADMIN = {

@@ -4,8 +4,9 @@ import json
 import time
 
 import pytest
-from api_fakes import World, build_world
-from conftest import asgi, listening
+
+from tests.server.api.api_fakes import World, build_world
+from tests.server.api.conftest import asgi, listening
 
 GOOD = {
     "/v1/completions": {"model": "base", "prompt": "x"},
@@ -302,7 +303,7 @@ def test_two_worlds_share_nothing():
 
 
 async def test_every_5xx_text_is_fixed(worlds):
-    from api_fakes import say
+    from tests.server.api.api_fakes import say
 
     world = worlds(script=say(fail_after=0, error=RuntimeError("/secret/path 0xdeadbeef")))
     async with asgi(world) as client:

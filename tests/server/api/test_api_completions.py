@@ -1,8 +1,9 @@
 import httpx
 import pytest
-from api_fakes import EOS, TEXT, World, digest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
+
+from tests.server.api.api_fakes import EOS, TEXT, World, digest
 
 PROMPT = "Hallo"
 
@@ -269,7 +270,7 @@ async def test_submission_is_all_or_nothing(client, world: World):
 
 
 async def test_prefix_cache_is_divided_by_tenant_and_salt(worlds):
-    from conftest import asgi
+    from tests.server.api.conftest import asgi
 
     world = worlds(api_key=("one", "two"))
     for key, salt in (("one", None), ("two", None), ("one", "s"), ("one", None)):

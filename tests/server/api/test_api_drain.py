@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import httpx
-from api_fakes import TEXT, endless
 
 from fader_server.serving import bind, serve
+from tests.server.api.api_fakes import TEXT, endless
 
 BODY = {"model": "tone", "prompt": "x", "max_tokens": 99, "stream": True}
 
@@ -67,7 +67,7 @@ async def test_what_outlives_the_drain_ends_with_an_error_event(worlds):
 
 SCRIPT = """
 import asyncio, sys
-from api_fakes import build_world
+from tests.server.api.api_fakes import build_world
 from fader_server.serving import bind, serve
 world = build_world(drain_grace=0.0, port=0)
 with bind(world.app.state.context.config) as sock:

@@ -7,11 +7,11 @@ import sys
 import time
 
 import pytest
-from api_fakes import FakeAdapters, digest
 
 from fader_server.api.ports import LoadOrder
 from fader_server.errors import ConfigInvalid
 from fader_server.state import RememberedAdapters, StateFile, Wanted
+from tests.server.api.api_fakes import FakeAdapters, digest
 
 ONE = Wanted("one", None, digest("one"), True)
 

@@ -6,12 +6,12 @@ import threading
 import httpx
 import openai
 import pytest
-from api_fakes import TEXT, World, endless, say
-from conftest import asgi, listening
 from openai.types import Completion
 from openai.types.chat import ChatCompletionChunk
 
 from fader_server.errors import EngineFault, NumericFault, Overloaded
+from tests.server.api.api_fakes import TEXT, World, endless, say
+from tests.server.api.conftest import asgi, listening
 
 BODY = {"model": "base", "prompt": "Hallo", "max_tokens": 99, "stream": True}
 CHAT = {

@@ -4,12 +4,12 @@ import subprocess
 import sys
 
 import pytest
-from bench_fake import FakeServer, over_http
 from typer.testing import CliRunner
 
 from fader_server.bench.cli import bench_app
 from fader_server.bench.command import add_parser
 from fader_server.bench.machine import safe_command
+from tests.server.bench.bench_fake import FakeServer, over_http
 
 SMALL = ["--requests", "8", "--prompt-tokens", "4", "--output-tokens", "3", "--warmup", "2"]
 

@@ -2,9 +2,9 @@ import asyncio
 
 import httpx
 import pytest
-from bench_fake import FakeServer, FakeTransport
 
 from fader_server.bench.client import Ask, BenchClient, Sample
+from tests.server.bench.bench_fake import FakeServer, FakeTransport
 
 ASK = Ask("a0", (1, 2, 3), 5)
 

@@ -1,7 +1,6 @@
 from dataclasses import replace
 
 import pytest
-from bench_fake import FakeServer, FakeTransport
 
 from fader_server.bench.client import BenchClient, Sample
 from fader_server.bench.discover import discover
@@ -9,6 +8,7 @@ from fader_server.bench.figures import across, measure, ratios
 from fader_server.bench.popularity import parse_popularity
 from fader_server.bench.serve import Options, Result, run
 from fader_server.errors import ConfigInvalid
+from tests.server.bench.bench_fake import FakeServer, FakeTransport
 
 
 def options(kinds: str = "distinct", **changes) -> Options:

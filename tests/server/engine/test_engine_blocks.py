@@ -1,7 +1,6 @@
 import math
 
 import pytest
-from engine_world import blend_of, request
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -11,6 +10,7 @@ from fader_server.core import Sequence
 from fader_server.engine import blocks as blocks_module
 from fader_server.engine.blocks import BlockManager, chain_seed
 from fader_server.errors import ConfigInvalid
+from tests.server.engine.engine_world import blend_of, request
 
 PROMPT = tuple(range(13))  # three full blocks of four, and a partial one
 

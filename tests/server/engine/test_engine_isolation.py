@@ -2,12 +2,19 @@ import gc
 import weakref
 
 import pytest
-from engine_world import OutOfMemoryError, World, blend_of, expected, request, version
 
 from fader_adapters.errors import AdapterTooLarge
 from fader_server.core import Plan
 from fader_server.engine.isolation import is_out_of_memory, run_isolated
 from fader_server.errors import EngineFault
+from tests.server.engine.engine_world import (
+    OutOfMemoryError,
+    World,
+    blend_of,
+    expected,
+    request,
+    version,
+)
 
 
 def crowd(world: World, count: int = 6) -> None:

@@ -3,7 +3,6 @@ import threading
 from concurrent.futures import Future
 
 import pytest
-from engine_world import Device, FakePool, Seen, blend_of, expected, request, version
 
 from fader_server.core import Plan, Request, RowResult, TokenEvent
 from fader_server.engine.blocks import BlockManager
@@ -11,6 +10,15 @@ from fader_server.engine.limits import Limits
 from fader_server.engine.loop import Engine
 from fader_server.engine.scheduler import Scheduler
 from fader_server.errors import ContextTooLong, EngineFault, Overloaded, RequestInvalid
+from tests.server.engine.engine_world import (
+    Device,
+    FakePool,
+    Seen,
+    blend_of,
+    expected,
+    request,
+    version,
+)
 
 WAIT = 30.0
 """Seconds until a test that hangs fails."""

@@ -1,5 +1,4 @@
 import pytest
-from engine_world import World, blend_of, request, version
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -14,6 +13,7 @@ from hypothesis.stateful import (
 from fader_adapters.spec import Digest
 from fader_server.engine import blocks as blocks_module
 from fader_server.engine.blocks import chain_seed
+from tests.server.engine.engine_world import World, blend_of, request, version
 
 NAMES = ("a", "b", "c")
 SIZES = {version("a"): 1, version("b"): 1, version("c"): 2}

@@ -1,7 +1,6 @@
 import dataclasses
 
 import pytest
-from engine_world import World, blend_of, expected, request, version
 
 from fader_adapters.errors import AdapterTooLarge
 from fader_server.core import Plan, RowResult
@@ -13,6 +12,7 @@ from fader_server.errors import (
     NumericFault,
     RequestInvalid,
 )
+from tests.server.engine.engine_world import World, blend_of, expected, request, version
 
 LONG = tuple(range(30))
 
