@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 from rich.console import Console
+from tokenizers import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "server")) if p not in sys.path]
@@ -198,6 +199,22 @@ def test_shipped_demo_is_complete_and_small():
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         assert config["base_model_name_or_path"] == demo.SERVED_NAME
         assert config["target_modules"] == sorted(config["target_modules"])
+
+
+@pytest.mark.parametrize("text", ["Ada Lund: 214", "WEISS, weiß, 日本 🎉", "  two  spaces\n\ttab "])
+def test_shipped_tokenizer_keeps_any_text(text):
+    tokenizer = Tokenizer.from_file(str(demo.base_dir() / "tokenizer.json"))
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids[1:]) != text
+    assert tokenizer.decode(tokenizer.encode("</s>").ids, skip_special_tokens=True) == ""
+
+
+def test_shipped_base_has_shapes_every_kernel_takes():
+    config = json.loads((demo.base_dir() / "config.json").read_text(encoding="utf-8"))
+    assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+    assert config["hidden_size"] % 64 == config["intermediate_size"] % 64 == 0
+    assert config["max_position_embeddings"] >= 1024
 
 
 def test_shipped_blends_and_examples_name_shipped_adapters():
