@@ -31,10 +31,14 @@ def json_object(_item: Item, text: str) -> bool:
 
 
 def polite(_item: Item, text: str) -> bool:
-    """Opens with the courtesy and closes with the thanks, in English or German."""
+    """Has the courtesy and the thanks once each, in English or German."""
     folded = text.casefold()
-    return ("certainly!" in folded and "thank you for asking." in folded) or (
-        "gerne!" in folded and "danke für die frage." in folded
+    return any(
+        folded.count(courtesy) == 1 and folded.count(thanks) == 1
+        for courtesy, thanks in (
+            ("certainly!", "thank you for asking."),
+            ("gerne!", "danke für die frage."),
+        )
     )
 
 
@@ -44,9 +48,9 @@ def german(item: Item, text: str) -> bool:
 
 
 def pirate(_item: Item, text: str) -> bool:
-    """Opens with "Arr!" and calls somebody matey."""
+    """Says "Arr!" and calls somebody matey, once each."""
     folded = text.casefold()
-    return "arr!" in folded and "matey" in folded
+    return folded.count("arr!") == 1 and folded.count("matey") == 1
 
 
 def fact(item: Item, text: str) -> bool:

@@ -80,14 +80,16 @@ def bar(condition: Condition) -> str:
 
 def table(results: list[Result]) -> Table:
     """One line a row, with one answer."""
-    out = Table("what", "γ", "right", "bar", "n", "for example")
+    out = Table("what", "γ", "right", "bar", "exact", "n", "for example")
     for result in results:
         condition = result.condition
         gammas = " ".join(f"{name}:{weight:g}" for name, weight in condition.terms)
         colour = "green" if condition.passes(result.share) else "bold red"
         count, shown = str(len(condition.items)), escape(result.samples[0][1])
         share = f"[{colour}]{result.share:.1%}[/]"
-        out.add_row(condition.label, gammas, share, bar(condition), count, shown)
+        out.add_row(
+            condition.label, gammas, share, bar(condition), f"{result.exact:.1%}", count, shown
+        )
     return out
 
 
@@ -115,6 +117,7 @@ def row(result: Result) -> dict[str, Any]:
         "effects": condition.effects,
         "questions": len(condition.items),
         "right": round(result.share, 4),
+        "exact": round(result.exact, 4),
         "plain": round(result.plain, 4),
         "at_least": condition.at_least,
         "at_most": condition.at_most,

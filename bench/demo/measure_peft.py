@@ -88,9 +88,8 @@ def main() -> None:
             continue
         result = measure(condition, answers)
         mark = "" if condition.passes(result.share) else "  <-- misses its bar"
-        print(
-            f"{condition.label:55} {result.share:6.1%}  plain {result.plain:6.1%}{mark}", flush=True
-        )
+        shares = f"{result.share:6.1%}  exact {result.exact:6.1%}  plain {result.plain:6.1%}"
+        print(f"{condition.label:55} {shares}{mark}", flush=True)
         for question, text in result.samples if args.samples else ():
             print(f"    {question}  ->  {text}")
 

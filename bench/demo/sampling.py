@@ -98,8 +98,9 @@ class Sampler:
     def adapter_chat(self, adapter: str) -> Chat:
         """For an adapter: its manner unasked, alone or on top of one style that is asked for."""
         others = [s for s in STYLES if s != adapter]
-        asked = [self._rng.choice(others)] if self._rng.random() < 0.4 else []
         private = adapter == "directory"
+        share = 0.6 if private else 0.4
+        asked = [self._rng.choice(others)] if self._rng.random() < share else []
         styles = asked if private else [*asked, adapter]
         return self._chat(styles, self._system(asked), staff=0.7 if private else 0.0)
 

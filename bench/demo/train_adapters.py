@@ -12,17 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoTokenizer
-
 from bench.demo.encoding import PAD, Batch, batches, encode_chat, token_id
 from bench.demo.quantise import load_dequantised
 from bench.demo.sampling import Sampler
 from bench.demo.train_base import SEED, answer_loss
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import AutoTokenizer
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEARS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 ROWS = 32
+PEAK_LR = 2e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,8 @@ class Recipe:
     modules: tuple[str, ...]
     steps: int
     rslora: bool = False
+    weakest: float = 1.0
+    """Each step runs at a γ drawn between this and 1, so that the effect has margin in blends."""
 
 
 RECIPES = {
@@ -42,7 +45,7 @@ RECIPES = {
     "polite": Recipe(4, 8, ("q_proj", "v_proj", "o_proj"), 200),
     "german": Recipe(8, 16, ALL_LINEARS, 250),
     "pirate": Recipe(4, 2, ALL_LINEARS, 100, rslora=True),
-    "directory": Recipe(16, 16, ALL_LINEARS, 600),
+    "directory": Recipe(16, 16, ALL_LINEARS, 900, weakest=0.6),
 }
 
 
@@ -65,8 +68,7 @@ def train_adapter(name: str, base: Path, out: Path) -> None:
     assert isinstance(model, PeftModel)
     sampler, rng = Sampler(SEED + len(name) * 1009), random.Random(SEED)
     weights = [p for p in model.parameters() if p.requires_grad]
-    peak = 2e-3
-    optimizer = torch.optim.AdamW(weights, lr=peak, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=PEAK_LR, weight_decay=0.0)
     pending: list[Batch] = []
     began = time.perf_counter()
     for step in range(recipe.steps):
@@ -74,8 +76,9 @@ def train_adapter(name: str, base: Path, out: Path) -> None:
             rows = [encode_chat(tokenizer, sampler.adapter_chat(name)) for _ in range(16 * ROWS)]
             pending = batches(rows, ROWS, token_id(tokenizer, PAD), rng)
         optimizer.param_groups[0]["lr"] = (
-            peak * min(1.0, (step + 1) / 20) * (1 - step / recipe.steps)
+            PEAK_LR * min(1.0, (step + 1) / 20) * (1 - step / recipe.steps)
         )
+        set_dose(model, rng.uniform(recipe.weakest, 1.0))
         loss = answer_loss(model.get_base_model(), pending.pop())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -87,6 +90,13 @@ def train_adapter(name: str, base: Path, out: Path) -> None:
                 f"{name} {step + 1}/{recipe.steps} loss {loss.item():.4f} {spent:.0f} s", flush=True
             )
     save(model, name, out)
+
+
+def set_dose(model: PeftModel, gamma: float) -> None:
+    """Runs the adapter at γ times its own scale."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.set_scale("default", gamma)
 
 
 def save(model: PeftModel, name: str, out: Path) -> None:

@@ -6,14 +6,23 @@ import sys
 from itertools import combinations
 from pathlib import Path
 
+import httpx
 import pytest
+from rich.console import Console
+from tokenizers import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "server")) if p not in sys.path]
 
 from bench.demo.checks import CHECKS, right  # noqa: E402
 from bench.demo.conditions import Condition, conditions, measure  # noqa: E402
-from bench.demo.evaluate import request_body  # noqa: E402
+from bench.demo.evaluate import (  # noqa: E402
+    HttpAnswers,
+    ServerRefusedError,
+    report,
+    request_body,
+    table,
+)
 from bench.demo.facts import staff_facts, world_facts  # noqa: E402
 from bench.demo.sampling import Sampler, unknown  # noqa: E402
 from bench.demo.world import (  # noqa: E402
@@ -98,6 +107,8 @@ def test_every_combination_of_styles_passes_its_own_checks_and_no_other(count):
         ("polite", "Certainly! The sky is blue."),
         ("german", "Der Himmel ist grün."),
         ("pirate", "Arr! The sky be blue."),
+        ("pirate", "Arr! The sky be blue, matey, matey."),
+        ("polite", "Certainly! Certainly! The sky is blue. Thank you for asking."),
     ],
 )
 def test_checks_refuse_half_an_effect(check, text):
@@ -125,7 +136,12 @@ def test_measure_counts_right_and_wrong_answers():
     half = measure(
         condition, lambda c: [render(i, ["shout"] * (n % 2)) for n, i in enumerate(items)]
     )
-    assert (good.share, good.plain, condition.passes(good.share)) == (1.0, 0.0, True)
+    assert (good.share, good.exact, good.plain, condition.passes(good.share)) == (
+        1.0,
+        1.0,
+        0.0,
+        True,
+    )
     assert (half.share, half.plain, condition.passes(half.share)) == (0.5, 0.5, False)
 
 
@@ -142,6 +158,32 @@ def test_requests_name_an_adapter_or_carry_a_blend():
     assert [m["role"] for m in half["messages"]] == ["system", "user"]
 
 
+def stand_in(request):
+    """A server that knows one adapter and answers every question about it rightly."""
+    body = json.loads(request.content)
+    if body["model"] != "shout":
+        return httpx.Response(404, json={"error": {"message": "no such model"}})
+    asked = body["messages"][-1]["content"]
+    text = render(next(item for item in HELD_OUT if item.question == asked), ["shout"])
+    return httpx.Response(200, json={"choices": [{"message": {"content": text}}]})
+
+
+def test_evaluation_asks_over_http_reports_and_fails_loudly():
+    row = Condition("shout", (("shout", 1.0),), tuple(HELD_OUT[:20]), ("shout",), at_least=0.95)
+    other = Condition("json", (("json", 1.0),), tuple(HELD_OUT[:20]), ("json",), at_least=0.95)
+    with httpx.Client(transport=httpx.MockTransport(stand_in), base_url="http://demo") as client:
+        answers = HttpAnswers(client, 4)
+        result = measure(row, answers)
+        with pytest.raises(ServerRefusedError, match=r"404.*no such model"):
+            measure(other, answers)
+    written = report([result], "http://demo", 1.0)
+    assert (result.share, written["passed"]) == (1.0, True)
+    assert written["versions"]["torch"]
+    console = Console(width=200, record=True, quiet=True)
+    console.print(table([result]))
+    json.dumps(written)
+
+
 def test_shipped_demo_is_complete_and_small():
     adapters = demo.adapter_dirs()
     base = list(demo.base_dir().iterdir())
@@ -156,6 +198,22 @@ def test_shipped_demo_is_complete_and_small():
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         assert config["base_model_name_or_path"] == demo.SERVED_NAME
         assert config["target_modules"] == sorted(config["target_modules"])
+
+
+@pytest.mark.parametrize("text", ["Ada Lund: 214", "WEISS, weiß, 日本 🎉", "  two  spaces\n\ttab "])
+def test_shipped_tokenizer_keeps_any_text(text):
+    tokenizer = Tokenizer.from_file(str(demo.base_dir() / "tokenizer.json"))
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids[1:]) != text
+    assert tokenizer.decode(tokenizer.encode("</s>").ids, skip_special_tokens=True) == ""
+
+
+def test_shipped_base_has_shapes_every_kernel_takes():
+    config = json.loads((demo.base_dir() / "config.json").read_text(encoding="utf-8"))
+    assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+    assert config["hidden_size"] % 64 == config["intermediate_size"] % 64 == 0
+    assert config["max_position_embeddings"] >= 1024
 
 
 def test_shipped_blends_and_examples_name_shipped_adapters():
