@@ -1,6 +1,8 @@
-"""Times the native CPU kernels beside torch, bitsandbytes and the machine's own limits, after a parity check.
+"""Times the native CPU kernels beside torch, bitsandbytes and the machine's own limits, after a
+parity check.
 
-`python bench/kernels_cpu.py --json out.json`; `run()` and `table()` serve a command line. Knows kernels, no server."""
+`python bench/kernels_cpu.py --json out.json`; `run()` and `table()` serve a command line. Knows
+kernels, no server."""
 
 import argparse
 import json
@@ -13,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +31,8 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one method on one case: median, fastest, and the middle half's width over the median."""
+    """Milliseconds of one method on one case: median, fastest, and the middle half's width over
+    the median."""
 
     case: str
     method: str
@@ -87,9 +91,14 @@ def limits(repeats: int) -> dict[str, float]:
     lib, threads = library(), torch.get_num_threads()
     data = torch.ones(STREAMED, dtype=torch.uint8)
     flops = lib.fader_probe_dot(20_000, threads)
-    read = interleave("", {"r": lambda: lib.fader_probe_read(data.data_ptr(), STREAMED, threads)}, repeats)
+    read = interleave(
+        "", {"r": lambda: lib.fader_probe_read(data.data_ptr(), STREAMED, threads)}, repeats
+    )
     dot = interleave("", {"d": lambda: lib.fader_probe_dot(20_000, threads)}, repeats)
-    return {"read_gb_s": STREAMED / read[0].best_ms / 1e6, "dot_gflop_s": flops / dot[0].best_ms / 1e6}
+    return {
+        "read_gb_s": STREAMED / read[0].best_ms / 1e6,
+        "dot_gflop_s": flops / dot[0].best_ms / 1e6,
+    }
 
 
 def panels(n: int, k: int) -> tuple[native.Nf4Panels, native.Quantised]:
@@ -115,7 +124,8 @@ def adapters(slots: int, rank: int, n: int, k: int) -> native.SiteTables:
 
 
 def parity() -> dict[str, float]:
-    """Relative errors against float64; raises if one is out of bounds, so that no number is printed for wrong work."""
+    """Relative errors against float64; raises if one is out of bounds, so that no number is
+    printed for wrong work."""
     w, _ = panels(512, 512)
     x = torch.randn(37, 512).bfloat16()
     want = x.double() @ w.dense(torch.float32).double().T
@@ -138,17 +148,26 @@ def plan(blends: list[list[tuple[int, float]]]) -> native.StepPlan:
     return native.StepPlan.of(blends, list(range(len(blends))), slots=8)
 
 
-def bitsandbytes_calls(q: native.Quantised, n: int, k: int, copies: int) -> Callable[[Tensor], Call] | None:
+def bitsandbytes_calls(
+    q: native.Quantised, n: int, k: int, copies: int
+) -> Callable[[Tensor], Call] | None:
     """bitsandbytes' packed CPU path on its own Linear4bit, None where this machine lacks it."""
-    import bitsandbytes as bnb
+    from bitsandbytes.nn import modules
 
     if native.best_isa() != "avx512_bf16" or n % 32:
         return None
+    params: Any = modules.Params4bit  # its keywords pass through __new__
     layers = []
     for _ in range(copies):
-        layer = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-        weight = native.dequantise_nf4(q.packed, q.absmax, (n, k)) if q.absmax is not None else torch.randn(n, k)
-        layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=False)
+        layer = modules.Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+        weight = (
+            native.dequantise_nf4(q.packed, q.absmax, (n, k))
+            if q.absmax is not None
+            else torch.randn(n, k)
+        )
+        layer.weight = params(
+            weight, requires_grad=False, quant_type="nf4", compress_statistics=False
+        )
         layers.append(layer.to("cpu").eval())
 
     def bind(x: Tensor) -> Call:
@@ -178,8 +197,8 @@ def gemm_timings(repeats: int) -> Iterator[Timing]:
         for rows in ROWS:
             x, out = torch.randn(rows, k).bfloat16(), torch.empty(rows, n, dtype=torch.bfloat16)
             methods: dict[str, Call] = {
-                "native": lambda x=x, out=out: next(sites)(x, out=out),
-                "torch bf16": lambda x=x: torch.mm(x, next(wide).T),
+                "native": lambda x=x, out=out, sites=sites: next(sites)(x, out=out),
+                "torch bf16": lambda x=x, wide=wide: torch.mm(x, next(wide).T),
             }
             if peer is not None:
                 methods["bitsandbytes"] = peer(x)
@@ -197,10 +216,14 @@ def delta_timings(repeats: int) -> Iterator[Timing]:
         clones = [native.Nf4Panels(w.panels.clone(), w.scales.clone(), n, k) for _ in range(copies)]
         sites = cycle([native.Site(c, adapters(8, 16, n, k), workspace=workspace) for c in clones])
         x, out = torch.randn(8, k).bfloat16(), torch.empty(8, n, dtype=torch.bfloat16)
-        methods: dict[str, Call] = {"base": lambda x=x, out=out: next(sites)(x, out=out)}
+        methods: dict[str, Call] = {
+            "base": lambda x=x, out=out, sites=sites: next(sites)(x, out=out)
+        }
         for name, blends in (("8 adapters", one), ("8 adapters, 2 terms", two)):
             step = plan(blends)
-            methods[name] = lambda x=x, out=out, step=step: next(sites)(x, step, out=out)
+            methods[name] = lambda x=x, out=out, step=step, sites=sites: next(sites)(
+                x, step, out=out
+            )
         yield from interleave(f"site {n}x{k} r=16 M=8", methods, repeats)
 
 
@@ -225,7 +248,9 @@ def other_timings(repeats: int) -> Iterator[Timing]:
             "block_tables": torch.randperm(rows * columns).int().reshape(rows, columns),
         }
         methods = {"native": lambda layer=layer, q=q, where=where: layer(q, **where)}
-        yield from interleave(f"attention 32/4x64 rows={rows} queries={queries} context={context}", methods, repeats)
+        yield from interleave(
+            f"attention 32/4x64 rows={rows} queries={queries} context={context}", methods, repeats
+        )
     import bitsandbytes.functional as bnb
 
     weight = torch.randn(2048, 2048).bfloat16()
@@ -237,7 +262,8 @@ def other_timings(repeats: int) -> Iterator[Timing]:
 
 
 def run(repeats: int = 30) -> Report:
-    """Parity, limits, then every timing. Raises: RuntimeError without the library or when parity fails."""
+    """Parity, limits, then every timing. Raises: RuntimeError without the library or when parity
+    fails."""
     torch.manual_seed(0)
     errors, bounds = parity(), limits(repeats)
     timings = [*gemm_timings(repeats), *delta_timings(repeats), *other_timings(repeats)]

@@ -19,8 +19,16 @@ class Case:
     base: native.Nf4Panels | None = None
 
 
-def make(ranks: list[int], sizes: list[int], k: int, dtype: torch.dtype, *, skip: set[tuple[int, int]] | None = None) -> Case:
-    """Adapters of `ranks` (one a slot) over members of `sizes`; (slot, member) in `skip` stay untouched."""
+def make(
+    ranks: list[int],
+    sizes: list[int],
+    k: int,
+    dtype: torch.dtype,
+    *,
+    skip: set[tuple[int, int]] | None = None,
+) -> Case:
+    """Adapters of `ranks` (one a slot) over members of `sizes`; (slot, member) in `skip` stay
+    untouched."""
     chunks, dense, at = [torch.full((5,), torch.nan)], [], 5
     shape = (len(ranks), len(sizes))
     a_off, b_off = torch.full(shape, -1), torch.full(shape, -1)
@@ -48,7 +56,9 @@ def make(ranks: list[int], sizes: list[int], k: int, dtype: torch.dtype, *, skip
 
 def plan_of(blends: list[Blend], tokens: list[int], slots: int) -> native.StepPlan:
     """`tokens[row]` consecutive tokens for each row."""
-    return native.StepPlan.of(blends, [r for r, n in enumerate(tokens) for _ in range(n)], slots=slots)
+    return native.StepPlan.of(
+        blends, [r for r, n in enumerate(tokens) for _ in range(n)], slots=slots
+    )
 
 
 def reference(case: Case, x: Tensor, blends: list[Blend], tokens: list[int]) -> Tensor:
@@ -61,6 +71,8 @@ def reference(case: Case, x: Tensor, blends: list[Blend], tokens: list[int]) -> 
                 pair = case.dense[slot][m]
                 if pair is not None and gamma != 0:
                     z = x[at : at + count].double() @ pair[0].double().T
-                    y[at : at + count, lo:hi] += gamma * float(case.tables.scale[slot, m]) * (z @ pair[1].double())
+                    y[at : at + count, lo:hi] += (
+                        gamma * float(case.tables.scale[slot, m]) * (z @ pair[1].double())
+                    )
         at += count
     return y

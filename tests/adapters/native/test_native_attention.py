@@ -1,4 +1,4 @@
-"""Paged attention against float64 softmax, with every token that must not be read turned into NaN."""
+"""Paged attention against float64 softmax; every token that must not be read is NaN."""
 
 import pytest
 import torch
@@ -12,7 +12,8 @@ F32, BF16 = torch.float32, torch.bfloat16
 def world(
     contexts: list[int], *, kv_heads: int, dim: int, block: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    """Caches whose free tokens are NaN, shuffled block tables, and each row's keys and values in order."""
+    """Caches whose free tokens are NaN, shuffled block tables, and each row's keys and values in
+    order."""
     columns = max(-(-c // block) for c in contexts) + 1
     total = len(contexts) * columns
     k = torch.full((total, block, kv_heads, dim), torch.nan, dtype=dtype)
@@ -29,7 +30,9 @@ def world(
     return k, v, tables, rows
 
 
-def expected(q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int, cap: float) -> Tensor:
+def expected(
+    q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int, cap: float
+) -> Tensor:
     n, heads, _ = q.shape
     group = heads // keys.shape[1]
     k, v = (t.double().repeat_interleave(group, dim=1) for t in (keys, values))
@@ -87,12 +90,19 @@ def test_decode_and_prefill_match_float64(level: str, case: tuple, dtype: torch.
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("window", [0, 40])
-def test_a_query_has_the_same_bits_in_any_batch_and_any_chunk(level: str, dtype: torch.dtype, window: int) -> None:
+def test_a_query_has_the_same_bits_in_any_batch_and_any_chunk(
+    level: str, dtype: torch.dtype, window: int
+) -> None:
     contexts = [90, 1, 77, 130]
     k, v, tables, _ = world(contexts, kv_heads=2, dim=64, block=16, dtype=dtype)
     layer = native.PagedAttention(k, v, heads=8, scale=0.125, window=window)
     q = torch.randn(90, 8, 64).to(dtype)
-    whole = layer(q, q_start=starts([90]), context=torch.tensor([90], dtype=torch.int32), block_tables=tables[:1])
+    whole = layer(
+        q,
+        q_start=starts([90]),
+        context=torch.tensor([90], dtype=torch.int32),
+        block_tables=tables[:1],
+    )
     for cut in (1, 31, 64, 89):
         parts = [
             layer(
@@ -122,7 +132,12 @@ def test_long_context_is_the_same_for_any_number_of_threads(level: str, dtype: t
     for threads in (1, 4):
         torch.set_num_threads(threads)
         got.append(
-            layer(q, q_start=starts([1]), context=torch.tensor([2500], dtype=torch.int32), block_tables=tables)
+            layer(
+                q,
+                q_start=starts([1]),
+                context=torch.tensor([2500], dtype=torch.int32),
+                block_tables=tables,
+            )
         )
     torch.set_num_threads(before)
     assert torch.equal(got[0], got[1])
@@ -133,7 +148,11 @@ def test_long_context_is_the_same_for_any_number_of_threads(level: str, dtype: t
 def test_a_later_token_of_the_same_row_cannot_reach_back(level: str) -> None:
     k, v, tables, _ = world([40], kv_heads=1, dim=32, block=16, dtype=F32)
     layer, q = native.PagedAttention(k, v, heads=4, scale=0.2), torch.randn(40, 4, 32)
-    args = {"q_start": starts([40]), "context": torch.tensor([40], dtype=torch.int32), "block_tables": tables}
+    args = {
+        "q_start": starts([40]),
+        "context": torch.tensor([40], dtype=torch.int32),
+        "block_tables": tables,
+    }
     clean = layer(q, **args)
     b, o = int(tables[0, 30 // 16]), 30 % 16
     k[b, o], v[b, o] = torch.nan, torch.inf

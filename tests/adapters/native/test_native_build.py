@@ -12,12 +12,15 @@ import pytest
 from fader_adapters.kernels.native import build
 
 PACKAGE = Path(build.__file__).resolve().parents[2]
+IMPORT = "from fader_adapters.kernels import native as n; "
 TESTS = Path(__file__).resolve().parent
 
 
 def clone(to: Path) -> Path:
     """A copy of the package without its library; returns the folder of the native kernels."""
-    shutil.copytree(PACKAGE, to / PACKAGE.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(
+        PACKAGE, to / PACKAGE.name, ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
     return to / PACKAGE.name / "kernels" / "native"
 
 
@@ -31,7 +34,9 @@ def python(code: str, root: Path, **env: str) -> subprocess.CompletedProcess[str
     )
 
 
-def test_without_a_compiler_the_build_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_compiler_the_build_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(build.shutil, "which", lambda _: None)
     with pytest.raises(build.BuildError, match="no C\\+\\+ compiler found"):
         build.build(tmp_path)
@@ -47,24 +52,28 @@ def test_a_failing_compiler_leaves_the_old_library_alone(tmp_path: Path) -> None
 
 def test_without_the_library_the_binding_imports_and_gives_the_reason(tmp_path: Path) -> None:
     native = clone(tmp_path)
-    code = "from fader_adapters.kernels import native as n; print(n.available(), n.reason())"
+    code = IMPORT + "print(n.available(), n.reason())"
     assert "False libfader_kernels.so was not built" in python(code, tmp_path).stdout
     (native / build.LIBRARY).write_text("not a library")
     assert "False libfader_kernels.so does not load" in python(code, tmp_path).stdout
 
 
 def test_the_environment_chooses_the_instruction_set(built: None) -> None:
-    code = "from fader_adapters.kernels import native as n; print(n.available() and n.isa(), n.reason())"
+    code = IMPORT + "print(n.available() and n.isa(), n.reason())"
     assert python(code, PACKAGE.parent, FADER_CPU_ISA="scalar").stdout.startswith("scalar")
     assert "must be one of" in python(code, PACKAGE.parent, FADER_CPU_ISA="mmx").stdout
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(platform.system() != "Linux" or not shutil.which("g++"), reason="needs g++ on Linux")
+@pytest.mark.skipif(
+    platform.system() != "Linux" or not shutil.which("g++"), reason="needs g++ on Linux"
+)
 def test_kernels_are_clean_under_address_and_undefined_sanitizers(tmp_path: Path) -> None:
     build.build(clone(tmp_path), sanitise=True)
     runtime = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
     ]
     env = {

@@ -1,4 +1,4 @@
-"""NF4 GEMM and the plain few-row GEMM against float64, and their rows' independence of one another."""
+"""NF4 GEMM and the plain few-row GEMM against float64; rows are independent of one another."""
 
 import pytest
 import torch
@@ -22,7 +22,9 @@ def rms(got: Tensor, want: Tensor) -> float:
 @pytest.mark.parametrize("shape", [(96, 128), (100, 192), (1, 64), (33, 320)])
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 63, 133])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_gemm_matches_float64(level: str, shape: tuple[int, int], rows: int, dtype: torch.dtype) -> None:
+def test_gemm_matches_float64(
+    level: str, shape: tuple[int, int], rows: int, dtype: torch.dtype
+) -> None:
     n, k = shape
     w, x, bias = panels(n, k), torch.randn(rows, k).to(dtype), torch.randn(n)
     want = x.double() @ w.dense(F32).double().T + bias.double()
@@ -87,7 +89,9 @@ def test_stacked_weights_equal_the_parts_side_by_side(level: str) -> None:
     for sizes in ((64, 32, 32), (40, 7, 50)):
         dense = [torch.randn(n, 128) for n in sizes]
         parts = [(native.quantise_nf4(w), w.shape[0]) for w in dense]
-        one = native.Nf4Panels.stack([(q.packed, q.absmax, n) for q, n in parts if q.absmax is not None], 128)
+        one = native.Nf4Panels.stack(
+            [(q.packed, q.absmax, n) for q, n in parts if q.absmax is not None], 128
+        )
         x = torch.randn(5, 128)
         apart = [
             native.gemm(x, native.Nf4Panels.from_bnb(q.packed, q.absmax, n, 128))
@@ -104,11 +108,29 @@ def test_resident_size_is_at_most_060_bytes_a_weight(built: None) -> None:
 
 @pytest.mark.parametrize("k", [64, 96, 77, 5])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_dense_matches_float64_and_rows_are_independent(level: str, k: int, dtype: torch.dtype) -> None:
+def test_dense_matches_float64_and_rows_are_independent(
+    level: str, k: int, dtype: torch.dtype
+) -> None:
     w, x, bias = torch.randn(37, k).to(dtype), torch.randn(19, k).to(dtype), torch.randn(37)
     want = x.double() @ w.double().T + bias.double()
     got = native.dense(x, w, bias=bias, out=torch.full((19, 37), torch.nan))
     assert rms(got, want) <= 1e-6
-    alone = torch.cat([native.dense(x[i : i + 1], w, bias=bias, out=torch.empty(1, 37)) for i in range(19)])
+    alone = torch.cat(
+        [native.dense(x[i : i + 1], w, bias=bias, out=torch.empty(1, 37)) for i in range(19)]
+    )
     assert torch.equal(got, alone)
     assert torch.equal(native.dense(x, w, bias=bias), got.to(dtype))
+
+
+def test_weights_of_one_store_share_memory_and_compute_the_same(built: None) -> None:
+    store, x = native.PanelStore(1 << 20), torch.randn(3, 128)
+    q = native.quantise_nf4(torch.randn(96, 128))
+    assert q.absmax is not None
+    alone = native.Nf4Panels.from_bnb(q.packed, q.absmax, 96, 128)
+    shared = [
+        native.Nf4Panels.from_bnb(q.packed, q.absmax, 96, 128, store=store) for _ in range(200)
+    ]
+    storages = {w.panels.untyped_storage().data_ptr() for w in shared}
+    assert 1 < len(storages) < 10  # chunks fill up, then a new one starts
+    assert all(w.scales.data_ptr() % 64 == 0 for w in shared)
+    assert all(torch.equal(native.gemm(x, w), native.gemm(x, alone)) for w in shared)

@@ -19,7 +19,9 @@ def weights(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(96, 128), (33, 320), (7, 30), (5, 13), (300, 256)])
-def test_codes_and_absmax_equal_bitsandbytes(level: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_codes_and_absmax_equal_bitsandbytes(
+    level: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
     w = weights(shape, dtype)
     packed, state = bnb.quantize_4bit(w, quant_type="nf4", blocksize=64)
     got = native.quantise_nf4(w)
@@ -57,7 +59,9 @@ def test_double_quantisation_equals_bitsandbytes(level: str, shape: tuple[int, i
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(96, 128), (7, 30), (33, 320)])
-def test_dequantised_weights_equal_bitsandbytes(level: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_dequantised_weights_equal_bitsandbytes(
+    level: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
     packed, state = bnb.quantize_4bit(weights(shape, dtype), quant_type="nf4", blocksize=64)
     want = bnb.dequantize_4bit(packed, state)
     assert torch.equal(native.dequantise_nf4(packed, state.absmax, shape, dtype), want)

@@ -1,4 +1,5 @@
-"""The batched delta and the fused site: against float64, row by row, and with other people's bad numbers near."""
+"""The batched delta and the fused site: against float64, row by row, and with other people's bad
+numbers near."""
 
 import itertools
 
@@ -18,7 +19,13 @@ def batches(total: int) -> dict[str, tuple[list[Blend], list[int]]]:
     decode = [1] * total
     distinct: list[Blend] = [[(i % 8, 1.0 - 0.1 * (i % 5))] for i in range(total)]
     mixed: list[Blend] = [
-        [[], [(2, 1.0)], [(3, -0.5), (0, 2.0)], [(1, 0.0), (7, 1.0)], [(6, 0.3), (4, 0.3), (2, 0.4)]][i % 5]
+        [
+            [],
+            [(2, 1.0)],
+            [(3, -0.5), (0, 2.0)],
+            [(1, 0.0), (7, 1.0)],
+            [(6, 0.3), (4, 0.3), (2, 0.4)],
+        ][i % 5]
         for i in range(total)
     ]
     out: dict[str, tuple[list[Blend], list[int]]] = {
@@ -38,7 +45,9 @@ def close(got: torch.Tensor, want: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize(("x_dtype", "arena_dtype"), DTYPES)
 @pytest.mark.parametrize("total", [1, 7, 63, 133])
-def test_delta_matches_float64(level: str, total: int, x_dtype: torch.dtype, arena_dtype: torch.dtype) -> None:
+def test_delta_matches_float64(
+    level: str, total: int, x_dtype: torch.dtype, arena_dtype: torch.dtype
+) -> None:
     case = make(RANKS, [72, 33, 64], 128, arena_dtype, skip={(2, 1), (4, 0)})
     x = torch.randn(total, 128).to(x_dtype)
     for name, (blends, tokens) in batches(total).items():
@@ -53,7 +62,9 @@ def test_delta_matches_float64(level: str, total: int, x_dtype: torch.dtype, are
 
 @pytest.mark.parametrize("x_dtype", [F32, BF16])
 @pytest.mark.parametrize("total", [1, 7, 63, 133, 300])
-def test_site_equals_gemm_then_delta_then_one_rounding(level: str, total: int, x_dtype: torch.dtype) -> None:
+def test_site_equals_gemm_then_delta_then_one_rounding(
+    level: str, total: int, x_dtype: torch.dtype
+) -> None:
     case, base = with_base()
     bias = torch.randn(case.n)
     workspace = native.Workspace(1 << 22)
@@ -79,10 +90,19 @@ def with_base(arena: torch.dtype = BF16) -> tuple[Case, native.Nf4Panels]:
 
 
 @pytest.mark.parametrize("x_dtype", [F32, BF16])
-def test_a_row_has_the_same_bits_alone_and_in_a_mixed_batch(level: str, x_dtype: torch.dtype) -> None:
+def test_a_row_has_the_same_bits_alone_and_in_a_mixed_batch(
+    level: str, x_dtype: torch.dtype
+) -> None:
     case, base = with_base()
     site = native.Site(base, case.tables)
-    blends: list[Blend] = [[], [(2, 1.0)], [(3, -0.5), (0, 2.0)], [(5, 1.0)], [(2, 1.0)], [(0, 1.0), (3, 1.0)]]
+    blends: list[Blend] = [
+        [],
+        [(2, 1.0)],
+        [(3, -0.5), (0, 2.0)],
+        [(5, 1.0)],
+        [(2, 1.0)],
+        [(0, 1.0), (3, 1.0)],
+    ]
     tokens = [1, 3, 70, 2, 1, 80]
     x = torch.randn(sum(tokens), case.k).to(x_dtype)
     together = site(x, plan_of(blends, tokens, 8))
