@@ -89,7 +89,7 @@ def machine() -> dict[str, str]:
 def limits(repeats: int) -> dict[str, float]:
     """Best seen DRAM read (GB/s) and bf16 dot products (GFLOP/s) with torch's number of threads."""
     lib, threads = library(), torch.get_num_threads()
-    data = torch.ones(STREAMED, dtype=torch.uint8)
+    data = native.PanelStore().take(STREAMED).fill_(1)
     flops = lib.fader_probe_dot(20_000, threads)
     read = interleave(
         "", {"r": lambda: lib.fader_probe_read(data.data_ptr(), STREAMED, threads)}, repeats
@@ -107,6 +107,17 @@ def panels(n: int, k: int) -> tuple[native.Nf4Panels, native.Quantised]:
     if q.absmax is None:
         raise TypeError("plain quantisation gives absmax")
     return native.Nf4Panels.from_bnb(q.packed, q.absmax, n, k), q
+
+
+def clone(w: native.Nf4Panels, copies: int) -> list[native.Nf4Panels]:
+    """`copies` of w in huge pages, as a model keeps its weights; peers allocate as they always do."""
+    store = native.PanelStore()
+    out = []
+    for _ in range(copies):
+        panels = store.take(w.panels.nbytes).view_as(w.panels).copy_(w.panels)
+        scales = store.take(w.scales.nbytes).view(torch.float32).view_as(w.scales).copy_(w.scales)
+        out.append(native.Nf4Panels(panels, scales, w.n, w.k))
+    return out
 
 
 def rms(got: Tensor, want: Tensor) -> float:
@@ -190,7 +201,7 @@ def gemm_timings(repeats: int) -> Iterator[Timing]:
         w, q = panels(n, k)
         workspace = native.Workspace()
         copies = max(2, STREAMED // w.nbytes)
-        clones = [native.Nf4Panels(w.panels.clone(), w.scales.clone(), n, k) for _ in range(copies)]
+        clones = clone(w, copies)
         sites = cycle([native.Site(c, workspace=workspace) for c in clones])
         wide = cycle([torch.randn(n, k).bfloat16() for _ in range(max(2, STREAMED // (2 * n * k)))])
         peer = bitsandbytes_calls(q, n, k, copies)
@@ -213,7 +224,7 @@ def delta_timings(repeats: int) -> Iterator[Timing]:
         w, _ = panels(n, k)
         workspace = native.Workspace()
         copies = max(2, STREAMED // w.nbytes)
-        clones = [native.Nf4Panels(w.panels.clone(), w.scales.clone(), n, k) for _ in range(copies)]
+        clones = clone(w, copies)
         sites = cycle([native.Site(c, adapters(8, 16, n, k), workspace=workspace) for c in clones])
         x, out = torch.randn(8, k).bfloat16(), torch.empty(8, n, dtype=torch.bfloat16)
         methods: dict[str, Call] = {
@@ -229,7 +240,8 @@ def delta_timings(repeats: int) -> Iterator[Timing]:
 
 def other_timings(repeats: int) -> Iterator[Timing]:
     """lm_head, attention, quantiser."""
-    head = torch.randn(32000, 2048).bfloat16()
+    head = native.PanelStore().take(32000 * 2048 * 2).view(torch.bfloat16).view(32000, 2048)
+    head.copy_(torch.randn(32000, 2048))
     for rows in (1, 8, 16):
         x = torch.randn(rows, 2048).bfloat16()
         methods: dict[str, Call] = {

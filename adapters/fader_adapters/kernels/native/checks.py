@@ -56,6 +56,14 @@ def rows(
     return value
 
 
+def inputs(name: str, value: object, dtypes: Sequence[torch.dtype], width: int) -> Tensor:
+    """`value` as rows [T, width] that do not overlap."""
+    result = rows(name, value, dtypes, shape=(None, width))
+    if row_stride(result) < width:
+        raise ValueError(f"{name} must not overlap its own rows, got strides {result.stride()}")
+    return result
+
+
 def row_stride(value: Tensor) -> int:
     """Elements from one row to the next; one row alone may carry any stride: its length is used."""
     return value.stride(0) if value.shape[0] > 1 else max(value.shape[1], 1)

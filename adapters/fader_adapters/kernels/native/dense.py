@@ -18,7 +18,7 @@ def dense(
     """
     checks.tensor("weight", weight, checks.FLOATS, shape=(None, None))
     n, k = weight.shape
-    checks.rows("x", x, (weight.dtype,), shape=(None, k))
+    checks.inputs("x", x, (weight.dtype,), k)
     if not n or not k:
         raise ValueError(f"weight must not be empty, got {list(weight.shape)}")
     if bias is not None:

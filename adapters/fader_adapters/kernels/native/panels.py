@@ -19,6 +19,7 @@ class PanelStore:
     walks a step.
 
     Grows by chunks of address space; what no weight uses is never touched, so it costs nothing.
+    Any tensor that is streamed gains by it: `store.take(nbytes).view(dtype).view(shape)`.
     """
 
     def __init__(self, chunk: int = 256 << 20) -> None:

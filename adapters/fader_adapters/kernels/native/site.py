@@ -130,7 +130,7 @@ class Site:
         A row's bits depend on nothing but the row, its terms and the weights. Raises: TypeError,
         ValueError.
         """
-        checks.rows("x", x, checks.FLOATS, shape=(None, self.k))
+        checks.inputs("x", x, checks.FLOATS, self.k)
         tokens = x.shape[0]
         dtype = x.dtype if out is None else out.dtype
         if out is not None and dtype not in checks.FLOATS:
