@@ -110,7 +110,7 @@ def panels(n: int, k: int) -> tuple[native.Nf4Panels, native.Quantised]:
 
 
 def clone(w: native.Nf4Panels, copies: int) -> list[native.Nf4Panels]:
-    """`copies` of w in huge pages, as a model keeps its weights; peers allocate as they always do."""
+    """`copies` of w in huge pages, as a model keeps its weights; peers allocate as they do."""
     store = native.PanelStore()
     out = []
     for _ in range(copies):
