@@ -1,4 +1,5 @@
-"""Build hook: compiles the CPU kernels into the package. Without a compiler it warns and the package installs
+"""Build hook: compiles the CPU kernels into the package. Without a compiler it warns and the
+package installs
 pure; the library then reports why its fast path is missing."""
 
 import importlib.util
@@ -23,12 +24,14 @@ def _load(path: Path) -> ModuleType:
 
 
 class NativeKernels(BuildHookInterface):
-    """Wheels and editable installs carry the library; its presence makes the wheel platform-specific."""
+    """Wheels and editable installs carry the library; its presence makes the wheel platform-
+    specific."""
 
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile, then add the library to the wheel. `version` is hatchling's "standard" or "editable"."""
+        """Compile, then add the library to the wheel. `version` is hatchling's "standard" or
+        "editable"."""
         del version
         if self.target_name != "wheel":
             return
@@ -36,7 +39,9 @@ class NativeKernels(BuildHookInterface):
         try:
             library = native.build()
         except native.BuildError as error:
-            self.app.display_warning(f"CPU kernels not built, the slower fallbacks will run: {error}")
+            self.app.display_warning(
+                f"CPU kernels not built, the slower fallbacks will run: {error}"
+            )
             return
         build_data["artifacts"].append(f"/{(NATIVE / library.name).as_posix()}")
         build_data["pure_python"] = False

@@ -1,6 +1,8 @@
-"""Times the native CPU kernels beside torch, bitsandbytes and the machine's own limits, after a parity check.
+"""Times the native CPU kernels beside torch, bitsandbytes and the machine's own limits, after a
+parity check.
 
-`python bench/kernels_cpu.py --json out.json`; `run()` and `table()` serve a command line. Knows kernels, no server."""
+`python bench/kernels_cpu.py --json out.json`; `run()` and `table()` serve a command line. Knows
+kernels, no server."""
 
 import argparse
 import json
@@ -13,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +31,8 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one method on one case: median, fastest, and the middle half's width over the median."""
+    """Milliseconds of one method on one case: median, fastest, and the middle half's width over
+    the median."""
 
     case: str
     method: str
@@ -85,7 +89,7 @@ def machine() -> dict[str, str]:
 def limits(repeats: int) -> dict[str, float]:
     """Best seen DRAM read (GB/s) and bf16 dot products (GFLOP/s) with torch's number of threads."""
     lib, threads = library(), torch.get_num_threads()
-    data = torch.ones(STREAMED, dtype=torch.uint8)
+    data = native.PanelStore().take(STREAMED).fill_(1)
     flops = lib.fader_probe_dot(20_000, threads)
     read = interleave(
         "", {"r": lambda: lib.fader_probe_read(data.data_ptr(), STREAMED, threads)}, repeats
@@ -105,6 +109,17 @@ def panels(n: int, k: int) -> tuple[native.Nf4Panels, native.Quantised]:
     return native.Nf4Panels.from_bnb(q.packed, q.absmax, n, k), q
 
 
+def clone(w: native.Nf4Panels, copies: int) -> list[native.Nf4Panels]:
+    """`copies` of w in huge pages, as a model keeps its weights; peers allocate as they do."""
+    store = native.PanelStore()
+    out = []
+    for _ in range(copies):
+        panels = store.take(w.panels.nbytes).view_as(w.panels).copy_(w.panels)
+        scales = store.take(w.scales.nbytes).view(torch.float32).view_as(w.scales).copy_(w.scales)
+        out.append(native.Nf4Panels(panels, scales, w.n, w.k))
+    return out
+
+
 def rms(got: Tensor, want: Tensor) -> float:
     """Root mean square error relative to `want`'s."""
     return float((got.double() - want).pow(2).mean().sqrt() / want.pow(2).mean().sqrt())
@@ -120,7 +135,8 @@ def adapters(slots: int, rank: int, n: int, k: int) -> native.SiteTables:
 
 
 def parity() -> dict[str, float]:
-    """Relative errors against float64; raises if one is out of bounds, so that no number is printed for wrong work."""
+    """Relative errors against float64; raises if one is out of bounds, so that no number is
+    printed for wrong work."""
     w, _ = panels(512, 512)
     x = torch.randn(37, 512).bfloat16()
     want = x.double() @ w.dense(torch.float32).double().T
@@ -147,19 +163,20 @@ def bitsandbytes_calls(
     q: native.Quantised, n: int, k: int, copies: int
 ) -> Callable[[Tensor], Call] | None:
     """bitsandbytes' packed CPU path on its own Linear4bit, None where this machine lacks it."""
-    import bitsandbytes as bnb
+    from bitsandbytes.nn import modules
 
     if native.best_isa() != "avx512_bf16" or n % 32:
         return None
+    params: Any = modules.Params4bit  # its keywords pass through __new__
     layers = []
     for _ in range(copies):
-        layer = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+        layer = modules.Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
         weight = (
             native.dequantise_nf4(q.packed, q.absmax, (n, k))
             if q.absmax is not None
             else torch.randn(n, k)
         )
-        layer.weight = bnb.nn.Params4bit(
+        layer.weight = params(
             weight, requires_grad=False, quant_type="nf4", compress_statistics=False
         )
         layers.append(layer.to("cpu").eval())
@@ -184,15 +201,15 @@ def gemm_timings(repeats: int) -> Iterator[Timing]:
         w, q = panels(n, k)
         workspace = native.Workspace()
         copies = max(2, STREAMED // w.nbytes)
-        clones = [native.Nf4Panels(w.panels.clone(), w.scales.clone(), n, k) for _ in range(copies)]
+        clones = clone(w, copies)
         sites = cycle([native.Site(c, workspace=workspace) for c in clones])
         wide = cycle([torch.randn(n, k).bfloat16() for _ in range(max(2, STREAMED // (2 * n * k)))])
         peer = bitsandbytes_calls(q, n, k, copies)
         for rows in ROWS:
             x, out = torch.randn(rows, k).bfloat16(), torch.empty(rows, n, dtype=torch.bfloat16)
             methods: dict[str, Call] = {
-                "native": lambda x=x, out=out: next(sites)(x, out=out),
-                "torch bf16": lambda x=x: torch.mm(x, next(wide).T),
+                "native": lambda x=x, out=out, sites=sites: next(sites)(x, out=out),
+                "torch bf16": lambda x=x, wide=wide: torch.mm(x, next(wide).T),
             }
             if peer is not None:
                 methods["bitsandbytes"] = peer(x)
@@ -207,19 +224,24 @@ def delta_timings(repeats: int) -> Iterator[Timing]:
         w, _ = panels(n, k)
         workspace = native.Workspace()
         copies = max(2, STREAMED // w.nbytes)
-        clones = [native.Nf4Panels(w.panels.clone(), w.scales.clone(), n, k) for _ in range(copies)]
+        clones = clone(w, copies)
         sites = cycle([native.Site(c, adapters(8, 16, n, k), workspace=workspace) for c in clones])
         x, out = torch.randn(8, k).bfloat16(), torch.empty(8, n, dtype=torch.bfloat16)
-        methods: dict[str, Call] = {"base": lambda x=x, out=out: next(sites)(x, out=out)}
+        methods: dict[str, Call] = {
+            "base": lambda x=x, out=out, sites=sites: next(sites)(x, out=out)
+        }
         for name, blends in (("8 adapters", one), ("8 adapters, 2 terms", two)):
             step = plan(blends)
-            methods[name] = lambda x=x, out=out, step=step: next(sites)(x, step, out=out)
+            methods[name] = lambda x=x, out=out, step=step, sites=sites: next(sites)(
+                x, step, out=out
+            )
         yield from interleave(f"site {n}x{k} r=16 M=8", methods, repeats)
 
 
 def other_timings(repeats: int) -> Iterator[Timing]:
     """lm_head, attention, quantiser."""
-    head = torch.randn(32000, 2048).bfloat16()
+    head = native.PanelStore().take(32000 * 2048 * 2).view(torch.bfloat16).view(32000, 2048)
+    head.copy_(torch.randn(32000, 2048))
     for rows in (1, 8, 16):
         x = torch.randn(rows, 2048).bfloat16()
         methods: dict[str, Call] = {
@@ -252,7 +274,8 @@ def other_timings(repeats: int) -> Iterator[Timing]:
 
 
 def run(repeats: int = 30) -> Report:
-    """Parity, limits, then every timing. Raises: RuntimeError without the library or when parity fails."""
+    """Parity, limits, then every timing. Raises: RuntimeError without the library or when parity
+    fails."""
     torch.manual_seed(0)
     errors, bounds = parity(), limits(repeats)
     timings = [*gemm_timings(repeats), *delta_timings(repeats), *other_timings(repeats)]

@@ -1,4 +1,5 @@
-"""Runs each kernel test on every instruction set of this machine; skips when the library is not built."""
+"""Runs each kernel test on every instruction set of this machine; skips when the library is not
+built."""
 
 from collections.abc import Iterator
 

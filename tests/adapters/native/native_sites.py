@@ -27,7 +27,8 @@ def make(
     *,
     skip: set[tuple[int, int]] | None = None,
 ) -> Case:
-    """Adapters of `ranks` (one a slot) over members of `sizes`; (slot, member) in `skip` stay untouched."""
+    """Adapters of `ranks` (one a slot) over members of `sizes`; (slot, member) in `skip` stay
+    untouched."""
     chunks, dense, at = [torch.full((5,), torch.nan)], [], 5
     shape = (len(ranks), len(sizes))
     a_off, b_off = torch.full(shape, -1), torch.full(shape, -1)

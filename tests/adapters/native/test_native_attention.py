@@ -1,4 +1,4 @@
-"""Paged attention against float64 softmax, with every token that must not be read turned into NaN."""
+"""Paged attention against float64 softmax; every token that must not be read is NaN."""
 
 import pytest
 import torch
@@ -12,7 +12,8 @@ F32, BF16 = torch.float32, torch.bfloat16
 def world(
     contexts: list[int], *, kv_heads: int, dim: int, block: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    """Caches whose free tokens are NaN, shuffled block tables, and each row's keys and values in order."""
+    """Caches whose free tokens are NaN, shuffled block tables, and each row's keys and values in
+    order."""
     columns = max(-(-c // block) for c in contexts) + 1
     total = len(contexts) * columns
     k = torch.full((total, block, kv_heads, dim), torch.nan, dtype=dtype)

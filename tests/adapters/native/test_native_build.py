@@ -12,6 +12,7 @@ import pytest
 from fader_adapters.kernels.native import build
 
 PACKAGE = Path(build.__file__).resolve().parents[2]
+IMPORT = "from fader_adapters.kernels import native as n; "
 TESTS = Path(__file__).resolve().parent
 
 
@@ -51,14 +52,14 @@ def test_a_failing_compiler_leaves_the_old_library_alone(tmp_path: Path) -> None
 
 def test_without_the_library_the_binding_imports_and_gives_the_reason(tmp_path: Path) -> None:
     native = clone(tmp_path)
-    code = "from fader_adapters.kernels import native as n; print(n.available(), n.reason())"
+    code = IMPORT + "print(n.available(), n.reason())"
     assert "False libfader_kernels.so was not built" in python(code, tmp_path).stdout
     (native / build.LIBRARY).write_text("not a library")
     assert "False libfader_kernels.so does not load" in python(code, tmp_path).stdout
 
 
 def test_the_environment_chooses_the_instruction_set(built: None) -> None:
-    code = "from fader_adapters.kernels import native as n; print(n.available() and n.isa(), n.reason())"
+    code = IMPORT + "print(n.available() and n.isa(), n.reason())"
     assert python(code, PACKAGE.parent, FADER_CPU_ISA="scalar").stdout.startswith("scalar")
     assert "must be one of" in python(code, PACKAGE.parent, FADER_CPU_ISA="mmx").stdout
 

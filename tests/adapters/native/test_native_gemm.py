@@ -1,4 +1,4 @@
-"""NF4 GEMM and the plain few-row GEMM against float64, and their rows' independence of one another."""
+"""NF4 GEMM and the plain few-row GEMM against float64; rows are independent of one another."""
 
 import pytest
 import torch
@@ -120,3 +120,17 @@ def test_dense_matches_float64_and_rows_are_independent(
     )
     assert torch.equal(got, alone)
     assert torch.equal(native.dense(x, w, bias=bias), got.to(dtype))
+
+
+def test_weights_of_one_store_share_memory_and_compute_the_same(built: None) -> None:
+    store, x = native.PanelStore(1 << 20), torch.randn(3, 128)
+    q = native.quantise_nf4(torch.randn(96, 128))
+    assert q.absmax is not None
+    alone = native.Nf4Panels.from_bnb(q.packed, q.absmax, 96, 128)
+    shared = [
+        native.Nf4Panels.from_bnb(q.packed, q.absmax, 96, 128, store=store) for _ in range(200)
+    ]
+    storages = {w.panels.untyped_storage().data_ptr() for w in shared}
+    assert 1 < len(storages) < 10  # chunks fill up, then a new one starts
+    assert all(w.scales.data_ptr() % 64 == 0 for w in shared)
+    assert all(torch.equal(native.gemm(x, w), native.gemm(x, alone)) for w in shared)

@@ -1,4 +1,5 @@
-"""The batched delta and the fused site: against float64, row by row, and with other people's bad numbers near."""
+"""The batched delta and the fused site: against float64, row by row, and with other people's bad
+numbers near."""
 
 import itertools
 

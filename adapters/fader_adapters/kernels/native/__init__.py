@@ -1,4 +1,5 @@
-"""Native CPU kernels behind torch tensors: NF4 weights, batched LoRA, paged attention. Knows no models, no requests.
+"""Native CPU kernels behind torch tensors: NF4 weights, batched LoRA, paged attention. Knows no
+models, no requests.
 
 `available()` says whether the library is there, `reason()` why not; every other name needs it.
 """
@@ -6,7 +7,7 @@
 from fader_adapters.kernels.native.attention import PagedAttention, paged_attention
 from fader_adapters.kernels.native.dense import dense
 from fader_adapters.kernels.native.library import LEVELS, available, best_isa, isa, reason, set_isa
-from fader_adapters.kernels.native.panels import Nf4Panels
+from fader_adapters.kernels.native.panels import Nf4Panels, PanelStore
 from fader_adapters.kernels.native.quantise import (
     Nested,
     Quantised,
@@ -24,6 +25,7 @@ __all__ = [
     "Nested",
     "Nf4Panels",
     "PagedAttention",
+    "PanelStore",
     "Quantised",
     "Site",
     "SiteTables",

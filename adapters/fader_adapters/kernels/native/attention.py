@@ -1,4 +1,5 @@
-"""Paged attention over one layer's caches. Knows blocks, positions and heads; no models, no scheduling."""
+"""Paged attention over one layer's caches. Knows blocks, positions and heads; no models, no
+scheduling."""
 
 import ctypes
 
@@ -15,8 +16,10 @@ _INTS = (torch.int32,)
 class PagedAttention:
     """Causal attention of packed rows against a paged cache, decode and prefill chunks alike.
 
-    k_cache, v_cache: [blocks, block_size, kv_heads, dim], both bf16 or both fp32; dim 16..256, a multiple of 16.
-    window: a query sees its last `window` positions (0 = all). softcap: cap·tanh(score/cap) (0 = none).
+    k_cache, v_cache: [blocks, block_size, kv_heads, dim], both bf16 or both fp32; dim 16..256, a
+    multiple of 16.
+    window: a query sees its last `window` positions (0 = all).
+    softcap: cap·tanh(score/cap) (0 = none).
     """
 
     def __init__(
@@ -74,10 +77,14 @@ class PagedAttention:
     ) -> Tensor:
         """out [T, heads, dim] in q's dtype.
 
-        q [T, heads, dim] contiguous, of the caches' dtype; q_start int32 [R+1]: rows' first queries, ending at T;
-        context int32 [R]: positions of a row including its queries'; block_tables int32 [R, columns].
-        Query i of a row with n stands at context - n + i. Positions past a row's context are never read.
-        Raises: TypeError, ValueError (shapes, a block number out of range, context shorter than the queries).
+        q [T, heads, dim] contiguous, of the caches' dtype; q_start int32 [R+1]: rows' first
+        queries, ending at T;
+        context int32 [R]: positions of a row including its queries'; block_tables int32 [R,
+        columns].
+        Query i of a row with n stands at context - n + i. Positions past a row's context are
+        never read.
+        Raises: TypeError, ValueError (shapes, a block number out of range, context shorter than
+        the queries).
         """
         shape = (None, self.heads, self.dim)
         checks.tensor("q", q, (self.dtype,), shape=shape)
@@ -107,7 +114,8 @@ class PagedAttention:
         return out
 
     def write(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
-        """Store k, v [T, kv_heads, dim] (tokens may be strided) at token slots int64 [T]; -1 skips one.
+        """Store k, v [T, kv_heads, dim] (tokens may be strided) at token slots int64 [T]; -1 skips
+        one.
 
         Raises: TypeError, ValueError (shapes, a slot out of range).
         """

@@ -1,5 +1,7 @@
-"""Compiles csrc/ into one shared library beside this file. Knows compilers and flags; needs only the
-standard library, so that the package build can load it by path. `python -m fader_adapters.kernels.native.build`."""
+"""Compiles csrc/ into one shared library beside this file. Knows compilers and flags; needs only
+the
+standard library, so that the package build can load it by path. `python -m
+fader_adapters.kernels.native.build`."""
 
 import platform
 import shutil
@@ -12,11 +14,24 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "csrc"
 LIBRARY = "libfader_kernels.so"
-BASE = (
-    "-O3 -g1 -std=c++17 -fopenmp -fPIC -fno-exceptions -fno-rtti -fno-math-errno "
+BASE = [
+    "-O3",
+    "-g1",
+    "-std=c++17",
+    "-fopenmp",
+    "-fPIC",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-fno-math-errno",
     # a product and a sum round twice unless the source says fma: bits must not depend on inlining
-    "-ffp-contract=off -fvisibility=hidden -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized"
-).split()
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    # GCC's own AVX-512 headers trip these two
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 LEVELS: dict[str, list[str]] = {
     "isa_avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -58,17 +73,25 @@ def build(out_dir: Path = HERE, *, compiler: str | None = None, sanitise: bool =
     names = ["api", "plan", "isa_scalar", *(LEVELS if x86 else ())]
     extra = ([] if x86 else ["-DFADER_NO_X86"]) + (SANITISE if sanitise else [])
     with tempfile.TemporaryDirectory() as tmp:
+        objects = {name: str(Path(tmp) / f"{name}.o") for name in names}
         jobs = [
-            [cxx, *BASE, *LEVELS.get(name, []), *extra, "-c", str(SOURCES / f"{name}.cpp")]
-            + ["-o", str(Path(tmp) / f"{name}.o")]
-            for name in names
+            [
+                cxx,
+                *BASE,
+                *LEVELS.get(name, []),
+                *extra,
+                "-c",
+                str(SOURCES / f"{name}.cpp"),
+                "-o",
+                to,
+            ]
+            for name, to in objects.items()
         ]
         with ThreadPoolExecutor() as pool:
             list(pool.map(_run, jobs))
         staged = Path(tmp) / LIBRARY
-        objects = [job[-1] for job in jobs]
         link = [cxx, "-shared", "-fopenmp", *(SANITISE if sanitise else [])]
-        _run([*link, *objects, "-Wl,--as-needed", "-o", str(staged)])
+        _run([*link, *objects.values(), "-Wl,--as-needed", "-o", str(staged)])
         out_dir.mkdir(parents=True, exist_ok=True)
         partial = out_dir / f"{LIBRARY}.partial"
         shutil.copyfile(staged, partial)

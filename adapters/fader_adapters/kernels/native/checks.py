@@ -1,4 +1,4 @@
-"""Argument checks of the native binding: each names the argument, what was expected and what came."""
+"""Argument checks of the native binding: each names the argument, what it wants and what came."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ def tensor(
     result = rows(name, value, dtypes, shape=shape)
     if not result.is_contiguous():
         raise ValueError(
-            f"{name} must be contiguous, got shape {tuple(result.shape)} with strides {result.stride()}"
+            f"{name} must be contiguous, got {list(result.shape)}, strides {result.stride()}"
         )
     return result
 
@@ -56,8 +56,16 @@ def rows(
     return value
 
 
+def inputs(name: str, value: object, dtypes: Sequence[torch.dtype], width: int) -> Tensor:
+    """`value` as rows [T, width] that do not overlap."""
+    result = rows(name, value, dtypes, shape=(None, width))
+    if row_stride(result) < width:
+        raise ValueError(f"{name} must not overlap its own rows, got strides {result.stride()}")
+    return result
+
+
 def row_stride(value: Tensor) -> int:
-    """Elements from one row to the next; a single row may carry any stride, so its length is used."""
+    """Elements from one row to the next; one row alone may carry any stride: its length is used."""
     return value.stride(0) if value.shape[0] > 1 else max(value.shape[1], 1)
 
 
@@ -69,7 +77,7 @@ def positive(name: str, value: int) -> int:
 
 
 def output(name: str, value: Tensor | None, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """`value` checked as a [rows, n] output of `dtype` (its rows may be strided), or a new tensor."""
+    """`value` checked as an output of `shape` and `dtype` (rows may be strided), or a new one."""
     if value is None:
         return torch.empty(shape, dtype=dtype)
     rows(name, value, (dtype,), shape=shape)

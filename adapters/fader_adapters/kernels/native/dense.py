@@ -1,4 +1,4 @@
-"""Plain weights times few rows at memory speed: lm_head and merged bf16 layers. Knows no adapters."""
+"""Plain weights times few rows at memory speed: lm_head, merged layers. Knows no adapters."""
 
 import torch
 from torch import Tensor
@@ -13,11 +13,12 @@ def dense(
     """x·weightᵀ + bias with fp32 sums; a row's bits do not depend on the number of rows.
 
     x, weight: one dtype, bf16 or fp32, [M, k] (rows may be strided) and [n, k]; bias fp32 [n];
-    out [M, n] bf16 or fp32, by default x's dtype. Meant for M up to about 16. Raises: TypeError, ValueError.
+    out [M, n] bf16 or fp32, by default x's dtype. Meant for M up to about 16. Raises: TypeError,
+    ValueError.
     """
     checks.tensor("weight", weight, checks.FLOATS, shape=(None, None))
     n, k = weight.shape
-    checks.rows("x", x, (weight.dtype,), shape=(None, k))
+    checks.inputs("x", x, (weight.dtype,), k)
     if not n or not k:
         raise ValueError(f"weight must not be empty, got {list(weight.shape)}")
     if bias is not None:

@@ -1,5 +1,7 @@
-"""Loads the shared library and gives its functions their C types. Knows no tensors' meaning; the one place
-that reads FADER_CPU_ISA (scalar, avx2, avx512, avx512_bf16), which lets tests choose a slower path."""
+"""Loads the shared library and gives its functions their C types. Knows no tensors' meaning; the
+one place
+that reads FADER_CPU_ISA (scalar, avx2, avx512, avx512_bf16), which lets tests choose a slower
+path."""
 
 import ctypes
 import os
@@ -11,6 +13,7 @@ import torch  # first: its libgomp must be the one both use
 from fader_adapters.kernels.native.build import LIBRARY
 
 ABI = 1
+BUILDER = "fader_adapters.kernels.native.build"
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MESSAGES = {
@@ -73,6 +76,8 @@ def _open(path: Path) -> ctypes.CDLL:
     for name, types in (("fader_probe_read", [_P, _L, _I]), ("fader_probe_dot", [_L, _I])):
         getattr(lib, name).argtypes = types
         getattr(lib, name).restype = ctypes.c_double
+    lib.fader_advise_huge.argtypes = [_P, _L]
+    lib.fader_advise_huge.restype = None
     lib.fader_plan_words.argtypes = [_L, _L, _L]
     lib.fader_plan_words.restype = _L
     if lib.fader_abi() != ABI:
@@ -86,7 +91,7 @@ def _attempt() -> tuple[ctypes.CDLL | None, str]:
     if not path.exists():
         return (
             None,
-            f"{LIBRARY} was not built: run `python -m fader_adapters.kernels.native.build` (needs g++)",
+            f"{LIBRARY} was not built: run `python -m {BUILDER}` (needs g++)",
         )
     try:
         lib = _open(path)
@@ -130,7 +135,8 @@ def best_isa() -> str:
 
 
 def set_isa(level: str | None) -> None:
-    """Use `level` from now on; None picks the best. Raises: ValueError if unknown or not on this machine."""
+    """Use `level` from now on; None picks the best. Raises: ValueError if unknown or not on this
+    machine."""
     if level is not None and level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
     if library().fader_set_isa(-1 if level is None else LEVELS.index(level)):

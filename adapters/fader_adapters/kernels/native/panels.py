@@ -1,4 +1,5 @@
-"""NF4 weights in the layout the kernels stream: panels of 32 columns. Knows weights; no adapters, no rows."""
+"""NF4 weights in the layout the kernels stream: panels of 32 columns. Knows weights; no
+adapters, no rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +14,34 @@ from fader_adapters.kernels.native.quantise import BLOCK, packed_bytes
 PANEL = 32
 
 
+class PanelStore:
+    """Memory for many weights in huge pages, which one weight alone is too small for: fewer page
+    walks a step.
+
+    Grows by chunks of address space; what no weight uses is never touched, so it costs nothing.
+    Any tensor that is streamed gains by it: `store.take(nbytes).view(dtype).view(shape)`.
+    """
+
+    def __init__(self, chunk: int = 256 << 20) -> None:
+        self._chunk = chunk
+        self._left = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, size: int) -> Tensor:
+        """uint8 [size], 64-byte aligned, unset."""
+        skip = -self._left.data_ptr() % 64 if self._left.numel() else 0
+        if self._left.numel() < skip + size:
+            self._left = torch.empty(max(self._chunk, size + 64), dtype=torch.uint8)
+            library().fader_advise_huge(self._left.data_ptr(), self._left.numel())
+            skip = -self._left.data_ptr() % 64
+        out = self._left[skip : skip + size]
+        self._left = self._left[skip + size :]
+        return out
+
+
 @dataclass(frozen=True, slots=True)
 class Nf4Panels:
-    """W [n, k] as panels uint8 [P, k/2, 32] and scales fp32 [P, k/64, 32], P = ceil(n / 32): 0.5625 byte a weight."""
+    """W [n, k] as panels uint8 [P, k/2, 32] and scales fp32 [P, k/64, 32], P = ceil(n / 32):
+    0.5625 byte a weight."""
 
     panels: Tensor
     scales: Tensor
@@ -23,16 +49,22 @@ class Nf4Panels:
     k: int
 
     @staticmethod
-    def from_bnb(packed: Tensor, absmax: Tensor, n: int, k: int) -> "Nf4Panels":
+    def from_bnb(
+        packed: Tensor, absmax: Tensor, n: int, k: int, *, store: PanelStore | None = None
+    ) -> "Nf4Panels":
         """Repack bitsandbytes' bytes (uint8, n*k/2 of them) and absmax (fp32 [n*k/64], not nested).
 
-        Nothing of the inputs is kept. Raises: TypeError, ValueError (sizes; k must be a multiple of 64).
+        Nothing of the inputs is kept. Raises: TypeError, ValueError (sizes; k must be a multiple
+        of 64).
         """
-        return Nf4Panels.stack([(packed, absmax, n)], k)
+        return Nf4Panels.stack([(packed, absmax, n)], k, store=store)
 
     @staticmethod
-    def stack(parts: Sequence[tuple[Tensor, Tensor, int]], k: int) -> "Nf4Panels":
-        """One weight from several that share their input (q/k/v, gate/up): (packed, absmax, n) each, stacked by n.
+    def stack(
+        parts: Sequence[tuple[Tensor, Tensor, int]], k: int, *, store: PanelStore | None = None
+    ) -> "Nf4Panels":
+        """One weight from several that share their input (q/k/v, gate/up): (packed, absmax, n)
+        each, stacked by n.
 
         Raises: TypeError, ValueError.
         """
@@ -50,8 +82,10 @@ class Nf4Panels:
             parts = [(joined, scale, sum(n for _, _, n in parts))]
         total = sum(n for _, _, n in parts)
         count = -(-total // PANEL)
-        panels = torch.empty((count, k // 2, PANEL), dtype=torch.uint8)
-        scales = torch.empty((count, k // BLOCK, PANEL), dtype=torch.float32)
+        store = store or PanelStore(0)
+        panels = store.take(count * k // 2 * PANEL).view(count, k // 2, PANEL)
+        scales = store.take(count * k // BLOCK * PANEL * 4).view(torch.float32)
+        scales = scales.view(count, k // BLOCK, PANEL)
         at = 0
         for packed, absmax, n in parts:
             code = library().fader_repack(
@@ -73,7 +107,8 @@ class Nf4Panels:
         return self.panels.nbytes + self.scales.nbytes
 
     def dense(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """W [n, k] in `dtype` (bf16 or fp32), each value code * absmax rounded once. Raises: TypeError."""
+        """W [n, k] in `dtype` (bf16 or fp32), each value code * absmax rounded once. Raises:
+        TypeError."""
         if dtype not in checks.FLOATS:
             raise TypeError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
         out = torch.empty((self.n, self.k), dtype=dtype)

@@ -1,4 +1,5 @@
-"""NF4 quantisation and its inverse, bit-equal with bitsandbytes on CPU. Knows flat blocks of 64, no layers."""
+"""NF4 quantisation and its inverse, bit-equal with bitsandbytes on CPU. Knows flat blocks of 64,
+no layers."""
 
 from dataclasses import dataclass
 
@@ -27,7 +28,8 @@ class Nested:
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """NF4 weights as bitsandbytes stores them: packed uint8 [n, 1], absmax fp32 [blocks] (None if nested)."""
+    """NF4 weights as bitsandbytes stores them: packed uint8 [n, 1], absmax fp32 [blocks] (None
+    if nested)."""
 
     packed: Tensor
     absmax: Tensor | None
@@ -46,7 +48,8 @@ def dynamic_map() -> Tensor:
 
 
 def quantise_nf4(weight: Tensor, *, nested: bool = False) -> Quantised:
-    """Blockwise NF4 of `weight` (fp32, bf16 or fp16, any shape, contiguous), blocks of 64 over the flat data.
+    """Blockwise NF4 of `weight` (fp32, bf16 or fp16, any shape, contiguous), blocks of 64 over the
+    flat data.
 
     nested: also quantise absmax to 8 bits, blocks of 256 around its mean.
     Raises: TypeError, ValueError (empty, not contiguous, NaN or Inf inside).
@@ -116,7 +119,8 @@ def dequantise_nf4(
 ) -> Tensor:
     """Dense weights of `shape` in `dtype` (bf16 or fp32): code * absmax in fp32, rounded once.
 
-    packed: bitsandbytes' bytes (uint8, any shape); absmax fp32 [ceil(count / 64)]. Raises: TypeError, ValueError.
+    packed: bitsandbytes' bytes (uint8, any shape); absmax fp32 [ceil(count / 64)]. Raises:
+    TypeError, ValueError.
     """
     if dtype not in checks.FLOATS:
         raise TypeError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
@@ -138,11 +142,10 @@ def packed_bytes(packed: Tensor, absmax: Tensor, count: int) -> None:
     """Check packed NF4 bytes and absmax against an element count."""
     checks.tensor("packed", packed, (torch.uint8,))
     checks.tensor("absmax", absmax, (torch.float32,))
-    if packed.numel() != (count + 1) // 2:
+    size, blocks = (count + 1) // 2, -(-count // BLOCK)
+    if packed.numel() != size:
+        raise ValueError(f"packed must hold {size} bytes for {count} weights, got {packed.numel()}")
+    if absmax.numel() != blocks:
         raise ValueError(
-            f"packed must hold {(count + 1) // 2} bytes for {count} weights, got {packed.numel()}"
-        )
-    if absmax.numel() != -(-count // BLOCK):
-        raise ValueError(
-            f"absmax must hold {-(-count // BLOCK)} values for {count} weights, got {absmax.numel()}"
+            f"absmax must hold {blocks} values for {count} weights, got {absmax.numel()}"
         )

@@ -1,4 +1,5 @@
-"""A site: y = x·Wᵀ + bias + Σ γ·s·(x·Aᵀ)·B for the linears that share x. Knows tables and panels, no models."""
+"""A site: y = x·Wᵀ + bias + Σ γ·s·(x·Aᵀ)·B for the linears that share x. Knows tables and
+panels, no models."""
 
 import ctypes
 from collections.abc import Sequence
@@ -18,9 +19,11 @@ from fader_adapters.kernels.native.workspace import Workspace
 class SiteTables:
     """Where each slot keeps its matrices for one site of `members` linears.
 
-    arena: bf16 or fp32 [elements]; a_off, b_off: int64 [slots, members], element offsets of A [r, k] and of B
-    rank-major [r, n_member], -1 = the adapter leaves that member alone; rank int32, scale fp32 [slots, members].
-    cols: (n0, n1) of each member in y, ascending. The tensors may be rewritten in place between steps.
+    arena: bf16 or fp32 [elements].
+    a_off, b_off: int64 [slots, members], element offsets of A [r, k] and of B rank-major
+    [r, n_member]; -1 = the adapter leaves that member alone.
+    rank int32, scale fp32: [slots, members]. cols: (n0, n1) of each member in y, ascending.
+    The tensors may be rewritten in place between steps.
     """
 
     arena: Tensor
@@ -69,7 +72,8 @@ class Site:
         shape: tuple[int, int] | None = None,
         workspace: Workspace | None = None,
     ) -> None:
-        """base: the weights, or None for a delta alone (then `shape` = (n, k)); bias fp32 or bf16 [n].
+        """base: the weights, or None for a delta alone (then `shape` = (n, k)); bias fp32 or bf16
+        [n].
 
         Raises: TypeError, ValueError.
         """
@@ -121,10 +125,12 @@ class Site:
     ) -> Tensor:
         """y [T, n] in `out` (bf16 or fp32; default x's dtype), one rounding from fp32 sums.
 
-        x: bf16 or fp32 [T, k], rows may be strided. Without a base `out` (fp32) is required and added to.
-        A row's bits depend on nothing but the row, its terms and the weights. Raises: TypeError, ValueError.
+        x: bf16 or fp32 [T, k], rows may be strided. Without a base `out` (fp32) is required and
+        added to.
+        A row's bits depend on nothing but the row, its terms and the weights. Raises: TypeError,
+        ValueError.
         """
-        checks.rows("x", x, checks.FLOATS, shape=(None, self.k))
+        checks.inputs("x", x, checks.FLOATS, self.k)
         tokens = x.shape[0]
         dtype = x.dtype if out is None else out.dtype
         if out is not None and dtype not in checks.FLOATS:
@@ -159,9 +165,11 @@ class Site:
 def gemm(
     x: Tensor, panels: Nf4Panels, *, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """x·Wᵀ + bias: x bf16 or fp32 [M, k] -> `out` [M, n], by default fp32. Raises: TypeError, ValueError.
+    """x·Wᵀ + bias: x bf16 or fp32 [M, k] -> `out` [M, n], by default fp32. Raises: TypeError,
+    ValueError.
 
-    bf16 rows use bf16 codes with fp32 sums and absmax where the machine multiplies bf16, else exact fp32.
+    bf16 rows use bf16 codes with fp32 sums and absmax where the machine multiplies bf16, else
+    exact fp32.
     """
     checks.rows("x", x, checks.FLOATS, shape=(None, panels.k))
     if out is None:
@@ -170,7 +178,8 @@ def gemm(
 
 
 def delta(y: Tensor, x: Tensor, tables: SiteTables, plan: StepPlan) -> Tensor:
-    """y += Σ γ·s·(x·Aᵀ)·B in place: y fp32 [T, n], x bf16 or fp32 [T, k]. Raises: TypeError, ValueError."""
+    """y += Σ γ·s·(x·Aᵀ)·B in place: y fp32 [T, n], x bf16 or fp32 [T, k]. Raises: TypeError,
+    ValueError."""
     checks.rows("y", y, (torch.float32,), shape=(None, None))
     checks.rows("x", x, checks.FLOATS, shape=(y.shape[0], None))
     return Site(None, tables, shape=(y.shape[1], x.shape[1]))(x, plan, out=y)

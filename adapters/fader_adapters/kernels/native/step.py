@@ -1,4 +1,4 @@
-"""One step's blends, grouped once and read by every site of the step. Integers and γ; no weights."""
+"""One step's blends, grouped once, read by every site of the step. Integers and γ; no weights."""
 
 import torch
 from torch import Tensor
@@ -22,9 +22,11 @@ class StepPlan:
         *,
         slots: int,
     ) -> None:
-        """term_ptr int32 [R+1]; term_slot int32, term_gamma fp32 [terms]; row_of_token int32 [T]; slots = table rows.
+        """term_ptr int32 [R+1]; term_slot int32, term_gamma fp32 [terms]; row_of_token int32 [T];
+        slots = table rows.
 
-        Terms with γ = 0 are dropped. Raises: TypeError, ValueError (shapes, a slot or row out of range, γ not finite).
+        Terms with γ = 0 are dropped.
+        Raises: TypeError, ValueError (shapes, a slot or row out of range, γ not finite).
         """
         ints = (torch.int32,)
         checks.tensor("term_ptr", term_ptr, ints, shape=(None,))

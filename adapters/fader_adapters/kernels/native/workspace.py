@@ -1,4 +1,5 @@
-"""Scratch memory that kernels borrow for the length of a call. One a thread: two calls must not share it."""
+"""Scratch memory that kernels borrow for the length of a call. One a thread: two calls must not
+share it."""
 
 import ctypes
 from collections.abc import Callable
@@ -33,7 +34,8 @@ class Workspace:
         self._buffer.fill_(0xFF)
 
     def call(self, function: Callable[..., int], what: str, *args: object, threads: int) -> None:
-        """`function(*args, scratch, size, need, threads)`, once more with a larger buffer if it asks.
+        """`function(*args, scratch, size, need, threads)`, once more with a larger buffer if it
+        asks.
 
         Raises: ValueError when the kernel refuses its arguments.
         """

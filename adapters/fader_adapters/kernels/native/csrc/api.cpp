@@ -2,6 +2,7 @@
 // 8-bit statistics, cache writes).
 #include <omp.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #include "common.h"
 
@@ -204,6 +205,15 @@ int fader_write_kv(const fader_attn_t *a, int64_t T, const void *k, int64_t ks, 
         memcpy((char *)a->v_cache + slots[t] * row, (const char *)v + t * vs * size, (size_t)row);
     }
     return 0;
+}
+
+void fader_advise_huge(void *p, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t huge = 2 << 20, from = ((uintptr_t)p + huge - 1) & ~(huge - 1), to = ((uintptr_t)p + (uintptr_t)bytes) & ~(huge - 1);
+    if (from < to) madvise((void *)from, to - from, MADV_HUGEPAGE);
+#else
+    (void)p, (void)bytes;
+#endif
 }
 
 double fader_probe_read(const void *data, int64_t bytes, int nt) { return now().probe_read(data, bytes, nt); }

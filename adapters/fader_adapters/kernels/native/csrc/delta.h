@@ -57,8 +57,8 @@ FADER_INLINE bool term_fits(const fader_site_t &s, int slot, int m) {
     if (slot < 0 || slot >= s.slots) return false;
     const int64_t i = slot * s.table_stride + m, r = rank_of(s, slot, m);
     if (s.rank[i] < 0) return false;
-    return !r || (s.a_off[i] + r * s.k <= s.arena_count &&
-                  s.b_off[i] + r * (s.cols[2 * m + 1] - s.cols[2 * m]) <= s.arena_count);
+    const int64_t n = s.cols[2 * m + 1] - s.cols[2 * m];
+    return !r || (s.a_off[i] <= s.arena_count - r * s.k && s.b_off[i] <= s.arena_count - r * n);
 }
 
 static int delta_layout(const fader_site_t &s, const Plan &p, char *mem, int nt, Delta *d) {

@@ -7,7 +7,7 @@
 
 namespace {
 
-enum { DENSE_COLS = 4 };
+enum { DENSE_AHEAD = 1024 };
 
 template <class Ty, int MR, int NR>
 static void dense_tile(int64_t K, const Ty *const *x, const Ty *w, float *out) {
@@ -18,9 +18,11 @@ static void dense_tile(int64_t K, const Ty *const *x, const Ty *w, float *out) {
     int64_t k = 0;
     for (; k + S::SIZE <= K; k += S::SIZE) {
         typename S::Reg wv[NR];
+        // past a row's end its stream goes on NR rows further
+        const Ty *ahead = w + k + DENSE_AHEAD + (k + DENSE_AHEAD < K ? 0 : (NR - 1) * K);
         for (int n = 0; n < NR; n++) {
             wv[n] = S::y(w + n * K + k);
-            if (MR <= 2) prefetch(w + n * K + k + 1024);
+            prefetch(ahead + n * K);
         }
         for (int m = 0; m < MR; m++) {
             typename S::Reg xv = S::x(x[m] + k);
@@ -43,10 +45,10 @@ static void dense_rows(int m, int64_t K, const Ty *const *x, const Ty *w, float 
     dense_tile<Ty, MR, NR>(K, x, w, out);
 }
 
-template <class Ty, class Out>
+// MR x NR sums fill the registers: wide tiles for few rows, tall ones for more
+template <class Ty, class Out, int MR, int NR>
 static void dense_run(int64_t M, int64_t N, int64_t K, const Ty *x, int64_t xs, const Ty *w,
                       const float *bias, Out *y, int64_t ys, int nt) {
-    enum { NR = DENSE_COLS, MR = W == 16 ? 6 : 3 };
     const int64_t groups = ceil_div(N, NR), parts = ceil_div(M, MR);
 #pragma omp parallel for schedule(static) num_threads(nt)
     for (int64_t g = 0; g < groups; g++) {
@@ -73,12 +75,21 @@ static void dense_run(int64_t M, int64_t N, int64_t K, const Ty *x, int64_t xs, 
     }
 }
 
+template <class Ty, class Out>
+static int dense_shaped(int64_t M, int64_t N, int64_t K, const void *x, int64_t xs, const void *w,
+                        const float *bias, void *y, int64_t ys, int nt) {
+    const Ty *xt = (const Ty *)x, *wt = (const Ty *)w;
+    if (W < 16) dense_run<Ty, Out, 3, 4>(M, N, K, xt, xs, wt, bias, (Out *)y, ys, nt);
+    else if (M <= 2) dense_run<Ty, Out, 2, 1>(M, N, K, xt, xs, wt, bias, (Out *)y, ys, nt); // one stream
+    else if (M <= 6) dense_run<Ty, Out, 6, 4>(M, N, K, xt, xs, wt, bias, (Out *)y, ys, nt);
+    else dense_run<Ty, Out, 8, 3>(M, N, K, xt, xs, wt, bias, (Out *)y, ys, nt);
+    return 0;
+}
 template <class Ty>
 static int dense_typed(int64_t M, int64_t N, int64_t K, const void *x, int64_t xs, const void *w,
                        const float *bias, void *y, int yd, int64_t ys, int nt) {
-    if (yd == FADER_F32) dense_run<Ty, float>(M, N, K, (const Ty *)x, xs, (const Ty *)w, bias, (float *)y, ys, nt);
-    else dense_run<Ty, u16>(M, N, K, (const Ty *)x, xs, (const Ty *)w, bias, (u16 *)y, ys, nt);
-    return 0;
+    if (yd == FADER_F32) return dense_shaped<Ty, float>(M, N, K, x, xs, w, bias, y, ys, nt);
+    return dense_shaped<Ty, u16>(M, N, K, x, xs, w, bias, y, ys, nt);
 }
 int dense(int64_t M, int64_t N, int64_t K, const void *x, int64_t xs, const void *w, int dtype,
           const float *bias, void *y, int yd, int64_t ys, int nt) {

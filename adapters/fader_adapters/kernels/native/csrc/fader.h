@@ -115,6 +115,9 @@ int fader_attention(const fader_attn_t *a, int64_t T, int64_t R, const void *q,
 int fader_write_kv(const fader_attn_t *a, int64_t T, const void *k, int64_t k_stride, const void *v,
                    int64_t v_stride, const int64_t *slots, int nt);
 
+/* ask for huge pages inside [p, p + bytes), before it is first written; a hint, never an error */
+void fader_advise_huge(void *p, int64_t bytes);
+
 /* measured limits for benchmarks: bytes summed once; multiply-adds of `rounds` register loops */
 double fader_probe_read(const void *data, int64_t bytes, int nt);
 double fader_probe_dot(int64_t rounds, int nt);

@@ -165,7 +165,7 @@ template <class E> struct Gemm {
             // past a panel's end its stream goes on NP panels further
             const uint8_t *ahead = wb + AHEAD + (b * PANEL_BYTES + AHEAD < wp ? 0 : (NP - 1) * wp);
             for (int i = 0; i < PAIRS; i += 2)
-#pragma GCC unroll 4
+#pragma GCC unroll 2
                 for (int p = 0; p < NP; p++) {
                     const uint8_t *wi = wb + p * wp + i * PANEL;
                     prefetch(ahead + p * wp + i * PANEL);
@@ -223,8 +223,6 @@ template <class E> struct Gemm {
         const int64_t wp = K / 2 * PANEL, ap = K / BLOCK * PANEL;
         int p = 0;
         if constexpr (W == 16) {
-            for (; M == 1 && p + 4 <= np; p += 4)
-                fused<1, 4>(K, x, w + p * wp, am + p * ap, acc + p * PANEL, as);
             for (; M <= 2 && p + 2 <= np; p += 2)
                 (M == 1 ? fused<1, 2> : fused<2, 2>)(K, x, w + p * wp, am + p * ap, acc + p * PANEL, as);
         }

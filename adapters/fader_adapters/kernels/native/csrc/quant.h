@@ -129,10 +129,7 @@ double probe_read(const void *data, int64_t bytes, int nt) {
     for (int64_t c = 0; c < n; c++) {
         V a[4] = {vzero(), vzero(), vzero(), vzero()};
         for (int64_t i = 0; i < chunk; i += 4 * W)
-            for (int j = 0; j < 4; j++) {
-                prefetch(p + c * chunk + i + j * W + 1024);
-                a[j] = vadd(a[j], vload(p + c * chunk + i + j * W));
-            }
+            for (int j = 0; j < 4; j++) a[j] = vadd(a[j], vload(p + c * chunk + i + j * W));
         total += vsum(vadd(vadd(a[0], a[1]), vadd(a[2], a[3])));
     }
     return total;

@@ -59,7 +59,10 @@ int site_run(const fader_site_t *s, const Plan *plan, int64_t T, const In *x, in
     const bool direct = !s->panels || Pack::direct(x, T, xs);
 
     const int64_t acc_bytes = align64(rows * width * 4), own = acc_bytes + align64(E::BUF);
-    const int64_t pack_bytes = direct ? 0 : align64(T * K * (int64_t)sizeof(X) * E::STEP / 2);
+    // few rows without adapters: every thread packs for itself, which saves a barrier
+    const bool apart = !direct && !plan && T <= 16;
+    const int64_t pack_one = direct ? 0 : align64(T * K * (int64_t)sizeof(X) * E::STEP / 2);
+    const int64_t pack_bytes = apart ? nt * pack_one : pack_one;
     Delta d;
     const int64_t fixed = own * nt + pack_bytes;
     const int64_t total = fixed + (plan ? delta_bytes(*s, *plan) : 0);
@@ -69,17 +72,21 @@ int site_run(const fader_site_t *s, const Plan *plan, int64_t T, const In *x, in
         const int err = delta_layout(*s, *plan, scratch + fixed, nt, &d);
         if (err) return err;
     }
-    X *packed = (X *)(scratch + own * nt);
-    const Rows<X> xr = direct ? Pack::view(x, xs)
-                              : Rows<X>{packed, Pack::PER_BLOCK, T * (int64_t)Pack::PER_BLOCK};
     const int64_t pack_items = direct ? 0 : K / BLOCK, shrink_items = plan ? d.items : 0;
     const int64_t esize = out_dtype == FADER_F32 ? 4 : 2;
 
 #pragma omp parallel num_threads(nt)
     {
-        float *acc = (float *)(scratch + own * omp_get_thread_num());
+        const int64_t me = omp_get_thread_num();
+        float *acc = (float *)(scratch + own * me);
         void *buf = (char *)acc + acc_bytes;
-        if (pack_items + shrink_items) {
+        X *packed = (X *)(scratch + own * nt + (apart ? me * pack_one : 0));
+        const Rows<X> xr = direct ? Pack::view(x, xs)
+                                  : Rows<X>{packed, Pack::PER_BLOCK, T * (int64_t)Pack::PER_BLOCK};
+        if (apart) {
+            for (int64_t b = 0; b < pack_items; b++)
+                Pack::block(x, xs, T, b, packed + b * T * Pack::PER_BLOCK);
+        } else if (pack_items + shrink_items) {
 #pragma omp for schedule(static) nowait
             for (int64_t b = 0; b < pack_items; b++)
                 Pack::block(x, xs, T, b, packed + b * T * Pack::PER_BLOCK);
@@ -87,7 +94,7 @@ int site_run(const fader_site_t *s, const Plan *plan, int64_t T, const In *x, in
             for (int64_t i = 0; i < shrink_items; i++)
                 shrink_item<In, Ar>(*s, *plan, d, d.item[i], x, xs);
         }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 1)
         for (int64_t u = 0; u < chunks * col_blocks; u++) {
             const int64_t cb = u % col_blocks, m0 = u / col_blocks * rows, m1 = min64(T, m0 + rows);
             const int64_t c0 = cb * width, c1 = min64(n, c0 + width), p0 = cb * bp;
