@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from bench.demo.checks import right
 from bench.demo.world import STYLES, Item, render, staff_split, style_system, world_split
-
 from fader_server.demo import adapter_dirs, blends
 
 CANCELLED = ("shout", "german", "pirate")

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import AutoTokenizer
+
 from bench.demo.encoding import PAD, Batch, batches, encode_chat, token_id
 from bench.demo.quantise import load_dequantised
 from bench.demo.sampling import Sampler
 from bench.demo.train_base import SEED, answer_loss
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from transformers import AutoTokenizer
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEARS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from native_sites import make, plan_of
 
 from fader_adapters.kernels import native
+from tests.adapters.native.native_sites import make, plan_of
 
 F32, BF16, I32 = torch.float32, torch.bfloat16, torch.int32
 
