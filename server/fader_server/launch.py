@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 
 from fastapi import FastAPI
+from rich.console import Console
 
 from fader_server import app
 from fader_server.api.context import BaseModel
@@ -68,7 +69,25 @@ async def _serve(application: FastAPI, world: World, sock: socket.socket) -> Non
         await world.adapters.restore()
     host, port = sock.getsockname()[:2]
     _log.info("serving", extra={"fields": {"host": host, "port": port, "model": world.base.name}})
+    if sys.stdout.isatty():
+        greet(world, f"http://{host}:{port}")
     await serve(application, sock)
+
+
+def greet(world: World, url: str) -> None:
+    """For a person at a terminal: where it is, what it serves and how to ask."""
+    adapters = [info.name for info in world.adapters.list()]
+    told = ", ".join(adapters[:12]) + (", …" if len(adapters) > 12 else "") or "none yet"
+    body = f'{{"model": "{world.base.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    console = Console(highlight=False)
+    console.print(f"\n[bold]{world.base.name}[/bold] at [bold]{url}/v1[/bold]")
+    console.print(f"adapters: {told}")
+    console.print("ask it:", style="dim")
+    console.print(
+        f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'\n",
+        soft_wrap=True,
+        markup=False,
+    )
 
 
 def log_to_stderr(level: str) -> None:

@@ -1,5 +1,6 @@
 """The `fader` command: finds the subcommand, turns errors into one line and an exit code."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -46,6 +47,8 @@ def _root(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. 0: done, 2: something the user can mend, 1: a fault."""
+    # It recommends a package that fetches code from the network when it is imported.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         code = app(args=arguments, standalone_mode=False)
     except _UsageError as error:
