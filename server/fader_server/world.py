@@ -76,8 +76,8 @@ def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
         forget=engine.forget,
         max_terms=config.max_terms,
     )
-    _load_adapters(config, registry)
     name = config.served_model_name or (Path(source).name if config.model else demo.SERVED_NAME)
+    _load_adapters(config, registry, base_name=name)
     model = BaseModel(name, base.installed.spec.fingerprint, plan.max_model_len, started)
     with engine:
         yield World(model, engine, registry, tokenizer)
@@ -110,7 +110,7 @@ def _engine(
     limits = Limits(
         max_rows=config.max_batch_rows,
         max_step_tokens=config.max_step_tokens,
-        chunk_size=min(CHUNK_SIZE, config.max_step_tokens - config.max_batch_rows),
+        chunk_size=max(BLOCK_SIZE, min(CHUNK_SIZE, config.max_step_tokens - config.max_batch_rows)),
         max_model_len=plan.max_model_len,
     )
     cache = KVCache(
@@ -143,19 +143,21 @@ def _host_tier(arena: torch.Tensor) -> HostTier:
     return BufferTier(arena.nbytes, arena.dtype, pinned=True)
 
 
-def _load_adapters(config: ServeConfig, registry: Registry) -> None:
+def _load_adapters(config: ServeConfig, registry: Registry, *, base_name: str) -> None:
     """Those the operator named must load; one found in a folder that cannot is skipped, aloud."""
     if not config.model:
         for name, path in demo.adapter_dirs().items():
             registry.load_trusted(name, path)
     for given in config.adapter:
+        if given.name == base_name:
+            raise ConfigInvalid(f"--adapter {given.name}: the base has this name; choose another")
         try:
             registry.load_trusted(given.name, Path(given.source))
         except SourceNotFound as error:
             raise ConfigInvalid(f"--adapter {given.name}: {error}") from error
     named = {given.name for given in config.adapter}
     for name, source in registry.discover():
-        if name in named:
+        if name in named or name == base_name:
             continue
         try:
             registry.load_now(LoadOrder(name, source))

@@ -1,0 +1,106 @@
+"""What `fader serve` opens, and how it refuses."""
+
+import logging
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from fader_adapters.errors import AdapterMismatch
+from fader_server import config, demo
+from fader_server.api.blends import AdapterRef, NamedTerm
+from fader_server.core import Request, SamplingParams, TokenEvent
+from fader_server.errors import ConfigInvalid, ModelUnsupported
+from fader_server.metrics import Metrics
+from fader_server.world import open_world
+from tests.support.families import write_family
+from tests.support.peft_adapters import write_adapter
+
+
+def _open(**flags: object):
+    return open_world(config.load(flags | {"threads": "1"}, {}), Metrics())
+
+
+def _generate(world, adapter: str | None) -> list[int]:
+    terms = [] if adapter is None else [NamedTerm(AdapterRef(adapter), 1.0)]
+    lease = world.adapters.acquire(terms)
+    prompt = tuple(world.tokenizer.encode_chat([{"role": "user", "content": "Hello"}]))
+    params = SamplingParams(temperature=0, max_tokens=8)
+    request = Request("r", prompt, params, lease.blend, lease.adapters)
+    events: list[TokenEvent] = []
+    done = threading.Event()
+
+    def sink(event: TokenEvent) -> None:
+        events.append(event)
+        if event.finish or event.error:
+            done.set()
+
+    world.engine.submit(request, sink)
+    assert done.wait(60)
+    lease.release()
+    return [event.token for event in events if event.token is not None]
+
+
+def test_without_a_model_the_demo_is_served_with_its_adapters():
+    with _open() as world:
+        assert world.base.name == demo.SERVED_NAME
+        assert {info.name for info in world.adapters.list()} == set(demo.adapter_dirs())
+        assert _generate(world, None) != _generate(world, "shout")
+
+
+def test_the_memory_plan_is_told_once_in_bytes(caplog):
+    with caplog.at_level(logging.INFO), _open(arena="8MiB", kv_cache="4MiB"):
+        (plan,) = [r.fields for r in caplog.records if r.message == "memory plan"]
+    assert plan["arena_bytes"] == 8 << 20
+    assert 3 << 20 < plan["kv_cache_bytes"] <= 4 << 20
+    assert plan["total_bytes"] == sum(plan[k] for k in plan if k.endswith("_bytes")) / 2
+
+
+def test_an_adapter_of_another_base_stops_the_start_when_it_was_named(tmp_path):
+    base = write_family("llama", tmp_path / "base")
+    other = write_adapter(base, tmp_path / "other", rank=4, seed=1)
+    with pytest.raises(AdapterMismatch), _open(adapter=[f"other={other}"]):
+        pass
+
+
+def test_an_adapter_of_another_base_in_a_folder_is_skipped_aloud(tmp_path, caplog):
+    base = write_family("llama", tmp_path / "base")
+    root = tmp_path / "root"
+    write_adapter(base, root / "stranger", rank=4, seed=1)
+    shutil.copytree(demo.adapter_dirs()["shout"], root / "friend")
+    with caplog.at_level(logging.WARNING), _open(adapter_dir=[str(root)]) as world:
+        names = {info.name for info in world.adapters.list()}
+    assert names == {"friend", *demo.adapter_dirs()}
+    (skipped,) = [r.fields for r in caplog.records if r.message == "adapter skipped"]
+    assert skipped["adapter"] == "stranger"
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"model": "no-such-folder"}, "no model at"),
+        ({"adapter": ["x=/no/such/adapter"]}, "--adapter x"),
+        ({"adapter": [f"{demo.SERVED_NAME}=/no"]}, "the base has this name"),
+        ({"kv_cache": "1KiB", "max_model_len": "512"}, "--kv-cache"),
+        ({"arena": "8TiB"}, "ask for less"),
+        ({"max_batch_rows": "600"}, "--max-batch-rows|--max-step-tokens"),
+    ],
+)
+def test_what_the_user_can_mend_is_told_in_one_line(flags, reason):
+    with pytest.raises(ConfigInvalid, match=reason) as caught, _open(**flags):
+        pass
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_device_is_a_mistake_of_the_user():
+    with pytest.raises(ConfigInvalid, match="--device cpu"), _open(device="cuda"):
+        pass
+
+
+def test_a_base_without_tokenizer_is_refused_by_name(tmp_path: Path):
+    base = write_family("llama", tmp_path / "base")
+    with pytest.raises(ModelUnsupported, match="tokenizer"), _open(model=str(base)):
+        pass
