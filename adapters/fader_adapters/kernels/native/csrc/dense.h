@@ -9,32 +9,42 @@ namespace {
 
 enum { DENSE_AHEAD = 1024 };
 
+template <int COUNT> static void sums(const V *acc, float *out) {
+#if FADER_ISA >= 2
+    if constexpr (COUNT > 2 && COUNT <= 16) {
+        V all[16];
+        float totals[16];
+        for (int i = 0; i < 16; i++) all[i] = i < COUNT ? acc[i] : vzero();
+        vsum16(all, totals);
+        for (int i = 0; i < COUNT; i++) out[i] = totals[i];
+        return;
+    }
+#endif
+    for (int i = 0; i < COUNT; i++) out[i] = vsum(acc[i]);
+}
+
+// The rows of the weight are read one after the other: one stream is what the prefetchers follow best.
 template <class Ty, int MR, int NR>
 static void dense_tile(int64_t K, const Ty *const *x, const Ty *w, float *out) {
     typedef Step<Ty, Ty> S;
-    V acc[MR][NR];
-    for (int m = 0; m < MR; m++)
-        for (int n = 0; n < NR; n++) acc[m][n] = vzero();
+    V acc[MR * NR];
     int64_t k = 0;
-    for (; k + S::SIZE <= K; k += S::SIZE) {
-        typename S::Reg wv[NR];
-        // past a row's end its stream goes on NR rows further
-        const Ty *ahead = w + k + DENSE_AHEAD + (k + DENSE_AHEAD < K ? 0 : (NR - 1) * K);
-        for (int n = 0; n < NR; n++) {
-            wv[n] = S::y(w + n * K + k);
-            prefetch(ahead + n * K);
+    for (int n = 0; n < NR; n++) {
+        const Ty *row = w + n * K;
+        V sum[MR];
+        for (int m = 0; m < MR; m++) sum[m] = vzero();
+        for (k = 0; k + S::SIZE <= K; k += S::SIZE) {
+            typename S::Reg wv = S::y(row + k);
+            prefetch(row + k + DENSE_AHEAD);
+            for (int m = 0; m < MR; m++) sum[m] = S::dot(sum[m], S::x(x[m] + k), wv);
         }
-        for (int m = 0; m < MR; m++) {
-            typename S::Reg xv = S::x(x[m] + k);
-            for (int n = 0; n < NR; n++) acc[m][n] = S::dot(acc[m][n], xv, wv[n]);
-        }
+        for (int m = 0; m < MR; m++) acc[m * NR + n] = sum[m];
     }
+    sums<MR * NR>(acc, out);
     for (int m = 0; m < MR; m++)
-        for (int n = 0; n < NR; n++) {
-            float sum = vsum(acc[m][n]);
-            for (int64_t i = k; i < K; i++) sum += load1(x[m] + i) * load1(w + n * K + i);
-            out[m * NR + n] = sum;
-        }
+        for (int n = 0; n < NR; n++)
+            for (int64_t i = k; i < K; i++)
+                out[m * NR + n] += load1(x[m] + i) * load1(w + n * K + i);
 }
 
 template <class Ty, int MR, int NR>
@@ -81,8 +91,7 @@ static int dense_shaped(int64_t M, int64_t N, int64_t K, const void *x, int64_t 
     const Ty *xt = (const Ty *)x, *wt = (const Ty *)w;
     if (W < 16) dense_run<Ty, Out, 3, 4>(M, N, K, xt, xs, wt, bias, (Out *)y, ys, nt);
     else if (M <= 2) dense_run<Ty, Out, 2, 1>(M, N, K, xt, xs, wt, bias, (Out *)y, ys, nt); // one stream
-    else if (M <= 6) dense_run<Ty, Out, 6, 4>(M, N, K, xt, xs, wt, bias, (Out *)y, ys, nt);
-    else dense_run<Ty, Out, 8, 3>(M, N, K, xt, xs, wt, bias, (Out *)y, ys, nt);
+    else dense_run<Ty, Out, 8, 2>(M, N, K, xt, xs, wt, bias, (Out *)y, ys, nt);
     return 0;
 }
 template <class Ty>
