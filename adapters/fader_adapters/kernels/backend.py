@@ -58,6 +58,8 @@ class Backend(Protocol):
     """Base linears and batched deltas on one kind of device."""
 
     name: str
+    least_rows: int
+    """A row's bits do not depend on the number of rows of a call from this many on."""
 
     def linear(self, weight: Nf4Weight, bias: torch.Tensor | None) -> BaseLinear:
         """Bring an NF4 weight into this backend's layout, once, at load."""

@@ -77,6 +77,7 @@ class NativeBackend:
     """fp32 and bf16 on any x86-64, with the widest instructions the machine has."""
 
     name = "native"
+    least_rows = 1
 
     def __init__(self) -> None:
         self._scratch = Workspace()

@@ -56,6 +56,12 @@ class PagedAttention(Protocol):
         """Metadata of one step, shared by its layers."""
         ...
 
+    def write(
+        self, k: torch.Tensor, v: torch.Tensor, cache: LayerCache, slots: torch.Tensor
+    ) -> None:
+        """Store k and v [T, kv_heads, d] at their places; the tokens may be strided."""
+        ...
+
     def attend(
         self, q: torch.Tensor, cache: LayerCache, params: AttentionParams, step: object
     ) -> torch.Tensor:
@@ -85,9 +91,8 @@ class StepAttention:
         """q [1, heads, T', d], k and v [1, kv_heads, T', d] → [1, T', heads, d]; padding gets 0."""
         layer = self._cache[module]
         tokens = self._batch.tokens
-        layer.k.flatten(0, 1).index_copy_(0, self._batch.slots, k[0, :, :tokens].transpose(0, 1))
-        layer.v.flatten(0, 1).index_copy_(0, self._batch.slots, v[0, :, :tokens].transpose(0, 1))
-        queries = q[0].transpose(0, 1)
+        queries, keys, values = (given[0].transpose(0, 1) for given in (q, k, v))
+        self._backend.write(keys[:tokens], values[:tokens], layer, self._batch.slots)
         out = self._backend.attend(queries[:tokens], layer, params, self._step)
         if queries.shape[0] > tokens:
             padding = out.new_zeros(queries.shape[0] - tokens, *out.shape[1:])

@@ -6,9 +6,6 @@ import torch
 
 from fader_server.core import Plan, PlanRow
 
-MIN_TOKENS = 4
-"""CPU fp32 products give a row the same bits whatever surrounds it only from four rows on."""
-
 
 @dataclass(frozen=True, slots=True)
 class AttentionRow:
@@ -22,15 +19,15 @@ class AttentionRow:
 
 @dataclass(frozen=True)
 class Batch:
-    """One packed step of R rows and T tokens.
+    """One packed step of R rows and T tokens; T' is T or the least the kernels take, if more.
 
-    input_ids, position_ids  [1, T'] int64, padded to MIN_TOKENS with zeros
+    input_ids, position_ids  [1, T'] int64, padded with zeros to the least
     slots         [T] int64, place of each token in a cache of [blocks · block_size] tokens
     cu_tokens     [R + 1] int32, where each row's tokens begin
     contexts      [R] int32, keys of each row, its new tokens included
     block_tables  [R, W] int32, padded with the null block
     logit_index   [S + P] int64, the packed tokens whose logits are wanted: one per sampling row,
-                  then those of the prompt logprobs; padded to MIN_TOKENS by repeating
+                  then those of the prompt logprobs; padded to the least by repeating
     """
 
     input_ids: torch.Tensor
@@ -56,7 +53,10 @@ class Batch:
         return self.input_ids.shape[1] - self.tokens
 
     @classmethod
-    def from_plan(cls, plan: Plan, *, block_size: int, device: torch.device) -> "Batch":
+    def from_plan(
+        cls, plan: Plan, *, block_size: int, device: torch.device, least: int = 1
+    ) -> "Batch":
+        """`least`: tokens and logits are padded to this many, see Backend.least_rows."""
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -73,8 +73,8 @@ class Batch:
                 for p in range(row.start, stop)
             ]
             cu_tokens.append(len(ids))
-        padding = [0] * max(0, MIN_TOKENS - len(ids))
-        sampling, scored, index = _logits(plan.rows, cu_tokens)
+        padding = [0] * max(0, least - len(ids))
+        sampling, scored, index = _logits(plan.rows, cu_tokens, least)
         return cls(
             input_ids=torch.tensor([ids + padding], device=device),
             position_ids=torch.tensor([positions + padding], device=device),
@@ -99,7 +99,7 @@ def _block_tables(rows: tuple[PlanRow, ...], block_size: int) -> torch.Tensor:
 
 
 def _logits(
-    rows: tuple[PlanRow, ...], cu_tokens: list[int]
+    rows: tuple[PlanRow, ...], cu_tokens: list[int], least: int
 ) -> tuple[tuple[int, ...], tuple[tuple[int, int, int], ...], list[int]]:
     sampling = tuple(i for i, row in enumerate(rows) if row.samples)
     index = [cu_tokens[i + 1] - 1 for i in sampling]
@@ -113,5 +113,5 @@ def _logits(
             scored.append((i, row.start, count))
             index += range(cu_tokens[i], cu_tokens[i] + count)
     if index:
-        index += [index[-1]] * (MIN_TOKENS - len(index))
+        index += [index[-1]] * (least - len(index))
     return sampling, tuple(scored), index

@@ -19,30 +19,46 @@ class NativeAttention:
 
     def __init__(self) -> None:
         self._scratch = Workspace()
-        self._layers: dict[tuple[int, int, AttentionParams], Kernel] = {}
+        self._layers: dict[int, tuple[AttentionParams, int, Kernel]] = {}
 
     def prepare(self, batch: Batch) -> Batch:
         return batch
+
+    def write(
+        self, k: torch.Tensor, v: torch.Tensor, cache: LayerCache, slots: torch.Tensor
+    ) -> None:
+        heads_adjacent = k.shape[2] == k.stride(1) == v.stride(1)
+        kernel = self._layers.get(cache.k.data_ptr())
+        if kernel is None or not heads_adjacent:
+            cache.k.flatten(0, 1).index_copy_(0, slots, k)
+            cache.v.flatten(0, 1).index_copy_(0, slots, v)
+        else:
+            kernel[2].write(k, v, slots)
 
     def attend(
         self, q: torch.Tensor, cache: LayerCache, params: AttentionParams, step: object
     ) -> torch.Tensor:
         assert isinstance(step, Batch)
-        key = (cache.k.data_ptr(), q.shape[1], params)
-        kernel = self._layers.get(key)
-        if kernel is None:
-            kernel = self._layers[key] = Kernel(
-                cache.k,
-                cache.v,
-                heads=q.shape[1],
-                scale=params.scale,
-                window=params.window or 0,
-                softcap=params.softcap or 0.0,
-                workspace=self._scratch,
-            )
+        kernel = self._kernel(cache, params, q.shape[1])
         return kernel(
             q.contiguous(),
             q_start=step.cu_tokens,
             context=step.contexts,
             block_tables=step.block_tables,
         )
+
+    def _kernel(self, cache: LayerCache, params: AttentionParams, heads: int) -> Kernel:
+        """Bound to the layer's cache at its first call; a layer attends in one way only."""
+        found = self._layers.get(cache.k.data_ptr())
+        if found is None or found[:2] != (params, heads):
+            kernel = Kernel(
+                cache.k,
+                cache.v,
+                heads=heads,
+                scale=params.scale,
+                window=params.window or 0,
+                softcap=params.softcap or 0.0,
+                workspace=self._scratch,
+            )
+            found = self._layers[cache.k.data_ptr()] = (params, heads, kernel)
+        return found[2]

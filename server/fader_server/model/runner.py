@@ -41,7 +41,10 @@ class ModelRunner:
         """Compute every row; one result a row, in order. KV writes are repeatable."""
         with torch.inference_mode():
             batch = Batch.from_plan(
-                plan, block_size=self._cache.block_size, device=self._base.device
+                plan,
+                block_size=self._cache.block_size,
+                device=self._base.device,
+                least=self._base.backend.least_rows,
             )
             logits = self._forward(plan, batch)
             return self._results(plan, batch, logits)

@@ -53,7 +53,7 @@ class Sampler:
         assert logits.shape[0] == len(sequences)
         if not sequences:
             return []
-        best, tokens = logits.max(-1)
+        best, tokens = _largest(logits)
         finite = best.isfinite()
         touched = [
             row
@@ -75,6 +75,15 @@ class Sampler:
             tokens = tokens.index_copy(0, index, chosen)
             finite = finite.index_copy(0, index, finite.index_select(0, index) & sound)
         return _results(logits, sequences, tokens, finite)
+
+
+def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum and its lowest index, [R] each; NaN where a row holds one."""
+    if logits.device.type != "cpu" or logits.dtype != torch.float32:
+        best, tokens = logits.max(-1)
+        return best, tokens
+    tokens = torch.from_numpy(logits.numpy().argmax(-1))  # numpy's is vectorised, torch's is not
+    return logits.gather(1, tokens.unsqueeze(1)).squeeze(1), tokens
 
 
 def prompt_logprobs(logits: Tensor, targets: Tensor, top_n: int) -> tuple[TokenLogprob, ...]:

@@ -53,6 +53,12 @@ class TorchAttention:
         distance = positions[:, :, None] - place
         return Group(begins[:, None] + steps, keys, distance)
 
+    def write(
+        self, k: torch.Tensor, v: torch.Tensor, cache: LayerCache, slots: torch.Tensor
+    ) -> None:
+        cache.k.flatten(0, 1).index_copy_(0, slots, k)
+        cache.v.flatten(0, 1).index_copy_(0, slots, v)
+
     def attend(
         self, q: torch.Tensor, cache: LayerCache, params: AttentionParams, step: object
     ) -> torch.Tensor:
