@@ -33,6 +33,7 @@ from fader_server.errors import ConfigInvalid, ModelUnsupported
 from fader_server.model import attention
 from fader_server.model.head import NativeHead
 from fader_server.model.kv_cache import LayerShape
+from fader_server.model.norm import replace_norms
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +79,10 @@ def load_base(
     except BaseUnsupported as error:
         raise ModelUnsupported(f"{source}: {error}") from error
     head = model.get_output_embeddings()
-    if isinstance(backend, NativeBackend) and isinstance(head, nn.Linear):
-        model.set_output_embeddings(NativeHead(head))
+    if isinstance(backend, NativeBackend):
+        replace_norms(model)
+        if isinstance(head, nn.Linear):
+            model.set_output_embeddings(NativeHead(head))
     text = config.get_text_config(decoder=True)
     return LoadedBase(
         model=model,

@@ -7,6 +7,7 @@ models, no requests.
 from fader_adapters.kernels.native.attention import PagedAttention, paged_attention
 from fader_adapters.kernels.native.dense import dense
 from fader_adapters.kernels.native.library import LEVELS, available, best_isa, isa, reason, set_isa
+from fader_adapters.kernels.native.norm import rms_norm
 from fader_adapters.kernels.native.panels import Nf4Panels, PanelStore
 from fader_adapters.kernels.native.quantise import (
     Nested,
@@ -43,5 +44,6 @@ __all__ = [
     "quantise_absmax",
     "quantise_nf4",
     "reason",
+    "rms_norm",
     "set_isa",
 ]

@@ -169,6 +169,14 @@ int fader_dense(int64_t M, int64_t N, int64_t K, const void *x, int64_t xs, cons
     return now().dense(M, N, K, x, xs, w, dtype, bias, y, yd, ys, nt);
 }
 
+int fader_rms_norm(int64_t M, int64_t K, const void *x, int64_t xs, const void *w, int dtype, int about_one,
+                   float eps, void *y, int nt) {
+    if (M < 0 || K <= 0 || nt < 1 || dtype < 0 || dtype > FADER_BF16) return FADER_E_ARG;
+    if (!M) return 0;
+    if (!x || !w || !y || xs < K) return FADER_E_ARG;
+    return now().norm(M, K, x, xs, w, dtype, about_one, eps, y, nt);
+}
+
 int fader_attention(const fader_attn_t *a, int64_t T, int64_t R, const void *q, const int32_t *q_start,
                     const int32_t *context, const int32_t *tables, void *out, void *scratch, int64_t bytes,
                     int64_t *need, int nt) {

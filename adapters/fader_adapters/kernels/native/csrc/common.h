@@ -86,5 +86,6 @@ struct Kernels {
     int (*dequantise)(int64_t, const uint8_t *, const float *, void *, int, int);
     double (*probe_read)(const void *, int64_t, int);
     double (*probe_dot)(int64_t, int);
+    int (*norm)(int64_t, int64_t, const void *, int64_t, const void *, int, int, float, void *, int);
 };
 extern const Kernels fader_scalar, fader_avx2, fader_avx512, fader_avx512bf16;

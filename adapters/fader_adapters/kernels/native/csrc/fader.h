@@ -92,6 +92,11 @@ int fader_site(const fader_site_t *site, const int32_t *plan, int64_t T, const v
 int fader_dense(int64_t M, int64_t N, int64_t K, const void *x, int64_t x_stride, const void *w,
                 int dtype, const float *bias, void *y, int y_dtype, int64_t y_stride, int nt);
 
+/* y[M,K] = w * round(x / rms), or (1 + w) * (x / rms) about one; rms = sqrt(mean(x^2) + eps) of a row of
+ * x [M,K], rows x_stride elements apart; x, w, y of one dtype, to which round() rounds */
+int fader_rms_norm(int64_t M, int64_t K, const void *x, int64_t x_stride, const void *w, int dtype,
+                   int about_one, float eps, void *y, int nt);
+
 /* ---- Paged attention ---------------------------------------------------------------------------
  * caches [blocks, block_size, kv_heads, dim]; q, out [T, heads, dim]; one dtype for all of them.
  * Query i of a row with n queries stands at position context - n + i and sees positions <= its own,

@@ -2,8 +2,9 @@
 #pragma once
 #include "attention.h"
 #include "dense.h"
+#include "norm.h"
 #include "quant.h"
 #include "site.h"
 
 #define FADER_EXPORT(NAME) \
-    extern const Kernels NAME = {site, dense, attention, quantise, dequantise, probe_read, probe_dot}
+    extern const Kernels NAME = {site, dense, attention, quantise, dequantise, probe_read, probe_dot, norm}
