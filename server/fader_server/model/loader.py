@@ -5,7 +5,7 @@ Knows checkpoints and module trees; knows nothing of requests or adapters.
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fader_adapters.errors import BaseUnsupported
+from fader_adapters.kernels import native
 from fader_adapters.kernels.backend import Backend
 from fader_adapters.kernels.cpu import NativeBackend
 from fader_adapters.kernels.nf4 import check_width
@@ -33,6 +34,7 @@ from fader_server.errors import ConfigInvalid, ModelUnsupported
 from fader_server.model import attention
 from fader_server.model.head import NativeHead
 from fader_server.model.kv_cache import LayerShape
+from fader_server.model.quantizer import quantising_natively
 
 log = logging.getLogger(__name__)
 
@@ -151,8 +153,9 @@ def read_nf4(
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+    natively = not ready and device.type == "cpu" and native.available()
     try:
-        with quiet_libraries():
+        with quiet_libraries(), quantising_natively(nf4) if natively else nullcontext():
             read: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 output_loading_info=True,
