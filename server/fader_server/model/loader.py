@@ -81,6 +81,7 @@ def load_base(
         raise ModelUnsupported(f"{source}: {error}") from error
     head = model.get_output_embeddings()
     if isinstance(backend, NativeBackend) and isinstance(head, nn.Linear):
+        head.weight.data = backend.keep(head.weight.data)
         model.set_output_embeddings(NativeHead(head))
     text = config.get_text_config(decoder=True)
     return LoadedBase(
@@ -178,6 +179,9 @@ def read_nf4(
     model.eval()
     for path, module in model.named_modules():
         if isinstance(module, Linear4bit):
+            # each holds the other: without this a weight would outlive its layer until some
+            # collection of garbage, and the base would be in memory twice
+            cast(Any, module.weight).module = None
             try:
                 check_width(module.in_features)
             except BaseUnsupported as error:
