@@ -5,7 +5,7 @@ Knows checkpoints and module trees; knows nothing of requests or adapters.
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -34,7 +34,7 @@ from fader_server.errors import ConfigInvalid, ModelUnsupported
 from fader_server.model import attention
 from fader_server.model.head import NativeHead
 from fader_server.model.kv_cache import LayerShape
-from fader_server.model.quantizer import quantising_natively
+from fader_server.model.quantizer import use_native_kernel
 
 log = logging.getLogger(__name__)
 
@@ -154,9 +154,10 @@ def read_nf4(
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    natively = not ready and device.type == "cpu" and native.available()
+    if not ready and device.type == "cpu" and native.available():
+        use_native_kernel(nf4)
     try:
-        with quiet_libraries(), quantising_natively(nf4) if natively else nullcontext():
+        with quiet_libraries():
             read: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 output_loading_info=True,
