@@ -36,7 +36,7 @@ class NativeNf4Quantizer(Bnb4BitHfQuantizer):
         """What was wrong with weights; transformers would swallow an exception on the way."""
 
     def get_quantize_ops(self) -> Bnb4bitQuantize:
-        return _Quantise(self)
+        return _Quantise(self, self.refused)
 
     def _process_model_after_weight_loading(
         self,
@@ -58,9 +58,9 @@ def use_native_kernel(config: BitsAndBytesConfig) -> None:
 class _Quantise(Bnb4bitQuantize):
     """One weight, as transformers hands it over, to the parameter bitsandbytes would make of it."""
 
-    def __init__(self, quantizer: NativeNf4Quantizer) -> None:
+    def __init__(self, quantizer: Bnb4BitHfQuantizer, refused: list[str]) -> None:
         super().__init__(quantizer)
-        self._refused = quantizer.refused
+        self._refused = refused
 
     @torch.no_grad()
     def convert(
@@ -76,7 +76,7 @@ class _Quantise(Bnb4bitQuantize):
                 weight = weight.T
             try:
                 made[path] = quantise(weight.contiguous(), module)
-            except ValueError as error:
+            except (TypeError, ValueError) as error:
                 self._refused.append(f"{path}: {error}")
                 made[path] = Params4bit(torch.empty(0), requires_grad=False)
             loose._is_hf_initialized = True
@@ -86,7 +86,7 @@ class _Quantise(Bnb4bitQuantize):
 def quantise(weight: torch.Tensor, module: Linear4bit) -> Params4bit:
     """`weight` [out, in], fp32, bf16 or fp16, contiguous, as `module`'s NF4 parameter.
 
-    Raises: ValueError (NaN or Inf inside).
+    Raises: TypeError (another dtype), ValueError (NaN or Inf inside).
     """
     done = native.quantise_nf4(weight, nested=True)
     assert done.nested is not None
