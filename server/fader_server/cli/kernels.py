@@ -44,5 +44,9 @@ def kernels(
     for line in report.lines(result):
         typer.echo(line)
     if json_file is not None:
-        document = {"command": safe_command(sys.argv), "started": started, "machine": facts}
+        document = {
+            "command": ["fader", *safe_command(sys.argv[1:])],
+            "started": started,
+            "machine": facts,
+        }
         json_file.write_text(json.dumps(document | asdict(result), indent=1) + "\n")

@@ -12,6 +12,7 @@ from fader_adapters.kernels import native
 from fader_adapters.kernels.measure import cases, parity
 from fader_adapters.kernels.measure.cases import Sizes
 from fader_adapters.kernels.measure.limits import DOT, READ, Limits, Reached
+from fader_adapters.kernels.measure.quiet import QUIET, Others
 from fader_adapters.kernels.measure.timing import Timing
 
 BYTES = 0.5625
@@ -27,7 +28,14 @@ class Report:
     limits: dict[str, Reached]
     """By case; only the GEMMs have them."""
     repeats: int
+    others: float
+    """Share of the processors that other processes used meanwhile."""
     timings: list[Timing]
+
+    @property
+    def quiet(self) -> bool:
+        """Whether the figures may be quoted."""
+        return self.others <= QUIET
 
 
 def run(sizes: Sizes | None = None, *, repeats: int = 30) -> Report:
@@ -42,7 +50,7 @@ def run(sizes: Sizes | None = None, *, repeats: int = 30) -> Report:
     torch.manual_seed(0)
     try:
         errors = parity.prove()
-        limits = Limits(sizes.streamed)
+        limits, others = Limits(sizes.streamed), Others()
         products = list(cases.gemm(sizes, repeats, limits))
         timings = [
             *products,
@@ -52,7 +60,7 @@ def run(sizes: Sizes | None = None, *, repeats: int = 30) -> Report:
     finally:
         torch.set_rng_state(before)
     reached = {case: limits.reached(list(group)) for case, group in groupby(products, _case)}
-    return Report(_kernels(), errors, reached, repeats, timings)
+    return Report(_kernels(), errors, reached, repeats, others.share(), timings)
 
 
 def _case(timing: Timing) -> str:
@@ -87,6 +95,9 @@ def lines(report: Report) -> Iterator[str]:
                 note = ""
             figures = f"{timing.median_ms:9.3f} ms ±{timing.spread / 2:4.0%}"
             yield f"{case:52} {timing.method:20} {figures}  {note}".rstrip()
+    yield f"others used {report.others:.0%} of the processors"
+    if not report.quiet:
+        yield "note: the machine was not quiet, do not quote these figures"
 
 
 def share(case: str, ms: float, reached: Reached) -> str:
