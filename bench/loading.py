@@ -49,7 +49,7 @@ class Run:
 
 
 def load(way: str, source: str) -> Run:
-    """Load `source` in this process; `way` bitsandbytes hides the native quantiser, nothing else."""
+    """Load `source` in this process; `way` bitsandbytes hides the native quantiser only."""
     from fader_adapters.kernels.backend import choose
     from fader_adapters.kernels.native import available
 

@@ -45,6 +45,7 @@ def kernels(
         typer.echo(line)
     if json_file is not None:
         document = {
+            "quiet": result.quiet,
             "command": ["fader", *safe_command(sys.argv[1:])],
             "started": started,
             "machine": facts,

@@ -1,5 +1,9 @@
 """The benchmark of the kernels: no figure without parity, limits taken beside what they limit."""
 
+import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +11,7 @@ import torch
 
 from fader_adapters.errors import KernelUnavailable
 from fader_adapters.kernels import native
-from fader_adapters.kernels.measure import parity, report
+from fader_adapters.kernels.measure import parity, quiet, report
 from fader_adapters.kernels.measure.cases import Sizes
 from fader_adapters.kernels.measure.limits import Reached
 from fader_adapters.kernels.measure.parity import ParityFailed
@@ -86,6 +90,28 @@ def test_every_case_is_timed_and_told(built: None) -> None:
 def test_shares_are_of_the_limits_of_the_same_case() -> None:
     told = report.share("gemm 1000x1600 M=2", 0.9, Reached(2.0, 71.111))
     assert told == "  1.0 GB/s =  50% of read,  10% of dot"
+
+
+def test_figures_of_a_busy_machine_are_not_for_quoting(built: None) -> None:
+    result = report.run(TINY, repeats=2)
+    for others, calm in ((0.0, True), (0.5, False), (float("nan"), False)):
+        told = list(report.lines(dataclasses.replace(result, others=others)))
+        assert ("not quiet" in told[-1]) is not calm
+
+
+def test_work_of_another_process_counts_and_own_work_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    readings = iter([(10.0, 100.0), (18.0, 110.0)])  # 8 of 10 seconds were busy
+    own = iter([1.0, 6.0])
+    monkeypatch.setattr(quiet, "_counters", lambda: next(readings))
+    monkeypatch.setattr(quiet, "_own", lambda: next(own))
+    assert quiet.Others().share() == pytest.approx(0.3)
+    monkeypatch.undo()
+    watch = quiet.Others()
+    code = "import time\nwhile time.process_time() < 0.5: pass"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert watch.share() > 0.1 / (os.cpu_count() or 1)
 
 
 def test_without_the_library_there_is_nothing_to_measure(

@@ -1,4 +1,4 @@
-"""Whether others used the processors meanwhile. Knows Linux's counters, nothing of what is timed."""
+"""Whether others used the processors meanwhile. Knows Linux's counters only."""
 
 import os
 from pathlib import Path
