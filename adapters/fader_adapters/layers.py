@@ -183,12 +183,12 @@ def _base(members: list[nn.Module], backend: Backend) -> BaseLinear:
         biases.append(_bias(module))
     given = next((bias for bias in biases if bias is not None), None)
     if given is None:
-        return backend.linear(nf4.stack(weights), None)
+        return backend.linear(weights, None)
     filled = [
         given.new_zeros(weight.out_features) if bias is None else bias
         for bias, weight in zip(biases, weights, strict=True)
     ]
-    return backend.linear(nf4.stack(weights), torch.cat(filled))
+    return backend.linear(weights, torch.cat(filled))
 
 
 def _bias(module: nn.Module) -> torch.Tensor | None:

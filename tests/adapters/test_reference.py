@@ -13,7 +13,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-2}
 
 def _run(world: World, x: torch.Tensor, terms: StepTerms) -> torch.Tensor:
     backend = ReferenceBackend()
-    site = backend.bind(world.site, backend.linear(world.weight, None))
+    site = backend.bind(world.site, backend.linear([world.weight], None))
     return site(x, backend.prepare(world.tables, terms))
 
 
@@ -45,7 +45,7 @@ def test_rows_without_terms_and_padding_equal_the_base_bit_for_bit(dtype):
     world, terms = make_world(RANKS, dtype), steps()["blends and prefill"]
     x = _input(terms, dtype, padding=3)
     backend = ReferenceBackend()
-    base = backend.linear(world.weight, None)(x)
+    base = backend.linear([world.weight], None)(x)
     y = _run(world, x, terms)
     free = [2, *range(103, 126), *range(133, 136)]
     assert torch.equal(y[free], base[free])
@@ -72,7 +72,7 @@ def test_a_republished_slot_is_read_anew():
     world, terms = make_world(RANKS, torch.float32), steps()["one adapter, every row"]
     x = _input(terms, torch.float32)
     backend = ReferenceBackend()
-    site = backend.bind(world.site, backend.linear(world.weight, None))
+    site = backend.bind(world.site, backend.linear([world.weight], None))
     before = site(x, backend.prepare(world.tables, terms))
     world.tables.scale[0] *= 2
     assert torch.equal(site(x, backend.prepare(world.tables, terms)), before)

@@ -1,6 +1,7 @@
 """What a kernel backend does, and the one place that knows there is more than one."""
 
 import logging
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -61,8 +62,8 @@ class Backend(Protocol):
     least_rows: int
     """A row's bits do not depend on the number of rows of a call from this many on."""
 
-    def linear(self, weight: Nf4Weight, bias: torch.Tensor | None) -> BaseLinear:
-        """Bring an NF4 weight into this backend's layout, once, at load."""
+    def linear(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> BaseLinear:
+        """Bring NF4 weights, stacked by rows, into this backend's layout, once, at load."""
         ...
 
     def bind(self, site: SiteSpec, base: BaseLinear) -> SiteKernel:

@@ -1,10 +1,18 @@
 """The native CPU backend: NF4 panels and one call a site. Knows the C library, not models."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from fader_adapters.kernels.native import Nf4Panels, Site, SiteTables, StepPlan, Workspace
+from fader_adapters.kernels.native import (
+    Nf4Panels,
+    PanelStore,
+    Site,
+    SiteTables,
+    StepPlan,
+    Workspace,
+)
 from fader_adapters.kernels.nf4 import Nf4Weight
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import SiteSpec, StepTerms
@@ -80,15 +88,20 @@ class NativeBackend:
     least_rows = 1
 
     def __init__(self) -> None:
+        self._store = PanelStore()
         self._scratch = Workspace()
         self._sites: list[NativeSite] = []
         self._ranks: torch.Tensor | None = None
 
-    def linear(self, weight: Nf4Weight, bias: torch.Tensor | None) -> PanelLinear:
-        panels = Nf4Panels.from_bnb(
-            weight.packed, weight.absmax, weight.out_features, weight.in_features
-        )
+    def linear(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> PanelLinear:
+        parts = [(w.packed, w.absmax, w.out_features) for w in weights]
+        panels = Nf4Panels.stack(parts, weights[0].in_features, store=self._store)
         return PanelLinear(panels, bias, self._scratch)
+
+    def keep(self, weight: torch.Tensor) -> torch.Tensor:
+        """A copy of a dense weight beside the NF4 ones, where streaming it costs fewest misses."""
+        kept = self._store.take(weight.nbytes).view(weight.dtype).view(weight.shape)
+        return kept.copy_(weight)
 
     def bind(self, site: SiteSpec, base: "BaseLinear") -> NativeSite:
         """The members' indices must follow one another."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from fader_adapters.kernels.nf4 import Nf4Weight, dense
+from fader_adapters.kernels.nf4 import Nf4Weight, dense, stack
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import RowTerms, SiteSpec, StepTerms
 
@@ -131,8 +131,8 @@ class ReferenceBackend:
     def __init__(self) -> None:
         self._gather: Gather | None = None
 
-    def linear(self, weight: Nf4Weight, bias: torch.Tensor | None) -> DecodedLinear:
-        return DecodedLinear(weight, bias)
+    def linear(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> DecodedLinear:
+        return DecodedLinear(stack(weights), bias)
 
     def prepare(self, tables: Tables, terms: StepTerms) -> ReferenceStep | None:
         if terms.idle:

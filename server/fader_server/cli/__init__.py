@@ -9,6 +9,7 @@ import typer
 
 from fader_adapters.errors import AdapterError
 from fader_server.bench.cli import bench_app
+from fader_server.cli.kernels import kernels
 from fader_server.cli.quantize import quantize
 from fader_server.cli.serve import serve
 from fader_server.cli.version import version
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(quantize)
+bench_app.command()(kernels)
 app.add_typer(bench_app, name="bench")
 
 

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fader_adapters.errors import BaseUnsupported
+from fader_adapters.kernels import native
 from fader_adapters.kernels.backend import Backend
 from fader_adapters.kernels.cpu import NativeBackend
 from fader_adapters.kernels.nf4 import check_width
@@ -34,6 +35,7 @@ from fader_server.model import attention
 from fader_server.model.head import NativeHead
 from fader_server.model.kv_cache import LayerShape
 from fader_server.model.norm import replace_norms
+from fader_server.model.quantizer import use_native_kernel
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +84,7 @@ def load_base(
     if isinstance(backend, NativeBackend):
         replace_norms(model)
         if isinstance(head, nn.Linear):
+            head.weight.data = backend.keep(head.weight.data)
             model.set_output_embeddings(NativeHead(head))
     text = config.get_text_config(decoder=True)
     return LoadedBase(
@@ -154,6 +157,8 @@ def read_nf4(
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+    if not ready and device.type == "cpu" and native.available():
+        use_native_kernel(nf4)
     try:
         with quiet_libraries():
             read: Any = AutoModelForCausalLM.from_pretrained(
@@ -178,6 +183,9 @@ def read_nf4(
     model.eval()
     for path, module in model.named_modules():
         if isinstance(module, Linear4bit):
+            # each holds the other: without this a weight would outlive its layer until some
+            # collection of garbage, and the base would be in memory twice
+            cast(Any, module.weight).module = None
             try:
                 check_width(module.in_features)
             except BaseUnsupported as error:

@@ -10,6 +10,8 @@ from fader_adapters.kernels.native.library import LEVELS, available, best_isa, i
 from fader_adapters.kernels.native.norm import rms_norm
 from fader_adapters.kernels.native.panels import Nf4Panels, PanelStore
 from fader_adapters.kernels.native.quantise import (
+    BLOCK,
+    NESTED_BLOCK,
     Nested,
     Quantised,
     dequantise_absmax,
@@ -22,7 +24,9 @@ from fader_adapters.kernels.native.step import StepPlan
 from fader_adapters.kernels.native.workspace import Workspace
 
 __all__ = [
+    "BLOCK",
     "LEVELS",
+    "NESTED_BLOCK",
     "Nested",
     "Nf4Panels",
     "PagedAttention",
