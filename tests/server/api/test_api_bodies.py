@@ -75,7 +75,7 @@ BAD = [
     *[("max_tokens", v) for v in (0, -1, "1", 1.5, True, 10**400, [])],
     *[("n", v) for v in (0, 17, True, "2", 10**6)],
     *[("temperature", v) for v in (-0.1, 2.1, "1", True, 10**400, [])],
-    *[("top_p", v) for v in (0, 1.1, True)],
+    *[("top_p", v) for v in (-0.1, 1.1, True)],
     *[("top_k", v) for v in (-2, 1.5, True)],
     *[("min_p", v) for v in (-1, 2)],
     *[("presence_penalty", v) for v in (-3, 3, True)],

@@ -133,6 +133,11 @@ async def test_stop_string_ends_the_choice_and_frees_the_engine(client, world: W
     assert world.idle
 
 
+async def test_top_p_may_be_0_as_openai_has_it(client, world: World):
+    await complete(client, prompt="x", top_p=0)
+    assert world.engine.seen[0].params.top_p == 0.0
+
+
 async def test_stop_prefix_at_the_end_is_given_back(client):
     body = await complete(client, stop=[".never"])
     assert body["choices"][0]["text"] == TEXT
