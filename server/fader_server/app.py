@@ -91,7 +91,7 @@ def _context(
         metrics=metrics,
         limits=Limits(
             max_n=config.max_n,
-            max_choices=config.max_choices,
+            max_choices=min(config.max_choices, config.max_waiting),
             max_call_tokens=config.max_call_tokens,
             max_terms=config.max_terms,
             vocab_size=tokenizer.vocab_size,

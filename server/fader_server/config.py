@@ -18,6 +18,8 @@ from fader_server.errors import ConfigInvalid
 from fader_server.settings import AdapterSource
 
 PREFIX = "FADER_"
+MIN_CHUNK = 16
+"""Tokens of a prompt that every step must have room for beside its running rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,12 @@ class ServeConfig:
         for name in names:
             if names.count(name) > 1:
                 raise ConfigInvalid(f"--adapter names {name} twice; give each adapter its own name")
+        if self.max_step_tokens < self.max_batch_rows + MIN_CHUNK:
+            raise ConfigInvalid(
+                f"--max-step-tokens {self.max_step_tokens} must hold a token of each of "
+                f"--max-batch-rows {self.max_batch_rows} and {MIN_CHUNK} of a prompt: "
+                "raise the first or lower the second"
+            )
         if not self.loopback and not self.api_key and not self.insecure:
             raise ConfigInvalid(
                 f"binding {self.host} needs --api-key (or FADER_API_KEY), "

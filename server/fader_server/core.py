@@ -80,6 +80,8 @@ class TokenEvent:
     """Prompt tokens found in the prefix cache; set on the first event with a token or `finish`."""
     finish: FinishReason | None = None
     error: Exception | None = None
+    queued: float | None = None
+    """Seconds from submission to admission; set on a request's first event after it."""
 
 
 Sink = Callable[[TokenEvent], None]

@@ -95,3 +95,6 @@ def log_to_stderr(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    for library in ("huggingface_hub", "transformers"):  # each has a handler of its own, for text
+        logging.getLogger(library).handlers.clear()
+        logging.getLogger(library).propagate = True

@@ -11,6 +11,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OTHER = "other"
 _FAST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _LONG = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0)
+_QUEUE = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _STEP = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 
@@ -39,6 +40,9 @@ class Metrics:
         self.duration = self._histogram("request_duration_seconds", "Whole calls.", _LONG)
         self.first_token = self._histogram(
             "time_to_first_token_seconds", "From the call to its first token.", _FAST
+        )
+        self.queue = self._histogram(
+            "queue_seconds", "From a request's submission to its first step.", _QUEUE
         )
         self.inter_token = self._histogram(
             "inter_token_seconds", "Between tokens of a call, divided by its choices.", _STEP

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from fader_adapters.errors import VersionConflict
+from fader_adapters.errors import AdapterInvalid, VersionConflict
 from fader_adapters.layers import Installed
 from fader_adapters.leases import AdapterRef as StoreRef
 from fader_adapters.leases import Lease
@@ -81,6 +81,8 @@ class Registry:
 
     def load_now(self, order: LoadOrder) -> Loaded:
         """The same on the caller's thread."""
+        if order.revision is not None:
+            raise AdapterInvalid("a folder has no revision: leave it out, or ask for a sha256")
         return self._publish(self._sources.fetch(order.source), order)
 
     def load_trusted(self, name: str, path: Path) -> Loaded:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import signal
 import socket
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fader_server.api.context import Context
+from fader_server.api.errors import malformed
 from fader_server.config import ServeConfig
 from fader_server.errors import ConfigInvalid
 
@@ -62,6 +64,19 @@ def bounded_protocol(*, header_seconds: float, max_connections: int) -> type[H11
                 self._deadline = self.loop.call_later(header_seconds, self._expire)
             elif not in_head:
                 self._disarm()
+
+        def send_400_response(self, msg: str) -> None:
+            """What is not HTTP gets the same error object as everything else."""
+            body = json.dumps(malformed()).encode()
+            headers = [
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(body)).encode()),
+                (b"connection", b"close"),
+            ]
+            answer = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+            for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+            self.transport.close()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._disarm()

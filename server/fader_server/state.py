@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fader_adapters.errors import AdapterError, AdapterNotFound
@@ -99,6 +99,7 @@ class RememberedAdapters:
         self._inner = inner
         self._file = file
         self._entries = dict(entries)
+        self._offered = {info.name for info in inner.list()}  # by flags and folders, at every start
         self._writer = ThreadPoolExecutor(1, "fader-state")  # one: writes keep their order
 
     async def restore(self) -> None:
@@ -123,7 +124,12 @@ class RememberedAdapters:
 
     def unload(self, name: str) -> None:
         self._inner.unload(name)
-        self._remember(name, None)
+        wanted = self._entries.get(name)
+        if name in self._offered or (wanted and PurePosixPath(wanted.source).name == name):
+            self._remember(name, None)  # or the next start would bring it back
+        else:
+            self._entries.pop(name, None)
+            self._save()
 
     def pin(self, name: str, *, pinned: bool) -> AdapterInfo:
         info = self._inner.pin(name, pinned=pinned)
@@ -150,6 +156,9 @@ class RememberedAdapters:
 
     def _remember(self, name: str, wanted: Wanted | None) -> "Future[None]":
         self._entries[name] = wanted
+        return self._save()
+
+    def _save(self) -> "Future[None]":
         return self._writer.submit(self._write, dict(self._entries))
 
     def _write(self, entries: Entries) -> None:

@@ -1,14 +1,16 @@
 """Opens the world of one server: base, arena, KV cache, engine, adapters. Knows no HTTP."""
 
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from transformers.utils import logging as transformers_logging
 
-from fader_adapters.errors import AdapterError, SourceNotFound
+from fader_adapters.errors import AdapterError
 from fader_adapters.kernels.backend import choose
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.pool import Pool
@@ -49,6 +51,9 @@ def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
     """
     started = int(time.time())
     source = config.model or str(demo.base_dir())
+    name = config.served_model_name or (Path(source).name if config.model else demo.SERVED_NAME)
+    _check_named(config, name)
+    _be_quiet()
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     set_threads(config.threads)
@@ -76,14 +81,40 @@ def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
         forget=engine.forget,
         max_terms=config.max_terms,
     )
-    name = config.served_model_name or (Path(source).name if config.model else demo.SERVED_NAME)
     _load_adapters(config, registry, base_name=name)
     model = BaseModel(name, base.installed.spec.fingerprint, plan.max_model_len, started)
     with engine:
         yield World(model, engine, registry, tokenizer)
 
 
+def _check_named(config: ServeConfig, base_name: str) -> None:
+    """What is named wrongly is told before the base takes its time to load."""
+    if config.model.startswith(("/", "./", "../", "~")) and not Path(config.model).is_dir():
+        raise ConfigInvalid(f"MODEL {config.model}: no such folder; give a folder or a Hub id")
+    if not config.model and base_name in demo.adapter_dirs():
+        raise ConfigInvalid(f"--served-model-name {base_name}: a demo adapter has this name")
+    for root in config.adapter_dir:
+        if not root.is_dir():
+            raise ConfigInvalid(f"--adapter-dir {root}: no such folder; create it or leave it out")
+    for given in config.adapter:
+        if given.name == base_name:
+            raise ConfigInvalid(f"--adapter {given.name}: the base has this name; choose another")
+        if not Path(given.source).is_dir():
+            raise ConfigInvalid(f"--adapter {given.name}: no such folder: {given.source}")
+
+
+def _be_quiet() -> None:
+    """Progress bars are for terminals; in a log they are noise."""
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
 def _memory(config: ServeConfig, base: LoadedBase) -> MemoryPlan:
+    if config.max_model_len is not None and config.max_model_len > base.max_positions:
+        raise ConfigInvalid(
+            f"--max-model-len {config.max_model_len}: the base has {base.max_positions} positions; "
+            "ask for at most that many"
+        )
     return plan_memory(
         available=free_bytes(base.device),
         on_host=base.device.type == "cpu",
@@ -110,7 +141,7 @@ def _engine(
     limits = Limits(
         max_rows=config.max_batch_rows,
         max_step_tokens=config.max_step_tokens,
-        chunk_size=max(BLOCK_SIZE, min(CHUNK_SIZE, config.max_step_tokens - config.max_batch_rows)),
+        chunk_size=min(CHUNK_SIZE, config.max_step_tokens - config.max_batch_rows),
         max_model_len=plan.max_model_len,
     )
     cache = KVCache(
@@ -149,11 +180,9 @@ def _load_adapters(config: ServeConfig, registry: Registry, *, base_name: str) -
         for name, path in demo.adapter_dirs().items():
             registry.load_trusted(name, path)
     for given in config.adapter:
-        if given.name == base_name:
-            raise ConfigInvalid(f"--adapter {given.name}: the base has this name; choose another")
         try:
             registry.load_trusted(given.name, Path(given.source))
-        except SourceNotFound as error:
+        except AdapterError as error:
             raise ConfigInvalid(f"--adapter {given.name}: {error}") from error
     named = {given.name for given in config.adapter}
     for name, source in registry.discover():

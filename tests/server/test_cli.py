@@ -29,6 +29,13 @@ def test_wrong_usage_is_one_line_and_exit_code_2(capsys, arguments, named):
     assert named in told
 
 
+def test_no_arguments_show_the_help_and_are_no_mistake(capsys):
+    assert main([]) == 0
+    told = capsys.readouterr()
+    assert "serve" in told.out
+    assert told.err == ""
+
+
 def test_environment_reaches_the_settings(capsys, monkeypatch):
     monkeypatch.setenv("FADER_DEVICE", "abacus")
     assert main(["serve"]) == 2

@@ -15,6 +15,7 @@ EXAMPLES = {
     "dtype": ("float32", "float32"),
     "log_level": ("error", "error"),
     "host": ("::1", "::1"),
+    "max_step_tokens": ("777", 777),
 }
 
 

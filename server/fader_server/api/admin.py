@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from fader_adapters.errors import AdapterError
+from fader_adapters.errors import AdapterError, AdapterExists
 from fader_adapters.spec import ADAPTER_NAME
 from fader_server.api.blends import AdapterRef
 from fader_server.api.context import body_of, context_of, log_of, principal_of
@@ -91,6 +91,8 @@ def read_order(name: str, body: dict[str, Any]) -> LoadOrder:
 async def load(request: Request, order: LoadOrder) -> Loaded:
     """Load, counted and logged."""
     context = context_of(request)
+    if order.name == context.base.name:
+        raise AdapterExists("the base has this name; choose another for the adapter")
     log_of(request).extra["adapter"] = order.name
     began = time.monotonic()
     try:

@@ -50,7 +50,7 @@ def read_choosing(fields: Fields, limits: Limits, max_tokens: int | None) -> Cho
         fields.refuse("min_tokens", "must not be above max_tokens")
     return Choosing(
         temperature=fields.number("temperature", 1.0, low=0.0, high=2.0),
-        top_p=fields.number("top_p", 1.0, low=0.0, high=1.0, open_low=True),
+        top_p=fields.number("top_p", 1.0, low=0.0, high=1.0),
         top_k=max(0, top_k),
         min_p=fields.number("min_p", 0.0, low=0.0, high=1.0),
         presence_penalty=fields.number("presence_penalty", 0.0, low=-2.0, high=2.0),

@@ -14,7 +14,7 @@ from typing import Any
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fader_server.api.errors import ClientGone, describe
+from fader_server.api.errors import AmbiguousLength, ClientGone, describe
 from fader_server.api.observe import CallRecord
 from fader_server.metrics import Metrics
 
@@ -58,6 +58,10 @@ class Edge:
             await send(message)
 
         try:
+            if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+                problem = AmbiguousLength("send content-length or transfer-encoding, not both")
+                await describe(problem).response()(scope, receive, send_marked)
+                return
             await self._app(scope, receive, send_marked)
         except ClientGone:
             status = status or 499

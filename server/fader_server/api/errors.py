@@ -29,6 +29,10 @@ class BodyTooSlow(HttpError):
     """The body did not arrive in time."""
 
 
+class AmbiguousLength(HttpError):
+    """The head gives the body's length in two ways: a proxy may have read it differently."""
+
+
 class UnsupportedMedia(HttpError):
     """The body is not JSON."""
 
@@ -95,6 +99,7 @@ _TABLE: tuple[tuple[type[Exception], Answer], ...] = (  # the first match wins: 
     (server.EngineFault, Answer(500, FAULT, "engine_error", _ENGINE_TEXT, retry=False)),
     (BodyTooLarge, Answer(413, INVALID, "request_too_large")),
     (BodyTooSlow, Answer(408, INVALID, "request_timeout", retry=False)),
+    (AmbiguousLength, Answer(400, INVALID, "bad_request")),
     (UnsupportedMedia, Answer(415, INVALID, "unsupported_media_type")),
     (Unauthorized, Answer(401, INVALID, "invalid_api_key")),
     (Forbidden, Answer(403, INVALID, "permission_denied")),
@@ -147,13 +152,19 @@ def describe(error: Exception) -> Problem:
         headers["x-should-retry"] = "true" if answer.retry else "false"
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
-    if isinstance(error, BodyTooLarge | BodyTooSlow):
+    if isinstance(error, AmbiguousLength | BodyTooLarge | BodyTooSlow):
         headers["connection"] = "close"
     param, code = answer.param, answer.code
     if isinstance(error, server.RequestInvalid):
         param, code = error.param, error.code or code
     text = answer.text or str(error) or type(error).__name__
     return Problem(answer.status, headers, _object(text, answer.type, param, code))
+
+
+def malformed() -> dict[str, Any]:
+    """The body for what is not HTTP at all, and so never reaches the application."""
+    code, text = _HTTP[400]
+    return {"error": _object(text, INVALID, None, code)}
 
 
 def _object(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:

@@ -25,6 +25,8 @@ class CallRecord:
     terms: Sequence[LeasedTerm] = ()
     first: float | None = None
     last: float | None = None
+    queue: float | None = None
+    """Seconds that the call's slowest choice so far waited for its place in a step."""
     tokens: tuple[int, int, int] = (0, 0, 0)
     """Prompt, completion, cached."""
     outcome: str = ""
@@ -53,6 +55,11 @@ class CallRecord:
             self.metrics.inter_token.observe(now - self.last)
         self.last = now
 
+    def queued(self, seconds: float) -> None:
+        """One choice was admitted after this long."""
+        self.metrics.queue.observe(seconds)
+        self.queue = max(seconds, self.queue or 0.0)
+
     def used(self, prompt: int, completion: int, cached: int) -> None:
         self.tokens = (prompt, completion, cached)
 
@@ -75,12 +82,14 @@ class CallRecord:
 
     def log_fields(self) -> dict[str, Any]:
         first = None if self.first is None else round((self.first - self.began) * 1000, 1)
+        queue = None if self.queue is None else round(self.queue * 1000, 1)
         return {
             "adapter": self.adapter or None,
             "versions": [f"{term.name}@{term.version[:12]}" for term in self.terms],
             "prompt_tokens": self.tokens[0],
             "completion_tokens": self.tokens[1],
             "cached_tokens": self.tokens[2],
+            "queue_ms": queue,
             "first_ms": first,
             "outcome": self.outcome or None,
         }

@@ -51,7 +51,7 @@ class Preparer:
             return self._longest - prompt
         if prompt + call.max_tokens > self._longest:
             what = f"{prompt} tokens in the {param} and {call.max_tokens} in the completion"
-            raise self._too_long(what, param)
+            raise self._too_long(what, param if prompt >= self._longest else "max_tokens")
         return call.max_tokens
 
     def _too_long(self, what: str, param: str) -> ContextTooLong:

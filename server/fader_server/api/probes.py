@@ -13,14 +13,14 @@ router = APIRouter()
 metrics_router = APIRouter()
 
 
-@router.get("/health")
+@router.api_route("/health", methods=["GET", "HEAD"])
 async def health(request: Request) -> Response:
     """200 while the engine moves or idles, 503 once it is stuck or dead."""
     reason = _engine_trouble(request)
     return _failing(reason, "engine_stuck") if reason else JSONResponse({"status": "ok"})
 
 
-@router.get("/ready")
+@router.api_route("/ready", methods=["GET", "HEAD"])
 async def ready(request: Request) -> Response:
     """200 when new requests are welcome; else 503 with the reason."""
     reason = context_of(request).readiness.reason or _engine_trouble(request)

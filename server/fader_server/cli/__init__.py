@@ -21,7 +21,6 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     help="Many LoRA adapters and blends over one NF4 base.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -51,8 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. 0: done, 2: something the user can mend, 1: a fault."""
     # It recommends a package that fetches code from the network when it is imported.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        code = app(args=arguments, standalone_mode=False)
+        code = app(args=given or ["--help"], standalone_mode=False)
     except _UsageError as error:
         return _fail(f"{_one_line(error)} See --help.", 2)
     except _MENDABLE as error:

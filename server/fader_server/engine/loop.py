@@ -87,7 +87,7 @@ class Engine:
                 raise RequestInvalid(f"request id {request.id!r} is in use")
             self._sinks[request.id] = sink
             self._queued += 1
-            self._inbound.put(partial(self._accept, request))
+            self._inbound.put(partial(self._accept, request, self._clock()))
 
     def abort(self, request_id: str) -> None:
         """End a request without an event; nothing happens when it has ended already."""
@@ -205,10 +205,10 @@ class Engine:
             _log.error("a sink raised; its request is aborted", exc_info=error)
             self._abort(request_id)
 
-    def _accept(self, request: Request) -> None:
+    def _accept(self, request: Request, since: float) -> None:
         try:
             if self._closed is None:
-                self._stepper.add(request)
+                self._stepper.add(request, since=since)
         except RequestInvalid as error:
             self._deliver(TokenEvent(request.id, error=error))
         finally:

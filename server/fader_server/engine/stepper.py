@@ -5,6 +5,7 @@ Runs on whatever thread calls it; knows no queue, no sink and no other thread.
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 from fader_adapters.spec import Upload
 from fader_server.core import Plan, Request, RowResult, Runner, Sequence, TokenEvent
@@ -41,14 +42,17 @@ class Stepper:
         self._clock = clock
         self._observer = observer
         self._crowded: Counter[str] = Counter()
+        self._since: dict[str, float] = {}
+        self._waited: dict[str, float] = {}
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises what the scheduler's `add` raises."""
+    def add(self, request: Request, *, since: float | None = None) -> None:
+        """Queue a request that was submitted at `since`. Raises what the scheduler's `add` does."""
         self.scheduler.add(request)
+        self._since[request.id] = self._clock() if since is None else since
 
     def abort(self, request_id: str) -> None:
         """End a request without an event, if it is open."""
-        self._crowded.pop(request_id, None)
+        self._forget(request_id)
         self.scheduler.abort(request_id)
 
     def turn(self) -> bool:
@@ -61,6 +65,8 @@ class Stepper:
             if not self.scheduler.waiting:
                 self.progress_at = started
             return False
+        if self._since:
+            self._time_admissions(plan, started)
         ready = self._bring_in(plan) if plan.uploads else plan
         if ready is not None:
             self._step(ready, started)
@@ -80,6 +86,13 @@ class Stepper:
             if broken is not None:
                 raise EngineFault("the device fails on every request") from broken
         self._count(outcome.done, started)
+
+    def _time_admissions(self, plan: Plan, now: float) -> None:
+        """Requests in their first plan have waited until now; later preemptions do not count."""
+        for row in plan.rows:
+            since = self._since.pop(row.sequence.request.id, None)
+            if since is not None:
+                self._waited[row.sequence.request.id] = max(0.0, now - since)
 
     def _count(self, done: list[tuple[Plan, list[RowResult]]], started: float) -> None:
         now = self._clock()
@@ -128,6 +141,13 @@ class Stepper:
             self.generated += 1
         if event.error is not None:
             self.faults += 1
-        if self._crowded and (event.finish is not None or event.error is not None):
-            self._crowded.pop(event.request_id, None)
+        if event.request_id in self._waited:
+            event = replace(event, queued=self._waited.pop(event.request_id))
+        if event.finish is not None or event.error is not None:
+            self._forget(event.request_id)
         self._deliver(event)
+
+    def _forget(self, request_id: str) -> None:
+        self._crowded.pop(request_id, None)
+        self._since.pop(request_id, None)
+        self._waited.pop(request_id, None)

@@ -1,9 +1,11 @@
 import json
+from collections.abc import Iterator
 
 import pytest
 from openai.types import Model
 
 from fader_server.api.edge import JsonFormatter
+from fader_server.core import Request, TokenEvent
 from tests.server.api.api_fakes import World, build_world, digest
 from tests.server.api.conftest import asgi, listening
 
@@ -81,6 +83,19 @@ async def test_bad_loads_are_refused(client, body):
     answer = await client.put("/v1/adapters/new", json=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"]
+
+
+async def test_no_adapter_takes_the_name_of_the_base(client, world: World):
+    answer = await client.put("/v1/adapters/base", json={"source": "x"})
+    assert answer.status_code == 409
+    assert answer.json()["error"]["code"] == "adapter_exists"
+    assert "base" not in world.adapters.infos
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+async def test_probes_answer_head(client, path):
+    answer = await client.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
 
 
 @pytest.mark.parametrize("name", ["a%0Ab", "..", ".hidden", "%3Cb%3E", "x" * 129, "a@b", "a%00"])
@@ -227,6 +242,22 @@ async def test_metrics_of_calls_and_the_gateway_contract(client, world: World):
         "fader_inter_token_seconds_count 2.0",
     ):
         assert line in text, line
+
+
+async def test_time_in_the_queue_is_measured_and_logged(worlds, caplog):
+    def script(request: Request) -> Iterator[TokenEvent]:
+        yield TokenEvent(request.id, 97, queued=0.25)
+        yield TokenEvent(request.id, 97, finish="length")
+
+    world = worlds(script=script)
+    with caplog.at_level("INFO", "fader.request"):
+        async with asgi(world) as client:
+            await client.post("/v1/completions", json={"model": "base", "prompt": "x", "n": 2})
+    metrics = world.metrics.render().decode()
+    assert "fader_queue_seconds_count 2.0" in metrics
+    assert "fader_queue_seconds_sum 0.5" in metrics
+    (line,) = [record.fields for record in caplog.records if record.name == "fader.request"]
+    assert line["queue_ms"] == 250.0
 
 
 async def test_unknown_models_do_not_grow_the_metrics(client, world: World):

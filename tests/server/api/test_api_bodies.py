@@ -75,7 +75,7 @@ BAD = [
     *[("max_tokens", v) for v in (0, -1, "1", 1.5, True, 10**400, [])],
     *[("n", v) for v in (0, 17, True, "2", 10**6)],
     *[("temperature", v) for v in (-0.1, 2.1, "1", True, 10**400, [])],
-    *[("top_p", v) for v in (0, 1.1, True)],
+    *[("top_p", v) for v in (-0.1, 1.1, True)],
     *[("top_k", v) for v in (-2, 1.5, True)],
     *[("min_p", v) for v in (-1, 2)],
     *[("presence_penalty", v) for v in (-3, 3, True)],
@@ -183,6 +183,14 @@ async def test_one_budget_for_prompts_n_and_max_tokens(client, world: World, bod
     assert world.engine.seen == []
 
 
+async def test_what_no_queue_could_hold_is_not_told_to_come_again(worlds):
+    world = worlds(max_waiting=3)
+    async with asgi(world) as client:
+        body = {"model": "base", "prompt": "x", "max_tokens": 1}
+        assert (await client.post("/v1/completions", json={**body, "n": 4})).status_code == 400
+        assert (await client.post("/v1/completions", json={**body, "n": 3})).status_code == 200
+
+
 HOSTILE = [
     json.dumps({"model": "base", "prompt": [True] * 150_000}).encode(),
     json.dumps({"model": "base", "prompt": [1] * 300_000}).encode(),
@@ -242,6 +250,8 @@ async def test_slow_and_broken_requests_end(worlds):
         assert huge == b"" or huge.startswith(b"HTTP/1.1 400")
         two = await raw(port, head + b"content-length: 2\r\ncontent-length: 3\r\n\r\n{}")
         assert two.startswith(b"HTTP/1.1 400")
+        assert b'"code": "bad_request"' in two
+        assert (await raw(port, b"no HTTP at all\r\n\r\n")).count(b'"error"') == 1
         chunked = (
             head
             + b"transfer-encoding: chunked\r\n\r\n"
@@ -253,6 +263,19 @@ async def test_slow_and_broken_requests_end(worlds):
             + b"\r\n"
         )
         assert (await raw(port, chunked)).startswith(b"HTTP/1.1 413")
+
+
+async def test_two_ways_to_tell_the_length_end_the_connection(worlds):
+    lengths = [b"content-length: 5\r\n", b"transfer-encoding: chunked\r\n"]
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+    second = b"GET /health HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n"
+    smuggled = b"\r\n2\r\n{}\r\n0\r\n\r\n" + second
+    async with listening(worlds()) as port:
+        both = await raw(port, head + b"".join(lengths) + smuggled)
+        chunked = await raw(port, head + lengths[1] + smuggled)
+    assert both.count(b"HTTP/1.1 ") == 1
+    assert b'"code":"bad_request"' in both
+    assert chunked.count(b"HTTP/1.1 ") == 2
 
 
 async def test_idle_sockets_are_capped(worlds):

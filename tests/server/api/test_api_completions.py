@@ -133,6 +133,11 @@ async def test_stop_string_ends_the_choice_and_frees_the_engine(client, world: W
     assert world.idle
 
 
+async def test_top_p_may_be_0_as_openai_has_it(client, world: World):
+    await complete(client, prompt="x", top_p=0)
+    assert world.engine.seen[0].params.top_p == 0.0
+
+
 async def test_stop_prefix_at_the_end_is_given_back(client):
     body = await complete(client, stop=[".never"])
     assert body["choices"][0]["text"] == TEXT
@@ -252,7 +257,10 @@ async def test_too_long_says_the_words_that_gateways_look_for(client, world: Wor
     error = answer.json()["error"]
     assert answer.status_code == 400
     assert error["code"] == "context_length_exceeded"
+    assert error["param"] == "max_tokens"
     assert "This model's maximum context length is 4096 tokens" in error["message"]
+    longer = await client.post("/v1/completions", json={**body, "prompt": "x" * 4097})
+    assert longer.json()["error"]["param"] == "prompt"
     assert (await client.post("/v1/completions", json={**body, "max_tokens": 96})).is_success
     assert world.idle
 

@@ -41,6 +41,25 @@ async def test_loads_pins_and_unloads_come_back_after_a_restart(tmp_path):
     after.close()
 
 
+async def test_names_that_come_and_go_do_not_grow_the_file(tmp_path):
+    adapters = remembered(tmp_path)
+    for n in range(50):
+        await adapters.load(LoadOrder(f"run-{n}", "one"))
+        adapters.unload(f"run-{n}")
+    adapters.close()
+    assert StateFile(tmp_path).read() == {}
+
+
+async def test_what_the_next_start_would_offer_again_stays_unloaded(tmp_path):
+    adapters = remembered(tmp_path)
+    await adapters.load(LoadOrder("new", "/roots/new"))  # the folder has the name: it is found
+    await adapters.load(LoadOrder("tone", "one"))
+    for name in ("new", "tone", "domain"):
+        adapters.unload(name)
+    adapters.close()
+    assert StateFile(tmp_path).read() == {"new": None, "tone": None, "domain": None}
+
+
 async def test_a_refused_load_is_not_remembered(tmp_path):
     from fader_adapters.errors import AdapterInvalid
 
