@@ -208,9 +208,9 @@ async def test_hostile_bodies_do_not_stop_the_loop(client, number):
 
     async def beat() -> None:
         while True:
-            before = time.perf_counter()
+            before = time.thread_time()
             await asyncio.sleep(0.001)
-            stalls.append(time.perf_counter() - before)
+            stalls.append(time.thread_time() - before)
 
     heart = asyncio.create_task(beat())
     await asyncio.sleep(0.005)
@@ -221,7 +221,7 @@ async def test_hostile_bodies_do_not_stop_the_loop(client, number):
     heart.cancel()
     assert answer.status_code in (400, 413)
     check_envelope(answer)
-    assert max(stalls) < 0.25  # 0.1 on a machine of one's own
+    assert max(stalls) < 0.1  # of the loop's own work: what other programs take does not count
 
 
 async def raw(port: int, *parts: bytes) -> bytes:
