@@ -28,7 +28,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.step_rig import Rig, Steps, read_adapters
 from fader_adapters.kernels.backend import choose
+from fader_adapters.kernels import native
 from fader_adapters.kernels.native import Workspace
+from fader_adapters.kernels.native.library import library
 from fader_server.bench.machine import machine_facts
 from fader_server.bench.stats import spread
 from fader_server.model.loader import load_base
@@ -50,37 +52,51 @@ class Round:
     outside_profiled: float
 
 
+DIRECT = ("fader_dense", "fader_rms_norm")
+"""Kernels that are called without borrowed scratch, looked up at every call."""
+
+
 @contextmanager
 def native_calls() -> Iterator[list[float]]:
     """Seconds of every call into the native kernels while the context lasts."""
     seconds: list[float] = []
-    original = Workspace.call
 
-    def timed(
-        self: Workspace, function: Callable[..., int], what: str, *args: object, threads: int
-    ) -> None:
+    def timed(function: Callable[..., int]) -> Callable[..., int]:
         def call(*words: object) -> int:
             before = time.perf_counter()
             code = function(*words)
             seconds.append(time.perf_counter() - before)
             return code
 
-        original(self, call, what, *args, threads=threads)
+        return call
 
-    Workspace.call = timed
+    borrowing = Workspace.call
+
+    def borrow(
+        self: Workspace, function: Callable[..., int], what: str, *args: object, threads: int
+    ) -> None:
+        borrowing(self, timed(function), what, *args, threads=threads)
+
+    kernels = library() if native.available() else None
+    direct = {name: getattr(kernels, name) for name in DIRECT} if kernels else {}
+    Workspace.call = borrow
+    for name, function in direct.items():
+        setattr(kernels, name, timed(function))
     try:
         yield seconds
     finally:
-        Workspace.call = original
+        Workspace.call = borrowing
+        for name, function in direct.items():
+            setattr(kernels, name, function)
 
 
 def profiled(rig: Rig, count: int) -> Steps:
     """`count` decode steps under the profiler, with the tensor work among them."""
-    with native_calls() as native, profile(activities=[ProfilerActivity.CPU]) as recorded:
+    with native_calls() as calls, profile(activities=[ProfilerActivity.CPU]) as recorded:
         steps = rig.steps(count)
     operators = [e for e in recorded.key_averages() if e.key.startswith("aten::")]
     assert operators, "the profiler recorded no operator"
-    steps.tensor = sum(e.self_cpu_time_total for e in operators) / 1e3 + sum(native) * 1e3
+    steps.tensor = sum(e.self_cpu_time_total for e in operators) / 1e3 + sum(calls) * 1e3
     return steps
 
 
@@ -145,13 +161,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--backend", choices=("auto", "reference"), default="auto")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     words = parser.parse_args()
     torch.set_num_threads(words.threads)
     device, dtype = torch.device("cpu"), DTYPES[words.dtype]
-    base = load_base(words.model, dtype=dtype, device=device, backend=choose(device, dtype))
+    base = load_base(
+        words.model, dtype=dtype, device=device, backend=choose(device, dtype, words.backend)
+    )
     adapters = read_adapters(words.adapters, base, words.rows) if words.adapters else []
     length = words.context + max(words.steps, PARITY_TOKENS) + 64 + words.rows * 2
     rig = Rig(base, adapters, rows=words.rows, length=length)
