@@ -27,8 +27,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.step_rig import Rig, Steps, read_adapters
-from fader_adapters.kernels.backend import choose
 from fader_adapters.kernels import native
+from fader_adapters.kernels.backend import choose
 from fader_adapters.kernels.native import Workspace
 from fader_adapters.kernels.native.library import library
 from fader_server.bench.machine import machine_facts

@@ -7,18 +7,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fader_adapters.kernels import native
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
-
-
-@pytest.fixture(params=native.LEVELS)
-def level(request: pytest.FixtureRequest):
-    try:
-        native.set_isa(request.param)
-    except ValueError as error:
-        pytest.skip(f"not a machine with this instruction set: {error}")
-    yield request.param
-    native.set_isa(None)
-
 
 def _norm(kind: type, width: int, dtype: torch.dtype) -> torch.nn.Module:
     norm = kind(width, eps=1e-5)
@@ -53,6 +41,7 @@ def test_rows_do_not_depend_on_each_other_nor_on_their_stride(level, dtype):
     assert again[5].isnan().all()
 
 
+@pytest.mark.usefixtures("built")
 def test_wrong_arguments_are_named():
     x, weight = torch.randn(3, 64), torch.rand(64)
     with pytest.raises(TypeError, match="x must be"):
