@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from fader_adapters.kernels.measure.quiet import QUIET, Others
 from fader_server.bench.machine import machine_facts
 from fader_server.bench.stats import spread
 from fader_server.model import loader
@@ -147,7 +148,7 @@ def main() -> None:
         loader.quantize(words.model, ready, device=CPU)
         if not same_tensors(words.model, ready):
             sys.exit("parity failed, no figures: the two quantisers wrote different tensors")
-        runs = []
+        runs, watch = [], Others()
         for _ in range(words.rounds):
             for way in WAYS:
                 source = str(ready) if way == "nf4" else words.model
@@ -155,11 +156,16 @@ def main() -> None:
                 command += ["--threads", str(words.threads)]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 runs.append(Run(**json.loads(done.stdout.splitlines()[-1])))
+    others = watch.share()
     _tell(runs)
+    print(f"others used {others:.0%} of the processors")
+    if not others <= QUIET:
+        print("note: the machine was not quiet, do not quote these figures")
     if words.json:
         machine = machine_facts() | {"torch": torch.__version__, "threads": words.threads}
         command = ["python", "-m", "bench.loading", Path(words.model).name, *sys.argv[2:]]
-        report = {"command": command, "machine": machine, "runs": [asdict(run) for run in runs]}
+        report = {"command": command, "machine": machine, "others": others}
+        report["runs"] = [asdict(run) for run in runs]
         words.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -1,9 +1,11 @@
 """The benchmark of the kernels: no figure without parity, limits taken beside what they limit."""
 
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 from fader_adapters.errors import KernelUnavailable
 from fader_adapters.kernels import native
-from fader_adapters.kernels.measure import parity, quiet, report
+from fader_adapters.kernels.measure import parity, quiet, report, timing
 from fader_adapters.kernels.measure.cases import Sizes
 from fader_adapters.kernels.measure.limits import Reached
 from fader_adapters.kernels.measure.parity import ParityFailed
@@ -70,7 +72,7 @@ def test_every_case_is_timed_and_told(built: None) -> None:
     state = torch.get_rng_state()
     result = report.run(TINY, repeats=2)
     assert torch.equal(torch.get_rng_state(), state)
-    cases = {(timing.case, timing.method) for timing in result.timings}
+    cases = {(one.case, one.method) for one in result.timings}
     gemms = [f"gemm {n}x{k} M={rows}" for n, k in TINY.shapes for rows in TINY.rows]
     assert list(result.limits) == gemms
     for gemm in gemms:
@@ -85,6 +87,22 @@ def test_every_case_is_timed_and_told(built: None) -> None:
     assert sum(
         line.startswith(("gemm", "site", "lm_head", "att", "quant")) for line in told
     ) == len(shown)
+
+
+def test_short_calls_are_timed_in_rows_and_long_ones_alone() -> None:
+    order: list[str] = []
+
+    def slow() -> None:
+        order.append("slow")
+        time.sleep(0.003)
+
+    quick, long = timing.interleave(
+        "c", {"quick": lambda: order.append("quick"), "slow": slow}, repeats=3
+    )
+    assert (quick.calls, long.calls) == (timing.LONGEST, 1)
+    assert quick.median_ms < 0.1 < 3 <= long.best_ms
+    turns = [name for name, _ in itertools.groupby(order)]
+    assert turns == ["quick", "slow"] * 4  # one round to find out, three measured
 
 
 def test_shares_are_of_the_limits_of_the_same_case() -> None:

@@ -8,7 +8,7 @@ QUIET = 0.03
 
 
 class Others:
-    """From its making to `share()`: what all other processes, and a hypervisor, took."""
+    """From its making to `share()`: what all but this process and its children took."""
 
     def __init__(self) -> None:
         self._busy, self._all = _counters()
@@ -24,8 +24,8 @@ class Others:
 
 
 def _own() -> float:
-    times = os.times()
-    return times.user + times.system
+    times = os.times()  # children count once they were waited for
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _counters() -> tuple[float, float]:

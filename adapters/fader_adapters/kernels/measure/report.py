@@ -81,7 +81,7 @@ def lines(report: Report) -> Iterator[str]:
     dot = sorted(reached.dot_gflop_s for reached in report.limits.values())
     yield f"limits over the run: read {read[0]:.1f} to {read[-1]:.1f} GB/s"
     yield f"                     dot {dot[0]:.0f} to {dot[-1]:.0f} GFLOP/s"
-    yield f"median of {report.repeats}, in turn; ± half the width of the middle half"
+    yield f"medians of {report.repeats} turns of calls in a row; ± half the middle half"
     for case, group in groupby(report.timings, _case):
         timings = [timing for timing in group if timing.method not in (READ, DOT)]
         first = timings[0]

@@ -1,36 +1,57 @@
-"""Times calls in turn, so that a noisy moment falls on all of them. Knows no kernels."""
+"""Times methods in turn, so that a noisy moment falls on all of them. Knows no kernels."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 Call = Callable[[], object]
+TURN = 2e-3
+"""Seconds a turn of one method lasts at least: a step calls site after site, so a call that follows
+its like is what counts, not one whose code and pages others have just pushed out."""
+LONGEST = 16
+"""Calls a turn at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One method on one case, in milliseconds; spread: the middle half's width over the median."""
+    """One method on one case, in milliseconds a call; `calls` of them in a row are a turn.
+
+    spread: the middle half's width over the median.
+    """
 
     case: str
     method: str
     median_ms: float
     best_ms: float
     spread: float
+    calls: int
 
 
 def interleave(case: str, methods: dict[str, Call], repeats: int) -> list[Timing]:
-    """Call every method once unmeasured, then `repeats` (at least 2) rounds of all of them."""
-    for call in methods.values():
-        call()
+    """Call every method unmeasured, then `repeats` (at least 2) rounds of a turn of each."""
+    counts = {name: _calls(call) for name, call in methods.items()}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(repeats):
         for name, call in methods.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(_turn(call, counts[name]) / counts[name])
     found = []
     for name, values in seconds.items():
         low, middle, high = statistics.quantiles(values, n=4)
-        found.append(Timing(case, name, middle * 1e3, min(values) * 1e3, (high - low) / middle))
+        spread = (high - low) / middle
+        found.append(Timing(case, name, middle * 1e3, min(values) * 1e3, spread, counts[name]))
     return found
+
+
+def _turn(call: Call, count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return time.perf_counter() - start
+
+
+def _calls(call: Call) -> int:
+    """How many make a turn."""
+    call()
+    return min(LONGEST, math.ceil(TURN / max(_turn(call, 1), 1e-6)))

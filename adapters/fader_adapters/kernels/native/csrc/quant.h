@@ -144,6 +144,8 @@ double probe_dot(int64_t rounds, int nt) {
         for (int i = 0; i < N; i++) acc[i] = vzero();
         P a = pset(0x3f803f80u), b = pset(0x3c003c00u);
         for (int64_t r = 0; r < rounds; r++)
+            // in full, or the sums live in memory and the limit is the stores'
+#pragma GCC unroll 24
             for (int i = 0; i < N; i++) acc[i] = pdot(acc[i], a, b);
         for (int i = 0; i < N; i++) total += vsum(acc[i]);
     }
