@@ -126,10 +126,16 @@ def test_work_of_another_process_counts_and_own_work_does_not(
     monkeypatch.setattr(quiet, "_own", lambda: next(own))
     assert quiet.Others().share() == pytest.approx(0.3)
     monkeypatch.undo()
-    watch = quiet.Others()
-    code = "import time\nwhile time.process_time() < 0.5: pass"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert watch.share() > 0.1 / (os.cpu_count() or 1)
+    watch, waited = quiet.Others(), quiet.Others()
+    code = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\ninput()"
+    child = [sys.executable, "-c", code]
+    with subprocess.Popen(child, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        running = watch.share()
+        other.communicate(b"\n")
+    assert running > 0.1 / (os.cpu_count() or 1)
+    assert waited.share() < running  # a child that was waited for is own work
 
 
 def test_without_the_library_there_is_nothing_to_measure(
