@@ -104,7 +104,11 @@ def serve(
     show(result, console if result.ok else errors)
     if json_file is not None:
         document = as_json(
-            options, result, client=facts, command=safe_command(sys.argv), started=started
+            options,
+            result,
+            client=facts,
+            command=["fader", *safe_command(sys.argv[1:])],
+            started=started,
         )
         json_file.write_text(json.dumps(document, indent=1) + "\n")
     if not result.ok:
