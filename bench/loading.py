@@ -21,7 +21,7 @@ from safetensors import safe_open
 from fader_adapters.kernels.measure.quiet import QUIET, Others
 from fader_server.bench.machine import machine_facts
 from fader_server.bench.stats import spread
-from fader_server.model import loader
+from fader_server.model import checkpoint, loader
 
 WAYS = ("native", "bitsandbytes", "nf4")
 """Quantise while loading with either quantiser, and load what `fader quantize` wrote."""
@@ -65,7 +65,7 @@ def load(way: str, source: str) -> Run:
 
     loader.install = marked  # pyright: ignore[reportAttributeAccessIssue]
     if way == "bitsandbytes":
-        loader.native.available = lambda: False
+        checkpoint.native.available = lambda: False
     with _Watch() as watch:
         start = time.perf_counter()
         base = loader.load_base(source, dtype=torch.bfloat16, device=CPU, backend=backend)
@@ -113,11 +113,11 @@ def same_tensors(source: str, other: Path) -> bool:
     """Whether `fader quantize` of `source` with bitsandbytes' quantiser equals `other`'s files."""
     with tempfile.TemporaryDirectory() as folder:
         theirs = Path(folder) / "nf4"
-        available, loader.native.available = loader.native.available, lambda: False
+        available, checkpoint.native.available = checkpoint.native.available, lambda: False
         try:
-            loader.quantize(source, theirs, device=CPU)
+            checkpoint.quantize(source, theirs, device=CPU)
         finally:
-            loader.native.available = available
+            checkpoint.native.available = available
         for path in sorted(theirs.glob("*.safetensors")):
             with safe_open(path, "pt") as a, safe_open(other / path.name, "pt") as b:
                 names = set(a.keys())
@@ -145,7 +145,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         ready = Path(folder) / "nf4"
-        loader.quantize(words.model, ready, device=CPU)
+        checkpoint.quantize(words.model, ready, device=CPU)
         if not same_tensors(words.model, ready):
             sys.exit("parity failed, no figures: the two quantisers wrote different tensors")
         runs, watch = [], Others()

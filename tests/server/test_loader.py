@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from fader_adapters.kernels.backend import choose
 from fader_server.errors import ConfigInvalid, ModelUnsupported
-from fader_server.model.loader import LoadedBase, load_base, quantize
+from fader_server.model.checkpoint import quantize
+from fader_server.model.loader import LoadedBase, load_base
 from tests.support.families import CONFIGS, write_family
 from tests.support.oracle import nf4_oracle
 
@@ -177,3 +178,12 @@ def _drop_tensor(folder: Path) -> None:
 def _only_pickle(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+def test_a_base_whose_first_forward_fails_is_refused_in_one_line(llama, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("wants pixels\nand much more")
+
+    monkeypatch.setattr("fader_server.model.attention.Probe.run", fail)
+    with pytest.raises(ModelUnsupported, match="first forward failed: wants pixels$"):
+        _load(llama)

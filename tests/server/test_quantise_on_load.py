@@ -17,8 +17,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from fader_adapters.kernels import native
 from fader_adapters.kernels.backend import choose
 from fader_server.errors import ModelUnsupported
-from fader_server.model import loader, quantizer
-from fader_server.model.loader import load_base, quantize, read_config, read_nf4
+from fader_server.model import checkpoint, loader, quantizer
+from fader_server.model.checkpoint import quantize, read_config, read_nf4
+from fader_server.model.loader import load_base
 from tests.support.families import write_family
 
 CPU = torch.device("cpu")
@@ -58,7 +59,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref]:
 
 def _by_bitsandbytes(monkeypatch: pytest.MonkeyPatch, source: Path, target: Path) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(loader.native, "available", lambda: False)
+        patch.setattr(checkpoint.native, "available", lambda: False)
         quantize(str(source), target, device=CPU)
 
 

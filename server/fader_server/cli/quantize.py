@@ -14,8 +14,8 @@ def quantize(
 
     transformers reads the result too.
     """
-    from fader_server.model import loader
+    from fader_server.model import checkpoint
     from fader_server.model.device import choose_device
 
-    loader.quantize(source, target, device=choose_device("cpu"))
+    checkpoint.quantize(source, target, device=choose_device("cpu"))
     typer.echo(f"{target}: {sum(f.stat().st_size for f in target.iterdir()):,} bytes")

@@ -1,0 +1,159 @@
+"""A checkpoint on disk as bitsandbytes' NF4 model, and the other way round; refuses what cannot be.
+
+Knows transformers' loading and files; knows nothing of Fader's linears.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from bitsandbytes.nn.modules import Linear4bit
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from fader_adapters.errors import BaseUnsupported
+from fader_adapters.kernels import native
+from fader_adapters.kernels.nf4 import check_width
+from fader_server.errors import ConfigInvalid, ModelUnsupported
+from fader_server.model.quantizer import use_native_kernel
+
+log = logging.getLogger(__name__)
+
+
+def read_config(source: str) -> PretrainedConfig:
+    """The base's config, refused when it needs code of its own or is not a causal decoder."""
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelUnsupported(
+                f"{source}: needs remote code, which Fader never runs; "
+                "use a model whose architecture is part of transformers"
+            ) from error
+        if isinstance(error, OSError):
+            raise ConfigInvalid(f"no model at {source!r}: {first_line(error)}") from error
+        raise ModelUnsupported(f"{source}: {first_line(error)}") from error
+    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelUnsupported(
+            f"{source}: {config.model_type} is not a decoder-only language model"
+        )
+    architecture: type[PreTrainedModel] = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    if not architecture._supports_attention_backend:
+        raise ModelUnsupported(
+            f"{source}: the attention of {architecture.__name__} does not go through "
+            "transformers' AttentionInterface"
+        )
+    text = config.get_text_config(decoder=True)
+    for name in ("attention_chunk_size", "use_bidirectional_attention", "add_cross_attention"):
+        if getattr(text, name, None):
+            raise ModelUnsupported(f"{source}: {name} is set, an attention Fader does not have")
+    _check_quantization(source, config)
+    return config
+
+
+def _check_quantization(source: str, config: PretrainedConfig) -> None:
+    given = getattr(config, "quantization_config", None)
+    if given is None:
+        return
+    facts: dict[str, Any] = given if isinstance(given, dict) else given.to_dict()
+    if facts.get("quant_method") != "bitsandbytes" or not facts.get("load_in_4bit"):
+        raise ModelUnsupported(
+            f"{source}: quantised with {facts.get('quant_method')}; "
+            "Fader reads bitsandbytes NF4 or unquantised checkpoints"
+        )
+    if facts.get("bnb_4bit_quant_type") != "nf4":
+        raise ModelUnsupported(f"{source}: 4-bit type {facts.get('bnb_4bit_quant_type')}, not nf4")
+
+
+def read_nf4(
+    source: str, config: PretrainedConfig, *, device: torch.device, attn_implementation: str | None
+) -> PreTrainedModel:
+    """The model with bitsandbytes' NF4 linears: read as they are, or quantised while loading."""
+    ready = getattr(config, "quantization_config", None) is not None
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    if not ready and device.type == "cpu" and native.available():
+        use_native_kernel(nf4)
+    try:
+        with quiet_libraries():
+            read: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                output_loading_info=True,
+                config=config,
+                dtype="auto",
+                device_map={"": str(device)},
+                attn_implementation=attn_implementation,
+                quantization_config=None if ready else nf4,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+    except Exception as error:  # whatever a checkpoint on disk can cause ends as one line
+        raise ModelUnsupported(f"{source}: cannot be loaded: {first_line(error)}") from error
+    model, told = cast("tuple[PreTrainedModel, dict[str, Any]]", read)
+    missing = sorted({*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])})
+    if missing:  # transformers would go on with random numbers in their place
+        raise ModelUnsupported(
+            f"{source}: {len(missing)} weights are missing or of another shape, first {missing[0]}"
+        )
+    model.eval()
+    for path, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            # each holds the other: without this a weight would outlive its layer until some
+            # collection of garbage, and the base would be in memory twice
+            cast(Any, module.weight).module = None
+            try:
+                check_width(module.in_features)
+            except BaseUnsupported as error:
+                raise ModelUnsupported(f"{source}: {path}: {error}") from error
+    return model
+
+
+def quantize(source: str, target: Path, *, device: torch.device) -> None:
+    """Write `source` as a bitsandbytes NF4 checkpoint that transformers and Fader read.
+
+    Raises ConfigInvalid when the target exists or the source is quantised already.
+    """
+    config = read_config(source)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigInvalid(f"{source} is quantised already; serve it as it is")
+    if target.exists() and any(target.iterdir()):
+        raise ConfigInvalid(f"{target} is not empty; name a new directory")
+    model = read_nf4(source, config, device=device, attn_implementation=None)
+    model.save_pretrained(target)
+    try:
+        transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(
+            target
+        )
+    except (OSError, ValueError) as error:
+        log.warning("no tokenizer was written: %s", first_line(error))
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep transformers' advice on training out of the server's output; progress bars stay."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, without its advice."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
