@@ -185,5 +185,5 @@ def test_a_base_whose_first_forward_fails_is_refused_in_one_line(llama, monkeypa
         raise RuntimeError("wants pixels\nand much more")
 
     monkeypatch.setattr("fader_server.model.attention.Probe.run", fail)
-    with pytest.raises(ModelUnsupported, match="first forward failed: wants pixels$"):
+    with pytest.raises(ModelUnsupported, match=r"first forward failed: wants pixels$"):
         _load(llama)
