@@ -18,6 +18,10 @@ CHUNK = 4 << 20
 """Weights decoded at a time: a scratch that stays in cache and below the page-fault cliff."""
 
 
+LEAST_ROWS = 4
+"""torch's fp32 products on CPUs give a row the same bits in any company from this many rows on."""
+
+
 class DecodedLinear:
     """An NF4 weight decoded in chunks of rows at every call; resident at 0.5625 byte a weight."""
 
@@ -126,7 +130,7 @@ class ReferenceBackend:
     """Runs anywhere torch runs. Every other backend is tested against it."""
 
     name = "reference"
-    least_rows = 4  # seen of torch's fp32 products on CPUs
+    least_rows = LEAST_ROWS
 
     def __init__(self) -> None:
         self._gather: Gather | None = None
@@ -176,11 +180,15 @@ def _add_delta(
     y: torch.Tensor, x: torch.Tensor, parts: Operands, gamma: torch.Tensor
 ) -> torch.Tensor:
     """y + ((x·Aᵀ) ∘ G)·B in fp32, rounded once; a zero coefficient selects, it never multiplies."""
+    tokens = x.shape[0]
+    if tokens < LEAST_ROWS:
+        x = F.pad(x, (0, 0, 0, LEAST_ROWS - tokens))
+        gamma = F.pad(gamma, (0, 0, 0, LEAST_ROWS - tokens))
     coefficient = gamma[:, parts.owner] * parts.scale  # [tokens, R]
     used = coefficient != 0
     z = torch.where(used, (x @ parts.a.T) * coefficient, 0.0)
-    touched = used.any(dim=1, keepdim=True)
-    return torch.where(touched, (y.float() + z @ parts.b).to(y.dtype), y)
+    touched = used.any(dim=1, keepdim=True)[:tokens]
+    return torch.where(touched, (y.float() + (z @ parts.b)[:tokens]).to(y.dtype), y)
 
 
 def _tiles(terms: StepTerms, device: torch.device) -> list[Tile]:

@@ -34,10 +34,12 @@ class TorchAttention:
         self._block_size = block_size
 
     def prepare(self, batch: Batch) -> list[Group]:
-        members: dict[tuple[int, int], list[int]] = {}
+        """One group a row on the CPU, whose batched products round by the size of the batch."""
+        members: dict[tuple[int, int, int], list[int]] = {}
         for i, row in enumerate(batch.rows):
-            members.setdefault((row.count, _bucket(row.context)), []).append(i)
-        return [self._group(batch, rows, *key) for key, rows in members.items()]
+            apart = i if batch.slots.device.type == "cpu" else 0
+            members.setdefault((row.count, _bucket(row.context), apart), []).append(i)
+        return [self._group(batch, rows, *key[:2]) for key, rows in members.items()]
 
     def _group(self, batch: Batch, rows: list[int], count: int, width: int) -> Group:
         device = batch.slots.device

@@ -105,13 +105,14 @@ def _sampled(seed: int) -> SamplingParams:
 
 @pytest.mark.parametrize("params", [greedy(10), _sampled(11)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_a_request_is_bitwise_the_same_alone_and_in_twenty_random_batches(
-    llama: Setting, params, dtype
+    llama: Setting, params, dtype, backend
 ):
     needle = Ask(prompts(8)[4], {"r8": 0.7, "r16": -0.4}, params)
 
     def world() -> TinyWorld:
-        world = TinyWorld(llama.source, dtype=dtype, limits=_small_chunks())
+        world = TinyWorld(llama.source, dtype=dtype, backend=backend, limits=_small_chunks())
         for name, path in llama.adapters.items():
             world.load(name, path)
         return world
