@@ -7,10 +7,7 @@ from dataclasses import dataclass, field
 from fader_adapters.errors import AdapterInvalid, BlendInvalid, VersionConflict
 from fader_adapters.leases import HostAdapter
 from fader_adapters.report import AdapterReport
-from fader_adapters.spec import ADAPTER_NAME, Digest
-
-MAX_WEIGHT = 16.0
-"""Largest magnitude of a blend's weight."""
+from fader_adapters.spec import ADAPTER_NAME, MAX_WEIGHT, Digest
 
 VERSION_PREFIX = re.compile(r"[0-9a-f]{12,64}", re.ASCII)
 """What `fullmatch` of a version in a request must accept."""

@@ -25,6 +25,10 @@ ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 """What `fullmatch` of an adapter's name must accept."""
 
 
+MAX_WEIGHT = 16.0
+"""Largest magnitude of a blend's weight."""
+
+
 @dataclass(frozen=True, slots=True)
 class Term:
     """One adapter version with its weight γ in a blend."""

@@ -7,11 +7,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from fader_adapters.spec import ADAPTER_NAME
+from fader_adapters.spec import ADAPTER_NAME, MAX_WEIGHT
 from fader_server.api.fields import Fields, is_finite
 from fader_server.errors import RequestInvalid
 
-MAX_WEIGHT = 16.0
 _VERSION = re.compile(r"[0-9a-f]{12,64}")
 
 

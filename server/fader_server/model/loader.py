@@ -3,14 +3,12 @@
 Knows module trees; knows nothing of files, requests or adapters.
 """
 
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from bitsandbytes.nn.modules import Params4bit
 from torch import nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fader_adapters.errors import BaseUnsupported
 from fader_adapters.kernels.backend import Backend
@@ -37,7 +35,6 @@ class LoadedBase:
     backend: Backend
     max_positions: int
     vocab_size: int
-    eos_ids: frozenset[int]
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +78,6 @@ def load_base(
         backend=backend,
         max_positions=int(getattr(text, "max_position_embeddings", None) or 2048),
         vocab_size=int(text.vocab_size),
-        eos_ids=_eos_ids(source, config),
     )
 
 
@@ -109,11 +105,3 @@ def _probe(model: PreTrainedModel, source: str) -> dict[nn.Module, LayerShape]:
             "AttentionInterface; Fader needs all of them"
         )
     return probe.shapes
-
-
-def _eos_ids(source: str, config: PretrainedConfig) -> frozenset[int]:
-    found: list[Any] = [config.get_text_config(decoder=True).eos_token_id]
-    with suppress(OSError):  # a checkpoint without generation_config.json is an ordinary one
-        found.append(GenerationConfig.from_pretrained(source).eos_token_id)
-    flat = [i for given in found for i in (given if isinstance(given, list) else [given])]
-    return frozenset(int(i) for i in flat if i is not None)
