@@ -11,6 +11,7 @@ from fader_adapters.kernels.native import (
     Site,
     SiteTables,
     StepPlan,
+    Tape,
     Workspace,
 )
 from fader_adapters.kernels.nf4 import Nf4Weight
@@ -24,19 +25,20 @@ if TYPE_CHECKING:
 class PanelLinear:
     """An NF4 weight repacked into column panels; resident at 0.5625 byte a weight."""
 
-    def __init__(self, panels: Nf4Panels, bias: torch.Tensor | None, scratch: Workspace) -> None:
+    def __init__(
+        self, panels: Nf4Panels, bias: torch.Tensor | None, *, scratch: Workspace, tape: Tape
+    ) -> None:
         self.panels = panels
-        self.bias = bias
         self.out_features = panels.n
         self.in_features = panels.k
-        self._site = Site(panels, bias=bias, workspace=scratch)
+        self.site = Site(panels, bias=bias, workspace=scratch, tape=tape)
 
     @property
     def nbytes(self) -> int:
         return self.panels.nbytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._site(x)
+        return self.site(x)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         return self.panels.dense(dtype)
@@ -46,14 +48,18 @@ class NativeSite:
     """One site. Over panels, base and deltas are one call, summed in fp32 and rounded once; over
     another base the deltas are added to its output in fp32."""
 
-    def __init__(self, site: SiteSpec, base: "BaseLinear", scratch: Workspace) -> None:
+    def __init__(
+        self, site: SiteSpec, base: "BaseLinear", *, scratch: Workspace, tape: Tape
+    ) -> None:
         self.base = base
-        self._scratch = scratch
+        self._tape = tape
         self._first = site.linears[0]
         self._members = len(site.linears)
         ends = [sum(site.out_features[: i + 1]) for i in range(self._members)]
         self._columns = tuple(zip([0, *ends], ends, strict=False))
-        self._bound: Site | None = None
+        shape = (base.out_features, base.in_features)
+        own = isinstance(base, PanelLinear)
+        self._site = base.site if own else Site(None, shape=shape, workspace=scratch)
 
     def bind(self, tables: Tables) -> None:
         """Take the tables' pointers; again whenever the tables grew."""
@@ -66,19 +72,17 @@ class NativeSite:
             tables.scale[:, own],
             self._columns,
         )
-        base = self.base
-        panels, bias = (base.panels, base.bias) if isinstance(base, PanelLinear) else (None, None)
-        shape = (base.out_features, base.in_features)
-        self._bound = Site(panels, views, bias=bias, shape=shape, workspace=self._scratch)
+        self._site.bind(views)
 
     def __call__(self, x: torch.Tensor, step: object | None) -> torch.Tensor:
+        if not self._site.has_base:
+            self._tape.refuse("a linear outside NF4")
         if step is None:
             return self.base(x)
         assert isinstance(step, StepPlan)
-        assert self._bound is not None
-        if self._bound.has_base:
-            return self._bound(x, step)
-        return self._bound(x, step, out=self.base(x).float()).to(x.dtype)
+        if self._site.has_base:
+            return self._site(x, step)
+        return self._site(x, step, out=self.base(x).float()).to(x.dtype)
 
 
 class NativeBackend:
@@ -90,13 +94,14 @@ class NativeBackend:
     def __init__(self) -> None:
         self._store = PanelStore()
         self._scratch = Workspace()
+        self.tape = Tape()
         self._sites: list[NativeSite] = []
         self._ranks: torch.Tensor | None = None
 
     def linear(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> PanelLinear:
         parts = [(w.packed, w.absmax, w.out_features) for w in weights]
         panels = Nf4Panels.stack(parts, weights[0].in_features, store=self._store)
-        return PanelLinear(panels, bias, self._scratch)
+        return PanelLinear(panels, bias, scratch=self._scratch, tape=self.tape)
 
     def keep(self, weight: torch.Tensor) -> torch.Tensor:
         """A copy of a dense weight beside the NF4 ones, where streaming it costs fewest misses."""
@@ -105,7 +110,7 @@ class NativeBackend:
 
     def bind(self, site: SiteSpec, base: "BaseLinear") -> NativeSite:
         """The members' indices must follow one another."""
-        kernel = NativeSite(site, base, self._scratch)
+        kernel = NativeSite(site, base, scratch=self._scratch, tape=self.tape)
         self._sites.append(kernel)
         return kernel
 

@@ -3,7 +3,7 @@
 import torch
 
 from fader_adapters.kernels.native import PagedAttention as Kernel
-from fader_adapters.kernels.native import Workspace
+from fader_adapters.kernels.native import Tape, Workspace
 from fader_server.model.attention import AttentionParams
 from fader_server.model.batch import Batch
 from fader_server.model.kv_cache import LayerCache, LayerShape
@@ -17,7 +17,8 @@ def fits(shape: LayerShape) -> bool:
 class NativeAttention:
     """PagedAttention over fp32 or bf16 caches in host memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, tape: Tape | None = None) -> None:
+        self._tape = tape
         self._scratch = Workspace()
         self._layers: dict[int, tuple[AttentionParams, int, Kernel]] = {}
 
@@ -59,6 +60,7 @@ class NativeAttention:
                 window=params.window or 0,
                 softcap=params.softcap or 0.0,
                 workspace=self._scratch,
+                tape=self._tape,
             )
             found = self._layers[cache.k.data_ptr()] = (params, heads, kernel)
         return found[2]

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from fader_adapters.kernels.native import dense
+from fader_adapters.kernels.native import Tape, dense
 
 ROWS = 16
 """Rows of one pass over the weight."""
@@ -16,10 +16,11 @@ class NativeHead(nn.Module):
     tied embedding stays tied.
     """
 
-    def __init__(self, head: nn.Linear) -> None:
+    def __init__(self, head: nn.Linear, tape: Tape | None = None) -> None:
         super().__init__()
         self.weight = head.weight
         self.bias = head.bias
+        self._tape = tape
         self._offset = None if head.bias is None else head.bias.data.float()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -27,5 +28,7 @@ class NativeHead(nn.Module):
         logits = torch.empty(rows.shape[0], self.weight.shape[0], dtype=torch.float32)
         for start in range(0, rows.shape[0], ROWS):
             part = slice(start, start + ROWS)
-            dense(rows[part], self.weight.data, bias=self._offset, out=logits[part])
+            dense(
+                rows[part], self.weight.data, bias=self._offset, out=logits[part], tape=self._tape
+            )
         return logits.view(*x.shape[:-1], logits.shape[1])

@@ -16,10 +16,12 @@ from fader_adapters.kernels.cpu import NativeBackend
 from fader_adapters.layers import Installed, install
 from fader_server.errors import ModelUnsupported
 from fader_server.model import attention
+from fader_server.model.activation import replace_activations
 from fader_server.model.checkpoint import first_line, read_config, read_nf4
 from fader_server.model.head import NativeHead
 from fader_server.model.kv_cache import LayerShape
 from fader_server.model.norm import replace_norms
+from fader_server.model.recording import make_opaque
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,7 @@ def load_base(
         raise ModelUnsupported(f"{source}: {error}") from error
     head = model.get_output_embeddings()
     if isinstance(backend, NativeBackend):
-        replace_norms(model)
-        if isinstance(head, nn.Linear):
-            head.weight.data = backend.keep(head.weight.data)
-            model.set_output_embeddings(NativeHead(head))
+        _use_native(model, head, backend, dtype)
     text = config.get_text_config(decoder=True)
     return LoadedBase(
         model=model,
@@ -79,6 +78,21 @@ def load_base(
         max_positions=int(getattr(text, "max_position_embeddings", None) or 2048),
         vocab_size=int(text.vocab_size),
     )
+
+
+def _use_native(
+    model: PreTrainedModel, head: nn.Module, backend: NativeBackend, dtype: torch.dtype
+) -> None:
+    """Put native modules where they give what the model's own give."""
+    tape = backend.tape
+    replace_norms(model, tape)
+    replace_activations(model, dtype=dtype, tape=tape)
+    for module in model.modules():
+        if "RotaryEmbedding" in type(module).__name__:
+            make_opaque(module, tape)
+    if isinstance(head, nn.Linear):
+        head.weight.data = backend.keep(head.weight.data)
+        model.set_output_embeddings(NativeHead(head, tape))
 
 
 def _probe(model: PreTrainedModel, source: str) -> dict[nn.Module, LayerShape]:

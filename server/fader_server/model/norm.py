@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from fader_adapters.kernels.native import rms_norm
+from fader_adapters.kernels.native import Tape, rms_norm
 
 TOLERANCE = {torch.bfloat16: 2**-7, torch.float32: 1e-5}
 """Relative: one unit in the last place of bf16, for sums taken in another order."""
@@ -12,19 +12,24 @@ TOLERANCE = {torch.bfloat16: 2**-7, torch.float32: 1e-5}
 class NativeNorm(nn.Module):
     """Stands where a model's RMS norm stood: x [..., k] → [..., k]."""
 
-    def __init__(self, weight: nn.Parameter, *, eps: float, about_one: bool) -> None:
+    def __init__(
+        self, weight: nn.Parameter, *, eps: float, about_one: bool, tape: Tape | None = None
+    ) -> None:
         super().__init__()
         self.weight = weight
         self._eps = eps
         self._about_one = about_one
+        self._tape = tape
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        y = rms_norm(rows, self.weight.data, eps=self._eps, about_one=self._about_one)
+        y = rms_norm(
+            rows, self.weight.data, eps=self._eps, about_one=self._about_one, tape=self._tape
+        )
         return y.view(x.shape)
 
 
-def replace_norms(model: nn.Module) -> int:
+def replace_norms(model: nn.Module, tape: Tape | None = None) -> int:
     """Replace every RMS norm that one of the kernel's forms reproduces; returns how many.
 
     What a norm computes is found by asking it, not by its name: its own output on a random input
@@ -32,7 +37,7 @@ def replace_norms(model: nn.Module) -> int:
     """
     replaced = 0
     for path, module in list(model.named_modules()):
-        native = _native(module) if type(module).__name__.endswith("RMSNorm") else None
+        native = _native(module, tape) if type(module).__name__.endswith("RMSNorm") else None
         if native is not None:
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, native)
@@ -40,7 +45,7 @@ def replace_norms(model: nn.Module) -> int:
     return replaced
 
 
-def _native(module: nn.Module) -> NativeNorm | None:
+def _native(module: nn.Module, tape: Tape | None) -> NativeNorm | None:
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not isinstance(eps, float):
@@ -52,7 +57,7 @@ def _native(module: nn.Module) -> NativeNorm | None:
     with torch.inference_mode():
         expected = module(x)
         for about_one in (False, True):
-            native = NativeNorm(weight, eps=eps, about_one=about_one)
+            native = NativeNorm(weight, eps=eps, about_one=about_one, tape=tape)
             if torch.allclose(native(x), expected, rtol=TOLERANCE[x.dtype], atol=1e-6):
                 return native
     return None

@@ -4,11 +4,14 @@ import dataclasses
 
 import torch
 
+from fader_adapters.kernels.backend import Step
+from fader_adapters.kernels.native import StepPlan
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import RowTerms, StepTerms
 from fader_server.core import Plan, RowResult
 from fader_server.model.attention import PagedAttention, StepAttention
 from fader_server.model.batch import Batch
+from fader_server.model.kernels import choose_replays
 from fader_server.model.kv_cache import KVCache
 from fader_server.model.loader import LoadedBase
 from fader_server.model.sampler import Sampler, prompt_logprobs
@@ -36,23 +39,31 @@ class ModelRunner:
         self._tables = tables
         self._attention = attention
         self._sampler = sampler
+        self._replays = choose_replays(base, cache=cache, attention=attention)
 
     def run(self, plan: Plan) -> list[RowResult]:
         """Compute every row; one result a row, in order. KV writes are repeatable."""
         with torch.inference_mode():
+            replays = self._replays
+            if replays is not None and replays.takes(plan):
+                step = self._base.backend.prepare(self._tables, plan.terms)
+                assert step is None or isinstance(step, StepPlan)
+                logits = replays.run(plan, step, lambda batch: self._forward(batch, step))
+                return self._sampled(plan, tuple(range(len(plan.rows))), logits)
             batch = Batch.from_plan(
                 plan,
                 block_size=self._cache.block_size,
                 device=self._base.device,
                 least=self._base.backend.least_rows,
             )
-            logits = self._forward(plan, batch)
+            terms = _padded(plan.terms, batch.padding)
+            logits = self._forward(batch, self._base.backend.prepare(self._tables, terms))
             return self._results(plan, batch, logits)
 
-    def _forward(self, plan: Plan, batch: Batch) -> torch.Tensor:
+    def _forward(self, batch: Batch, step: Step | None) -> torch.Tensor:
         """[len(batch.logit_index), vocab]"""
         state = self._base.installed.state
-        state.step = self._base.backend.prepare(self._tables, _padded(plan.terms, batch.padding))
+        state.step = step
         try:
             out = self._base.model(
                 input_ids=batch.input_ids,
@@ -65,13 +76,20 @@ class ModelRunner:
             state.step = None
         return out.logits[0]
 
-    def _results(self, plan: Plan, batch: Batch, logits: torch.Tensor) -> list[RowResult]:
+    def _sampled(
+        self, plan: Plan, sampling: tuple[int, ...], logits: torch.Tensor
+    ) -> list[RowResult]:
+        """Results of every row; `sampling` are the rows that sample, in the order of `logits`."""
         results = [RowResult() for _ in plan.rows]
-        if batch.sampling:
-            sequences = [plan.rows[i].sequence for i in batch.sampling]
+        sequences = [plan.rows[i].sequence for i in sampling]
+        if sequences:
             samples = self._sampler.sample(logits[: len(sequences)], sequences)
-            for i, sample in zip(batch.sampling, samples, strict=True):
+            for i, sample in zip(sampling, samples, strict=True):
                 results[i] = sample
+        return results
+
+    def _results(self, plan: Plan, batch: Batch, logits: torch.Tensor) -> list[RowResult]:
+        results = self._sampled(plan, batch.sampling, logits)
         at = len(batch.sampling)
         for i, start, count in batch.scored:
             sequence = plan.rows[i].sequence

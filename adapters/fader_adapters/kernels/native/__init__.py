@@ -4,11 +4,14 @@ models, no requests.
 `available()` says whether the library is there, `reason()` why not; every other name needs it.
 """
 
+from fader_adapters.kernels.native.activation import activation
 from fader_adapters.kernels.native.attention import PagedAttention, paged_attention
 from fader_adapters.kernels.native.dense import dense
 from fader_adapters.kernels.native.library import LEVELS, available, best_isa, isa, reason, set_isa
 from fader_adapters.kernels.native.norm import rms_norm
+from fader_adapters.kernels.native.ops import Call, Kind, Map, Op, Tape
 from fader_adapters.kernels.native.panels import Nf4Panels, PanelStore
+from fader_adapters.kernels.native.program import Program, StepInputs
 from fader_adapters.kernels.native.quantise import (
     BLOCK,
     NESTED_BLOCK,
@@ -21,21 +24,30 @@ from fader_adapters.kernels.native.quantise import (
 )
 from fader_adapters.kernels.native.site import Site, SiteTables, delta, gemm
 from fader_adapters.kernels.native.step import StepPlan
+from fader_adapters.kernels.native.threads import set_threads, threads
 from fader_adapters.kernels.native.workspace import Workspace
 
 __all__ = [
     "BLOCK",
     "LEVELS",
     "NESTED_BLOCK",
+    "Call",
+    "Kind",
+    "Map",
     "Nested",
     "Nf4Panels",
+    "Op",
     "PagedAttention",
     "PanelStore",
+    "Program",
     "Quantised",
     "Site",
     "SiteTables",
+    "StepInputs",
     "StepPlan",
+    "Tape",
     "Workspace",
+    "activation",
     "available",
     "best_isa",
     "delta",
@@ -50,4 +62,6 @@ __all__ = [
     "reason",
     "rms_norm",
     "set_isa",
+    "set_threads",
+    "threads",
 ]

@@ -9,6 +9,8 @@ from torch import Tensor
 from fader_adapters.kernels.native import checks
 from fader_adapters.kernels.native.library import CODES, AttentionStruct, check, library
 from fader_adapters.kernels.native.workspace import Workspace
+from fader_adapters.kernels.native.ops import Kind, Op, Tape
+from fader_adapters.kernels.native.threads import threads
 
 _INTS = (torch.int32,)
 
@@ -32,6 +34,7 @@ class PagedAttention:
         window: int = 0,
         softcap: float = 0.0,
         workspace: Workspace | None = None,
+        tape: Tape | None = None,
     ) -> None:
         """Raises: TypeError, ValueError."""
         checks.tensor("k_cache", k_cache, checks.FLOATS, shape=(None,) * 4)
@@ -64,6 +67,7 @@ class PagedAttention:
         self._ref = ctypes.addressof(self._struct)
         self._keep = (k_cache, v_cache)
         self._workspace = workspace or Workspace()
+        self._tape = tape
         self._function, self._write = library().fader_attention, library().fader_write_kv
 
     def __call__(
@@ -109,8 +113,9 @@ class PagedAttention:
             context.data_ptr(),
             block_tables.data_ptr(),
             out.data_ptr(),
-            threads=torch.get_num_threads(),
         )
+        if self._tape is not None:
+            self._tape.note(Op(kind=Kind.ATTEND, what=self._ref), q, out=out, keep=self)
         return out
 
     def write(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
@@ -136,9 +141,13 @@ class PagedAttention:
             v.data_ptr(),
             v.stride(0),
             slots.data_ptr(),
-            torch.get_num_threads(),
+            threads(),
         )
         check(code, "write")
+        if self._tape is not None:
+            op = Op(kind=Kind.WRITE_KV, what=self._ref)
+            op.x_stride, op.y_stride = k.stride(0), v.stride(0)
+            self._tape.note(op, k, y=v, keep=self)
 
 
 def paged_attention(

@@ -70,7 +70,7 @@ def build(out_dir: Path = HERE, *, compiler: str | None = None, sanitise: bool =
     """
     cxx = compiler or find_compiler()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    names = ["api", "plan", "isa_scalar", *(LEVELS if x86 else ())]
+    names = ["api", "plan", "program", "team", "isa_scalar", *(LEVELS if x86 else ())]
     extra = ([] if x86 else ["-DFADER_NO_X86"]) + (SANITISE if sanitise else [])
     with tempfile.TemporaryDirectory() as tmp:
         objects = {name: str(Path(tmp) / f"{name}.o") for name in names}

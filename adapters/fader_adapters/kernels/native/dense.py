@@ -5,10 +5,17 @@ from torch import Tensor
 
 from fader_adapters.kernels.native import checks
 from fader_adapters.kernels.native.library import CODES, check, library
+from fader_adapters.kernels.native.ops import Kind, Op, Tape
+from fader_adapters.kernels.native.threads import threads
 
 
 def dense(
-    x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    tape: Tape | None = None,
 ) -> Tensor:
     """x·weightᵀ + bias with fp32 sums; a row's bits do not depend on the number of rows.
 
@@ -39,7 +46,13 @@ def dense(
         out.data_ptr(),
         CODES[dtype],
         checks.row_stride(out),
-        torch.get_num_threads(),
+        threads(),
     )
     check(code, "dense")
+    if tape is not None:
+        op = Op(kind=Kind.DENSE, dtype=CODES[x.dtype], out_dtype=CODES[dtype], n=n, k=k)
+        op.what, op.bias = weight.data_ptr(), None if bias is None else bias.data_ptr()
+        op.x_stride, op.out_stride = checks.row_stride(x), checks.row_stride(out)
+        op.size[0] = x.shape[0]
+        tape.note(op, x, out=out, keep=(weight, bias))
     return out

@@ -12,7 +12,7 @@ import torch  # first: its libgomp must be the one both use
 
 from fader_adapters.kernels.native.build import LIBRARY
 
-ABI = 1
+ABI = 2
 BUILDER = "fader_adapters.kernels.native.build"
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -38,6 +38,8 @@ _SIGNATURES: dict[str, list[type]] = {
     "fader_site": [_P, _P, _L, _P, _I, _L, _P, _I, _L, _P, _L, _P, _I],
     "fader_dense": [_L, _L, _L, _P, _L, _P, _I, _P, _P, _I, _L, _I],
     "fader_rms_norm": [_L, _L, _P, _L, _P, _I, _I, _F, _P, _I],
+    "fader_map": [_P],
+    "fader_run": [_P, _L, _P, _P, _P, _L, _P, _I],
     "fader_attention": [_P, _L, _L, _P, _P, _P, _P, _P, _P, _L, _P, _I],
     "fader_write_kv": [_P, _L, _P, _L, _P, _L, _P, _I],
 }

@@ -5,9 +5,13 @@ from torch import Tensor
 
 from fader_adapters.kernels.native import checks
 from fader_adapters.kernels.native.library import CODES, check, library
+from fader_adapters.kernels.native.ops import Kind, Op, Tape
+from fader_adapters.kernels.native.threads import threads
 
 
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float, about_one: bool = False) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float, about_one: bool = False, tape: Tape | None = None
+) -> Tensor:
     """weight·round(x/rms), or (1 + weight)·(x/rms) about one, with rms = √(mean(x²) + eps).
 
     x [M, k], rows may be strided, and weight [k] of one dtype, bf16 or fp32; sums in fp32; round()
@@ -27,7 +31,12 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, about_one: bool = False) 
         int(about_one),
         eps,
         out.data_ptr(),
-        torch.get_num_threads(),
+        threads(),
     )
     check(code, "rms_norm")
+    if tape is not None:
+        op = Op(kind=Kind.NORM, map=about_one, dtype=CODES[x.dtype], scalar=eps)
+        op.what, op.k, op.x_stride = weight.data_ptr(), x.shape[1], checks.row_stride(x)
+        op.size[0] = x.shape[0]
+        tape.note(op, x, out=out, keep=weight)
     return out

@@ -10,6 +10,7 @@ from torch import Tensor
 from fader_adapters.kernels.native import checks
 from fader_adapters.kernels.native.library import CODES, check, library
 from fader_adapters.kernels.native.quantise import BLOCK, packed_bytes
+from fader_adapters.kernels.native.threads import threads
 
 PANEL = 32
 
@@ -95,7 +96,7 @@ class Nf4Panels:
                 absmax.data_ptr(),
                 panels[at:].data_ptr(),
                 scales[at:].data_ptr(),
-                torch.get_num_threads(),
+                threads(),
             )
             check(code, "Nf4Panels")
             at += n // PANEL
@@ -119,7 +120,7 @@ class Nf4Panels:
             self.scales.data_ptr(),
             out.data_ptr(),
             CODES[dtype],
-            torch.get_num_threads(),
+            threads(),
         )
         check(code, "dense")
         return out

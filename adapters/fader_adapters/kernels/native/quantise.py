@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fader_adapters.kernels.native import checks
 from fader_adapters.kernels.native.library import CODES, check, library
+from fader_adapters.kernels.native.threads import threads
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -55,13 +56,13 @@ def quantise_nf4(weight: Tensor, *, nested: bool = False) -> Quantised:
     Raises: TypeError, ValueError (empty, not contiguous, NaN or Inf inside).
     """
     checks.tensor("weight", weight, (torch.float32, torch.bfloat16, torch.float16))
-    count, threads = weight.numel(), torch.get_num_threads()
+    count, nt = weight.numel(), threads()
     if not count:
         raise ValueError("weight must not be empty")
     packed = torch.empty(((count + 1) // 2, 1), dtype=torch.uint8)
     absmax = torch.empty(-(-count // BLOCK), dtype=torch.float32)
     code = library().fader_quantise(
-        count, weight.data_ptr(), CODES[weight.dtype], packed.data_ptr(), absmax.data_ptr(), threads
+        count, weight.data_ptr(), CODES[weight.dtype], packed.data_ptr(), absmax.data_ptr(), nt
     )
     check(code, "quantise_nf4")
     if not bool(torch.isfinite(absmax).all()):
@@ -86,7 +87,7 @@ def quantise_absmax(absmax: Tensor) -> Nested:
         table.data_ptr(),
         codes.data_ptr(),
         top.data_ptr(),
-        torch.get_num_threads(),
+        threads(),
     )
     check(code, "quantise_absmax")
     return Nested(codes, top, table, offset)
@@ -108,7 +109,7 @@ def dequantise_absmax(nested: Nested) -> Tensor:
         nested.map.data_ptr(),
         float(nested.offset),
         out.data_ptr(),
-        torch.get_num_threads(),
+        threads(),
     )
     check(code, "dequantise_absmax")
     return out
@@ -132,7 +133,7 @@ def dequantise_nf4(
         absmax.data_ptr(),
         out.data_ptr(),
         CODES[dtype],
-        torch.get_num_threads(),
+        threads(),
     )
     check(code, "dequantise_nf4")
     return out

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fader_adapters.kernels.native import checks
 from fader_adapters.kernels.native.library import CODES, SiteStruct, library
+from fader_adapters.kernels.native.ops import Kind, Op, Tape
 from fader_adapters.kernels.native.panels import Nf4Panels
 from fader_adapters.kernels.native.step import StepPlan
 from fader_adapters.kernels.native.workspace import Workspace
@@ -71,54 +72,47 @@ class Site:
         bias: Tensor | None = None,
         shape: tuple[int, int] | None = None,
         workspace: Workspace | None = None,
+        tape: Tape | None = None,
     ) -> None:
         """base: the weights, or None for a delta alone (then `shape` = (n, k)); bias fp32 or bf16
-        [n].
+        [n]; tables may follow by `bind`.
 
         Raises: TypeError, ValueError.
         """
-        if base is None and (shape is None or tables is None):
-            raise ValueError("base or both shape and tables must be given")
+        if base is None and shape is None:
+            raise ValueError("base or shape must be given")
         self.n, self.k = (base.n, base.k) if base is not None else shape or (0, 0)
         self._function = library().fader_site
         self._workspace = workspace or Workspace()
-        s = SiteStruct(n=self.n, k=self.k)
-        bias = (
-            None
-            if bias is None
-            else checks.tensor("bias", bias, checks.FLOATS, shape=(self.n,)).float()
-        )
-        cols = None
-        if base is not None:
-            s.panels, s.scales = base.panels.data_ptr(), base.scales.data_ptr()
+        self._tape = tape
+        self._struct = SiteStruct(n=self.n, k=self.k)
+        self._ref = ctypes.addressof(self._struct)
         if bias is not None:
-            s.bias = bias.data_ptr()
+            bias = checks.tensor("bias", bias, checks.FLOATS, shape=(self.n,)).float()
+            self._struct.bias = bias.data_ptr()
+        if base is not None:
+            self._struct.panels = base.panels.data_ptr()
+            self._struct.scales = base.scales.data_ptr()
+        self._keep = (base, bias)
+        self.has_base, self.has_tables = base is not None, False
         if tables is not None:
-            if tables.cols[-1][1] > self.n:
-                raise ValueError(
-                    f"cols must end at or before n = {self.n}, got {list(tables.cols)}"
-                )
-            cols = torch.tensor(tables.cols, dtype=torch.int32)
-            s.arena, s.arena_count, s.arena_dtype = (
-                tables.arena.data_ptr(),
-                tables.arena.numel(),
-                CODES[tables.arena.dtype],
-            )
-            s.a_off, s.b_off = tables.a_off.data_ptr(), tables.b_off.data_ptr()
-            s.rank, s.scale, s.cols = (
-                tables.rank.data_ptr(),
-                tables.scale.data_ptr(),
-                cols.data_ptr(),
-            )
-            s.table_stride, s.members, s.slots = (
-                checks.row_stride(tables.a_off),
-                len(tables.cols),
-                tables.a_off.shape[0],
-            )
-        self._struct = s
-        self._ref = ctypes.addressof(s)
-        self._keep = (base, tables, bias, cols)
-        self.has_base, self.has_tables = base is not None, tables is not None
+            self.bind(tables)
+
+    def bind(self, tables: SiteTables) -> None:
+        """Read deltas from `tables` from now on; the site's own address stays. Raises:
+        ValueError."""
+        if tables.cols[-1][1] > self.n:
+            raise ValueError(f"cols must end at or before n = {self.n}, got {list(tables.cols)}")
+        cols = torch.tensor(tables.cols, dtype=torch.int32)
+        s = self._struct
+        s.arena, s.arena_count = tables.arena.data_ptr(), tables.arena.numel()
+        s.arena_dtype = CODES[tables.arena.dtype]
+        s.a_off, s.b_off = tables.a_off.data_ptr(), tables.b_off.data_ptr()
+        s.rank, s.scale = tables.rank.data_ptr(), tables.scale.data_ptr()
+        s.cols, s.members = cols.data_ptr(), len(tables.cols)
+        s.table_stride, s.slots = checks.row_stride(tables.a_off), tables.a_off.shape[0]
+        self._tables = (tables, cols)
+        self.has_tables = True
 
     def __call__(
         self, x: Tensor, plan: StepPlan | None = None, *, out: Tensor | None = None
@@ -157,8 +151,11 @@ class Site:
             out.data_ptr(),
             CODES[dtype],
             checks.row_stride(out),
-            threads=torch.get_num_threads(),
         )
+        if self._tape is not None:
+            op = Op(kind=Kind.SITE, dtype=CODES[x.dtype], out_dtype=CODES[dtype], what=self._ref)
+            op.x_stride, op.out_stride = checks.row_stride(x), checks.row_stride(out)
+            self._tape.note(op, x, out=out, keep=self)
         return out
 
 

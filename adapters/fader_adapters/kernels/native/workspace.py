@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from fader_adapters.kernels.native.library import MESSAGES
+from fader_adapters.kernels.native.threads import threads
 
 _TOO_SMALL = -2
 
@@ -25,6 +26,10 @@ class Workspace:
         self.pointer = (start + 63) & ~63
         self.size = size + 128 - (self.pointer - start)
 
+    def grow(self) -> None:
+        """Make room for what the last call said it needs, and some more."""
+        self._grow(self._need.value + self._need.value // 4)
+
     def __len__(self) -> int:
         """Bytes held."""
         return self._buffer.numel()
@@ -33,15 +38,15 @@ class Workspace:
         """Fill with NaN, so that a test sees reads of what was never written."""
         self._buffer.fill_(0xFF)
 
-    def call(self, function: Callable[..., int], what: str, *args: object, threads: int) -> None:
+    def call(self, function: Callable[..., int], what: str, *args: object) -> None:
         """`function(*args, scratch, size, need, threads)`, once more with a larger buffer if it
         asks.
 
         Raises: ValueError when the kernel refuses its arguments.
         """
-        code = function(*args, self.pointer, self.size, self.need, threads)
+        code = function(*args, self.pointer, self.size, self.need, threads())
         if code == _TOO_SMALL:
-            self._grow(self._need.value + self._need.value // 4)
-            code = function(*args, self.pointer, self.size, self.need, threads)
+            self.grow()
+            code = function(*args, self.pointer, self.size, self.need, threads())
         if code:
             raise ValueError(f"{what}: {MESSAGES.get(code, f'status {code}')}")

@@ -177,6 +177,12 @@ int fader_rms_norm(int64_t M, int64_t K, const void *x, int64_t xs, const void *
     return now().norm(M, K, x, xs, w, dtype, about_one, eps, y, nt);
 }
 
+int fader_map(const fader_op_t *o) {
+    if (!o || !o->x || !o->out || o->dtype < 0 || o->dtype > FADER_BF16 || o->out_dtype < 0 || o->out_dtype > FADER_BF16) return FADER_E_ARG;
+    if (o->x_step[3] != 1 || o->out_step[3] != 1 || o->y_step[3] < 0 || o->y_step[3] > 1) return FADER_E_ARG;
+    return now().map(o);
+}
+
 int fader_attention(const fader_attn_t *a, int64_t T, int64_t R, const void *q, const int32_t *q_start,
                     const int32_t *context, const int32_t *tables, void *out, void *scratch, int64_t bytes,
                     int64_t *need, int nt) {

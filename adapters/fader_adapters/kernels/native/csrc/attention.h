@@ -4,9 +4,9 @@
 // Splits are always summed apart and joined in order, whether one thread walks them or several, so
 // results depend neither on threads nor on other rows nor on the cut of a prompt in chunks.
 #pragma once
-#include <omp.h>
 
 #include "attn_tile.h"
+#include "team.h"
 
 namespace {
 
@@ -144,38 +144,33 @@ static int attention_run(AttnRun &r, int64_t R, char *scratch, int64_t bytes, in
         for (int64_t f = 0, n = r.q_start[i + 1] - r.q_start[i]; f < n; f += per)
             for (int h = 0; h < a.kv_heads; h++) item[k++] = {(int)i, h, (int)f, (int)min64(per, n - f)};
     char *threads = scratch + list, *shared = threads + own * nt;
-#pragma omp parallel num_threads(nt)
-    {
-        AttnMem mem(threads + own * omp_get_thread_num(), nq, a.dim);
-        if (wide) {
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t u = 0; u < items * splits; u++) {
-                const AttnItem &it = item[u / splits];
-                const int64_t at = u % splits * SPLIT;
-                float *to = (float *)(shared + u * part);
-                const int n = item_queries(r, it, to + 2 * nq, mem.part);
-                walk<Ty>(r, it, mem.part, n, at, at + SPLIT, mem.kt, mem.s);
-                for (int i = 0; i < n; i++) to[2 * i] = mem.part[i].m, to[2 * i + 1] = mem.part[i].l;
-            }
+    if (wide)
+        share(nt, items * splits, [&](int64_t u, int me) {
+            AttnMem mem(threads + own * me, nq, a.dim);
+            const AttnItem &it = item[u / splits];
+            const int64_t at = u % splits * SPLIT;
+            float *to = (float *)(shared + u * part);
+            const int n = item_queries(r, it, to + 2 * nq, mem.part);
+            walk<Ty>(r, it, mem.part, n, at, at + SPLIT, mem.kt, mem.s);
+            for (int i = 0; i < n; i++) to[2 * i] = mem.part[i].m, to[2 * i + 1] = mem.part[i].l;
+        });
+    share(nt, items, [&](int64_t u, int me) {
+        AttnMem mem(threads + own * me, nq, a.dim);
+        const AttnItem &it = item[u];
+        const int n = item_queries(r, it, mem.acc, mem.q);
+        item_queries(r, it, mem.part_acc, mem.part);
+        for (int64_t sp = 0, all = splits_of(r, it); sp < all; sp++) {
+            if (wide) {
+                const float *from = (const float *)(shared + (u * splits + sp) * part);
+                for (int i = 0; i < n; i++) {
+                    mem.part[i].m = from[2 * i], mem.part[i].l = from[2 * i + 1];
+                    mem.part[i].acc = (float *)from + 2 * nq + i * a.dim;
+                }
+            } else walk<Ty>(r, it, mem.part, n, sp * SPLIT, (sp + 1) * SPLIT, mem.kt, mem.s);
+            for (int i = 0; i < n; i++) join(mem.q[i], mem.part[i], a.dim);
         }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t u = 0; u < items; u++) {
-            const AttnItem &it = item[u];
-            const int n = item_queries(r, it, mem.acc, mem.q);
-            item_queries(r, it, mem.part_acc, mem.part);
-            for (int64_t sp = 0, all = splits_of(r, it); sp < all; sp++) {
-                if (wide) {
-                    const float *from = (const float *)(shared + (u * splits + sp) * part);
-                    for (int i = 0; i < n; i++) {
-                        mem.part[i].m = from[2 * i], mem.part[i].l = from[2 * i + 1];
-                        mem.part[i].acc = (float *)from + 2 * nq + i * a.dim;
-                    }
-                } else walk<Ty>(r, it, mem.part, n, sp * SPLIT, (sp + 1) * SPLIT, mem.kt, mem.s);
-                for (int i = 0; i < n; i++) join(mem.q[i], mem.part[i], a.dim);
-            }
-            write_out<Ty>(r, it, mem.q, n);
-        }
-    }
+        write_out<Ty>(r, it, mem.q, n);
+    });
     return 0;
 }
 

@@ -87,5 +87,6 @@ struct Kernels {
     double (*probe_read)(const void *, int64_t, int);
     double (*probe_dot)(int64_t, int);
     int (*norm)(int64_t, int64_t, const void *, int64_t, const void *, int, int, float, void *, int);
+    int (*map)(const fader_op_t *);
 };
 extern const Kernels fader_scalar, fader_avx2, fader_avx512, fader_avx512bf16;

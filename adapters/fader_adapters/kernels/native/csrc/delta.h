@@ -4,8 +4,6 @@
 // A row's terms are added in the row's own order and every dot product has one shape, so a row's
 // bits do not depend on which rows share its adapters. A slot nobody names is never read.
 #pragma once
-#include <omp.h>
-
 #include "simd.h"
 
 namespace {

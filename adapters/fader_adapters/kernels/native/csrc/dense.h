@@ -1,13 +1,12 @@
 // A plain weight matrix [N,K] times few rows: weights are read once, in order. For lm_head and merged
 // bf16 layers. Every dot product has one shape, so a row's bits do not depend on the number of rows.
 #pragma once
-#include <omp.h>
-
 #include "simd.h"
+#include "team.h"
 
 namespace {
 
-enum { DENSE_AHEAD = 1024 };
+enum { DENSE_AHEAD = 1024, DENSE_COLUMNS = 64 };
 
 template <int COUNT> static void sums(const V *acc, float *out) {
 #if FADER_ISA >= 2
@@ -59,10 +58,8 @@ static void dense_rows(int m, int64_t K, const Ty *const *x, const Ty *w, float 
 template <class Ty, class Out, int MR, int NR>
 static void dense_run(int64_t M, int64_t N, int64_t K, const Ty *x, int64_t xs, const Ty *w,
                       const float *bias, Out *y, int64_t ys, int nt) {
-    const int64_t groups = ceil_div(N, NR), parts = ceil_div(M, MR);
-#pragma omp parallel for schedule(static) num_threads(nt)
-    for (int64_t g = 0; g < groups; g++) {
-        const int64_t n0 = g * NR;
+    const int64_t parts = ceil_div(M, MR);
+    const auto columns = [&](int64_t n0) {
         const int nn = (int)min64(NR, N - n0);
         for (int64_t i = 0, m0 = 0; i < parts; i++) {
             const int64_t m1 = M * (i + 1) / parts;
@@ -82,7 +79,10 @@ static void dense_run(int64_t M, int64_t N, int64_t K, const Ty *x, int64_t xs, 
                     store1(y + (m0 + m) * ys + n0 + n, out[m * NR + n] + (bias ? bias[n0 + n] : 0.0f));
             m0 = m1;
         }
-    }
+    };
+    share(nt, ceil_div(N, DENSE_COLUMNS), [&](int64_t i, int) {
+        for (int64_t n0 = i * DENSE_COLUMNS, end = min64(N, n0 + DENSE_COLUMNS); n0 < end; n0 += NR) columns(n0);
+    });
 }
 
 template <class Ty, class Out>

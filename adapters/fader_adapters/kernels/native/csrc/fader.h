@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define FADER_ABI 1
+#define FADER_ABI 2
 enum { FADER_F32 = 0, FADER_BF16 = 1, FADER_F16 = 2 };
 enum { FADER_SCALAR = 0, FADER_AVX2 = 1, FADER_AVX512 = 2, FADER_AVX512_BF16 = 3 };
 enum {
@@ -119,6 +119,37 @@ int fader_attention(const fader_attn_t *a, int64_t T, int64_t R, const void *q,
  * block*block_size + offset of `slots` [T]; -1 skips the token */
 int fader_write_kv(const fader_attn_t *a, int64_t T, const void *k, int64_t k_stride, const void *v,
                    int64_t v_stride, const int64_t *slots, int nt);
+
+/* ---- Elementwise ---------------------------------------------------------------------------------
+ * out = map(x, y) over `size`, steps in elements; y NULL: `scalar` stands for it. dtype is that of x and y;
+ * only a copy may change it. */
+enum { FADER_OP_SITE, FADER_OP_DENSE, FADER_OP_NORM, FADER_OP_WRITE_KV, FADER_OP_ATTEND, FADER_OP_GATHER, FADER_OP_MAP };
+enum { FADER_MAP_COPY, FADER_MAP_NEG, FADER_MAP_ADD, FADER_MAP_SUB, FADER_MAP_MUL, FADER_MAP_SILU, FADER_MAP_GELU_TANH };
+typedef struct {
+    int32_t kind, map, dtype, out_dtype; /* NORM: map is about_one */
+    const void *what;                    /* fader_site_t, fader_attn_t, or the weight of DENSE and NORM */
+    const void *x, *y;                   /* WRITE_KV: k, v; GATHER: rows [n,k], int64 index [size[0]] */
+    void *out;
+    const float *bias;
+    int64_t n, k, x_stride, y_stride, out_stride;
+    int64_t size[4], x_step[4], y_step[4], out_step[4]; /* MAP; innermost x and out steps 1, y 0 or 1 */
+    float scalar;                                       /* NORM: eps */
+    int32_t pad;
+} fader_op_t;
+int fader_map(const fader_op_t *op);
+
+/* ---- A recorded step -----------------------------------------------------------------------------
+ * Runs ops[*next ..count) in order. On a status other than 0, *next is the call that gave it and nothing
+ * after it has run: after FADER_E_SCRATCH, call again with *need bytes. */
+typedef struct {
+    int64_t tokens, rows;
+    const int32_t *plan; /* NULL: base only */
+    const int32_t *q_start, *context, *block_tables;
+    int64_t max_blocks;
+    const int64_t *slots; /* [tokens] */
+} fader_step_t;
+int fader_run(const fader_op_t *ops, int64_t count, int64_t *next, const fader_step_t *step, void *scratch,
+              int64_t scratch_bytes, int64_t *need, int nt);
 
 /* ask for huge pages inside [p, p + bytes), before it is first written; a hint, never an error */
 void fader_advise_huge(void *p, int64_t bytes);

@@ -2,9 +2,10 @@
 #pragma once
 #include "attention.h"
 #include "dense.h"
+#include "map.h"
 #include "norm.h"
 #include "quant.h"
 #include "site.h"
 
 #define FADER_EXPORT(NAME) \
-    extern const Kernels NAME = {site, dense, attention, quantise, dequantise, probe_read, probe_dot, norm}
+    extern const Kernels NAME = {site, dense, attention, quantise, dequantise, probe_read, probe_dot, norm, map}

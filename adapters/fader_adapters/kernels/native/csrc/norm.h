@@ -1,9 +1,9 @@
 // RMS normalisation of rows, rounded where transformers rounds. Knows one row; no models.
 #pragma once
 #include <math.h>
-#include <omp.h>
 
 #include "simd.h"
+#include "team.h"
 
 namespace {
 
@@ -42,9 +42,9 @@ static void norm_row(int64_t K, const Ty *x, const Ty *w, int about_one, float e
 template <class Ty>
 static void norm_rows(int64_t M, int64_t K, const void *x, int64_t xs, const void *w, int about_one, float eps,
                       void *y, int nt) {
-#pragma omp parallel for schedule(static) num_threads(nt) if (M * K > 65536)
-    for (int64_t m = 0; m < M; m++)
+    share(M * K > 65536 ? nt : 1, M, [&](int64_t m, int) {
         norm_row<Ty>(K, (const Ty *)x + m * xs, (const Ty *)w, about_one, eps, (Ty *)y + m * K);
+    });
 }
 
 int norm(int64_t M, int64_t K, const void *x, int64_t xs, const void *w, int dtype, int about_one, float eps,

@@ -3,10 +3,11 @@
 #pragma once
 #include "delta.h"
 #include "gemm.h"
+#include "team.h"
 
 namespace {
 
-enum { ROWS_MAX = 132, BLOCK_PANELS = 4 };
+enum { ROWS_MAX = 132, BLOCK_PANELS = 4, PACK_BLOCKS = 8 };
 
 // Rows past 4 are packed block by block: strides of whole rows would fall on few cache sets.
 template <class In, class E> struct Packer {
@@ -72,51 +73,47 @@ int site_run(const fader_site_t *s, const Plan *plan, int64_t T, const In *x, in
         const int err = delta_layout(*s, *plan, scratch + fixed, nt, &d);
         if (err) return err;
     }
-    const int64_t pack_items = direct ? 0 : K / BLOCK, shrink_items = plan ? d.items : 0;
+    const int64_t pack_blocks = direct ? 0 : K / BLOCK, shrink_items = plan ? d.items : 0;
+    const int64_t pack_items = apart ? 0 : ceil_div(pack_blocks, PACK_BLOCKS);
     const int64_t esize = out_dtype == FADER_F32 ? 4 : 2;
-
-#pragma omp parallel num_threads(nt)
-    {
-        const int64_t me = omp_get_thread_num();
-        float *acc = (float *)(scratch + own * me);
-        void *buf = (char *)acc + acc_bytes;
-        X *packed = (X *)(scratch + own * nt + (apart ? me * pack_one : 0));
-        const Rows<X> xr = direct ? Pack::view(x, xs)
-                                  : Rows<X>{packed, Pack::PER_BLOCK, T * (int64_t)Pack::PER_BLOCK};
-        if (apart) {
-            for (int64_t b = 0; b < pack_items; b++)
-                Pack::block(x, xs, T, b, packed + b * T * Pack::PER_BLOCK);
-        } else if (pack_items + shrink_items) {
-#pragma omp for schedule(static) nowait
-            for (int64_t b = 0; b < pack_items; b++)
-                Pack::block(x, xs, T, b, packed + b * T * Pack::PER_BLOCK);
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < shrink_items; i++)
-                shrink_item<In, Ar>(*s, *plan, d, d.item[i], x, xs);
+    X *const packs = (X *)(scratch + own * nt);
+    const auto pack = [&](int64_t from, int64_t to, X *into) {
+        for (int64_t b = from; b < to; b++) Pack::block(x, xs, T, b, into + b * T * Pack::PER_BLOCK);
+    };
+    share(nt, pack_items + shrink_items, [&](int64_t i, int) {
+        if (i < shrink_items) shrink_item<In, Ar>(*s, *plan, d, d.item[i], x, xs);
+        else {
+            const int64_t from = (i - shrink_items) * PACK_BLOCKS;
+            pack(from, min64(pack_blocks, from + PACK_BLOCKS), packs);
         }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t u = 0; u < chunks * col_blocks; u++) {
-            const int64_t cb = u % col_blocks, m0 = u / col_blocks * rows, m1 = min64(T, m0 + rows);
-            const int64_t c0 = cb * width, c1 = min64(n, c0 + width), p0 = cb * bp;
-            float *a = acc;
-            int64_t as = width;
-            if (s->panels) {
-                Rows<X> xc = xr;
-                xc.p += m0 * xr.row;
-                Gemm<E>::run(m1 - m0, K, xc, s->panels + p0 * (K / 2) * PANEL,
-                             s->scales + p0 * (K / BLOCK) * PANEL, (int)min64(bp, panels - p0), a, as,
-                             buf);
-            } else {
-                a = (float *)out + m0 * os + c0;
-                as = os;
-            }
-            if (plan) expand_block<Ar>(*s, *plan, d, m0, m1, c0, c1, a, as);
-            if (s->panels)
-                for (int64_t m = m0; m < m1; m++)
-                    finish_row(a + (m - m0) * as, s->bias ? s->bias + c0 : 0, c1 - c0,
-                               (char *)out + (m * os + c0) * esize, out_dtype);
+    });
+    bool ready[TEAM_MAX] = {}; // which threads have packed for themselves
+    share(nt, chunks * col_blocks, [&](int64_t u, int me) {
+        float *const acc = (float *)(scratch + own * me);
+        X *const packed = packs + (apart ? me * pack_one / (int64_t)sizeof(X) : 0);
+        if (apart && !ready[me]) {
+            pack(0, pack_blocks, packed);
+            ready[me] = true;
         }
-    }
+        const int64_t cb = u % col_blocks, m0 = u / col_blocks * rows, m1 = min64(T, m0 + rows);
+        const int64_t c0 = cb * width, c1 = min64(n, c0 + width), p0 = cb * bp;
+        float *a = acc;
+        int64_t as = width;
+        if (s->panels) {
+            Rows<X> xc = direct ? Pack::view(x, xs) : Rows<X>{packed, Pack::PER_BLOCK, T * (int64_t)Pack::PER_BLOCK};
+            xc.p += m0 * xc.row;
+            Gemm<E>::run(m1 - m0, K, xc, s->panels + p0 * (K / 2) * PANEL, s->scales + p0 * (K / BLOCK) * PANEL,
+                         (int)min64(bp, panels - p0), a, as, (char *)acc + acc_bytes);
+        } else {
+            a = (float *)out + m0 * os + c0;
+            as = os;
+        }
+        if (plan) expand_block<Ar>(*s, *plan, d, m0, m1, c0, c1, a, as);
+        if (s->panels)
+            for (int64_t m = m0; m < m1; m++)
+                finish_row(a + (m - m0) * as, s->bias ? s->bias + c0 : 0, c1 - c0,
+                           (char *)out + (m * os + c0) * esize, out_dtype);
+    });
     return 0;
 }
 

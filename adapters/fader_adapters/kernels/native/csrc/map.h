@@ -1,0 +1,79 @@
+// Elementwise work on tensors of up to four dimensions: copies, sums, products, activations. Knows strides
+// and one element type a call; rounds once an element, as torch does.
+#pragma once
+#include "simd.h"
+
+namespace {
+
+FADER_INLINE V vsilu(V x) { return vdiv(x, vadd(vset(1.0f), vexp(vmul(x, vset(-1.0f))))); }
+FADER_INLINE V vgelu_tanh(V x) {
+    const V cubed = vmul(vmul(x, x), x);
+    const V inner = vmul(vset(0.7978845608028654f), vfma(cubed, vset(0.044715f), x));
+    return vmul(vmul(vset(0.5f), x), vadd(vset(1.0f), vtanh(inner)));
+}
+
+template <int MAP> FADER_INLINE V mapped(V x, V y) {
+    if constexpr (MAP == FADER_MAP_NEG) return vmul(x, vset(-1.0f));
+    if constexpr (MAP == FADER_MAP_ADD) return vadd(x, y);
+    if constexpr (MAP == FADER_MAP_SUB) return vfma(y, vset(-1.0f), x);
+    if constexpr (MAP == FADER_MAP_MUL) return vmul(x, y);
+    if constexpr (MAP == FADER_MAP_SILU) return vsilu(x);
+    if constexpr (MAP == FADER_MAP_GELU_TANH) return vgelu_tanh(x);
+    return x;
+}
+
+// n elements side by side; a tail goes through the same vectors as the rest
+template <int MAP, class In, class Out, bool BINARY>
+static void map_run(int64_t n, const In *x, const In *y, bool same_y, float scalar, Out *out) {
+    int64_t i = 0;
+    const V fixed = vset(BINARY && same_y ? load1(y) : scalar);
+    for (; i + W <= n; i += W)
+        vstore_as(out + i, mapped<MAP>(vload_as(x + i), BINARY && !same_y ? vload_as(y + i) : fixed));
+    if (i == n) return;
+    In xt[W] = {}, yt[W] = {};
+    Out ot[W];
+    for (int64_t j = i; j < n; j++) {
+        xt[j - i] = x[j];
+        if (BINARY && !same_y) yt[j - i] = y[j];
+    }
+    vstore_as(ot, mapped<MAP>(vload_as(xt), BINARY && !same_y ? vload_as(yt) : fixed));
+    for (int64_t j = i; j < n; j++) out[j] = ot[j - i];
+}
+
+template <int MAP, class In, class Out, bool BINARY> static void map_all(const fader_op_t &o) {
+    const int64_t *size = o.size, *xs = o.x_step, *ys = o.y_step, *os = o.out_step;
+    const In *x = (const In *)o.x, *y = (const In *)o.y;
+    Out *out = (Out *)o.out;
+    for (int64_t a = 0; a < size[0]; a++)
+        for (int64_t b = 0; b < size[1]; b++)
+            for (int64_t c = 0; c < size[2]; c++) {
+                const In *xr = x + a * xs[0] + b * xs[1] + c * xs[2];
+                const In *yr = BINARY ? y + a * ys[0] + b * ys[1] + c * ys[2] : 0;
+                map_run<MAP, In, Out, BINARY>(size[3], xr, yr, BINARY && !ys[3], o.scalar,
+                                              out + a * os[0] + b * os[1] + c * os[2]);
+            }
+}
+
+template <class T> static int map_typed(const fader_op_t &o) {
+    const bool binary = o.y != 0;
+    switch (o.map) {
+    case FADER_MAP_COPY: map_all<FADER_MAP_COPY, T, T, false>(o); return 0;
+    case FADER_MAP_NEG: map_all<FADER_MAP_NEG, T, T, false>(o); return 0;
+    case FADER_MAP_SILU: map_all<FADER_MAP_SILU, T, T, false>(o); return 0;
+    case FADER_MAP_GELU_TANH: map_all<FADER_MAP_GELU_TANH, T, T, false>(o); return 0;
+    case FADER_MAP_ADD: (binary ? map_all<FADER_MAP_ADD, T, T, true> : map_all<FADER_MAP_ADD, T, T, false>)(o); return 0;
+    case FADER_MAP_SUB: (binary ? map_all<FADER_MAP_SUB, T, T, true> : map_all<FADER_MAP_SUB, T, T, false>)(o); return 0;
+    case FADER_MAP_MUL: (binary ? map_all<FADER_MAP_MUL, T, T, true> : map_all<FADER_MAP_MUL, T, T, false>)(o); return 0;
+    }
+    return FADER_E_ARG;
+}
+
+int map(const fader_op_t *o) {
+    if (o->dtype == o->out_dtype) return o->dtype == FADER_BF16 ? map_typed<u16>(*o) : map_typed<float>(*o);
+    if (o->map != FADER_MAP_COPY) return FADER_E_ARG;
+    if (o->dtype == FADER_BF16) map_all<FADER_MAP_COPY, u16, float, false>(*o);
+    else map_all<FADER_MAP_COPY, float, u16, false>(*o);
+    return 0;
+}
+
+} // namespace

@@ -1,0 +1,46 @@
+// Runs a recorded step: the calls of one forward, in order, without leaving native code between them. Knows
+// the order and the addresses; what a call computes is the kernels' business.
+#include "common.h"
+
+static int gather(const fader_op_t &o) {
+    const int64_t *index = (const int64_t *)o.y, bytes = o.k * (o.dtype == FADER_BF16 ? 2 : 4);
+    for (int64_t i = 0; i < o.size[0]; i++) {
+        if (index[i] < 0 || index[i] >= o.n) return FADER_E_BOUNDS;
+        memcpy((char *)o.out + i * bytes, (const char *)o.x + index[i] * bytes, (size_t)bytes);
+    }
+    return 0;
+}
+
+static int attend(const fader_op_t &o, const fader_step_t &s, void *scratch, int64_t bytes, int64_t *need, int nt) {
+    fader_attn_t a = *(const fader_attn_t *)o.what;
+    a.max_blocks = s.max_blocks;
+    if (o.kind == FADER_OP_WRITE_KV) return fader_write_kv(&a, s.tokens, o.x, o.x_stride, o.y, o.y_stride, s.slots, nt);
+    return fader_attention(&a, s.tokens, s.rows, o.x, s.q_start, s.context, s.block_tables, o.out, scratch, bytes, need, nt);
+}
+
+static int run_one(const fader_op_t &o, const fader_step_t &s, void *scratch, int64_t bytes, int64_t *need, int nt) {
+    switch (o.kind) {
+    case FADER_OP_SITE:
+        return fader_site((const fader_site_t *)o.what, s.plan, s.tokens, o.x, o.dtype, o.x_stride, o.out, o.out_dtype,
+                          o.out_stride, scratch, bytes, need, nt);
+    case FADER_OP_DENSE:
+        return fader_dense(o.size[0], o.n, o.k, o.x, o.x_stride, o.what, o.dtype, o.bias, o.out, o.out_dtype, o.out_stride, nt);
+    case FADER_OP_NORM:
+        return fader_rms_norm(o.size[0], o.k, o.x, o.x_stride, o.what, o.dtype, o.map, o.scalar, o.out, nt);
+    case FADER_OP_WRITE_KV:
+    case FADER_OP_ATTEND: return attend(o, s, scratch, bytes, need, nt);
+    case FADER_OP_GATHER: return gather(o);
+    case FADER_OP_MAP: return fader_map(&o);
+    }
+    return FADER_E_ARG;
+}
+
+extern "C" int fader_run(const fader_op_t *ops, int64_t count, int64_t *next, const fader_step_t *step, void *scratch,
+                         int64_t bytes, int64_t *need, int nt) {
+    if (!ops || !next || !step || !need || *next < 0 || nt < 1) return FADER_E_ARG;
+    for (; *next < count; ++*next) {
+        const int status = run_one(ops[*next], *step, scratch, bytes, need, nt);
+        if (status) return status;
+    }
+    return 0;
+}

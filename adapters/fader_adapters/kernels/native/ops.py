@@ -1,0 +1,93 @@
+"""One native call as plain data: what a recorded step is made of. Knows fields, not addresses."""
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+
+from torch import Tensor
+
+_P, _L, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
+
+
+class Kind(IntEnum):
+    """FADER_OP_* of csrc/fader.h."""
+
+    SITE = 0
+    DENSE = 1
+    NORM = 2
+    WRITE_KV = 3
+    ATTEND = 4
+    GATHER = 5
+    MAP = 6
+
+
+class Map(IntEnum):
+    """FADER_MAP_* of csrc/fader.h."""
+
+    COPY = 0
+    NEG = 1
+    ADD = 2
+    SUB = 3
+    MUL = 4
+    SILU = 5
+    GELU_TANH = 6
+
+
+class Op(ctypes.Structure):
+    """fader_op_t of csrc/fader.h, field for field."""
+
+    _fields_ = [
+        *[(name, _I) for name in ("kind", "map", "dtype", "out_dtype")],
+        *[(name, _P) for name in ("what", "x", "y", "out", "bias")],
+        *[(name, _L) for name in ("n", "k", "x_stride", "y_stride", "out_stride")],
+        *[(name, _L * 4) for name in ("size", "x_step", "y_step", "out_step")],
+        ("scalar", _F),
+        ("pad", _I),
+    ]
+
+
+class Step(ctypes.Structure):
+    """fader_step_t of csrc/fader.h, field for field."""
+
+    _fields_ = [
+        *[(name, _L) for name in ("tokens", "rows")],
+        *[(name, _P) for name in ("plan", "q_start", "context", "block_tables")],
+        ("max_blocks", _L),
+        ("slots", _P),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One native call with the tensors it read and wrote.
+
+    op holds everything but the addresses of x, y and out; keep holds what its other pointers need.
+    """
+
+    op: Op
+    x: Tensor
+    y: Tensor | None
+    out: Tensor | None
+    keep: object
+
+
+class Tape:
+    """Where native calls tell what they did, while somebody records a step."""
+
+    def __init__(self) -> None:
+        self.listener: Callable[[Call], None] | None = None
+        self.obstacle = ""
+        """Why the step that is listened to has no record: something ran that cannot be told."""
+
+    def refuse(self, reason: str) -> None:
+        """Tell that what runs now has no record."""
+        if self.listener is not None:
+            self.obstacle = reason
+
+    def note(
+        self, op: Op, x: Tensor, *, y: Tensor | None = None, out: Tensor | None = None, keep: object
+    ) -> None:
+        """Remember a call, if anybody records."""
+        if self.listener is not None:
+            self.listener(Call(op, x, y, out, keep))

@@ -1,0 +1,144 @@
+"""Decode steps of the native backend: recorded once a number of rows, then replayed.
+
+A replay is trusted after it gave, on another step, bit for bit what the model's own code gives.
+"""
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from fader_adapters.kernels.native import StepInputs, StepPlan, Tape, Workspace
+from fader_server.core import Plan
+from fader_server.model.batch import AttentionRow, Batch
+from fader_server.model.recording import Recorder, Unrepeatable
+from fader_server.model.replay import Arena, Replay
+
+log = logging.getLogger(__name__)
+
+Forward = Callable[[Batch], torch.Tensor]
+"""The model's own forward: logits [rows, vocab]."""
+
+
+class DecodeInputs:
+    """The tensors of decode steps of up to `rows` rows, at addresses that never change."""
+
+    def __init__(self, *, rows: int, blocks_per_row: int, block_size: int) -> None:
+        self._block_size = block_size
+        self._ids = torch.zeros(1, rows, dtype=torch.int64)
+        self._positions = torch.zeros(1, rows, dtype=torch.int64)
+        self._slots = torch.zeros(rows, dtype=torch.int64)
+        self._contexts = torch.zeros(rows, dtype=torch.int32)
+        self._tables = torch.zeros(rows, blocks_per_row, dtype=torch.int32)
+        self._starts = torch.arange(rows + 1, dtype=torch.int32)
+        self._index = torch.arange(rows)
+
+    def fill(self, plan: Plan) -> None:
+        """Write the plan's rows, one token each."""
+        rows, size = plan.rows, self._block_size
+        starts = [row.start for row in rows]
+        blocks = [row.sequence.blocks for row in rows]
+        n = len(rows)
+        self._ids.numpy()[0, :n] = [row.sequence.tokens[row.start] for row in rows]
+        self._positions.numpy()[0, :n] = starts
+        self._contexts.numpy()[:n] = [at + 1 for at in starts]
+        self._slots.numpy()[:n] = [
+            own[at // size] * size + at % size for own, at in zip(blocks, starts, strict=True)
+        ]
+        tables = self._tables.numpy()
+        for i, own in enumerate(blocks):
+            used = starts[i] // size + 1
+            tables[i, :used] = own[:used]
+
+    def step(self, rows: int) -> StepInputs:
+        return StepInputs(
+            self._starts[: rows + 1],
+            self._contexts[:rows],
+            self._tables[:rows],
+            self._slots[:rows],
+        )
+
+    def batch(self, plan: Plan) -> Batch:
+        """The same as the model's own forward takes it."""
+        n = len(plan.rows)
+        step = self.step(n)
+        return Batch(
+            input_ids=self._ids[:, :n],
+            position_ids=self._positions[:, :n],
+            slots=step.slots,
+            cu_tokens=step.q_start,
+            contexts=step.context,
+            block_tables=step.block_tables,
+            logit_index=self._index[:n],
+            rows=tuple(AttentionRow(i, 1, row.start + 1) for i, row in enumerate(plan.rows)),
+            sampling=tuple(range(n)),
+            scored=(),
+        )
+
+
+class DecodeReplays:
+    """One replay for every number of rows that was met; steps it cannot take go the usual way."""
+
+    def __init__(self, tape: Tape, inputs: DecodeInputs, *, rows: int) -> None:
+        self._tape = tape
+        self._inputs = inputs
+        self._rows = rows
+        self._arena, self._scratch = Arena(), Workspace()
+        self._trusted: dict[int, Replay] = {}
+        self._candidates: dict[int, Replay] = {}
+        self._enabled = True
+
+    def takes(self, plan: Plan) -> bool:
+        """Whether every row of the step is one token that samples."""
+        return (
+            self._enabled
+            and len(plan.rows) <= self._rows
+            and all(
+                row.count == 1 and row.samples and not row.wants_prompt_logprobs
+                for row in plan.rows
+            )
+        )
+
+    def run(self, plan: Plan, step: StepPlan | None, forward: Forward) -> torch.Tensor:
+        """Logits [rows, vocab], those of `forward`; valid until the next step."""
+        rows = len(plan.rows)
+        self._inputs.fill(plan)
+        trusted = self._trusted.get(rows)
+        if trusted is not None:
+            return trusted(step)
+        batch = self._inputs.batch(plan)
+        candidate = self._candidates.pop(rows, None)
+        if candidate is None:
+            return self._record(batch, forward)
+        logits = forward(batch)
+        if _same_bits(candidate(step), logits):
+            self._trusted[rows] = candidate
+        else:
+            self._give_up("a replay gave other bits than the model's code")
+        return logits
+
+    def _record(self, batch: Batch, forward: Forward) -> torch.Tensor:
+        rows = len(batch.rows)
+        try:
+            recording = Recorder(self._tape).record(lambda: forward(batch))
+        except Unrepeatable as reason:
+            self._give_up(str(reason))
+            return forward(batch)
+        self._candidates[rows] = Replay(
+            recording, self._inputs.step(rows), arena=self._arena, scratch=self._scratch
+        )
+        return recording.result
+
+    def _give_up(self, reason: str) -> None:
+        self._enabled = False
+        self._trusted.clear()
+        self._candidates.clear()
+        log.warning("decode steps run operator by operator: %s", reason)
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
