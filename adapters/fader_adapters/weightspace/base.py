@@ -44,7 +44,8 @@ class Base:
         return self.checkpoint.directory
 
     @property
-    def quantised(self) -> bool:
+    def in_nf4(self) -> bool:
+        """Whether the files hold an NF4 model."""
         return "quantization_config" in self.config
 
     def key(self, linear: LinearSpec) -> str:
@@ -71,7 +72,7 @@ class Base:
         }
         return quantised.load(self.checkpoint.read(key), parts, key=key)
 
-    def stored(self, linear: LinearSpec) -> "torch.Tensor | quantised.Packed":
+    def stored(self, linear: LinearSpec) -> torch.Tensor | quantised.Packed:
         """W [out, in] as it is stored: NF4, or dense in the file's dtype (a view for Conv1D).
 
         Raises CheckpointInvalid, BaseUnsupported.
@@ -97,7 +98,7 @@ class Base:
         return densely(self.stored(linear))
 
 
-def densely(stored: "torch.Tensor | quantised.Packed") -> torch.Tensor:
+def densely(stored: torch.Tensor | quantised.Packed) -> torch.Tensor:
     """[out, in] in fp32, contiguous."""
     if isinstance(stored, quantised.Packed):
         return nf4.dense(stored.weight, torch.float32)
@@ -137,7 +138,7 @@ def _skeleton(directory: Path) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if getattr(config, "quantization_config", None) is not None:
-            del config.quantization_config
+            delattr(config, "quantization_config")
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)

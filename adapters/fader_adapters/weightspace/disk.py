@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 
 from fader_adapters.errors import TargetTaken
-from fader_adapters.weightspace.tensors import DTYPE_NAMES
+from fader_adapters.weightspace.tensors import DTYPE_NAMES, bytes_of
 
 PART = ".part"
 """Ends the name of a file that is being written."""
@@ -98,9 +98,7 @@ class ShardWriter:
 
     def _append(self, piece: torch.Tensor) -> None:
         if piece.numel():
-            self._at += self._file.write(
-                memoryview(piece.contiguous().view(-1).view(torch.uint8).numpy())
-            )
+            self._at += self._file.write(bytes_of(piece.contiguous()))
 
     def _note(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], start: int) -> None:
         assert name not in self._entries

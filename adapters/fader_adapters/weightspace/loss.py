@@ -43,11 +43,13 @@ class LinearLoss:
     @staticmethod
     def of_document(document: dict[str, Any]) -> "LinearLoss":
         """What `document` told. Raises KeyError, TypeError, ValueError."""
-        numbers = ("weight_norm", "delta_norm", "error_norm", "carried")
         return LinearLoss(
-            str(document["path"]),
-            int(document["rank"]),
-            *(float(document[name]) for name in numbers),
+            path=str(document["path"]),
+            rank=int(document["rank"]),
+            weight_norm=float(document["weight_norm"]),
+            delta_norm=float(document["delta_norm"]),
+            error_norm=float(document["error_norm"]),
+            carried=float(document["carried"]),
         )
 
 
@@ -72,7 +74,7 @@ def measure(
         delta += _square(difference)
         error += _square(made - wanted)
         carried += float(torch.sum((made - served(start, stop)) * difference, dtype=torch.float64))
-    return LinearLoss(path, rank, *map(math.sqrt, (weight, delta, error)), carried)
+    return LinearLoss(path, rank, math.sqrt(weight), math.sqrt(delta), math.sqrt(error), carried)
 
 
 def overall(losses: Iterable[LinearLoss]) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def _write_linear(
         merged.addmm_(delta.b, delta.a)
     if not bool(merged.isfinite().all()):
         raise CheckpointInvalid("the merged weight has NaN or infinite values")
-    dtype = stored.state.dtype if isinstance(stored, quantised.Packed) else stored.dtype
+    dtype = stored.dtype
     served = before = _rows(stored)
     if piece.fate == "nf4":
         nested = nests(job.base, piece.key)

@@ -89,7 +89,7 @@ def _pieces(base: Base, adapted: Collection[int], form: Form) -> Iterator[Piece]
 def _fresh(base: Base, linear: int, form: Form) -> bool:
     """Whether the output holds a linear in NF4 that the base holds densely."""
     path = base.spec.linears[linear].path
-    return form == "nf4" and not base.quantised and path in base.quantisable
+    return form == "nf4" and not base.in_nf4 and path in base.quantisable
 
 
 def _fate(

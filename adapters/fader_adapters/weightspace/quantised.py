@@ -24,6 +24,12 @@ class Packed:
     state: QuantState
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What it decodes to."""
+        assert self.state.dtype is not None
+        return self.state.dtype
+
+    @property
     def weight(self) -> nf4.Nf4Weight:
         """For reading. Raises BaseUnsupported."""
         return nf4.from_state(self.packed, self.state)

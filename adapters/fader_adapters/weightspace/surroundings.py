@@ -59,7 +59,7 @@ def _config(base: Base, form: Form) -> dict[str, Any]:
         if "torch_dtype" not in config:
             config.setdefault("dtype", "bfloat16")
         return _in_bf16(config)
-    if not base.quantised:
+    if not base.in_nf4:
         config["quantization_config"] = nf4_config().to_dict()
     return config
 

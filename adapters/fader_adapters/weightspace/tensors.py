@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -92,6 +92,11 @@ class Checkpoint:
             yield flat.view(stored.dtype)
 
 
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU, writable."""
+    return memoryview(cast(Any, tensor.view(-1).view(torch.uint8).numpy()))
+
+
 def _index(directory: Path) -> dict[str, str] | None:
     """Key → file name from the index; None when one file holds everything."""
     if (directory / SINGLE_FILE).is_file():
@@ -148,7 +153,7 @@ def _stored(file: Path, key: str, field: Any, *, data: int, whole: int) -> Store
 
 def _fill(flat: torch.Tensor, stored: Stored, skip: int) -> None:
     """Read flat.numel() bytes from `skip` bytes into the tensor."""
-    view = memoryview(flat.numpy())
+    view = bytes_of(flat)
     fd = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
     try:
         while view:
