@@ -36,8 +36,6 @@ class Base:
     """config.json."""
     names: dict[str, str]
     """The model's own name of a tensor → its key in the files; what is stored fused is not here."""
-    stable: frozenset[str]
-    """Names that transformers also reads when a file uses them as they are."""
     quantisable: frozenset[str]
     """Paths of the linears that bitsandbytes quantises."""
 
@@ -113,8 +111,7 @@ def open_base(directory: Path) -> Base:
     config = _config(directory)
     model = _skeleton(directory)
     spec = describe(model, name=str(directory))
-    names, stable = _names(model, checkpoint)
-    return Base(checkpoint, spec, config, names, stable, _quantisable(model))
+    return Base(checkpoint, spec, config, _names(model, checkpoint), _quantisable(model))
 
 
 def _config(directory: Path) -> dict[str, Any]:
@@ -149,20 +146,18 @@ def _skeleton(directory: Path) -> PreTrainedModel:
         raise CheckpointInvalid(f"{directory}: {told[0]}") from error
 
 
-def _names(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[str, str], frozenset[str]]:
-    """`names` and `stable`, as transformers renames the keys of a file while it loads."""
+def _names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """As transformers renames the keys of a file while it loads."""
     transforms = get_model_conversion_mapping(model)
     renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
     converters = [item for item in transforms if isinstance(item, WeightConverter)]
     own = model.state_dict()
-
-    def read_as(key: str) -> str | None:
+    names: dict[str, str] = {}
+    for key in sorted(checkpoint.tensors):
         name, fused = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
-        return name if fused is None and name in own else None
-
-    found = {key: read_as(key) for key in sorted(checkpoint.tensors)}
-    names = {name: key for key, name in found.items() if name is not None}
-    return names, frozenset(name for name in names if read_as(name) == name)
+        if fused is None and name in own:
+            names[name] = key
+    return names
 
 
 def _quantisable(model: PreTrainedModel) -> frozenset[str]:

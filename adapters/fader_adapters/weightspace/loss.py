@@ -10,7 +10,7 @@ import torch
 Rows = Callable[[int, int], torch.Tensor]
 """Rows start..stop of a weight, [stop − start, in] in fp32."""
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 """Elements compared at a time."""
 
 

@@ -165,7 +165,7 @@ def _write_linear(
     if piece.fate == "nf4":
         nested = nests(job.base, piece.key)
         packed = quantised.quantise(merged, dtype=dtype, nested=nested)
-        for name, part in packed.tensors(piece.names[0]).items():
+        for name, part in packed.tensors(piece.key).items():
             writer.add(name, [part], dtype=part.dtype, shape=tuple(part.shape))
         after = _rows(packed)
         if delta is not None and not isinstance(stored, quantised.Packed):

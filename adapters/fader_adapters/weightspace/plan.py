@@ -119,18 +119,10 @@ def _piece(
         return Piece(key, fate, linear, names, stored.nbytes)
     if fate == "nf4":
         parts = [part for part in quantised.COMPONENTS if nests(base, key) or "nested" not in part]
-        written = _spelled(base, key, linear)
-        names = (written, *(f"{written}.{part}" for part in parts))
+        names = (key, *(f"{key}.{part}" for part in parts))
         weights = _weights(base, stored, linear)
         return Piece(key, fate, linear, names, weights // 2 + weights // BLOCK + (8 << 10))
     return Piece(key, fate, linear, names, 2 * _weights(base, stored, linear))
-
-
-def _spelled(base: Base, key: str, linear: int | None) -> str:
-    """The model's own name: transformers adds a missing prefix to weights only."""
-    assert linear is not None
-    name = f"{base.spec.linears[linear].path}.weight"
-    return name if name in base.stable else key
 
 
 def nests(base: Base, key: str) -> bool:

@@ -12,7 +12,7 @@ _EXACT = 512
 """Matrices whose smaller side is at most this are decomposed exactly."""
 _OVERSAMPLE = 16
 _ITERATIONS = 4
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 """Elements of the residual computed at a time."""
 
 

@@ -82,7 +82,7 @@ class Checkpoint:
         _fill(flat, stored, 0)
         return flat.view(stored.dtype).view(stored.shape)
 
-    def chunks(self, key: str, *, elements: int = 1 << 22) -> Iterator[torch.Tensor]:
+    def chunks(self, key: str, *, elements: int = 1 << 20) -> Iterator[torch.Tensor]:
         """The same in order as flat pieces of at most `elements`, private copies."""
         stored = self.tensors[key]
         for start in range(0, stored.numel, elements):

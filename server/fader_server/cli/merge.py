@@ -8,6 +8,9 @@ import typer
 
 from fader_server.cli.offline import ROOTS_HELP, open_model, read_terms, watched
 
+_ENOUGH = 0.9
+"""Of the delta; less is warned about."""
+
 
 class Form(StrEnum):
     """What the merged linears are in."""
@@ -57,3 +60,9 @@ def merge(
         f"rounding error {loss['relative_error']:.3g} of the delta's norm, "
         f"{loss['survival']:.1%} of the delta survives ({library.REPORT_FILE})"
     )
+    if loss["survival"] < _ENOUGH:
+        told = (
+            "WARNING: rounding to 4 bits takes much of this delta away; use --dtype bf16, or name "
+            "the unquantised model as --base"
+        )
+        typer.secho(told, err=True, fg=typer.colors.RED, bold=True)
