@@ -73,7 +73,7 @@ def measure(
         weight += _square(given)
         delta += _square(difference)
         error += _square(made - wanted)
-        carried += float(torch.sum((made - served(start, stop)) * difference, dtype=torch.float64))
+        carried += _product(made - served(start, stop), difference)
     return LinearLoss(path, rank, math.sqrt(weight), math.sqrt(delta), math.sqrt(error), carried)
 
 
@@ -94,4 +94,8 @@ def overall(losses: Iterable[LinearLoss]) -> dict[str, Any]:
 
 
 def _square(values: torch.Tensor) -> float:
-    return float(torch.sum(values * values, dtype=torch.float64))
+    return _product(values, values)
+
+
+def _product(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(torch.dot(one.reshape(-1), other.reshape(-1)))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fader_adapters.errors import AdapterError, CheckpointInvalid, TargetTaken
+from fader_adapters.errors import AdapterError, TargetTaken
 from fader_adapters.kernels import nf4
 from fader_adapters.weightspace import disk, quantised, surroundings
 from fader_adapters.weightspace.base import CONFIG_FILE, Base, densely, open_base
@@ -158,8 +158,7 @@ def _write_linear(
     delta = job.mixture.sum(index)
     if delta is not None:
         merged.addmm_(delta.b, delta.a)
-    if not bool(merged.isfinite().all()):
-        raise CheckpointInvalid("the merged weight has NaN or infinite values")
+    quantised.require_finite(merged)
     dtype = stored.dtype
     served = before = _rows(stored)
     if piece.fate == "nf4":
