@@ -12,6 +12,9 @@ AdapterError
 ├── SourceForbidden       outside the allowed roots, or not a plain file
 ├── SourceNotFound        nothing there (told apart from SourceForbidden only to administrators)
 ├── BaseUnsupported       the base model cannot be served by these kernels
+├── CheckpointInvalid     a model's files are malformed, incomplete or of a form that is not read
+├── DeltaEmpty            there is no difference to merge, extract or compress
+├── TargetTaken           the output directory holds, or another run writes, something else
 └── KernelUnavailable     a backend was asked for that this machine cannot run
 """
 
@@ -66,3 +69,15 @@ class BaseUnsupported(AdapterError):
 
 class KernelUnavailable(AdapterError):
     """The requested kernel backend cannot run on this machine."""
+
+
+class CheckpointInvalid(AdapterError):
+    """A model's files are malformed, incomplete or of a form that is not read."""
+
+
+class DeltaEmpty(AdapterError):
+    """There is no difference to merge, extract or compress."""
+
+
+class TargetTaken(AdapterError):
+    """The output directory holds something else, or another run writes it."""

@@ -95,10 +95,8 @@ def install(model: PreTrainedModel, backend: Backend, *, name: str = "") -> Inst
     bitsandbytes' NF4 linears hand over their packed bytes; plain linears and Conv1D keep their
     tensors. The output embedding stays as it is. Raises BaseUnsupported.
     """
+    spec = describe(model, name=name)
     found = list(_linears(model))
-    if not found:
-        raise BaseUnsupported(f"{type(model).__name__} has no linear that an adapter could target")
-    spec = _spec(model, found, name)
     state = StepState()
     sites: list[Site] = []
     for members in _groups(found):
@@ -118,6 +116,17 @@ def install(model: PreTrainedModel, backend: Backend, *, name: str = "") -> Inst
             setattr(model.get_submodule(parent), child, SiteLinear(site, place))
             found[index] = (path, nn.Identity())  # lets go of the original weight
     return Installed(spec, tuple(sites), state)
+
+
+def describe(model: PreTrainedModel, *, name: str = "") -> BaseSpec:
+    """The linears of a model that adapters may target; no weight is looked at.
+
+    Raises BaseUnsupported when there is none.
+    """
+    found = list(_linears(model))
+    if not found:
+        raise BaseUnsupported(f"{type(model).__name__} has no linear that an adapter could target")
+    return _spec(model, found, name)
 
 
 def _linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:

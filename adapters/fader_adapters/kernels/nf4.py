@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from bitsandbytes.functional import dequantize_blockwise
+from bitsandbytes.functional import QuantState, dequantize_blockwise
 from bitsandbytes.nn.modules import Params4bit
 
 from fader_adapters.errors import BaseUnsupported
@@ -49,11 +49,17 @@ def from_bitsandbytes(weight: Params4bit) -> Nf4Weight:
     which the bytes mean something else; `packing_format_for_cpu` tells. Raises BaseUnsupported.
     """
     state = weight.quant_state
-    if state is None or state.quant_type != "nf4":
-        kind = None if state is None else state.quant_type
-        raise BaseUnsupported(f"expected NF4 weights, found {kind}; quantise with nf4")
+    if state is None:
+        raise BaseUnsupported("expected NF4 weights, found none that are quantised yet")
     if getattr(state, "packing_format_for_cpu", False):
         raise BaseUnsupported("the weight was repacked by a forward pass; load it afresh")
+    return from_state(weight.data, state)
+
+
+def from_state(packed: torch.Tensor, state: QuantState) -> Nf4Weight:
+    """The same from the bytes and the quantisation state of a file. Raises BaseUnsupported."""
+    if state.quant_type != "nf4":
+        raise BaseUnsupported(f"expected NF4 weights, found {state.quant_type}; quantise with nf4")
     if state.blocksize != BLOCK:
         raise BaseUnsupported(
             f"NF4 blocks of {state.blocksize} weights, Fader reads blocks of {BLOCK}; "
@@ -67,7 +73,7 @@ def from_bitsandbytes(weight: Params4bit) -> Nf4Weight:
         assert state.offset is not None
         absmax = dequantize_blockwise(absmax, state.state2) + state.offset
     return Nf4Weight(
-        weight.data.reshape(-1).view(torch.uint8),
+        packed.reshape(-1).view(torch.uint8),
         absmax.to(torch.float32).reshape(-1).contiguous(),
         out_features,
         in_features,

@@ -9,7 +9,10 @@ import typer
 
 from fader_adapters.errors import AdapterError
 from fader_server.bench.cli import bench_app
+from fader_server.cli.compress import compress
+from fader_server.cli.extract import extract
 from fader_server.cli.kernels import kernels
+from fader_server.cli.merge import merge
 from fader_server.cli.quantize import quantize
 from fader_server.cli.serve import serve
 from fader_server.cli.version import version
@@ -26,6 +29,9 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(quantize)
+app.command()(merge)
+app.command()(extract)
+app.command()(compress)
 bench_app.command()(kernels)
 app.add_typer(bench_app, name="bench")
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 import transformers
 from bitsandbytes.nn.modules import Linear4bit
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,6 +29,9 @@ from fader_server.errors import ConfigInvalid, ModelUnsupported
 from fader_server.model.quantizer import use_native_kernel
 
 log = logging.getLogger(__name__)
+
+_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE*")
+"""What of a repository on the Hub is a model."""
 
 
 def read_config(source: str) -> PretrainedConfig:
@@ -59,6 +63,16 @@ def read_config(source: str) -> PretrainedConfig:
             raise ModelUnsupported(f"{source}: {name} is set, an attention Fader does not have")
     _check_quantization(source, config)
     return config
+
+
+def local_copy(source: str) -> Path:
+    """The folder of a base's files, fetched when `source` is a Hub id. Raises ConfigInvalid."""
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(_FILES)))
+    except (OSError, ValueError) as error:
+        raise ConfigInvalid(f"no model at {source!r}: {first_line(error)}") from error
 
 
 def _check_quantization(source: str, config: PretrainedConfig) -> None:

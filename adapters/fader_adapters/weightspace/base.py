@@ -1,0 +1,179 @@
+"""A model on disk as its linears: which there are, where they are stored, each one densely.
+
+Builds transformers' model without memory to learn its shape; never loads it.
+"""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from bitsandbytes.nn.modules import Linear4bit
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from fader_adapters.errors import AdapterInvalid, BaseUnsupported, CheckpointInvalid, SourceNotFound
+from fader_adapters.kernels import nf4
+from fader_adapters.layers import describe
+from fader_adapters.spec import BaseSpec, LinearSpec
+from fader_adapters.strict_json import load_object
+from fader_adapters.weightspace import quantised
+from fader_adapters.weightspace.tensors import Checkpoint
+
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model directory. Made by `open_base`."""
+
+    checkpoint: Checkpoint
+    spec: BaseSpec
+    config: dict[str, Any]
+    """config.json."""
+    names: dict[str, str]
+    """The model's own name of a tensor → its key in the files; what is stored fused is not here."""
+    quantisable: frozenset[str]
+    """Paths of the linears that bitsandbytes quantises."""
+
+    @property
+    def directory(self) -> Path:
+        return self.checkpoint.directory
+
+    @property
+    def in_nf4(self) -> bool:
+        """Whether the files hold an NF4 model."""
+        return "quantization_config" in self.config
+
+    def key(self, linear: LinearSpec) -> str:
+        """The key of a linear's weight. Raises CheckpointInvalid."""
+        try:
+            return self.names[f"{linear.path}.weight"]
+        except KeyError:
+            raise CheckpointInvalid(
+                f"{self.directory}: no tensor for {linear.path!r}: the checkpoint is incomplete, "
+                "or stores it fused with others; save it anew with transformers"
+            ) from None
+
+    def is_packed(self, key: str) -> bool:
+        """Whether the weight under `key` is in NF4. Raises BaseUnsupported for FP4."""
+        quantised.refuse_others(key, self.checkpoint.tensors)
+        return f"{key}.{quantised.STATE}" in self.checkpoint.tensors
+
+    def packed(self, key: str) -> quantised.Packed:
+        """The NF4 weight under `key`. Raises CheckpointInvalid."""
+        parts = {
+            name: self.checkpoint.read(f"{key}.{name}")
+            for name in quantised.COMPONENTS
+            if f"{key}.{name}" in self.checkpoint.tensors
+        }
+        return quantised.load(self.checkpoint.read(key), parts, key=key)
+
+    def stored(self, linear: LinearSpec) -> torch.Tensor | quantised.Packed:
+        """W [out, in] as it is stored: NF4, or dense in the file's dtype (a view for Conv1D).
+
+        Raises CheckpointInvalid, BaseUnsupported.
+        """
+        key, shape = self.key(linear), (linear.out_features, linear.in_features)
+        if self.is_packed(key):
+            packed = self.packed(key)
+            found = (packed.weight.out_features, packed.weight.in_features)
+            if found != shape:
+                raise CheckpointInvalid(f"{key!r} has shape {found}, the model's is {shape}")
+            return packed
+        weight = self.checkpoint.read(key)
+        weight = weight.T if linear.conv1d else weight
+        if tuple(weight.shape) != shape or not weight.is_floating_point():
+            raise CheckpointInvalid(
+                f"{key!r} is {weight.dtype} of shape {tuple(weight.shape)} as [out, in], "
+                f"the model's is {shape}"
+            )
+        return weight
+
+    def dense(self, linear: LinearSpec) -> torch.Tensor:
+        """W [out, in] in fp32, private. Raises as `stored`."""
+        return densely(self.stored(linear))
+
+
+def densely(stored: torch.Tensor | quantised.Packed) -> torch.Tensor:
+    """[out, in] in fp32, contiguous."""
+    if isinstance(stored, quantised.Packed):
+        return nf4.dense(stored.weight, torch.float32)
+    return stored.to(torch.float32).contiguous()
+
+
+def open_base(directory: Path) -> Base:
+    """Read a model's configuration and headers. Raises SourceNotFound, CheckpointInvalid."""
+    checkpoint = Checkpoint(directory)
+    config = _config(directory)
+    model = _skeleton(directory)
+    spec = describe(model, name=str(directory))
+    return Base(checkpoint, spec, config, _names(model, checkpoint), _quantisable(model))
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG_FILE
+    try:
+        config = load_object(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        raise SourceNotFound(f"{directory} has no {CONFIG_FILE}") from None
+    except AdapterInvalid as error:
+        raise CheckpointInvalid(str(error)) from None
+    facts = config.get("quantization_config")
+    if facts is not None and not (
+        isinstance(facts, dict) and facts.get("load_in_4bit") and "bnb_4bit_quant_type" in facts
+    ):
+        raise BaseUnsupported(
+            f"{directory}: quantised, but not with bitsandbytes in 4 bits; "
+            "expected an unquantised or an NF4 checkpoint"
+        )
+    return config
+
+
+def _skeleton(directory: Path) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        if getattr(config, "quantization_config", None) is not None:
+            delattr(config, "quantization_config")
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointInvalid(f"{directory}: {told[0]}") from error
+
+
+def _names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """As transformers renames the keys of a file while it loads."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
+    converters = [item for item in transforms if isinstance(item, WeightConverter)]
+    own = model.state_dict()
+    names: dict[str, str] = {}
+    for key in sorted(checkpoint.tensors):
+        name, fused = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
+        if fused is None and name in own:
+            names[name] = key
+    return names
+
+
+def _quantisable(model: PreTrainedModel) -> frozenset[str]:
+    """Turns the skeleton into bitsandbytes' own to see which linears it takes."""
+    quantizer = Bnb4BitHfQuantizer(nf4_config(), pre_quantized=False)
+    quantizer.preprocess_model(cast(Any, model), device_map=None)
+    return frozenset(
+        path for path, module in model.named_modules() if isinstance(module, Linear4bit)
+    )
+
+
+def nf4_config() -> BitsAndBytesConfig:
+    """NF4 with double quantisation, as `fader quantize` writes it."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )

@@ -1,0 +1,101 @@
+"""What rounding a merged weight costs, measured against the delta it carries. Knows no files."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+Rows = Callable[[int, int], torch.Tensor]
+"""Rows start..stop of a weight, [stop − start, in] in fp32."""
+
+_CHUNK = 1 << 20
+"""Elements compared at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearLoss:
+    """One adapted linear. Norms are Frobenius norms; W' is what was written for W + Δ."""
+
+    path: str
+    rank: int
+    """Sum of the ranks of the terms."""
+    weight_norm: float
+    """‖W‖"""
+    delta_norm: float
+    """‖Δ‖"""
+    error_norm: float
+    """‖W' − (W + Δ)‖"""
+    carried: float
+    """⟨W' − Q(W), Δ⟩, Q(W) being the base in the same form."""
+
+    @property
+    def relative_error(self) -> float:
+        """‖W' − (W + Δ)‖ / ‖Δ‖; 0: the delta is there exactly."""
+        return self.error_norm / self.delta_norm
+
+    def document(self) -> dict[str, Any]:
+        """For reports and manifests."""
+        survival = self.carried / self.delta_norm**2
+        return asdict(self) | {"relative_error": self.relative_error, "survival": survival}
+
+    @staticmethod
+    def of_document(document: dict[str, Any]) -> "LinearLoss":
+        """What `document` told. Raises KeyError, TypeError, ValueError."""
+        return LinearLoss(
+            path=str(document["path"]),
+            rank=int(document["rank"]),
+            weight_norm=float(document["weight_norm"]),
+            delta_norm=float(document["delta_norm"]),
+            error_norm=float(document["error_norm"]),
+            carried=float(document["carried"]),
+        )
+
+
+def measure(
+    path: str, rank: int, merged: torch.Tensor, *, before: Rows, served: Rows, after: Rows
+) -> LinearLoss:
+    """Compare, a few rows at a time.
+
+    merged  W + Δ, [out, in] in fp32
+    before  W
+    served  W in the form of the output: what the base would give without the delta
+    after   W', what was written
+    """
+    out, width = merged.shape
+    step = max(_CHUNK // width, 1)
+    weight = delta = error = carried = 0.0
+    for start in range(0, out, step):
+        stop = min(start + step, out)
+        given, wanted, made = before(start, stop), merged[start:stop], after(start, stop)
+        difference = wanted - given
+        weight += _square(given)
+        delta += _square(difference)
+        error += _square(made - wanted)
+        carried += _product(made - served(start, stop), difference)
+    return LinearLoss(path, rank, math.sqrt(weight), math.sqrt(delta), math.sqrt(error), carried)
+
+
+def overall(losses: Iterable[LinearLoss]) -> dict[str, Any]:
+    """All linears together as if they were one."""
+    losses = tuple(losses)
+    delta = math.hypot(*(loss.delta_norm for loss in losses))
+    error = math.hypot(*(loss.error_norm for loss in losses))
+    return {
+        "linears": len(losses),
+        "weight_norm": math.hypot(*(loss.weight_norm for loss in losses)),
+        "delta_norm": delta,
+        "error_norm": error,
+        "relative_error": error / delta,
+        "survival": sum(loss.carried for loss in losses) / delta**2,
+        "worst_relative_error": max(loss.relative_error for loss in losses),
+    }
+
+
+def _square(values: torch.Tensor) -> float:
+    return _product(values, values)
+
+
+def _product(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(torch.dot(one.reshape(-1), other.reshape(-1)))

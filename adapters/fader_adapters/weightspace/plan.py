@@ -1,0 +1,141 @@
+"""What becomes of every tensor of a base in a merge, and in which shard. Names and sizes only."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from fader_adapters.errors import CheckpointInvalid
+from fader_adapters.kernels.nf4 import BLOCK
+from fader_adapters.weightspace import quantised
+from fader_adapters.weightspace.base import Base
+from fader_adapters.weightspace.tensors import SINGLE_FILE, Stored
+
+Form = Literal["bf16", "nf4"]
+"""What the linears of a merged checkpoint are in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One tensor of the base, or one NF4 weight with its components, and its fate."""
+
+    key: str
+    fate: Literal["copy", "cast", "dense", "nf4"]
+    """As it is; cast to bf16; a linear written densely; a linear written in NF4."""
+    linear: int | None
+    """Index in BaseSpec.linears, where it is one."""
+    names: tuple[str, ...]
+    """What will be written."""
+    nbytes: int
+    """Nearly."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of the output."""
+
+    name: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def names(self) -> list[str]:
+        return [name for piece in self.pieces for name in piece.names]
+
+
+def plan(base: Base, adapted: Collection[int], form: Form, *, shard_bytes: int) -> list[Shard]:
+    """The shards in order. Deterministic: the same inputs, the same shards.
+
+    Raises CheckpointInvalid when a linear that must change is not stored by itself.
+    """
+    groups: list[list[Piece]] = []
+    room = 0
+    for piece in _pieces(base, adapted, form):
+        if not groups or piece.nbytes > room:
+            groups.append([])
+            room = shard_bytes
+        groups[-1].append(piece)
+        room -= piece.nbytes
+    if len(groups) == 1:
+        return [Shard(SINGLE_FILE, tuple(groups[0]))]
+    return [
+        Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group))
+        for i, group in enumerate(groups, 1)
+    ]
+
+
+def _pieces(base: Base, adapted: Collection[int], form: Form) -> Iterator[Piece]:
+    tensors = base.checkpoint.tensors
+    linears = base.spec.linears
+    must = {i for i, linear in enumerate(linears) if i in adapted or _fresh(base, i, form)}
+    indices = {base.key(linears[i]): i for i in must}
+    indices |= {
+        base.names[f"{linear.path}.weight"]: i
+        for i, linear in enumerate(linears)
+        if f"{linear.path}.weight" in base.names
+    }
+    inside = {
+        f"{key}.{part}": key
+        for key in tensors
+        if base.is_packed(key)
+        for part in quantised.COMPONENTS
+    }
+    for key, stored in sorted(tensors.items(), key=lambda i: (i[1].file.name, i[1].start)):
+        owner = inside.get(key, key)
+        fate = _fate(base, owner, indices.get(owner), adapted, form)
+        if owner != key and fate != "copy":
+            continue  # written with its weight
+        yield _piece(base, stored, fate, indices.get(owner))
+
+
+def _fresh(base: Base, linear: int, form: Form) -> bool:
+    """Whether the output holds a linear in NF4 that the base holds densely."""
+    path = base.spec.linears[linear].path
+    return form == "nf4" and not base.in_nf4 and path in base.quantisable
+
+
+def _fate(
+    base: Base, key: str, linear: int | None, adapted: Collection[int], form: Form
+) -> Literal["copy", "cast", "dense", "nf4"]:
+    packed = base.is_packed(key)
+    if form == "bf16":
+        if packed or linear in adapted:
+            return "dense"
+        dtype = base.checkpoint.tensors[key].dtype
+        # 8-bit floats are quantised weights with scales beside them, not numbers to cast
+        return "cast" if dtype.is_floating_point and dtype.itemsize in (2, 4, 8) else "copy"
+    if linear is None:
+        return "copy"
+    if _fresh(base, linear, form):
+        return "nf4"
+    if linear not in adapted:
+        return "copy"
+    return "nf4" if packed else "dense"
+
+
+def _piece(
+    base: Base, stored: Stored, fate: Literal["copy", "cast", "dense", "nf4"], linear: int | None
+) -> Piece:
+    key, names = stored.key, (stored.key,)
+    if fate == "copy":
+        return Piece(key, fate, linear, names, stored.nbytes)
+    if fate == "nf4":
+        parts = [part for part in quantised.COMPONENTS if nests(base, key) or "nested" not in part]
+        names = (key, *(f"{key}.{part}" for part in parts))
+        weights = _weights(base, stored, linear)
+        return Piece(key, fate, linear, names, weights // 2 + weights // BLOCK + (8 << 10))
+    return Piece(key, fate, linear, names, 2 * _weights(base, stored, linear))
+
+
+def nests(base: Base, key: str) -> bool:
+    """Whether a weight's absmax is (or is to be) quantised too: as in the base, else yes."""
+    return not base.is_packed(key) or f"{key}.nested_absmax" in base.checkpoint.tensors
+
+
+def _weights(base: Base, stored: Stored, linear: int | None) -> int:
+    if not base.is_packed(stored.key):
+        return stored.numel
+    if linear is None:
+        return 2 * stored.numel
+    spec = base.spec.linears[linear]
+    if 2 * stored.numel != spec.in_features * spec.out_features:
+        raise CheckpointInvalid(f"{stored.key!r} holds {2 * stored.numel} weights of {spec}")
+    return 2 * stored.numel
