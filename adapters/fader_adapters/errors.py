@@ -11,6 +11,7 @@ AdapterError
 ├── BlendInvalid          weights, number of terms, duplicates
 ├── SourceForbidden       outside the allowed roots, or not a plain file
 ├── SourceNotFound        nothing there (told apart from SourceForbidden only to administrators)
+├── SourceUnavailable     a remote source failed, or did not answer in time: try again later
 ├── BaseUnsupported       the base model cannot be served by these kernels
 └── KernelUnavailable     a backend was asked for that this machine cannot run
 """
@@ -58,6 +59,10 @@ class SourceForbidden(AdapterError):
 
 class SourceNotFound(AdapterError):
     """The source does not exist."""
+
+
+class SourceUnavailable(AdapterError):
+    """A remote source failed or did not answer in time; the same call may succeed later."""
 
 
 class BaseUnsupported(AdapterError):

@@ -280,6 +280,9 @@ class FakeAdapters:
         self.leases += 1
         return FakeLease(Blend.of(Term(t.version, t.weight) for t in kept), tuple(kept), self)
 
+    async def lease(self, terms: Sequence[NamedTerm]) -> FakeLease:
+        return self.acquire(terms)
+
     def get(self, ref: AdapterRef) -> AdapterInfo:
         info = self.infos.get(ref.name)
         if info is None or not info.version.startswith(ref.version or ""):

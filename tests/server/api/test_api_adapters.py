@@ -12,6 +12,7 @@ from tests.server.api.conftest import asgi, listening
 REPORT = {
     "object", "name", "version", "base", "rank", "scales", "modules", "targets", "bytes",
     "delta_norm", "relative_norm", "tier", "leases", "pinned", "retired", "created", "source",
+    "revision",
 }  # fmt: skip
 
 
@@ -122,8 +123,8 @@ async def test_users_see_reports_without_sources(worlds):
     world = worlds(api_key=("k",), admin_key="a")
     async with asgi(world, authorization="Bearer k") as client:
         listed = (await client.get("/v1/adapters")).json()["data"]
-        assert set(listed[0]) == REPORT - {"source"}
-        assert set((await client.get("/v1/adapters/tone")).json()) == REPORT - {"source"}
+        assert set(listed[0]) == REPORT - {"source", "revision"}
+        assert set((await client.get("/v1/adapters/tone")).json()) == REPORT - {"source", "revision"}
     async with asgi(world, authorization="Bearer a") as client:
         assert set((await client.get("/v1/adapters/tone")).json()) == REPORT
 

@@ -11,9 +11,9 @@ from tests.server.api.conftest import asgi
 
 OPEN = {"/health", "/ready", "/metrics"}
 ADMIN = {
-    ("PUT", "/v1/adapters/{name}"),
-    ("PATCH", "/v1/adapters/{name}"),
-    ("DELETE", "/v1/adapters/{name}"),
+    ("PUT", "/v1/adapters/{name:path}"),
+    ("PATCH", "/v1/adapters/{name:path}"),
+    ("DELETE", "/v1/adapters/{name:path}"),
     ("POST", "/v1/load_lora_adapter"),
     ("POST", "/v1/unload_lora_adapter"),
 }
