@@ -39,7 +39,6 @@ from fader_adapters.spec import NESTED_NAME
 
 _REVISION = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._/-]{0,126}[A-Za-z0-9_-])?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +147,7 @@ class HubSource:
             "GET", url, headers=headers, timeout=self._patience.silence, follow_redirects=True
         ) as response:
             hf_raise_for_status(response)
-            for piece in response.iter_bytes(_CHUNK):
+            for piece in response.iter_bytes():  # as it comes: a trickle must not hide in a buffer
                 pieces.append(piece)
                 received += len(piece)
                 if received > file.size:

@@ -124,7 +124,10 @@ async def test_users_see_reports_without_sources(worlds):
     async with asgi(world, authorization="Bearer k") as client:
         listed = (await client.get("/v1/adapters")).json()["data"]
         assert set(listed[0]) == REPORT - {"source", "revision"}
-        assert set((await client.get("/v1/adapters/tone")).json()) == REPORT - {"source", "revision"}
+        assert set((await client.get("/v1/adapters/tone")).json()) == REPORT - {
+            "source",
+            "revision",
+        }
     async with asgi(world, authorization="Bearer a") as client:
         assert set((await client.get("/v1/adapters/tone")).json()) == REPORT
 

@@ -35,7 +35,7 @@ def routes(world: World) -> list[tuple[str, str]]:
 
 
 def path_of(template: str) -> str:
-    return template.replace("{name}", "tone").replace("{id:path}", "tone")
+    return template.replace("{name:path}", "tone").replace("{id:path}", "tone")
 
 
 def test_the_list_of_routes_is_the_contract(world: World):
