@@ -4,6 +4,7 @@ What came on demand leaves again when room is needed: longest unused first, neve
 """
 
 import asyncio
+import copy
 import logging
 import time
 from collections import Counter, OrderedDict
@@ -92,7 +93,7 @@ class OnDemand:
         try:
             for failure in await asyncio.gather(*(self._bring(name) for name in missing)):
                 if failure is not None:
-                    raise failure
+                    raise copy.copy(failure)  # one each: a traceback belongs to one request
             return self._inner.acquire(terms)
         finally:
             self._awaited.subtract(names)

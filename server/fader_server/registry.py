@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from fader_adapters.errors import AdapterInvalid, ArenaFull, VersionConflict
+from fader_adapters.errors import AdapterInvalid, ArenaFull, SourceUnavailable, VersionConflict
 from fader_adapters.layers import Installed
 from fader_adapters.leases import AdapterRef as StoreRef
 from fader_adapters.leases import Lease, Reservation
@@ -38,6 +38,8 @@ MakeRoom = Callable[[], bool]
 
 _LEAVING_SECONDS = 5.0
 """How long a load waits for memory that the device is about to give back."""
+_FETCH_MARGIN = 5.0
+"""Seconds over its own limit that a source has to end by itself."""
 _REMOTE_LOADS = 4
 """Downloads at one time; folders never wait for them."""
 
@@ -66,6 +68,7 @@ class Registry:
         forget: Forget,
         max_terms: int,
         max_adapters: int,
+        fetch_timeout: float,
         require_sha256: bool = False,
     ) -> None:
         self._base = installed.spec
@@ -75,6 +78,7 @@ class Registry:
         self._dtype = dtype
         self._forget = forget
         self._require_sha256 = require_sha256
+        self._fetch_timeout = fetch_timeout + _FETCH_MARGIN
         self._lock = threading.RLock()
         self._freed = threading.Condition(self._lock)
         self._downloads = asyncio.Semaphore(_REMOTE_LOADS)
@@ -109,10 +113,17 @@ class Registry:
         run = asyncio.get_running_loop().run_in_executor
         raw = await run(self._loader, self._sources.fetch_local, order.source, order.revision)
         if raw is None:
-            async with self._downloads:
-                fetch = partial(self._sources.fetch_remote, order.source, order.revision)
-                raw = await call_in_daemon(fetch, name="fader-fetch")
+            raw = await self._download(order)
         return await run(self._loader, self._publish, raw, order, make_room)
+
+    async def _download(self, order: LoadOrder) -> RawAdapter:
+        """What a source does not end by itself ends here; its thread is left behind."""
+        fetch = partial(self._sources.fetch_remote, order.source, order.revision)
+        try:
+            async with self._downloads, asyncio.timeout(self._fetch_timeout):
+                return await call_in_daemon(fetch, name="fader-fetch")
+        except TimeoutError:
+            raise SourceUnavailable("the source did not answer in time; try again") from None
 
     def load_now(self, order: LoadOrder) -> Loaded:
         """The same on the caller's thread, at start; needs no sha256."""

@@ -86,6 +86,7 @@ def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
         forget=engine.forget,
         max_terms=config.max_terms,
         max_adapters=config.max_adapters,
+        fetch_timeout=config.fetch_timeout,
         require_sha256=config.require_sha256,
     )
     seen = _load_adapters(config, registry, base_name=name)

@@ -26,7 +26,7 @@ class FakeHub:
     moved: dict[str, str] = field(default_factory=dict)
     """Old id → new id, as after a rename."""
     asked: list[str] = field(default_factory=list)
-    """Every path asked for."""
+    """Every path of the two routes asked for."""
     status: int = 200
     cut: int | None = None
     """Bytes of a file after which the connection ends."""
@@ -47,10 +47,12 @@ class FakeHub:
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body."""
+        parts = [unquote(part) for part in urlsplit(path).path.strip("/").split("/")]
+        if parts[:2] != ["api", "models"] and parts[2:3] != ["resolve"]:
+            return 404, {}, b""  # what the library asks on its own account
         self.asked.append(path)
         if self.status != 200:
             return self.status, {}, b"{}"
-        parts = [unquote(part) for part in urlsplit(path).path.strip("/").split("/")]
         if parts[:2] == ["api", "models"]:
             return self._info("/".join(parts[2:4]), parts[5])
         repo, commit, name = "/".join(parts[:2]), parts[3], parts[4]
