@@ -19,7 +19,7 @@ from fader_adapters.sources import Sources
 from fader_adapters.tiers import ArenaTier, BufferTier, HostTier
 from fader_server import demo
 from fader_server.api.context import BaseModel
-from fader_server.api.ports import LoadOrder
+from fader_server.api.ports import Adapters, LoadOrder
 from fader_server.config import ServeConfig
 from fader_server.engine.blocks import BlockManager
 from fader_server.engine.limits import Limits
@@ -98,7 +98,7 @@ def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
             engine,
             adapters,
             tokenizer,
-            background=_background(config, registry, sources, seen=seen, base_name=name),
+            background=_background(config, adapters, sources, seen=seen, base_name=name),
         )
 
 
@@ -187,7 +187,7 @@ def _host_tier(arena: torch.Tensor) -> HostTier:
 
 def _background(
     config: ServeConfig,
-    registry: Registry,
+    adapters: Adapters,
     sources: Sources,
     *,
     seen: Mapping[str, Seen],
@@ -197,7 +197,7 @@ def _background(
     if not config.watch_adapters:
         return ()
     reserved = {base_name, *(given.name for given in config.adapter)}
-    watcher = Watcher(registry, sources, seen=seen, reserved=reserved)
+    watcher = Watcher(adapters, sources, seen=seen, reserved=reserved)
     return (partial(watcher.run, changes_in(config.adapter_dir)),)
 
 

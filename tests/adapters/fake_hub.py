@@ -36,6 +36,10 @@ class FakeHub:
     lie: dict[str, Any] = field(default_factory=dict)
     """Changes to what is told of the weights."""
     damage: bool = False
+    elsewhere: bool = False
+    """Files are redirected to another host, as the Hub does."""
+    keys: list[tuple[str, str | None]] = field(default_factory=list)
+    """Host and authorization of every request for a file."""
 
     def add(self, repo: str, raw: RawAdapter, commit: str = COMMIT, branch: str = "main") -> None:
         self.files[repo, commit] = {CONFIG_FILE: raw.config, WEIGHTS_FILE: raw.weights}
@@ -93,6 +97,13 @@ def serving() -> Iterator[FakeHub]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             status, headers, body = hub.answer(self.path)
+            host = self.headers["host"]
+            if "/resolve/" in self.path:
+                hub.keys.append((host.partition(":")[0], self.headers["authorization"]))
+                if hub.elsewhere and host.startswith("127."):
+                    port = server.server_address[1]
+                    status, body = 302, b""
+                    headers = {"location": f"http://localhost:{port}{self.path}"}
             is_file = "/resolve/" in self.path
             self.send_response(status)
             for name, value in headers.items():

@@ -201,6 +201,13 @@ def test_a_silent_download_ends_after_the_silence(hub, monkeypatch):
         silent.set()
 
 
+def test_the_token_goes_to_the_hub_and_not_where_it_sends_us(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.elsewhere = True
+    assert source(hub).fetch(ref("org/tone")).weights == RAW.weights
+    assert set(hub.keys) == {("127.0.0.1", "Bearer hf_secret"), ("localhost", None)}
+
+
 def test_what_was_fetched_is_not_fetched_again(hub, cache):
     source(hub, cache=cache).fetch(ref("org/tone"))
     assert hub.downloads == 2

@@ -186,6 +186,7 @@ def test_folders_that_come_change_and_go_are_followed(server, tmp_path_factory):
     until(lambda: version() is None)
 
 
+@pytest.mark.slow
 def test_after_a_restart_a_commit_serves_without_the_hub(server, hub):
     flags = ["--adapter-hub", "org", "--state-dir", str(server.root.parent / "state")]
     asked = len(hub.asked)
