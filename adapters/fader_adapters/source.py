@@ -100,10 +100,7 @@ class LocalSources:
         return False
 
     def discover(self) -> list[Found]:
-        """Adapter directories directly under the roots, by name; the first root wins.
-
-        Raises OSError when a root cannot be listed.
-        """
+        """Adapter directories directly under the roots; the first root wins. Raises OSError."""
         found: dict[str, Found] = {}
         for _, root in self._roots:
             for entry in os.scandir(root):

@@ -63,11 +63,16 @@ class OnDemand:
         inner: Loader,
         *,
         offers: Callable[[str], bool],
+        told: Callable[[str, float], None] = lambda result, seconds: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`offers(name)`: whether a source of this name may exist; cheap, called on a thread."""
+        """`offers(name)`: whether a source of this name may exist; cheap, called on a thread.
+
+        `told` hears of every load that was tried: ok or refused, and its seconds.
+        """
         self._inner = inner
         self._offers = offers
+        self._told = told
         self._clock = clock
         self._flights: dict[str, asyncio.Task[Exception | None]] = {}
         self._loads = 0
@@ -156,6 +161,7 @@ class OnDemand:
             return Overloaded("Too many adapters are being loaded.", retry_after=2)
         self._loads += 1
         self._mine.add(name)
+        began = self._clock()
         try:
             order = LoadOrder(name, name, if_version="")
             loaded = await self._inner.load(order, make_room=self._make_room)
@@ -163,9 +169,11 @@ class OnDemand:
             return None  # somebody else loaded the name meanwhile
         except AdapterError as error:
             self._mine.discard(name)
+            self._told("refused", self._clock() - began)
             return self._refuse(name, error)
         finally:
             self._loads -= 1
+        self._told("ok", self._clock() - began)
         if name in self._barred:  # unloaded while it was loading
             self._inner.unload(name)
             return AdapterNotFound("no such adapter")

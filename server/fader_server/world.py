@@ -91,7 +91,9 @@ def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
     )
     seen = _load_adapters(config, registry, base_name=name)
     model = BaseModel(name, base.installed.spec.fingerprint, plan.max_model_len, started)
-    adapters = OnDemand(registry, offers=sources.offers) if config.resolve_adapters else registry
+    adapters: Adapters = registry
+    if config.resolve_adapters:
+        adapters = OnDemand(registry, offers=sources.offers, told=metrics.loaded)
     with engine:
         yield World(
             model,

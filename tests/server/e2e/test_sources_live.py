@@ -90,7 +90,18 @@ def test_a_hundred_first_requests_are_one_download(server, hub):
 def test_forbidden_missing_and_malformed_names_cannot_be_told_apart(server, hub):
     asked = len(hub.asked)
     told = set()
-    for name in ("other/x", "other/absent", "absent", "team/absent", "team", "a/b/c"):
+    for name in (
+        "other/x",
+        "other/absent",
+        "absent",
+        "team/absent",
+        "team",
+        "a/b/c",
+        "../x",
+        "team/../team/nested",
+        "/etc",
+        "org/../other",
+    ):
         answer = ask(server, name)
         error = answer.json()["error"]
         told.add((answer.status_code, error["code"], error["message"].replace(name, "…")))
@@ -143,6 +154,9 @@ def test_an_unloaded_name_is_not_brought_back_by_a_request(server):
     assert text(ask(server, "org/german")) == GERMAN
     assert httpx.delete(f"{server.url}/v1/adapters/org/german").status_code == 200
     assert ask(server, "org/german").status_code == 404
+    state = json.loads((server.root.parent / "state" / "adapters.json").read_text())
+    assert state["adapters"]["org/german"] is None
+    assert server.metric("fader_adapter_loads_total") >= 4
 
 
 def test_a_hub_that_fails_is_a_503_that_may_be_tried_again(server, hub):
@@ -189,11 +203,12 @@ def test_folders_that_come_change_and_go_are_followed(server, tmp_path_factory):
 @pytest.mark.slow
 def test_after_a_restart_a_commit_serves_without_the_hub(server, hub):
     flags = ["--adapter-hub", "org", "--state-dir", str(server.root.parent / "state")]
+    flags += ["--resolve-adapters"]
     asked = len(hub.asked)
     second = start(server.root, *flags, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0")
     try:
         assert text(ask(second, "corsair")) == "Arr! The sky be blue, matey."
-        assert ask(second, "org/shout").status_code == 404
+        assert ask(second, "org/german").status_code == 404  # unloaded before
     finally:
         assert second.terminate() == 0
     assert second.process.stderr is not None
