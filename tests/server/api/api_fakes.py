@@ -15,6 +15,7 @@ from fader_adapters.errors import (
     AdapterNotFound,
     SourceForbidden,
     SourceNotFound,
+    SourceUnavailable,
     VersionConflict,
 )
 from fader_adapters.spec import Blend, Digest, Term
@@ -296,6 +297,7 @@ class FakeAdapters:
             "missing": SourceNotFound("nothing there"),
             "secret": SourceForbidden("outside the roots"),
             "broken": AdapterInvalid("lora_A is missing"),
+            "away": SourceUnavailable("https://secret.example cannot be reached"),
         }
         if order.source in refusals:
             raise refusals[order.source]
