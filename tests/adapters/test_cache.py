@@ -102,6 +102,17 @@ def test_the_longest_unused_leaves_first(tmp_path, cache):
     assert cache.used_bytes <= 10_000
 
 
+def test_reading_counts_as_use(tmp_path, cache):
+    for at, key in enumerate(("old", "middle", "young")):
+        cache.put(key, raw(at, 3000))
+        os.utime(cache._ref(key), (1000 + at, 1000 + at))
+    assert cache.get("old")
+    cache.put("new", raw(9, 3000))
+    assert [key for key in ("old", "middle", "young", "new") if cache.get(key)] == [
+        "old", "young", "new",
+    ]  # fmt: skip
+
+
 def test_the_limit_holds_for_any_sequence(tmp_path, cache):
     for n in range(60):
         cache.put(f"k{n % 7}", raw(n, 1 + (n * 977) % 9000))

@@ -1,8 +1,8 @@
 """Real loads over the demo base: room is made, pins are asked for, settings that clash are told."""
 
-import asyncio
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,11 +129,11 @@ async def test_urls_under_a_prefix_load_and_a_hanging_store_is_given_up(
         assert done.info.version == world.adapters.get(AdapterRef("shout")).version
         assert any((tmp_path / "blobs").iterdir())
         assert isinstance(world.adapters, Registry)
-        release = asyncio.Event()
-        loop = asyncio.get_running_loop()
+        release = threading.Event()
 
         def hang(*arguments: object) -> None:
-            asyncio.run_coroutine_threadsafe(release.wait(), loop).result(10)
+            release.wait(10)
+            raise RuntimeError("nobody gave it up")
 
         monkeypatch.setattr(world.adapters, "_fetch_timeout", 0.05)
         monkeypatch.setattr(world.adapters._sources, "fetch_remote", hang)
