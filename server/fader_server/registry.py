@@ -108,7 +108,7 @@ class Registry:
         if self._require_sha256 and order.sha256 is None:
             raise AdapterInvalid(
                 "this server loads adapters by their sha256 only (--require-sha256): give the "
-                "version that `fader inspect` or an earlier load reported"
+                "version that an earlier load or notebook reported"
             )
         run = asyncio.get_running_loop().run_in_executor
         raw = await run(self._loader, self._sources.fetch_local, order.source, order.revision)
