@@ -25,7 +25,8 @@ RUN apt-get update \
         ca-certificates libgomp1 python3.12 \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 --shell /usr/sbin/nologin fader \
-    && install -d -o fader -g fader /models /home/fader/.cache/huggingface
+    && install -d -o fader -g fader /models /home/fader/.cache \
+        /home/fader/.cache/huggingface /home/fader/.cache/fader
 COPY --from=build /opt/fader /opt/fader
 ENV PATH=/opt/fader/bin:$PATH \
     PYTHONUNBUFFERED=1 \

@@ -11,6 +11,7 @@ AdapterError
 ├── BlendInvalid          weights, number of terms, duplicates
 ├── SourceForbidden       outside the allowed roots, or not a plain file
 ├── SourceNotFound        nothing there (told apart from SourceForbidden only to administrators)
+├── SourceUnavailable     a remote source failed, or did not answer in time: try again later
 ├── BaseUnsupported       the base model cannot be served by these kernels
 ├── CheckpointInvalid     a model's files are malformed, incomplete or of a form that is not read
 ├── DeltaEmpty            there is no difference to merge, extract or compress
@@ -61,6 +62,10 @@ class SourceForbidden(AdapterError):
 
 class SourceNotFound(AdapterError):
     """The source does not exist."""
+
+
+class SourceUnavailable(AdapterError):
+    """A remote source failed or did not answer in time; the same call may succeed later."""
 
 
 class BaseUnsupported(AdapterError):

@@ -1,4 +1,4 @@
-"""How large an adapter's files and numbers may be. Plain bounds; reads nothing."""
+"""How large an adapter may be and how long a source may take. Plain bounds; reads nothing."""
 
 from dataclasses import dataclass
 
@@ -19,3 +19,13 @@ class Limits:
     alpha: float = 1e6
     delta_norm: float = 1e5
     """Frobenius norm of one linear's scaled delta."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Seconds a remote source may take."""
+
+    silence: float = 10.0
+    """Until it connects, and between two pieces of an answer."""
+    total: float = 600.0
+    """For one adapter."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fader_adapters.errors import AdapterInvalid, BlendInvalid, VersionConflict
 from fader_adapters.leases import HostAdapter
 from fader_adapters.report import AdapterReport
-from fader_adapters.spec import ADAPTER_NAME, MAX_WEIGHT, Digest
+from fader_adapters.spec import ADAPTER_NAME, MAX_WEIGHT, NESTED_NAME, Digest
 
 VERSION_PREFIX = re.compile(r"[0-9a-f]{12,64}", re.ASCII)
 """What `fullmatch` of a version in a request must accept."""
@@ -63,7 +63,7 @@ class VersionRecord:
 
 def check_name(name: str) -> None:
     """Raises AdapterInvalid."""
-    if not ADAPTER_NAME.fullmatch(name):
+    if not (ADAPTER_NAME.fullmatch(name) or NESTED_NAME.fullmatch(name)):
         raise AdapterInvalid(
             "an adapter's name has 1 to 128 letters, digits, '.', '_' or '-' and starts with a "
             f"letter or digit, got {name[:160]!r}"

@@ -34,6 +34,8 @@ class RawAdapter:
     weights: bytes
     origin: str
     """Where they came from; shown to administrators only."""
+    revision: str | None = None
+    """The commit a Hub reference meant at that moment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,10 @@ class Found:
     name: str
     reference: str
     """What `fetch` takes."""
+    stamp: tuple[int, ...]
+    """Of both files: inode, size and times; another stamp, another content."""
+    complete: bool
+    """The weights are there too."""
 
 
 class LocalSources:
@@ -83,15 +89,30 @@ class LocalSources:
         with _opened(path, _DIRECTORY) as directory:
             return self._read_pair(directory, str(path), follow=True)
 
+    def holds(self, reference: str) -> bool:
+        """Whether a directory stands at a client's reference. Raises SourceForbidden."""
+        for root, parts in self._candidates(reference):
+            try:
+                with _descend(root, parts):
+                    return True
+            except SourceNotFound:
+                continue
+        return False
+
     def discover(self) -> list[Found]:
-        """Adapter directories directly under the roots, by name; the first root wins."""
+        """Adapter directories directly under the roots; the first root wins. Raises OSError."""
         found: dict[str, Found] = {}
         for _, root in self._roots:
             for entry in os.scandir(root):
                 if entry.name in found or not ADAPTER_NAME.fullmatch(entry.name):
                     continue
-                if entry.is_dir(follow_symlinks=False) and _is_file(Path(entry, CONFIG_FILE)):
-                    found[entry.name] = Found(entry.name, entry.name)
+                if not entry.is_dir(follow_symlinks=False):
+                    continue
+                config, weights = _stamp(entry.path, CONFIG_FILE), _stamp(entry.path, WEIGHTS_FILE)
+                if config:
+                    found[entry.name] = Found(
+                        entry.name, entry.name, config + weights, complete=bool(weights)
+                    )
         return sorted(found.values(), key=lambda item: item.name)
 
     def _candidates(self, reference: str) -> list[tuple[Path, tuple[str, ...]]]:
@@ -122,12 +143,17 @@ class LocalSources:
             )
         except SourceNotFound:
             if _exists(PICKLE_FILE, directory):
-                raise AdapterInvalid(
-                    f"expected {WEIGHTS_FILE}, found only {PICKLE_FILE}: pickle files run code and "
-                    "are never opened; save the adapter with safe_serialization=True"
-                ) from None
+                raise only_pickle() from None
             raise
         return RawAdapter(config, weights, origin)
+
+
+def only_pickle() -> AdapterInvalid:
+    """The refusal of a source that has no safetensors."""
+    return AdapterInvalid(
+        f"expected {WEIGHTS_FILE}, found only {PICKLE_FILE}: pickle files run code and "
+        "are never opened; save the adapter with safe_serialization=True"
+    )
 
 
 @contextmanager
@@ -215,8 +241,12 @@ def _exists(name: str, directory: int) -> bool:
     return True
 
 
-def _is_file(path: Path) -> bool:
+def _stamp(directory: str, name: str) -> tuple[int, ...]:
+    """Empty when it is not a regular file."""
     try:
-        return stat.S_ISREG(path.lstat().st_mode)
+        status = os.lstat(os.path.join(directory, name))
     except OSError:
-        return False
+        return ()
+    if not stat.S_ISREG(status.st_mode):
+        return ()
+    return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)

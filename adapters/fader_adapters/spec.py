@@ -24,6 +24,16 @@ EXTENT_ALIGN = 32
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 """What `fullmatch` of an adapter's name must accept."""
 
+NESTED_NAME = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}", re.ASCII
+)
+"""A Hub id, or a folder in a folder: the name of an adapter that is named by its source."""
+
+URL_PREFIX = re.compile(r"([a-z][a-z0-9+]{0,31})://((?:[A-Za-z0-9_.=+@,:-]+/)+)", re.ASCII)
+"""What `fullmatch` of an allowed URL prefix must accept; its first group is the protocol."""
+
+LOCAL_PROTOCOLS = frozenset(("file", "local"))
+"""Protocols that would go around the confinement of adapter roots."""
 
 MAX_WEIGHT = 16.0
 """Largest magnitude of a blend's weight."""

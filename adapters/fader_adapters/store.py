@@ -62,6 +62,11 @@ class Store:
         return len(self._versions)
 
     @property
+    def leaving(self) -> int:
+        """Versions whose memory comes back as soon as the device has forgotten them."""
+        return sum(1 for entry in self._versions.values() if entry.forgets)
+
+    @property
     def used_bytes(self) -> int:
         return self._tier.used_bytes
 

@@ -57,6 +57,7 @@ def _setting(
     return dataclasses.field(default=default, repr=not secret, metadata=spelling)
 
 
+_CACHE = ("fader", "adapters")
 _COUNT = partial(kinds.integer, low=1)
 _SECONDS = partial(kinds.number, low=0.0)
 
@@ -90,6 +91,35 @@ class ServeConfig:
     adapter_dir: tuple[Path, ...] = _setting(
         (), "root for adapters named at run time (repeatable)", parse=kinds.path, metavar="DIR"
     )
+    adapter_hub: tuple[str, ...] = _setting(
+        (),
+        "Hub organisation or repository that may be named at run time (repeatable, globs)",
+        parse=kinds.hub_glob,
+        metavar="GLOB",
+    )
+    adapter_url: tuple[str, ...] = _setting(
+        (),
+        "URL prefix that may be named at run time, as s3://bucket/folder/ (repeatable)",
+        parse=kinds.url_prefix,
+        metavar="URL",
+    )
+    cache_dir: Path | None = _setting(  # noqa: RUF009 - a field, as all others
+        None, "where fetched adapters are kept", parse=kinds.path, metavar="DIR"
+    )
+    adapter_cache: int = _setting(
+        10 << 30, "disk for fetched adapters", parse=kinds.size, metavar="SIZE"
+    )
+    fetch_timeout: float = _setting(600.0, "seconds to fetch one adapter", parse=_SECONDS)
+    resolve_adapters: bool = _setting(
+        False, "load a folder or allowed Hub id when a request names it", parse=kinds.switch
+    )
+    watch_adapters: bool = _setting(
+        False, "load, swap and unload as folders in the roots change", parse=kinds.switch
+    )
+    require_sha256: bool = _setting(
+        False, "refuse loads at run time that do not give a sha256", parse=kinds.switch
+    )
+    max_adapters: int = _setting(1024, "adapters loaded at one time", parse=_COUNT)
     arena: int | None = _setting(
         None, "device memory for adapters", parse=kinds.size, metavar="SIZE"
     )
@@ -157,6 +187,15 @@ class ServeConfig:
                 f"--max-batch-rows {self.max_batch_rows} and {MIN_CHUNK} of a prompt: "
                 "raise the first or lower the second"
             )
+        for name, on in (
+            ("--resolve-adapters", self.resolve_adapters),
+            ("--watch-adapters", self.watch_adapters),
+        ):
+            if on and self.require_sha256:
+                raise ConfigInvalid(
+                    f"{name} loads what nobody gave a sha256 for, --require-sha256 refuses that: "
+                    "choose one"
+                )
         if not self.loopback and not self.api_key and not self.insecure:
             raise ConfigInvalid(
                 f"binding {self.host} needs --api-key (or FADER_API_KEY), "
@@ -172,6 +211,15 @@ class ServeConfig:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+    @property
+    def fetched_dir(self) -> Path:
+        """Where fetched adapters are kept: --cache-dir, else with the state, else with the user."""
+        if self.cache_dir is not None:
+            return self.cache_dir
+        if self.state_dir is not None:
+            return self.state_dir / "fetched"
+        return Path.home().joinpath(".cache", *_CACHE)
 
     @property
     def user_open(self) -> bool:
@@ -221,6 +269,9 @@ def load(flags: Mapping[str, object], env: Mapping[str, str]) -> ServeConfig:
             )
         elif name in table:
             values[name] = _parse(setting, table[name], f"{path}: {name}")
+    cache_home = env.get("XDG_CACHE_HOME", "")
+    if "cache_dir" not in values and "state_dir" not in values and cache_home.startswith("/"):
+        values["cache_dir"] = Path(cache_home, *_CACHE)
     return ServeConfig(**values)
 
 

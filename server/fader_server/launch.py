@@ -4,7 +4,7 @@ import asyncio
 import logging
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 
@@ -23,6 +23,9 @@ from fader_server.state import RememberedAdapters, StateFile
 _log = logging.getLogger("fader")
 
 
+Background = Callable[[], Coroutine[None, None, None]]
+
+
 @dataclass(frozen=True, slots=True)
 class World:
     """The loaded base and all that runs it."""
@@ -31,6 +34,8 @@ class World:
     engine: Engine
     adapters: Adapters
     tokenizer: Tokenizer
+    background: tuple[Background, ...] = ()
+    """What runs on the event loop as long as the server does."""
 
 
 OpenWorld = Callable[[ServeConfig, Metrics], AbstractContextManager[World]]
@@ -71,7 +76,21 @@ async def _serve(application: FastAPI, world: World, sock: socket.socket) -> Non
     _log.info("serving", extra={"fields": {"host": host, "port": port, "model": world.base.name}})
     if sys.stdout.isatty():
         greet(world, f"http://{host}:{port}")
-    await serve(application, sock)
+    tasks = [asyncio.create_task(_guarded(work)) for work in world.background]
+    try:
+        await serve(application, sock)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _guarded(work: Background) -> None:
+    """The server goes on when something beside it fails."""
+    try:
+        await work()
+    except Exception:  # noqa: BLE001 - the border of a task
+        _log.exception("background work ended")
 
 
 def greet(world: World, url: str) -> None:

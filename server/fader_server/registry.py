@@ -10,26 +10,38 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 
-from fader_adapters.errors import AdapterInvalid, VersionConflict
+from fader_adapters.errors import AdapterInvalid, ArenaFull, SourceUnavailable, VersionConflict
 from fader_adapters.layers import Installed
 from fader_adapters.leases import AdapterRef as StoreRef
-from fader_adapters.leases import Lease
+from fader_adapters.leases import Lease, Reservation
 from fader_adapters.parse import ParsedAdapter, read_adapter
 from fader_adapters.pool import Pool
 from fader_adapters.records import AdapterStatus
-from fader_adapters.source import LocalSources, RawAdapter
+from fader_adapters.source import Found, RawAdapter
+from fader_adapters.sources import Sources
 from fader_adapters.spec import Digest
 from fader_adapters.store import Store
 from fader_adapters.tiers import HostTier
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.ports import AdapterInfo, AdapterTotals, Loaded, LoadOrder
+from fader_server.daemon import call_in_daemon
+from fader_server.norms import BaseNorms
 
 Forget = Callable[[Digest, Callable[[], None]], None]
 """Ask the engine to drop a version from the device, then call back, on any thread."""
+MakeRoom = Callable[[], bool]
+"""Unload something that may go; False when there is nothing. Called on the loader's thread."""
+
+_LEAVING_SECONDS = 5.0
+"""How long a load waits for memory that the device is about to give back."""
+_FETCH_MARGIN = 5.0
+"""Seconds over its own limit that a source has to end by itself."""
+_REMOTE_LOADS = 4
+"""Downloads at one time; folders never wait for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +49,7 @@ class _Facts:
     """What the store does not keep about a name."""
 
     source: str
+    revision: str | None
     created: int
     relative_norm: float
 
@@ -50,10 +63,13 @@ class Registry:
         *,
         tier: HostTier,
         pool: Pool,
-        sources: LocalSources,
+        sources: Sources,
         dtype: torch.dtype,
         forget: Forget,
         max_terms: int,
+        max_adapters: int,
+        fetch_timeout: float,
+        require_sha256: bool = False,
     ) -> None:
         self._base = installed.spec
         self._norms = BaseNorms(installed)
@@ -61,10 +77,17 @@ class Registry:
         self._sources = sources
         self._dtype = dtype
         self._forget = forget
+        self._require_sha256 = require_sha256
+        self._fetch_timeout = fetch_timeout + _FETCH_MARGIN
         self._lock = threading.RLock()
+        self._freed = threading.Condition(self._lock)
+        self._downloads = asyncio.Semaphore(_REMOTE_LOADS)
+        self._evictions = 0
         self._loader = ThreadPoolExecutor(1, "fader-load")
         self._facts: dict[str, _Facts] = {}
-        self._store = Store(tier, on_retired=self._retired, max_terms=max_terms)
+        self._store = Store(
+            tier, on_retired=self._retired, max_terms=max_terms, max_adapters=max_adapters
+        )
 
     def acquire(self, terms: Sequence[NamedTerm]) -> "LockedLease":
         """Resolve names and take the lease in one step. Raises AdapterNotFound, BlendInvalid."""
@@ -72,26 +95,57 @@ class Registry:
         with self._lock:
             return LockedLease(self._store.acquire(refs), self._lock)
 
-    async def load(self, order: LoadOrder) -> Loaded:
+    async def lease(self, terms: Sequence[NamedTerm]) -> "LockedLease":
+        """The same: what is not loaded is not there."""
+        return self.acquire(terms)
+
+    async def load(self, order: LoadOrder, *, make_room: MakeRoom = lambda: False) -> Loaded:
         """Fetch what a client named, check it and let the name mean it. Raises AdapterError.
 
-        One at a time, on a thread of its own; the event loop and the engine go on.
+        One at a time, on a thread of its own, downloads before that a few at a time; the event
+        loop and the engine go on. `make_room` is called while the adapter does not fit.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._loader, self.load_now, order)
+        if self._require_sha256 and order.sha256 is None:
+            raise AdapterInvalid(
+                "this server loads adapters by their sha256 only (--require-sha256): give the "
+                "version that an earlier load or notebook reported"
+            )
+        run = asyncio.get_running_loop().run_in_executor
+        raw = await run(self._loader, self._sources.fetch_local, order.source, order.revision)
+        if raw is None:
+            raw = await self._download(order)
+        return await run(self._loader, self._publish, raw, order, make_room)
+
+    async def _download(self, order: LoadOrder) -> RawAdapter:
+        """What a source does not end by itself ends here; its thread is left behind."""
+        fetch = partial(self._sources.fetch_remote, order.source, order.revision)
+        try:
+            async with self._downloads, asyncio.timeout(self._fetch_timeout):
+                return await call_in_daemon(fetch, name="fader-fetch")
+        except TimeoutError:
+            raise SourceUnavailable("the source did not answer in time; try again") from None
 
     def load_now(self, order: LoadOrder) -> Loaded:
-        """The same on the caller's thread."""
-        if order.revision is not None:
-            raise AdapterInvalid("a folder has no revision: leave it out, or ask for a sha256")
-        return self._publish(self._sources.fetch(order.source), order)
+        """The same on the caller's thread, at start; needs no sha256."""
+        return self._publish(self._sources.fetch(order.source, order.revision), order)
 
-    def load_trusted(self, name: str, path: Path) -> Loaded:
-        """The same for a path the operator named. Raises AdapterError."""
-        return self._publish(self._sources.fetch_trusted(path), LoadOrder(name, str(path)))
+    def load_trusted(self, name: str, source: str) -> Loaded:
+        """The same for what the operator named. Raises AdapterError."""
+        return self._publish(self._sources.fetch_trusted(source), LoadOrder(name, source))
 
-    def discover(self) -> list[tuple[str, str]]:
-        """(name, source) of every adapter directly under the roots."""
-        return [(found.name, found.reference) for found in self._sources.discover()]
+    def discover(self) -> list[Found]:
+        """Every adapter directly under the roots. Raises OSError."""
+        return self._sources.discover()
+
+    def evict(self, may_go: Callable[[str], bool]) -> str | None:
+        """Unload the longest unused name that may go; leased and pinned ones never do."""
+        with self._lock:
+            for name in self._store.idle():
+                if may_go(name):
+                    self.unload(name)
+                    self._evictions += 1
+                    return name
+        return None
 
     def unload(self, name: str) -> None:
         """The name is gone at once, its memory with its last lease. Raises AdapterNotFound."""
@@ -123,43 +177,74 @@ class Registry:
                 leases=self._store.leases,
                 host_bytes=self._store.used_bytes,
                 device_bytes=self._pool.resident_bytes,
+                host_evictions=self._evictions,
                 device_evictions=self._pool.evictions,
                 slots=self._pool.resident,
             )
 
-    def _publish(self, raw: RawAdapter, order: LoadOrder) -> Loaded:
+    def _publish(
+        self, raw: RawAdapter, order: LoadOrder, make_room: MakeRoom = lambda: False
+    ) -> Loaded:
         parsed = read_adapter(raw, self._base, dtype=self._dtype)
         if order.sha256 is not None and parsed.spec.version != order.sha256.lower():
             raise VersionConflict(
                 f"the source holds version {parsed.spec.version}, not the sha256 that was asked for"
             )
-        facts = _Facts(order.source, int(time.time()), self._norms.relative(parsed))
-        with self._lock:
-            reservation = self._store.reserve(parsed)
+        norm = self._norms.relative(parsed)
+        facts = _Facts(order.source, raw.revision, int(time.time()), norm)
+        reservation = self._reserve(parsed, make_room)
         try:
             reservation.fill()
-            with self._lock:
-                before = self._facts.get(order.name)
-                replaced = self._store.status(order.name).version if before else None
-                self._store.publish(
-                    order.name,
-                    reservation,
-                    replace=order.replace,
-                    if_version=order.if_version,
-                    pin=order.pin,
-                )
-                self._facts[order.name] = facts
-                return Loaded(self._info(self._store.status(order.name)), replaced)
+            return self._name(reservation, order, facts, make_room)
         finally:
             with self._lock:
                 reservation.cancel()  # nothing, once it is published
+
+    def _reserve(self, parsed: ParsedAdapter, make_room: MakeRoom) -> Reservation:
+        """Room for a version, after what leaves has left and what may go is gone."""
+        until = time.monotonic() + _LEAVING_SECONDS
+        with self._freed:
+            while True:
+                try:
+                    return self._store.reserve(parsed)
+                except ArenaFull:
+                    leaving = self._store.leaving
+                    if leaving and self._freed.wait(max(0.0, until - time.monotonic())):
+                        continue
+                    if not make_room():
+                        raise
+
+    def _name(
+        self, reservation: Reservation, order: LoadOrder, facts: _Facts, make_room: MakeRoom
+    ) -> Loaded:
+        with self._lock:
+            before = self._facts.get(order.name)
+            replaced = self._store.status(order.name).version if before else None
+            publish = partial(
+                self._store.publish,
+                order.name,
+                reservation,
+                replace=order.replace,
+                if_version=order.if_version,
+                pin=order.pin,
+            )
+            while True:
+                try:
+                    publish()
+                    break
+                except ArenaFull:
+                    if not make_room():
+                        raise
+            self._facts[order.name] = facts
+            return Loaded(self._info(self._store.status(order.name)), replaced)
 
     def _retired(self, version: Digest) -> None:
         self._forget(version, lambda: self._reclaim(version))
 
     def _reclaim(self, version: Digest) -> None:
-        with self._lock:
+        with self._freed:
             self._store.reclaim(version)
+            self._freed.notify_all()
 
     def _info(self, status: AdapterStatus) -> AdapterInfo:
         report, facts = status.report, self._facts[status.name]
@@ -178,6 +263,7 @@ class Registry:
             delta_norm=report.delta_norm,
             relative_norm=facts.relative_norm,
             source=facts.source,
+            revision=facts.revision,
             created=facts.created,
         )
 
@@ -195,30 +281,3 @@ class LockedLease:
     def release(self) -> None:
         with self._lock:
             self._lease.release()
-
-
-class BaseNorms:
-    """Frobenius norms of the base's linears, computed when first asked for and kept."""
-
-    def __init__(self, installed: Installed) -> None:
-        self._installed = installed
-        self._norms: dict[int, float] = {}
-        self._lock = threading.Lock()
-
-    def relative(self, parsed: ParsedAdapter) -> float:
-        """Largest ‖ΔW‖/‖W‖ over the adapter's linears whose W is not zero; else 0."""
-        with self._lock:
-            pairs = [
-                (module.delta_norm, self._norm(delta.linear))
-                for module, delta in zip(parsed.report.modules, parsed.spec.deltas, strict=True)
-            ]
-        return max((delta / norm for delta, norm in pairs if norm), default=0.0)
-
-    def _norm(self, linear: int) -> float:
-        if linear not in self._norms:
-            site = next(s for s in self._installed.sites if linear in s.spec.linears)
-            weight = site.kernel.base.dense(torch.float32)
-            parts = torch.split(weight, list(site.spec.out_features))
-            for index, part in zip(site.spec.linears, parts, strict=True):
-                self._norms[index] = float(torch.linalg.vector_norm(part))
-        return self._norms[linear]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fader_adapters.spec import ADAPTER_NAME
+from fader_adapters.spec import ADAPTER_NAME, LOCAL_PROTOCOLS, URL_PREFIX
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,255}")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB|KB|MB|GB|TB|K|M|G|T)?", re.IGNORECASE)
@@ -54,6 +54,23 @@ def adapter_source(value: object) -> AdapterSource:
             "expected NAME=SOURCE with a name of letters, digits and . _ - (128 at most)"
         )
     return AdapterSource(name, source)
+
+
+def hub_glob(value: object) -> str:
+    """An organisation or a repository of the Hub, with * and ?."""
+    if not isinstance(value, str) or not re.fullmatch(r"[\w.*?-]{1,96}(/[\w.*?-]{1,96})?", value):
+        raise ValueError("expected an organisation or org/name of the Hub, * and ? allowed")
+    return value
+
+
+def url_prefix(value: object) -> str:
+    """Always ends in a slash, so that a sibling of the last folder is outside."""
+    prefix = value if isinstance(value, str) else ""
+    prefix = prefix if prefix.endswith("/") else prefix + "/"
+    match = URL_PREFIX.fullmatch(prefix)
+    if match is None or match[1] in LOCAL_PROTOCOLS:
+        raise ValueError("expected a URL prefix like s3://bucket/folder/; folders: --adapter-dir")
+    return prefix
 
 
 def integer(value: object, *, low: int, high: int | None = None) -> int:

@@ -118,14 +118,15 @@ class RememberedAdapters:
 
     async def load(self, order: LoadOrder) -> Loaded:
         loaded = await self._inner.load(order)
-        wanted = Wanted(order.source, order.revision, loaded.info.version, order.pin)
+        revision = loaded.info.revision or order.revision  # a branch moves, a commit does not
+        wanted = Wanted(order.source, revision, loaded.info.version, order.pin)
         await asyncio.wrap_future(self._remember(order.name, wanted))
         return loaded
 
     def unload(self, name: str) -> None:
+        source = self._inner.get(AdapterRef(name)).source
         self._inner.unload(name)
-        wanted = self._entries.get(name)
-        if name in self._offered or (wanted and PurePosixPath(wanted.source).name == name):
+        if name in self._offered or name in (source, PurePosixPath(source).name):
             self._remember(name, None)  # or the next start would bring it back
         else:
             self._entries.pop(name, None)
@@ -140,6 +141,9 @@ class RememberedAdapters:
 
     def acquire(self, terms: Sequence[NamedTerm]) -> Lease:
         return self._inner.acquire(terms)
+
+    async def lease(self, terms: Sequence[NamedTerm]) -> Lease:
+        return await self._inner.lease(terms)
 
     def get(self, ref: AdapterRef) -> AdapterInfo:
         return self._inner.get(ref)

@@ -3,8 +3,9 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,18 +15,18 @@ from fader_adapters.errors import AdapterError
 from fader_adapters.kernels.backend import choose
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.pool import Pool
-from fader_adapters.source import LocalSources
+from fader_adapters.sources import Sources
 from fader_adapters.tiers import ArenaTier, BufferTier, HostTier
 from fader_server import demo
 from fader_server.api.context import BaseModel
-from fader_server.api.ports import LoadOrder
+from fader_server.api.ports import Adapters, LoadOrder
 from fader_server.config import ServeConfig
 from fader_server.engine.blocks import BlockManager
 from fader_server.engine.limits import Limits
 from fader_server.engine.loop import Engine
 from fader_server.engine.scheduler import Scheduler
 from fader_server.errors import ConfigInvalid
-from fader_server.launch import World
+from fader_server.launch import Background, World
 from fader_server.metrics import Metrics
 from fader_server.model.device import choose_device, choose_dtype, free_bytes, set_threads
 from fader_server.model.kernels import choose_attention
@@ -34,8 +35,11 @@ from fader_server.model.loader import LoadedBase, load_base
 from fader_server.model.memory import MemoryPlan, plan_memory
 from fader_server.model.runner import ModelRunner
 from fader_server.model.sampler import Sampler
+from fader_server.ondemand import OnDemand
 from fader_server.registry import Registry
+from fader_server.sourcing import check_sources, open_sources
 from fader_server.text.tokenizer import Tokenizer
+from fader_server.watch import Seen, Watcher, changes_in
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +57,7 @@ def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
     source = config.model or str(demo.base_dir())
     name = config.served_model_name or (Path(source).name if config.model else demo.SERVED_NAME)
     _check_named(config, name)
+    sources = open_sources(config)
     _be_quiet()
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
@@ -76,15 +81,27 @@ def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
         base.installed,
         tier=_host_tier(arena),
         pool=pool,
-        sources=LocalSources(config.adapter_dir),
+        sources=sources,
         dtype=dtype,
         forget=engine.forget,
         max_terms=config.max_terms,
+        max_adapters=config.max_adapters,
+        fetch_timeout=config.fetch_timeout,
+        require_sha256=config.require_sha256,
     )
-    _load_adapters(config, registry, base_name=name)
+    seen = _load_adapters(config, registry, base_name=name)
     model = BaseModel(name, base.installed.spec.fingerprint, plan.max_model_len, started)
+    adapters: Adapters = registry
+    if config.resolve_adapters:
+        adapters = OnDemand(registry, offers=sources.offers, told=metrics.loaded)
     with engine:
-        yield World(model, engine, registry, tokenizer)
+        yield World(
+            model,
+            engine,
+            adapters,
+            tokenizer,
+            background=_background(config, adapters, sources, seen=seen, base_name=name),
+        )
 
 
 def _check_named(config: ServeConfig, base_name: str) -> None:
@@ -93,14 +110,10 @@ def _check_named(config: ServeConfig, base_name: str) -> None:
         raise ConfigInvalid(f"MODEL {config.model}: no such folder; give a folder or a Hub id")
     if not config.model and base_name in demo.adapter_dirs():
         raise ConfigInvalid(f"--served-model-name {base_name}: a demo adapter has this name")
-    for root in config.adapter_dir:
-        if not root.is_dir():
-            raise ConfigInvalid(f"--adapter-dir {root}: no such folder; create it or leave it out")
     for given in config.adapter:
         if given.name == base_name:
             raise ConfigInvalid(f"--adapter {given.name}: the base has this name; choose another")
-        if not Path(given.source).is_dir():
-            raise ConfigInvalid(f"--adapter {given.name}: no such folder: {given.source}")
+    check_sources(config)
 
 
 def _be_quiet() -> None:
@@ -174,22 +187,45 @@ def _host_tier(arena: torch.Tensor) -> HostTier:
     return BufferTier(arena.nbytes, arena.dtype, pinned=True)
 
 
-def _load_adapters(config: ServeConfig, registry: Registry, *, base_name: str) -> None:
-    """Those the operator named must load; one found in a folder that cannot is skipped, aloud."""
+def _background(
+    config: ServeConfig,
+    adapters: Adapters,
+    sources: Sources,
+    *,
+    seen: Mapping[str, Seen],
+    base_name: str,
+) -> tuple[Background, ...]:
+    """What runs beside the server on its event loop."""
+    if not config.watch_adapters:
+        return ()
+    reserved = {base_name, *(given.name for given in config.adapter)}
+    watcher = Watcher(adapters, sources, seen=seen, reserved=reserved)
+    return (partial(watcher.run, changes_in(config.adapter_dir)),)
+
+
+def _load_adapters(config: ServeConfig, registry: Registry, *, base_name: str) -> dict[str, Seen]:
+    """Those the operator named must load; one found in a folder that cannot is skipped, aloud.
+
+    The folders and what became of them, by name.
+    """
     if not config.model:
         for name, path in demo.adapter_dirs().items():
-            registry.load_trusted(name, path)
+            registry.load_trusted(name, str(path))
     for given in config.adapter:
         try:
-            registry.load_trusted(given.name, Path(given.source))
+            registry.load_trusted(given.name, given.source)
         except AdapterError as error:
             raise ConfigInvalid(f"--adapter {given.name}: {error}") from error
-    named = {given.name for given in config.adapter}
-    for name, source in registry.discover():
-        if name in named or name == base_name:
+    taken = {given.name for given in config.adapter} | {base_name}
+    seen: dict[str, Seen] = {}
+    for found in registry.discover():
+        if found.name in taken:
             continue
         try:
-            registry.load_now(LoadOrder(name, source))
+            loaded = registry.load_now(LoadOrder(found.name, found.reference))
+            seen[found.name] = Seen(found.stamp, loaded.info.version)
         except AdapterError as error:
-            fields = {"adapter": name, "reason": str(error)}
+            seen[found.name] = Seen(found.stamp, "")
+            fields = {"adapter": found.name, "reason": str(error)}
             log.warning("adapter skipped", extra={"fields": fields})
+    return seen

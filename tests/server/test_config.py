@@ -10,6 +10,9 @@ from fader_server.settings import AdapterSource
 EXAMPLES = {
     "adapter": ("a=b", AdapterSource("a", "b")),
     "adapter_dir": ("/x", Path("/x")),
+    "adapter_hub": ("org/lora-*", "org/lora-*"),
+    "adapter_url": ("s3://bucket/folder", "s3://bucket/folder/"),
+    "cache_dir": ("/x", Path("/x")),
     "state_dir": ("/x", Path("/x")),
     "device": ("cpu", "cpu"),
     "dtype": ("float32", "float32"),

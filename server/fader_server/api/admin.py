@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from fader_adapters.errors import AdapterError, AdapterExists
-from fader_adapters.spec import ADAPTER_NAME
+from fader_adapters.spec import ADAPTER_NAME, NESTED_NAME
 from fader_server.api.blends import AdapterRef
 from fader_server.api.context import body_of, context_of, log_of, principal_of
 from fader_server.api.fields import Fields
@@ -29,7 +29,7 @@ async def list_adapters(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": reports})
 
 
-@user_router.get("/v1/adapters/{name}")
+@user_router.get("/v1/adapters/{name:path}")
 async def one_adapter(request: Request) -> Response:
     """One adapter's health report; `name@version` works too."""
     ref = AdapterRef.read(request.path_params["name"])
@@ -38,7 +38,7 @@ async def one_adapter(request: Request) -> Response:
     return JSONResponse(report(context_of(request).adapters.get(ref), request))
 
 
-@admin_router.put("/v1/adapters/{name}")
+@admin_router.put("/v1/adapters/{name:path}")
 async def put_adapter(request: Request) -> Response:
     """Load an adapter under a new name (201), or swap the name to a new version (200)."""
     order = read_order(_name(request), await body_of(request))
@@ -47,7 +47,7 @@ async def put_adapter(request: Request) -> Response:
     return JSONResponse(report(loaded.info, request), status)
 
 
-@admin_router.patch("/v1/adapters/{name}")
+@admin_router.patch("/v1/adapters/{name:path}")
 async def patch_adapter(request: Request) -> Response:
     """Pin or unpin."""
     fields = Fields(await body_of(request))
@@ -60,7 +60,7 @@ async def patch_adapter(request: Request) -> Response:
     return JSONResponse(report(info, request))
 
 
-@admin_router.delete("/v1/adapters/{name}")
+@admin_router.delete("/v1/adapters/{name:path}")
 async def delete_adapter(request: Request) -> Response:
     """The name is gone at once; the memory follows when the last lease ends."""
     name = _name(request)
@@ -127,14 +127,15 @@ def report(info: AdapterInfo, request: Request) -> dict[str, Any]:
     }
     if principal_of(request).role == "admin":
         body["source"] = info.source
+        body["revision"] = info.revision
     return body
 
 
 def _name(request: Request) -> str:
     name = request.path_params["name"]
-    if not ADAPTER_NAME.fullmatch(name):
+    if not (ADAPTER_NAME.fullmatch(name) or NESTED_NAME.fullmatch(name)):
         raise RequestInvalid(
-            "an adapter's name has letters, digits and . _ - only, 128 at most",
+            "an adapter's name has letters, digits and . _ - only, 128 at most, or is a Hub id",
             param="name",
         )
     return name

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from fader_adapters.spec import ADAPTER_NAME, MAX_WEIGHT
+from fader_adapters.spec import ADAPTER_NAME, MAX_WEIGHT, NESTED_NAME
 from fader_server.api.fields import Fields, is_finite
 from fader_server.errors import RequestInvalid
 
@@ -27,7 +27,9 @@ class AdapterRef:
         if not isinstance(text, str):
             return None
         name, at, version = text.partition("@")
-        if not ADAPTER_NAME.fullmatch(name) or (at and not _VERSION.fullmatch(version)):
+        if not (ADAPTER_NAME.fullmatch(name) or NESTED_NAME.fullmatch(name)):
+            return None
+        if at and not _VERSION.fullmatch(version):
             return None
         return cls(name, version or None)
 

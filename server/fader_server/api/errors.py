@@ -75,7 +75,8 @@ _NO_SOURCE = Answer(
     INVALID,
     "adapter_forbidden_source",
     "There is no adapter at this source that the server may read; name a folder that holds "
-    "adapter_config.json and adapter_model.safetensors, relative to an --adapter-dir.",
+    "adapter_config.json and adapter_model.safetensors, relative to an --adapter-dir, or what "
+    "--adapter-hub or --adapter-url allows.",
     param="source",
 )
 """One answer for what is not there and what is out of bounds: paths cannot be probed with it."""
@@ -115,6 +116,16 @@ _TABLE: tuple[tuple[type[Exception], Answer], ...] = (  # the first match wins: 
     (adapters.BlendInvalid, Answer(400, INVALID, "blend_invalid", param="adapters")),
     (adapters.SourceForbidden, _NO_SOURCE),
     (adapters.SourceNotFound, _NO_SOURCE),
+    (
+        adapters.SourceUnavailable,
+        Answer(
+            503,
+            FAULT,
+            "adapter_load_failed",
+            "The adapter's source failed or did not answer in time; try again.",
+            retry=True,
+        ),
+    ),
 )
 _UNKNOWN = Answer(
     500, FAULT, "internal_error", "The server failed to answer this request.", retry=False

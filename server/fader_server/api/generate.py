@@ -73,11 +73,12 @@ class Generator:
     async def start(self, call: Call, *, id: str, salt: str, record: CallRecord) -> "Generation":
         """Lease, tokenise and submit, all or nothing. The caller closes the generation.
 
-        Raises ModelNotFound, BlendInvalid, ContextTooLong, Overloaded, RequestInvalid.
+        Raises ModelNotFound, BlendInvalid, ContextTooLong, Overloaded, RequestInvalid; for an
+        adapter that is loaded on demand also FirstTokenTimeout and AdapterError.
         """
         if self._closed is not None:
             raise self._closed
-        lease = self._lease(call)
+        lease = await self._lease(call)
         try:
             record.leased(adapter_label(lease), lease.terms)
             prompts = await asyncio.to_thread(self._preparer.encode, call)
@@ -94,10 +95,13 @@ class Generator:
         generation.submit()
         return generation
 
-    def _lease(self, call: Call) -> Lease:
+    async def _lease(self, call: Call) -> Lease:
         target = resolve(call.model, call.terms, base=self._base_name)
         try:
-            return self._adapters.acquire(target.terms)
+            async with asyncio.timeout(self._patience.first_token):
+                return await self._adapters.lease(target.terms)
+        except TimeoutError:
+            raise FirstTokenTimeout("The adapter did not load in time.") from None
         except AdapterNotFound:
             if call.terms is not None:
                 raise ModelNotFound("An adapter of the blend does not exist.") from None

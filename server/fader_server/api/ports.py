@@ -188,6 +188,8 @@ class AdapterInfo:
     relative_norm: float = 0.0
     """Largest ‖ΔW‖/‖W‖ of its modules."""
     source: str = ""
+    revision: str | None = None
+    """The commit a Hub source meant when it was loaded."""
     created: int = 0
     """Unix seconds of the load."""
 
@@ -225,11 +227,15 @@ class Adapters(Protocol):
         """
         ...
 
+    async def lease(self, terms: Sequence[NamedTerm]) -> Lease:
+        """The same, after loading what is missing where that is allowed. Raises AdapterError."""
+        ...
+
     async def load(self, order: LoadOrder) -> Loaded:
         """Fetch, check and publish; the name moves at once or not at all.
 
         Raises AdapterError: AdapterInvalid, AdapterMismatch, AdapterTooLarge, ArenaFull,
-        AdapterExists, VersionConflict, SourceForbidden, SourceNotFound.
+        AdapterExists, VersionConflict, SourceForbidden, SourceNotFound, SourceUnavailable.
         """
         ...
 

@@ -55,7 +55,12 @@ async def load_lora_adapter(request: Request) -> Response:
         return _refuse(404, f"No adapter found for '{name}'.")
     except AdapterError as error:
         problem = describe(error)
-        return _refuse(problem.status, problem.error["message"], code=problem.error["code"])
+        return _refuse(
+            problem.status,
+            problem.error["message"],
+            code=problem.error["code"],
+            retry=problem.headers.get("x-should-retry", "false"),
+        )
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
@@ -76,7 +81,9 @@ def _shown(name: str) -> str:
     return name if ADAPTER_NAME.fullmatch(name) else "…"
 
 
-def _refuse(status: int, message: str, *, code: str | None = None) -> Response:
+def _refuse(
+    status: int, message: str, *, code: str | None = None, retry: str = "false"
+) -> Response:
     kinds = {400: "InvalidUserInput", 404: "NotFoundError"}
     error = {
         "message": message,
@@ -84,7 +91,7 @@ def _refuse(status: int, message: str, *, code: str | None = None) -> Response:
         "param": None,
         "code": code,
     }
-    return JSONResponse({"error": error}, status, {"x-should-retry": "false"})
+    return JSONResponse({"error": error}, status, {"x-should-retry": retry})
 
 
 @user_router.post("/tokenize")

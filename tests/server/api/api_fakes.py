@@ -15,6 +15,7 @@ from fader_adapters.errors import (
     AdapterNotFound,
     SourceForbidden,
     SourceNotFound,
+    SourceUnavailable,
     VersionConflict,
 )
 from fader_adapters.spec import Blend, Digest, Term
@@ -280,6 +281,9 @@ class FakeAdapters:
         self.leases += 1
         return FakeLease(Blend.of(Term(t.version, t.weight) for t in kept), tuple(kept), self)
 
+    async def lease(self, terms: Sequence[NamedTerm]) -> FakeLease:
+        return self.acquire(terms)
+
     def get(self, ref: AdapterRef) -> AdapterInfo:
         info = self.infos.get(ref.name)
         if info is None or not info.version.startswith(ref.version or ""):
@@ -293,6 +297,7 @@ class FakeAdapters:
             "missing": SourceNotFound("nothing there"),
             "secret": SourceForbidden("outside the roots"),
             "broken": AdapterInvalid("lora_A is missing"),
+            "away": SourceUnavailable("https://secret.example cannot be reached"),
         }
         if order.source in refusals:
             raise refusals[order.source]

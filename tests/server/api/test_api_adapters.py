@@ -1,5 +1,7 @@
+import asyncio
 import json
 from collections.abc import Iterator
+from urllib.parse import quote
 
 import pytest
 from openai.types import Model
@@ -12,6 +14,7 @@ from tests.server.api.conftest import asgi, listening
 REPORT = {
     "object", "name", "version", "base", "rank", "scales", "modules", "targets", "bytes",
     "delta_norm", "relative_norm", "tier", "leases", "pinned", "retired", "created", "source",
+    "revision",
 }  # fmt: skip
 
 
@@ -60,6 +63,7 @@ async def test_put_creates_then_swaps_by_version(client, world: World):
         ("missing", 404, "adapter_forbidden_source"),
         ("secret", 404, "adapter_forbidden_source"),
         ("broken", 400, "adapter_invalid"),
+        ("away", 503, "adapter_load_failed"),
     ],
 )
 async def test_refused_loads_change_nothing(client, world: World, source, status, code):
@@ -122,8 +126,11 @@ async def test_users_see_reports_without_sources(worlds):
     world = worlds(api_key=("k",), admin_key="a")
     async with asgi(world, authorization="Bearer k") as client:
         listed = (await client.get("/v1/adapters")).json()["data"]
-        assert set(listed[0]) == REPORT - {"source"}
-        assert set((await client.get("/v1/adapters/tone")).json()) == REPORT - {"source"}
+        assert set(listed[0]) == REPORT - {"source", "revision"}
+        assert set((await client.get("/v1/adapters/tone")).json()) == REPORT - {
+            "source",
+            "revision",
+        }
     async with asgi(world, authorization="Bearer a") as client:
         assert set((await client.get("/v1/adapters/tone")).json()) == REPORT
 
@@ -321,3 +328,43 @@ async def test_health_answers_beside_a_thousand_idle_sockets():
         for _, other in [*kept, (reader, writer)]:
             other.close()
     world.engine.stop()
+
+
+async def test_a_source_that_is_away_may_be_tried_again_and_is_not_named(client):
+    for method, path, body in (
+        ("PUT", "/v1/adapters/x", {"source": "away"}),
+        ("POST", "/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "away"}),
+    ):
+        answer = await client.request(method, path, json=body)
+        assert (answer.status_code, answer.headers["x-should-retry"]) == (503, "true")
+        assert "secret" not in answer.text
+    broken = {"lora_name": "x", "lora_path": "broken"}
+    answer = await client.post("/v1/load_lora_adapter", json=broken)
+    assert (answer.status_code, answer.headers["x-should-retry"]) == (400, "false")
+
+
+async def test_names_of_two_parts_reach_every_route(client, world: World):
+    assert (await client.put("/v1/adapters/org/x", json={"source": "one"})).status_code == 201
+    assert (await client.get("/v1/adapters/org%2Fx")).json()["name"] == "org/x"
+    version = world.adapters.infos["org/x"].version
+    assert (await client.get(f"/v1/adapters/org/x@{version[:12]}")).status_code == 200
+    assert (await client.get("/v1/models/org/x")).json()["id"] == "org/x"
+    patched = await client.patch("/v1/adapters/org/x", json={"pin": True})
+    assert patched.json()["pinned"] is True
+    assert (await client.delete("/v1/adapters/org/x")).status_code == 200
+    for name in ("a/b/c", "a/..", "../a", "a//b", "a/", ".a/b", "a/.b"):
+        answer = await client.put(f"/v1/adapters/{quote(name, safe='')}", json={"source": "one"})
+        assert answer.status_code == 400, name
+
+
+async def test_a_load_on_first_use_has_the_time_of_a_first_token(worlds):
+    world = worlds(first_token_timeout=0.02)
+
+    async def hang(terms: object) -> None:
+        await asyncio.Event().wait()
+
+    world.adapters.lease = hang
+    async with asgi(world) as client:
+        answer = await client.post("/v1/completions", json={"model": "tone", "prompt": "x"})
+    assert answer.status_code == 504
+    assert answer.json()["error"]["code"] == "first_token_timeout"

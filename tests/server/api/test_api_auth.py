@@ -11,9 +11,9 @@ from tests.server.api.conftest import asgi
 
 OPEN = {"/health", "/ready", "/metrics"}
 ADMIN = {
-    ("PUT", "/v1/adapters/{name}"),
-    ("PATCH", "/v1/adapters/{name}"),
-    ("DELETE", "/v1/adapters/{name}"),
+    ("PUT", "/v1/adapters/{name:path}"),
+    ("PATCH", "/v1/adapters/{name:path}"),
+    ("DELETE", "/v1/adapters/{name:path}"),
     ("POST", "/v1/load_lora_adapter"),
     ("POST", "/v1/unload_lora_adapter"),
 }
@@ -35,7 +35,7 @@ def routes(world: World) -> list[tuple[str, str]]:
 
 
 def path_of(template: str) -> str:
-    return template.replace("{name}", "tone").replace("{id:path}", "tone")
+    return template.replace("{name:path}", "tone").replace("{id:path}", "tone")
 
 
 def test_the_list_of_routes_is_the_contract(world: World):

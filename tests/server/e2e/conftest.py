@@ -46,11 +46,12 @@ class Running:
         return self.process.wait(60)
 
 
-def start(root: Path, *flags: str) -> Running:
+def start(root: Path, *flags: str, **variables: str) -> Running:
     """Start `fader serve` on a free port and wait until it says where it listens."""
     command = [sys.executable, "-m", "fader_server", "serve", "--port", "0"]
     command += ["--adapter-dir", str(root), "--drain-grace", "0", *flags]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
+    environment |= variables
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     lines: list[dict] = []
     listening = threading.Event()

@@ -1,0 +1,205 @@
+"""Adapters that load when a request first names them. Knows names and errors, no files.
+
+What came on demand leaves again when room is needed: longest unused first, never while in use.
+"""
+
+import asyncio
+import copy
+import logging
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fader_adapters.errors import (
+    AdapterError,
+    AdapterNotFound,
+    ArenaFull,
+    SourceForbidden,
+    SourceNotFound,
+    SourceUnavailable,
+    VersionConflict,
+)
+from fader_server.api.blends import AdapterRef, NamedTerm
+from fader_server.api.ports import AdapterInfo, Adapters, AdapterTotals, Lease, Loaded, LoadOrder
+from fader_server.errors import Overloaded
+
+_log = logging.getLogger(__name__)
+
+BROKEN_SECONDS = 30.0
+"""How long a refusal is repeated without another look at the source."""
+PASSING_SECONDS = 3.0
+"""The same for a refusal that time may mend: no room, no answer."""
+MAX_REFUSALS = 4096
+MAX_LOADS = 32
+"""Loads under way; more are told to come again."""
+
+
+class Loader(Adapters, Protocol):
+    """The adapters below: they load when they are told to, and can make room."""
+
+    async def load(
+        self, order: LoadOrder, *, make_room: Callable[[], bool] = lambda: False
+    ) -> Loaded: ...
+
+    def evict(self, may_go: Callable[[str], bool]) -> str | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """A failed load, remembered."""
+
+    kind: type[AdapterError]
+    text: str
+    until: float
+
+
+class OnDemand:
+    """Adapters over a loader. Belongs to the event loop."""
+
+    def __init__(
+        self,
+        inner: Loader,
+        *,
+        offers: Callable[[str], bool],
+        told: Callable[[str, float], None] = lambda result, seconds: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`offers(name)`: whether a source of this name may exist; cheap, called on a thread.
+
+        `told` hears of every load that was tried: ok or refused, and its seconds.
+        """
+        self._inner = inner
+        self._offers = offers
+        self._told = told
+        self._clock = clock
+        self._flights: dict[str, asyncio.Task[Exception | None]] = {}
+        self._loads = 0
+        self._refusals: OrderedDict[str, _Refusal] = OrderedDict()
+        self._mine: set[str] = set()
+        self._barred: set[str] = set()
+        self._awaited: Counter[str] = Counter()
+
+    async def lease(self, terms: Sequence[NamedTerm]) -> Lease:
+        """Take the lease; names that are missing are loaded first, one load for all who ask.
+
+        Raises AdapterNotFound for what is not there or not allowed, the load's own error for what
+        is there and cannot be loaded, Overloaded, BlendInvalid.
+        """
+        try:
+            return self._inner.acquire(terms)
+        except AdapterNotFound:
+            names = {term.ref.name for term in terms}
+            missing = [name for name in names if self._missing(name)]
+            if not missing:
+                raise
+        self._awaited.update(names)  # none of them is evicted before this lease holds it
+        try:
+            for failure in await asyncio.gather(*(self._bring(name) for name in missing)):
+                if failure is not None:
+                    raise copy.copy(failure)  # one each: a traceback belongs to one request
+            return self._inner.acquire(terms)
+        finally:
+            self._awaited.subtract(names)
+            self._awaited = +self._awaited
+
+    async def load(self, order: LoadOrder) -> Loaded:
+        """What an administrator loads is not ours to evict, and a name barred before is free."""
+        loaded = await self._inner.load(order, make_room=self._make_room)
+        self._mine.discard(order.name)
+        self._barred.discard(order.name)
+        self._refusals.pop(order.name, None)
+        return loaded
+
+    def unload(self, name: str) -> None:
+        """The name is gone, and no request brings it back until it is loaded by `load`."""
+        self._barred.add(name)
+        self._mine.discard(name)
+        self._inner.unload(name)
+
+    def pin(self, name: str, *, pinned: bool) -> AdapterInfo:
+        return self._inner.pin(name, pinned=pinned)
+
+    def acquire(self, terms: Sequence[NamedTerm]) -> Lease:
+        return self._inner.acquire(terms)
+
+    def get(self, ref: AdapterRef) -> AdapterInfo:
+        return self._inner.get(ref)
+
+    def list(self) -> Sequence[AdapterInfo]:
+        return self._inner.list()
+
+    def totals(self) -> AdapterTotals:
+        return self._inner.totals()
+
+    def _missing(self, name: str) -> bool:
+        try:
+            self._inner.get(AdapterRef(name))
+        except AdapterNotFound:
+            return True
+        return False
+
+    async def _bring(self, name: str) -> Exception | None:
+        """Have the name loaded; why not, else."""
+        known = self._refusals.get(name)
+        if known is not None and self._clock() < known.until:
+            return known.kind(known.text)
+        if name in self._barred:
+            return AdapterNotFound("no such adapter")
+        flight = self._flights.get(name)
+        if flight is None:
+            flight = asyncio.create_task(self._load(name))
+            self._flights[name] = flight
+            flight.add_done_callback(lambda _: self._flights.pop(name, None))
+        return await asyncio.shield(flight)  # who asked first may leave; the others wait on
+
+    async def _load(self, name: str) -> Exception | None:
+        if not await asyncio.to_thread(self._offers, name):
+            return self._refuse(name, SourceNotFound("no such source"))
+        if self._loads >= MAX_LOADS:
+            return Overloaded("Too many adapters are being loaded.", retry_after=2)
+        self._loads += 1
+        self._mine.add(name)
+        began = self._clock()
+        try:
+            order = LoadOrder(name, name, if_version="")
+            loaded = await self._inner.load(order, make_room=self._make_room)
+        except VersionConflict:
+            return None  # somebody else loaded the name meanwhile
+        except AdapterError as error:
+            self._mine.discard(name)
+            self._told("refused", self._clock() - began)
+            return self._refuse(name, error)
+        finally:
+            self._loads -= 1
+        self._told("ok", self._clock() - began)
+        if name in self._barred:  # unloaded while it was loading
+            self._inner.unload(name)
+            return AdapterNotFound("no such adapter")
+        fields = {"adapter": name, "version": loaded.info.version}
+        _log.info("adapter loaded on demand", extra={"fields": fields})
+        return None
+
+    def _refuse(self, name: str, error: AdapterError) -> AdapterError:
+        """Remember the failure. What is forbidden looks like what is not there."""
+        if isinstance(error, SourceForbidden | SourceNotFound | AdapterNotFound):
+            error = AdapterNotFound("no such adapter")
+        else:
+            fields = {"adapter": name, "reason": str(error)}
+            _log.warning("adapter not loaded on demand", extra={"fields": fields})
+        passing = isinstance(error, ArenaFull | SourceUnavailable)
+        until = self._clock() + (PASSING_SECONDS if passing else BROKEN_SECONDS)
+        self._refusals[name] = _Refusal(type(error), str(error), until)
+        self._refusals.move_to_end(name)
+        while len(self._refusals) > MAX_REFUSALS:
+            self._refusals.popitem(last=False)
+        return error
+
+    def _make_room(self) -> bool:
+        """On the loader's thread: let go of one of ours that nobody uses or waits for."""
+        gone = self._inner.evict(lambda name: name in self._mine and not self._awaited[name])
+        if gone is None:
+            return False
+        self._mine.discard(gone)
+        return True

@@ -1,0 +1,301 @@
+"""Loading on first use: one load for all who ask, bad names cost nothing, what is used stays."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from fader_adapters.errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    ArenaFull,
+    SourceForbidden,
+    SourceNotFound,
+    SourceUnavailable,
+)
+from fader_server import ondemand
+from fader_server.api.blends import AdapterRef, NamedTerm
+from fader_server.api.ports import Loaded, LoadOrder
+from fader_server.errors import Overloaded
+from fader_server.ondemand import OnDemand
+from tests.server.api.api_fakes import FakeAdapters
+
+
+class FakeLoader(FakeAdapters):
+    """Loads when the gate is open; holds `room` names, the longest unused may be evicted."""
+
+    def __init__(self, room: int = 100) -> None:
+        super().__init__(("tone",))
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.started = asyncio.Semaphore(0)
+        self.room = room
+        self.loads: list[str] = []
+        self.failures: dict[str, Exception] = {}
+        self.held: list[str] = []
+        self.evicted: list[str] = []
+
+    async def load(
+        self, order: LoadOrder, *, make_room: Callable[[], bool] = lambda: False
+    ) -> Loaded:
+        self.loads.append(order.name)
+        self.started.release()
+        await self.gate.wait()
+        if order.name in self.failures:
+            raise self.failures[order.name]
+        while order.name not in self.infos and len(self.infos) >= self.room:
+            if not make_room():
+                raise ArenaFull("no room")
+        return await super().load(order)
+
+    def evict(self, may_go: Callable[[str], bool]) -> str | None:
+        for name in self.infos:
+            if name not in self.held and may_go(name):
+                super().unload(name)
+                self.evicted.append(name)
+                return name
+        return None
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def terms(*names: str) -> list[NamedTerm]:
+    return [NamedTerm(AdapterRef(name), 1.0) for name in names]
+
+
+def make(loader: FakeLoader, offered: Callable[[str], bool] = lambda name: True):
+    clock, asked = Clock(), []
+
+    def offers(name: str) -> bool:
+        asked.append(name)
+        return offered(name)
+
+    return OnDemand(loader, offers=offers, clock=clock), clock, asked
+
+
+async def lease_all(adapters: OnDemand, *names: str) -> None:
+    for name in names:
+        (await adapters.lease(terms(name))).release()
+
+
+async def test_a_missing_name_is_loaded_and_a_loaded_one_is_not_loaded_again():
+    loader = FakeLoader()
+    adapters, _, asked = make(loader)
+    await lease_all(adapters, "tone", "new", "new", "org/tone")
+    assert loader.loads == ["new", "org/tone"]
+    assert asked == ["new", "org/tone"]
+    assert loader.leases == 0
+
+
+async def test_a_hundred_requests_share_one_load():
+    loader = FakeLoader()
+    loader.gate.clear()
+    adapters, _, _ = make(loader)
+    waiting = [asyncio.create_task(adapters.lease(terms("new"))) for _ in range(100)]
+    await loader.started.acquire()
+    loader.gate.set()
+    leases = await asyncio.gather(*waiting)
+    assert loader.loads == ["new"]
+    assert loader.leases == 100
+    for lease in leases:
+        lease.release()
+
+
+async def test_a_hundred_requests_share_one_failure_and_later_ones_cost_nothing():
+    loader = FakeLoader()
+    loader.failures["new"] = AdapterInvalid("lora_A is missing")
+    adapters, clock, asked = make(loader)
+    results = await asyncio.gather(
+        *(adapters.lease(terms("new")) for _ in range(100)), return_exceptions=True
+    )
+    assert {type(result) for result in results} == {AdapterInvalid}
+    assert len({id(result) for result in results}) == 100, "tracebacks of others"
+    for _ in range(100):
+        with pytest.raises(AdapterInvalid, match="lora_A"):
+            await adapters.lease(terms("new"))
+    assert (len(loader.loads), len(asked)) == (1, 1)
+    clock.now += ondemand.BROKEN_SECONDS
+    del loader.failures["new"]
+    await lease_all(adapters, "new")
+    assert len(loader.loads) == 2
+
+
+@pytest.mark.parametrize("error", [SourceUnavailable("later"), ArenaFull("no room")])
+async def test_what_time_may_mend_is_tried_again_soon(error):
+    loader = FakeLoader()
+    loader.failures["new"] = error
+    adapters, clock, _ = make(loader)
+    for _ in range(3):
+        with pytest.raises(type(error)):
+            await adapters.lease(terms("new"))
+    assert len(loader.loads) == 1
+    clock.now += ondemand.PASSING_SECONDS
+    del loader.failures["new"]
+    await lease_all(adapters, "new")
+
+
+@pytest.mark.parametrize("error", [SourceForbidden("secret path"), SourceNotFound("secret path")])
+async def test_forbidden_and_missing_look_the_same(error):
+    loader = FakeLoader()
+    loader.failures["new"] = error
+    adapters, _, _ = make(loader, lambda name: name != "not-offered")
+    told = set()
+    for name in ("new", "new", "not-offered", "not-offered"):
+        with pytest.raises(AdapterNotFound) as caught:
+            await adapters.lease(terms(name))
+        told.add(str(caught.value))
+    assert len(told) == 1
+    assert "secret" not in told.pop()
+    assert loader.loads == ["new"]
+
+
+async def test_a_flood_of_bad_names_loads_nothing_and_is_forgotten_in_bounds(monkeypatch):
+    monkeypatch.setattr(ondemand, "MAX_REFUSALS", 50)
+    loader = FakeLoader()
+    adapters, _, asked = make(loader, lambda name: False)
+    for n in range(200):
+        with pytest.raises(AdapterNotFound):
+            await adapters.lease(terms(f"bad-{n}"))
+    assert loader.loads == []
+    assert len(adapters._refusals) == 50
+    assert len(adapters._flights) == 0
+    with pytest.raises(AdapterNotFound):
+        await adapters.lease(terms("bad-199"))
+    assert len(asked) == 200
+
+
+async def test_loads_at_one_time_are_bounded(monkeypatch):
+    monkeypatch.setattr(ondemand, "MAX_LOADS", 2)
+    loader = FakeLoader()
+    loader.gate.clear()
+    adapters, _, _ = make(loader)
+    waiting = [asyncio.create_task(adapters.lease(terms(name))) for name in ("a", "b")]
+    await loader.started.acquire()
+    await loader.started.acquire()
+    with pytest.raises(Overloaded):
+        await adapters.lease(terms("c"))
+    loader.gate.set()
+    for lease in await asyncio.gather(*waiting):
+        lease.release()
+    await lease_all(adapters, "c")  # not remembered against it
+
+
+async def test_every_name_of_a_blend_is_loaded_and_one_failure_takes_no_lease():
+    loader = FakeLoader()
+    loader.failures["bad"] = AdapterInvalid("broken")
+    adapters, _, _ = make(loader)
+    lease = await adapters.lease(terms("a", "tone", "b"))
+    assert sorted(loader.loads) == ["a", "b"]
+    lease.release()
+    with pytest.raises(AdapterInvalid):
+        await adapters.lease(terms("a", "bad"))
+    assert loader.leases == 0
+    assert not +adapters._awaited
+
+
+async def test_a_version_that_is_not_there_loads_nothing():
+    loader = FakeLoader()
+    adapters, _, _ = make(loader)
+    with pytest.raises(AdapterNotFound):
+        await adapters.lease([NamedTerm(AdapterRef("tone", "0" * 12), 1.0)])
+    assert loader.loads == []
+
+
+async def test_who_asked_first_may_leave_and_the_others_are_served():
+    loader = FakeLoader()
+    loader.gate.clear()
+    adapters, _, _ = make(loader)
+    first, second = (asyncio.create_task(adapters.lease(terms("new"))) for _ in range(2))
+    await loader.started.acquire()
+    first.cancel()
+    loader.gate.set()
+    (await second).release()
+    assert loader.loads == ["new"]
+    assert loader.leases == 0
+    assert not +adapters._awaited
+
+
+async def test_only_what_came_on_demand_is_evicted_and_never_what_is_held_or_awaited():
+    loader = FakeLoader(room=4)
+    adapters, _, _ = make(loader)
+    await adapters.load(LoadOrder("mine", "one"))
+    await lease_all(adapters, "a", "b")  # full: tone, mine, a, b
+    loader.held = ["a"]
+    await lease_all(adapters, "c")
+    assert loader.evicted == ["b"]
+    loader.held = ["a", "c"]
+    with pytest.raises(ArenaFull):
+        await adapters.lease(terms("d"))
+    assert set(loader.infos) == {"tone", "mine", "a", "c"}
+    loader.held = []
+    with pytest.raises(ArenaFull):  # both of its own names would have to go for the third
+        await adapters.lease(terms("a", "c", "e"))
+
+
+async def test_two_names_that_take_turns_in_one_place_are_both_served():
+    loader = FakeLoader(room=2)
+    adapters, clock, _ = make(loader)
+    for name in ("a", "b") * 10:
+        await lease_all(adapters, name)
+        clock.now += 1
+    assert loader.evicted == ["a", "b"] * 9 + ["a"]
+
+
+async def test_an_administrators_load_makes_room_too():
+    loader = FakeLoader(room=2)
+    adapters, _, _ = make(loader)
+    await lease_all(adapters, "a")
+    await adapters.load(LoadOrder("given", "one"))
+    assert loader.evicted == ["a"]
+    with pytest.raises(ArenaFull):
+        await adapters.lease(terms("a"))
+
+
+async def test_an_unloaded_name_stays_gone_until_it_is_loaded_by_hand():
+    loader = FakeLoader()
+    adapters, clock, _ = make(loader)
+    await lease_all(adapters, "new")
+    adapters.unload("new")
+    clock.now += 1e6
+    with pytest.raises(AdapterNotFound):
+        await adapters.lease(terms("new"))
+    assert loader.loads == ["new"]
+    await adapters.load(LoadOrder("new", "new"))
+    await lease_all(adapters, "new")
+    adapters.unload("new")
+    with pytest.raises(AdapterNotFound):
+        await adapters.lease(terms("new"))
+
+
+async def test_an_unload_during_the_load_wins():
+    loader = FakeLoader()
+    loader.gate.clear()
+    adapters, _, _ = make(loader)
+    waiting = asyncio.create_task(adapters.lease(terms("new")))
+    await loader.started.acquire()
+    with pytest.raises(AdapterNotFound):
+        adapters.unload("new")
+    loader.gate.set()
+    with pytest.raises(AdapterNotFound):
+        await waiting
+    assert "new" not in loader.infos
+
+
+async def test_a_load_by_hand_meanwhile_is_used_and_not_ours():
+    loader = FakeLoader(room=2)
+    loader.gate.clear()
+    adapters, _, _ = make(loader)
+    waiting = asyncio.create_task(adapters.lease(terms("new")))
+    await loader.started.acquire()
+    await FakeAdapters.load(loader, LoadOrder("new", "by-hand"))
+    adapters._mine.discard("new")  # what OnDemand.load does when it returns
+    loader.gate.set()
+    (await waiting).release()
+    assert loader.infos["new"].source == "/roots/by-hand"
+    with pytest.raises(ArenaFull):
+        await adapters.lease(terms("other"))
