@@ -11,9 +11,9 @@ from fader_adapters.kernels.cuda.lora_configs import (
     PREFILL_TILE,
     TILE,
     Arch,
+    SiteConfigs,
     arch_of,
-    expand_config,
-    shrink_config,
+    site_configs,
 )
 from fader_adapters.kernels.cuda.lora_launch import (
     MAX_MEMBERS,
@@ -87,9 +87,9 @@ class DeltaKernels:
         """Resident bytes of the step buffers."""
         return sum(room.buffers.nbytes for room in (self._fixed, self._roomy) if room)
 
-    def bind(self, site: SiteSpec) -> DeltaSite:
-        """Choose a site's configurations. Raises BaseUnsupported for members that do not follow one
-        another or are more than four.
+    def bind(self, site: SiteSpec, configs: SiteConfigs | None = None) -> DeltaSite:
+        """Take a site in, before the first `reserve`; `configs` replaces the tables' choice.
+        Raises BaseUnsupported for members that do not follow one another or are more than four.
         """
         members = len(site.linears)
         if members > MAX_MEMBERS or site.linears != tuple(
@@ -104,8 +104,7 @@ class DeltaKernels:
             site.linears[0],
             site.in_features,
             site.out_features,
-            {phase: shrink_config(self._arch, phase, site.in_features) for phase in TILE},
-            {phase: expand_config(self._arch, phase, sum(site.out_features)) for phase in TILE},
+            configs or site_configs(self._arch, site.in_features, sum(site.out_features)),
         )
         self._sites.append(bound)
         return bound
@@ -167,7 +166,7 @@ class DeltaKernels:
         for site in self._sites:
             for phase, shape in TILE.items():
                 cells = capacity.decode_cells if phase == "decode" else capacity.prefill_cells
-                planes = len(site.widths) * site.shrink[phase].splits
+                planes = len(site.widths) * site.configs.shrink[phase].splits
                 scratch = max(scratch, planes * cells * shape.rows * CHUNK)
         layout = StepLayout(capacity, PREFILL_TILE.rows)
         return _Room(StepBuffers(layout, DECODE_TILE.rows, linears, scratch, self._device))

@@ -4,14 +4,15 @@ A configuration depends on the architecture, the phase and the site's shape, nev
 rows, so a decode row is computed alike in every step.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from fader_adapters.kernels.cuda.tiles import LANES, TileShape
 
 Phase = Literal["decode", "prefill"]
 Arch = Literal[80, 90]
+T = TypeVar("T")
 
 DECODE_TILE = TileShape(rows=LANES, group=2)
 PREFILL_TILE = TileShape(rows=64, group=4)
@@ -81,13 +82,24 @@ EXPAND: Mapping[tuple[Arch, Phase], tuple[tuple[int, ExpandConfig], ...]] = {
 """Rows of (least output width of the site, configuration), widest first."""
 
 
-def shrink_config(arch: Arch, phase: Phase, in_features: int) -> ShrinkConfig:
-    return next(config for least, config in SHRINK[arch, phase] if in_features >= least)
+def _choose(table: Sequence[tuple[int, T]], width: int) -> T:
+    return next(config for least, config in table if width >= least)
 
 
-def expand_config(arch: Arch, phase: Phase, out_features: int) -> ExpandConfig:
-    """`out_features` is the sum over the site's members."""
-    return next(config for least, config in EXPAND[arch, phase] if out_features >= least)
+@dataclass(frozen=True, slots=True)
+class SiteConfigs:
+    """What one site launches in each phase."""
+
+    shrink: Mapping[Phase, ShrinkConfig]
+    expand: Mapping[Phase, ExpandConfig]
+
+
+def site_configs(arch: Arch, in_features: int, out_features: int) -> SiteConfigs:
+    """The tables' choice for a site; `out_features` is the sum over its members."""
+    return SiteConfigs(
+        {phase: _choose(SHRINK[arch, phase], in_features) for phase in TILE},
+        {phase: _choose(EXPAND[arch, phase], out_features) for phase in TILE},
+    )
 
 
 def arch_of(major: int, minor: int) -> Arch:

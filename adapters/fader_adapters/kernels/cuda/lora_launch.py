@@ -1,6 +1,5 @@
 """The launches of the delta kernels for one step and one site. Keeps no state."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +10,8 @@ from fader_adapters.kernels.cuda.lora_buffers import DeviceTables, PhaseBuffers,
 from fader_adapters.kernels.cuda.lora_configs import (
     RESOLVE_BLOCK,
     TILE,
-    ExpandConfig,
     Phase,
-    ShrinkConfig,
+    SiteConfigs,
 )
 from fader_adapters.kernels.cuda.tiles import LANES
 
@@ -35,8 +33,7 @@ class DeltaSite:
     in_features: int
     widths: tuple[int, ...]
     """Output columns of each member."""
-    shrink: Mapping[Phase, ShrinkConfig]
-    expand: Mapping[Phase, ExpandConfig]
+    configs: SiteConfigs
 
     @property
     def out_features(self) -> int:
@@ -84,7 +81,7 @@ def delta(y: torch.Tensor, x: torch.Tensor, site: DeltaSite, step: LoraStep) -> 
 
 
 def _shrink(x: torch.Tensor, site: DeltaSite, step: LoraStep, launch: PhaseLaunch) -> None:
-    config, shape = site.shrink[launch.phase], TILE[launch.phase]
+    config, shape = site.configs.shrink[launch.phase], TILE[launch.phase]
     buffers, at = step.buffers, launch.buffers
     programs = min(config.programs, launch.cells // shape.group)
     _shrink_kernel[(programs, config.splits, len(site.widths))](
@@ -114,7 +111,7 @@ def _shrink(x: torch.Tensor, site: DeltaSite, step: LoraStep, launch: PhaseLaunc
 
 
 def _expand(y: torch.Tensor, site: DeltaSite, step: LoraStep, launch: PhaseLaunch) -> None:
-    config = site.expand[launch.phase]
+    config = site.configs.expand[launch.phase]
     buffers, at = step.buffers, launch.buffers
     blocks = sum(-(-width // config.block_n) for width in site.widths)
     _expand_kernel[(blocks, launch.tiles)](
@@ -138,7 +135,7 @@ def _expand(y: torch.Tensor, site: DeltaSite, step: LoraStep, launch: PhaseLaunc
         at.cells,
         ROWS=TILE[launch.phase].rows,
         BLOCK_N=config.block_n,
-        SPLITS=site.shrink[launch.phase].splits,
+        SPLITS=site.configs.shrink[launch.phase].splits,
         LANES=LANES,
         F32=y.dtype == torch.float32,
         num_warps=config.warps,
