@@ -11,6 +11,7 @@ if torch.cuda.is_available():
     pytest.skip("with a GPU tests/gpu checks these kernels", allow_module_level=True)
 
 from fader_adapters.errors import BaseUnsupported, KernelUnavailable
+from fader_adapters.kernels.cuda import lora_launch
 from fader_adapters.kernels.cuda.lora import DeltaKernels, DeltaSite, LoraStep, delta
 from fader_adapters.kernels.cuda.lora_configs import (
     EXPAND,
@@ -18,6 +19,7 @@ from fader_adapters.kernels.cuda.lora_configs import (
     ExpandConfig,
     ShrinkConfig,
     SiteConfigs,
+    shipped,
     site_configs,
 )
 from fader_adapters.spec import RowTerms, SiteSpec, StepTerms
@@ -346,3 +348,39 @@ def test_every_shape_has_a_configuration(arch):
         for phase in ("decode", "prefill"):
             assert configs.shrink[phase] in [c for _, c in SHRINK[arch, phase]]
             assert configs.expand[phase] in [c for _, c in EXPAND[arch, phase]]
+
+
+class _Recorder:
+    """Stands for a kernel and keeps the options of its launches."""
+
+    def __init__(self, name: str, into: list) -> None:
+        self._name, self._into = name, into
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self._into.append((self._name, options))
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_whatever_can_be_launched_is_listed_as_shipped(arch, monkeypatch):
+    launched = []
+    for name in ("shrink", "expand", "resolve"):
+        monkeypatch.setattr(lora_launch, f"_{name}_kernel", _Recorder(name, launched))
+    sites = [(64, (64,)), (4096, (4096, 1024, 1024)), (14336, (4096,)), (4096, (14336, 14336))]
+    for shape in sites:
+        kernels = DeltaKernels(CPU, torch.bfloat16, arch=arch)
+        world = make_delta_world([(64, shape[1])], [(8,)], torch.bfloat16)
+        site = SiteSpec(world.sites[0].linears, *shape)
+        bound = kernels.bind(site)
+        for rows in (1, 70):
+            step = kernels.prepare(world.tables, StepTerms((RowTerms(rows, ((0, 1.0),)),)))
+            x = torch.empty(rows, shape[0], dtype=torch.bfloat16)
+            delta(x.new_empty(rows, sum(shape[1])), x, bound, step)
+    listed = [
+        (s.kernel.__name__, s.constexprs | {"num_warps": s.num_warps, "num_stages": s.num_stages})
+        for s in shipped()
+        if arch in s.archs
+    ]
+    assert {name for name, _ in launched} == {"shrink", "expand", "resolve"}
+    assert all(entry in listed for entry in launched)
+    name, options = launched[-1]
+    assert (name, options | {"num_warps": 16}) not in listed

@@ -21,6 +21,8 @@ TILE: Mapping[Phase, TileShape] = {"decode": DECODE_TILE, "prefill": PREFILL_TIL
 RESOLVE_BLOCK = 128
 """Entries a program of `resolve` looks up."""
 
+RESOLVE_WARPS, RESOLVE_STAGES = 4, 2
+
 
 @dataclass(frozen=True, slots=True)
 class ShrinkConfig:
@@ -66,14 +68,14 @@ SHRINK: Mapping[tuple[Arch, Phase], tuple[tuple[int, ShrinkConfig], ...]] = {
 
 EXPAND: Mapping[tuple[Arch, Phase], tuple[tuple[int, ExpandConfig], ...]] = {
     (80, "decode"): (
-        (16384, ExpandConfig(128, 4, 4)),
-        (8192, ExpandConfig(64, 4, 4)),
-        (0, ExpandConfig(32, 4, 4)),
+        (16384, ExpandConfig(128, 4, 5)),
+        (8192, ExpandConfig(64, 4, 6)),
+        (0, ExpandConfig(32, 4, 6)),
     ),
     (90, "decode"): (
-        (16384, ExpandConfig(128, 4, 4)),
-        (8192, ExpandConfig(64, 4, 4)),
-        (0, ExpandConfig(32, 4, 4)),
+        (16384, ExpandConfig(128, 4, 5)),
+        (8192, ExpandConfig(64, 4, 6)),
+        (0, ExpandConfig(32, 4, 6)),
     ),
     (80, "prefill"): ((0, ExpandConfig(128, 4, 3)),),
     # 64 columns until a GPU run clears 128 (wrong code was seen there elsewhere, vLLM #48590)
@@ -112,63 +114,105 @@ class Shipped(NamedTuple):
 
     kernel: Any
     signature: dict[str, str]
-    """Type of every argument by name; "constexpr" for those in `constexprs`."""
+    """Type of every argument by name, ":16" for multiples of 16; "constexpr" for the constants."""
     constexprs: dict[str, int | bool]
     num_warps: int
     num_stages: int
+    archs: tuple[Arch, ...]
+
+
+def shrink_constants(config: ShrinkConfig, phase: Phase, *, exact: bool) -> dict[str, int | bool]:
+    """The constants of `shrink`; exact: float32 operands, multiplied as such."""
+    tile = TILE[phase]
+    return {
+        "ROWS": tile.rows,
+        "GROUP": tile.group,
+        "BLOCK_K": config.block_k,
+        "SPLITS": config.splits,
+        "F32": exact,
+    }
+
+
+def expand_constants(
+    config: ExpandConfig, phase: Phase, *, splits: int, exact: bool
+) -> dict[str, int | bool]:
+    """The constants of `expand`; splits: the planes that the site's `shrink` writes."""
+    return {
+        "ROWS": TILE[phase].rows,
+        "BLOCK_N": config.block_n,
+        "SPLITS": splits,
+        "LANES": LANES,
+        "F32": exact,
+    }
 
 
 def shipped() -> list[Shipped]:
     """Every bf16 variant that a table can launch, each once. Imports triton."""
     from fader_adapters.kernels.cuda import lora_kernels as kernels
 
-    found = [_shipped(kernels.resolve, _RESOLVE, {"BLOCK": RESOLVE_BLOCK}, 4, 2)]
+    both: tuple[Arch, ...] = (80, 90)
+    block: dict[str, int | bool] = {"BLOCK": RESOLVE_BLOCK}
+    signature = _signature(kernels.resolve, _RESOLVE, block)
+    found = [Shipped(kernels.resolve, signature, block, RESOLVE_WARPS, RESOLVE_STAGES, both)]
     for arch, phase in SHRINK:
-        rows = TILE[phase].rows
-        shrinks = {config for _, config in SHRINK[arch, phase]}
+        shrinks = dict.fromkeys(config for _, config in SHRINK[arch, phase])
         for shrink in shrinks:
-            shape = {"ROWS": rows, "GROUP": TILE[phase].group, "BLOCK_K": shrink.block_k}
-            shape |= {"SPLITS": shrink.splits, "F32": False}
-            found.append(_shipped(kernels.shrink, _SHRINK, shape, shrink.warps, shrink.stages))
-        for splits in {config.splits for config in shrinks}:
-            for expand in {config for _, config in EXPAND[arch, phase]}:
-                shape = {"ROWS": rows, "BLOCK_N": expand.block_n, "SPLITS": splits}
-                shape |= {"LANES": LANES, "F32": False}
-                found.append(_shipped(kernels.expand, _EXPAND, shape, expand.warps, expand.stages))
-    return _unique(found)
+            constants = shrink_constants(shrink, phase, exact=False)
+            signature = _signature(kernels.shrink, _SHRINK, constants)
+            entry = (kernels.shrink, signature, constants, shrink.warps, shrink.stages, (arch,))
+            found.append(Shipped(*entry))
+        for splits in dict.fromkeys(config.splits for config in shrinks):
+            for _, expand in EXPAND[arch, phase]:
+                constants = expand_constants(expand, phase, splits=splits, exact=False)
+                signature = _signature(kernels.expand, _EXPAND, constants)
+                entry = (kernels.expand, signature, constants, expand.warps, expand.stages, (arch,))
+                found.append(Shipped(*entry))
+    return _joined(found)
 
 
-_PHASE = dict.fromkeys(("header", "tokens", "first", "last", "cell"), "*i32")
+_PHASE = dict.fromkeys(("tokens", "first", "last", "cell", "header"), "*i32:16")
 _RESOLVE = (
-    dict.fromkeys(("slot", "chunk", "rank", "in_features", "out_features", "left"), "*i32")
-    | dict.fromkeys(("a_offset", "b_offset", "a_at", "b_at"), "*i64")
-    | dict.fromkeys(("scale", "scale_at"), "*fp32")
+    dict.fromkeys(("slot", "chunk", "rank", "in_features", "out_features", "left"), "*i32:16")
+    | dict.fromkeys(("a_offset", "b_offset", "a_at", "b_at"), "*i64:16")
+    | dict.fromkeys(("scale", "scale_at"), "*fp32:16")
 )
-_SHRINK = _PHASE | {"x": "*bf16", "arena": "*bf16", "z": "*fp32", "a_at": "*i64", "left": "*i32"}
-_EXPAND = (
-    _PHASE
-    | {"y": "*bf16", "arena": "*bf16", "z": "*fp32", "gamma": "*fp32"}
-    | {"b_at": "*i64", "left": "*i32", "scale_at": "*fp32"}
-)
+_SHRINK = _PHASE | {
+    "x": "*bf16:16",
+    "arena": "*bf16:16",
+    "z": "*fp32:16",
+    "a_at": "*i64:16",
+    "left": "*i32:16",
+    "width": "i32:16",
+    "x_stride": "i32:16",
+}
+_EXPAND = _PHASE | {
+    "y": "*bf16:16",
+    "arena": "*bf16:16",
+    "z": "*fp32:16",
+    "gamma": "*fp32:16",
+    "b_at": "*i64:16",
+    "left": "*i32:16",
+    "scale_at": "*fp32:16",
+    "y_stride": "i32:16",
+    **dict.fromkeys(("width_0", "width_1", "width_2", "width_3"), "i32:16"),
+}
 
 
-def _shipped(
+def _signature(
     kernel: Any,  # noqa: ANN401
-    pointers: Mapping[Any, str],
-    constexprs: dict[str, int | bool],
-    warps: int,
-    stages: int,
-) -> Shipped:
+    types: Mapping[Any, str],
+    constants: Mapping[str, int | bool],
+) -> dict[str, str]:
     names: Iterable[str] = kernel.arg_names
-    signature = {
-        name: "constexpr" if name in constexprs else pointers.get(name, "i32") for name in names
-    }
-    return Shipped(kernel, signature, constexprs, warps, stages)
+    return {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
 
 
-def _unique(found: list[Shipped]) -> list[Shipped]:
-    return list(
-        {
-            (s.kernel.__name__, *s.constexprs.items(), s.num_warps, s.num_stages): s for s in found
-        }.values()
-    )
+def _joined(found: Iterable[Shipped]) -> list[Shipped]:
+    """Each variant once, with every architecture that launches it."""
+    joined: dict[object, Shipped] = {}
+    for entry in found:
+        key = (entry.kernel.__name__, *entry.constexprs.items(), *entry[3:5])
+        before = joined.get(key)
+        archs = entry.archs if before is None else (*before.archs, *entry.archs)
+        joined[key] = entry._replace(archs=archs)
+    return list(joined.values())

@@ -9,11 +9,14 @@ from fader_adapters.kernels.cuda import lora_kernels as kernels
 from fader_adapters.kernels.cuda.lora_buffers import DeviceTables, PhaseBuffers, StepBuffers
 from fader_adapters.kernels.cuda.lora_configs import (
     RESOLVE_BLOCK,
+    RESOLVE_STAGES,
+    RESOLVE_WARPS,
     TILE,
     Phase,
     SiteConfigs,
+    expand_constants,
+    shrink_constants,
 )
-from fader_adapters.kernels.cuda.tiles import LANES
 
 # A launch passes torch tensors and compile options, which a kernel's own signature does not show.
 _resolve_kernel: Any = kernels.resolve
@@ -81,9 +84,9 @@ def delta(y: torch.Tensor, x: torch.Tensor, site: DeltaSite, step: LoraStep) -> 
 
 
 def _shrink(x: torch.Tensor, site: DeltaSite, step: LoraStep, launch: PhaseLaunch) -> None:
-    config, shape = site.configs.shrink[launch.phase], TILE[launch.phase]
+    config = site.configs.shrink[launch.phase]
     buffers, at = step.buffers, launch.buffers
-    programs = min(config.programs, launch.cells // shape.group)
+    programs = min(config.programs, launch.cells // TILE[launch.phase].group)
     _shrink_kernel[(programs, config.splits, len(site.widths))](
         x,
         step.arena,
@@ -100,11 +103,7 @@ def _shrink(x: torch.Tensor, site: DeltaSite, step: LoraStep, launch: PhaseLaunc
         site.linear,
         buffers.left.shape[1],
         at.cells,
-        ROWS=shape.rows,
-        GROUP=shape.group,
-        BLOCK_K=config.block_k,
-        SPLITS=config.splits,
-        F32=x.dtype == torch.float32,
+        **shrink_constants(config, launch.phase, exact=x.dtype == torch.float32),
         num_warps=config.warps,
         num_stages=config.stages,
     )
@@ -112,6 +111,9 @@ def _shrink(x: torch.Tensor, site: DeltaSite, step: LoraStep, launch: PhaseLaunc
 
 def _expand(y: torch.Tensor, site: DeltaSite, step: LoraStep, launch: PhaseLaunch) -> None:
     config = site.configs.expand[launch.phase]
+    splits = site.configs.shrink[launch.phase].splits
+    exact = y.dtype == torch.float32
+    constants = expand_constants(config, launch.phase, splits=splits, exact=exact)
     buffers, at = step.buffers, launch.buffers
     blocks = sum(-(-width // config.block_n) for width in site.widths)
     _expand_kernel[(blocks, launch.tiles)](
@@ -133,11 +135,7 @@ def _expand(y: torch.Tensor, site: DeltaSite, step: LoraStep, launch: PhaseLaunc
         site.linear,
         buffers.left.shape[1],
         at.cells,
-        ROWS=TILE[launch.phase].rows,
-        BLOCK_N=config.block_n,
-        SPLITS=site.configs.shrink[launch.phase].splits,
-        LANES=LANES,
-        F32=y.dtype == torch.float32,
+        **constants,
         num_warps=config.warps,
         num_stages=config.stages,
     )
@@ -168,4 +166,6 @@ def resolve(
         linears,
         capacity,
         BLOCK=RESOLVE_BLOCK,
+        num_warps=RESOLVE_WARPS,
+        num_stages=RESOLVE_STAGES,
     )
