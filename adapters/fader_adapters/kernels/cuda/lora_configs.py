@@ -159,14 +159,14 @@ def shipped() -> list[Shipped]:
         for shrink in shrinks:
             constants = shrink_constants(shrink, phase, exact=False)
             signature = _signature(kernels.shrink, _SHRINK, constants)
-            entry = (kernels.shrink, signature, constants, shrink.warps, shrink.stages, (arch,))
-            found.append(Shipped(*entry))
+            launch = (shrink.warps, shrink.stages)
+            found.append(Shipped(kernels.shrink, signature, constants, *launch, archs=(arch,)))
         for splits in dict.fromkeys(config.splits for config in shrinks):
             for _, expand in EXPAND[arch, phase]:
                 constants = expand_constants(expand, phase, splits=splits, exact=False)
                 signature = _signature(kernels.expand, _EXPAND, constants)
-                entry = (kernels.expand, signature, constants, expand.warps, expand.stages, (arch,))
-                found.append(Shipped(*entry))
+                launch = (expand.warps, expand.stages)
+                found.append(Shipped(kernels.expand, signature, constants, *launch, archs=(arch,)))
     return _joined(found)
 
 
