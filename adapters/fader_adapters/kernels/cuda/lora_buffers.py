@@ -1,0 +1,121 @@
+"""Device memory of the delta kernels: the tables' copy and one step's tiles. Launches nothing."""
+
+from collections.abc import Sequence
+
+import torch
+
+from fader_adapters.kernels.cuda.step_layout import Capacity, PhaseAt, StepLayout
+from fader_adapters.kernels.cuda.tiles import CHUNK, StepTiles
+from fader_adapters.kernels.tables import Tables
+
+
+class DeviceTables:
+    """The GPU's copy of kernels.tables.Tables; no captured graph reads it, so it may move.
+
+    a_offset, b_offset  [slots, linears] int64;  rank int32;  scale float32
+    chunks              16-rank chunks of each slot's largest rank, on the host
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._source: Tables | None = None
+        self.generation = -1
+        self.chunks: Sequence[int] = ()
+        self.a_offset = self.b_offset = torch.empty(0, 0, dtype=torch.int64, device=device)
+        self.rank = torch.empty(0, 0, dtype=torch.int32, device=device)
+        self.scale = torch.empty(0, 0, dtype=torch.float32, device=device)
+
+    def refresh(self, tables: Tables) -> bool:
+        """Copy the tables if they changed, in order on the current stream; whether they did."""
+        if tables is self._source and tables.generation == self.generation:
+            return False
+        parts = (tables.a_offset, tables.b_offset, tables.rank, tables.scale)
+        sizes = [part.nbytes for part in parts]
+        staged = host_block(sum(sizes), torch.uint8, self._device)
+        for part, room in zip(parts, staged.split(sizes), strict=True):
+            room.copy_(part.contiguous().view(-1).view(torch.uint8))
+        copy = staged.to(self._device, non_blocking=True)
+        moved = [
+            room.view(part.dtype).view(part.shape)
+            for part, room in zip(parts, copy.split(sizes), strict=True)
+        ]
+        self.a_offset, self.b_offset, self.rank, self.scale = moved
+        largest = tables.rank.amax(dim=1) if tables.slots else tables.rank.new_zeros(0)
+        self.chunks = (-(-largest // CHUNK)).tolist()
+        self._source, self.generation = tables, tables.generation
+        return True
+
+
+class PhaseBuffers:
+    """The arrays of one phase of a step, at fixed addresses; see tiles.Phase."""
+
+    def __init__(self, block: torch.Tensor, at: PhaseAt, tiles: int, rows: int, cells: int) -> None:
+        self.header = block[at.header :]
+        self.tokens = block[at.tokens : at.tokens + tiles * rows]
+        self.first = block[at.first : at.first + tiles]
+        self.last = block[at.last : at.last + tiles]
+        self.cell = block[at.cell : at.cell + tiles]
+        self.cells = cells
+        """Capacity in cells."""
+
+
+class StepBuffers:
+    """Room for one step up to `capacity`; every tensor keeps its address for life.
+
+    block   int32 words: tiles and entries as StepLayout places them, one copy a step
+    a_at, b_at  [linears, entries] int64, left int32, scale_at float32: entries resolved per linear
+    z       float32 scratch of the widest site
+    """
+
+    def __init__(
+        self,
+        layout: StepLayout,
+        decode_rows: int,
+        linears: int,
+        z: int,
+        device: torch.device,
+    ) -> None:
+        self.layout = layout
+        capacity = self.capacity
+        self.block = torch.zeros(layout.words, dtype=torch.int32, device=device)
+        shape = (linears, capacity.entries)
+        self.a_at = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.b_at = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.left = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.scale_at = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.z = torch.empty(z, dtype=torch.float32, device=device)
+        self.decode = PhaseBuffers(
+            self.block, layout.decode, capacity.decode_tiles, decode_rows, capacity.decode_cells
+        )
+        self.prefill = PhaseBuffers(
+            self.block,
+            layout.prefill,
+            capacity.prefill_tiles,
+            layout.prefill_rows,
+            capacity.prefill_cells,
+        )
+        self.slot = self.block[layout.slot : layout.slot + capacity.entries]
+        self.chunk = self.block[layout.chunk : layout.chunk + capacity.entries]
+        self.gamma = self.block[layout.gamma :].view(torch.float32)
+
+    @property
+    def capacity(self) -> Capacity:
+        return self.layout.capacity
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.block, self.a_at, self.b_at, self.left, self.scale_at, self.z)
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def fill(self, step: StepTiles) -> None:
+        """One pinned copy, in order on the current stream; waits for nothing."""
+        staged = host_block(self.layout.words, torch.int32, self.block.device)
+        words = self.layout.pack(step, staged.numpy())
+        self.block[:words].copy_(staged[:words], non_blocking=True)
+
+
+def host_block(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Host memory for one copy to `device`. Pinned memory comes from torch's caching allocator,
+    which hands a block out again only when the copies from it are done.
+    """
+    return torch.empty(size, dtype=dtype, pin_memory=device.type == "cuda")

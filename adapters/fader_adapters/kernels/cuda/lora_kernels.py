@@ -1,0 +1,245 @@
+"""The batched delta in Triton: resolve, shrink, expand. Knows tiles and offsets, no models.
+
+y[t] += Σ_e γ[t,e]·s[e]·(x[t]·A_eᵀ)·B_e over the 16-rank entries e of the tile that holds row t
+(after Punica's shrink and expand; Chen et al. 2023). Every number that changes between steps is
+read from device memory. A row's bits depend on its own terms alone: an entry is one dot of 16
+ranks, in list order, and an entry with coefficient 0 is never read for the row and adds zeros.
+"""
+
+import triton
+import triton.language as tl
+
+CHUNK = tl.constexpr(16)
+SCAN = tl.constexpr(64)
+
+
+@triton.jit(do_not_specialize=["entries", "linears", "capacity"])
+def resolve(
+    slot: tl.tensor,
+    chunk: tl.tensor,
+    a_offset: tl.tensor,
+    b_offset: tl.tensor,
+    rank: tl.tensor,
+    scale: tl.tensor,
+    in_features: tl.tensor,
+    out_features: tl.tensor,
+    a_at: tl.tensor,
+    b_at: tl.tensor,
+    left: tl.tensor,
+    scale_at: tl.tensor,
+    entries: int,
+    linears: int,
+    capacity: int,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Look up every entry at every linear, once a step; grid (⌈entries/BLOCK⌉, linears).
+
+    slot, chunk              [entries] int32
+    a_offset, b_offset       [slots, linears] int64; rank int32; scale float32: the tables
+    in_features, out_features [linears] int32
+    a_at, b_at               [linears, capacity] int64, offset in the arena of the entry's first row
+    left                     [linears, capacity] int32, ranks of the entry, 0 to 16
+    scale_at                 [linears, capacity] float32, 0 where left is 0
+    """
+    linear = tl.program_id(1)
+    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = entry < entries
+    row = tl.load(slot + entry, mask=inside, other=0).to(tl.int64) * linears + linear
+    begin = tl.load(chunk + entry, mask=inside, other=0) * CHUNK
+    ranks = tl.load(rank + row, mask=inside, other=0) - begin
+    ranks = tl.minimum(tl.maximum(ranks, 0), CHUNK)
+    live = inside & (ranks > 0)
+    a = tl.load(a_offset + row, mask=live, other=0)
+    b = tl.load(b_offset + row, mask=live, other=0)
+    skip = tl.where(live, begin, 0).to(tl.int64)
+    to = linear.to(tl.int64) * capacity + entry
+    tl.store(a_at + to, a + skip * tl.load(in_features + linear), mask=inside)
+    tl.store(b_at + to, b + skip * tl.load(out_features + linear), mask=inside)
+    tl.store(left + to, ranks, mask=inside)
+    tl.store(scale_at + to, tl.load(scale + row, mask=live, other=0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["linear", "capacity", "cells"])
+def shrink(
+    x: tl.tensor,
+    arena: tl.tensor,
+    z: tl.tensor,
+    header: tl.tensor,
+    tokens: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
+    cell: tl.tensor,
+    a_at: tl.tensor,
+    left: tl.tensor,
+    width: int,
+    x_stride: int,
+    linear: tl.tensor,
+    capacity: tl.tensor,
+    cells: tl.tensor,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    F32: tl.constexpr,
+) -> None:
+    """z[member, split, cell, row, j] = Σ_k x[token, k]·A[j, k] over the split's part of k.
+
+    Grid (programs, SPLITS, members); programs stride over groups of GROUP cells of one tile.
+    x        [T, width] row stride x_stride
+    arena    the adapters' weights, x's dtype
+    z        [members, SPLITS, cells, ROWS, 16] float32; an entry without ranks at this linear
+             stays unwritten, as do the rows past the tile's last
+    header   [2] int32: tiles, cells in use;  tokens, first, last, cell: see tiles.Phase
+    a_at, left  [linears, capacity] as `resolve` leaves them; the site's first linear is `linear`
+    F32      float32 operands, multiplied as such
+    """
+    split = tl.program_id(1)
+    member = tl.program_id(2)
+    tiles = tl.load(header)
+    groups = tl.load(header + 1) // GROUP
+    table = (linear + member).to(tl.int64) * capacity
+    plane = (member * SPLITS + split).to(tl.int64) * cells
+    part = (width + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS) * BLOCK_K
+    k_begin = split * part
+    k_end = tl.minimum(k_begin + part, width)
+    lane = tl.arange(0, ROWS)
+    column = tl.arange(0, GROUP * CHUNK)
+    scan = tl.arange(0, SCAN)
+    depth = tl.arange(0, BLOCK_K)
+    for group in tl.range(tl.program_id(0), groups, tl.num_programs(0), num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
+        here = group * GROUP
+        tile = -1
+        for base in tl.range(0, tiles, SCAN, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
+            begins = tl.load(cell + base + scan, mask=base + scan < tiles, other=2147483647)
+            tile += tl.sum((begins <= here).to(tl.int32))
+        at = here - tl.load(cell + tile) + column // CHUNK
+        entry = tl.load(first + tile) + at
+        listed = entry < tl.load(last + tile)
+        ranks = tl.load(left + table + entry, mask=listed, other=0)
+        if tl.max(ranks) > 0:
+            live = column % CHUNK < ranks
+            a_row = tl.load(a_at + table + entry, mask=listed, other=0)
+            a_row = tl.multiple_of(a_row, 16) + (column % CHUNK).to(tl.int64) * width
+            token = tl.load(tokens + tile * ROWS + lane)
+            present = token >= 0
+            x_row = x + tl.where(present, token, 0).to(tl.int64)[:, None] * x_stride
+            acc = tl.full((ROWS, GROUP * CHUNK), 0, tl.float32)
+            for k in tl.range(k_begin, k_end, BLOCK_K):  # pyright: ignore[reportGeneralTypeIssues]
+                inside = k + depth < k_end
+                a = tl.load(
+                    arena + a_row[:, None] + (k + depth)[None, :],
+                    mask=live[:, None] & inside[None, :],
+                    other=0.0,
+                )
+                rows = tl.load(
+                    x_row + (k + depth)[None, :],
+                    mask=present[:, None] & inside[None, :],
+                    other=0.0,
+                )
+                if F32:
+                    acc = tl.dot(rows, tl.trans(a), acc, input_precision="ieee")
+                else:
+                    acc = tl.dot(rows, tl.trans(a), acc)
+            to = (plane + here + column // CHUNK) * (ROWS * CHUNK) + column % CHUNK
+            filled = present[:, None] & (ranks > 0)[None, :]
+            tl.store(z + to[None, :] + lane[:, None] * CHUNK, acc, mask=filled)
+
+
+@triton.jit(do_not_specialize=["linear", "capacity", "cells"])
+def expand(
+    y: tl.tensor,
+    arena: tl.tensor,
+    z: tl.tensor,
+    header: tl.tensor,
+    tokens: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
+    cell: tl.tensor,
+    gamma: tl.tensor,
+    b_at: tl.tensor,
+    left: tl.tensor,
+    scale_at: tl.tensor,
+    width_0: int,
+    width_1: int,
+    width_2: int,
+    width_3: int,
+    y_stride: int,
+    linear: tl.tensor,
+    capacity: tl.tensor,
+    cells: tl.tensor,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LANES: tl.constexpr,
+    F32: tl.constexpr,
+) -> None:
+    """y[token] += Σ_e coefficient·(Σ_split z)·B_e, rounded once; rows without terms stay untouched.
+
+    Grid (Σ ⌈width_i/BLOCK_N⌉, tiles); programs past the tiles in use return.
+    y        [T, Σ width_i] row stride y_stride; width_i: columns of member i, 0 when absent
+    z        [members, SPLITS, cells, ROWS, 16] float32 from `shrink`, planes summed in order
+    gamma    [entries, LANES] float32
+    b_at, left, scale_at  [linears, capacity] as `resolve` leaves them
+    The rest as in `shrink`.
+    """
+    tile = tl.program_id(1)
+    if tile >= tl.load(header):
+        return
+    block = tl.program_id(0)
+    member = 0
+    column = 0
+    width = width_0
+    blocks = (width_0 + BLOCK_N - 1) // BLOCK_N
+    if block >= blocks:
+        block -= blocks
+        member = 1
+        column = width_0
+        width = width_1
+        blocks = (width_1 + BLOCK_N - 1) // BLOCK_N
+        if block >= blocks:
+            block -= blocks
+            member = 2
+            column += width_1
+            width = width_2
+            blocks = (width_2 + BLOCK_N - 1) // BLOCK_N
+            if block >= blocks:
+                block -= blocks
+                member = 3
+                column += width_2
+                width = width_3
+    table = (linear + member).to(tl.int64) * capacity
+    lane = tl.arange(0, ROWS)
+    rank = tl.arange(0, CHUNK)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < width
+    token = tl.load(tokens + tile * ROWS + lane)
+    present = token >= 0
+    begin = tl.load(first + tile)
+    plane = cells.to(tl.int64) * (ROWS * CHUNK)
+    z_at = z + member * SPLITS * plane + tl.load(cell + tile).to(tl.int64) * (ROWS * CHUNK)
+    z_at = z_at + lane[:, None] * CHUNK + rank[None, :]
+    b_inside = rank[:, None].to(tl.int64) * width + n[None, :]
+    acc = tl.full((ROWS, BLOCK_N), 0, tl.float32)
+    touched = tl.full((ROWS,), 0, tl.int32)
+    for entry in tl.range(begin, tl.load(last + tile)):  # pyright: ignore[reportGeneralTypeIssues]
+        live = rank < tl.load(left + table + entry)
+        coefficient = tl.load(gamma + entry * LANES + lane % LANES)
+        coefficient = coefficient * tl.load(scale_at + table + entry)
+        used = present & (coefficient != 0)
+        wanted = used[:, None]
+        here = z_at + (entry - begin) * (ROWS * CHUNK)
+        total = tl.load(here, mask=wanted, other=0.0)
+        for split in tl.static_range(1, SPLITS):  # pyright: ignore[reportGeneralTypeIssues]
+            total += tl.load(here + split * plane, mask=wanted, other=0.0)
+        total = tl.where(wanted & live[None, :], total * coefficient[:, None], 0.0)
+        b_row = tl.multiple_of(tl.load(b_at + table + entry), 16)
+        b = tl.load(arena + b_row + b_inside, mask=live[:, None] & inside[None, :], other=0.0)
+        if F32:
+            acc = tl.dot(total, b, acc, input_precision="ieee")
+        else:
+            acc = tl.dot(total.to(b.dtype), b, acc)
+        touched = touched | used.to(tl.int32)
+    y_at = y + tl.where(present, token, 0).to(tl.int64)[:, None] * y_stride + (column + n)[None, :]
+    changed = (touched != 0)[:, None] & inside[None, :]
+    base = tl.load(y_at, mask=changed, other=0.0).to(tl.float32)
+    tl.store(y_at, base + acc, mask=changed)
