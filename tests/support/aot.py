@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import fader_adapters.kernels.cuda as cuda
 
@@ -25,6 +25,8 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory one program may have."""
 
 ROOT = Path(__file__).parents[2]
+
+Pick = Literal["kernels", "tiles", "all"]
 
 
 @dataclass(frozen=True)
@@ -65,15 +67,16 @@ def config_modules() -> list[str]:
     return [name for name in names if name.endswith("_configs")]
 
 
-def compile_shipped(modules: Sequence[str], cache: Path, *, sample: bool) -> list[Compiled]:
+def compile_shipped(modules: Sequence[str], cache: Path, *, pick: Pick) -> list[Compiled]:
     """Compile what the modules' `shipped()` lists, for each architecture, reusing `cache`.
 
-    sample  only the first configuration of each kernel, signature and set of warps
+    pick  "kernels": the first configuration of each kernel; "tiles": the first of each kernel and
+          set of constants that are no flags; "all"
     """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(cache)
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
-    request = json.dumps({"modules": list(modules), "sample": sample})
+    request = json.dumps({"modules": list(modules), "pick": pick})
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.aot"],
         input=request,
@@ -150,18 +153,27 @@ def _disassemble(cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def _likeness(entry: Sequence[Any], pick: Pick) -> tuple[object, ...]:
+    """What of a configuration must differ from those picked before."""
+    kernel, signature, constexprs, warps, stages = entry[:5]
+    if pick == "kernels":
+        return (kernel.__name__,)
+    if pick == "tiles":
+        sizes = {k: v for k, v in constexprs.items() if not isinstance(v, bool)}
+        return kernel.__name__, repr(sizes), warps, stages
+    return kernel.__name__, repr((signature, constexprs)), warps, stages
+
+
 def _worker() -> None:
     request = json.load(sys.stdin)
     results, seen = [], set()
     for name in request["modules"]:
         for entry in importlib.import_module(name).shipped():
-            kernel, signature, _, warps, _ = entry[:5]
             for arch in entry[5] if len(entry) > 5 else ARCHS:
-                key = (name, kernel.__name__, repr(signature), warps, arch)
-                if request["sample"] and key in seen:
-                    continue
-                seen.add(key)
-                results.append(asdict(_compile(name, entry, arch)))
+                key = (name, arch, *_likeness(entry, request["pick"]))
+                if key not in seen:
+                    seen.add(key)
+                    results.append(asdict(_compile(name, entry, arch)))
     sys.stdout.write("\n" + json.dumps(results) + "\n")
 
 

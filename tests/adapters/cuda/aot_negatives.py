@@ -61,7 +61,7 @@ def shipped() -> list[tuple]:
         "n": "i32:16",
         "blocks": "i32:16",
     }
-    spilling = configs.Launch(256, 128, 4, 2)
+    spilling = configs.Launch(256, 64, 4, 2)
     too_big = configs.Launch(128, 128, 8, 14)
     found: list[tuple] = [(select_tree, tree, {"BM": 16, "BN": 128}, 4, 4)]
     for launch in (spilling, too_big):

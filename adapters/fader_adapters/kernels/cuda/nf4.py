@@ -13,7 +13,7 @@ from fader_adapters.kernels.cuda.nf4_kernels import nf4_dense, nf4_gemm, nf4_sum
 from fader_adapters.kernels.cuda.nf4_tiles import TILE, Nf4Tiles, tile
 from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight, dense, stack
 
-_WORDS = table_words()
+_WORDS = {f"w{i}": word for i, word in enumerate(table_words())}
 
 
 class Scratch:
@@ -114,12 +114,12 @@ class Nf4Linear:
             out if bias is None else bias,
             self._scratch.table,
             out,
-            rows,
-            tiles.out_features,
-            tiles.blocks,
-            self._split_blocks,
-            x.stride(0) if rows > 1 else self.in_features,
-            *_WORDS,
+            rows=rows,
+            n=tiles.out_features,
+            blocks=tiles.blocks,
+            split_blocks=self._split_blocks,
+            x_stride=x.stride(0) if rows > 1 else self.in_features,
+            **_WORDS,
             **configs.gemm_constants(config, bias=bias is not None, exact=not x.is_cuda),
             **_options(config.warps, config.stages),
         )
