@@ -4,16 +4,17 @@ pipeline, the matrix units, addresses past 2³¹)."""
 import pytest
 import torch
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-]
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
 from fader_adapters.kernels.cuda import nf4
 from fader_adapters.kernels.cuda import nf4_configs as configs
 from fader_adapters.kernels.nf4 import Nf4Weight
 from tests.support.nf4_weights import random_weight, rms, values
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
 
 BF16 = torch.bfloat16
 SHAPES = [(128, 64), (200, 1024), (1024, 4096), (4096, 4096), (6144, 4096), (1000, 14336)]
