@@ -1,8 +1,12 @@
-"""Kernels run in Triton's interpreter here, unless the machine has a GPU."""
+"""Without a GPU the kernels of this folder run in Triton's interpreter, in float32 on the CPU."""
 
 import os
+import sys
 
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ["TRITON_INTERPRET"] = "1"
+    # Triton decides at its import which kind of function it makes; an earlier import was without
+    for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
+        del sys.modules[name]
