@@ -186,6 +186,20 @@ def test_blocks_that_would_straddle_rows_are_refused() -> None:
         tile([random_weight(64, 96)])
 
 
+def test_a_shape_listed_for_the_scratch_never_runs_the_fused_kernel(
+    monkeypatch: pytest.MonkeyPatch, scratch: nf4.Scratch
+) -> None:
+    weight, x, ran = random_weight(128, 128), torch.randn(2, 128), []
+    linear = nf4.Nf4Linear([weight], None, scratch)
+    gemm = linear._gemm
+    monkeypatch.setattr(linear, "_gemm", lambda *args: (ran.append(1), gemm(*args)))
+    linear(x)
+    assert ran == [1]
+    monkeypatch.setattr(configs, "METHODS", {(80, 128, 128): "scratch"})
+    assert rms(linear(x), expect(x, weight, None)) <= LIMIT
+    assert ran == [1]
+
+
 def test_the_form_is_chosen_once_by_the_table(
     monkeypatch: pytest.MonkeyPatch, scratch: nf4.Scratch
 ) -> None:

@@ -83,9 +83,9 @@ class Nf4Linear:
         out = torch.empty(x.shape[0], self.out_features, dtype=x.dtype, device=x.device)
         if not x.shape[0]:
             return out
-        if x.dtype == (torch.bfloat16 if x.is_cuda else torch.float32) and (
-            x.shape[0] <= configs.FUSED_ROWS
-        ):
+        method = configs.method(self._arch, self.out_features, self.in_features, x.shape[0])
+        fusible = x.dtype == (torch.bfloat16 if x.is_cuda else torch.float32)
+        if fusible and method != "scratch":
             return self.fused(x, out)
         return self.through_scratch(x, out)
 
