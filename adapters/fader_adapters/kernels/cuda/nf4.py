@@ -1,0 +1,240 @@
+"""Base linears over NF4 on a GPU: who multiplies is chosen once, at construction, by shape and
+machine. Knows weights and rows, not sites, deltas or steps."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fader_adapters.errors import KernelUnavailable
+from fader_adapters.kernels.cuda import nf4_configs as configs
+from fader_adapters.kernels.cuda.nf4_codes import CODES, table_words
+from fader_adapters.kernels.cuda.nf4_kernels import nf4_dense, nf4_gemm, nf4_sum
+from fader_adapters.kernels.cuda.nf4_tiles import TILE, Nf4Tiles, tile
+from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight, dense, stack
+
+_WORDS = {f"w{i}": word for i, word in enumerate(table_words())}
+
+
+class Scratch:
+    """The buffer that dequantised weights pass through, one for all linears of a backend.
+
+    Taken once and never moved, so a captured graph may hold its address. Calls that share it must
+    follow one another on one stream.
+    """
+
+    def __init__(self, device: torch.device, nbytes: int = 64 << 20) -> None:
+        self.table = torch.tensor(CODES, dtype=torch.float32, device=device)
+        """[16] fp32, the codes."""
+        self._buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return self._buffer.nbytes
+
+    def most_rows(self, width: int, dtype: torch.dtype) -> int:
+        """Rows of `width` that fit, a multiple of the tile. Raises KernelUnavailable for none."""
+        rows = self.nbytes // (width * dtype.itemsize) // TILE * TILE
+        if not rows:
+            raise KernelUnavailable(
+                f"a scratch of {self.nbytes} bytes does not hold {TILE} rows of {width} weights "
+                f"in {dtype}; give the backend a larger one"
+            )
+        return rows
+
+    def take(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """[rows, width] of whatever the last user left there."""
+        return self._buffer[: rows * width * dtype.itemsize].view(dtype).view(rows, width)
+
+
+class Nf4Linear:
+    """W in tiles, 0.5625 byte a weight: x·Wᵀ + b by the fused kernel, or through the scratch.
+
+    Up to configs.FUSED_ROWS rows of bf16 go to the fused kernel, as fp32 rows on a CPU (Triton's
+    interpreter, for tests) do; more rows and other dtypes to dequantised chunks and torch.mm.
+    Up to configs.DECODE_ROWS a row's bits do not depend on the other rows or their number.
+    A call allocates its output and its fp32 planes, from the caching allocator; it never waits
+    for the device and takes nothing that changes between calls but x.
+    """
+
+    def __init__(
+        self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None, scratch: Scratch
+    ) -> None:
+        """weights are stacked by rows and copied; bias [Σ out] is kept. Raises BaseUnsupported."""
+        self.tiles = tile(weights)
+        self.bias = bias
+        self.out_features = self.tiles.out_features
+        self.in_features = self.tiles.in_features
+        self._scratch = scratch
+        self._arch = _arch(self.tiles.codes.device) or 80
+        self._split_blocks = configs.split_blocks(self._arch, self.out_features, self.in_features)
+
+    @property
+    def splits(self) -> int:
+        """Planes that the fused kernel writes; one means it writes the result itself."""
+        return -(-self.tiles.blocks // self._split_blocks)
+
+    @property
+    def nbytes(self) -> int:
+        return self.tiles.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] → [T, out] in x's dtype, summed in fp32 and rounded once."""
+        out = torch.empty(x.shape[0], self.out_features, dtype=x.dtype, device=x.device)
+        if not x.shape[0]:
+            return out
+        method = configs.method(self._arch, self.out_features, self.in_features, x.shape[0])
+        fusible = x.dtype == (torch.bfloat16 if x.is_cuda else torch.float32)
+        if fusible and method != "scratch":
+            return self.fused(x, out)
+        return self.through_scratch(x, out)
+
+    def fused(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Write x·Wᵀ + b to `out` [T, out], contiguous, by the fused kernel: bf16; fp32 on CPU."""
+        assert out.is_contiguous()
+        if self.splits == 1:
+            self._gemm(x, out, self.bias)
+            return out
+        rows, n = out.shape
+        planes = torch.empty(self.splits, rows, n, dtype=torch.float32, device=x.device)
+        self._gemm(x, planes, None)
+        add_planes(planes, self.bias, out)
+        return out
+
+    def _gemm(self, x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None) -> None:
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        rows, tiles = x.shape[0], self.tiles
+        config = configs.launch(self._arch, rows)
+        grid = (-(-tiles.out_features // config.bn), self.splits, -(-rows // config.bm))
+        nf4_gemm[grid](
+            x,
+            tiles.codes,
+            tiles.scales,
+            out if bias is None else bias,
+            self._scratch.table,
+            out,
+            rows=rows,
+            n=tiles.out_features,
+            blocks=tiles.blocks,
+            split_blocks=self._split_blocks,
+            x_stride=x.stride(0) if rows > 1 else self.in_features,
+            **_WORDS,
+            **configs.gemm_constants(config, bias=bias is not None, exact=not x.is_cuda),
+            **_options(config.warps, config.stages),
+        )
+
+    def through_scratch(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Write x·Wᵀ + b to `out` [T, out] over dequantised chunks of rows; W is rounded once."""
+        step = self._scratch.most_rows(self.in_features, x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        for first in range(0, self.out_features, step):
+            last = min(first + step, self.out_features)
+            weight = self._scratch.take(last - first, self.in_features, x.dtype)
+            dequantise(self.tiles, weight, self._scratch.table, first=first)
+            if bias is None:
+                torch.mm(x, weight.T, out=out[:, first:last])
+            else:
+                torch.addmm(bias[first:last], x, weight.T, out=out[:, first:last])
+        return out
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """W [out, in]: code · absmax in fp32, rounded once."""
+        out = torch.empty(
+            self.out_features, self.in_features, dtype=dtype, device=self.tiles.codes.device
+        )
+        dequantise(self.tiles, out, self._scratch.table)
+        return out
+
+
+class BitsandbytesLinear:
+    """W in bitsandbytes' own bytes and its own choice of kernels, on machines ours do not know.
+
+    A row's bits depend on the number of rows here: bitsandbytes changes kernels with it.
+    """
+
+    def __init__(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> None:
+        self._weight = stack(weights)
+        self.bias = bias
+        self.out_features = self._weight.out_features
+        self.in_features = self._weight.in_features
+
+    @property
+    def nbytes(self) -> int:
+        return self._weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] → [T, out] in x's dtype."""
+        if not x.shape[0]:
+            return x.new_empty(0, self.out_features)
+        return torch.ops.bitsandbytes.gemm_4bit.default(
+            x,
+            self._weight.packed,
+            [self.out_features, self.in_features],
+            self._weight.absmax,
+            BLOCK,
+            "nf4",
+            None if self.bias is None else self.bias.to(x.dtype),
+        )
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """W [out, in]."""
+        return dense(self._weight, dtype)
+
+
+def linear(
+    weights: Sequence[Nf4Weight], bias: torch.Tensor | None, scratch: Scratch
+) -> Nf4Linear | BitsandbytesLinear:
+    """The base linear of this shape on the weights' device; the one choice between the two."""
+    n, k = sum(w.out_features for w in weights), weights[0].in_features
+    if configs.method(_arch(weights[0].packed.device), n, k, 1) == "bitsandbytes":
+        return BitsandbytesLinear(weights, bias)
+    return Nf4Linear(weights, bias, scratch)
+
+
+def add_planes(planes: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """out [T, n] = Σ planes [S, T, n] in ascending order + bias [n], rounded once. Contiguous."""
+    splits, rows, n = planes.shape
+    nf4_sum[(-(-n // configs.SUM_COLUMNS), rows)](
+        planes,
+        planes if bias is None else bias,
+        out,
+        rows,
+        n,
+        **configs.sum_constants(splits, bias=bias is not None),
+        **_options(configs.SMALL_WARPS, 1),
+    )
+
+
+def dequantise(tiles: Nf4Tiles, out: torch.Tensor, table: torch.Tensor, *, first: int = 0) -> None:
+    """Write rows first.. of W to `out` [rows, in], contiguous, any float dtype.
+
+    first  a multiple of 128
+    table  [16] fp32, the codes
+    """
+    assert first % TILE == 0
+    assert out.is_contiguous()
+    grid = (-(-out.shape[0] // configs.DENSE_ROWS), tiles.blocks)
+    nf4_dense[grid](
+        tiles.codes,
+        tiles.scales,
+        table,
+        out,
+        first + out.shape[0],
+        tiles.blocks,
+        first // TILE,
+        **configs.dense_constants(),
+        **_options(configs.SMALL_WARPS, 1),
+    )
+
+
+def _arch(device: torch.device) -> int:
+    """The tables for a device; those of sm_80 for a CPU, where Triton interprets."""
+    if device.type != "cuda":
+        return 80
+    return configs.family(torch.cuda.get_device_capability(device))
+
+
+def _options(warps: int, stages: int) -> dict[str, Any]:
+    """Options of a launch, which are no parameters of the kernel."""
+    return {"num_warps": warps, "num_stages": stages}

@@ -1,0 +1,174 @@
+"""Which NF4 kernel runs for which machine and shape, and how. Frozen tables, no tuning."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+Method = Literal["triton", "bitsandbytes", "scratch"]
+
+DECODE_ROWS = 64
+"""Up to this many rows a row's bits do not depend on the number of rows."""
+
+FUSED_ROWS = 128
+"""Beyond this many rows W is dequantised once into a scratch and multiplied by the vendor's GEMM:
+there the fused kernel would decode every weight once for each tile of rows."""
+
+SUM_COLUMNS = 1024
+DENSE_ROWS = 64
+"""Columns of a program of nf4_sum, rows of a program of nf4_dense."""
+
+SMALL_WARPS = 4
+"""Warps of those two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How nf4_gemm runs: rows of x and of W in a tile, warps, and stages of its pipeline."""
+
+    bm: int
+    bn: int
+    warps: int
+    stages: int
+
+
+class Shipped(NamedTuple):
+    """One compilation of a kernel that a server can run into.
+
+    signature is {argument: type} without the constants; ":16" marks a multiple of 16.
+    """
+
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    archs: tuple[int, ...] = (80, 90)
+
+
+LAUNCHES: Mapping[tuple[int, int], Launch] = {
+    (90, 16): Launch(16, 128, 4, 6),
+    (90, 32): Launch(32, 128, 4, 5),
+    (90, 64): Launch(64, 128, 4, 4),
+    (90, 128): Launch(128, 128, 8, 4),
+    (80, 16): Launch(16, 128, 4, 6),
+    (80, 32): Launch(32, 128, 4, 5),
+    (80, 64): Launch(64, 128, 4, 4),
+    (80, 128): Launch(128, 128, 8, 3),
+}
+"""(arch, most rows) → launch. All tiles of one arch use one matrix instruction, so that their bits
+agree; tiles of fewer than 16 rows would fall from wgmma to mma.sync on sm_90."""
+
+MULTIPROCESSORS: Mapping[int, int] = {80: 108, 90: 132}
+"""Of the largest card, as a constant: a row's bits depend on the split, so the split must not
+depend on the card a server happens to run on."""
+
+LEAST_SPLIT_BLOCKS = 8
+MOST_SPLITS = 8
+
+METHODS: Mapping[tuple[int, int, int], Method] = {}
+"""(arch, n, k) → the method of up to FUSED_ROWS rows, where it is not the default."""
+
+
+def family(capability: tuple[int, int]) -> int:
+    """The tables for a compute capability: 90, 80, or 0 where the Triton kernels are not used."""
+    if capability == (9, 0):
+        return 90
+    return 80 if capability[0] == 8 else 0
+
+
+def method(arch: int, n: int, k: int, rows: int) -> Method:
+    """How x [rows, k] is multiplied by W [n, k] in bf16 on `arch`, a value of `family`.
+
+    bitsandbytes serves every number of rows, as it keeps the weight in another form and chooses
+    among its own kernels. It is the default wherever ours were never compiled and checked.
+    """
+    if arch not in MULTIPROCESSORS:
+        return "bitsandbytes"
+    chosen = METHODS.get((arch, n, k), "triton")
+    return "scratch" if chosen == "triton" and rows > FUSED_ROWS else chosen
+
+
+def launch(arch: int, rows: int) -> Launch:
+    """The tile for this many rows; more rows than the largest tile take several of those."""
+    bucket = next((b for b in (16, 32, 64) if rows <= b), 128)
+    return LAUNCHES[arch, bucket]
+
+
+def split_blocks(arch: int, n: int, k: int) -> int:
+    """Blocks of 64 columns that one split covers; all of k where n alone fills the machine.
+
+    Depends on the shape only, so that a row's sums are cut alike in every step.
+    """
+    blocks, tiles = k // 64, -(-n // 128)
+    splits = 1
+    while (
+        splits < MOST_SPLITS
+        and 2 * splits * tiles <= 2 * MULTIPROCESSORS[arch]
+        and blocks >= 2 * splits * LEAST_SPLIT_BLOCKS
+    ):
+        splits *= 2
+    return -(-blocks // splits)
+
+
+def gemm_constants(config: Launch, *, bias: bool, exact: bool) -> dict[str, Any]:
+    """The constants of nf4_gemm."""
+    return {
+        "BM": config.bm,
+        "BN": config.bn,
+        "HAS_BIAS": bias,
+        "EXACT": exact,
+        "STAGES": config.stages,
+    }
+
+
+def sum_constants(splits: int, *, bias: bool) -> dict[str, Any]:
+    """The constants of nf4_sum."""
+    return {"SPLITS": splits, "HAS_BIAS": bias, "BLOCK": SUM_COLUMNS}
+
+
+def dense_constants() -> dict[str, Any]:
+    """The constants of nf4_dense."""
+    return {"ROWS": DENSE_ROWS}
+
+
+def shipped() -> list[Shipped]:
+    """Every compilation that Nf4Linear can need in bf16 on sm_80 and sm_90. Imports Triton."""
+    from fader_adapters.kernels.cuda import nf4_kernels as kernels
+
+    found = []
+    for (arch, _), config in LAUNCHES.items():
+        for out, bias in (("fp32", False), ("bf16", False), ("bf16", True)):
+            signature = _GEMM | {"out_ptr": f"*{out}:16"}
+            constants = gemm_constants(config, bias=bias, exact=False)
+            entry = (kernels.nf4_gemm, signature, constants, config.warps, config.stages, (arch,))
+            found.append(Shipped(*entry))
+    for splits in (2, 4, MOST_SPLITS):
+        for bias in (False, True):
+            constants = sum_constants(splits, bias=bias)
+            found.append(Shipped(kernels.nf4_sum, _SUM, constants, SMALL_WARPS, 1))
+    for out in ("bf16", "fp16", "fp32"):
+        signature = _DENSE | {"out_ptr": f"*{out}:16"}
+        found.append(Shipped(kernels.nf4_dense, signature, dense_constants(), SMALL_WARPS, 1))
+    return found
+
+
+_WEIGHT = {"codes_ptr": "*u8:16", "scales_ptr": "*fp32:16", "table_ptr": "*fp32:16"}
+_GEMM = {
+    "x_ptr": "*bf16:16",
+    **_WEIGHT,
+    "bias_ptr": "*bf16:16",
+    "rows": "i32",
+    "n": "i32:16",
+    "blocks": "i32",
+    "split_blocks": "i32",
+    "x_stride": "i32:16",
+    **{f"w{i}": "i32" for i in range(8)},
+}
+_SUM = {
+    "planes_ptr": "*fp32:16",
+    "bias_ptr": "*bf16:16",
+    "out_ptr": "*bf16:16",
+    "rows": "i32",
+    "n": "i32:16",
+}
+_DENSE = {**_WEIGHT, "n": "i32:16", "blocks": "i32", "first_tile": "i32"}

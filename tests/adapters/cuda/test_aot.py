@@ -1,0 +1,115 @@
+"""Every configuration that can ship compiles for sm_80 and sm_90, without spills and within shared
+memory; the NF4 decode loop stays within its budget of instructions."""
+
+from collections.abc import Callable
+
+import pytest
+
+pytest.importorskip("triton", reason="kernels are compiled with Triton, which is not installed")
+
+from tests.support import aot
+
+NF4 = "fader_adapters.kernels.cuda.nf4_configs"
+NEGATIVES = "tests.adapters.cuda.aot_negatives"
+
+LOOP_BUDGET = {
+    (80, 16): 7.2,
+    (80, 32): 8.8,
+    (80, 64): 11.0,
+    (80, 128): 20.5,
+    (90, 16): 5.7,
+    (90, 32): 6.0,
+    (90, 64): 6.6,
+    (90, 128): 9.2,
+}
+"""Instructions a weight in the main loop, per architecture and rows of a tile; about 4 would be
+free at the bandwidth of an H200, and a select tree takes 24."""
+
+Compile = Callable[..., list[aot.Compiled]]
+
+
+@pytest.fixture(scope="session")
+def compiled(pytestconfig: pytest.Config) -> Compile:
+    """Compile modules' configurations, each request once a session, machine code kept between."""
+    cache = pytestconfig.cache
+    assert cache is not None
+    folder, results = cache.mkdir("aot"), {}
+
+    def run(modules: tuple[str, ...], pick: aot.Pick = "all") -> list[aot.Compiled]:
+        if (modules, pick) not in results:
+            results[modules, pick] = aot.compile_shipped(modules, folder, pick=pick)
+        return results[modules, pick]
+
+    return run
+
+
+def per_weight(made: aot.Compiled) -> float:
+    """Instructions of the main loop over the weights a thread decodes in a turn of it."""
+    assert made.loop
+    return sum(made.loop.values()) / (made.constexprs["BN"] * 64 / (32 * made.warps))
+
+
+def products(found: list[aot.Compiled]) -> list[aot.Compiled]:
+    return [made for made in found if made.kernel == "nf4_gemm"]
+
+
+def over_budget(found: list[aot.Compiled]) -> list[str]:
+    return [
+        f"{made}: {per_weight(made):.2f} instructions a weight"
+        for made in found
+        if per_weight(made) > LOOP_BUDGET[made.arch, made.constexprs["BM"]]
+    ]
+
+
+def waiting_loads(found: list[aot.Compiled]) -> list[str]:
+    """Loads in the main loop that are not copied ahead of their use."""
+    return [f"{made}: {made.loop['LDG']} loads" for made in found if "LDG" in (made.loop or {})]
+
+
+def test_the_modules_of_the_package_are_discovered() -> None:
+    assert NF4 in aot.config_modules()
+    assert NEGATIVES not in aot.config_modules()
+
+
+def test_each_kernel_compiles_without_spills_and_within_shared_memory(compiled: Compile) -> None:
+    found = compiled(tuple(aot.config_modules()), pick="kernels")
+    assert {made.arch for made in found} == set(aot.ARCHS)
+    assert {made.module for made in found} == set(aot.config_modules())
+    assert [line for made in found for line in made.complaints] == []
+
+
+def test_a_spill_an_oversize_and_an_error_are_seen(compiled: Compile) -> None:
+    for arch in aot.ARCHS:
+        tree, spilling, too_big, broken = (m for m in compiled((NEGATIVES,)) if m.arch == arch)
+        assert not tree.complaints
+        assert "spilling stores" in spilling.complaints[0]
+        assert "bytes of shared memory" in too_big.complaints[0]
+        assert broken.error
+
+
+def test_a_select_tree_and_a_waiting_load_are_seen(compiled: Compile) -> None:
+    trees = [made for made in compiled((NEGATIVES,)) if made.kernel == "select_tree"]
+    trees = [made for made in trees if not made.error]
+    assert len(trees) == len(over_budget(trees)) == len(waiting_loads(trees)) == len(aot.ARCHS)
+
+
+def test_the_decode_loop_keeps_to_its_budget_and_never_waits(compiled: Compile) -> None:
+    found = products(compiled((NF4,), pick="tiles"))
+    assert {(made.arch, made.constexprs["BM"]) for made in found} == set(LOOP_BUDGET)
+    assert over_budget(found) == []
+    assert waiting_loads(found) == []
+
+
+def test_all_tiles_of_an_architecture_use_one_matrix_instruction(compiled: Compile) -> None:
+    """Else a row's bits would change with the number of rows."""
+    for made in products(compiled((NF4,), pick="tiles")):
+        used = {"HMMA", "HGMMA"} & set(made.loop or {})
+        assert used == {"HGMMA" if made.arch == 90 else "HMMA"}, str(made)
+
+
+@pytest.mark.slow
+def test_every_shipped_configuration_compiles(compiled: Compile) -> None:
+    found = compiled(tuple(aot.config_modules()))
+    assert [line for made in found for line in made.complaints] == []
+    assert over_budget(products(found)) == []
+    assert waiting_loads(products(found)) == []

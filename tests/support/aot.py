@@ -1,0 +1,181 @@
+"""Compiles kernels for GPUs this machine does not have and reads what the compiler made of them.
+
+A configuration is (kernel, signature, constexprs, warps, stages[, archs]), as `shipped()` of a
+`*_configs` module lists them; ":16" after a type marks a multiple of 16, and pointers always are.
+The compiler runs in a process of its own, because Triton's interpreter is chosen at import.
+"""
+
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import fader_adapters.kernels.cuda as cuda
+
+ARCHS = (80, 90)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+"""Bytes of shared memory one program may have."""
+
+ROOT = Path(__file__).parents[2]
+
+Pick = Literal["kernels", "tiles", "all"]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One configuration on one architecture; what is 0 or empty if it did not compile."""
+
+    module: str
+    kernel: str
+    constexprs: dict[str, Any]
+    warps: int
+    arch: int
+    error: str = ""
+    shared: int = 0
+    spills: int = 0
+    """Instructions that store to local memory."""
+    loop: dict[str, int] | None = None
+    """Instructions of the loop around the matrix instructions, by opcode."""
+
+    @property
+    def complaints(self) -> list[str]:
+        """Why it must not ship; empty when nothing is wrong."""
+        if self.error:
+            return [f"{self}: {self.error}"]
+        found = []
+        if self.spills:
+            found.append(f"{self}: {self.spills} spilling stores")
+        if self.shared > SHARED_LIMIT[self.arch]:
+            found.append(f"{self}: {self.shared} bytes of shared memory")
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.kernel} {self.constexprs} warps={self.warps} sm_{self.arch}"
+
+
+def config_modules() -> list[str]:
+    """Every module of the CUDA package that ships configurations."""
+    names = (m.name for m in pkgutil.iter_modules(cuda.__path__, f"{cuda.__name__}."))
+    return [name for name in names if name.endswith("_configs")]
+
+
+def compile_shipped(modules: Sequence[str], cache: Path, *, pick: Pick) -> list[Compiled]:
+    """Compile what the modules' `shipped()` lists, for each architecture, reusing `cache`.
+
+    pick  "kernels": the first configuration of each kernel; "tiles": the first of each kernel and
+          set of constants that are no flags; "all"
+    """
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(cache)
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
+    request = json.dumps({"modules": list(modules), "pick": pick})
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.aot"],
+        input=request,
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=ROOT,
+    )
+    if done.returncode:
+        raise RuntimeError(f"the compiler process failed:\n{done.stderr[-4000:]}")
+    return [Compiled(**entry) for entry in json.loads(done.stdout.splitlines()[-1])]
+
+
+def main_loop(sass: str) -> dict[str, int]:
+    """Opcodes of the longest loop that holds a matrix instruction, counted; empty without one."""
+    instructions: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    loops: list[list[str]] = []
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_\S+):", line):
+            labels[label[1]] = len(instructions)
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)(.*);", line):
+            instructions.append((found[1], found[2]))
+    for end, (opcode, operands) in enumerate(instructions):
+        target = re.search(r"\((\.L_\S+)\)", operands) if opcode == "BRA" else None
+        if target and labels.get(target[1], end + 1) <= end:
+            body = [name for name, _ in instructions[labels[target[1]] : end + 1]]
+            if {"HMMA", "HGMMA"} & set(body):
+                loops.append(body)
+    body = max(loops, key=len, default=[])
+    return {name: body.count(name) for name in sorted(set(body))}
+
+
+def _compile(module: str, entry: Sequence[Any], arch: int) -> Compiled:
+    kernel, _, constexprs, warps, _ = entry[:5]
+    made = Compiled(module, kernel.__name__, constexprs, warps, arch)
+    try:
+        shared, cubin = _cubin(entry, arch)
+    except Exception as error:  # noqa: BLE001  (whatever the compiler raises is the result)
+        return Compiled(**asdict(made) | {"error": f"{type(error).__name__}: {error}"[:2000]})
+    sass = _disassemble(cubin)
+    spills = len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/.*\bSTL\b", sass, re.MULTILINE))
+    result = {"shared": shared, "spills": spills, "loop": main_loop(sass)}
+    return Compiled(**asdict(made) | result)
+
+
+def _cubin(entry: Sequence[Any], arch: int) -> tuple[int, bytes]:
+    """Shared memory and machine code of one configuration."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, signature, constexprs, warps, stages = entry[:5]
+    types, attrs = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        kind, _, multiple = signature.get(name, "constexpr").partition(":")
+        types[name] = kind
+        if multiple or kind.startswith("*"):
+            attrs[(index,)] = [["tt.divisibility", 16]]
+    constants = {(kernel.arg_names.index(name),): value for name, value in constexprs.items()}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attrs)
+    options = {"num_warps": warps, "num_stages": stages}
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return made.metadata.shared, made.asm["cubin"]
+
+
+def _disassemble(cubin: bytes) -> str:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _likeness(entry: Sequence[Any], pick: Pick) -> tuple[object, ...]:
+    """What of a configuration must differ from those picked before."""
+    kernel, signature, constexprs, warps, stages = entry[:5]
+    if pick == "kernels":
+        return (kernel.__name__,)
+    if pick == "tiles":
+        sizes = {k: v for k, v in constexprs.items() if not isinstance(v, bool)}
+        return kernel.__name__, repr(sizes), warps, stages
+    return kernel.__name__, repr((signature, constexprs)), warps, stages
+
+
+def _worker() -> None:
+    request = json.load(sys.stdin)
+    results, seen = [], set()
+    for name in request["modules"]:
+        for entry in importlib.import_module(name).shipped():
+            for arch in entry[5] if len(entry) > 5 else ARCHS:
+                key = (name, arch, *_likeness(entry, request["pick"]))
+                if key not in seen:
+                    seen.add(key)
+                    results.append(asdict(_compile(name, entry, arch)))
+    sys.stdout.write("\n" + json.dumps(results) + "\n")
+
+
+if __name__ == "__main__":
+    _worker()
