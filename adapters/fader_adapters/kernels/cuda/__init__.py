@@ -1,0 +1,1 @@
+"""CUDA kernels in Triton. Importing this package imports neither Triton nor CUDA."""
