@@ -11,10 +11,10 @@ from torch import Tensor
 from fader_adapters.kernels.cuda import attention_configs as configs
 from fader_adapters.kernels.cuda.attention_kernels import (
     decode_kernel,
-    prefill_kernel,
     reduce_kernel,
     write_kernel,
 )
+from fader_adapters.kernels.cuda.attention_prefill import prefill_kernel
 from fader_adapters.kernels.cuda.attention_step import AttentionStep
 
 _LOG2E = math.log2(math.e)
@@ -91,15 +91,15 @@ class PagedAttention:
         self._k, self._v = k_cache, v_cache
         self._window = window or configs.NO_WINDOW
         # the kernels' softmax counts in powers of two
-        self._scale = scale / softcap if softcap else scale * _LOG2E
-        self._softcap = softcap * _LOG2E
+        scaled = scale / softcap if softcap else scale * _LOG2E
+        self._scores = (self._window, scaled, softcap * _LOG2E)
         self._scratch = scratch or Scratch(k_cache.device)
         arch = arch or _arch(k_cache.device)
-        shape = (kv_heads, heads // kv_heads, dim)
+        shape, capped = (kv_heads, heads // kv_heads, dim), bool(softcap)
         self._decode_tiles = configs.decode_config(arch, dim)
-        self._decode_constants = configs.decode_constants(arch, *shape, page, bool(softcap))
-        self._prefill_tiles = configs.prefill_config(arch, dim)
-        self._prefill_constants = configs.prefill_constants(arch, *shape, page, bool(softcap))
+        self._decode_constants = configs.decode_constants(arch, *shape, page, capped)
+        self._prefill_tiles = configs.prefill_config(arch, dim, capped)
+        self._prefill_constants = configs.prefill_constants(arch, *shape, page, capped)
         self._reduce_constants = configs.reduce_constants(*shape)
 
     def splits(self, context: int) -> int:
@@ -108,7 +108,7 @@ class PagedAttention:
         return configs.most_splits(seen, dim=self.dim, kv_heads=self.kv_heads)
 
     def reserve(self, *, rows: int, context: int) -> None:
-        """Scratch for steps of up to `rows` rows of up to `context` keys, once, before a capture."""
+        """Scratch for up to `rows` rows of up to `context` keys, once, before a capture."""
         splits = self.splits(context)
         self._scratch.reserve(rows=rows, heads=self.heads, dim=self.dim, splits=splits)
 
@@ -140,14 +140,26 @@ class PagedAttention:
         planes, stats = self._scratch.planes(
             rows=step.rows, heads=self.heads, dim=self.dim, splits=splits
         )
-        rows, tiles = (step.cu_tokens, step.contexts), self._decode_tiles
+        rows, table = (step.cu_tokens, step.contexts), step.block_tables
+        strides = (table.stride(0), q.stride(0), q.stride(1))
+        tiles = self._decode_tiles
         share = -(-configs.DECODE_PROGRAMS // (step.rows * self.kv_heads))
         _launch(
             decode_kernel,
             (step.rows, self.kv_heads, min(splits, share)),
-            (q, self._k, self._v, out, planes, stats, *rows, step.block_tables)
-            + (step.block_tables.stride(0), q.stride(0), q.stride(1))
-            + (self._window, self._scale, self._softcap, splits),
+            (
+                q,
+                self._k,
+                self._v,
+                out,
+                planes,
+                stats,
+                *rows,
+                table,
+                *strides,
+                *self._scores,
+                splits,
+            ),
             self._decode_constants,
             tiles.warps,
             tiles.stages,
@@ -165,12 +177,12 @@ class PagedAttention:
     def _prefill(self, q: Tensor, step: AttentionStep, out: Tensor) -> None:
         tiles = self._prefill_tiles
         queries = tiles.block_m // (self.heads // self.kv_heads)
+        rows, table = (step.cu_tokens, step.contexts), step.block_tables
+        strides = (table.stride(0), step.rows, q.stride(0), q.stride(1))
         _launch(
             prefill_kernel,
             (step.tokens // queries + step.rows, self.kv_heads),
-            (q, self._k, self._v, out, step.cu_tokens, step.contexts, step.block_tables)
-            + (step.block_tables.stride(0), step.rows, q.stride(0), q.stride(1))
-            + (self._window, self._scale, self._softcap),
+            (q, self._k, self._v, out, *rows, table, *strides, *self._scores),
             self._prefill_constants,
             tiles.warps,
             tiles.stages,

@@ -40,7 +40,7 @@ _DECODE: Final = {  # (arch, padded head size)
     (90, 32): TileConfig(0, 64, 4, 5),
     (90, 64): TileConfig(0, 64, 4, 5),
     (90, 128): TileConfig(0, 64, 4, 5),
-    (90, 256): TileConfig(0, 32, 4, 5),
+    (90, 256): TileConfig(0, 32, 4, 4),
 }
 _PREFILL: Final = {  # (arch, padded head size)
     (80, 16): TileConfig(64, 64, 4, 4),
@@ -54,8 +54,10 @@ _PREFILL: Final = {  # (arch, padded head size)
     (90, 128): TileConfig(128, 64, 8, 4),
     (90, 256): TileConfig(64, 32, 8, 4),
 }
-_PREFILL_MASKED: Final = TileConfig(128, 32, 8, 4)
-"""Head sizes 80 to 112: their masks take registers, which wider tiles would spill on sm_80."""
+_PREFILL_NARROW: Final = TileConfig(128, 32, 8, 4)
+"""Head sizes 80 to 112 and capped 128: their masks and tanh take registers, which the wider tile
+would spill on sm_80.
+"""
 
 
 def padded(size: int, least: int = 16) -> int:
@@ -68,8 +70,10 @@ def decode_config(arch: int, dim: int) -> TileConfig:
     return _DECODE[arch, padded(dim)]
 
 
-def prefill_config(arch: int, dim: int) -> TileConfig:
-    return _PREFILL_MASKED if 64 < dim < 128 else _PREFILL[arch, padded(dim)]
+def prefill_config(arch: int, dim: int, capped: bool) -> TileConfig:
+    """As decode_config; capped: whether scores pass through tanh."""
+    narrow = padded(dim) == 128 and (dim < 128 or capped)
+    return _PREFILL_NARROW if narrow else _PREFILL[arch, padded(dim)]
 
 
 def arch_of(capability: tuple[int, int]) -> int:
@@ -126,6 +130,9 @@ _SHAPES: Final = (  # kv_heads, group, head size, capped
     (8, 4, 32, False),
     (4, 7, 48, False),
     (8, 4, 64, False),
+    (8, 4, 64, True),
+    (8, 2, 80, True),
+    (4, 4, 192, True),
     (32, 1, 80, False),
     (32, 1, 96, False),
     (8, 4, 128, False),
@@ -148,14 +155,15 @@ def shipped(page: int = 16) -> list[Shipped]:
 
 def _entries(arch: int, page: int) -> Iterator[Shipped]:
     from fader_adapters.kernels.cuda import attention_kernels as kernels
+    from fader_adapters.kernels.cuda.attention_prefill import prefill_kernel
 
     for kv_heads, group, dim, capped in _SHAPES:
         decode = decode_constants(arch, kv_heads, group, dim, page, capped)
         config = decode_config(arch, dim)
         yield _entry(kernels.decode_kernel, decode, config.warps, config.stages)
         prefill = prefill_constants(arch, kv_heads, group, dim, page, capped)
-        config = prefill_config(arch, dim)
-        yield _entry(kernels.prefill_kernel, prefill, config.warps, config.stages)
+        config = prefill_config(arch, dim, capped)
+        yield _entry(prefill_kernel, prefill, config.warps, config.stages)
         reduce = reduce_constants(kv_heads, group, dim)
         yield _entry(kernels.reduce_kernel, reduce, REDUCE_WARPS, 1)
     write = {"KV_HEADS": 8, "DIM": 128, "BLOCK": WRITE_BLOCK}
@@ -190,7 +198,7 @@ def prefill_constants(
     arch: int, kv_heads: int, group: int, dim: int, page: int, capped: bool
 ) -> dict[str, Any]:
     """The compile-time arguments of prefill_kernel."""
-    config = prefill_config(arch, dim)
+    config = prefill_config(arch, dim, capped)
     return {
         "KV_HEADS": kv_heads,
         "GROUP": group,

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+
 @dataclass(frozen=True, slots=True)
 class AttentionStep:
-    """One step's rows on the device; the same for all layers. Grids come from shapes and capacities.
+    """One step's rows on the device, the same for all layers. Grids come from capacities.
 
     cu_tokens     [R + 1] int32, where each row's tokens begin
     contexts      [R] int32, keys of a row, its new tokens included; 0: a padding row, which is
@@ -51,7 +52,7 @@ class StepBuffers:
     def __init__(
         self, *, rows: int, tokens: int, columns: int, block_size: int, device: torch.device
     ) -> None:
-        """Allocates host memory (pinned, for a CUDA device) and device memory. Raises: ValueError"""
+        """Allocates, on the host too (pinned, for a CUDA device). Raises: ValueError."""
         if not 1 <= rows <= tokens or columns < 1:
             raise ValueError(
                 f"expected 1 <= rows <= tokens and a column, got {rows}, {tokens} and {columns}"
