@@ -52,7 +52,7 @@ class Round:
     outside_profiled: float
 
 
-DIRECT = ("fader_dense", "fader_rms_norm")
+DIRECT = ("fader_dense", "fader_map", "fader_rms_norm", "fader_run")
 """Kernels that are called without borrowed scratch, looked up at every call."""
 
 
@@ -72,10 +72,8 @@ def native_calls() -> Iterator[list[float]]:
 
     borrowing = Workspace.call
 
-    def borrow(
-        self: Workspace, function: Callable[..., int], what: str, *args: object, threads: int
-    ) -> None:
-        borrowing(self, timed(function), what, *args, threads=threads)
+    def borrow(self: Workspace, function: Callable[..., int], what: str, *args: object) -> None:
+        borrowing(self, timed(function), what, *args)
 
     kernels = library() if native.available() else None
     direct = {name: getattr(kernels, name) for name in DIRECT} if kernels else {}

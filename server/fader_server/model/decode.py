@@ -133,7 +133,7 @@ class DecodeReplays:
         self._enabled = False
         self._trusted.clear()
         self._candidates.clear()
-        log.warning("decode steps run operator by operator: %s", reason)
+        log.info("decode steps run operator by operator: %s", reason)
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

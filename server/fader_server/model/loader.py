@@ -81,7 +81,7 @@ def load_base(
 
 
 def _use_native(
-    model: PreTrainedModel, head: nn.Module, backend: NativeBackend, dtype: torch.dtype
+    model: PreTrainedModel, head: nn.Module | None, backend: NativeBackend, dtype: torch.dtype
 ) -> None:
     """Put native modules where they give what the model's own give."""
     tape = backend.tape

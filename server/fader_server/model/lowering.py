@@ -81,7 +81,9 @@ def _gather(rows: Tensor, index: Tensor, out: Tensor) -> Call | None:
     return Call(op, rows, index, out, None)
 
 
-def _map(kind: Map, x: Tensor, y: Tensor | None, *, out: Tensor, scalar: float = 0.0) -> Call | None:
+def _map(
+    kind: Map, x: Tensor, y: Tensor | None, *, out: Tensor, scalar: float = 0.0
+) -> Call | None:
     """out = kind(x, y), broadcast; None where the layouts or types are not the kernel's."""
     if x.dtype not in CODES or out.dtype not in CODES or (y is not None and y.dtype != x.dtype):
         return None
@@ -108,16 +110,12 @@ def _map(kind: Map, x: Tensor, y: Tensor | None, *, out: Tensor, scalar: float =
     return Call(op, x, y, out, None)
 
 
-def _merged(
-    shape: tuple[int, ...], strides: list[tuple[int, ...]]
-) -> list[tuple[int, list[int]]]:
+def _merged(shape: tuple[int, ...], strides: list[tuple[int, ...]]) -> list[tuple[int, list[int]]]:
     """(size, stride of each tensor), dimensions of one element dropped and neighbours joined.
 
     Dimensions are ordered by the output's strides, so that the last one lies side by side.
     """
-    order = sorted(
-        (i for i in range(len(shape)) if shape[i] != 1), key=lambda i: -strides[0][i]
-    )
+    order = sorted((i for i in range(len(shape)) if shape[i] != 1), key=lambda i: -strides[0][i])
     dims: list[tuple[int, list[int]]] = []
     for i in order:
         steps = [stride[i] for stride in strides]

@@ -11,7 +11,7 @@ from fader_adapters.kernels.native.ops import Kind, Map, Op, Tape
 
 
 def activation(x: Tensor, kind: Map, *, tape: Tape | None = None) -> Tensor:
-    """SILU x·σ(x) or GELU_TANH ½x(1 + tanh(√(2/π)(x + 0.044715x³))): computed in fp32, rounded once.
+    """SILU x·σ(x) or GELU_TANH ½x(1 + tanh(√(2/π)(x + 0.044715x³))), in fp32, rounded once.
 
     x [T, k] bf16 or fp32, rows may be strided → [T, k]. An element's bits depend on nothing but
     itself. Raises: TypeError, ValueError.

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fader_adapters.kernels.native import checks
 from fader_adapters.kernels.native.library import CODES, AttentionStruct, check, library
-from fader_adapters.kernels.native.workspace import Workspace
 from fader_adapters.kernels.native.ops import Kind, Op, Tape
 from fader_adapters.kernels.native.threads import threads
+from fader_adapters.kernels.native.workspace import Workspace
 
 _INTS = (torch.int32,)
 

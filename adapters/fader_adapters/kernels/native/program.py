@@ -45,7 +45,6 @@ class Program:
             slots=inputs.slots.data_ptr(),
         )
         self._next = ctypes.c_int64()
-        self._function = library().fader_run
 
     def __len__(self) -> int:
         return len(self._ops)
@@ -57,7 +56,7 @@ class Program:
         space = self._workspace
         code = _TOO_SMALL
         while code == _TOO_SMALL:
-            code = self._function(
+            code = library().fader_run(
                 ctypes.addressof(self._ops),
                 len(self._ops),
                 ctypes.byref(self._next),
