@@ -61,8 +61,9 @@ def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
     _be_quiet()
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    set_threads(config.threads)
-    base = load_base(source, dtype=dtype, device=device, backend=choose(device, dtype))
+    backend = choose(device, dtype)
+    set_threads(config.threads, backend)
+    base = load_base(source, dtype=dtype, device=device, backend=backend)
     plan = _memory(config, base)
     fields = {
         "base_bytes": plan.base,

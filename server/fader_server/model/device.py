@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 
 from fader_adapters.kernels import native
+from fader_adapters.kernels.backend import Backend
+from fader_adapters.kernels.cpu import NativeBackend
 from fader_server.errors import ConfigInvalid
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -40,11 +42,16 @@ def _multiplies_bf16() -> bool:
     return native.best_isa() == "avx512_bf16"
 
 
-def set_threads(threads: int | None) -> None:
-    """Use this many threads for CPU work; by default one core is left to the event loop."""
+def set_threads(threads: int | None, backend: Backend) -> None:
+    """Use this many threads for CPU work; by default one core is left to the event loop.
+
+    Beside the native kernels' own threads torch keeps one: two pools would spin on the same cores.
+    """
     if threads is None:
         threads = max(1, len(os.sched_getaffinity(0)) - 1)
-    torch.set_num_threads(threads)
+    own = isinstance(backend, NativeBackend)
+    native.set_threads(threads if own else None)
+    torch.set_num_threads(1 if own else threads)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -153,14 +153,15 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         if self._paused:
             return out
+        outputs = tensors_of(out)
+        self._alive += [*tensors_of((args, kwargs)), *outputs]
+        inputs = {address(t) for t in tensors_of((args, kwargs))}
+        fresh = [t for t in outputs if address(t) not in inputs]
+        mutable = func._schema.is_mutable
+        if outputs and not mutable and not fresh:
+            return out  # a view
         if any(tag in func.tags for tag in UNREPEATABLE) and not _picks_by_number(func, args):
             raise Unrepeatable(f"{func} depends on values")
-        self._alive += tensors_of((args, kwargs, out))
-        inputs = {address(t) for t in tensors_of((args, kwargs))}
-        fresh = [t for t in tensors_of(out) if address(t) not in inputs]
-        mutable = func._schema.is_mutable
-        if not mutable and not fresh:
-            return out  # a view
         if mutable and fresh:
             raise Unrepeatable(f"{func} changes an argument and makes a tensor")
         if func._schema.name in UNFILLED:

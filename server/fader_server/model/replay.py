@@ -62,7 +62,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class TorchStep:
-    """A torch operator whose result is copied to where it stood."""
+    """A torch operator; its result is copied to where it stood, unless an argument is its result."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -71,6 +71,8 @@ class TorchStep:
 
     def __call__(self) -> None:
         results = tensors_of(self.function(*self.args, **self.kwargs))
+        if not self.out:
+            return  # it changed an argument
         for place, result in zip(self.out, results, strict=True):
             place.copy_(result)
 

@@ -1,0 +1,119 @@
+"""Decode steps: what is replayed is what the model's own code gives, bit for bit, or is not used."""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+from fader_adapters.kernels import native
+from fader_server.model.decode import DecodeReplays
+from fader_server.model.recording import Recorder, Unrepeatable
+from fader_server.model.replay import Layout, Replay
+from tests.support.families import CONFIGS, write_family
+from tests.support.peft_adapters import write_adapter
+from tests.support.world import Ask, TinyWorld, greedy
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
+
+BLENDS: list[Mapping[str, float]] = [{}, {"a": 1.0}, {"b": 0.5}, {"a": 0.7, "b": -0.4}]
+
+
+@pytest.fixture(scope="module", params=sorted(CONFIGS))
+def family(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    source = write_family(request.param, folder / "base")
+    return source, [write_adapter(source, folder / n, rank=8, seed=i) for i, n in enumerate("ab")]
+
+
+def serve(family, dtype, *, replays=True):
+    source, adapters = family
+    world = TinyWorld(source, dtype=dtype)
+    for name, path in zip("ab", adapters, strict=True):
+        world.load(name, path)
+    if not replays:
+        world.runner._replays = None
+    answers = []
+    for count in (1, 4):  # rows of a decode step, twice: recorded, compared, then replayed
+        for turn in range(2):
+            asks = [
+                Ask(list(range(5 + turn, 25 + 3 * i)), blend, greedy(8 + turn, logprobs=2))
+                for i, blend in enumerate(BLENDS[:count])
+            ]
+            answers += world.run(asks)
+    return [(a.tokens, [entry.logprob for entry in a.logprobs]) for a in answers], world.runner
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replayed_steps_give_the_bits_of_the_models_code(family, dtype):
+    plain, _ = serve(family, dtype, replays=False)
+    replayed, runner = serve(family, dtype)
+    assert runner._replays._enabled
+    assert {1, 4} <= set(runner._replays._trusted)
+    assert replayed == plain
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    source = write_family("llama", folder / "base")
+    return source, [write_adapter(source, folder / n, rank=8, seed=i) for i, n in enumerate("ab")]
+
+
+def test_a_llama_decodes_in_few_native_runs(llama):
+    _, runner = serve(llama, torch.float32)
+    assert all(replay.native_share > 0.9 for replay in runner._replays._trusted.values())
+
+
+def test_a_replay_with_other_bits_is_never_used(llama, monkeypatch):
+    plain, _ = serve(llama, torch.float32, replays=False)
+    whole = Replay.__call__
+    monkeypatch.setattr(Replay, "__call__", lambda self, plan: whole(self, plan) + 1.0)
+    answers, runner = serve(llama, torch.float32)
+    assert not runner._replays._enabled
+    assert not runner._replays._trusted
+    assert answers == plain
+
+
+def test_a_step_that_reads_values_is_not_recorded(llama, monkeypatch):
+    plain, _ = serve(llama, torch.float32, replays=False)
+    record = Recorder.record
+
+    def reading(self, forward):
+        def both():
+            torch.ones(1).sum().item()
+            return forward()
+
+        return record(self, both)
+
+    monkeypatch.setattr(Recorder, "record", reading)
+    answers, runner = serve(llama, torch.float32)
+    assert not runner._replays._enabled
+    assert answers == plain
+
+
+def test_reading_a_value_is_refused_with_its_operator():
+    tape = native.Tape()
+    with pytest.raises(Unrepeatable, match="_local_scalar_dense"):
+        Recorder(tape).record(lambda: torch.ones(2) * torch.ones(1).item())
+    assert tape.listener is None
+    assert Recorder(tape).record(lambda: torch.ones(2) * 2).result.tolist() == [2, 2]
+
+
+def test_layout_reuses_room_and_never_overlaps_what_lives():
+    layout = Layout()
+    a, b = layout.take(128), layout.take(64)
+    layout.give(a, 128)
+    c, d = layout.take(64), layout.take(64)
+    assert {c, d} == {0, 64}
+    assert len({b, c, d}) == 3
+    assert layout.size == 192
+    for start in (b, c, d):
+        layout.give(start, 64)
+    assert layout.take(192) == 0
+
+
+def test_only_plain_decode_steps_are_taken(llama):
+    _, runner = serve(llama, torch.float32)
+    replays = runner._replays
+    assert isinstance(replays, DecodeReplays)
+    assert 20 not in replays._trusted  # the prompts' own steps
