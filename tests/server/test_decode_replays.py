@@ -1,4 +1,4 @@
-"""Decode steps: what is replayed is what the model's own code gives, bit for bit, or is not used."""
+"""Decode steps: a replay gives the bits of the model's own code, or is not used."""
 
 from collections.abc import Mapping
 

@@ -62,7 +62,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class TorchStep:
-    """A torch operator; its result is copied to where it stood, unless an argument is its result."""
+    """A torch operator. Its result is copied to where it stood, unless that is an argument."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
