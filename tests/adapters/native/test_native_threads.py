@@ -54,9 +54,8 @@ def test_a_forked_child_hires_threads_of_its_own(counted):
     weight, x = torch.randn(3000, 128), torch.randn(5, 128)
     expected = native.dense(x, weight)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # 3.12 warns of threads, the case at hand
+        # Python 3.12 warns of forking beside threads, which is the case at hand
+        warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
         os._exit(0 if torch.equal(native.dense(x, weight), expected) else 1)
