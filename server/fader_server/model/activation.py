@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from fader_adapters.kernels.native import Map, Tape, activation
-from fader_server.model.norm import TOLERANCE
+from fader_server.model.norm import TOLERANCE, replace_modules
 
 KINDS = (Map.SILU, Map.GELU_TANH)
 
@@ -27,14 +27,12 @@ def replace_activations(model: nn.Module, *, dtype: torch.dtype, tape: Tape) -> 
 
     As with norms, the module's own output on a random input decides, not its name.
     """
-    replaced = 0
-    for path, module in list(model.named_modules()):
+
+    def stand_in(module: nn.Module) -> NativeActivation | None:
         kind = _kind(module, dtype)
-        if kind is not None:
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, NativeActivation(kind, tape))
-            replaced += 1
-    return replaced
+        return None if kind is None else NativeActivation(kind, tape)
+
+    return replace_modules(model, stand_in)
 
 
 def _kind(module: nn.Module, dtype: torch.dtype) -> Map | None:

@@ -1,5 +1,7 @@
 """Replaces RMS norms by the native kernel where it gives what the model's own gives."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -35,9 +37,16 @@ def replace_norms(model: nn.Module, tape: Tape | None = None) -> int:
     What a norm computes is found by asking it, not by its name: its own output on a random input
     decides, and one that neither form reproduces stays.
     """
+    return replace_modules(
+        model, lambda m: _native(m, tape) if type(m).__name__.endswith("RMSNorm") else None
+    )
+
+
+def replace_modules(model: nn.Module, stand_in: Callable[[nn.Module], nn.Module | None]) -> int:
+    """Put `stand_in(module)` in the place of every module it gives one for; returns how many."""
     replaced = 0
     for path, module in list(model.named_modules()):
-        native = _native(module, tape) if type(module).__name__.endswith("RMSNorm") else None
+        native = stand_in(module)
         if native is not None:
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, native)
