@@ -39,6 +39,13 @@ MAX_WEIGHT = 16.0
 """Largest magnitude of a blend's weight."""
 
 
+PACKED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""Linears whose rows are those of several others, one after the other."""
+
+
 @dataclass(frozen=True, slots=True)
 class Term:
     """One adapter version with its weight γ in a blend."""
@@ -100,6 +107,10 @@ class LinearSpec:
     """Index of the decoder layer, None outside the layers."""
     conv1d: bool = False
     """transformers' Conv1D: the checkpoint's weight is [in, out] (PEFT's fan_in_fan_out)."""
+    embedding: bool = False
+    """A lookup: W [out, in] is the table transposed, x is a token as a one-hot vector."""
+    parts: tuple[int, ...] = ()
+    """Rows of each linear that is packed into this one, in the order of PACKED."""
 
 
 @dataclass(frozen=True, slots=True)
