@@ -99,6 +99,7 @@ int site_run(const fader_site_t *s, const Plan *plan, int64_t T, const In *x, in
         const int64_t c0 = cb * width, c1 = min64(n, c0 + width), p0 = cb * bp;
         float *a = acc;
         int64_t as = width;
+        if (plan) expand_fetch<Ar>(*s, *plan, c0, c1);
         if (s->panels) {
             Rows<X> xc = direct ? Pack::view(x, xs) : Rows<X>{packed, Pack::PER_BLOCK, T * (int64_t)Pack::PER_BLOCK};
             xc.p += m0 * xc.row;
