@@ -135,6 +135,14 @@ static void shrink_ranks(int nr, int64_t K, const X *const *x, const Ar *a, cons
     }
 }
 
+// Ask for an item's A while another one is computed. Inline: GCC drops calls that only prefetch.
+template <class Ar>
+FADER_INLINE void shrink_fetch(const fader_site_t &s, const Plan &p, const Item &it) {
+    const int slot = words_at(p, p.slot)[words_at(p, p.use_term)[it.use]];
+    const char *a = (const char *)((const Ar *)s.arena + s.a_off[slot * s.table_stride + it.member] + it.r0 * s.k);
+    for (int64_t at = 0; at < it.nr * s.k * (int64_t)sizeof(Ar); at += 64) prefetch_far(a + at);
+}
+
 template <class X, class Ar>
 static void shrink_item(const fader_site_t &s, const Plan &p, const Delta &d, const Item &it, const X *x,
                         int64_t xs) {

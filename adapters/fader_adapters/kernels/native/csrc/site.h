@@ -81,8 +81,10 @@ int site_run(const fader_site_t *s, const Plan *plan, int64_t T, const In *x, in
         for (int64_t b = from; b < to; b++) Pack::block(x, xs, T, b, into + b * T * Pack::PER_BLOCK);
     };
     share(nt, pack_items + shrink_items, [&](int64_t i, int) {
-        if (i < shrink_items) shrink_item<In, Ar>(*s, *plan, d, d.item[i], x, xs);
-        else {
+        if (i < shrink_items) {
+            if (i + nt < shrink_items) shrink_fetch<Ar>(*s, *plan, d.item[i + nt]);
+            shrink_item<In, Ar>(*s, *plan, d, d.item[i], x, xs);
+        } else {
             const int64_t from = (i - shrink_items) * PACK_BLOCKS;
             pack(from, min64(pack_blocks, from + PACK_BLOCKS), packs);
         }
