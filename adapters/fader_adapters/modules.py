@@ -118,8 +118,8 @@ def _check_vectors(path: str, tensors: ModuleTensors, config: LoraConfig) -> Non
     ):
         if (info is not None) != wanted:
             raise AdapterInvalid(
-                f"{path[:160]!r} has {'a' if info else 'no'} {what}, the config says "
-                f"{flag} = {str(wanted).lower()}"
+                f"adapter_config.json: {flag} = {str(wanted).lower()}, but {path[:160]!r} has "
+                f"{'a' if info else 'no'} {what}"
             )
         out = tensors.b.shape[0]
         if info is not None and (max(info.shape, default=0), math.prod(info.shape)) != (out, out):
