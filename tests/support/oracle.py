@@ -11,6 +11,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from tests.support.peft_adapters import TIED
+
 
 def nf4_oracle(source: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The base quantised by bitsandbytes, then plain linears that hold the decoded weights."""
@@ -50,6 +52,7 @@ class Oracle:
         with warnings.catch_warnings():
             # a Conv1D's adapter on the plain linear that holds its decoded weight
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True")
+            warnings.filterwarnings("ignore", message=TIED)
             for name, path in adapters.items():
                 if isinstance(self._model, PeftModel):
                     self._model.load_adapter(path, adapter_name=name)

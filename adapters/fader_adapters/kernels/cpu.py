@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fader_adapters.kernels.native import (
+    Lookup,
     Nf4Panels,
     PanelStore,
     Site,
@@ -13,6 +14,7 @@ from fader_adapters.kernels.native import (
     StepPlan,
     Tape,
     Workspace,
+    dense,
 )
 from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.kernels.nf4 import Nf4Weight
@@ -21,6 +23,9 @@ from fader_adapters.spec import SiteSpec, StepTerms
 
 if TYPE_CHECKING:
     from fader_adapters.kernels.backend import BaseLinear
+
+HEAD_ROWS = 16
+"""Rows of one pass over the output head's weight."""
 
 
 class PanelLinear:
@@ -71,18 +76,9 @@ class NativeSite:
 
     def bind(self, tables: Tables) -> None:
         """Take the tables' pointers; again whenever the tables grew."""
-        own = slice(self._first, self._first + self._members)
-        views = SiteTables(
-            tables.arena,
-            tables.a_offset[:, own],
-            tables.b_offset[:, own],
-            tables.rank[:, own],
-            tables.scale[:, own],
-            self._columns,
-            gain_off=tables.gain_offset[:, own],
-            bias_off=tables.bias_offset[:, own],
+        self._site.bind(
+            _views(tables, slice(self._first, self._first + self._members), self._columns)
         )
-        self._site.bind(views)
 
     def __call__(self, x: torch.Tensor, step: object | None) -> torch.Tensor:
         if not self._site.has_base:
@@ -95,6 +91,87 @@ class NativeSite:
         return self._site(x, step, out=self.base(x).float()).to(x.dtype)
 
 
+class HeadRows:
+    """The output head's weight in the model's dtype: few rows to fp32 logits at memory speed."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, tape: Tape) -> None:
+        self.weight = weight
+        self.bias = None if bias is None else bias.float()
+        self.out_features, self.in_features = weight.shape
+        self._tape = tape
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        logits = torch.empty(x.shape[0], self.out_features, dtype=torch.float32)
+        for start in range(0, x.shape[0], HEAD_ROWS):
+            part = slice(start, start + HEAD_ROWS)
+            dense(x[part], self.weight, bias=self.bias, out=logits[part], tape=self._tape)
+        return logits
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.weight.to(dtype)
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        return self.weight[start:stop].float()
+
+
+class NativeHead:
+    """The output head's site: fp32 logits, then the deltas into them."""
+
+    def __init__(self, site: SiteSpec, base: HeadRows, *, scratch: Workspace, tape: Tape) -> None:
+        self.base: BaseLinear = base
+        (self._index,) = site.linears
+        shape = (base.out_features, base.in_features)
+        self._site = Site(None, bias=base.bias, shape=shape, workspace=scratch, tape=tape)
+        self._tape = tape
+
+    def bind(self, tables: Tables) -> None:
+        own = slice(self._index, self._index + 1)
+        self._site.bind(_views(tables, own, ((0, self.base.out_features),)))
+
+    def __call__(self, x: torch.Tensor, step: object | None) -> torch.Tensor:
+        logits = self.base(x)
+        if step is not None or self._tape.listener is not None:  # a replay may have adapters
+            assert step is None or isinstance(step, StepPlan)
+            self._site(x, step, out=logits)
+        return logits
+
+
+class NativeLookup:
+    """The delta of one embedding."""
+
+    def __init__(self, site: SiteSpec, *, scratch: Workspace, tape: Tape) -> None:
+        (self._index,), (self._width,) = site.linears, site.out_features
+        self._lookup = Lookup((self._width, site.in_features), workspace=scratch, tape=tape)
+        self._tape = tape
+
+    def bind(self, tables: Tables) -> None:
+        own = slice(self._index, self._index + 1)
+        self._lookup.bind(_views(tables, own, ((0, self._width),)))
+
+    def __call__(self, y: torch.Tensor, ids: torch.Tensor, step: object | None) -> None:
+        if step is not None or self._tape.listener is not None:
+            assert step is None or isinstance(step, StepPlan)
+            self._lookup.add(y, ids, step)
+
+
+def _views(tables: Tables, own: slice, columns: Sequence[tuple[int, int]]) -> SiteTables:
+    """The columns of the tables that are one site's."""
+    return SiteTables(
+        tables.arena,
+        tables.a_offset[:, own],
+        tables.b_offset[:, own],
+        tables.rank[:, own],
+        tables.scale[:, own],
+        columns,
+        gain_off=tables.gain_offset[:, own],
+        bias_off=tables.bias_offset[:, own],
+    )
+
+
 class NativeBackend:
     """fp32 and bf16 on any x86-64, with the widest instructions the machine has."""
 
@@ -105,7 +182,7 @@ class NativeBackend:
         self._store = PanelStore()
         self._scratch = Workspace()
         self.tape = Tape()
-        self._sites: list[NativeSite] = []
+        self._sites: list[NativeSite | NativeHead | NativeLookup] = []
         self._ranks: torch.Tensor | None = None
 
     def linear(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> PanelLinear:
@@ -121,6 +198,20 @@ class NativeBackend:
     def bind(self, site: SiteSpec, base: "BaseLinear") -> NativeSite:
         """The members' indices must follow one another."""
         kernel = NativeSite(site, base, scratch=self._scratch, tape=self.tape)
+        self._sites.append(kernel)
+        return kernel
+
+    def bind_head(
+        self, site: SiteSpec, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> NativeHead:
+        """The output head for servers, which want few rows of logits a step."""
+        base = HeadRows(weight, bias, tape=self.tape)
+        kernel = NativeHead(site, base, scratch=self._scratch, tape=self.tape)
+        self._sites.append(kernel)
+        return kernel
+
+    def bind_lookup(self, site: SiteSpec) -> NativeLookup:
+        kernel = NativeLookup(site, scratch=self._scratch, tape=self.tape)
         self._sites.append(kernel)
         return kernel
 

@@ -15,9 +15,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
+from fader_adapters.describe import describe
 from fader_adapters.errors import AdapterInvalid, BaseUnsupported, CheckpointInvalid, SourceNotFound
 from fader_adapters.kernels import nf4
-from fader_adapters.layers import describe
 from fader_adapters.spec import BaseSpec, LinearSpec
 from fader_adapters.strict_json import load_object
 from fader_adapters.weightspace import quantised
@@ -47,6 +47,11 @@ class Base:
     def in_nf4(self) -> bool:
         """Whether the files hold an NF4 model."""
         return "quantization_config" in self.config
+
+    @property
+    def inside(self) -> tuple[LinearSpec, ...]:
+        """The linears, without the output head and the embedding."""
+        return tuple(linear for linear in self.spec.linears if linear.inside)
 
     def key(self, linear: LinearSpec) -> str:
         """The key of a linear's weight. Raises CheckpointInvalid."""

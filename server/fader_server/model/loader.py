@@ -13,12 +13,11 @@ from transformers import PreTrainedModel
 from fader_adapters.errors import BaseUnsupported
 from fader_adapters.kernels.backend import Backend
 from fader_adapters.kernels.cpu import NativeBackend
-from fader_adapters.layers import Installed, install
+from fader_adapters.layers import Installed, SiteHead, install
 from fader_server.errors import ModelUnsupported
 from fader_server.model import attention
 from fader_server.model.activation import replace_activations
 from fader_server.model.checkpoint import first_line, read_config, read_nf4
-from fader_server.model.head import NativeHead
 from fader_server.model.kv_cache import LayerShape
 from fader_server.model.norm import replace_norms
 from fader_server.model.recording import make_opaque
@@ -63,9 +62,8 @@ def load_base(
         installed = install(model, backend, name=source)
     except BaseUnsupported as error:
         raise ModelUnsupported(f"{source}: {error}") from error
-    head = model.get_output_embeddings()
     if isinstance(backend, NativeBackend):
-        _use_native(model, head, backend, dtype)
+        _use_native(model, installed, backend, dtype)
     text = config.get_text_config(decoder=True)
     return LoadedBase(
         model=model,
@@ -81,7 +79,7 @@ def load_base(
 
 
 def _use_native(
-    model: PreTrainedModel, head: nn.Module | None, backend: NativeBackend, dtype: torch.dtype
+    model: PreTrainedModel, installed: Installed, backend: NativeBackend, dtype: torch.dtype
 ) -> None:
     """Put native modules where they give what the model's own give."""
     tape = backend.tape
@@ -90,9 +88,11 @@ def _use_native(
     for module in model.modules():
         if "RotaryEmbedding" in type(module).__name__:
             make_opaque(module, tape)
-    if isinstance(head, nn.Linear):
+    head, site = model.get_output_embeddings(), installed.head
+    if isinstance(head, SiteHead) and site is not None:
         head.weight.data = backend.keep(head.weight.data)
-        model.set_output_embeddings(NativeHead(head, tape))
+        bias = None if head.bias is None else head.bias.data
+        site.kernel = backend.bind_head(site.spec, head.weight.data, bias)
 
 
 def _probe(model: PreTrainedModel, source: str) -> dict[nn.Module, LayerShape]:

@@ -20,6 +20,7 @@ class Kind(IntEnum):
     ATTEND = 4
     GATHER = 5
     MAP = 6
+    LOOKUP = 7
 
 
 class Map(IntEnum):
@@ -77,6 +78,7 @@ class Tape:
 
     def __init__(self) -> None:
         self.listener: Callable[[Call], None] | None = None
+        """Set while somebody records."""
         self.obstacle = ""
         """Why the step that is listened to has no record: something ran that cannot be told."""
 
