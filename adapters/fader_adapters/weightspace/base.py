@@ -4,6 +4,7 @@ Builds transformers' model without memory to learn its shape; never loads it.
 """
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +25,7 @@ from fader_adapters.weightspace import quantised
 from fader_adapters.weightspace.tensors import Checkpoint
 
 CONFIG_FILE = "config.json"
+PANEL_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,17 @@ class Base:
     def dense(self, linear: LinearSpec) -> torch.Tensor:
         """W [out, in] in fp32, private. Raises as `stored`."""
         return densely(self.stored(linear))
+
+    def panels(self, linear: int) -> Iterator[torch.Tensor]:
+        """W in fp32, a few rows at a time; see BaseWeights. Raises as `stored`."""
+        stored = self.stored(self.spec.linears[linear])
+        rows = stored.weight.out_features if isinstance(stored, quantised.Packed) else len(stored)
+        for start in range(0, rows, PANEL_ROWS):
+            stop = min(rows, start + PANEL_ROWS)
+            if isinstance(stored, quantised.Packed):
+                yield nf4.dense(stored.weight.rows(start, stop), torch.float32)
+            else:
+                yield stored[start:stop].to(torch.float32)
 
 
 def densely(stored: torch.Tensor | quantised.Packed) -> torch.Tensor:
