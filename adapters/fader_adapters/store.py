@@ -1,16 +1,18 @@
 """Names, versions and leases of adapters in host memory. One thread, no I/O, never waits.
 
-A version's life: reserved → current under one or more names → retired (no name, still leased) →
-leaving (`on_retired` was called: the device is told to forget it) → reclaimed (memory is free).
+A version's life: reserved → current under one or more names → retired (no name, but leased or
+claimed) → leaving (`on_retired` was called: the device shall forget it) → reclaimed (memory free).
 """
 
 from collections.abc import Callable, Sequence
 
+from fader_adapters.claims import NONE, Claims
 from fader_adapters.errors import (
     AdapterExists,
     AdapterNotFound,
     ArenaFull,
     BlendInvalid,
+    NameReserved,
 )
 from fader_adapters.leases import AdapterRef, HostAdapter, Lease, LeasedTerm, Reservation
 from fader_adapters.parse import ParsedAdapter
@@ -38,7 +40,7 @@ class Store:
         max_adapters: int = 1024,
         max_terms: int = 8,
     ) -> None:
-        """`on_retired(version)` is called when a version has neither name nor lease any more.
+        """`on_retired(version)` is called when nothing names, leases or claims a version any more.
 
         Its memory stays until `reclaim(version)` answers that the device has forgotten it.
         """
@@ -48,6 +50,7 @@ class Store:
         self._max_terms = max_terms
         self._names: dict[str, NameRecord] = {}
         self._versions: dict[Digest, VersionRecord] = {}
+        self._claims = NONE
         self._clock = 0
         self._leases = 0
 
@@ -103,13 +106,15 @@ class Store:
         """Let `name` mean the reserved version from now on; running leases keep theirs.
 
         `if_version` asks that the name is at this version (12 or more hex digits), or free for "".
-        Raises AdapterInvalid (the name), AdapterExists, VersionConflict, ArenaFull (too many
-        names); the reservation stays open then.
+        Raises AdapterInvalid (the name), AdapterExists, NameReserved, VersionConflict, ArenaFull
+        (too many names); the reservation stays open then.
         """
         assert reservation.open
         assert reservation.filled
         record = self._names.get(name)
         check_name(name)
+        if name in self._claims.names:
+            raise NameReserved(f"{name!r} is the name of the base or a recipe; choose another")
         check_version(name, self._current(name), if_version)
         if record is not None and not replace and if_version is None:
             raise AdapterExists(f"the adapter {name!r} is loaded already; ask to replace it")
@@ -119,6 +124,7 @@ class Store:
         old = self._versions[record.version] if record is not None else None
         entry.names.add(name)
         entry.former.discard(name)
+        self._keep_if_claimed(entry, name)
         self._names[name] = NameRecord(entry.adapter.version, pin, self._tick())
         if old is not None and old is not entry:
             old.names.discard(name)
@@ -126,19 +132,50 @@ class Store:
             self._retire_unwanted(old)
         return entry.adapter
 
+    def adopt(self, name: str, reservation: Reservation) -> None:
+        """Take a claimed version in as an earlier one of the name, which stays where it is.
+
+        Raises AdapterNotFound, and the reservation stays open then.
+        """
+        assert reservation.open
+        assert reservation.filled
+        record = self._record(name)
+        entry = self._settle_reservation(reservation)
+        if entry.adapter.version != record.version:
+            entry.former.add(name)
+        self._keep_if_claimed(entry, name)
+        self._retire_unwanted(entry)
+
+    def claim(self, claims: Claims) -> None:
+        """Replace what is claimed; versions that nothing holds any more go.
+
+        Raises NameReserved when an adapter has a name that is claimed, and nothing changes.
+        """
+        for name in sorted(claims.names & self._names.keys()):
+            raise NameReserved(f"{name!r} is the name of an adapter; choose another")
+        self._claims = claims
+        for entry in tuple(self._versions.values()):
+            was_wanted = entry.wanted
+            entry.kept.clear()
+            for name in entry.names | entry.former:
+                self._keep_if_claimed(entry, name)
+            if was_wanted:
+                self._retire_unwanted(entry)
+
     def unload(self, name: str, if_version: str | None = None) -> None:
-        """Forget the name at once; its versions go when their last lease ends.
+        """Forget the name and its claims at once; its versions go when their last lease ends.
 
         Raises AdapterNotFound, VersionConflict.
         """
-        record = self._record(name)
+        self._record(name)
         check_version(name, self._current(name), if_version)
         del self._names[name]
-        for entry in self._versions.values():
-            entry.former.discard(name)
-        entry = self._versions[record.version]
-        entry.names.discard(name)
-        self._retire_unwanted(entry)
+        for entry in tuple(self._versions.values()):
+            was_wanted = entry.wanted
+            for names in (entry.names, entry.former, entry.kept):
+                names.discard(name)
+            if was_wanted:
+                self._retire_unwanted(entry)
 
     def pin(self, name: str, *, pinned: bool) -> None:
         """Exempt the name from `idle`, or not. Raises AdapterNotFound."""
@@ -176,13 +213,13 @@ class Store:
             del self._versions[version]
             self._tier.free(entry.adapter.flat)
 
-    def status(self, name: str) -> AdapterStatus:
-        """Raises AdapterNotFound."""
-        record = self._record(name)
-        entry = self._versions[record.version]
+    def status(self, name: str, version: str | None = None) -> AdapterStatus:
+        """The name's current version, or one that `acquire` would find. Raises AdapterNotFound."""
+        found = self._resolve(AdapterRef(name, version)).version
+        record, entry = self._names[name], self._versions[found]
         return AdapterStatus(
             name=name,
-            version=record.version,
+            version=found,
             report=entry.adapter.report,
             nbytes=entry.adapter.nbytes,
             leases=entry.leases,
@@ -194,12 +231,20 @@ class Store:
         """Every name, sorted."""
         return tuple(self.status(name) for name in sorted(self._names))
 
+    def known_versions(self, name: str) -> frozenset[Digest]:
+        """Versions in memory that the name means or meant."""
+        return frozenset(v for v, e in self._versions.items() if name in e.names | e.former)
+
     def idle(self) -> tuple[str, ...]:
-        """Names that could be unloaded to make room, longest unused first: no lease, no pin."""
+        """Names that could be unloaded to make room, longest unused first: no lease, no pin and
+        no claim on any of their versions."""
+        claimed = {name for entry in self._versions.values() for name in entry.kept}
         names = [
             name
             for name, record in self._names.items()
-            if not record.pinned and not self._versions[record.version].leases
+            if not record.pinned
+            and not self._versions[record.version].leases
+            and name not in claimed
         ]
         return tuple(sorted(names, key=lambda name: self._names[name].used))
 
@@ -231,6 +276,10 @@ class Store:
                 f"{record.version[:12]}"
             )
         return LeasedTerm(ref.name, live[0], ref.weight)
+
+    def _keep_if_claimed(self, entry: VersionRecord, name: str) -> None:
+        if (name, entry.adapter.version) in self._claims.versions:
+            entry.kept.add(name)
 
     def _settle_reservation(self, reservation: Reservation) -> VersionRecord:
         """The version a reservation now belongs to, created unless it is here already."""

@@ -120,6 +120,7 @@ class ServeConfig:
         False, "refuse loads at run time that do not give a sha256", parse=kinds.switch
     )
     max_adapters: int = _setting(1024, "adapters loaded at one time", parse=_COUNT)
+    max_recipes: int = _setting(1024, "recipes at one time", parse=_COUNT)
     arena: int | None = _setting(
         None, "device memory for adapters", parse=kinds.size, metavar="SIZE"
     )

@@ -17,6 +17,7 @@ from fader_server.api.edge import JsonFormatter
 from fader_server.api.ports import Adapters, Engine, Tokenizer
 from fader_server.config import ServeConfig
 from fader_server.metrics import Metrics
+from fader_server.recipes import RecipeBook
 from fader_server.serving import bind, serve
 from fader_server.state import RememberedAdapters, StateFile
 
@@ -56,11 +57,13 @@ def run(config: ServeConfig, open_world: OpenWorld, *, version: str) -> None:
             remembered = RememberedAdapters(world.adapters, file, entries)
             stack.callback(remembered.close)
             world = replace(world, adapters=remembered)
+        book = RecipeBook(world.adapters, base=world.base.name, most=config.max_recipes)
         application = app.build(
             config,
             world.base,
             engine=world.engine,
             adapters=world.adapters,
+            recipes=book,
             tokenizer=world.tokenizer,
             metrics=metrics,
             version=version,

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fader_adapters.claims import Claims
 from fader_adapters.errors import AdapterError, AdapterNotFound
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.ports import (
@@ -138,6 +139,15 @@ class RememberedAdapters:
         if wanted is not None:
             self._remember(name, Wanted(wanted.source, wanted.revision, wanted.version, pinned))
         return info
+
+    async def revive(self, order: LoadOrder) -> None:
+        await self._inner.revive(order)
+
+    def claim(self, claims: Claims) -> None:
+        self._inner.claim(claims)
+
+    async def saved(self) -> None:
+        await self._inner.saved()
 
     def acquire(self, terms: Sequence[NamedTerm]) -> Lease:
         return self._inner.acquire(terms)

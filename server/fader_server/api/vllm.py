@@ -40,6 +40,8 @@ async def load_lora_adapter(request: Request) -> Response:
         return _refuse(
             400, f"The lora adapter '{_shown(name)}' conflicts with a served base model."
         )
+    if context_of(request).recipes.find(name) is not None:
+        return _refuse(400, f"The lora adapter '{name}' conflicts with a served recipe.")
     if not ADAPTER_NAME.fullmatch(name):
         return _refuse(400, "'lora_name' has letters, digits and . _ - only, 128 at most.")
     order = LoadOrder(name, path, replace=body.get("load_inplace") is True)
@@ -147,7 +149,8 @@ def _check_model(context: Context, body: dict[str, Any]) -> None:
     if not isinstance(model, str):
         raise RequestInvalid("model must be text", param="model")
     try:
-        for term in resolve(model, None, base=context.base.name).terms:
+        found = resolve(model, None, base=context.base.name, recipes=context.recipes.find)
+        for term in found.terms:
             context.adapters.get(term.ref)
     except AdapterNotFound:
         raise ModelNotFound("The requested model does not exist.") from None
