@@ -6,7 +6,7 @@ Belongs to the event loop. Knows no HTTP and no file.
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fader_adapters.claims import Claims
@@ -16,11 +16,21 @@ from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.named_blends import Recipe, Written
 from fader_server.api.ports import Adapters
 from fader_server.api.resolve import refuse_recipes
-from fader_server.errors import RecipeConflict, RecipeNotFound, RequestInvalid
+from fader_server.errors import ConfigInvalid, RecipeConflict, RecipeNotFound, RequestInvalid
 
 _DIGEST = re.compile(r"[0-9a-f]{12,64}")
 Save = Callable[[Mapping[str, Recipe]], Awaitable[None]]
 """Makes the recipes durable; what it returns is awaited before a change is answered."""
+
+
+def claims_of(recipes: Iterable[Recipe], *names: str) -> Claims:
+    """The names of recipes, and others beside them, and the versions that the recipes name."""
+    claimed, versions = set(names), set[tuple[str, Digest]]()
+    for recipe in recipes:
+        claimed.add(recipe.name)
+        refs = [term.ref for term in recipe.terms]
+        versions.update((ref.name, Digest(ref.version)) for ref in refs if ref.version is not None)
+    return Claims(frozenset(claimed), frozenset(versions))
 
 
 class RecipeBook:
@@ -32,17 +42,25 @@ class RecipeBook:
         *,
         base: str,
         most: int,
+        recipes: Sequence[Recipe] = (),
         save: Save = lambda recipes: asyncio.sleep(0),
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`base`: the name of the base, claimed from now on; `most`: recipes at one time."""
+        """`base`: its name, claimed from now on; `most`: recipes at one time; `recipes`: those
+        there are. Raises ConfigInvalid when one of them has the name of the base, NameReserved
+        when an adapter has it.
+        """
+        if any(recipe.name == base for recipe in recipes):
+            raise ConfigInvalid(
+                f"--served-model-name {base}: a recipe in --state-dir has this name; give another"
+            )
         self._adapters = adapters
         self._base = base
         self._most = most
         self._save = save
         self._clock = clock
         self._recipes: dict[str, Recipe] = {}
-        adapters.claim(self._claims({}))
+        self._set({recipe.name: recipe for recipe in recipes})
 
     def find(self, name: str) -> Recipe | None:
         return self._recipes.get(name)
@@ -79,19 +97,9 @@ class RecipeBook:
         self._set({key: recipe for key, recipe in self._recipes.items() if key != name})
         await self._save(self._recipes)
 
-    def restore(self, recipe: Recipe) -> None:
-        """Bring one back as it was written, whatever is loaded now. Raises NameReserved."""
-        self._check_free(recipe.name)
-        self._set({**self._recipes, recipe.name: recipe})
-
     def _set(self, recipes: dict[str, Recipe]) -> None:
-        self._adapters.claim(self._claims(recipes))
+        self._adapters.claim(claims_of(recipes.values(), self._base))
         self._recipes = recipes
-
-    def _claims(self, recipes: Mapping[str, Recipe]) -> Claims:
-        refs = [term.ref for recipe in recipes.values() for term in recipe.terms]
-        versions = frozenset((r.name, Digest(r.version)) for r in refs if r.version is not None)
-        return Claims(frozenset({*recipes, self._base}), versions)
 
     def _fix(self, term: NamedTerm) -> NamedTerm:
         """The term with its version in full. Raises AdapterNotFound."""
@@ -105,16 +113,13 @@ class RecipeBook:
             raise RequestInvalid(
                 "a recipe's name has letters, digits and . _ - only, 128 at most", param="name"
             )
-        self._check_free(name)
+        if name == self._base:
+            raise NameReserved("the base has this name; choose another for the recipe")
         self._check_digest(name, if_digest)
         if name not in self._recipes and len(self._recipes) >= self._most:
             raise RequestInvalid(
                 f"there are {self._most} recipes, the limit; delete one first", code="recipe_limit"
             )
-
-    def _check_free(self, name: str) -> None:
-        if name == self._base:
-            raise NameReserved("the base has this name; choose another for the recipe")
 
     def _check_digest(self, name: str, expected: str | None) -> None:
         """Raises RecipeConflict."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
+from fader_adapters.claims import NONE, Claims
 from fader_adapters.errors import AdapterError
 from fader_adapters.kernels.backend import choose
 from fader_adapters.kernels.tables import Tables
@@ -48,7 +49,7 @@ CHUNK_SIZE = 256
 
 
 @contextmanager
-def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
+def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> Iterator[World]:
     """Load the base, reserve memory, start the engine, load the adapters; undo it at the end.
 
     Raises ConfigInvalid, ModelUnsupported or AdapterError for what the user can mend.
@@ -90,6 +91,7 @@ def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
         fetch_timeout=config.fetch_timeout,
         require_sha256=config.require_sha256,
     )
+    registry.claim(Claims(claims.names | {name}, claims.versions))
     seen = _load_adapters(config, registry, base_name=name)
     model = BaseModel(name, base.installed.spec.fingerprint, plan.max_model_len, started)
     adapters: Adapters = registry

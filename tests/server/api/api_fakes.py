@@ -338,7 +338,7 @@ class FakeAdapters:
         }
         if order.source in refusals:
             raise refusals[order.source]
-        return self._info(order.name, order.source, pinned=order.pin)
+        return self._info(order.name, order.source.removeprefix("/roots/"), pinned=order.pin)
 
     def unload(self, name: str) -> None:
         self.earlier.pop(name, None)
