@@ -113,8 +113,7 @@ class Store:
         assert reservation.filled
         record = self._names.get(name)
         check_name(name)
-        if name in self._claims.names:
-            raise NameReserved(f"{name!r} is the name of the base or a recipe; choose another")
+        self.check_unclaimed(name)
         check_version(name, self._current(name), if_version)
         if record is not None and not replace and if_version is None:
             raise AdapterExists(f"the adapter {name!r} is loaded already; ask to replace it")
@@ -131,6 +130,11 @@ class Store:
             old.former.add(name)
             self._retire_unwanted(old)
         return entry.adapter
+
+    def check_unclaimed(self, name: str) -> None:
+        """What `publish` would say of the name at once. Raises NameReserved."""
+        if name in self._claims.names:
+            raise NameReserved(f"{name!r} is the name of the base or a recipe; choose another")
 
     def adopt(self, name: str, reservation: Reservation) -> None:
         """Take a claimed version in as an earlier one of the name, which stays where it is.

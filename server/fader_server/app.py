@@ -40,7 +40,7 @@ def build(
     `context.readiness.reason` is set to "".
     """
     context = _context(config, base, engine, adapters, recipes, tokenizer, metrics, version)
-    metrics.add_gauges(gauges(engine, adapters, context.board))
+    metrics.add_gauges(gauges(engine, adapters, recipes, context.board))
     app = FastAPI(
         title="Fader",
         version=version,

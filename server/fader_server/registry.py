@@ -114,6 +114,8 @@ class Registry:
                 "this server loads adapters by their sha256 only (--require-sha256): give the "
                 "version that an earlier load or notebook reported"
             )
+        with self._lock:
+            self._store.check_unclaimed(order.name)
         raw = await self._fetch(order)
         return await self._run(self._publish, raw, order, make_room)
 

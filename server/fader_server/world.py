@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from fader_adapters.claims import NONE, Claims
-from fader_adapters.errors import AdapterError
+from fader_adapters.errors import AdapterError, NameReserved
 from fader_adapters.kernels.backend import choose
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.pool import Pool
@@ -228,7 +228,8 @@ def _load_adapters(config: ServeConfig, registry: Registry, *, base_name: str) -
             loaded = registry.load_now(LoadOrder(found.name, found.reference))
             seen[found.name] = Seen(found.stamp, loaded.info.version)
         except AdapterError as error:
-            seen[found.name] = Seen(found.stamp, "")
+            if not isinstance(error, NameReserved):  # that may end while the folder stays
+                seen[found.name] = Seen(found.stamp, "")
             fields = {"adapter": found.name, "reason": str(error)}
             log.warning("adapter skipped", extra={"fields": fields})
     return seen

@@ -284,5 +284,16 @@ async def test_adapters_of_a_recipe_load_on_demand_and_are_not_evicted_when_it_n
         assert (await server.said("warm")).blend == f"team/shout@{cut(version)}=1"
 
 
+async def test_a_folder_found_at_the_start_does_not_take_a_recipes_name(root, tmp_path, caplog):
+    state = tmp_path / "state"
+    async with served(root, state) as server:
+        await server.recipe("warm", german=1.0)
+    shutil.copytree(root / "team" / "shout", root / "warm")
+    async with served(root, state) as server:
+        assert (await server.said("warm")).blend.startswith("german@")
+        told = [r.fields["adapter"] for r in caplog.records if r.message == "adapter skipped"]
+        assert told == ["warm"]
+
+
 def test_the_question_fills_blocks_to_share():
     assert len(QUESTION) > 64

@@ -8,7 +8,7 @@ from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from fader_server.api.named_blends import Recipe
+from fader_server.api.named_blends import Recipe, Recipes
 from fader_server.api.ports import Adapters, Engine, LeasedTerm
 from fader_server.api.resolve import exact
 from fader_server.metrics import Metrics, by_tier, counter, gauge, lora_requests_info
@@ -117,7 +117,9 @@ class Board:
         return sorted(self.running), sorted(self.waiting)
 
 
-def gauges(engine: Engine, adapters: Adapters, board: Board) -> Callable[[], Iterable[Metric]]:
+def gauges(
+    engine: Engine, adapters: Adapters, recipes: Recipes, board: Board
+) -> Callable[[], Iterable[Metric]]:
     """The families read from the engine and the store at every scrape."""
 
     def read() -> Iterable[Metric]:
@@ -135,6 +137,7 @@ def gauges(engine: Engine, adapters: Adapters, board: Board) -> Callable[[], Ite
         yield counter("fader_preemptions", "Requests put back into the queue.", stats.preemptions)
         yield counter("fader_engine_faults", "Requests ended by a fault.", stats.faults)
         yield gauge("fader_adapters", "Registered adapters.", totals.adapters)
+        yield gauge("fader_recipes", "Recipes.", len(recipes.list()))
         yield gauge("fader_adapter_leases", "Leases held by calls.", totals.leases)
         yield by_tier(
             GaugeMetricFamily("fader_adapter_bytes", "Bytes of adapters.", labels=["tier"]),

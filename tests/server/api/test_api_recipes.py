@@ -237,6 +237,7 @@ async def test_metrics_and_log_lines_carry_the_recipe_and_the_versions(client, w
     await ask(client, "warm")
     text = world.metrics.render().decode()
     assert 'fader_requests_total{adapter="warm",outcome="ok"} 1.0' in text
+    assert "fader_recipes 1.0" in text
     (line,) = [record.fields for record in caplog.records]
     assert (line["adapter"], line["recipe"]) == ("warm", f"warm@{shown['digest'][:12]}")
     assert line["versions"] == [f"tone@{TONE[:12]}", f"domain@{DOMAIN[:12]}"]
