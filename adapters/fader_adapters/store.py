@@ -6,30 +6,27 @@ claimed) → leaving (`on_retired` was called: the device shall forget it) → r
 
 from collections.abc import Callable, Sequence
 
-from fader_adapters.claims import NONE, Claims
+from fader_adapters.books import Books
+from fader_adapters.claims import Claims
 from fader_adapters.errors import (
     AdapterExists,
-    AdapterNotFound,
     ArenaFull,
     BlendInvalid,
     NameReserved,
 )
-from fader_adapters.leases import AdapterRef, HostAdapter, Lease, LeasedTerm, Reservation
+from fader_adapters.leases import AdapterRef, HostAdapter, Lease, Reservation
 from fader_adapters.parse import ParsedAdapter
 from fader_adapters.records import (
-    VERSION_PREFIX,
-    AdapterStatus,
     NameRecord,
     VersionRecord,
     check_name,
     check_version,
-    check_weight,
 )
 from fader_adapters.spec import Blend, Digest, Term
 from fader_adapters.tiers import HostTier
 
 
-class Store:
+class Store(Books):
     """The host tier's books. All methods belong to one thread (the event loop's)."""
 
     def __init__(
@@ -44,13 +41,11 @@ class Store:
 
         Its memory stays until `reclaim(version)` answers that the device has forgotten it.
         """
+        super().__init__()
         self._tier = tier
         self._on_retired = on_retired
         self._max_adapters = max_adapters
         self._max_terms = max_terms
-        self._names: dict[str, NameRecord] = {}
-        self._versions: dict[Digest, VersionRecord] = {}
-        self._claims = NONE
         self._clock = 0
         self._leases = 0
 
@@ -58,16 +53,6 @@ class Store:
     def leases(self) -> int:
         """Leases not yet released."""
         return self._leases
-
-    @property
-    def versions(self) -> int:
-        """Versions in memory: current, retired and leaving."""
-        return len(self._versions)
-
-    @property
-    def leaving(self) -> int:
-        """Versions whose memory comes back as soon as the device has forgotten them."""
-        return sum(1 for entry in self._versions.values() if entry.forgets)
 
     @property
     def used_bytes(self) -> int:
@@ -130,11 +115,6 @@ class Store:
             old.former.add(name)
             self._retire_unwanted(old)
         return entry.adapter
-
-    def check_unclaimed(self, name: str) -> None:
-        """What `publish` would say of the name at once. Raises NameReserved."""
-        if name in self._claims.names:
-            raise NameReserved(f"{name!r} is the name of the base or a recipe; choose another")
 
     def adopt(self, name: str, reservation: Reservation) -> None:
         """Take a claimed version in as an earlier one of the name, which stays where it is.
@@ -216,70 +196,6 @@ class Store:
         if not entry.wanted and not entry.forgets:
             del self._versions[version]
             self._tier.free(entry.adapter.flat)
-
-    def status(self, name: str, version: str | None = None) -> AdapterStatus:
-        """The name's current version, or one that `acquire` would find. Raises AdapterNotFound."""
-        found = self._resolve(AdapterRef(name, version)).version
-        record, entry = self._names[name], self._versions[found]
-        return AdapterStatus(
-            name=name,
-            version=found,
-            report=entry.adapter.report,
-            nbytes=entry.adapter.nbytes,
-            leases=entry.leases,
-            pinned=record.pinned,
-            retired=tuple(sorted(v for v, e in self._versions.items() if e.retired_from(name))),
-        )
-
-    def list(self) -> tuple[AdapterStatus, ...]:
-        """Every name, sorted."""
-        return tuple(self.status(name) for name in sorted(self._names))
-
-    def known_versions(self, name: str) -> frozenset[Digest]:
-        """Versions in memory that the name means or meant."""
-        return frozenset(v for v, e in self._versions.items() if name in e.names | e.former)
-
-    def idle(self) -> tuple[str, ...]:
-        """Names that could be unloaded to make room, longest unused first: no lease, no pin and
-        no claim on any of their versions."""
-        claimed = {name for entry in self._versions.values() for name in entry.kept}
-        names = [
-            name
-            for name, record in self._names.items()
-            if not record.pinned
-            and not self._versions[record.version].leases
-            and name not in claimed
-        ]
-        return tuple(sorted(names, key=lambda name: self._names[name].used))
-
-    def _record(self, name: str) -> NameRecord:
-        record = self._names.get(name)
-        if record is None:
-            raise AdapterNotFound(f"no adapter {name[:160]!r} is loaded")
-        return record
-
-    def _current(self, name: str) -> str:
-        """The version of a name, "" when it is free."""
-        record = self._names.get(name)
-        return record.version if record is not None else ""
-
-    def _resolve(self, ref: AdapterRef) -> LeasedTerm:
-        check_weight(ref.weight)
-        record = self._record(ref.name)
-        if ref.version is None:
-            return LeasedTerm(ref.name, record.version, ref.weight)
-        live = [
-            version
-            for version, entry in self._versions.items()
-            if version.startswith(ref.version)
-            and (version == record.version or entry.retired_from(ref.name))
-        ]
-        if not VERSION_PREFIX.fullmatch(ref.version) or len(live) != 1:
-            raise AdapterNotFound(
-                f"no live version {ref.version[:64]!r} of adapter {ref.name!r}; it is at "
-                f"{record.version[:12]}"
-            )
-        return LeasedTerm(ref.name, live[0], ref.weight)
 
     def _keep_if_claimed(self, entry: VersionRecord, name: str) -> None:
         if (name, entry.adapter.version) in self._claims.versions:

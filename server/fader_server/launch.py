@@ -22,7 +22,8 @@ from fader_server.metrics import Metrics
 from fader_server.recipes import RecipeBook, claims_of
 from fader_server.serving import bind, serve
 from fader_server.state import RememberedAdapters, recipes_in
-from fader_server.state_file import State, StateFile
+from fader_server.state_entries import State
+from fader_server.state_file import StateFile
 
 _log = logging.getLogger("fader")
 

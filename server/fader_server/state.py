@@ -23,7 +23,8 @@ from fader_server.api.ports import (
     Loaded,
     LoadOrder,
 )
-from fader_server.state_file import Origin, State, StateFile, Wanted, WantedRecipe
+from fader_server.state_entries import Origin, State, Wanted, WantedRecipe
+from fader_server.state_file import StateFile
 
 _log = logging.getLogger(__name__)
 

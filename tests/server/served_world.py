@@ -17,7 +17,8 @@ from fader_server.launch import World
 from fader_server.metrics import Metrics
 from fader_server.recipes import RecipeBook, claims_of
 from fader_server.state import RememberedAdapters, recipes_in
-from fader_server.state_file import State, StateFile
+from fader_server.state_entries import State
+from fader_server.state_file import StateFile
 from fader_server.world import open_world
 
 QUESTION = "Question: What colour is the sky over the sea on a clear day in summer? Answer:"

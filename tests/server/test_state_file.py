@@ -16,7 +16,8 @@ import pytest
 
 from fader_server import state_file
 from fader_server.errors import ConfigInvalid
-from fader_server.state_file import Origin, State, StateFile, Wanted, WantedRecipe
+from fader_server.state_entries import Origin, State, Wanted, WantedRecipe
+from fader_server.state_file import StateFile
 
 V1, V2 = "1" * 64, "2" * 64
 OLD = State(adapters={"a": Wanted("one", None, V1, pin=True)})
@@ -221,7 +222,8 @@ def test_one_server_at_a_time_uses_a_directory(tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
-from fader_server.state_file import State, StateFile, Wanted
+from fader_server.state_entries import State, Wanted
+from fader_server.state_file import StateFile
 file = StateFile(Path(sys.argv[1]))
 n = int(file.read().adapters["a0"].version)
 while True:

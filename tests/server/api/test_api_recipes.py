@@ -1,5 +1,6 @@
 """Recipes over HTTP: written by compare-and-swap, used like a model, clear on what is missing."""
 
+import asyncio
 import json
 
 import pytest
@@ -82,6 +83,45 @@ async def test_compare_and_swap(client, world: World):
     )
     assert deleted.status_code == 200
     assert (await put(client, if_digest=first)).status_code == 409
+
+
+async def test_no_change_of_twenty_writers_is_lost(client):
+    await put(client, adapters=[{"name": "tone", "weight": 0.0}])
+    refused = 0
+
+    async def add() -> None:
+        nonlocal refused
+        while True:
+            shown = (await client.get("/v1/recipes/warm")).json()
+            await asyncio.sleep(0)  # the others' turn
+            weight = shown["adapters"][0]["weight"] + 0.25
+            adapters = [{"name": "tone", "weight": weight}]
+            answer = await put(client, adapters=adapters, if_digest=shown["digest"])
+            if answer.status_code == 200:
+                return
+            refused += 1
+
+    await asyncio.gather(*(add() for _ in range(20)))
+    shown = (await client.get("/v1/recipes/warm")).json()
+    assert shown["adapters"][0]["weight"] == 5.0
+    assert refused > 0, "they never met"
+
+
+async def test_a_load_that_began_before_the_recipe_does_not_take_its_name(client, world: World):
+    """The name is looked at again when the adapter is there, not only when it is asked for."""
+    gate, fetched = asyncio.Event(), world.adapters.load
+
+    async def late(order):
+        await gate.wait()
+        return await fetched(order)
+
+    world.adapters.load = late
+    loading = asyncio.create_task(client.put("/v1/adapters/warm", json={"source": "one"}))
+    await asyncio.sleep(0)
+    assert (await put(client)).status_code == 201
+    gate.set()
+    assert (await loading).status_code == 409
+    assert "warm" not in world.adapters.infos
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from fader_server.api.ports import LoadOrder
 from fader_server.errors import ConfigInvalid
 from fader_server.recipes import RecipeBook
 from fader_server.state import RememberedAdapters, recipes_in
-from fader_server.state_file import Origin, State, StateFile, Wanted, WantedRecipe
+from fader_server.state_entries import Origin, State, Wanted, WantedRecipe
+from fader_server.state_file import StateFile
 from tests.server.api.api_fakes import FakeAdapters, digest
 
 ONE = Wanted("one", None, digest("one"), True)

@@ -1,6 +1,7 @@
 """`fader adapters` against a real socket: what it prints, what it asks for, how it ends."""
 
 import asyncio
+import io
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import pytest
 
 from fader_server.cli import main
 from fader_server.cli.adapters import read_terms, size
+from fader_server.cli.connected import Session
 from fader_server.client import Client
 from fader_server.config import ClientConfig
 from fader_server.errors import ConfigInvalid, ServerFailed, ServerRefused
@@ -209,6 +211,20 @@ async def test_a_server_of_another_version_is_no_traceback(run: Run, world: Worl
     ran = await run("list")
     assert (ran.code, ran.out) == (1, "")
     assert "is it a Fader of this version?" in ran.err
+
+
+def test_a_long_load_shows_a_spinner_on_a_terminal_and_nothing_elsewhere(monkeypatch):
+    shown = []
+    for terminal in (True, False):
+        stream = io.StringIO()
+        monkeypatch.setattr(stream, "isatty", lambda terminal=terminal: terminal, raising=False)
+        monkeypatch.setattr("sys.stderr", stream)
+        with Session(answering(httpx.Response(200)), False).patiently("loading x\x1b[2J"):
+            pass
+        shown.append(stream.getvalue())
+    assert "loading x" in shown[0]
+    assert "\x1b[2J" not in shown[0]
+    assert shown[1] == ""
 
 
 def test_terms():
