@@ -45,7 +45,7 @@ class Books:
             nbytes=entry.adapter.nbytes,
             leases=entry.leases,
             pinned=record.pinned,
-            retired=tuple(sorted(v for v, e in self._versions.items() if e.retired_from(name))),
+            retired=tuple(sorted(v for v in record.former if self._versions[v].retired_from(name))),
         )
 
     def list(self) -> tuple[AdapterStatus, ...]:
@@ -53,8 +53,9 @@ class Books:
         return tuple(self.status(name) for name in sorted(self._names))
 
     def known_versions(self, name: str) -> frozenset[Digest]:
-        """Versions in memory that the name means or meant."""
-        return frozenset(v for v, e in self._versions.items() if name in e.names | e.former)
+        """Versions in memory that the name means or meant. Raises AdapterNotFound."""
+        record = self._record(name)
+        return frozenset((record.version, *record.former))
 
     def idle(self) -> tuple[str, ...]:
         """Names that could be unloaded to make room, longest unused first: no lease, no pin and
@@ -92,9 +93,9 @@ class Books:
             return LeasedTerm(ref.name, record.version, ref.weight)
         live = [
             version
-            for version, entry in self._versions.items()
+            for version in (record.version, *record.former)
             if version.startswith(ref.version)
-            and (version == record.version or entry.retired_from(ref.name))
+            and (version == record.version or self._versions[version].retired_from(ref.name))
         ]
         if not VERSION_PREFIX.fullmatch(ref.version) or len(live) != 1:
             raise AdapterNotFound(

@@ -36,6 +36,8 @@ class NameRecord:
     pinned: bool
     used: int
     """The store's clock when it was last leased or published."""
+    former: set[Digest] = field(default_factory=set)
+    """Versions in memory that it meant before."""
 
 
 @dataclass(slots=True, eq=False)

@@ -76,6 +76,7 @@ class Store(Books):
             raise ArenaFull(
                 f"the adapter needs {parsed.nbytes} bytes in one piece, {self.used_bytes} of "
                 f"{self.total_bytes} are in use; unload an adapter or wait for its last request"
+                + (", or delete recipes that keep versions" if self._claims.versions else "")
             )
         return Reservation(parsed, flat, shared=False, give_back=self._cancel)
 
@@ -86,11 +87,12 @@ class Store(Books):
         *,
         replace: bool = False,
         if_version: str | None = None,
-        pin: bool = False,
+        pin: bool | None = None,
     ) -> HostAdapter:
         """Let `name` mean the reserved version from now on; running leases keep theirs.
 
-        `if_version` asks that the name is at this version (12 or more hex digits), or free for "".
+        `pin` None leaves it as it is, and a new name without one. `if_version` asks that the name
+        is at this version (12 or more hex digits), or free for "".
         Raises AdapterInvalid (the name), AdapterExists, NameReserved, VersionConflict, ArenaFull
         (too many names); the reservation stays open then.
         """
@@ -106,13 +108,17 @@ class Store(Books):
             raise ArenaFull(f"{len(self._names)} adapters are loaded, the limit; unload one first")
         entry = self._settle_reservation(reservation)
         old = self._versions[record.version] if record is not None else None
+        if record is None:
+            record = self._names[name] = NameRecord(entry.adapter.version, False, 0)
+        record.version, record.used = entry.adapter.version, self._tick()
+        record.pinned = record.pinned if pin is None else pin
         entry.names.add(name)
         entry.former.discard(name)
+        record.former.discard(record.version)
         self._keep_if_claimed(entry, name)
-        self._names[name] = NameRecord(entry.adapter.version, pin, self._tick())
         if old is not None and old is not entry:
             old.names.discard(name)
-            old.former.add(name)
+            self._note_former(old, name)
             self._retire_unwanted(old)
         return entry.adapter
 
@@ -126,7 +132,7 @@ class Store(Books):
         record = self._record(name)
         entry = self._settle_reservation(reservation)
         if entry.adapter.version != record.version:
-            entry.former.add(name)
+            self._note_former(entry, name)
         self._keep_if_claimed(entry, name)
         self._retire_unwanted(entry)
 
@@ -151,10 +157,10 @@ class Store(Books):
 
         Raises AdapterNotFound, VersionConflict.
         """
-        self._record(name)
+        versions = self.known_versions(name)
         check_version(name, self._current(name), if_version)
         del self._names[name]
-        for entry in tuple(self._versions.values()):
+        for entry in [self._versions[version] for version in versions]:
             was_wanted = entry.wanted
             for names in (entry.names, entry.former, entry.kept):
                 names.discard(name)
@@ -195,7 +201,13 @@ class Store(Books):
         assert entry.forgets >= 0
         if not entry.wanted and not entry.forgets:
             del self._versions[version]
+            for name in entry.former:
+                self._names[name].former.discard(version)
             self._tier.free(entry.adapter.flat)
+
+    def _note_former(self, entry: VersionRecord, name: str) -> None:
+        entry.former.add(name)
+        self._names[name].former.add(entry.adapter.version)
 
     def _keep_if_claimed(self, entry: VersionRecord, name: str) -> None:
         if (name, entry.adapter.version) in self._claims.versions:

@@ -90,7 +90,7 @@ class RememberedAdapters:
         """Answers once it is on disk."""
         loaded = await self._inner.load(order)
         revision = loaded.info.revision or order.revision  # a branch moves, a commit does not
-        wanted = Wanted(order.source, revision, loaded.info.version, order.pin)
+        wanted = Wanted(order.source, revision, loaded.info.version, loaded.info.pinned)
         self._remember(order.name, wanted)
         await self.saved()
         return loaded

@@ -436,6 +436,28 @@ def test_a_name_with_a_claimed_version_is_not_idle(world):
     assert world.store.idle() == ("other", "tone")
 
 
+def test_a_swap_leaves_the_pin_unless_it_says_otherwise(world):
+    world.load("tone", P[0], pin=True)
+    for options, pinned in (
+        ({}, True),
+        ({"pin": False}, False),
+        ({}, False),
+        ({"pin": True}, True),
+    ):
+        world.load("tone", P[1], replace=True, **options)
+        assert world.store.status("tone").pinned is pinned
+    world.store.unload("tone")
+    world.load("tone", P[0])
+    assert not world.store.status("tone").pinned
+
+
+def test_a_name_that_moved_a_thousand_times_is_as_cheap_as_a_new_one(world):
+    for turn in range(1000):
+        world.load("tone", P[turn % 3], replace=True)
+        world.reclaim_all()
+    assert world.store.known_versions("tone") == {P[999 % 3].spec.version}
+
+
 def test_buffers_stay_under_their_budget():
     tier = BufferTier(2 * NUMEL * 4, torch.float32, pinned=False)
     with pytest.raises(AdapterTooLarge):

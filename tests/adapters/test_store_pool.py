@@ -187,6 +187,15 @@ class StoreAndPool(RuleBasedStateMachine):
                 assert torch.equal(adapter.flat, WEIGHTS[version])
 
     @invariant()
+    def names_and_versions_agree_on_the_past(self):
+        names, versions = self.store._names, self.store._versions
+        by_name = {(name, v) for name, record in names.items() for v in record.former}
+        assert by_name == {(name, v) for v, entry in versions.items() for name in entry.former}
+        for version, entry in versions.items():
+            assert entry.kept <= entry.names | entry.former
+            assert all(names[name].version == version for name in entry.names)
+
+    @invariant()
     def claimed_weights_are_intact_on_the_host(self):
         for name, version in self.kept:
             with self.store.acquire([AdapterRef(name, version)]) as lease:

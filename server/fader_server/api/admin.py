@@ -80,7 +80,7 @@ def read_order(name: str, body: dict[str, Any]) -> LoadOrder:
         revision=fields.string("revision", longest=256) or None,
         sha256=fields.string("sha256", longest=64) or None,
         if_version=fields.string("if_version", longest=64) if "if_version" in body else None,
-        pin=fields.boolean("pin"),
+        pin=None if fields.raw("pin") is None else fields.boolean("pin"),
     )
     if order.sha256 and not _SHA256.fullmatch(order.sha256):
         fields.refuse("sha256", "must be 64 lower-case hexadecimal digits")

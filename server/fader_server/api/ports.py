@@ -163,7 +163,8 @@ class LoadOrder:
     """Swap a name that is taken; else AdapterExists."""
     if_version: str | None = None
     """Only swap from this version; "" asks that the name is free."""
-    pin: bool = False
+    pin: bool | None = None
+    """None: as it is; a new name has no pin."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,7 @@ def load(
     """Load an adapter under a name that is free."""
     order = {"source": source, "revision": revision, "sha256": sha256, "if_version": ""}
     with run.patiently(f"loading {name}"):
-        report = run.client.load(name, order | {"pin": pin})
+        report = run.client.load(name, order | {"pin": pin or None})
     run.tell(report, f"{name} is loaded: {_told(report)}")
 
 
@@ -96,7 +96,6 @@ def swap(
             "revision": revision,
             "sha256": sha256,
             "if_version": if_version or before["version"],
-            "pin": before["pinned"],
         }
         report = run.client.load(name, order)
     run.tell(report, f"{name} was at {_short(before)}, now: {_told(report)}")

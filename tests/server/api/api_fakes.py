@@ -338,7 +338,9 @@ class FakeAdapters:
         }
         if order.source in refusals:
             raise refusals[order.source]
-        return self._info(order.name, order.source.removeprefix("/roots/"), pinned=order.pin)
+        old = self.infos.get(order.name)
+        pinned = old is not None and old.pinned if order.pin is None else order.pin
+        return self._info(order.name, order.source.removeprefix("/roots/"), pinned=pinned)
 
     def unload(self, name: str) -> None:
         self.earlier.pop(name, None)

@@ -54,6 +54,9 @@ async def test_put_creates_then_swaps_by_version(client, world: World):
     assert taken.headers["x-should-retry"] == "false"
     swapped = await client.put("/v1/adapters/new", json={"source": "two", "if_version": version})
     assert swapped.status_code == 200
+    assert swapped.json()["pinned"] is True, "what a swap does not say stays"
+    unpinned = {"source": "two", "pin": False}
+    assert (await client.put("/v1/adapters/new", json=unpinned)).json()["pinned"] is False
     assert swapped.json()["version"] == digest("two")
 
 
