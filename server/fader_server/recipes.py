@@ -15,7 +15,7 @@ from fader_adapters.spec import ADAPTER_NAME, Digest
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.named_blends import Recipe, Written
 from fader_server.api.ports import Adapters
-from fader_server.api.resolve import refuse_recipes
+from fader_server.api.resolve import refuse_recipes, version_of
 from fader_server.errors import ConfigInvalid, RecipeConflict, RecipeNotFound, RequestInvalid
 
 _DIGEST = re.compile(r"[0-9a-f]{12,64}")
@@ -115,6 +115,8 @@ class RecipeBook:
             )
         if name == self._base:
             raise NameReserved("the base has this name; choose another for the recipe")
+        if version_of(AdapterRef(name), self._adapters) is not None:
+            raise NameReserved(f"{name!r} is the name of an adapter; choose another")
         self._check_digest(name, if_digest)
         if name not in self._recipes and len(self._recipes) >= self._most:
             raise RequestInvalid(

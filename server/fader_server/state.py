@@ -23,6 +23,7 @@ from fader_server.api.ports import (
     Loaded,
     LoadOrder,
 )
+from fader_server.errors import Overloaded
 from fader_server.state_entries import Origin, State, Wanted, WantedRecipe
 from fader_server.state_file import StateFile
 
@@ -80,11 +81,19 @@ class RememberedAdapters:
         if origin is not None and ref.version is not None:
             order = LoadOrder(ref.name, origin.source, origin.revision, sha256=ref.version)
             try:
-                await self._inner.revive(order)
+                await self._revive_beside(order)
                 return
-            except AdapterError as error:
+            except (AdapterError, Overloaded) as error:
                 reason = str(error)
         _tell("recipe not complete", recipe=recipe, adapter=str(ref), reason=reason)
+
+    async def _revive_beside(self, order: LoadOrder) -> None:
+        """What the name means now is held in memory meanwhile. Raises AdapterError, Overloaded."""
+        lease = await self._inner.lease([NamedTerm(AdapterRef(order.name), 1.0)])
+        try:
+            await self._inner.revive(order)
+        finally:
+            lease.release()
 
     async def load(self, order: LoadOrder) -> Loaded:
         """Answers once it is on disk."""

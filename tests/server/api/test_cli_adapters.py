@@ -94,7 +94,7 @@ async def test_load_wants_a_free_name_and_swap_a_taken_one(run: Run, world: Worl
         (("recipe", "set", "warm", "tone:nan"), 2, "'nan' is no number"),
         (("recipe", "set", "warm", "tone", "tone:2"), 2, "tone stands twice"),
         (("recipe", "set", "warm", "tone:17"), 2, "from -16 to 16"),
-        (("recipe", "set", "tone", "domain"), 2, "an adapter has the name"),
+        (("recipe", "set", "tone", "domain"), 2, "'tone' is the name of an adapter"),
         (("load", "x"), 2, "SOURCE"),
         (("nonsense",), 2, "nonsense"),
     ],
