@@ -53,7 +53,7 @@ class Engine(Protocol):
     def submit(self, request: Request, sink: Sink) -> None:
         """Queue a request; its events reach `sink` on the engine thread.
 
-        Raises Overloaded, RequestInvalid, ContextTooLong or EngineFault.
+        Raises Overloaded, RequestInvalid, ContextTooLong, AdapterTooLarge or EngineFault.
         """
         ...
 

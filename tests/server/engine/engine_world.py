@@ -93,9 +93,8 @@ class FakePool:
         if self.fail_acquires:
             self.fail_acquires -= 1
             raise MemoryError("injected")
+        self.check(data)
         need = {v: d.spec.numel for v, d in data.items()}
-        if sum(need.values()) > self.capacity:
-            raise AdapterTooLarge("never fits")
         pinned = sum(n for v, n in self.size.items() if self.pins[v] and v not in need)
         if pinned + sum(need.values()) > self.capacity:
             return None
@@ -114,6 +113,17 @@ class FakePool:
             self.slots[v] = min(set(range(len(self.slots) + 1)) - set(self.slots.values()))
             uploads.append(Upload(d, self.slots[v], 0))
         return tuple(uploads)
+
+    def check(self, data: Mapping[Digest, AdapterData]) -> None:
+        if sum(d.spec.numel for d in data.values()) > self.capacity:
+            raise AdapterTooLarge("never fits")
+
+    def displaces(self, data: Mapping[Digest, AdapterData]) -> bool:
+        missing = sum(d.spec.numel for v, d in data.items() if v not in self.size)
+        return missing > 0 and sum(self.size.values()) + missing > self.capacity
+
+    def prefetch(self, line: Iterable[Mapping[Digest, AdapterData]]) -> tuple[Upload, ...]:
+        return ()
 
     def release(self, versions: tuple[Digest, ...]) -> None:
         for v in versions:
