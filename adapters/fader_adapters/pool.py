@@ -165,7 +165,15 @@ class Pool:
         sizes = {version: data[version].spec.numel for version in missing}
         evictable = [v for v, r in self._residents.items() if not r.pins and v not in data]
         room = sum(self._residents[v].numel for v in evictable) + self._extents.free
-        return None if room < sum(sizes.values()) else self._evict_and_place(sizes, evictable)
+        if room < sum(sizes.values()):
+            return None
+        offsets = self._evict_and_place(sizes, evictable)
+        if offsets is not None:
+            return offsets
+        # What is here of them already may lie in the way of the rest: copy it in anew as well.
+        own = [v for v in data if v in self._residents and not self._residents[v].pins]
+        sizes |= {version: data[version].spec.numel for version in own}
+        return self._evict_and_place(sizes, own + evictable, least=len(own)) if own else None
 
     def _settle(
         self, data: Mapping[Digest, AdapterData], offsets: dict[Digest, int]
@@ -179,13 +187,16 @@ class Pool:
         return tuple(uploads)
 
     def _evict_and_place(
-        self, sizes: dict[Digest, int], evictable: list[Digest]
+        self, sizes: dict[Digest, int], evictable: list[Digest], *, least: int = 0
     ) -> dict[Digest, int] | None:
-        """Try with more and more of the least recently used gone; change nothing until it works."""
+        """Try with more and more of `evictable` gone, in order and at least so many of them;
+        change nothing until it works."""
         emptied = self._extents.copy()
         for count in range(len(evictable) + 1):
             if count:
                 emptied.release(self._residents[evictable[count - 1]].offset)
+            if count < least:
+                continue
             offsets = _allocate_all(emptied.copy(), sizes)
             if offsets is None:
                 continue

@@ -312,3 +312,24 @@ def test_a_prefetch_that_never_fits_costs_nothing():
     assert ahead(world, make(9, rank=3)) == []
     assert world.snapshot() == before
     assert ahead(world) == []
+
+
+def test_an_own_version_that_lies_in_the_way_is_moved():
+    wide = make(9, rank=2)
+    middle = World(3)
+    middle.take(D, B, C)
+    middle.let_go(D, B, C)
+    middle.pool.forget(B.spec.version)
+    middle.pool.forget(D.spec.version)  # 1 free, C, 1 free
+    uploads = middle.take(wide, C)
+    assert uploads is not None, "or it would wait for ever: nothing else is there to leave"
+    assert {u.data.spec.version for u in uploads} == {wide.spec.version, C.spec.version}
+    middle.check(wide)
+    middle.check(C)
+    assert middle.pool.pins == 2
+    pinned = World(3)
+    pinned.take(D, B, C)
+    pinned.let_go(D, B)
+    before = pinned.snapshot()
+    assert pinned.take(wide, C) is None, "a running request holds it where it is"
+    assert pinned.snapshot() == before
