@@ -12,6 +12,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from fader_adapters.errors import AdapterError
+from fader_adapters.inspection import Inspector
 from fader_adapters.kernels.backend import choose
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.pool import Pool
@@ -79,11 +80,10 @@ def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
     pool = Pool(tables, in_place=device.type == "cpu")
     engine = _engine(config, base, plan, tables=tables, pool=pool, metrics=metrics)
     registry = Registry(
-        base.installed,
+        Inspector(base.installed.spec, dtype=dtype, weights=base.installed),
         tier=_host_tier(arena),
         pool=pool,
         sources=sources,
-        dtype=dtype,
         forget=engine.forget,
         max_terms=config.max_terms,
         max_adapters=config.max_adapters,

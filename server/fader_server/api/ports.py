@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from fader_adapters.report import Health
 from fader_adapters.spec import AdapterData, Blend, Digest
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.core import Request, Sink
@@ -183,10 +184,8 @@ class AdapterInfo:
     pinned: bool
     retired: tuple[Digest, ...] = ()
     """Earlier versions that requests still hold."""
-    delta_norm: float = 0.0
-    """Frobenius norm of all deltas together."""
-    relative_norm: float = 0.0
-    """Largest ‖ΔW‖/‖W‖ of its modules."""
+    health: Health | None = None
+    """What the load found."""
     source: str = ""
     revision: str | None = None
     """The commit a Hub source meant when it was loaded."""

@@ -11,11 +11,11 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from types import SimpleNamespace
 
 import torch
 
 from fader_adapters.errors import AdapterError, AdapterInvalid, SourceNotFound, SourceUnavailable
+from fader_adapters.inspection import Inspector
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.parse import Factors, ParsedAdapter
 from fader_adapters.pool import Pool
@@ -101,6 +101,13 @@ class Disk:
         return RawAdapter(b"", b"", reference)
 
 
+class Reader(Inspector):
+    """Takes an adapter's origin for its content."""
+
+    def read(self, raw: RawAdapter) -> ParsedAdapter:
+        return parsed(int(raw.origin))
+
+
 class LiveDevice(Device):
     """The device over the real arena and tables."""
 
@@ -176,11 +183,10 @@ class LiveWorld:
             self.scheduler, self.device, self.device.upload, max_waiting=12, clock=lambda: 0.0
         )
         self.registry = Registry(
-            SimpleNamespace(spec=BASE, sites=()),
+            Reader(BASE, dtype=torch.float32),
             tier=self.memory,
             pool=self.pool,
             sources=self.disk,
-            dtype=torch.float32,
             forget=self.engine.forget,
             max_terms=3,
             max_adapters=4,

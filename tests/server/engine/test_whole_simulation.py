@@ -16,19 +16,13 @@ from fader_server.engine.loop import Engine
 from fader_server.engine.roster import Roster
 from fader_server.engine.scheduler import Scheduler
 from fader_server.registry import Registry
-from tests.server.engine.live_world import live, parsed
+from tests.server.engine.live_world import live
 
 
 @pytest.fixture(autouse=True)
 def played(monkeypatch):
-    """The disk's files are their content's number; nobody waits for wall clock."""
-
-    def read_adapter(raw, base, *, dtype):
-        return parsed(int(raw.origin))
-
-    monkeypatch.setattr(registry_module, "read_adapter", read_adapter)
+    """Nobody waits for wall clock, nobody writes tracebacks of injected faults."""
     monkeypatch.setattr(registry_module, "_LEAVING_SECONDS", 0.0)
-    monkeypatch.setattr(registry_module.BaseNorms, "relative", lambda self, parsed: 1.0)
     logging.disable()
     yield
     logging.disable(logging.NOTSET)
