@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +124,41 @@ class Health:
         """‖ΔW‖/‖W‖ of all adapted linears together."""
         base = math.hypot(*(kind.base_norm for kind in self.kinds))
         return self.report.delta_norm / base if base else None
+
+
+def health_facts(health: Health) -> dict[str, Any]:
+    """The report as JSON holds it; norms are null where the base's weights were not at hand."""
+    report, match = health.report, health.match
+    return {
+        "modules": report.matched,
+        "total_modules": report.total,
+        "targets": list(report.targets),
+        "rank": max(report.ranks),
+        "ranks": list(report.ranks),
+        "scales": list(report.scales),
+        "kinds": ["lora", *report.kinds],
+        "dtype": health.dtype,
+        "source_dtypes": list(report.source_dtypes),
+        "bytes": health.nbytes,
+        "delta_norm": report.delta_norm,
+        "relative_norm": health.relative_norm,
+        "largest_relative_norm": health.largest,
+        "sites": {
+            kind.kind: {
+                "modules": kind.modules,
+                "ranks": list(kind.ranks),
+                "delta_norm": kind.delta_norm,
+                "relative_norm": kind.relative_norm,
+            }
+            for kind in health.kinds
+        },
+        "base_match": {
+            "fingerprint": match.fingerprint,
+            "claimed": match.claimed,
+            "verdict": match.verdict,
+            "told": match.told,
+        },
+    }
 
 
 def kinds_of(modules: Iterable[ModuleReport], base_norms: Iterable[float]) -> list[KindHealth]:

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from fader_adapters.errors import AdapterError, AdapterExists
-from fader_adapters.report import Health
+from fader_adapters.report import health_facts
 from fader_adapters.spec import ADAPTER_NAME, NESTED_NAME
 from fader_server.api.blends import AdapterRef
 from fader_server.api.context import body_of, context_of, log_of, principal_of
@@ -109,6 +109,7 @@ async def load(request: Request, order: LoadOrder) -> Loaded:
 def report(info: AdapterInfo, request: Request) -> dict[str, Any]:
     """The health report; where it came from is shown to administrators only."""
     body: dict[str, Any] = {
+        **({} if info.health is None else health_facts(info.health)),
         "object": "adapter",
         "name": info.name,
         "version": info.version,
@@ -118,7 +119,6 @@ def report(info: AdapterInfo, request: Request) -> dict[str, Any]:
         "modules": info.modules,
         "targets": list(info.targets),
         "bytes": info.bytes,
-        **({} if info.health is None else health_body(info.health)),
         "tier": info.tier,
         "leases": info.leases,
         "pinned": info.pinned,
@@ -129,36 +129,6 @@ def report(info: AdapterInfo, request: Request) -> dict[str, Any]:
         body["source"] = info.source
         body["revision"] = info.revision
     return body
-
-
-def health_body(health: Health) -> dict[str, Any]:
-    """What an adapter would do to the base, as JSON; norms are null without the base's weights."""
-    report, match = health.report, health.match
-    return {
-        "total_modules": report.total,
-        "ranks": list(report.ranks),
-        "dtype": health.dtype,
-        "source_dtypes": list(report.source_dtypes),
-        "kinds": ["lora", *report.kinds],
-        "delta_norm": report.delta_norm,
-        "relative_norm": health.relative_norm,
-        "largest_relative_norm": health.largest,
-        "sites": {
-            kind.kind: {
-                "modules": kind.modules,
-                "ranks": list(kind.ranks),
-                "delta_norm": kind.delta_norm,
-                "relative_norm": kind.relative_norm,
-            }
-            for kind in health.kinds
-        },
-        "base_match": {
-            "fingerprint": match.fingerprint,
-            "claimed": match.claimed,
-            "verdict": match.verdict,
-            "told": match.told,
-        },
-    }
 
 
 def _name(request: Request) -> str:

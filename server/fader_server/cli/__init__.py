@@ -11,10 +11,12 @@ from fader_adapters.errors import AdapterError
 from fader_server.bench.cli import bench_app
 from fader_server.cli.compress import compress
 from fader_server.cli.extract import extract
+from fader_server.cli.inspect import inspect
 from fader_server.cli.kernels import kernels
 from fader_server.cli.merge import merge
 from fader_server.cli.quantize import quantize
 from fader_server.cli.serve import serve
+from fader_server.cli.verify import verify
 from fader_server.cli.version import version
 from fader_server.errors import ConfigInvalid, FaderError, ModelUnsupported
 
@@ -29,6 +31,8 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(quantize)
+app.command()(inspect)
+app.command()(verify)
 app.command()(merge)
 app.command()(extract)
 app.command()(compress)
