@@ -120,9 +120,9 @@ class Registry:
         except TimeoutError:
             raise SourceUnavailable("the source did not answer in time; try again") from None
 
-    def load_now(self, order: LoadOrder) -> Loaded:
+    def load_now(self, order: LoadOrder, *, make_room: MakeRoom = lambda: False) -> Loaded:
         """The same on the caller's thread, at start; needs no sha256."""
-        return self._publish(self._sources.fetch(order.source, order.revision), order)
+        return self._publish(self._sources.fetch(order.source, order.revision), order, make_room)
 
     def load_trusted(self, name: str, source: str) -> Loaded:
         """The same for what the operator named. Raises AdapterError."""

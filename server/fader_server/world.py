@@ -37,6 +37,7 @@ from fader_server.model.memory import MemoryPlan, plan_memory
 from fader_server.model.runner import ModelRunner
 from fader_server.model.sampler import Sampler
 from fader_server.ondemand import OnDemand
+from fader_server.parking import Parking
 from fader_server.registry import Registry
 from fader_server.sourcing import check_sources, open_sources
 from fader_server.text.tokenizer import Tokenizer
@@ -90,11 +91,13 @@ def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
         fetch_timeout=config.fetch_timeout,
         require_sha256=config.require_sha256,
     )
-    seen = _load_adapters(config, registry, base_name=name)
+    given = frozenset(adapter.name for adapter in config.adapter)
+    fixed = given if config.model else given | demo.adapter_dirs().keys()
+    parking = Parking(registry, fixed=frozenset(fixed), limit=config.max_adapters)
+    seen = _load_adapters(config, registry, parking, base_name=name)
     model = BaseModel(name, base.installed.spec.fingerprint, plan.max_model_len, started)
-    adapters: Adapters = registry
-    if config.resolve_adapters:
-        adapters = OnDemand(registry, offers=sources.offers, told=metrics.loaded)
+    offers = sources.offers if config.resolve_adapters else (lambda name: False)
+    adapters = OnDemand(parking, offers=offers, told=metrics.loaded)
     with engine:
         yield World(
             model,
@@ -204,7 +207,9 @@ def _background(
     return (partial(watcher.run, changes_in(config.adapter_dir)),)
 
 
-def _load_adapters(config: ServeConfig, registry: Registry, *, base_name: str) -> dict[str, Seen]:
+def _load_adapters(
+    config: ServeConfig, registry: Registry, parking: Parking, *, base_name: str
+) -> dict[str, Seen]:
     """Those the operator named must load; one found in a folder that cannot is skipped, aloud.
 
     The folders and what became of them, by name.
@@ -223,7 +228,7 @@ def _load_adapters(config: ServeConfig, registry: Registry, *, base_name: str) -
         if found.name in taken:
             continue
         try:
-            loaded = registry.load_now(LoadOrder(found.name, found.reference))
+            loaded = parking.load_now(LoadOrder(found.name, found.reference))
             seen[found.name] = Seen(found.stamp, loaded.info.version)
         except AdapterError as error:
             seen[found.name] = Seen(found.stamp, "")
