@@ -94,11 +94,11 @@ def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
     given = frozenset(adapter.name for adapter in config.adapter)
     fixed = given if config.model else given | demo.adapter_dirs().keys()
     parking = Parking(registry, fixed=frozenset(fixed), limit=config.max_adapters)
-    seen = _load_adapters(config, registry, parking, base_name=name)
     model = BaseModel(name, base.installed.spec.fingerprint, plan.max_model_len, started)
     offers = sources.offers if config.resolve_adapters else (lambda name: False)
     adapters = OnDemand(parking, offers=offers, told=metrics.loaded)
-    with engine:
+    with engine:  # from here on: it lets go of what makes room for the next
+        seen = _load_adapters(config, registry, parking, base_name=name)
         yield World(
             model,
             engine,
