@@ -9,6 +9,7 @@ import typer
 
 from fader_adapters.errors import AdapterError
 from fader_server.bench.cli import bench_app
+from fader_server.bench.live_cli import scale, swap
 from fader_server.cli.compress import compress
 from fader_server.cli.extract import extract
 from fader_server.cli.inspect import inspect
@@ -37,6 +38,8 @@ app.command()(merge)
 app.command()(extract)
 app.command()(compress)
 bench_app.command()(kernels)
+bench_app.command()(swap)
+bench_app.command()(scale)
 app.add_typer(bench_app, name="bench")
 
 
