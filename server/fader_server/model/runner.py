@@ -5,7 +5,6 @@ import dataclasses
 import torch
 
 from fader_adapters.kernels.backend import Step
-from fader_adapters.kernels.native import StepPlan
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import RowTerms, StepTerms
 from fader_server.core import Plan, RowResult
@@ -39,7 +38,9 @@ class ModelRunner:
         self._tables = tables
         self._attention = attention
         self._sampler = sampler
-        self._replays = choose_replays(base, cache=cache, attention=attention)
+        self._replays = choose_replays(
+            base, cache=cache, attention=attention, tables=tables, forward=self._forward
+        )
 
     def run(self, plan: Plan) -> list[RowResult]:
         """Compute every row; one result a row, in order. KV writes are repeatable."""
@@ -47,7 +48,6 @@ class ModelRunner:
             replays = self._replays
             if replays is not None and replays.takes(plan):
                 step = self._base.backend.prepare(self._tables, plan.terms)
-                assert step is None or isinstance(step, StepPlan)
                 logits = replays.run(plan, step, lambda batch: self._forward(batch, step))
                 return self._sampled(plan, tuple(range(len(plan.rows))), logits)
             batch = Batch.from_plan(

@@ -33,6 +33,9 @@ __all__ = ["ROW_BUCKETS", "DeltaKernels", "DeltaSite", "LoraStep", "delta"]
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 """Rows of a decode step that may be captured, padded up to the next of these."""
 
+LEAST = Capacity(4, 32, 256, 256, 256)
+"""Room of the second set of buffers at first."""
+
 
 @dataclass(slots=True)
 class _Room:
@@ -147,14 +150,36 @@ class DeltaKernels:
         room.step = self._step(tiles, room, tables.arena)
         return room.step
 
+    def blank(self, tables: Tables, rows: int | None) -> LoraStep:
+        """A step that adds nothing, over the buffers that real steps use.
+
+        rows  a member of ROW_BUCKETS: launches and addresses of that bucket, for a capture; None:
+              those of a step with prefill rows, to have the kernels compiled
+        The last prepared step is no longer valid. Allocates like `prepare`.
+        """
+        self.reserve(tables)
+        room = self._fixed
+        if rows is None:
+            room = self._roomy = self._roomy or self._room(LEAST, tables.rank.shape[1])
+        assert room is not None
+        assert rows is None or rows in ROW_BUCKETS
+        room.rows = room.step = None
+        buffers = room.buffers
+        buffers.block.zero_()
+        cells = buffers.capacity.decode_cells
+        decode = PhaseLaunch("decode", buffers.decode, -(-(rows or 1) // LANES), cells)
+        if rows is not None:
+            return LoraStep(rows, rows, (decode,), buffers, tables.arena)
+        prefill = PhaseLaunch("prefill", buffers.prefill, 1, buffers.capacity.prefill_cells)
+        return LoraStep(0, None, (decode, prefill), buffers, tables.arena)
+
     def _room_for(self, tiles: StepTiles, linears: int) -> _Room:
         assert self._fixed is not None
         fits = self._fixed.buffers.capacity.holds(tiles) and tiles.tokens <= self._decode_rows
         if fits:
             return self._fixed
         if self._roomy is None:
-            least = Capacity(4, 32, 256, 256, 256)
-            self._roomy = self._room(least.grown(tiles), linears)
+            self._roomy = self._room(LEAST.grown(tiles), linears)
         elif not self._roomy.buffers.capacity.holds(tiles):
             grown = self._roomy.buffers.capacity.grown(tiles)
             self._roomy = None
