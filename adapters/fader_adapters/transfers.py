@@ -4,7 +4,7 @@ A copy waits for the kernels that were queued before it, which may read what lay
 waits for the copy unless it is told to.
 """
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
@@ -66,7 +66,7 @@ class SideStream:
         self._stream.wait_stream(torch.cuda.current_stream(target.device))
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
-            return _Event(self._stream.record_event())
+            return _Event(cast("torch.cuda.Event", self._stream.record_event()))
 
 
 class _Event:

@@ -197,6 +197,7 @@ def _engine(
         pool.upload,
         max_waiting=config.max_waiting,
         observer=metrics,
+        copies=pool,
     )
 
 

@@ -7,6 +7,7 @@ batches; how a run is captured is the recorder's business.
 import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ class GraphRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def __call__(self, run: Run) -> Run:
         """Runs `run` once as it is, so that everything is compiled and allocated, then captures."""

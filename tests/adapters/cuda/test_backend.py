@@ -9,8 +9,8 @@ import torch
 
 from fader_adapters.kernels.backend import Backend
 from fader_adapters.kernels.cuda.backend import CudaBackend
-from fader_server.engine.limits import Limits
 from fader_server.core import Plan
+from fader_server.engine.limits import Limits
 from fader_server.model import graphs
 from fader_server.model.attention import PagedAttention
 from fader_server.model.cuda_attention import CudaAttention
@@ -53,10 +53,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 def asks(count: int = 4) -> list[Ask]:
     lengths = (3, 18, 7, 5)
-    return [
-        Ask(list(range(5 + i, 5 + i + lengths[i])), BLENDS[i], greedy(3))
-        for i in range(count)
-    ]
+    return [Ask(list(range(5 + i, 5 + i + lengths[i])), BLENDS[i], greedy(3)) for i in range(count)]
 
 
 def told(answers: list[Answer]) -> Told:
