@@ -1,4 +1,4 @@
-"""The CUDA backend: Triton linears over NF4 and batched deltas. Knows sites and steps, not models."""
+"""The CUDA backend: Triton linears over NF4 and batched deltas. Knows sites, not models."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
