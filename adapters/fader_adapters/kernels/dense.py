@@ -21,3 +21,6 @@ class DenseLinear:
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         return self.weight.to(dtype)
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        return self.weight[start:stop].float()
