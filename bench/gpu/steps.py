@@ -113,7 +113,7 @@ def measure_decode(rig: Rig, result: Result) -> None:
         bucket = next(size for size, _ in graphs.captured if size >= rows)
         with torch.inference_mode():
             graphs._inputs.fill(plan, bucket)
-            device = events(rig, graphs._graphs[bucket, False])
+            device = events(rig, graphs._graphs[bucket, "base"])
         floor = floor_ms(m, rows)
         result.add(
             f"decode {rows} rows: {times.median:.2f} ms ({device.median:.2f} on the device), "

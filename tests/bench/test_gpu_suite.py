@@ -53,10 +53,8 @@ def test_a_failing_section_keeps_what_it_found_and_the_next_one_runs() -> None:
         run_section(rig(), Section(name, run, 1.0))
         for name, run in {"bad": failing, "good": lambda rig, result: result.add(a=1)}.items()
     ]
-    assert [(o.state, o.figures) for o in outcomes] == [
-        ("failed", [{"first": 1}]),
-        ("ok", [{"a": 1}]),
-    ]
+    assert [o.state for o in outcomes] == ["failed", "ok"]
+    assert [o.figures for o in outcomes] == [[{"first": 1}], [{"a": 1}]]
     assert outcomes[0].error == "ParityFailed: wrong"
 
 

@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs: one a bucket of rows, without and with deltas, captured at start.
+"""Decode steps as CUDA graphs: one a bucket of rows and kind of deltas, captured at start.
 
 Whatever changes between steps reaches a graph through buffers at fixed addresses. Knows plans and
 batches; how a run is captured is the recorder's business.
@@ -7,7 +7,7 @@ batches; how a run is captured is the recorder's business.
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -33,6 +33,17 @@ RunBatch = Callable[[Batch, Step | None], torch.Tensor]
 
 WARM_TOKENS = (100, 300)
 """Prompts run once at start, so that no request waits for a compiler: fused and dequantised."""
+
+
+Kind = Literal["base", "deltas", "vectors"]
+"""What a step's rows add to the base: nothing, low-rank deltas, or those with gains and biases."""
+KINDS: tuple[Kind, ...] = ("base", "deltas", "vectors")
+
+
+def _kind(step: LoraStep | None) -> Kind:
+    if step is None:
+        return "base"
+    return "vectors" if step.vectors else "deltas"
 
 
 class GraphRecorder:
@@ -61,16 +72,16 @@ class GraphRecorder:
 class DecodeGraphs:
     """Decode steps of up to the largest bucket of rows; steps it cannot take go the usual way."""
 
-    def __init__(self, inputs: GraphInputs, blank: Callable[[int], Step]) -> None:
-        """`blank`: a step of so many rows that adds nothing, over the buffers real ones use."""
+    def __init__(self, inputs: GraphInputs, blank: Callable[[int, Kind], Step | None]) -> None:
+        """`blank`: a step of a kind that adds nothing to so many rows, over real ones' buffers."""
         self._inputs = inputs
         self._blank = blank
-        self._graphs: dict[tuple[int, bool], Run] = {}
+        self._graphs: dict[tuple[int, Kind], Run] = {}
         self._logits = torch.empty(0)
 
     @property
-    def captured(self) -> Sequence[tuple[int, bool]]:
-        """(rows, with deltas) of every graph."""
+    def captured(self) -> Sequence[tuple[int, Kind]]:
+        """(rows, kind) of every graph."""
         return sorted(self._graphs)
 
     @torch.inference_mode()
@@ -78,10 +89,11 @@ class DecodeGraphs:
         """Capture every bucket, the largest first: the others then fit into its memory."""
         for bucket in sorted(buckets, reverse=True):
             batch = self._inputs.batch(bucket)
-            for step in (None, self._blank(bucket)):
+            for kind in KINDS:
+                step = self._blank(bucket, kind)
                 if not self._logits.numel():
                     self._logits = torch.empty_like(run(batch, step))
-                self._graphs[bucket, step is not None] = record(self._work(run, batch, step))
+                self._graphs[bucket, kind] = record(self._work(run, batch, step))
 
     def _work(self, run: RunBatch, batch: Batch, step: Step | None) -> Run:
         out = self._logits[: batch.tokens]
@@ -103,9 +115,10 @@ class DecodeGraphs:
         rows = len(plan.rows)
         bucket = min(size for size, _ in self._graphs if size >= rows)
         self._inputs.fill(plan, bucket)
-        if step is not None and not (isinstance(step, LoraStep) and step.bucket == bucket):
+        assert step is None or isinstance(step, LoraStep)
+        if step is not None and step.bucket != bucket:
             return forward(self._inputs.batch(bucket))[:rows]
-        self._graphs[bucket, step is not None]()
+        self._graphs[bucket, _kind(step)]()
         return self._logits[:rows]
 
 
@@ -133,7 +146,13 @@ def capture(
         block_size=cache.block_size,
         device=base.device,
     )
-    graphs = DecodeGraphs(inputs, lambda rows: backend.blank(tables, rows))
+
+    def blank(rows: int, kind: Kind) -> Step | None:
+        if kind == "base":
+            return None
+        return backend.blank(tables, rows, vectors=kind == "vectors")
+
+    graphs = DecodeGraphs(inputs, blank)
     started, free = time.perf_counter(), _free(base.device)
     try:
         _warm(inputs, run, backend.blank(tables, None))

@@ -139,10 +139,10 @@ def test_captured_steps_answer_as_steps_run_operator_by_operator_do(
 ) -> None:
     """Three rows of a bucket of four, then one; nothing past a bucket is read."""
     use_cuda(monkeypatch)
-    ran: list[tuple[int, bool]] = []
+    ran: list[tuple[int, str]] = []
 
     def record(run: graphs.Run) -> graphs.Run:
-        which = [(n, deltas) for n in (4, 2, 1) for deltas in (False, True)][len(made)]
+        which = [(n, kind) for n in (4, 2, 1) for kind in graphs.KINDS][len(made)]
         made.append(which)
 
         def noted() -> None:
@@ -151,7 +151,7 @@ def test_captured_steps_answer_as_steps_run_operator_by_operator_do(
 
         return noted
 
-    made: list[tuple[int, bool]] = []
+    made: list[tuple[int, str]] = []
     use_graphs(monkeypatch, record)
     poisoned(monkeypatch, lambda bucket: bucket)
     world = setting.world()
@@ -159,10 +159,10 @@ def test_captured_steps_answer_as_steps_run_operator_by_operator_do(
     assert isinstance(captured, graphs.DecodeGraphs)
     assert captured.captured == sorted(made)
     same(told(world.run(asks(3)) + world.run(asks(2)[1:])), plain)
-    assert {(4, True), (1, True)} <= set(ran)
+    assert {(4, "deltas"), (1, "deltas")} <= set(ran)
     ran.clear()
     world.run(asks(1))
-    assert set(ran) == {(1, False)}
+    assert set(ran) == {(1, "base")}
 
 
 def test_a_read_of_a_poisoned_row_would_be_noticed(

@@ -30,7 +30,7 @@ class CudaSite:
         y = self.base(x)
         if step is not None:
             assert isinstance(step, LoraStep)
-            delta(y, x, self._bound, step)
+            delta(y, x, self._bound, step, self.base.bias)
         return y
 
 
@@ -80,9 +80,9 @@ class CudaBackend:
         """One copy and one launch, none where rows and tables are those of the step before."""
         return self._deltas.prepare(tables, terms)
 
-    def blank(self, tables: Tables, rows: int | None) -> LoraStep:
+    def blank(self, tables: Tables, rows: int | None, *, vectors: bool = False) -> LoraStep:
         """A step that adds nothing, to capture or compile with; see DeltaKernels.blank."""
-        return self._deltas.blank(tables, rows)
+        return self._deltas.blank(tables, rows, vectors=vectors)
 
 
 def obstacle(device: torch.device, dtype: torch.dtype) -> str:

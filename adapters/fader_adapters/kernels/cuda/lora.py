@@ -147,14 +147,17 @@ class DeltaKernels:
         assert self._shapes is not None
         resolve(room.buffers, self._tables, self._shapes, entries=tiles.entries)
         room.rows = terms.rows
-        room.step = self._step(tiles, room, tables.arena)
+        has = self._tables.vectors
+        vectors = any(has[slot] for row in terms.rows for slot, _ in row.terms)
+        room.step = self._step(tiles, room, tables.arena, vectors=vectors)
         return room.step
 
-    def blank(self, tables: Tables, rows: int | None) -> LoraStep:
+    def blank(self, tables: Tables, rows: int | None, *, vectors: bool = False) -> LoraStep:
         """A step that adds nothing, over the buffers that real steps use.
 
-        rows  a member of ROW_BUCKETS: launches and addresses of that bucket, for a capture; None:
-              those of a step with prefill rows, to have the kernels compiled
+        rows     a member of ROW_BUCKETS: launches and addresses of that bucket, for a capture;
+                 None: those of a step with prefill rows, to have the kernels compiled
+        vectors  launch what adapters with gains and biases need, too
         The last prepared step is no longer valid. Allocates like `prepare`.
         """
         self.reserve(tables)
@@ -169,9 +172,9 @@ class DeltaKernels:
         cells = buffers.capacity.decode_cells
         decode = PhaseLaunch("decode", buffers.decode, -(-(rows or 1) // LANES), cells)
         if rows is not None:
-            return LoraStep(rows, rows, (decode,), buffers, tables.arena)
+            return LoraStep(rows, rows, (decode,), buffers, tables.arena, vectors)
         prefill = PhaseLaunch("prefill", buffers.prefill, 1, buffers.capacity.prefill_cells)
-        return LoraStep(0, None, (decode, prefill), buffers, tables.arena)
+        return LoraStep(0, None, (decode, prefill), buffers, tables.arena, vectors)
 
     def _room_for(self, tiles: StepTiles, linears: int) -> _Room:
         assert self._fixed is not None
@@ -207,16 +210,18 @@ class DeltaKernels:
             torch.tensor(out, dtype=torch.int32, device=self._device),
         )
 
-    def _step(self, tiles: StepTiles, room: _Room, arena: torch.Tensor) -> LoraStep:
+    def _step(
+        self, tiles: StepTiles, room: _Room, arena: torch.Tensor, *, vectors: bool
+    ) -> LoraStep:
         buffers = room.buffers
         if room is self._fixed:
             bucket = next(rows for rows in ROW_BUCKETS if rows >= tiles.tokens)
             cells = buffers.capacity.decode_cells
             launch = PhaseLaunch("decode", buffers.decode, -(-bucket // LANES), cells)
-            return LoraStep(tiles.tokens, bucket, (launch,), buffers, arena)
+            return LoraStep(tiles.tokens, bucket, (launch,), buffers, arena, vectors)
         both = (
             PhaseLaunch("decode", buffers.decode, tiles.decode.tiles, tiles.decode.cells),
             PhaseLaunch("prefill", buffers.prefill, tiles.prefill.tiles, tiles.prefill.cells),
         )
         launches = tuple(launch for launch in both if launch.tiles)
-        return LoraStep(tiles.tokens, None, launches, buffers, arena)
+        return LoraStep(tiles.tokens, None, launches, buffers, arena, vectors)

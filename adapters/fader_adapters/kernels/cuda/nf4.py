@@ -146,6 +146,14 @@ class Nf4Linear:
         dequantise(self.tiles, out, self._scratch.table)
         return out
 
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """W[start:stop] in fp32, on the device."""
+        first = start // TILE * TILE
+        shape = (stop - first, self.in_features)
+        out = torch.empty(shape, dtype=torch.float32, device=self.tiles.codes.device)
+        dequantise(self.tiles, out, self._scratch.table, first=first)
+        return out[start - first :]
+
 
 class BitsandbytesLinear:
     """W in bitsandbytes' own bytes and its own choice of kernels, on machines ours do not know.
@@ -180,6 +188,10 @@ class BitsandbytesLinear:
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """W [out, in]."""
         return dense(self._weight, dtype)
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """W[start:stop] in fp32, on the device."""
+        return dense(self._weight.rows(start, stop), torch.float32)
 
 
 def linear(
