@@ -18,6 +18,7 @@ from fader_server.core import Plan, PlanRow, Request, SamplingParams
 from fader_server.core import Sequence as Stream
 from fader_server.model import attention, graphs
 from fader_server.model.cuda_attention import CudaAttention
+from fader_server.model.cuda_modules import use_cuda
 from fader_server.model.kv_cache import KVCache, LayerShape
 from fader_server.model.loader import LoadedBase
 from fader_server.model.runner import ModelRunner
@@ -163,6 +164,7 @@ def random_base(rig: Rig, shape: Shape) -> LoadedBase:
         )
         for i in range(shape.layers)
     }
+    use_cuda(cast(Any, model))
     if rig.on_gpu:
         torch.cuda.empty_cache()
     return LoadedBase(

@@ -69,6 +69,8 @@ class Backend(Protocol):
     name: str
     least_rows: int
     """A row's bits do not depend on the number of rows of a call from this many on."""
+    apart: bool
+    """Rows of one token and longer ones must run in steps of their own, or their bits would."""
 
     def linear(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> BaseLinear:
         """Bring NF4 weights, stacked by rows, into this backend's layout, once, at load."""

@@ -148,9 +148,8 @@ def capture(
     )
 
     def blank(rows: int, kind: Kind) -> Step | None:
-        if kind == "base":
-            return None
-        return backend.blank(tables, rows, vectors=kind == "vectors")
+        step = backend.blank(tables, rows, vectors=kind == "vectors")
+        return None if kind == "base" else step
 
     graphs = DecodeGraphs(inputs, blank)
     started, free = time.perf_counter(), _free(base.device)

@@ -66,6 +66,10 @@ def load_base(
     head = model.get_output_embeddings()
     if isinstance(backend, NativeBackend):
         _use_native(model, head, backend, dtype)
+    elif backend.name == "cuda":
+        from fader_server.model.cuda_modules import use_cuda  # imports triton
+
+        use_cuda(model)
     text = config.get_text_config(decoder=True)
     return LoadedBase(
         model=model,

@@ -1,6 +1,8 @@
 """Runs one plan on the device: batch, forward, sample. Decides nothing, keeps no requests."""
 
 import dataclasses
+from collections.abc import Iterator
+from itertools import groupby
 
 import torch
 
@@ -19,6 +21,13 @@ from fader_server.model.sampler import Sampler, prompt_logprobs
 def _padded(terms: StepTerms, padding: int) -> StepTerms:
     """The terms of every packed token: padding is a row of the base."""
     return StepTerms((*terms.rows, RowTerms(padding))) if padding else terms
+
+
+def apart(plan: Plan) -> Iterator[Plan]:
+    """The plan's rows in order, those of one token and longer ones in plans of their own."""
+    for _, group in groupby(zip(plan.rows, plan.terms.rows, strict=True), lambda r: r[0].count > 1):
+        rows, terms = zip(*group, strict=True)
+        yield Plan(rows, StepTerms(terms))
 
 
 class ModelRunner:
@@ -45,20 +54,24 @@ class ModelRunner:
     def run(self, plan: Plan) -> list[RowResult]:
         """Compute every row; one result a row, in order. KV writes are repeatable."""
         with torch.inference_mode():
-            replays = self._replays
-            if replays is not None and replays.takes(plan):
-                step = self._base.backend.prepare(self._tables, plan.terms)
-                logits = replays.run(plan, step, lambda batch: self._forward(batch, step))
-                return self._sampled(plan, tuple(range(len(plan.rows))), logits)
-            batch = Batch.from_plan(
-                plan,
-                block_size=self._cache.block_size,
-                device=self._base.device,
-                least=self._base.backend.least_rows,
-            )
-            terms = _padded(plan.terms, batch.padding)
-            logits = self._forward(batch, self._base.backend.prepare(self._tables, terms))
-            return self._results(plan, batch, logits)
+            parts = apart(plan) if self._base.backend.apart else (plan,)
+            return [result for part in parts for result in self._run(part)]
+
+    def _run(self, plan: Plan) -> list[RowResult]:
+        replays = self._replays
+        if replays is not None and replays.takes(plan):
+            step = self._base.backend.prepare(self._tables, plan.terms)
+            logits = replays.run(plan, step, lambda batch: self._forward(batch, step))
+            return self._sampled(plan, tuple(range(len(plan.rows))), logits)
+        batch = Batch.from_plan(
+            plan,
+            block_size=self._cache.block_size,
+            device=self._base.device,
+            least=self._base.backend.least_rows,
+        )
+        terms = _padded(plan.terms, batch.padding)
+        logits = self._forward(batch, self._base.backend.prepare(self._tables, terms))
+        return self._results(plan, batch, logits)
 
     def _forward(self, batch: Batch, step: Step | None) -> torch.Tensor:
         """[len(batch.logit_index), vocab]"""

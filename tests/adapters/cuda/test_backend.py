@@ -118,6 +118,19 @@ def plain(setting: Setting) -> Told:
         return told(world.run(asks(3)) + world.run(asks(2)[1:]))
 
 
+def test_an_answers_bits_do_not_depend_on_its_company(setting: Setting, plain: Told) -> None:
+    """Prompts beside other prompts and beside running streams, decode steps of any rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_cuda(patch)
+        world = setting.world()
+        alone = [told(world.run([ask]))[0] for ask in asks(3)]
+    assert alone == plain[:3]
+    assert {way for plan in world.plans for way in {row.count > 1 for row in plan.rows}} == {
+        True,
+        False,
+    }
+
+
 def poisoned(patch: pytest.MonkeyPatch, kept: Callable[[int], int]) -> None:
     """After every fill the rows from `kept(bucket)` on hold what no step may read or write."""
     fill = GraphInputs.fill

@@ -37,13 +37,14 @@ class CudaSite:
 class CudaBackend:
     """bf16 on sm_80 and newer; fp16 and fp32 too, with every weight decoded at every call.
 
-    A row's bits do not depend on its company among up to 64 rows of one token each. Larger steps
-    use the vendor's GEMM, which sums in another order for another number of rows.
-    On a CPU device the kernels run in Triton's interpreter, in fp32, for tests.
+    A row's bits do not depend on its company: rows of one token go through the fused NF4 product,
+    all longer ones through dequantised weights and the vendor's GEMM, always on the same number of
+    rows at a time. On a CPU device the kernels run in Triton's interpreter, in fp32, for tests.
     """
 
     name = "cuda"
     least_rows = 1
+    apart = True
 
     def __init__(
         self,
@@ -77,11 +78,16 @@ class CudaBackend:
         return CudaSite(self._deltas.bind(site), base)
 
     def prepare(self, tables: Tables, terms: StepTerms) -> LoraStep | None:
-        """One copy and one launch, none where rows and tables are those of the step before."""
+        """One copy and one launch, none where rows and tables are those of the step before.
+
+        A step of the base too must come through here: its rows decide how linears multiply.
+        """
+        self._scratch.way = "fused" if all(r.tokens == 1 for r in terms.rows) else "pieces"
         return self._deltas.prepare(tables, terms)
 
     def blank(self, tables: Tables, rows: int | None, *, vectors: bool = False) -> LoraStep:
         """A step that adds nothing, to capture or compile with; see DeltaKernels.blank."""
+        self._scratch.way = "pieces" if rows is None else "fused"
         return self._deltas.blank(tables, rows, vectors=vectors)
 
 
