@@ -53,8 +53,9 @@ def measure_peft(rig: Rig, result: Result) -> None:
 
 def _peft_model(rig: Rig, shape: Any, rows: int, rank: int, peft: Any) -> Any:  # noqa: ANN401
     import transformers
-    from bitsandbytes.nn.modules import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
+    quantised: Any = Params4bit
     config = transformers.LlamaConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
@@ -75,11 +76,8 @@ def _peft_model(rig: Rig, shape: Any, rows: int, rank: int, peft: Any) -> Any:  
                 module.in_features, module.out_features, bias=False,
                 compute_dtype=rig.dtype, quant_type="nf4", device="meta",
             )  # fmt: skip
-            from bitsandbytes.nn.modules import Params4bit
-
-            packed.weight = Params4bit(
-                module.weight.data, requires_grad=False, quant_type="nf4"
-            ).to(rig.device)
+            weight = quantised(module.weight.data, requires_grad=False, quant_type="nf4")
+            packed.weight = weight.to(rig.device)
             parent, _, child = path.rpartition(".")
             setattr(model.model.get_submodule(parent), child, packed)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -89,11 +87,15 @@ def _peft_model(rig: Rig, shape: Any, rows: int, rank: int, peft: Any) -> Any:  
         "target_modules": targets,
         "init_lora_weights": False,
     }
-    mixed = peft.get_peft_model(model, peft.LoraConfig(**given), adapter_name="a0")
+    own = {"autocast_adapter_dtype": False}
+    mixed = peft.get_peft_model(model, peft.LoraConfig(**given), adapter_name="a0", **own)
     for number in range(1, rows):
         rig.check_time()
-        mixed.add_adapter(f"a{number}", peft.LoraConfig(**given))
-    return mixed.to(rig.device).eval()
+        mixed.add_adapter(f"a{number}", peft.LoraConfig(**given), **own)
+    for name, parameter in mixed.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(rig.device, rig.dtype)
+    return mixed.eval()
 
 
 def _decode(rig: Rig, model: Any, names: list[str], *, vocab: int, context: int) -> Times:  # noqa: ANN401

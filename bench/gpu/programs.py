@@ -17,6 +17,8 @@ from bench.gpu.section import ParityFailed, Result, Rig, Unavailable
 
 SANITIZER_SECONDS = 100
 SERVER_SECONDS = 100
+LOAD = ("--adapters", "all", "--compare", "base,uniform", "--concurrency", "16", "--requests", "96")
+"""Of `fader bench serve`: the base, then its adapters in turn, interleaved."""
 
 
 def check_memory(rig: Rig, result: Result) -> None:
@@ -89,25 +91,15 @@ def measure_server(rig: Rig, result: Result) -> None:
         try:
             _wait(f"http://127.0.0.1:{port}/ready", server, log)
             told = Path(folder) / "bench.json"
+            load = ["bench", "serve", "--url", f"http://127.0.0.1:{port}", "--json", str(told)]
             done = subprocess.run(
-                [
-                    *fader,
-                    "bench",
-                    "serve",
-                    "--url",
-                    f"http://127.0.0.1:{port}",
-                    "--json",
-                    str(told),
-                ],
-                capture_output=True,
-                text=True,
-                timeout=SERVER_SECONDS,
+                [*fader, *load, *LOAD], capture_output=True, text=True, timeout=SERVER_SECONDS
             )
             if done.returncode:
                 raise ParityFailed(f"fader bench serve: {(done.stderr or done.stdout)[-300:]}")
             result.add(
                 "the demo over loopback: every answer right; "
-                + next((line for line in done.stdout.splitlines() if "tokens/s" in line), ""),
+                + " | ".join(" ".join(line.split()) for line in done.stdout.splitlines()[-3:]),
                 serve=json.loads(told.read_text()),
                 log=[line for line in log.read_text().splitlines() if "graphs" in line],
             )

@@ -21,6 +21,8 @@ from fader_adapters.spec import (
 
 SPREAD = 0.02
 """Standard deviation of a weight."""
+B_SPREAD = 0.2
+"""Of an adapter's B in parity checks: its delta then weighs as much as the base."""
 
 
 def nf4_weight(out: int, width: int, rig: Rig) -> Nf4Weight:
@@ -70,11 +72,11 @@ def publish_adapters(base: BaseSpec, ranks: Sequence[int], rig: Rig) -> Tables:
     for slot, spec in enumerate(specs):
         for delta in spec.deltas:
             linear = base.linears[delta.linear]
-            for at, width in (
-                (delta.a_offset, linear.in_features),
-                (delta.b_offset, linear.out_features),
+            for at, width, spread in (
+                (delta.a_offset, linear.in_features, SPREAD),
+                (delta.b_offset, linear.out_features, B_SPREAD),
             ):
-                fill(arena[offset + at : offset + at + delta.rank * width])
+                fill(arena[offset + at : offset + at + delta.rank * width], spread)
         tables.publish(slot, spec, offset)
         offset += spec.numel + 64
     return tables
