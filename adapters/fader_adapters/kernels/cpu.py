@@ -8,6 +8,7 @@ import torch
 from fader_adapters.kernels.native import (
     Nf4Panels,
     PanelStore,
+    PlainPanels,
     Site,
     SiteTables,
     StepPlan,
@@ -24,10 +25,15 @@ if TYPE_CHECKING:
 
 
 class PanelLinear:
-    """An NF4 weight repacked into column panels; resident at 0.5625 byte a weight."""
+    """A weight in column panels; an NF4 one is resident at 0.5625 byte a weight."""
 
     def __init__(
-        self, panels: Nf4Panels, bias: torch.Tensor | None, *, scratch: Workspace, tape: Tape
+        self,
+        panels: Nf4Panels | PlainPanels,
+        bias: torch.Tensor | None,
+        *,
+        scratch: Workspace,
+        tape: Tape,
     ) -> None:
         self.panels = panels
         self.bias = bias
@@ -114,10 +120,10 @@ class NativeBackend:
         panels = Nf4Panels.stack(parts, weights[0].in_features, store=self._store)
         return PanelLinear(panels, bias, scratch=self._scratch, tape=self.tape)
 
-    def keep(self, weight: torch.Tensor) -> torch.Tensor:
-        """A copy of a dense weight beside the NF4 ones, where streaming it costs fewest misses."""
-        kept = self._store.take(weight.nbytes).view(weight.dtype).view(weight.shape)
-        return kept.copy_(weight)
+    def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PanelLinear:
+        """The same over a copy of an unquantised weight [n, k], k % 64 == 0, of x's dtype."""
+        panels = PlainPanels.pack(weight.contiguous(), store=self._store)
+        return PanelLinear(panels, bias, scratch=self._scratch, tape=self.tape)
 
     def bind(self, site: SiteSpec, base: "BaseLinear") -> NativeSite:
         """The members' indices must follow one another."""

@@ -106,7 +106,7 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str:
     except Exception as error:  # noqa: BLE001 - whatever a driver, compiler or library raises
         told = str(error).strip().splitlines()
         line = told[0] if told else type(error).__name__
-        return f"triton cannot compile or run a kernel ({line}); it needs a C compiler such as gcc"
+        return f"triton cannot compile or run a kernel ({line}); it needs gcc and Python's headers"
     return "" if sound else "a first kernel gave wrong numbers; check driver and triton versions"
 
 
