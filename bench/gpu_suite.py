@@ -38,7 +38,7 @@ def sections() -> "tuple[Section, ...]":
         Section("parity nf4", parity.check_nf4, 40),
         Section("parity lora", parity.check_lora, 60),
         Section("parity attention", parity.check_attention, 40),
-        Section("graphs", steps.check_graphs, 90),
+        Section("graphs", steps.check_graphs, 140),
         Section("decode", steps.measure_decode, 40),
         Section("adapters", steps.measure_adapters, 50),
         Section("swap", steps.measure_swap, 30),

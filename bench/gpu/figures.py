@@ -131,7 +131,7 @@ def measure_lora(rig: Rig, result: Result) -> None:
         for s in sites
     ]
     arch = None if rig.on_gpu else 80
-    entries = 32 if rig.small else 2048
+    entries = 16 if rig.small else 2048
     for rank, rows, distinct, terms in _loads(rig):
         rig.check_time()
         slots = max(distinct, terms)

@@ -135,7 +135,7 @@ def random_base(rig: Rig, shape: Shape) -> LoadedBase:
         build: Any = AutoModelForCausalLM.from_config
         model = build(config, attn_implementation=attention.NAME, dtype=rig.dtype).eval()
     model.requires_grad_(False)
-    backend = CudaBackend(rig.device, rig.dtype, entries=64 if rig.small else 1024)
+    backend = CudaBackend(rig.device, rig.dtype, entries=16 if rig.small else 1024)
     spec = describe(model)
     state = StepState()
     sites: list[Site] = []

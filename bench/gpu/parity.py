@@ -77,7 +77,7 @@ def check_lora(rig: Rig, result: Result) -> None:
     ranks = (1, 8, 20) if rig.small else (1, 8, 16, 20, 64, 5, 32)
     tables = publish_adapters(base, ranks, rig)
     arch = None if rig.on_gpu else 80
-    kernels = DeltaKernels(rig.device, rig.dtype, arch=arch, entries=32 if rig.small else 1024)
+    kernels = DeltaKernels(rig.device, rig.dtype, arch=arch, entries=16 if rig.small else 1024)
     bound = [kernels.bind(site) for site in sites]
     worst = 0.0
     for name, terms in mixes(len(ranks), 4 if rig.small else 48).items():
@@ -116,7 +116,7 @@ def _check_infinity(rig: Rig) -> None:
     tables = publish_adapters(base, (8, 16), rig)
     a = int(tables.a_offset[1, 0])
     tables.arena[a : a + 16 * SMALL.hidden] = 3e38
-    kernels = DeltaKernels(rig.device, rig.dtype, arch=None if rig.on_gpu else 80, entries=32)
+    kernels = DeltaKernels(rig.device, rig.dtype, arch=None if rig.on_gpu else 80, entries=16)
     bound = kernels.bind(sites[0])
     x = torch.rand(3, SMALL.hidden, device=rig.device).to(rig.dtype) + 1
     got = torch.zeros(3, bound.out_features, dtype=rig.dtype, device=rig.device)

@@ -101,13 +101,13 @@ def run_sections(rig: Rig, sections: Sequence[Section], told: Path) -> None:
 
 def run_section(rig: Rig, section: Section) -> Outcome:
     """Whatever a section raises is its outcome."""
-    from fader_server.engine.isolation import is_device_lost
+    from fader_server.engine.isolation import is_device_lost, is_out_of_memory
 
     started = time.monotonic()
     rig.deadline = started + section.seconds if rig.on_gpu else float("inf")
     result = Result()
     state: State = "ok"
-    told, lost = "", False
+    told, lost, full = "", False, False
     try:
         section.run(rig, result)
         if rig.on_gpu:
@@ -117,11 +117,11 @@ def run_section(rig: Rig, section: Section) -> Outcome:
     except Unavailable as error:
         state, told = "unavailable", str(error)
     except Exception as error:  # noqa: BLE001 - the border of a section: the others go on
-        state, lost = "failed", is_device_lost(error)
+        state, lost, full = "failed", is_device_lost(error), is_out_of_memory(error)
         told = f"{type(error).__name__}: {_one_line(error)}"
     seconds = round(time.monotonic() - started, 2)
     outcome = Outcome(section.name, state, seconds, told, result.figures, result.lines, lost)
-    if state == "failed" and rig.on_gpu and not lost:
+    if full and rig.on_gpu:
         rig.kept.clear()
         torch.cuda.empty_cache()
     return outcome

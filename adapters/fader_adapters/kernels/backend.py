@@ -121,6 +121,8 @@ def _fastest(
     except ImportError as error:
         return None, f"triton cannot be imported ({error}); install it again"
     obstacle = cuda.obstacle(device, dtype)
+    if not obstacle and dtype != torch.bfloat16:
+        log.warning("in %s every NF4 weight is decoded at every call: bfloat16 is faster", dtype)
     return (None, obstacle) if obstacle else (cuda.CudaBackend(device, dtype), "")
 
 
