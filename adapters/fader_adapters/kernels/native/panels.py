@@ -16,8 +16,7 @@ PANEL = 32
 
 
 def in_huge_pages(tensor: Tensor) -> None:
-    """Ask for huge pages under a CPU tensor that has not been written yet: fewer page walks. A hint,
-    never an error."""
+    """Ask for huge pages under a CPU tensor that is not written yet; a hint, never an error."""
     library().fader_advise_huge(tensor.data_ptr(), tensor.nbytes)
 
 
