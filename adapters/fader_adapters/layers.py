@@ -99,7 +99,7 @@ class SiteLinear(nn.Module):
 
 
 class SiteHead(SiteLinear):
-    """Stands where the output head stood. The weight stays the model's own: tied stays tied."""
+    """Stands where the output head stood, and keeps its weight: tied stays tied."""
 
     def __init__(self, site: Site, head: nn.Linear) -> None:
         super().__init__(site, 0)
@@ -111,13 +111,14 @@ class SiteEmbedding(nn.Module):
 
     def __init__(self, inner: nn.Embedding, kernel: LookupKernel, state: StepState) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner: nn.Module = inner
         self._kernel = kernel
         self._state = state
 
     @property
-    def weight(self) -> torch.Tensor:
-        return self.inner.weight
+    def weight(self) -> object:
+        """The table, as long as the embedding has one of its own."""
+        return getattr(self.inner, "weight", None)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         y = self.inner(ids)

@@ -83,7 +83,7 @@ def read_adapter(
         index: _linear(raw.weights, index, checked, base, dtype, weights)
         for index in checked.linears
     }
-    if all(linear.factors.idle for linear in linears.values()):
+    if all(linear.idle for linear in linears.values()):
         raise AdapterInvalid("every delta is zero: the adapter would answer as the base does")
     reports = tuple(
         _report(index, linear, checked, base, limits) for index, linear in linears.items()

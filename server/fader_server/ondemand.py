@@ -1,6 +1,7 @@
-"""Adapters that load when a request first names them. Knows names and errors, no files.
+"""Adapters that load when a request needs them. Knows names and errors, no files.
 
-What came on demand leaves again when room is needed: longest unused first, never while in use.
+What is not in memory comes back when it is asked for: what was loaded before always, new names
+where sources offer them. When room is needed the longest unused leaves, never what is in use.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from fader_adapters.claims import NONE, Claims
 from fader_adapters.errors import (
     AdapterError,
     AdapterNotFound,
@@ -43,7 +45,13 @@ class Loader(Adapters, Protocol):
         self, order: LoadOrder, *, make_room: Callable[[], bool] = lambda: False
     ) -> Loaded: ...
 
-    def evict(self, may_go: Callable[[str], bool]) -> str | None: ...
+    async def bring(self, name: str, *, make_room: Callable[[], bool]) -> Loaded | None: ...
+
+    def order_of(self, name: str) -> LoadOrder | None: ...
+
+    def evict(
+        self, may_go: Callable[[str], bool], *, drops: Callable[[str], bool]
+    ) -> str | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +88,7 @@ class OnDemand:
         self._mine: set[str] = set()
         self._barred: set[str] = set()
         self._awaited: Counter[str] = Counter()
+        self._claims = NONE
 
     async def lease(self, terms: Sequence[NamedTerm]) -> Lease:
         """Take the lease; names that are missing are loaded first, one load for all who ask.
@@ -118,6 +127,17 @@ class OnDemand:
         self._mine.discard(name)
         self._inner.unload(name)
 
+    async def revive(self, order: LoadOrder) -> None:
+        await self._inner.revive(order)
+
+    def claim(self, claims: Claims) -> None:
+        """Names that are claimed are not looked for in the sources."""
+        self._inner.claim(claims)
+        self._claims = claims
+
+    async def saved(self) -> None:
+        await self._inner.saved()
+
     def pin(self, name: str, *, pinned: bool) -> AdapterInfo:
         return self._inner.pin(name, pinned=pinned)
 
@@ -135,17 +155,16 @@ class OnDemand:
 
     def _missing(self, name: str) -> bool:
         try:
-            self._inner.get(AdapterRef(name))
+            return self._inner.get(AdapterRef(name)).tier == "disk"
         except AdapterNotFound:
             return True
-        return False
 
     async def _bring(self, name: str) -> Exception | None:
         """Have the name loaded; why not, else."""
         known = self._refusals.get(name)
         if known is not None and self._clock() < known.until:
             return known.kind(known.text)
-        if name in self._barred:
+        if name in self._barred or name in self._claims.names:
             return AdapterNotFound("no such adapter")
         flight = self._flights.get(name)
         if flight is None:
@@ -155,16 +174,20 @@ class OnDemand:
         return await asyncio.shield(flight)  # who asked first may leave; the others wait on
 
     async def _load(self, name: str) -> Exception | None:
-        if not await asyncio.to_thread(self._offers, name):
+        parked = self._inner.order_of(name) is not None
+        if not parked and not await asyncio.to_thread(self._offers, name):
             return self._refuse(name, SourceNotFound("no such source"))
         if self._loads >= MAX_LOADS:
             return Overloaded("Too many adapters are being loaded.", retry_after=2)
         self._loads += 1
-        self._mine.add(name)
         began = self._clock()
         try:
-            order = LoadOrder(name, name, if_version="")
-            loaded = await self._inner.load(order, make_room=self._make_room)
+            if parked:
+                loaded = await self._inner.bring(name, make_room=self._make_room)
+            else:
+                self._mine.add(name)
+                order = LoadOrder(name, name, if_version="")
+                loaded = await self._inner.load(order, make_room=self._make_room)
         except VersionConflict:
             return None  # somebody else loaded the name meanwhile
         except AdapterError as error:
@@ -177,6 +200,8 @@ class OnDemand:
         if name in self._barred:  # unloaded while it was loading
             self._inner.unload(name)
             return AdapterNotFound("no such adapter")
+        if loaded is None:
+            return None
         fields = {"adapter": name, "version": loaded.info.version}
         _log.info("adapter loaded on demand", extra={"fields": fields})
         return None
@@ -197,8 +222,10 @@ class OnDemand:
         return error
 
     def _make_room(self) -> bool:
-        """On the loader's thread: let go of one of ours that nobody uses or waits for."""
-        gone = self._inner.evict(lambda name: name in self._mine and not self._awaited[name])
+        """On the loader's thread: let go of one that nobody uses or waits for."""
+        gone = self._inner.evict(
+            lambda name: not self._awaited[name], drops=lambda name: name in self._mine
+        )
         if gone is None:
             return False
         self._mine.discard(gone)

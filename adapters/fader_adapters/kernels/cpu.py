@@ -9,12 +9,12 @@ from fader_adapters.kernels.native import (
     Lookup,
     Nf4Panels,
     PanelStore,
+    PlainPanels,
     Site,
     SiteTables,
     StepPlan,
     Tape,
     Workspace,
-    dense,
 )
 from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.kernels.nf4 import Nf4Weight
@@ -24,15 +24,17 @@ from fader_adapters.spec import SiteSpec, StepTerms
 if TYPE_CHECKING:
     from fader_adapters.kernels.backend import BaseLinear
 
-HEAD_ROWS = 16
-"""Rows of one pass over the output head's weight."""
-
 
 class PanelLinear:
-    """An NF4 weight repacked into column panels; resident at 0.5625 byte a weight."""
+    """A weight in column panels; an NF4 one is resident at 0.5625 byte a weight."""
 
     def __init__(
-        self, panels: Nf4Panels, bias: torch.Tensor | None, *, scratch: Workspace, tape: Tape
+        self,
+        panels: Nf4Panels | PlainPanels,
+        bias: torch.Tensor | None,
+        *,
+        scratch: Workspace,
+        tape: Tape,
     ) -> None:
         self.panels = panels
         self.bias = bias
@@ -91,53 +93,23 @@ class NativeSite:
         return self._site(x, step, out=self.base(x).float()).to(x.dtype)
 
 
-class HeadRows:
-    """The output head's weight in the model's dtype: few rows to fp32 logits at memory speed."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, tape: Tape) -> None:
-        self.weight = weight
-        self.bias = None if bias is None else bias.float()
-        self.out_features, self.in_features = weight.shape
-        self._tape = tape
-
-    @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        logits = torch.empty(x.shape[0], self.out_features, dtype=torch.float32)
-        for start in range(0, x.shape[0], HEAD_ROWS):
-            part = slice(start, start + HEAD_ROWS)
-            dense(x[part], self.weight, bias=self.bias, out=logits[part], tape=self._tape)
-        return logits
-
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.weight.to(dtype)
-
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        return self.weight[start:stop].float()
-
-
 class NativeHead:
-    """The output head's site: fp32 logits, then the deltas into them."""
+    """The output head's site over plain panels: fp32 logits, deltas included."""
 
-    def __init__(self, site: SiteSpec, base: HeadRows, *, scratch: Workspace, tape: Tape) -> None:
+    def __init__(self, site: SiteSpec, base: PanelLinear) -> None:
         self.base: BaseLinear = base
+        self.panels = base.panels
+        self._site = base.site
         (self._index,) = site.linears
-        shape = (base.out_features, base.in_features)
-        self._site = Site(None, bias=base.bias, shape=shape, workspace=scratch, tape=tape)
-        self._tape = tape
 
     def bind(self, tables: Tables) -> None:
         own = slice(self._index, self._index + 1)
-        self._site.bind(_views(tables, own, ((0, self.base.out_features),)))
+        self._site.bind(_views(tables, own, ((0, self._site.n),)))
 
     def __call__(self, x: torch.Tensor, step: object | None) -> torch.Tensor:
-        logits = self.base(x)
-        if step is not None or self._tape.listener is not None:  # a replay may have adapters
-            assert step is None or isinstance(step, StepPlan)
-            self._site(x, step, out=logits)
-        return logits
+        assert step is None or isinstance(step, StepPlan)
+        logits = torch.empty(x.shape[0], self._site.n, dtype=torch.float32)
+        return self._site(x, step, out=logits)
 
 
 class NativeLookup:
@@ -190,10 +162,10 @@ class NativeBackend:
         panels = Nf4Panels.stack(parts, weights[0].in_features, store=self._store)
         return PanelLinear(panels, bias, scratch=self._scratch, tape=self.tape)
 
-    def keep(self, weight: torch.Tensor) -> torch.Tensor:
-        """A copy of a dense weight beside the NF4 ones, where streaming it costs fewest misses."""
-        kept = self._store.take(weight.nbytes).view(weight.dtype).view(weight.shape)
-        return kept.copy_(weight)
+    def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PanelLinear:
+        """The same over a copy of an unquantised weight [n, k], k % 64 == 0, of x's dtype."""
+        panels = PlainPanels.pack(weight.contiguous(), store=self._store)
+        return PanelLinear(panels, bias, scratch=self._scratch, tape=self.tape)
 
     def bind(self, site: SiteSpec, base: "BaseLinear") -> NativeSite:
         """The members' indices must follow one another."""
@@ -204,9 +176,9 @@ class NativeBackend:
     def bind_head(
         self, site: SiteSpec, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> NativeHead:
-        """The output head for servers, which want few rows of logits a step."""
-        base = HeadRows(weight, bias, tape=self.tape)
-        kernel = NativeHead(site, base, scratch=self._scratch, tape=self.tape)
+        """The output head for servers, which want few rows of logits a step; weight as `plain`
+        takes it."""
+        kernel = NativeHead(site, self.plain(weight, bias))
         self._sites.append(kernel)
         return kernel
 

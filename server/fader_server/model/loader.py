@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 from fader_adapters.errors import BaseUnsupported
 from fader_adapters.kernels.backend import Backend
 from fader_adapters.kernels.cpu import NativeBackend
-from fader_adapters.layers import Installed, SiteHead, install
+from fader_adapters.layers import Installed, install
 from fader_server.errors import ModelUnsupported
 from fader_server.model import attention
 from fader_server.model.activation import replace_activations
 from fader_server.model.checkpoint import first_line, read_config, read_nf4
+from fader_server.model.head import replace_ends
 from fader_server.model.kv_cache import LayerShape
 from fader_server.model.norm import replace_norms
 from fader_server.model.recording import make_opaque
@@ -88,11 +89,7 @@ def _use_native(
     for module in model.modules():
         if "RotaryEmbedding" in type(module).__name__:
             make_opaque(module, tape)
-    head, site = model.get_output_embeddings(), installed.head
-    if isinstance(head, SiteHead) and site is not None:
-        head.weight.data = backend.keep(head.weight.data)
-        bias = None if head.bias is None else head.bias.data
-        site.kernel = backend.bind_head(site.spec, head.weight.data, bias)
+    replace_ends(model, installed, backend, dtype=dtype)
 
 
 def _probe(model: PreTrainedModel, source: str) -> dict[nn.Module, LayerShape]:

@@ -1,0 +1,71 @@
+"""The two ends of a model on the CPU over one packed weight, where the model ties them. Knows no
+adapters."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fader_adapters.kernels.cpu import NativeBackend
+from fader_adapters.kernels.native import PlainPanels, Tape
+from fader_adapters.kernels.native.panels import BLOCK
+from fader_adapters.layers import Installed, SiteEmbedding, SiteHead
+
+PROBES = 257
+"""Rows of an embedding that are compared before a stand-in is trusted."""
+
+
+class NativeEmbedding(nn.Module):
+    """Stands where the input embedding stood: ids → rows of panels [..., hidden], scaled."""
+
+    def __init__(self, panels: PlainPanels, scale: torch.Tensor | None, tape: Tape) -> None:
+        super().__init__()
+        self._panels = panels
+        self._tape = tape
+        self.scale = scale
+        """One element; None: the rows as they are."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        rows = self._panels.take(input_ids.contiguous(), tape=self._tape)
+        return rows if self.scale is None else rows * self.scale
+
+
+def replace_ends(
+    model: PreTrainedModel, installed: Installed, backend: NativeBackend, *, dtype: torch.dtype
+) -> None:
+    """Pack the output layer's weight, where the model has a plain one of `dtype`.
+
+    A tied weight stays one: the embedding then reads the head's panels. An embedding that does more
+    than look rows up and scale them keeps the model's own copy.
+    """
+    head, site = model.get_output_embeddings(), installed.head
+    if site is None or not isinstance(head, SiteHead):
+        return
+    weight, bias = head.weight, head.bias
+    if weight.dtype != dtype or weight.shape[1] % BLOCK:
+        return
+    kernel = backend.bind_head(site.spec, weight.data, None if bias is None else bias.data)
+    panels = kernel.panels
+    assert isinstance(panels, PlainPanels)
+    ours = model.get_input_embeddings()
+    if isinstance(ours, SiteEmbedding) and ours.inner.weight is weight:
+        stand_in = _embedding(ours.inner, panels, backend.tape)
+        if stand_in is not None:
+            ours.inner = stand_in
+            assert installed.table is not None
+            installed.table.source = panels
+    site.kernel = kernel
+    head.weight = nn.Parameter(panels.panels, requires_grad=False)
+
+
+def _embedding(embedding: nn.Module, panels: PlainPanels, tape: Tape) -> NativeEmbedding | None:
+    """None when the module computes something else; its own output decides, not its name."""
+    ids = torch.linspace(0, panels.n - 1, PROBES).long()
+    with torch.inference_mode():
+        own, rows = embedding(ids), panels.take(ids)
+        if own.dtype != rows.dtype:
+            return None
+        ratio = (own.double() / rows.double())[rows != 0].median()
+        for scale in (None, ratio.to(rows.dtype)):
+            if torch.equal(own, NativeEmbedding(panels, scale, tape)(ids)):
+                return NativeEmbedding(panels, scale, tape)
+    return None
