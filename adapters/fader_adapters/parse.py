@@ -75,14 +75,15 @@ def read_adapter(
     config = read_config(raw.config, limits)
     named = sort_tensors(read_header(raw.weights, limits))
     modules = check_modules(named, config, base, limits)
+    by_linear = _by_linear(modules)
     linears = {
         index: _linear(raw.weights, index, shared, base, dtype, weights)
-        for index, shared in _by_linear(modules).items()
+        for index, shared in by_linear.items()
     }
     if all(linear.idle for linear in linears.values()):
         raise AdapterInvalid("every delta is zero: the adapter would answer as the base does")
     reports = tuple(
-        _report(index, linear, modules, base, limits) for index, linear in linears.items()
+        _report(index, linear, by_linear[index], base, limits) for index, linear in linears.items()
     )
     spec = lay_out(
         base,
@@ -170,10 +171,9 @@ def _shape(index: int, linear: Linear) -> RankScale:
 
 
 def _report(
-    index: int, linear: Linear, modules: Sequence[Module], base: BaseSpec, limits: Limits
+    index: int, linear: Linear, own: Sequence[Module], base: BaseSpec, limits: Limits
 ) -> ModuleReport:
     path = base.linears[index].path
-    own = [m for m in modules if any(span.linear == index for span in m.place.spans)]
     for name, tensor in linear.factors.named:
         if not bool(tensor.isfinite().all()):
             raise AdapterInvalid(
