@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from fader_adapters.claims import Claims
 from fader_adapters.errors import (
     AdapterExists,
     AdapterNotFound,
     ArenaFull,
+    NameReserved,
     SourceUnavailable,
     VersionConflict,
 )
@@ -168,6 +170,19 @@ class Parking:
 
     async def lease(self, terms: Sequence[NamedTerm]) -> Lease:
         return await self._inner.lease(terms)
+
+    async def revive(self, order: LoadOrder) -> None:
+        await self._inner.revive(order)
+
+    def claim(self, claims: Claims) -> None:
+        """Names that are parked are taken too. Raises NameReserved."""
+        taken = sorted(claims.names & self._parked.keys())
+        if taken:
+            raise NameReserved(f"{taken[0]!r} is the name of an adapter; choose another")
+        self._inner.claim(claims)
+
+    async def saved(self) -> None:
+        await self._inner.saved()
 
     def _in_memory(self, name: str) -> bool:
         try:

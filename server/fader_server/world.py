@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from fader_adapters.errors import AdapterError
+from fader_adapters.claims import NONE, Claims
+from fader_adapters.errors import AdapterError, NameReserved
 from fader_adapters.inspection import Inspector
 from fader_adapters.kernels.backend import choose
 from fader_adapters.kernels.tables import Tables
@@ -33,7 +34,7 @@ from fader_server.model.device import choose_device, choose_dtype, free_bytes, s
 from fader_server.model.kernels import choose_attention
 from fader_server.model.kv_cache import KVCache, bytes_per_block
 from fader_server.model.loader import LoadedBase, load_base
-from fader_server.model.memory import MemoryPlan, plan_memory
+from fader_server.model.memory import MemoryPlan, plan_memory, workspace_bytes
 from fader_server.model.runner import ModelRunner
 from fader_server.model.sampler import Sampler
 from fader_server.ondemand import OnDemand
@@ -50,7 +51,7 @@ CHUNK_SIZE = 256
 
 
 @contextmanager
-def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
+def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> Iterator[World]:
     """Load the base, reserve memory, start the engine, load the adapters; undo it at the end.
 
     Raises ConfigInvalid, ModelUnsupported or AdapterError for what the user can mend.
@@ -71,6 +72,7 @@ def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
         "base_bytes": plan.base,
         "arena_bytes": plan.arena,
         "kv_cache_bytes": plan.kv_cache,
+        "workspace_bytes": plan.workspace,
         "total_bytes": plan.total,
         "max_model_len": plan.max_model_len,
     }
@@ -91,6 +93,7 @@ def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
         fetch_timeout=config.fetch_timeout,
         require_sha256=config.require_sha256,
     )
+    registry.claim(Claims(claims.names | {name}, claims.versions))
     given = frozenset(adapter.name for adapter in config.adapter)
     fixed = given if config.model else given | demo.adapter_dirs().keys()
     parking = Parking(registry, fixed=frozenset(fixed), limit=config.max_adapters)
@@ -143,6 +146,18 @@ def _memory(config: ServeConfig, base: LoadedBase) -> MemoryPlan:
         max_positions=base.max_positions,
         arena=config.arena,
         kv_cache=config.kv_cache,
+        workspace=_workspace(config, base) if base.device.type == "cuda" else 0,
+    )
+
+
+def _workspace(config: ServeConfig, base: LoadedBase) -> int:
+    return workspace_bytes(
+        max_rows=config.max_batch_rows,
+        step_tokens=config.max_step_tokens,
+        chunk=CHUNK_SIZE,
+        widest=max(sum(site.spec.out_features) for site in base.installed.sites),
+        vocab=base.vocab_size,
+        itemsize=base.dtype.itemsize,
     )
 
 
@@ -172,7 +187,12 @@ def _engine(
         base,
         cache=cache,
         tables=tables,
-        attention=choose_attention(base, block_size=BLOCK_SIZE),
+        attention=choose_attention(
+            base,
+            block_size=BLOCK_SIZE,
+            max_rows=config.max_batch_rows,
+            max_context=plan.max_model_len,
+        ),
         sampler=Sampler(),
     )
     blocks = BlockManager(plan.blocks, block_size=BLOCK_SIZE)
@@ -182,6 +202,7 @@ def _engine(
         pool.upload,
         max_waiting=config.max_waiting,
         observer=metrics,
+        copies=pool,
     )
 
 
@@ -231,7 +252,8 @@ def _load_adapters(
             loaded = parking.load_now(LoadOrder(found.name, found.reference))
             seen[found.name] = Seen(found.stamp, loaded.info.version)
         except AdapterError as error:
-            seen[found.name] = Seen(found.stamp, "")
+            if not isinstance(error, NameReserved):  # that may end while the folder stays
+                seen[found.name] = Seen(found.stamp, "")
             fields = {"adapter": found.name, "reason": str(error)}
             log.warning("adapter skipped", extra={"fields": fields})
     return seen
