@@ -1,5 +1,6 @@
 """A whole model of random NF4 weights made on the device, and steps of its real runner."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -10,9 +11,11 @@ from transformers import AutoModelForCausalLM
 from bench.gpu.section import Rig
 from bench.gpu.shapes import Shape
 from bench.gpu.weights import adapter_spec, fill, nf4_weight
+from fader_adapters.describe import describe
 from fader_adapters.kernels.cuda.backend import CudaBackend
+from fader_adapters.kernels.dense import DenseLinear
 from fader_adapters.kernels.tables import Tables
-from fader_adapters.layers import Installed, Site, SiteLinear, StepState, describe
+from fader_adapters.layers import Installed, Site, SiteHead, SiteLinear, StepState
 from fader_adapters.spec import RowTerms, SiteSpec, StepTerms
 from fader_server.core import Plan, PlanRow, Request, SamplingParams
 from fader_server.core import Sequence as Stream
@@ -62,7 +65,7 @@ class Machine:
         if not rig.on_gpu:  # a graph that runs its work again
             self.runner._replays = graphs.capture(
                 self.base, cache=self.cache, attention=self.attention, tables=self.tables,
-                run=self.runner._forward, record=lambda run: run,
+                run=self.runner._decode, record=lambda run: run,
             )  # fmt: skip
         self._offset = 0
 
@@ -137,6 +140,8 @@ def random_base(rig: Rig, shape: Shape) -> LoadedBase:
     model.requires_grad_(False)
     backend = CudaBackend(rig.device, rig.dtype, entries=16 if rig.small else 1024)
     spec = describe(model)
+    kept = tuple(linear for linear in spec.linears if linear.role != "embedding")
+    spec = dataclasses.replace(spec, linears=kept)
     state = StepState()
     sites: list[Site] = []
     place = {linear.path: i for i, linear in enumerate(spec.linears)}
@@ -164,12 +169,19 @@ def random_base(rig: Rig, shape: Shape) -> LoadedBase:
         )
         for i in range(shape.layers)
     }
+    head = None
+    for index, linear in enumerate(spec.linears):
+        if linear.role == "head":
+            head_spec = SiteSpec((index,), linear.in_features, (linear.out_features,))
+            dense = DenseLinear(model.lm_head.weight.data, None)
+            head = Site(head_spec, backend.bind(head_spec, dense), state, head=True)
+            model.lm_head = SiteHead(head, cast(torch.nn.Linear, model.lm_head))
     use_cuda(cast(Any, model))
     if rig.on_gpu:
         torch.cuda.empty_cache()
     return LoadedBase(
         model=cast(Any, model),
-        installed=Installed(spec, tuple(sites), state),
+        installed=Installed(spec, tuple(sites), state, head),
         layers=layers,
         source="random",
         dtype=rig.dtype,

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from fader_adapters.errors import AdapterError
+from fader_adapters.claims import NONE, Claims
+from fader_adapters.errors import AdapterError, NameReserved
 from fader_adapters.kernels.backend import choose
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.pool import Pool
@@ -48,7 +49,7 @@ CHUNK_SIZE = 256
 
 
 @contextmanager
-def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
+def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> Iterator[World]:
     """Load the base, reserve memory, start the engine, load the adapters; undo it at the end.
 
     Raises ConfigInvalid, ModelUnsupported or AdapterError for what the user can mend.
@@ -91,6 +92,7 @@ def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
         fetch_timeout=config.fetch_timeout,
         require_sha256=config.require_sha256,
     )
+    registry.claim(Claims(claims.names | {name}, claims.versions))
     seen = _load_adapters(config, registry, base_name=name)
     model = BaseModel(name, base.installed.spec.fingerprint, plan.max_model_len, started)
     adapters: Adapters = registry
@@ -245,7 +247,8 @@ def _load_adapters(config: ServeConfig, registry: Registry, *, base_name: str) -
             loaded = registry.load_now(LoadOrder(found.name, found.reference))
             seen[found.name] = Seen(found.stamp, loaded.info.version)
         except AdapterError as error:
-            seen[found.name] = Seen(found.stamp, "")
+            if not isinstance(error, NameReserved):  # that may end while the folder stays
+                seen[found.name] = Seen(found.stamp, "")
             fields = {"adapter": found.name, "reason": str(error)}
             log.warning("adapter skipped", extra={"fields": fields})
     return seen

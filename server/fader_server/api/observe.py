@@ -8,7 +8,9 @@ from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from fader_server.api.named_blends import Recipe, Recipes
 from fader_server.api.ports import Adapters, Engine, LeasedTerm
+from fader_server.api.resolve import exact
 from fader_server.metrics import Metrics, by_tier, counter, gauge, lora_requests_info
 
 
@@ -23,6 +25,7 @@ class CallRecord:
     adapter: str = ""
     """Empty until the names are resolved."""
     terms: Sequence[LeasedTerm] = ()
+    recipe: Recipe | None = None
     first: float | None = None
     last: float | None = None
     queue: float | None = None
@@ -39,8 +42,10 @@ class CallRecord:
         """The first token is there."""
         return self.first is not None
 
-    def leased(self, adapter: str, terms: Sequence[LeasedTerm]) -> None:
-        self.adapter, self.terms = adapter, terms
+    def leased(
+        self, adapter: str, terms: Sequence[LeasedTerm], *, recipe: Recipe | None = None
+    ) -> None:
+        self.adapter, self.terms, self.recipe = adapter, terms, recipe
         self.board.waiting.update(self._names())
 
     def token(self) -> None:
@@ -85,7 +90,9 @@ class CallRecord:
         queue = None if self.queue is None else round(self.queue * 1000, 1)
         return {
             "adapter": self.adapter or None,
+            "recipe": self.recipe and f"{self.recipe.name}@{self.recipe.digest[:12]}",
             "versions": [f"{term.name}@{term.version[:12]}" for term in self.terms],
+            "weights": [exact(term.weight) for term in self.terms],
             "prompt_tokens": self.tokens[0],
             "completion_tokens": self.tokens[1],
             "cached_tokens": self.tokens[2],
@@ -110,7 +117,9 @@ class Board:
         return sorted(self.running), sorted(self.waiting)
 
 
-def gauges(engine: Engine, adapters: Adapters, board: Board) -> Callable[[], Iterable[Metric]]:
+def gauges(
+    engine: Engine, adapters: Adapters, recipes: Recipes, board: Board
+) -> Callable[[], Iterable[Metric]]:
     """The families read from the engine and the store at every scrape."""
 
     def read() -> Iterable[Metric]:
@@ -128,6 +137,7 @@ def gauges(engine: Engine, adapters: Adapters, board: Board) -> Callable[[], Ite
         yield counter("fader_preemptions", "Requests put back into the queue.", stats.preemptions)
         yield counter("fader_engine_faults", "Requests ended by a fault.", stats.faults)
         yield gauge("fader_adapters", "Registered adapters.", totals.adapters)
+        yield gauge("fader_recipes", "Recipes.", len(recipes.list()))
         yield gauge("fader_adapter_leases", "Leases held by calls.", totals.leases)
         yield by_tier(
             GaugeMetricFamily("fader_adapter_bytes", "Bytes of adapters.", labels=["tier"]),

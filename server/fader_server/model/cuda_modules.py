@@ -1,19 +1,12 @@
-"""Norms and the output layer on a GPU, so that a row's bits do not depend on its company.
-
-torch's own reductions and the vendor's GEMM cut their sums by the number of rows.
-"""
+"""RMS norms on a GPU whose bits do not depend on the number of rows; those of torch do."""
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from fader_adapters.kernels.cuda.norm import rms_norm
 from fader_adapters.kernels.cuda.norm_configs import MAX_WIDTH, Form
 from fader_server.model.norm import TOLERANCE, replace_modules
-
-ROWS = 64
-"""Rows of one product of the output layer, whatever a step holds."""
 
 
 class CudaNorm(nn.Module):
@@ -30,29 +23,9 @@ class CudaNorm(nn.Module):
         return rms_norm(rows, self.weight.data, eps=self._eps, form=self._form).view(x.shape)
 
 
-class CudaHead(nn.Module):
-    """Stands where the output embedding stood: x [..., hidden] → logits [..., vocab]."""
-
-    def __init__(self, head: nn.Linear) -> None:
-        super().__init__()
-        self.weight = head.weight
-        self.bias = head.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        count = rows.shape[0]
-        padded = F.pad(rows, (0, 0, 0, -count % ROWS))
-        parts = [F.linear(part, self.weight, self.bias) for part in padded.split(ROWS)]
-        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return logits[:count].view(*x.shape[:-1], logits.shape[1])
-
-
 def use_cuda(model: PreTrainedModel) -> None:
-    """Put both where they stand in for the model's own."""
+    """Put them where they stand in for the model's own."""
     replace_modules(model, lambda m: _norm(m) if type(m).__name__.endswith("RMSNorm") else None)
-    head = model.get_output_embeddings()
-    if isinstance(head, nn.Linear):
-        model.set_output_embeddings(CudaHead(head))
 
 
 def _norm(module: nn.Module) -> CudaNorm | None:

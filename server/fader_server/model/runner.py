@@ -1,7 +1,7 @@
 """Runs one plan on the device: batch, forward, sample. Decides nothing, keeps no requests."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 
 import torch
@@ -16,6 +16,8 @@ from fader_server.model.kernels import choose_replays
 from fader_server.model.kv_cache import KVCache
 from fader_server.model.loader import LoadedBase
 from fader_server.model.sampler import Sampler, prompt_logprobs
+
+HeadStep = Callable[[torch.Size], Step | None]
 
 
 def _padded(terms: StepTerms, padding: int) -> StepTerms:
@@ -48,7 +50,7 @@ class ModelRunner:
         self._attention = attention
         self._sampler = sampler
         self._replays = choose_replays(
-            base, cache=cache, attention=attention, tables=tables, forward=self._forward
+            base, cache=cache, attention=attention, tables=tables, forward=self._decode
         )
 
     def run(self, plan: Plan) -> list[RowResult]:
@@ -61,7 +63,7 @@ class ModelRunner:
         replays = self._replays
         if replays is not None and replays.takes(plan):
             step = self._base.backend.prepare(self._tables, plan.terms)
-            logits = replays.run(plan, step, lambda batch: self._forward(batch, step))
+            logits = replays.run(plan, step, lambda batch: self._decode(batch, step))
             return self._sampled(plan, tuple(range(len(plan.rows))), logits)
         batch = Batch.from_plan(
             plan,
@@ -70,13 +72,30 @@ class ModelRunner:
             least=self._base.backend.least_rows,
         )
         terms = _padded(plan.terms, batch.padding)
-        logits = self._forward(batch, self._base.backend.prepare(self._tables, terms))
+        step = self._base.backend.prepare(self._tables, terms)
+        logits = self._forward(batch, step, lambda _: self._head_step(plan, batch))
         return self._results(plan, batch, logits)
 
-    def _forward(self, batch: Batch, step: Step | None) -> torch.Tensor:
+    def _decode(self, batch: Batch, step: Step | None) -> torch.Tensor:
+        """Every token's logits are wanted, in order: the head's rows are the step's."""
+        return self._forward(batch, step, lambda _: step)
+
+    def _head_step(self, plan: Plan, batch: Batch) -> Step | None:
+        """The delta work of the rows whose logits are wanted; None where nobody adapts the head."""
+        head = self._base.installed.head
+        slots = sorted({slot for row in plan.terms.rows for slot, _ in row.terms})
+        if head is None or not slots:
+            return None
+        (index,) = head.spec.linears
+        if not bool(self._tables.rank[slots, index].any()):
+            return None
+        terms = batch.logit_terms(plan.terms)
+        return self._base.backend.prepare(self._tables, terms)
+
+    def _forward(self, batch: Batch, step: Step | None, head: HeadStep) -> torch.Tensor:
         """[len(batch.logit_index), vocab]"""
         state = self._base.installed.state
-        state.step = step
+        state.step, state.head = step, head
         try:
             out = self._base.model(
                 input_ids=batch.input_ids,
@@ -86,7 +105,7 @@ class ModelRunner:
                 fader_step=StepAttention(self._attention, self._cache, batch),
             )
         finally:
-            state.step = None
+            state.step = state.head = None
         return out.logits[0]
 
     def _sampled(

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from fader_adapters.kernels.cuda import nf4
+from fader_adapters.kernels.cuda.dense import FixedRows
 from fader_adapters.kernels.cuda.lora import DeltaKernels, DeltaSite, LoraStep, delta
 from fader_adapters.kernels.cuda.lora_configs import Arch, arch_of
 from fader_adapters.kernels.cuda.nf4_codes import CODES
+from fader_adapters.kernels.dense import DenseLinear
 from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import SiteSpec, StepTerms
@@ -75,6 +77,8 @@ class CudaBackend:
         return nf4.linear(weights, bias, self._scratch)
 
     def bind(self, site: SiteSpec, base: "BaseLinear") -> CudaSite:
+        if isinstance(base, DenseLinear):
+            base = FixedRows(base, base.weight, self._scratch)
         return CudaSite(self._deltas.bind(site), base)
 
     def prepare(self, tables: Tables, terms: StepTerms) -> LoraStep | None:

@@ -1,10 +1,11 @@
 // The kernels of one instruction set as a table; the including file names the set and the table.
 #pragma once
 #include "attention.h"
+#include "lookup.h"
 #include "map.h"
 #include "norm.h"
 #include "quant.h"
 #include "site.h"
 
 #define FADER_EXPORT(NAME) \
-    extern const Kernels NAME = {site, attention, quantise, dequantise, probe_read, probe_dot, norm, map}
+    extern const Kernels NAME = {site, attention, quantise, dequantise, probe_read, probe_dot, norm, map, lookup}
