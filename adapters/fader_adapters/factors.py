@@ -70,6 +70,13 @@ class Linear:
     scale: float
     norm: float
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is changed by it, be it for a product or a scale that vanishes."""
+        bias = self.factors.bias
+        vanishes = self.norm == 0.0 and (bias is None or self.scale == 0.0 or not bool(bias.any()))
+        return vanishes or self.factors.idle
+
 
 def put_together(
     parts: Sequence[Part],
@@ -94,10 +101,18 @@ def put_together(
 
 
 def product_norm(a: torch.Tensor, bt: torch.Tensor) -> float:
-    """‖B·A‖ from two [rank, rank] Gram matrices, never the product itself."""
-    a, bt = a.float(), bt.float()
+    """‖B·A‖ from two [rank, rank] Gram matrices, never the product itself.
+
+    Of the largest elements' size, so that squares of tiny weights do not vanish.
+    """
+    largest = [float(matrix.abs().max()) for matrix in (a, bt)]
+    if not all(map(math.isfinite, largest)):
+        return math.inf
+    if not all(largest):
+        return 0.0
+    a, bt = a.float() / largest[0], bt.float() / largest[1]
     square = torch.sum((a @ a.t()) * (bt @ bt.t()), dtype=torch.float64).item()
-    return math.sqrt(max(square, 0.0)) if math.isfinite(square) else math.inf
+    return largest[0] * largest[1] * math.sqrt(max(square, 0.0))
 
 
 def _stacked(parts: Sequence[Part], rows: int) -> Part:

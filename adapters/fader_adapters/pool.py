@@ -81,16 +81,47 @@ class Pool:
         offsets = self._place(data, missing)
         if offsets is None:
             return None
-        uploads = []
-        for version in missing:
-            slot = heappop(self._free_slots) if self._free_slots else self._new_slot()
-            uploads.append(Upload(data[version], slot, offsets[version]))
-            numel = data[version].spec.numel
-            self._residents[version] = _Resident(slot, offsets[version], numel)
+        uploads = self._settle(data, offsets)
         for version in data:
             self._residents[version].pins += 1
             self._residents.move_to_end(version)
-        return tuple(uploads)
+        return uploads
+
+    def check(self, data: Mapping[Digest, AdapterData]) -> None:
+        """Raise AdapterTooLarge when these versions can never be there together. Any thread."""
+        sizes = [version.spec.numel for version in data.values()]
+        if not self._in_place and not self._extents.fits_empty(*sizes):
+            itemsize = self._tables.arena.itemsize
+            raise AdapterTooLarge(
+                f"the adapters of this request need {sum(sizes) * itemsize} bytes, "
+                f"the arena has {self._extents.capacity * itemsize}"
+            )
+
+    def displaces(self, data: Mapping[Digest, AdapterData]) -> bool:
+        """Whether `acquire` would have to evict something for these, or find no room."""
+        if self._in_place:
+            return False
+        missing = {v: d.spec.numel for v, d in data.items() if v not in self._residents}
+        return bool(missing) and _allocate_all(self._extents.copy(), missing) is None
+
+    def prefetch(self, line: Iterable[Mapping[Digest, AdapterData]]) -> tuple[Upload, ...]:
+        """Bring in, unpinned, what the first in `line` that misses something misses.
+
+        Evicts nothing that is pinned or that anybody in the line needs; nothing when it does not
+        fit then. What the line needs counts as used just now, the first of it latest.
+        """
+        if self._in_place:
+            return ()
+        waiting = list(line)
+        wanted = {version: data for one in waiting for version, data in one.items()}
+        for version in reversed(wanted):
+            if version in self._residents:
+                self._residents.move_to_end(version)
+        one = next((one for one in waiting if any(v not in self._residents for v in one)), {})
+        missing = {v: d.spec.numel for v, d in one.items() if v not in self._residents}
+        evictable = [v for v, r in self._residents.items() if not r.pins and v not in wanted]
+        offsets = self._evict_and_place(missing, evictable) if missing else None
+        return self._settle(one, offsets) if offsets else ()
 
     def release(self, versions: tuple[Digest, ...]) -> None:
         """Undo one acquire of these versions."""
@@ -152,28 +183,42 @@ class Pool:
         """Offsets for the missing versions, with room made for them; None: not now."""
         if self._in_place:
             return {version: self._offset_in_arena(data[version].flat) for version in missing}
-        sizes = {version: data[version].spec.numel for version in data}
-        if not self._extents.fits_empty(*sizes.values()):
-            itemsize = self._tables.arena.itemsize
-            raise AdapterTooLarge(
-                f"the adapters of this request need {sum(sizes.values()) * itemsize} bytes, "
-                f"the arena has {self._extents.capacity * itemsize}"
-            )
+        self.check(data)
+        sizes = {version: data[version].spec.numel for version in missing}
         evictable = [v for v, r in self._residents.items() if not r.pins and v not in data]
-        if sum(self._residents[v].numel for v in evictable) + self._extents.free < sum(
-            sizes[version] for version in missing
-        ):
+        room = sum(self._residents[v].numel for v in evictable) + self._extents.free
+        if room < sum(sizes.values()):
             return None
-        return self._evict_and_place({version: sizes[version] for version in missing}, evictable)
+        offsets = self._evict_and_place(sizes, evictable)
+        if offsets is not None:
+            return offsets
+        # What is here of them already may lie in the way of the rest: copy it in anew as well.
+        own = [v for v in data if v in self._residents and not self._residents[v].pins]
+        sizes |= {version: data[version].spec.numel for version in own}
+        return self._evict_and_place(sizes, own + evictable, least=len(own)) if own else None
+
+    def _settle(
+        self, data: Mapping[Digest, AdapterData], offsets: dict[Digest, int]
+    ) -> tuple[Upload, ...]:
+        """Slots for the versions that got an offset; the uploads that bring them in."""
+        uploads = []
+        for version, offset in offsets.items():
+            slot = heappop(self._free_slots) if self._free_slots else self._new_slot()
+            uploads.append(Upload(data[version], slot, offset))
+            self._residents[version] = _Resident(slot, offset, data[version].spec.numel)
+        return tuple(uploads)
 
     def _evict_and_place(
-        self, sizes: dict[Digest, int], evictable: list[Digest]
+        self, sizes: dict[Digest, int], evictable: list[Digest], *, least: int = 0
     ) -> dict[Digest, int] | None:
-        """Try with more and more of the least recently used gone; change nothing until it works."""
+        """Try with more and more of `evictable` gone, in order and at least so many of them;
+        change nothing until it works."""
         emptied = self._extents.copy()
         for count in range(len(evictable) + 1):
             if count:
                 emptied.release(self._residents[evictable[count - 1]].offset)
+            if count < least:
+                continue
             offsets = _allocate_all(emptied.copy(), sizes)
             if offsets is None:
                 continue

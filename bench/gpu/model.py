@@ -65,7 +65,7 @@ class Machine:
         if not rig.on_gpu:  # a graph that runs its work again
             self.runner._replays = graphs.capture(
                 self.base, cache=self.cache, attention=self.attention, tables=self.tables,
-                run=self.runner._decode, record=lambda run: run,
+                run=self.runner._rows, record=lambda run: run,
             )  # fmt: skip
         self._offset = 0
 

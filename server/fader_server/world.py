@@ -13,7 +13,10 @@ from transformers.utils import logging as transformers_logging
 
 from fader_adapters.claims import NONE, Claims
 from fader_adapters.errors import AdapterError, NameReserved
+from fader_adapters.inspection import Inspector
 from fader_adapters.kernels.backend import choose
+from fader_adapters.kernels.cpu import NativeBackend
+from fader_adapters.kernels.native import in_huge_pages
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.pool import Pool
 from fader_adapters.sources import Sources
@@ -37,6 +40,7 @@ from fader_server.model.memory import MemoryPlan, plan_memory, workspace_bytes
 from fader_server.model.runner import ModelRunner
 from fader_server.model.sampler import Sampler
 from fader_server.ondemand import OnDemand
+from fader_server.parking import Parking
 from fader_server.registry import Registry
 from fader_server.sourcing import check_sources, open_sources
 from fader_server.text.tokenizer import Tokenizer
@@ -81,11 +85,10 @@ def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> 
     pool = Pool(tables, in_place=device.type == "cpu")
     engine = _engine(config, base, plan, tables=tables, pool=pool, metrics=metrics)
     registry = Registry(
-        base.installed,
+        Inspector(base.installed.spec, dtype=dtype, weights=base.installed),
         tier=_host_tier(arena),
         pool=pool,
         sources=sources,
-        dtype=dtype,
         forget=engine.forget,
         max_terms=config.max_terms,
         max_adapters=config.max_adapters,
@@ -93,12 +96,14 @@ def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> 
         require_sha256=config.require_sha256,
     )
     registry.claim(Claims(claims.names | {name}, claims.versions))
-    seen = _load_adapters(config, registry, base_name=name)
+    given = frozenset(adapter.name for adapter in config.adapter)
+    fixed = given if config.model else given | demo.adapter_dirs().keys()
+    parking = Parking(registry, fixed=frozenset(fixed), limit=config.max_adapters)
     model = BaseModel(name, base.installed.spec.fingerprint, plan.max_model_len, started)
-    adapters: Adapters = registry
-    if config.resolve_adapters:
-        adapters = OnDemand(registry, offers=sources.offers, told=metrics.loaded)
-    with engine:
+    offers = sources.offers if config.resolve_adapters else (lambda name: False)
+    adapters = OnDemand(parking, offers=offers, told=metrics.loaded)
+    with engine:  # from here on: it lets go of what makes room for the next
+        seen = _load_adapters(config, registry, parking, base_name=name)
         yield World(
             model,
             engine,
@@ -180,6 +185,9 @@ def _engine(
         dtype=base.dtype,
         device=base.device,
     )
+    if isinstance(base.backend, NativeBackend):
+        for tensor in (tables.arena, *(part for one in cache.layers() for part in (one.k, one.v))):
+            in_huge_pages(tensor)
     runner = ModelRunner(
         base,
         cache=cache,
@@ -225,7 +233,9 @@ def _background(
     return (partial(watcher.run, changes_in(config.adapter_dir)),)
 
 
-def _load_adapters(config: ServeConfig, registry: Registry, *, base_name: str) -> dict[str, Seen]:
+def _load_adapters(
+    config: ServeConfig, registry: Registry, parking: Parking, *, base_name: str
+) -> dict[str, Seen]:
     """Those the operator named must load; one found in a folder that cannot is skipped, aloud.
 
     The folders and what became of them, by name.
@@ -244,7 +254,7 @@ def _load_adapters(config: ServeConfig, registry: Registry, *, base_name: str) -
         if found.name in taken:
             continue
         try:
-            loaded = registry.load_now(LoadOrder(found.name, found.reference))
+            loaded = parking.load_now(LoadOrder(found.name, found.reference))
             seen[found.name] = Seen(found.stamp, loaded.info.version)
         except AdapterError as error:
             if not isinstance(error, NameReserved):  # that may end while the folder stays

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from fader_adapters.errors import AdapterError, AdapterExists
+from fader_adapters.report import health_facts
 from fader_adapters.spec import ADAPTER_NAME, NESTED_NAME
 from fader_server.api.blends import AdapterRef
 from fader_server.api.context import body_of, context_of, log_of, principal_of
@@ -67,7 +68,8 @@ async def delete_adapter(request: Request) -> Response:
     """The name is gone at once; the memory follows when the last lease ends."""
     name = _name(request)
     await unload(request, name)
-    return JSONResponse({"object": "adapter", "name": name, "deleted": True})
+    body = {"object": "adapter", "name": name, "deleted": True}
+    return JSONResponse({**body, "recipes": _recipes_with(name, request)})
 
 
 def read_order(name: str, body: dict[str, Any]) -> LoadOrder:
@@ -119,6 +121,7 @@ async def unload(request: Request, name: str) -> None:
 def report(info: AdapterInfo, request: Request) -> dict[str, Any]:
     """The health report; where it came from is shown to administrators only."""
     body: dict[str, Any] = {
+        **({} if info.health is None else health_facts(info.health)),
         "object": "adapter",
         "name": info.name,
         "version": info.version,
@@ -128,8 +131,6 @@ def report(info: AdapterInfo, request: Request) -> dict[str, Any]:
         "modules": info.modules,
         "targets": list(info.targets),
         "bytes": info.bytes,
-        "delta_norm": info.delta_norm,
-        "relative_norm": info.relative_norm,
         "tier": info.tier,
         "leases": info.leases,
         "pinned": info.pinned,
@@ -140,6 +141,12 @@ def report(info: AdapterInfo, request: Request) -> dict[str, Any]:
         body["source"] = info.source
         body["revision"] = info.revision
     return body
+
+
+def _recipes_with(name: str, request: Request) -> list[str]:
+    """Recipes that have the adapter in them, and miss it now."""
+    recipes = context_of(request).recipes.list()
+    return [recipe.name for recipe in recipes if name in {t.ref.name for t in recipe.terms}]
 
 
 def _name(request: Request) -> str:

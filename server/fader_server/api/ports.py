@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from fader_adapters.claims import Claims
+from fader_adapters.report import Health
 from fader_adapters.spec import AdapterData, Blend, Digest
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.core import Request, Sink
@@ -54,7 +55,7 @@ class Engine(Protocol):
     def submit(self, request: Request, sink: Sink) -> None:
         """Queue a request; its events reach `sink` on the engine thread.
 
-        Raises Overloaded, RequestInvalid, ContextTooLong or EngineFault.
+        Raises Overloaded, RequestInvalid, ContextTooLong, AdapterTooLarge or EngineFault.
         """
         ...
 
@@ -185,10 +186,8 @@ class AdapterInfo:
     pinned: bool
     retired: tuple[Digest, ...] = ()
     """Earlier versions that requests or recipes still hold."""
-    delta_norm: float = 0.0
-    """Frobenius norm of all deltas together."""
-    relative_norm: float = 0.0
-    """Largest ‖ΔW‖/‖W‖ of its modules."""
+    health: Health | None = None
+    """What the load found."""
     source: str = ""
     revision: str | None = None
     """The commit a Hub source meant when it was loaded."""

@@ -10,6 +10,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Self, TypeVar
 
+from fader_adapters.errors import AdapterError
 from fader_adapters.spec import Digest, Upload
 from fader_server.core import Request, Runner, Sink, TokenEvent
 from fader_server.engine.arrivals import Copies
@@ -77,7 +78,10 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: Request, sink: Sink) -> None:
-        """Accept a request. Raises RequestInvalid, ContextTooLong, Overloaded or EngineFault."""
+        """Accept a request.
+
+        Raises RequestInvalid, ContextTooLong, AdapterTooLarge, Overloaded or EngineFault.
+        """
         self._scheduler.check(request)
         with self._lock:
             if self._closed is not None:
@@ -212,7 +216,7 @@ class Engine:
         try:
             if self._closed is None:
                 self._stepper.add(request, since=since)
-        except RequestInvalid as error:
+        except (RequestInvalid, AdapterError) as error:
             self._deliver(TokenEvent(request.id, error=error))
         finally:
             with self._lock:

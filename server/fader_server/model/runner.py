@@ -50,7 +50,7 @@ class ModelRunner:
         self._attention = attention
         self._sampler = sampler
         self._replays = choose_replays(
-            base, cache=cache, attention=attention, tables=tables, forward=self._decode
+            base, cache=cache, attention=attention, tables=tables, forward=self._rows
         )
 
     def run(self, plan: Plan) -> list[RowResult]:
@@ -63,7 +63,7 @@ class ModelRunner:
         replays = self._replays
         if replays is not None and replays.takes(plan):
             step = self._base.backend.prepare(self._tables, plan.terms)
-            logits = replays.run(plan, step, lambda batch: self._decode(batch, step))
+            logits = replays.run(plan, step, lambda batch: self._rows(batch, step))
             return self._sampled(plan, tuple(range(len(plan.rows))), logits)
         batch = Batch.from_plan(
             plan,
@@ -76,7 +76,7 @@ class ModelRunner:
         logits = self._forward(batch, step, lambda _: self._head_step(plan, batch))
         return self._results(plan, batch, logits)
 
-    def _decode(self, batch: Batch, step: Step | None) -> torch.Tensor:
+    def _rows(self, batch: Batch, step: Step | None) -> torch.Tensor:
         """Every token's logits are wanted, in order: the head's rows are the step's."""
         return self._forward(batch, step, lambda _: step)
 
