@@ -15,6 +15,8 @@ from fader_adapters.claims import NONE, Claims
 from fader_adapters.errors import AdapterError, NameReserved
 from fader_adapters.inspection import Inspector
 from fader_adapters.kernels.backend import choose
+from fader_adapters.kernels.cpu import NativeBackend
+from fader_adapters.kernels.native import in_huge_pages
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.pool import Pool
 from fader_adapters.sources import Sources
@@ -34,7 +36,7 @@ from fader_server.model.device import choose_device, choose_dtype, free_bytes, s
 from fader_server.model.kernels import choose_attention
 from fader_server.model.kv_cache import KVCache, bytes_per_block
 from fader_server.model.loader import LoadedBase, load_base
-from fader_server.model.memory import MemoryPlan, plan_memory
+from fader_server.model.memory import MemoryPlan, plan_memory, workspace_bytes
 from fader_server.model.runner import ModelRunner
 from fader_server.model.sampler import Sampler
 from fader_server.ondemand import OnDemand
@@ -72,6 +74,7 @@ def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> 
         "base_bytes": plan.base,
         "arena_bytes": plan.arena,
         "kv_cache_bytes": plan.kv_cache,
+        "workspace_bytes": plan.workspace,
         "total_bytes": plan.total,
         "max_model_len": plan.max_model_len,
     }
@@ -145,6 +148,18 @@ def _memory(config: ServeConfig, base: LoadedBase) -> MemoryPlan:
         max_positions=base.max_positions,
         arena=config.arena,
         kv_cache=config.kv_cache,
+        workspace=_workspace(config, base) if base.device.type == "cuda" else 0,
+    )
+
+
+def _workspace(config: ServeConfig, base: LoadedBase) -> int:
+    return workspace_bytes(
+        max_rows=config.max_batch_rows,
+        step_tokens=config.max_step_tokens,
+        chunk=CHUNK_SIZE,
+        widest=max(sum(site.spec.out_features) for site in base.installed.sites),
+        vocab=base.vocab_size,
+        itemsize=base.dtype.itemsize,
     )
 
 
@@ -170,11 +185,19 @@ def _engine(
         dtype=base.dtype,
         device=base.device,
     )
+    if isinstance(base.backend, NativeBackend):
+        for tensor in (tables.arena, *(part for one in cache.layers() for part in (one.k, one.v))):
+            in_huge_pages(tensor)
     runner = ModelRunner(
         base,
         cache=cache,
         tables=tables,
-        attention=choose_attention(base, block_size=BLOCK_SIZE),
+        attention=choose_attention(
+            base,
+            block_size=BLOCK_SIZE,
+            max_rows=config.max_batch_rows,
+            max_context=plan.max_model_len,
+        ),
         sampler=Sampler(),
     )
     blocks = BlockManager(plan.blocks, block_size=BLOCK_SIZE)
@@ -184,6 +207,7 @@ def _engine(
         pool.upload,
         max_waiting=config.max_waiting,
         observer=metrics,
+        copies=pool,
     )
 
 

@@ -1,12 +1,12 @@
 """Runs one plan on the device: batch, forward, sample. Decides nothing, keeps no requests."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import groupby
 
 import torch
 
 from fader_adapters.kernels.backend import Step
-from fader_adapters.kernels.native import StepPlan
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import RowTerms, StepTerms
 from fader_server.core import Plan, RowResult
@@ -23,6 +23,13 @@ HeadStep = Callable[[torch.Size], Step | None]
 def _padded(terms: StepTerms, padding: int) -> StepTerms:
     """The terms of every packed token: padding is a row of the base."""
     return StepTerms((*terms.rows, RowTerms(padding))) if padding else terms
+
+
+def apart(plan: Plan) -> Iterator[Plan]:
+    """The plan's rows in order, those of one token and longer ones in plans of their own."""
+    for _, group in groupby(zip(plan.rows, plan.terms.rows, strict=True), lambda r: r[0].count > 1):
+        rows, terms = zip(*group, strict=True)
+        yield Plan(rows, StepTerms(terms))
 
 
 class ModelRunner:
@@ -42,30 +49,36 @@ class ModelRunner:
         self._tables = tables
         self._attention = attention
         self._sampler = sampler
-        self._replays = choose_replays(base, cache=cache, attention=attention)
+        self._replays = choose_replays(
+            base, cache=cache, attention=attention, tables=tables, forward=self._rows
+        )
 
     def run(self, plan: Plan) -> list[RowResult]:
         """Compute every row; one result a row, in order. KV writes are repeatable."""
         with torch.inference_mode():
-            replays = self._replays
-            if replays is not None and replays.takes(plan):
-                step = self._base.backend.prepare(self._tables, plan.terms)
-                assert step is None or isinstance(step, StepPlan)
-                # every token's logits are wanted, in order: the head's rows are the step's
-                logits = replays.run(
-                    plan, step, lambda batch: self._forward(batch, step, lambda _: step)
-                )
-                return self._sampled(plan, tuple(range(len(plan.rows))), logits)
-            batch = Batch.from_plan(
-                plan,
-                block_size=self._cache.block_size,
-                device=self._base.device,
-                least=self._base.backend.least_rows,
-            )
-            terms = _padded(plan.terms, batch.padding)
-            step = self._base.backend.prepare(self._tables, terms)
-            logits = self._forward(batch, step, lambda _: self._head_step(plan, batch))
-            return self._results(plan, batch, logits)
+            parts = apart(plan) if self._base.backend.apart else (plan,)
+            return [result for part in parts for result in self._run(part)]
+
+    def _run(self, plan: Plan) -> list[RowResult]:
+        replays = self._replays
+        if replays is not None and replays.takes(plan):
+            step = self._base.backend.prepare(self._tables, plan.terms)
+            logits = replays.run(plan, step, lambda batch: self._rows(batch, step))
+            return self._sampled(plan, tuple(range(len(plan.rows))), logits)
+        batch = Batch.from_plan(
+            plan,
+            block_size=self._cache.block_size,
+            device=self._base.device,
+            least=self._base.backend.least_rows,
+        )
+        terms = _padded(plan.terms, batch.padding)
+        step = self._base.backend.prepare(self._tables, terms)
+        logits = self._forward(batch, step, lambda _: self._head_step(plan, batch))
+        return self._results(plan, batch, logits)
+
+    def _rows(self, batch: Batch, step: Step | None) -> torch.Tensor:
+        """[tokens, vocab]: every token's logits are wanted, so the head's rows are the step's."""
+        return self._forward(batch, step, lambda _: step)
 
     def _head_step(self, plan: Plan, batch: Batch) -> Step | None:
         """The delta work of the rows whose logits are wanted; None where nobody adapts the head."""
