@@ -1,5 +1,6 @@
 """A whole model of random NF4 weights made on the device, and steps of its real runner."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -10,10 +11,12 @@ from transformers import AutoModelForCausalLM
 from bench.gpu.section import Rig
 from bench.gpu.shapes import Shape
 from bench.gpu.weights import adapter_spec, fill, nf4_weight
+from fader_adapters.describe import describe
 from fader_adapters.kernels.cuda.backend import CudaBackend
+from fader_adapters.kernels.dense import DenseLinear
 from fader_adapters.kernels.tables import Tables
-from fader_adapters.layers import Installed, Site, SiteLinear, StepState, describe
-from fader_adapters.spec import RowTerms, SiteSpec, StepTerms
+from fader_adapters.layers import Installed, Site, SiteHead, SiteLinear, StepState
+from fader_adapters.spec import BaseSpec, RowTerms, SiteSpec, StepTerms
 from fader_server.core import Plan, PlanRow, Request, SamplingParams
 from fader_server.core import Sequence as Stream
 from fader_server.model import attention, graphs
@@ -62,7 +65,7 @@ class Machine:
         if not rig.on_gpu:  # a graph that runs its work again
             self.runner._replays = graphs.capture(
                 self.base, cache=self.cache, attention=self.attention, tables=self.tables,
-                run=self.runner._forward, record=lambda run: run,
+                run=self.runner._rows, record=lambda run: run,
             )  # fmt: skip
         self._offset = 0
 
@@ -136,7 +139,9 @@ def random_base(rig: Rig, shape: Shape) -> LoadedBase:
         model = build(config, attn_implementation=attention.NAME, dtype=rig.dtype).eval()
     model.requires_grad_(False)
     backend = CudaBackend(rig.device, rig.dtype, entries=16 if rig.small else 1024)
-    spec = describe(model)
+    spec = describe(model)  # this backend adapts no embeddings
+    kept = tuple(linear for linear in spec.linears if linear.role != "embedding")
+    spec = dataclasses.replace(spec, linears=kept)
     state = StepState()
     sites: list[Site] = []
     place = {linear.path: i for i, linear in enumerate(spec.linears)}
@@ -164,12 +169,13 @@ def random_base(rig: Rig, shape: Shape) -> LoadedBase:
         )
         for i in range(shape.layers)
     }
-    use_cuda(cast(Any, model))
+    installed = Installed(spec, tuple(sites), state, _head(model, spec, backend, state))
+    use_cuda(cast(Any, model), installed, backend)
     if rig.on_gpu:
         torch.cuda.empty_cache()
     return LoadedBase(
         model=cast(Any, model),
-        installed=Installed(spec, tuple(sites), state),
+        installed=installed,
         layers=layers,
         source="random",
         dtype=rig.dtype,
@@ -178,3 +184,13 @@ def random_base(rig: Rig, shape: Shape) -> LoadedBase:
         max_positions=8192,
         vocab_size=shape.vocab,
     )
+
+
+def _head(model: Any, spec: BaseSpec, backend: CudaBackend, state: StepState) -> Site:  # noqa: ANN401
+    index, linear = next((i, one) for i, one in enumerate(spec.linears) if one.role == "head")
+    head = model.get_output_embeddings()
+    site_spec = SiteSpec((index,), linear.in_features, (linear.out_features,))
+    base = DenseLinear(head.weight.data, None)
+    site = Site(site_spec, backend.bind(site_spec, base), state, head=True)
+    model.set_output_embeddings(SiteHead(site, head))
+    return site

@@ -89,7 +89,7 @@ def both_ways(m: Machine, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
         step = m.base.backend.prepare(m.tables, plan.terms)
         replayed = found.run(plan, step, _refuse).clone()
         bucket = next(size for size, _ in found.captured if size >= len(plan.rows))
-        eager = m.runner._forward(found._inputs.batch(bucket), step)[: len(plan.rows)]
+        eager = m.runner._rows(found._inputs.batch(bucket), step)[: len(plan.rows)]
     if not replayed.isfinite().all():
         raise ParityFailed("logits are not finite")
     return replayed, eager

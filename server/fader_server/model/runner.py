@@ -77,7 +77,7 @@ class ModelRunner:
         return self._results(plan, batch, logits)
 
     def _rows(self, batch: Batch, step: Step | None) -> torch.Tensor:
-        """[tokens, vocab] of a step that wants every token's logits: the head's rows are its own."""
+        """[tokens, vocab]: every token's logits are wanted, so the head's rows are the step's."""
         return self._forward(batch, step, lambda _: step)
 
     def _head_step(self, plan: Plan, batch: Batch) -> Step | None:
