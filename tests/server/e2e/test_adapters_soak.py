@@ -27,7 +27,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     for name in ("shout", "german"):
         shutil.copytree(demo.adapter_dirs()[name], root / name)
     for number in range(VERSIONS):  # versions of their own, told apart by their scale
-        folder = root / f"v{number}"
+        folder = root / "nested" / f"v{number}"  # not loaded by themselves
         shutil.copytree(demo.adapter_dirs()["shout"], folder)
         fields = json.loads((folder / CONFIG_FILE).read_text())
         (folder / CONFIG_FILE).write_text(json.dumps(fields | {"lora_alpha": 4 + number / 10}))
@@ -65,7 +65,7 @@ def test_five_hundred_loads_and_unloads_leave_memory_and_descriptors_flat(server
         held = server.metric("fader_adapter_bytes")
         for cycle in range(500):
             name = f"cycle-{cycle}"
-            put(client, name, f"v{cycle % VERSIONS}")
+            put(client, name, f"nested/v{cycle % VERSIONS}")
             if cycle % 10 == 0:
                 ask(client, name, max_tokens=2)
             assert client.delete(f"/v1/adapters/{name}").status_code == 200
@@ -172,7 +172,7 @@ def test_swaps_are_linearizable_under_concurrent_readers(server):
 
         def write(number: int) -> None:
             began = time.monotonic()
-            version = put(client, "register", f"v{number}")["version"]
+            version = put(client, "register", f"nested/v{number}")["version"]
             writes.append(Operation(began, time.monotonic(), version))
 
         write(0)
