@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +22,12 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class StepState:
-    """The delta work of the forward that runs now; every site of a model reads the same one."""
+    """The work of the forward that runs now; every site of a model reads the same one."""
 
     def __init__(self) -> None:
         self.step: Step | None = None
+        self.lane: Mapping[Site, BaseLinear] | None = None
+        """Other weights to run instead of the sites' own, without any delta; None: the base's."""
 
 
 class Site:
@@ -37,23 +39,27 @@ class Site:
         self._state = state
         self._starts = [sum(spec.out_features[:i]) for i in range(len(spec.out_features))]
         self._input: torch.Tensor | None = None
-        self._step: Step | None = None
+        self._ran: tuple[object, object] = (None, None)
         self._waiting: dict[int, torch.Tensor] = {}
 
     def output(self, member: int, x: torch.Tensor) -> torch.Tensor:
         """[..., out of the member]; the others wait for a call with the very same tensor."""
-        if x is self._input and self._state.step is self._step and member in self._waiting:
+        step, lane = self._state.step, self._state.lane
+        same = x is self._input and step is self._ran[0] and lane is self._ran[1]
+        if same and member in self._waiting:
             y = self._waiting.pop(member)
             if not self._waiting:
                 self._input = None
             return y
-        y = self.kernel(x.reshape(-1, self.spec.in_features), self._state.step)
+        rows = x.reshape(-1, self.spec.in_features)
+        merged = None if lane is None else lane.get(self)
+        y = self.kernel(rows, step) if merged is None else merged(rows)
         if len(self._starts) == 1:
             return y.view(*x.shape[:-1], y.shape[-1])
         parts = torch.split(
             y.view(*x.shape[:-1], y.shape[-1]), list(self.spec.out_features), dim=-1
         )
-        self._input, self._step = x, self._state.step
+        self._input, self._ran = x, (step, lane)
         self._waiting = {i: part for i, part in enumerate(parts) if i != member}
         return parts[member]
 

@@ -22,6 +22,8 @@ class BaseLinear(Protocol):
 
     in_features: int
     out_features: int
+    bias: torch.Tensor | None
+    """[out], in the dtype it was given in."""
 
     @property
     def nbytes(self) -> int:
@@ -29,6 +31,10 @@ class BaseLinear(Protocol):
         ...
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """W[start:stop] in fp32, decoded for the caller. On any thread."""
+        ...
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """W [out, in]."""
@@ -55,6 +61,22 @@ class SiteKernel(Protocol):
         ...
 
 
+class Room(Protocol):
+    """Where the weights of one merged lane lie: apart from the base's, freed when none is used."""
+
+    def empty(self, out_features: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for a plain weight, unset."""
+        ...
+
+    def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> BaseLinear:
+        """A plain weight [out, in] in the activations' dtype, from `empty`, as a base linear."""
+        ...
+
+    def nf4(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> BaseLinear:
+        """As `Backend.linear`, with the same kernels, on any thread."""
+        ...
+
+
 class Backend(Protocol):
     """Base linears and batched deltas on one kind of device."""
 
@@ -64,6 +86,10 @@ class Backend(Protocol):
 
     def linear(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> BaseLinear:
         """Bring NF4 weights, stacked by rows, into this backend's layout, once, at load."""
+        ...
+
+    def room(self, device: torch.device) -> Room:
+        """A place for weights beside the base's, on the base's device."""
         ...
 
     def bind(self, site: SiteSpec, base: BaseLinear) -> SiteKernel:

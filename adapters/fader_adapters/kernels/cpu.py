@@ -13,6 +13,7 @@ from fader_adapters.kernels.native import (
     StepPlan,
     Tape,
     Workspace,
+    dense,
 )
 from fader_adapters.kernels.nf4 import Nf4Weight
 from fader_adapters.kernels.tables import Tables
@@ -20,6 +21,10 @@ from fader_adapters.spec import SiteSpec, StepTerms
 
 if TYPE_CHECKING:
     from fader_adapters.kernels.backend import BaseLinear
+
+
+DENSE_ROWS = 16
+"""Rows of one pass over a plain weight."""
 
 
 class PanelLinear:
@@ -31,6 +36,7 @@ class PanelLinear:
         self.panels = panels
         self.out_features = panels.n
         self.in_features = panels.k
+        self.bias = bias
         self.site = Site(panels, bias=bias, workspace=scratch, tape=tape)
 
     @property
@@ -40,8 +46,64 @@ class PanelLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.site(x)
 
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        return self.panels.rows(start, stop)
+
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         return self.panels.dense(dtype)
+
+
+class PlainLinear:
+    """A plain weight streamed by the native kernel, so that a row's bits depend on it alone."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, tape: Tape) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.out_features, self.in_features = weight.shape
+        self._offset = None if bias is None else bias.float()
+        self._tape = tape
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.new_empty(x.shape[0], self.out_features)
+        for at in range(0, x.shape[0], DENSE_ROWS):
+            part = slice(at, at + DENSE_ROWS)
+            dense(x[part], self.weight, bias=self._offset, out=y[part], tape=self._tape)
+        return y
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        return self.weight[start:stop].float()
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.weight.to(dtype)
+
+
+class NativeRoom:
+    """Panels and plain weights in huge pages of their own."""
+
+    def __init__(self, *, scratch: Workspace, tape: Tape) -> None:
+        self._store = PanelStore()
+        self._scratch = scratch
+        self._tape = tape
+
+    def empty(self, out_features: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+        size = out_features * in_features * dtype.itemsize
+        return self._store.take(size).view(dtype).view(out_features, in_features)
+
+    def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PlainLinear:
+        return PlainLinear(weight, bias, tape=self._tape)
+
+    def nf4(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> PanelLinear:
+        panels = _panels(weights, self._store)
+        return PanelLinear(panels, bias, scratch=self._scratch, tape=self._tape)
+
+
+def _panels(weights: Sequence[Nf4Weight], store: PanelStore) -> Nf4Panels:
+    parts = [(w.packed, w.absmax, w.out_features) for w in weights]
+    return Nf4Panels.stack(parts, weights[0].in_features, store=store)
 
 
 class NativeSite:
@@ -99,9 +161,11 @@ class NativeBackend:
         self._ranks: torch.Tensor | None = None
 
     def linear(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> PanelLinear:
-        parts = [(w.packed, w.absmax, w.out_features) for w in weights]
-        panels = Nf4Panels.stack(parts, weights[0].in_features, store=self._store)
+        panels = _panels(weights, self._store)
         return PanelLinear(panels, bias, scratch=self._scratch, tape=self.tape)
+
+    def room(self, device: torch.device) -> NativeRoom:
+        return NativeRoom(scratch=self._scratch, tape=self.tape)
 
     def keep(self, weight: torch.Tensor) -> torch.Tensor:
         """A copy of a dense weight beside the NF4 ones, where streaming it costs fewest misses."""

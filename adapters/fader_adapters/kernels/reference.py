@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
+from fader_adapters.kernels.dense import DenseLinear
 from fader_adapters.kernels.nf4 import Nf4Weight, dense, stack
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import RowTerms, SiteSpec, StepTerms
@@ -46,8 +47,27 @@ class DecodedLinear:
             y[:, start:stop] = F.linear(x, dense(self.weight.rows(start, stop), x.dtype), bias)
         return y
 
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        return dense(self.weight.rows(start, stop), torch.float32)
+
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         return dense(self.weight, dtype)
+
+
+class TorchRoom:
+    """Merged weights as plain tensors: their memory is torch's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def empty(self, out_features: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(out_features, in_features, dtype=dtype, device=self._device)
+
+    def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> DenseLinear:
+        return DenseLinear(weight, bias)
+
+    def nf4(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> DecodedLinear:
+        return DecodedLinear(stack(weights), bias)
 
 
 @dataclass(frozen=True)
@@ -137,6 +157,9 @@ class ReferenceBackend:
 
     def linear(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> DecodedLinear:
         return DecodedLinear(stack(weights), bias)
+
+    def room(self, device: torch.device) -> TorchRoom:
+        return TorchRoom(device)
 
     def prepare(self, tables: Tables, terms: StepTerms) -> ReferenceStep | None:
         if terms.idle:

@@ -107,6 +107,13 @@ class Nf4Panels:
         """Resident bytes."""
         return self.panels.nbytes + self.scales.nbytes
 
+    def rows(self, start: int, stop: int) -> Tensor:
+        """W[start:stop] in fp32 [stop − start, k]; only the panels it lies in are decoded."""
+        first, last = start // PANEL, -(-stop // PANEL)
+        n = min(last * PANEL, self.n) - first * PANEL
+        part = Nf4Panels(self.panels[first:last], self.scales[first:last], n, self.k)
+        return part.dense(torch.float32)[start - first * PANEL : stop - first * PANEL]
+
     def dense(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """W [n, k] in `dtype` (bf16 or fp32), each value code * absmax rounded once. Raises:
         TypeError."""

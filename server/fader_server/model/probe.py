@@ -1,0 +1,176 @@
+"""Logits of a text under other weights, on any thread: what a merge is measured with.
+
+A copy of the base's modules that shares its weights and nothing else, so that the engine's steps
+go on untouched. Slow and exact: fp32 products of decoded weights.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fader_adapters.changes import Changes
+from fader_adapters.kernels import native
+from fader_adapters.kernels.backend import BaseLinear
+from fader_adapters.kernels.cpu import NativeBackend
+from fader_adapters.lane import MergedLane
+from fader_adapters.layers import Site, SiteLinear
+from fader_server.core import Plan, PlanRow, Request, SamplingParams, Sequence as Row
+from fader_adapters.spec import RowTerms, StepTerms
+from fader_server.model.attention import StepAttention
+from fader_server.model.batch import Batch
+from fader_server.model.kv_cache import KVCache
+from fader_server.model.loader import LoadedBase
+from fader_server.model.torch_attention import TorchAttention
+
+BLOCK_SIZE = 16
+CHUNK_TOKENS = 64
+CHUNK_WEIGHTS = 1 << 20
+"""Weights decoded at a time."""
+
+Pace = Callable[[float], None]
+"""Called after each piece of work with its seconds; may sleep, or raise to give up."""
+
+
+class View(Protocol):
+    """Weights to look through."""
+
+    def weight(self, site: Site) -> BaseLinear: ...
+
+    def change(self, x: torch.Tensor, linear: int) -> torch.Tensor | None:
+        """What is added to the output of a linear for x [T, in] in fp32."""
+        ...
+
+
+class BaseView:
+    """The base itself."""
+
+    def weight(self, site: Site) -> BaseLinear:
+        return site.kernel.base
+
+    def change(self, x: torch.Tensor, linear: int) -> torch.Tensor | None:
+        return None
+
+
+class BlendView(BaseView):
+    """The base with a blend beside it, as the delta lane computes it."""
+
+    def __init__(self, changes: Changes) -> None:
+        self._changes = changes
+
+    def change(self, x: torch.Tensor, linear: int) -> torch.Tensor | None:
+        delta = self._changes.sum(linear)
+        return None if delta is None else F.linear(F.linear(x, delta.a), delta.b)
+
+
+class LaneView(BaseView):
+    """A merged lane."""
+
+    def __init__(self, lane: MergedLane) -> None:
+        self._bases = lane.bases
+
+    def weight(self, site: Site) -> BaseLinear:
+        return self._bases.get(site, site.kernel.base)
+
+
+class _Glass:
+    """Where the copy's linears find the view of the forward that runs now."""
+
+    def __init__(self, pace: Pace) -> None:
+        self.view: View = BaseView()
+        self.pace = pace
+
+
+class _ProbeLinear(nn.Module):
+    def __init__(self, original: SiteLinear, glass: _Glass) -> None:
+        super().__init__()
+        self.in_features, self.out_features = original.in_features, original.out_features
+        self._site, self._glass = original.site, glass
+        spec = self._site.spec
+        self._linear = spec.linears[original.member]
+        self._start = sum(spec.out_features[: original.member])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        began = time.perf_counter()
+        view = self._glass.view
+        weight = view.weight(self._site)
+        rows = x.reshape(-1, self.in_features).float()
+        y = rows.new_empty(rows.shape[0], self.out_features)
+        step = max(1, CHUNK_WEIGHTS // self.in_features)
+        for start in range(0, self.out_features, step):
+            stop = min(start + step, self.out_features)
+            part = weight.rows(self._start + start, self._start + stop)
+            y[:, start:stop] = F.linear(rows, part)
+            self._glass.pace(time.perf_counter() - began)
+            began = time.perf_counter()
+        if weight.bias is not None:
+            y += weight.bias[self._start : self._start + self.out_features].float()
+        change = view.change(rows, self._linear)
+        if change is not None:
+            y += change
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+class ProbeModel:
+    """Forwards of one text on the caller's thread. Not for two threads at a time."""
+
+    def __init__(self, base: LoadedBase, pace: Pace) -> None:
+        self._base = base
+        self._glass = _Glass(pace)
+        memo: dict[int, object] = {id(p): p for p in base.model.parameters()}
+        memo |= {id(b): b for b in base.model.buffers()}
+        if isinstance(base.backend, NativeBackend):
+            memo[id(base.backend.tape)] = native.Tape()  # nobody records what runs here
+        for module in base.model.modules():
+            if isinstance(module, SiteLinear):
+                memo[id(module)] = _ProbeLinear(module, self._glass)
+        self._model = copy.deepcopy(base.model, memo)
+        for module in self._model.modules():
+            module.__dict__.pop("forward", None)  # put there for the original's recordings
+        self._shapes = {
+            found: shape for module, shape in base.layers.items()
+            if isinstance(found := memo[id(module)], nn.Module)
+        }  # fmt: skip
+
+    def logits(self, tokens: Sequence[int], views: Sequence[View]) -> Iterator[list[torch.Tensor]]:
+        """For every chunk of positions [n, vocab] under each view, in the text's order."""
+        caches = [self._cache(len(tokens)) for _ in views]
+        for start in range(0, len(tokens), CHUNK_TOKENS):
+            count = min(CHUNK_TOKENS, len(tokens) - start)
+            yield [
+                self._forward(tokens, start, count, view, cache)
+                for view, cache in zip(views, caches, strict=True)
+            ]
+
+    def _cache(self, tokens: int) -> KVCache:
+        base = self._base
+        return KVCache(
+            self._shapes,
+            blocks=-(-tokens // BLOCK_SIZE) + 1,
+            block_size=BLOCK_SIZE,
+            dtype=base.dtype,
+            device=base.device,
+        )
+
+    def _forward(
+        self, tokens: Sequence[int], start: int, count: int, view: View, cache: KVCache
+    ) -> torch.Tensor:
+        params = SamplingParams(prompt_logprobs=0)
+        row = Row(Request("probe", tuple(tokens), params), [*tokens, 0])
+        row.blocks = list(range(1, cache.blocks))
+        plan = Plan((PlanRow(row, start, count, False),), StepTerms((RowTerms(count),)))
+        batch = Batch.from_plan(plan, block_size=BLOCK_SIZE, device=self._base.device)
+        self._glass.view = view
+        with native.alone(), torch.inference_mode():
+            out = self._model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                logits_to_keep=torch.arange(count, device=self._base.device),
+                fader_step=StepAttention(TorchAttention(BLOCK_SIZE), cache, batch),
+            )
+        return out.logits[0].float()
