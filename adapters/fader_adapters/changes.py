@@ -1,4 +1,4 @@
-"""What a blend of loaded adapters does to each linear, as low-rank sums. Knows no files, no sites."""
+"""What a blend of loaded adapters does to each linear. Knows no files, no sites."""
 
 from collections.abc import Mapping
 

@@ -49,7 +49,7 @@ class Site:
         if same and member in self._waiting:
             y = self._waiting.pop(member)
             if not self._waiting:
-                self._input = None
+                self._input, self._ran = None, (None, None)
             return y
         rows = x.reshape(-1, self.spec.in_features)
         merged = None if lane is None else lane.get(self)

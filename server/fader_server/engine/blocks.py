@@ -15,11 +15,12 @@ NULL_BLOCK = 0
 """Never handed out: padding may point at it."""
 
 
-def chain_seed(blend: Digest, salt: str, block_size: int) -> bytes:
-    """Start of a hash chain: blocks are shared only inside one blend, salt and block size."""
+def chain_seed(blend: Digest, salt: str, block_size: int, lane: Digest | None = None) -> bytes:
+    """Start of a hash chain: blocks are shared only inside one blend, salt, size and lane."""
     name = salt.encode("utf-8", "surrogatepass")
     frame = struct.pack("<II", block_size, len(name))
-    return hashlib.sha256(b"fader-kv-1" + bytes.fromhex(blend) + frame + name).digest()
+    weights = b"" if lane is None else bytes.fromhex(lane)
+    return hashlib.sha256(b"fader-kv-1" + bytes.fromhex(blend) + frame + name + weights).digest()
 
 
 class BlockManager:
@@ -152,7 +153,8 @@ class BlockManager:
                 before = keys[-1]
             else:
                 request = sequence.request
-                before = chain_seed(request.blend.digest, request.cache_salt, size)
+                lane = None if sequence.lane is None else sequence.lane.key
+                before = chain_seed(request.blend.digest, request.cache_salt, size, lane)
             at = len(keys) * size
             tokens = self._pack(*sequence.tokens[at : at + size])
             keys.append(hashlib.sha256(before + tokens).digest())

@@ -161,6 +161,7 @@ class Engine:
             rows=stepper.rows,
             tokens=stepper.tokens,
             generated=stepper.generated,
+            merged=stepper.merged,
             preemptions=self._scheduler.preemptions,
             faults=stepper.faults,
         )

@@ -15,6 +15,7 @@ from fader_server.core import (
     TokenEvent,
 )
 from fader_server.engine.blocks import BlockManager
+from fader_server.engine.lanes import Lanes
 from fader_server.engine.limits import Limits, check_request
 from fader_server.engine.outcome import outcome
 from fader_server.engine.roster import Roster
@@ -40,6 +41,11 @@ class Scheduler:
         self.preemptions = 0
         self._roster = Roster(blocks, pool)
         self._refused: list[TokenEvent] = []
+
+    @property
+    def lanes(self) -> Lanes:
+        """Merged lanes and who is in them."""
+        return self._roster.lanes
 
     @property
     def running(self) -> int:
@@ -184,7 +190,7 @@ class Scheduler:
         no_room: set[Digest] = set()
         while len(passed) < min(len(line), _LOOKAHEAD) and len(running) < self.limits.max_rows:
             sequence = line[len(passed)]
-            blend = sequence.request.blend.digest
+            self._roster.settle(sequence)
             hits, sought = self._find(sequence)
             total = blocks.blocks_for(len(sequence.tokens))
             # One block for every running row too, or the newcomer would soon be sent back.
@@ -192,7 +198,9 @@ class Scheduler:
                 return
             if self._chunk(sequence, len(hits) * blocks.block_size) > budget:
                 return
-            acquired = None if blend in no_room else self._acquire(sequence)
+            blend = sequence.request.blend.digest
+            crowded = blend in no_room and sequence.lane is None
+            acquired = None if crowded else self._acquire(sequence)
             if acquired is None:
                 if sequence.request.id not in self._roster.open:
                     continue

@@ -35,6 +35,8 @@ class Stepper:
         self.progress_at = clock()
         """When a step was last committed or nothing was there to do, in the clock's seconds."""
         self.steps = self.rows = self.tokens = self.generated = self.faults = 0
+        self.merged = 0
+        """Of the generated tokens, those of merged lanes."""
         self.seconds = 0.0
         self._runner = runner
         self._upload = upload
@@ -101,6 +103,9 @@ class Stepper:
         self.steps += 1
         self.seconds += now - started
         self.rows += rows
+        if self.scheduler.lanes.members:
+            drawn = (row for part, _ in done for row in part.rows if row.samples)
+            self.merged += sum(row.lane is not None for row in drawn)
         self.tokens += tokens
         if rows:
             self.progress_at = now
@@ -113,7 +118,7 @@ class Stepper:
             return plan
         dropped: set[int] = set()
         for index, row in enumerate(plan.rows):
-            error = next((lost[v] for v in row.sequence.request.adapters if v in lost), None)
+            error = next((lost[v] for v in row.sequence.adapters if v in lost), None)
             if error is not None:
                 dropped.add(index)
                 self._fail(row.sequence, "an adapter could not be brought to the device", error)

@@ -19,8 +19,9 @@ from fader_adapters.kernels.backend import BaseLinear
 from fader_adapters.kernels.cpu import NativeBackend
 from fader_adapters.lane import MergedLane
 from fader_adapters.layers import Site, SiteLinear
-from fader_server.core import Plan, PlanRow, Request, SamplingParams, Sequence as Row
 from fader_adapters.spec import RowTerms, StepTerms
+from fader_server.core import Plan, PlanRow, Request, SamplingParams
+from fader_server.core import Sequence as Row
 from fader_server.model.attention import StepAttention
 from fader_server.model.batch import Batch
 from fader_server.model.kv_cache import KVCache

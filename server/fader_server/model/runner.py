@@ -1,16 +1,19 @@
 """Runs one plan on the device: batch, forward, sample. Decides nothing, keeps no requests."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 
-from fader_adapters.kernels.backend import Step
+from fader_adapters.kernels.backend import BaseLinear, Step
 from fader_adapters.kernels.native import StepPlan
 from fader_adapters.kernels.tables import Tables
+from fader_adapters.layers import Site
 from fader_adapters.spec import RowTerms, StepTerms
-from fader_server.core import Plan, RowResult
+from fader_server.core import Lane, Plan, RowResult
 from fader_server.model.attention import PagedAttention, StepAttention
 from fader_server.model.batch import Batch
+from fader_server.model.decode import DecodeReplays
 from fader_server.model.kernels import choose_replays
 from fader_server.model.kv_cache import KVCache
 from fader_server.model.loader import LoadedBase
@@ -20,6 +23,18 @@ from fader_server.model.sampler import Sampler, prompt_logprobs
 def _padded(terms: StepTerms, padding: int) -> StepTerms:
     """The terms of every packed token: padding is a row of the base."""
     return StepTerms((*terms.rows, RowTerms(padding))) if padding else terms
+
+
+LaneBases = Mapping[Site, BaseLinear]
+"""Weights of the sites that a lane changes."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Weights:
+    """What one forward runs over, and its decode steps as they were recorded."""
+
+    bases: LaneBases | None
+    replays: DecodeReplays | None
 
 
 class ModelRunner:
@@ -40,11 +55,43 @@ class ModelRunner:
         self._attention = attention
         self._sampler = sampler
         self._replays = choose_replays(base, cache=cache, attention=attention)
+        self._lanes: dict[Lane, _Weights] = {}
+
+    def add_lane(self, lane: Lane, bases: LaneBases) -> None:
+        """Rows of this lane may come from now on."""
+        replays = None if self._replays is None else self._replays.sibling()
+        self._lanes[lane] = _Weights(bases, replays)
+
+    def drop_lane(self, lane: Lane) -> object:
+        """No row of this lane comes any more. Whoever lets go of the result frees the memory."""
+        return self._lanes.pop(lane)
 
     def run(self, plan: Plan) -> list[RowResult]:
         """Compute every row; one result a row, in order. KV writes are repeatable."""
         with torch.inference_mode():
-            replays = self._replays
+            if not self._lanes:
+                return self._run(plan, _Weights(None, self._replays))
+            return self._run_lanes(plan)
+
+    def _run_lanes(self, plan: Plan) -> list[RowResult]:
+        """One forward for the rows of each lane, in the order of their first rows."""
+        places: dict[Lane | None, list[int]] = {}
+        for i, row in enumerate(plan.rows):
+            places.setdefault(row.lane, []).append(i)
+        results = [RowResult()] * len(plan.rows)
+        for lane, rows in places.items():
+            terms = StepTerms(tuple(plan.terms.rows[i] for i in rows))
+            part = Plan(tuple(plan.rows[i] for i in rows), terms)
+            weights = _Weights(None, self._replays) if lane is None else self._lanes[lane]
+            for i, result in zip(rows, self._run(part, weights), strict=True):
+                results[i] = result
+        return results
+
+    def _run(self, plan: Plan, weights: "_Weights") -> list[RowResult]:
+        state = self._base.installed.state
+        state.lane = weights.bases
+        try:
+            replays = weights.replays
             if replays is not None and replays.takes(plan):
                 step = self._base.backend.prepare(self._tables, plan.terms)
                 assert step is None or isinstance(step, StepPlan)
@@ -59,6 +106,8 @@ class ModelRunner:
             terms = _padded(plan.terms, batch.padding)
             logits = self._forward(batch, self._base.backend.prepare(self._tables, terms))
             return self._results(plan, batch, logits)
+        finally:
+            state.lane = None
 
     def _forward(self, batch: Batch, step: Step | None) -> torch.Tensor:
         """[len(batch.logit_index), vocab]"""
