@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from fader_adapters.kernels.dense import DenseLinear
 from fader_adapters.layers import Installed, Site
 from fader_adapters.rounding import Rounding, directions, quantise
 from fader_adapters.spec import Blend, Digest
-from fader_adapters.weightspace.loss import LinearLoss, joined, measure
+from fader_adapters.weightspace.loss import LinearLoss, joined, measure, overall
 from fader_adapters.weightspace.plan import Form
 
 CHUNK = 1 << 19
@@ -60,6 +61,14 @@ class MergedLane:
     def nbytes(self) -> int:
         """Resident bytes beside the base's."""
         return sum(base.nbytes for base in self.bases.values())
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What rounding costs: all linears together, and each."""
+        return {
+            "overall": overall(self.losses),
+            "linears": [loss.document() for loss in self.losses],
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from fader_server import settings as kinds
 from fader_server.errors import ConfigInvalid
-from fader_server.settings import AdapterSource
+from fader_server.settings import AdapterSource, BlendTerm
 
 PREFIX = "FADER_"
 MIN_CHUNK = 16
@@ -120,6 +120,25 @@ class ServeConfig:
         False, "refuse loads at run time that do not give a sha256", parse=kinds.switch
     )
     max_adapters: int = _setting(1024, "adapters loaded at one time", parse=_COUNT)
+    merge: tuple[BlendTerm, ...] | Literal["auto"] | None = _setting(
+        None,
+        "blend with weights of its own, or auto: the one that most tokens are for",
+        parse=kinds.blend,
+        metavar="BLEND",
+    )
+    merge_dtype: Literal["nf4", "bf16"] = _setting(
+        "nf4", "of merged weights: the base's speed, or exact", parse=kinds.one_of("nf4", "bf16")
+    )
+    merge_force: bool = _setting(
+        False, "merge into nf4 also when it loses too much of the blend", parse=kinds.switch
+    )
+    merge_share: float = _setting(
+        0.6, "share of tokens from which auto merges", parse=partial(kinds.number, low=0.0)
+    )
+    merge_seconds: float = _setting(30.0, "seconds that auto looks back", parse=_SECONDS)
+    probe: Path | None = _setting(  # noqa: RUF009 - a field, as all others
+        None, "text that tells what merging costs", parse=kinds.path, metavar="FILE"
+    )
     arena: int | None = _setting(
         None, "device memory for adapters", parse=kinds.size, metavar="SIZE"
     )
@@ -187,6 +206,8 @@ class ServeConfig:
                 f"--max-batch-rows {self.max_batch_rows} and {MIN_CHUNK} of a prompt: "
                 "raise the first or lower the second"
             )
+        if not self.merge_share < 1:
+            raise ConfigInvalid("--merge-share is a share of all tokens: give one below 1")
         for name, on in (
             ("--resolve-adapters", self.resolve_adapters),
             ("--watch-adapters", self.watch_adapters),

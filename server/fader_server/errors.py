@@ -6,6 +6,10 @@ FaderError
 ├── RequestInvalid        a malformed or impossible request; carries the offending parameter
 │   └── ContextTooLong    prompt + output exceed the model's context
 ├── ModelNotFound         no such base, adapter, version or recipe for this caller
+├── MergeBusy             the merged lane is being made or measured
+├── MergeNoMemory         a merged lane does not fit beside what is reserved
+├── MergeNotFound         there is no merged lane and none is being made
+├── MergeLossy            4 bits would lose too much of the blend
 ├── Overloaded            the queue is full, or the server drains: try again later
 ├── RequestTimeout        a request's own deadline passed
 └── EngineFault           a fault inside the engine; the request failed, others go on
@@ -43,6 +47,22 @@ class ContextTooLong(RequestInvalid):
 
 class ModelNotFound(FaderError):
     """The requested model does not exist for this caller."""
+
+
+class MergeBusy(FaderError):
+    """Another merge is under way."""
+
+
+class MergeNoMemory(FaderError):
+    """There is too little memory for a merged lane; nothing was allocated."""
+
+
+class MergeNotFound(FaderError):
+    """Nothing is merged or being merged."""
+
+
+class MergeLossy(FaderError):
+    """The merged lane in 4 bits would not be the blend any more."""
 
 
 class Overloaded(FaderError):

@@ -14,7 +14,7 @@ from rich.console import Console
 from fader_server import app
 from fader_server.api.context import BaseModel
 from fader_server.api.edge import JsonFormatter
-from fader_server.api.ports import Adapters, Engine, Tokenizer
+from fader_server.api.ports import Adapters, Engine, Merging, Tokenizer
 from fader_server.config import ServeConfig
 from fader_server.metrics import Metrics
 from fader_server.serving import bind, serve
@@ -36,6 +36,7 @@ class World:
     tokenizer: Tokenizer
     background: tuple[Background, ...] = ()
     """What runs on the event loop as long as the server does."""
+    merging: Merging | None = None
 
 
 OpenWorld = Callable[[ServeConfig, Metrics], AbstractContextManager[World]]
@@ -64,6 +65,7 @@ def run(config: ServeConfig, open_world: OpenWorld, *, version: str) -> None:
             tokenizer=world.tokenizer,
             metrics=metrics,
             version=version,
+            merging=world.merging,
         )
         asyncio.run(_serve(application, world, sock))
     _log.info("ended")

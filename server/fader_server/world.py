@@ -27,6 +27,8 @@ from fader_server.engine.loop import Engine
 from fader_server.engine.scheduler import Scheduler
 from fader_server.errors import ConfigInvalid
 from fader_server.launch import Background, World
+from fader_server.mergestart import open_merging, probe_tokens, room_to_keep
+from fader_server.merging import Parts
 from fader_server.metrics import Metrics
 from fader_server.model.device import choose_device, choose_dtype, free_bytes, set_threads
 from fader_server.model.kernels import choose_attention
@@ -64,7 +66,8 @@ def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
     backend = choose(device, dtype)
     set_threads(config.threads, backend)
     base = load_base(source, dtype=dtype, device=device, backend=backend)
-    plan = _memory(config, base)
+    available = free_bytes(device)
+    plan = _memory(config, base, available)
     fields = {
         "base_bytes": plan.base,
         "arena_bytes": plan.arena,
@@ -77,7 +80,11 @@ def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
     arena = torch.empty(plan.arena // dtype.itemsize, dtype=dtype, device=device)
     tables = Tables(arena, len(base.installed.spec.linears))
     pool = Pool(tables, in_place=device.type == "cpu")
-    engine = _engine(config, base, plan, tables=tables, pool=pool, metrics=metrics)
+    runner = _runner(base, plan, tables=tables)
+    scheduler = _scheduler(config, plan, pool=pool)
+    engine = Engine(
+        scheduler, runner, pool.upload, max_waiting=config.max_waiting, observer=metrics
+    )
     registry = Registry(
         base.installed,
         tier=_host_tier(arena),
@@ -95,13 +102,24 @@ def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
     adapters: Adapters = registry
     if config.resolve_adapters:
         adapters = OnDemand(registry, offers=sources.offers, told=metrics.loaded)
-    with engine:
+    parts = Parts(
+        base,
+        runner,
+        scheduler.lanes,
+        engine,
+        free=partial(free_bytes, device),
+        unreserved=available - plan.arena - plan.kv_cache,
+        probe=probe_tokens(config, tokenizer, plan.max_model_len),
+    )
+    background = _background(config, adapters, sources, seen=seen, base_name=name)
+    with engine, open_merging(config, parts, adapters) as merging:
         yield World(
             model,
             engine,
             adapters,
             tokenizer,
-            background=_background(config, adapters, sources, seen=seen, base_name=name),
+            background=(*background, *merging.background),
+            merging=merging.lanes,
         )
 
 
@@ -123,14 +141,14 @@ def _be_quiet() -> None:
         transformers_logging.disable_progress_bar()
 
 
-def _memory(config: ServeConfig, base: LoadedBase) -> MemoryPlan:
+def _memory(config: ServeConfig, base: LoadedBase, available: int) -> MemoryPlan:
     if config.max_model_len is not None and config.max_model_len > base.max_positions:
         raise ConfigInvalid(
             f"--max-model-len {config.max_model_len}: the base has {base.max_positions} positions; "
             "ask for at most that many"
         )
     return plan_memory(
-        available=free_bytes(base.device),
+        available=available - room_to_keep(config, base),
         on_host=base.device.type == "cpu",
         base=base.nbytes,
         block_bytes=bytes_per_block(base.layers, block_size=BLOCK_SIZE, dtype=base.dtype),
@@ -143,21 +161,17 @@ def _memory(config: ServeConfig, base: LoadedBase) -> MemoryPlan:
     )
 
 
-def _engine(
-    config: ServeConfig,
-    base: LoadedBase,
-    plan: MemoryPlan,
-    *,
-    tables: Tables,
-    pool: Pool,
-    metrics: Metrics,
-) -> Engine:
+def _scheduler(config: ServeConfig, plan: MemoryPlan, *, pool: Pool) -> Scheduler:
     limits = Limits(
         max_rows=config.max_batch_rows,
         max_step_tokens=config.max_step_tokens,
         chunk_size=min(CHUNK_SIZE, config.max_step_tokens - config.max_batch_rows),
         max_model_len=plan.max_model_len,
     )
+    return Scheduler(limits, blocks=BlockManager(plan.blocks, block_size=BLOCK_SIZE), pool=pool)
+
+
+def _runner(base: LoadedBase, plan: MemoryPlan, *, tables: Tables) -> ModelRunner:
     cache = KVCache(
         base.layers,
         blocks=plan.blocks,
@@ -165,20 +179,12 @@ def _engine(
         dtype=base.dtype,
         device=base.device,
     )
-    runner = ModelRunner(
+    return ModelRunner(
         base,
         cache=cache,
         tables=tables,
         attention=choose_attention(base, block_size=BLOCK_SIZE),
         sampler=Sampler(),
-    )
-    blocks = BlockManager(plan.blocks, block_size=BLOCK_SIZE)
-    return Engine(
-        Scheduler(limits, blocks=blocks, pool=pool),
-        runner,
-        pool.upload,
-        max_waiting=config.max_waiting,
-        observer=metrics,
     )
 
 

@@ -14,13 +14,10 @@ class Lanes:
 
     def __init__(self) -> None:
         self.open: Lane | None = None
+        self.members = 0
+        """Open requests in any lane. May be read from any thread."""
         self._members: Counter[Lane] = Counter()
         self._gone: dict[Lane, Callable[[], None]] = {}
-
-    @property
-    def members(self) -> int:
-        """Open requests in any lane."""
-        return self._members.total()
 
     def replace(self, lane: Lane | None, gone: Callable[[], None] = lambda: None) -> None:
         """Admit matching requests to `lane` from now on, and to no other; None: to none.
@@ -47,6 +44,7 @@ class Lanes:
         sequence.settled = True
         if sequence.lane is not None:
             self._members[sequence.lane] += 1
+            self.members += 1
 
     def leave(self, sequence: Sequence) -> None:
         """A request ends, whether it was ever admitted or not."""
@@ -54,6 +52,7 @@ class Lanes:
         if lane is None or not sequence.settled:
             return
         self._members[lane] -= 1
+        self.members -= 1
         if not self._members[lane] and lane is not self.open:
             self._end(lane)
 

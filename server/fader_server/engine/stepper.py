@@ -77,6 +77,8 @@ class Stepper:
     def _step(self, plan: Plan, started: float) -> None:
         outcome = run_isolated(self._runner, plan)
         for part, results in outcome.done:
+            if self.scheduler.lanes.members:
+                self.merged += sum(row.samples and row.lane is not None for row in part.rows)
             for event in self.scheduler.commit(part, results):
                 self._emit(event)
         for sequence, error in outcome.crowded:
@@ -103,9 +105,6 @@ class Stepper:
         self.steps += 1
         self.seconds += now - started
         self.rows += rows
-        if self.scheduler.lanes.members:
-            drawn = (row for part, _ in done for row in part.rows if row.samples)
-            self.merged += sum(row.lane is not None for row in drawn)
         self.tokens += tokens
         if rows:
             self.progress_at = now

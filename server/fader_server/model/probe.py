@@ -24,17 +24,25 @@ from fader_server.core import Plan, PlanRow, Request, SamplingParams
 from fader_server.core import Sequence as Row
 from fader_server.model.attention import StepAttention
 from fader_server.model.batch import Batch
-from fader_server.model.kv_cache import KVCache
+from fader_server.model.kv_cache import KVCache, bytes_per_block
 from fader_server.model.loader import LoadedBase
 from fader_server.model.torch_attention import TorchAttention
 
 BLOCK_SIZE = 16
-CHUNK_TOKENS = 64
+CHUNK_TOKENS = 32
 CHUNK_WEIGHTS = 1 << 20
 """Weights decoded at a time."""
 
 Pace = Callable[[float], None]
 """Called after each piece of work with its seconds; may sleep, or raise to give up."""
+
+
+def probe_bytes(base: LoadedBase, tokens: int, views: int) -> int:
+    """What `logits` needs at most, an estimate from above."""
+    blocks = -(-tokens // BLOCK_SIZE) + 1
+    block = bytes_per_block(base.layers, block_size=BLOCK_SIZE, dtype=base.dtype)
+    work = 4 * (CHUNK_WEIGHTS * 2 + CHUNK_TOKENS * base.vocab_size * (views + 4))
+    return views * blocks * block + work
 
 
 class View(Protocol):
