@@ -36,19 +36,19 @@ _READ = frozenset(
         "layers_pattern",
         "layers_to_transform",
         "lora_alpha",
+        "lora_bias",
         "peft_type",
         "r",
         "rank_pattern",
         "target_modules",
         "task_type",
+        "use_dora",
         "use_rslora",
     }
 )
 
 _REMEDY = {
-    "use_dora": "DoRA scales columns of the base; train with use_dora=False",
     "modules_to_save": "full modules cannot be served beside the base; train LoRA only",
-    "lora_bias": "train with lora_bias=False",
     "trainable_token_indices": "token embeddings cannot be adapted; train LoRA only",
     "target_parameters": "only linears can be adapted; use target_modules",
     "alora_invocation_tokens": "activated LoRA is not implemented",

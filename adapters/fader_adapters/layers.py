@@ -20,6 +20,10 @@ from fader_adapters.spec import BaseSpec, Digest, LinearSpec, SiteSpec
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Siblings that read one input in every transformers family that has them."""
 
+PANEL_WEIGHTS = 1 << 20
+"""Weights that are decoded at a time for those who ask for them by rows."""
+PANEL_ROWS = 32
+
 
 class StepState:
     """The work of the forward that runs now; every site of a model reads the same one."""
@@ -93,6 +97,16 @@ class Installed:
     def nbytes(self) -> int:
         """Resident bytes of every site's base weight."""
         return sum(site.kernel.base.nbytes for site in self.sites)
+
+    def panels(self, linear: int) -> Iterator[torch.Tensor]:
+        """W [out, in] of one linear in fp32, a few rows at a time; see BaseWeights."""
+        site = next(site for site in self.sites if linear in site.spec.linears)
+        place = site.spec.linears.index(linear)
+        start = sum(site.spec.out_features[:place])
+        stop = start + site.spec.out_features[place]
+        step = max(PANEL_ROWS, PANEL_WEIGHTS // site.spec.in_features)
+        for at in range(start, stop, step):
+            yield site.kernel.base.rows(at, min(stop, at + step))
 
 
 def install(model: PreTrainedModel, backend: Backend, *, name: str = "") -> Installed:

@@ -29,6 +29,15 @@ class LoraConfig:
     alphas: PathMap
     base_name: str | None
     """What the adapter says it was trained on; shown, never compared."""
+    dora: bool = False
+    bias: bool = False
+    """Every B has a bias of its own."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What the config asks for beside A and B."""
+        flags = (("dora", self.dora), ("lora_bias", self.bias))
+        return tuple(kind for kind, there in flags if there)
 
     def rank_of(self, path: str) -> int:
         """Declared rank of a module of the adapter's own model. Raises AdapterInvalid."""
@@ -62,6 +71,9 @@ def read_config(data: bytes, limits: Limits) -> LoraConfig:
     # Only PEFT's merge reads fan_in_fan_out, and PEFT itself corrects it to the layer's kind.
     _boolean(fields, "fan_in_fan_out")
     check_init(fields.get("init_lora_weights", True))
+    dora, bias = _boolean(fields, "use_dora"), _boolean(fields, "lora_bias")
+    if dora and bias:
+        raise invalid("lora_bias", bias, "false beside use_dora = true")
     budget = Budget()
     base_name = fields.get("base_model_name_or_path")
     return LoraConfig(
@@ -80,6 +92,8 @@ def read_config(data: bytes, limits: Limits) -> LoraConfig:
             budget,
         ),
         base_name=base_name if isinstance(base_name, str) else None,
+        dora=dora,
+        bias=bias,
     )
 
 

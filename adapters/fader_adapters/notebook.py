@@ -48,7 +48,9 @@ class Attached:
     def load(self, name: str, path: str | Path) -> AdapterReport:
         """Read a PEFT directory; the name may be taken, then it moves. Raises AdapterError."""
         raw = LocalSources(()).fetch_trusted(Path(path))
-        parsed = read_adapter(raw, self._installed.spec, dtype=self._tables.arena.dtype)
+        installed = self._installed
+        dtype = self._tables.arena.dtype
+        parsed = read_adapter(raw, installed.spec, dtype=dtype, weights=installed)
         with self._store.reserve(parsed) as reservation:
             reservation.fill()
             return self._store.publish(name, reservation, replace=True).report

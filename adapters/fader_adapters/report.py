@@ -14,7 +14,7 @@ class ModuleReport:
     alpha: float
     scale: float
     delta_norm: float
-    """Frobenius norm of scale · B·A."""
+    """Frobenius norm of what is added to W: scale · B·A, for DoRA all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,8 @@ class AdapterReport:
     """As safetensors spells them, sorted."""
     base_name: str | None
     """What the adapter says it was trained on."""
+    kinds: tuple[str, ...] = ()
+    """What it has beside A and B: "dora", "lora_bias"."""
 
     @property
     def matched(self) -> int:

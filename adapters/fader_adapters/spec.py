@@ -5,7 +5,7 @@ import itertools
 import math
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NewType, Protocol
@@ -37,6 +37,13 @@ LOCAL_PROTOCOLS = frozenset(("file", "local"))
 
 MAX_WEIGHT = 16.0
 """Largest magnitude of a blend's weight."""
+
+
+PACKED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""Linears whose rows are those of several others, one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +107,10 @@ class LinearSpec:
     """Index of the decoder layer, None outside the layers."""
     conv1d: bool = False
     """transformers' Conv1D: the checkpoint's weight is [in, out] (PEFT's fan_in_fan_out)."""
+    embedding: bool = False
+    """A lookup: W [out, in] is the table transposed, x is a token as a one-hot vector."""
+    parts: tuple[int, ...] = ()
+    """Rows of each linear that is packed into this one, in the order of PACKED."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +142,11 @@ class BaseSpec:
 
 @dataclass(frozen=True, slots=True)
 class DeltaSpec:
-    """One adapted linear: ΔW = scale · B·A with A [rank, in] and B [out, rank]."""
+    """One adapted linear: W·x → (1 + gain) ∘ (W·x) + scale · (B·(A·x) + bias).
+
+    A [rank, in], B [out, rank]; gain and bias are vectors [out], where there are any. DoRA's B is
+    diag(g)·B and its gain is g − 1, g = magnitude / ‖W + scale·B·A‖ of each row.
+    """
 
     linear: int
     """Index into BaseSpec.linears."""
@@ -142,6 +157,10 @@ class DeltaSpec:
     """Elements from the start of the adapter's extent to A, row-major [rank, in]."""
     b_offset: int
     """Elements from the start of the adapter's extent to B, rank-major [rank, out]."""
+    gain_offset: int | None = None
+    """Elements from the start of the extent to the gain [out]; None: 0 everywhere."""
+    bias_offset: int | None = None
+    """Elements from the start of the extent to the bias of B [out]; None: 0 everywhere."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +180,14 @@ class AdapterSpec:
     @property
     def max_rank(self) -> int:
         return max(delta.rank for delta in self.deltas)
+
+
+class BaseWeights(Protocol):
+    """The base's own weights, for what only they decide. May be asked on any thread."""
+
+    def panels(self, linear: int) -> "Iterator[torch.Tensor]":
+        """W [out, in] of one linear in fp32, a few rows at a time, in order; never all at once."""
+        ...
 
 
 class AdapterData(Protocol):
@@ -187,23 +214,34 @@ class Upload:
 
 @dataclass(frozen=True, slots=True)
 class RankScale:
-    """Input of `lay_out`: rank and scale of one adapted linear."""
+    """Input of `lay_out`: rank and scale of one adapted linear, and which vectors it has."""
 
     linear: int
     rank: int
     scale: float
+    gain: bool = False
+    bias: bool = False
 
 
 def lay_out(base: BaseSpec, version: Digest, parts: Iterable[RankScale]) -> AdapterSpec:
-    """Assign offsets: for each linear in base order A, then B, each aligned to EXTENT_ALIGN."""
+    """Assign offsets: for each linear in base order A, B, gain, bias, each at EXTENT_ALIGN."""
     deltas: list[DeltaSpec] = []
     cursor = 0
     for part in sorted(parts, key=lambda p: p.linear):
         linear = base.linears[part.linear]
-        a_offset = cursor
-        b_offset = _align(a_offset + part.rank * linear.in_features)
-        cursor = _align(b_offset + part.rank * linear.out_features)
-        deltas.append(DeltaSpec(part.linear, part.rank, part.scale, a_offset, b_offset))
+        starts: list[int | None] = []
+        for size in (
+            part.rank * linear.in_features,
+            part.rank * linear.out_features,
+            linear.out_features if part.gain else 0,
+            linear.out_features if part.bias else 0,
+        ):
+            starts.append(cursor if size else None)
+            cursor = _align(cursor + size)
+        a_offset, b_offset, gain, bias = starts
+        assert a_offset is not None
+        assert b_offset is not None
+        deltas.append(DeltaSpec(part.linear, part.rank, part.scale, a_offset, b_offset, gain, bias))
     return AdapterSpec(version, tuple(deltas), cursor)
 
 

@@ -1,108 +1,123 @@
-"""Names of LoRA tensors: pairs of A and B, and the linears of the base they belong to."""
+"""Names of an adapter's tensors: which module each belongs to, and as what. Knows no base."""
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
-from fader_adapters.errors import AdapterInvalid, AdapterMismatch
+from fader_adapters.errors import AdapterInvalid
 from fader_adapters.header import TensorInfo
-from fader_adapters.spec import BaseSpec
 
 _PEFT_PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
-
-_WRAPPERS = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
-"""What stands before `layers.0…` in text models, headless ones and the text part of others."""
+_ADAPTER = r"(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?"
+_ROLES = (
+    (rf"(?P<path>.+)\.lora_(?P<role>[AB]){_ADAPTER}\.weight", ""),
+    (rf"(?P<path>.+)\.lora_embedding_(?P<role>[AB]){_ADAPTER}", "embedding "),
+    (rf"(?P<path>.+)\.lora_(?P<role>magnitude)_vector{_ADAPTER}(?:\.weight)?", ""),
+    (rf"(?P<path>.+)\.lora_B{_ADAPTER}\.(?P<role>bias)", ""),
+    (rf"(?P<path>.+)\.token_adapter\.trainable_(?P<role>tokens)_delta{_ADAPTER}", ""),
+    (r"(?P<path>.+)\.base_layer\.(?P<role>weight)(?P<adapter>)", ""),
+)
+_PATTERNS = tuple((re.compile(pattern), kind) for pattern, kind in _ROLES)
 
 _KNOWN_EXTRAS = {
-    "lora_embedding_": "an adapted embedding; train on linears only",
-    "lora_magnitude_vector": "DoRA, which is not implemented",
     "modules_to_save": "a full module (modules_to_save); train LoRA only",
     "lora_E": "AdaLoRA, which is not implemented",
-    ".base_layer.": "a copy of the base's own weight; save with save_embedding_layers=False",
-    ".bias": "a trained bias; train with bias='none' and lora_bias=False",
+    ".base_layer.": "a copy of the base's own layer; save with save_embedding_layers=False",
+    ".bias": "a trained bias of the base; train with bias='none'",
     "embed_tokens": "full embeddings; save with save_embedding_layers=False",
     "lm_head.weight": "a full output head; save with save_embedding_layers=False",
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """The two factors of one module's delta."""
+class ModuleTensors:
+    """What one module of the adapter's model has."""
 
     a: TensorInfo
+    """[rank, in]"""
     b: TensorInfo
+    """[out, rank]"""
+    magnitude: TensorInfo | None = None
+    """DoRA's [out], or [out, 1]"""
+    bias: TensorInfo | None = None
+    """Of B [out]"""
+    embedding: bool = False
+    """A and B are those of an embedding: in is the vocabulary."""
+
+    @property
+    def infos(self) -> tuple[TensorInfo, ...]:
+        return tuple(i for i in (self.a, self.b, self.magnitude, self.bias) if i is not None)
 
 
 @dataclass(frozen=True, slots=True)
-class Mapping:
-    """How the adapter's module paths translate to the base's: one prefix exchanged, or nothing."""
+class Named:
+    """An adapter's tensors by module path, as the adapter's own model names it."""
 
-    theirs: str
-    ours: str
-    linear_of: dict[str, int]
-    """From the adapter's path to the index in BaseSpec.linears."""
+    modules: Mapping[str, ModuleTensors]
+    tokens: Mapping[str, TensorInfo] = field(default_factory=dict)
+    """Trained rows of embeddings [tokens, width]."""
+    copies: Mapping[str, TensorInfo] = field(default_factory=dict)
+    """The base's own weights, saved beside the adapter."""
 
-    def their_path(self, ours: str) -> str:
-        """A base path as the adapter's model would name it."""
-        if ours.startswith(self.ours):
-            return self.theirs + ours.removeprefix(self.ours)
-        return ours
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """As safetensors spells them, sorted."""
+        infos = [info for module in self.modules.values() for info in module.infos]
+        return tuple(sorted({info.dtype for info in (*infos, *self.tokens.values())}))
 
 
-def pair_factors(infos: Iterable[TensorInfo]) -> dict[str, Pair]:
-    """Module path → its A and B. Raises AdapterInvalid for anything that is not such a pair."""
-    factors: dict[str, dict[str, TensorInfo]] = {}
+def sort_tensors(infos: Iterable[TensorInfo]) -> Named:
+    """Give every tensor its module. Raises AdapterInvalid for anything that has no known role."""
+    found: dict[str, dict[str, TensorInfo]] = {}
     adapters: set[str | None] = set()
     for info in infos:
-        match = _FACTOR.fullmatch(info.name)
-        if match is None:
-            raise AdapterInvalid(_explain_extra(info.name))
-        path = match["path"].removeprefix(_PEFT_PREFIX)
-        adapters.add(match["adapter"])
-        pair = factors.setdefault(path, {})
-        if match["factor"] in pair:
-            raise AdapterInvalid(f"two tensors stand for lora_{match['factor']} of {path!r}")
-        pair[match["factor"]] = info
+        path, role, adapter = _role(info.name)
+        if role != "weight":
+            adapters.add(adapter)
+        own = found.setdefault(path, {})
+        if role in own:
+            raise AdapterInvalid(f"two tensors stand for {_shown(role)} of {path[:160]!r}")
+        own[role] = info
     if len(adapters) > 1:
         raise AdapterInvalid(
             f"the tensors name several adapters ({', '.join(map(repr, adapters))[:120]}); save one"
         )
-    for path, pair in factors.items():
-        if len(pair) == 1:
-            there, missing = ("A", "B") if "A" in pair else ("B", "A")
-            raise AdapterInvalid(f"{path!r} has lora_{there} but no lora_{missing}")
-    return {path: Pair(pair["A"], pair["B"]) for path, pair in factors.items()}
-
-
-def map_to_base(paths: Iterable[str], base: BaseSpec) -> Mapping:
-    """Give every module of the adapter its linear of the base. Raises AdapterMismatch."""
-    paths = list(paths)
-    found: dict[tuple[int, ...], Mapping] = {}
-    for theirs, ours in [("", "")] + [(t, o) for t in _WRAPPERS for o in _WRAPPERS if t != o]:
-        mapped = [base.index_of.get(_translate(path, theirs, ours, base)) for path in paths]
-        indexes = tuple(index for index in mapped if index is not None)
-        if len(set(indexes)) != len(paths):
-            continue
-        mapping = Mapping(theirs, ours, dict(zip(paths, indexes, strict=True)))
-        if (theirs, ours) == ("", ""):
-            return mapping
-        found.setdefault(indexes, mapping)
-    if len(found) == 1:
-        return next(iter(found.values()))
-    stranger = next((path for path in paths if path not in base.index_of), paths[0])
-    problem = "fits several places of" if found else "names no linear of"
-    raise AdapterMismatch(
-        f"{stranger[:160]!r} {problem} the base ({base.model_type}, {len(base.linears)} linears "
-        f"such as {base.linears[0].path!r}): the adapter was made for another base"
+    modules = {p: _module(p, own) for p, own in found.items() if own.keys() - {"tokens", "weight"}}
+    return Named(
+        modules,
+        {path: own["tokens"] for path, own in found.items() if "tokens" in own},
+        {path: own["weight"] for path, own in found.items() if "weight" in own},
     )
 
 
-def _translate(path: str, theirs: str, ours: str, base: BaseSpec) -> str:
-    # An output head stands outside the wrapper and keeps its name.
-    if path in base.index_of or not path.startswith(theirs):
-        return path
-    return ours + path.removeprefix(theirs)
+def _role(name: str) -> tuple[str, str, str | None]:
+    """(module path, role, adapter's name)"""
+    for pattern, kind in _PATTERNS:
+        match = pattern.fullmatch(name)
+        if match is not None:
+            path = match["path"].removeprefix(_PEFT_PREFIX)
+            return path, kind + match["role"], match["adapter"]
+    raise AdapterInvalid(_explain_extra(name))
+
+
+def _module(path: str, own: dict[str, TensorInfo]) -> ModuleTensors:
+    kinds = [kind for kind in ("", "embedding ") if {f"{kind}A", f"{kind}B"} & own.keys()]
+    if len(kinds) != 1:
+        raise AdapterInvalid(f"{path[:160]!r} has {', '.join(map(_shown, own))} but no lora_A, B")
+    (kind,) = kinds
+    for there, missing in (("A", "B"), ("B", "A")):
+        if kind + missing not in own:
+            raise AdapterInvalid(
+                f"{path[:160]!r} has {_shown(kind + there)} but no {_shown(kind + missing)}"
+            )
+    return ModuleTensors(
+        own[f"{kind}A"], own[f"{kind}B"], own.get("magnitude"), own.get("bias"), bool(kind)
+    )
+
+
+def _shown(role: str) -> str:
+    named = {"magnitude": "lora_magnitude_vector", "bias": "lora_B.bias", "tokens": "token rows"}
+    return named.get(role, f"lora_{role.replace(' ', '_')}")
 
 
 def _explain_extra(name: str) -> str:

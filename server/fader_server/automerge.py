@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 
 from fader_adapters.errors import AdapterError
 from fader_server.api.blends import AdapterRef, NamedTerm
-from fader_server.api.ports import Adapters, MergeOrder
+from fader_server.api.ports import Adapters, MergeOrder, Merging
 from fader_server.api.traffic import BlendKey, CountedTerm, Traffic, blend_key
 from fader_server.errors import FaderError
 from fader_server.mergepolicy import Decision, Policy
-from fader_server.merging import MergedLanes
 
 _log = logging.getLogger(__name__)
 _TICKS = 10
@@ -23,12 +22,13 @@ class AutoMerge:
 
     def __init__(
         self,
-        merging: MergedLanes,
+        merging: Merging,
         adapters: Adapters,
         traffic: Traffic,
         policy: Policy,
         *,
         order: MergeOrder,
+        decided: Callable[[str], None] = lambda action: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._merging = merging
@@ -36,6 +36,7 @@ class AutoMerge:
         self._traffic = traffic
         self._policy = policy
         self._order = order
+        self._decided = decided
         self._clock = clock
         self._asked: BlendKey | None = None
 
@@ -72,7 +73,7 @@ class AutoMerge:
             self._asked = decision.blend
         else:
             await self._merging.drop()
-        self._merging.decisions[decision.action] += 1
+        self._decided(decision.action)
         _log.info("auto merge", extra={"fields": _told(decision)})
 
 

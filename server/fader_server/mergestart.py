@@ -46,7 +46,14 @@ def open_merging(config: ServeConfig, parts: Parts, adapters: Adapters) -> Itera
         background: tuple[Background, ...] = ()
         if lanes.traffic is not None:
             policy = Policy(share=config.merge_share, seconds=config.merge_seconds)
-            merger = AutoMerge(lanes, adapters, lanes.traffic, policy, order=order)
+            merger = AutoMerge(
+                lanes,
+                adapters,
+                lanes.traffic,
+                policy,
+                order=order,
+                decided=lambda action: lanes.decisions.update([action]),
+            )
             background = (partial(merger.run, config.merge_seconds),)
         yield OpenMerging(lanes, background)
     finally:

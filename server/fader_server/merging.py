@@ -14,7 +14,8 @@ from functools import partial
 
 from fader_adapters.changes import Changes
 from fader_adapters.errors import AdapterError, BlendInvalid
-from fader_adapters.lane import LaneSpec, Merger
+from fader_adapters.lane import Merger
+from fader_adapters.merged_site import LaneSpec
 from fader_server.api.ports import (
     LaneInfo,
     Lease,

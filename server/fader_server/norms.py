@@ -1,5 +1,6 @@
 """How large the base's linears are, to say how much an adapter changes them."""
 
+import math
 import threading
 
 import torch
@@ -27,9 +28,6 @@ class BaseNorms:
 
     def _norm(self, linear: int) -> float:
         if linear not in self._norms:
-            site = next(s for s in self._installed.sites if linear in s.spec.linears)
-            weight = site.kernel.base.dense(torch.float32)
-            parts = torch.split(weight, list(site.spec.out_features))
-            for index, part in zip(site.spec.linears, parts, strict=True):
-                self._norms[index] = float(torch.linalg.vector_norm(part))
+            parts = map(torch.linalg.vector_norm, self._installed.panels(linear))
+            self._norms[linear] = math.hypot(*map(float, parts))
         return self._norms[linear]

@@ -71,7 +71,7 @@ class Registry:
         fetch_timeout: float,
         require_sha256: bool = False,
     ) -> None:
-        self._base = installed.spec
+        self._installed = installed
         self._norms = BaseNorms(installed)
         self._pool = pool
         self._sources = sources
@@ -185,7 +185,7 @@ class Registry:
     def _publish(
         self, raw: RawAdapter, order: LoadOrder, make_room: MakeRoom = lambda: False
     ) -> Loaded:
-        parsed = read_adapter(raw, self._base, dtype=self._dtype)
+        parsed = read_adapter(raw, self._installed.spec, dtype=self._dtype, weights=self._installed)
         if order.sha256 is not None and parsed.spec.version != order.sha256.lower():
             raise VersionConflict(
                 f"the source holds version {parsed.spec.version}, not the sha256 that was asked for"

@@ -198,12 +198,12 @@ BAD_TENSORS = {
     "huge": (changed(Q0, "B", lambda t: t * 1e12), AdapterInvalid, "norm"),
     "overflowing": (changed(Q0, "B", lambda t: t * 1e38), AdapterInvalid, "norm"),
     "bias": (extra(f"{PREFIX}{Q0}.bias"), AdapterInvalid, "bias"),
-    "lora bias": (extra(f"{PREFIX}{Q0}.lora_B.bias"), AdapterInvalid, "bias"),
-    "magnitude": (extra(f"{PREFIX}{Q0}.lora_magnitude_vector"), AdapterInvalid, "DoRA"),
+    "lora bias": (extra(f"{PREFIX}{Q0}.lora_B.bias"), AdapterInvalid, "lora_bias = false"),
+    "magnitude": (extra(f"{PREFIX}{Q0}.lora_magnitude_vector"), AdapterInvalid, "use_dora = false"),
     "embedding": (
         extra(f"{PREFIX}model.embed_tokens.lora_embedding_A"),
         AdapterInvalid,
-        "embedding",
+        "no lora_embedding_B",
     ),
     "full embedding": (
         extra(f"{PREFIX}model.embed_tokens.weight"),

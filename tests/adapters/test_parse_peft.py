@@ -117,18 +117,23 @@ def test_deltas_are_those_of_peft(name, tmp_path):
 @pytest.mark.parametrize(
     "config",
     [
-        {"use_dora": True},
         {"modules_to_save": ["lm_head"]},
         {"bias": "all"},
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": "olora"},
-        {"lora_bias": True},
     ],
     ids=str,
 )
 def test_what_peft_saves_of_unsupported_methods_is_refused(config, tmp_path):
     base, _ = save(make_llama, tmp_path / "adapter", target_modules=["q_proj"], **config)
     with pytest.raises(AdapterInvalid):
+        read_adapter(LocalSources((tmp_path,)).fetch("adapter"), base, dtype=torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dora_without_the_base_weights_is_refused_and_says_what_it_needs(tmp_path):
+    base, _ = save(make_llama, tmp_path / "adapter", target_modules=["q_proj"], use_dora=True)
+    with pytest.raises(AdapterInvalid, match="name the base"):
         read_adapter(LocalSources((tmp_path,)).fetch("adapter"), base, dtype=torch.float32)
 
 

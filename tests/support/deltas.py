@@ -33,7 +33,8 @@ class World:
     def expected(self, x: torch.Tensor, terms: StepTerms) -> torch.Tensor:
         """[T, Σ out] in fp64, term by term."""
         t = self.tables
-        y = x.double() @ dense(self.weight, torch.float32).double().T
+        plain = x.double() @ dense(self.weight, torch.float32).double().T
+        y = plain.clone()
         begin = 0
         for row in terms.rows:
             rows = x[begin : begin + row.tokens].double()
@@ -46,14 +47,32 @@ class World:
                         a_matrix = t.arena[a : a + rank * IN].view(rank, IN).double()
                         b_matrix = t.arena[b : b + rank * out].view(rank, out).double()
                         delta = rows @ a_matrix.T @ b_matrix * float(t.scale[slot, linear]) * gamma
-                        y[begin : begin + row.tokens, column : column + out] += delta
+                        span = (slice(begin, begin + row.tokens), slice(column, column + out))
+                        y[span] += delta
+                        gain, bias = self._vectors(slot, linear, out)
+                        y[span] += gamma * gain * plain[span]
+                        y[span] += gamma * float(t.scale[slot, linear]) * bias
                     column += out
             begin += row.tokens
         return y
 
+    def _vectors(self, slot: int, linear: int, out: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gain and bias [out] in fp64, zeros where there is none."""
+        found = []
+        for table in (self.tables.gain_offset, self.tables.bias_offset):
+            at = int(table[slot, linear])
+            values = self.tables.arena[at : at + out] if at >= 0 else torch.zeros(out)
+            found.append(values.double())
+        return found[0], found[1]
 
-def make_world(ranks: Sequence[Sequence[int]], dtype: torch.dtype, *, seed: int = 0) -> World:
-    """`ranks[slot]` gives the rank at each of the two linears; 0 leaves a linear untouched."""
+
+def make_world(
+    ranks: Sequence[Sequence[int]], dtype: torch.dtype, *, seed: int = 0, vectors: bool = False
+) -> World:
+    """`ranks[slot]` gives the rank at each of the two linears; 0 leaves a linear untouched.
+
+    `vectors`: slots 0, 3, 6… have a gain and slots 1, 3, 5… a bias.
+    """
     g = torch.Generator().manual_seed(seed)
     linears = tuple(LinearSpec(f"l{i}", IN, out, 0) for i, out in enumerate(OUTS))
     base = BaseSpec(linears, Digest("0" * 64), "test")
@@ -61,12 +80,19 @@ def make_world(ranks: Sequence[Sequence[int]], dtype: torch.dtype, *, seed: int 
     tables = Tables(arena, len(OUTS))
     offset = 64
     for slot, pair in enumerate(ranks):
-        parts = [RankScale(i, rank, 0.25 + 0.5 * i) for i, rank in enumerate(pair) if rank]
+        gain, bias = vectors and slot % 3 == 0, vectors and slot % 2 == 1
+        parts = [
+            RankScale(i, rank, 0.25 + 0.5 * i, gain, bias) for i, rank in enumerate(pair) if rank
+        ]
         spec = lay_out(base, Digest(f"{slot:064x}"), parts)
         for delta in spec.deltas:
             for start, width in ((delta.a_offset, IN), (delta.b_offset, OUTS[delta.linear])):
                 values = torch.randn(delta.rank * width, generator=g) * 0.1
                 arena[offset + start : offset + start + values.numel()] = values.to(dtype)
+            for start in (delta.gain_offset, delta.bias_offset):
+                if start is not None:
+                    values = torch.randn(OUTS[delta.linear], generator=g) * 0.2
+                    arena[offset + start : offset + start + values.numel()] = values.to(dtype)
         tables.publish(slot, spec, offset)
         offset += spec.numel + 64
     out = sum(OUTS)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import torch
 
 from fader_adapters.changes import Changes
-from fader_adapters.lane import LaneSpec, MergedLane, Merger
+from fader_adapters.lane import MergedLane, Merger
 from fader_adapters.layers import Installed
 from fader_adapters.leases import AdapterRef
+from fader_adapters.merged_site import LaneSpec
 from fader_adapters.rounding import Rounding
 from fader_adapters.spec import Blend
 from fader_adapters.weightspace.plan import Form

@@ -1,5 +1,6 @@
 """Random LoRA adapters written by PEFT itself, with B that is not zero."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,19 @@ from peft import LoraConfig, get_peft_model
 
 
 def write_adapter(
-    base: Path, target: Path, *, rank: int, seed: int, scale: float = 0.02, **config: Any
+    base: Path,
+    target: Path,
+    *,
+    rank: int,
+    seed: int,
+    scale: float = 0.02,
+    copies: bool = False,
+    **config: Any,
 ) -> Path:
-    """Train nothing, draw A and B at random, save as PEFT does."""
+    """Train nothing, draw what is trained at random, save as PEFT does.
+
+    `copies`: with the base's embeddings, as PEFT does by default where they are adapted.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     settings = {
         "target_modules": "all-linear",
@@ -22,9 +33,14 @@ def write_adapter(
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
-            if "lora_A" in name:
+            if "lora_A" in name or "lora_embedding_A" in name:
                 parameter.normal_(std=0.1)
-            elif "lora_B" in name:
+            elif "lora_B" in name or "lora_embedding_B" in name:
                 parameter.normal_(std=scale / rank**0.5)
-    peft.save_pretrained(target)
+            elif "lora_magnitude_vector" in name:
+                parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
+    with warnings.catch_warnings():
+        # PEFT takes the bias of a B for a B that was not gathered, and tells when it saves copies
+        warnings.filterwarnings("ignore", message=".*LoRA tensor.*|.*save_embedding_layers.*")
+        peft.save_pretrained(target, save_embedding_layers="auto" if copies else False)
     return target

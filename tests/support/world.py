@@ -84,7 +84,8 @@ class TinyWorld:
 
     def load(self, name: str, path: Path) -> None:
         raw = LocalSources(()).fetch_trusted(path)
-        parsed = read_adapter(raw, self.base.installed.spec, dtype=self.base.dtype)
+        installed = self.base.installed
+        parsed = read_adapter(raw, installed.spec, dtype=self.base.dtype, weights=installed)
         reservation = self.store.reserve(parsed)
         reservation.fill()
         self.store.publish(name, reservation, replace=True)

@@ -23,7 +23,7 @@ class BaseLinear(Protocol):
     in_features: int
     out_features: int
     bias: torch.Tensor | None
-    """[out], in the dtype it was given in."""
+    """b [out]"""
 
     @property
     def nbytes(self) -> int:
@@ -32,12 +32,12 @@ class BaseLinear(Protocol):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """W[start:stop] in fp32, decoded for the caller. On any thread."""
-        ...
-
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """W [out, in]."""
+        ...
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """W[start:stop] in fp32 [stop − start, in], on the caller's thread alone."""
         ...
 
 
@@ -51,7 +51,8 @@ class SiteKernel(Protocol):
     base: BaseLinear
 
     def __call__(self, x: torch.Tensor, step: Step | None) -> torch.Tensor:
-        """y[t] = base(x[t]) + Σᵢ γ[t,i]·s[slotᵢ,m]·(x[t]·A[slotᵢ,m]ᵀ)·B[slotᵢ,m].
+        """y[t] = (W·x[t]) ∘ (1 + Σᵢ γ[t,i]·gain[slotᵢ,m]) + b
+                 + Σᵢ γ[t,i]·s[slotᵢ,m]·((x[t]·A[slotᵢ,m]ᵀ)·B[slotᵢ,m] + biasB[slotᵢ,m]).
 
         x        [T, in]   the step's tokens in packed order, all of them
         returns  [T, Σ out of the members] in x's dtype

@@ -15,6 +15,7 @@ from fader_adapters.kernels.native import (
     Workspace,
     dense,
 )
+from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.kernels.nf4 import Nf4Weight
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import SiteSpec, StepTerms
@@ -34,9 +35,9 @@ class PanelLinear:
         self, panels: Nf4Panels, bias: torch.Tensor | None, *, scratch: Workspace, tape: Tape
     ) -> None:
         self.panels = panels
+        self.bias = bias
         self.out_features = panels.n
         self.in_features = panels.k
-        self.bias = bias
         self.site = Site(panels, bias=bias, workspace=scratch, tape=tape)
 
     @property
@@ -46,11 +47,12 @@ class PanelLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.site(x)
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        return self.panels.rows(start, stop)
-
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         return self.panels.dense(dtype)
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        first = start // PANEL * PANEL
+        return self.panels.rows(first, stop).dense(torch.float32, alone=True)[start - first :]
 
 
 class PlainLinear:
@@ -121,7 +123,9 @@ class NativeSite:
         self._columns = tuple(zip([0, *ends], ends, strict=False))
         shape = (base.out_features, base.in_features)
         own = isinstance(base, PanelLinear)
-        self._site = base.site if own else Site(None, shape=shape, workspace=scratch)
+        self._site = (
+            base.site if own else Site(None, bias=base.bias, shape=shape, workspace=scratch)
+        )
 
     def bind(self, tables: Tables) -> None:
         """Take the tables' pointers; again whenever the tables grew."""
@@ -133,6 +137,8 @@ class NativeSite:
             tables.rank[:, own],
             tables.scale[:, own],
             self._columns,
+            gain_off=tables.gain_offset[:, own],
+            bias_off=tables.bias_offset[:, own],
         )
         self._site.bind(views)
 

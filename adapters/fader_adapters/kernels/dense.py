@@ -19,8 +19,8 @@ class DenseLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        return self.weight[start:stop].float()
-
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         return self.weight.to(dtype)
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        return self.weight[start:stop].float()

@@ -47,11 +47,11 @@ class DecodedLinear:
             y[:, start:stop] = F.linear(x, dense(self.weight.rows(start, stop), x.dtype), bias)
         return y
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        return dense(self.weight.rows(start, stop), torch.float32)
-
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         return dense(self.weight, dtype)
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        return dense(self.weight.rows(start, stop), torch.float32)
 
 
 class TorchRoom:
@@ -83,7 +83,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Operands:
-    """The A and B of several slots at one linear, stacked along the rank, in fp32."""
+    """What several slots have at one linear, in fp32; A and B stacked along the rank."""
 
     a: torch.Tensor
     """[R, in]"""
@@ -93,6 +93,8 @@ class Operands:
     """[R] index into the tile's slots."""
     scale: torch.Tensor
     """[R]"""
+    vectors: tuple[tuple[int, torch.Tensor | None, torch.Tensor | None], ...]
+    """(slot's place, gain [out], scale · bias [out]) of every slot that has one of them."""
 
 
 class ReferenceStep:
@@ -125,14 +127,17 @@ class Gather:
 
     def _stack(self, slots: tuple[int, ...], linear: int, width: int, out: int) -> Operands | None:
         t = self.tables
-        parts_a, parts_b, ranks = [], [], []
-        for slot in slots:
+        parts_a, parts_b, ranks, vectors = [], [], [], []
+        for place, slot in enumerate(slots):
             rank = int(t.rank[slot, linear])
             ranks.append(rank)
             if rank:
                 a, b = int(t.a_offset[slot, linear]), int(t.b_offset[slot, linear])
                 parts_a.append(t.arena[a : a + rank * width].view(rank, width))
                 parts_b.append(t.arena[b : b + rank * out].view(rank, out))
+                gain, bias = self._vectors(slot, linear, out)
+                if gain is not None or bias is not None:
+                    vectors.append((place, gain, bias))
         if not parts_a:
             return None
         device = t.arena.device
@@ -143,6 +148,18 @@ class Gather:
             torch.cat(parts_b).float(),
             owner.to(device),
             t.scale[list(slots), linear][owner].to(device),
+            tuple(vectors),
+        )
+
+    def _vectors(
+        self, slot: int, linear: int, out: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Gain and scale · bias [out] of one slot, None where it has none."""
+        t = self.tables
+        gain, bias = int(t.gain_offset[slot, linear]), int(t.bias_offset[slot, linear])
+        return (
+            None if gain < 0 else t.arena[gain : gain + out].float(),
+            None if bias < 0 else t.arena[bias : bias + out].float() * t.scale[slot, linear].item(),
         )
 
 
@@ -194,24 +211,39 @@ class ReferenceSite:
                 parts = step.gather.operands(tile.slots, linear, (self.site.in_features, out))
                 if parts is not None:
                     part = y[tile.start : tile.stop, column : column + out]
-                    part.copy_(_add_delta(part, rows, parts, tile.gamma))
+                    own = None if self.base.bias is None else self.base.bias[column : column + out]
+                    part.copy_(_add_delta(part, rows, parts, tile.gamma, own))
                 column += out
         return y
 
 
 def _add_delta(
-    y: torch.Tensor, x: torch.Tensor, parts: Operands, gamma: torch.Tensor
+    y: torch.Tensor,
+    x: torch.Tensor,
+    parts: Operands,
+    gamma: torch.Tensor,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """y + ((x·Aᵀ) ∘ G)·B in fp32, rounded once; a zero coefficient selects, it never multiplies."""
+    """y + G∘(y − bias) + ((x·Aᵀ) ∘ γ·s)·B + γ·s·biasB, G = Σ γ·gain, in fp32, rounded once.
+
+    A zero coefficient selects, it never multiplies. `bias` is the base's own.
+    """
     tokens = x.shape[0]
-    if tokens < LEAST_ROWS:
-        x = F.pad(x, (0, 0, 0, LEAST_ROWS - tokens))
-        gamma = F.pad(gamma, (0, 0, 0, LEAST_ROWS - tokens))
-    coefficient = gamma[:, parts.owner] * parts.scale  # [tokens, R]
+    least = max(0, LEAST_ROWS - tokens)
+    padded = F.pad(gamma, (0, 0, 0, least))
+    coefficient = padded[:, parts.owner] * parts.scale  # [tokens, R]
     used = coefficient != 0
-    z = torch.where(used, (x @ parts.a.T) * coefficient, 0.0)
+    z = torch.where(used, (F.pad(x, (0, 0, 0, least)) @ parts.a.T) * coefficient, 0.0)
+    total = y.float() + (z @ parts.b)[:tokens]
+    for place, gain, shift in parts.vectors:
+        own = gamma[:, place : place + 1]
+        if gain is not None:
+            plain = y.float() if bias is None else y.float() - bias.float()
+            total += torch.where(own != 0, own * gain * plain, 0.0)
+        if shift is not None:
+            total += torch.where(own != 0, own * shift, 0.0)
     touched = used.any(dim=1, keepdim=True)[:tokens]
-    return torch.where(touched, (y.float() + (z @ parts.b)[:tokens]).to(y.dtype), y)
+    return torch.where(touched, total.to(y.dtype), y)
 
 
 def _tiles(terms: StepTerms, device: torch.device) -> list[Tile]:

@@ -1,4 +1,4 @@
-"""Where every slot's A and B lie in the arena. Filled by the pool, read by the kernels."""
+"""Where each slot's matrices and vectors lie in the arena. Filled by the pool, read by kernels."""
 
 import torch
 
@@ -9,14 +9,16 @@ GROWTH = 64
 
 
 class Tables:
-    """Per (slot, linear): offsets of A and B in the arena, rank and scale; −1, 0, 0 where unused.
+    """Per (slot, linear): offsets in the arena, −1 where unused, and rank and scale, 0 there.
 
     arena    [elements]          the adapters' weights, one dtype, one device
     a_offset [slots, linears]    int64, elements from the arena's start to A [rank, in]
     b_offset [slots, linears]    int64, elements from the arena's start to B [rank, out]
+    gain_offset [slots, linears] int64, elements from the arena's start to the gain [out]
+    bias_offset [slots, linears] int64, elements from the arena's start to the bias of B [out]
     rank     [slots, linears]    int32
     scale    [slots, linears]    float32
-    The four tables are host tensors; `generation` counts changes, so a backend knows when its own
+    The tables are host tensors; `generation` counts changes, so a backend knows when its own
     copy is stale. Owned by the engine thread.
     """
 
@@ -25,6 +27,8 @@ class Tables:
         self.generation = 0
         self.a_offset = torch.full((0, linears), -1, dtype=torch.int64)
         self.b_offset = torch.full((0, linears), -1, dtype=torch.int64)
+        self.gain_offset = torch.full((0, linears), -1, dtype=torch.int64)
+        self.bias_offset = torch.full((0, linears), -1, dtype=torch.int64)
         self.rank = torch.zeros((0, linears), dtype=torch.int32)
         self.scale = torch.zeros((0, linears), dtype=torch.float32)
 
@@ -40,6 +44,10 @@ class Tables:
         for delta in spec.deltas:
             self.a_offset[slot, delta.linear] = offset + delta.a_offset
             self.b_offset[slot, delta.linear] = offset + delta.b_offset
+            if delta.gain_offset is not None:
+                self.gain_offset[slot, delta.linear] = offset + delta.gain_offset
+            if delta.bias_offset is not None:
+                self.bias_offset[slot, delta.linear] = offset + delta.bias_offset
             self.rank[slot, delta.linear] = delta.rank
             self.scale[slot, delta.linear] = delta.scale
         self.generation += 1
@@ -52,6 +60,8 @@ class Tables:
     def _clear(self, slot: int) -> None:
         self.a_offset[slot].fill_(-1)
         self.b_offset[slot].fill_(-1)
+        self.gain_offset[slot].fill_(-1)
+        self.bias_offset[slot].fill_(-1)
         self.rank[slot].zero_()
         self.scale[slot].zero_()
 
@@ -60,5 +70,7 @@ class Tables:
         gap = torch.full((GROWTH, linears), -1, dtype=torch.int64)
         self.a_offset = torch.cat([self.a_offset, gap])
         self.b_offset = torch.cat([self.b_offset, gap])
+        self.gain_offset = torch.cat([self.gain_offset, gap])
+        self.bias_offset = torch.cat([self.bias_offset, gap])
         self.rank = torch.cat([self.rank, torch.zeros((GROWTH, linears), dtype=torch.int32)])
         self.scale = torch.cat([self.scale, torch.zeros((GROWTH, linears))])

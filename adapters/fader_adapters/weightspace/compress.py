@@ -12,7 +12,7 @@ from fader_adapters.header import read_header
 from fader_adapters.limits import Limits
 from fader_adapters.source import RawAdapter
 from fader_adapters.spec import BaseSpec, Digest, LinearSpec
-from fader_adapters.tensor_names import pair_factors
+from fader_adapters.tensor_names import sort_tensors
 from fader_adapters.weightspace import svd
 from fader_adapters.weightspace.peft_files import (
     SiteResult,
@@ -103,12 +103,12 @@ def _common_base(raws: Sequence[RawAdapter]) -> BaseSpec:
     shapes: dict[str, tuple[int, int]] = {}
     for raw in raws:
         try:
-            pairs = pair_factors(read_header(raw.weights, Limits()))
+            modules = sort_tensors(read_header(raw.weights, Limits())).modules
         except AdapterError as error:
             error.args = (f"{raw.origin}: {error}",)
             raise
-        for path, pair in pairs.items():
-            shape = (pair.a.shape[-1], pair.b.shape[0])
+        for path, tensors in modules.items():
+            shape = (tensors.a.shape[-1], tensors.b.shape[0])
             if shapes.setdefault(path, shape) != shape:
                 raise AdapterMismatch(
                     f"{raw.origin}: {path!r} maps {shape[0]} to {shape[1]} features, in another "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fader_adapters.errors import AdapterError, BlendInvalid
+from fader_adapters.errors import AdapterError, AdapterInvalid, BlendInvalid
 from fader_adapters.limits import Limits
 from fader_adapters.parse import ParsedAdapter, read_adapter
 from fader_adapters.source import LocalSources, RawAdapter
@@ -111,6 +111,8 @@ def mix(
     for raw, gamma in zip(raws, gammas, strict=True):
         try:
             parsed = read_adapter(raw, base, dtype=torch.float32, limits=limits)
+            if any(factors.bias is not None for factors in parsed.factors):
+                raise AdapterInvalid("lora_bias = true: expected a delta of weights alone")
         except AdapterError as error:
             error.args = (f"{raw.origin}: {error}",)
             raise

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fader_adapters.changes import Changes
+from fader_adapters.changes import Change, Changes
 from fader_adapters.kernels import native
 from fader_adapters.kernels.backend import BaseLinear
 from fader_adapters.kernels.cpu import NativeBackend
@@ -50,8 +50,8 @@ class View(Protocol):
 
     def weight(self, site: Site) -> BaseLinear: ...
 
-    def change(self, x: torch.Tensor, linear: int) -> torch.Tensor | None:
-        """What is added to the output of a linear for x [T, in] in fp32."""
+    def change(self, linear: int) -> Change | None:
+        """What happens to a linear beside its weight."""
         ...
 
 
@@ -61,7 +61,7 @@ class BaseView:
     def weight(self, site: Site) -> BaseLinear:
         return site.kernel.base
 
-    def change(self, x: torch.Tensor, linear: int) -> torch.Tensor | None:
+    def change(self, linear: int) -> Change | None:
         return None
 
 
@@ -71,9 +71,8 @@ class BlendView(BaseView):
     def __init__(self, changes: Changes) -> None:
         self._changes = changes
 
-    def change(self, x: torch.Tensor, linear: int) -> torch.Tensor | None:
-        delta = self._changes.sum(linear)
-        return None if delta is None else F.linear(F.linear(x, delta.a), delta.b)
+    def change(self, linear: int) -> Change | None:
+        return self._changes.of(linear)
 
 
 class LaneView(BaseView):
@@ -116,12 +115,20 @@ class _ProbeLinear(nn.Module):
             y[:, start:stop] = F.linear(rows, part)
             self._glass.pace(time.perf_counter() - began)
             began = time.perf_counter()
+        change = view.change(self._linear)
+        if change is not None:
+            y = _changed(y, rows, change)
         if weight.bias is not None:
             y += weight.bias[self._start : self._start + self.out_features].float()
-        change = view.change(rows, self._linear)
-        if change is not None:
-            y += change
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+def _changed(y: torch.Tensor, x: torch.Tensor, change: Change) -> torch.Tensor:
+    """y = W·x [T, out] with the blend beside it."""
+    if change.gain is not None:
+        y = y * (1 + change.gain)
+    y = y + F.linear(F.linear(x, change.delta.a), change.delta.b)
+    return y if change.bias is None else y + change.bias
 
 
 class ProbeModel:

@@ -12,7 +12,10 @@ from fader_server.core import Request
 from fader_server.engine import blocks as blocks_module
 from fader_server.engine.limits import Limits
 from tests.server.parity.test_families import BOUND, Setting, difference, prompts
+from tests.server.parity.test_kinds import Setting as Kinds
+from tests.support.dense import DenseOracle
 from tests.support.lanes import changes_of, merge, publish
+from tests.support.oracle import Oracle
 from tests.support.world import Answer, Ask, TinyWorld, greedy
 
 BLEND = {"r8": 0.7, "r16": -0.4}
@@ -62,6 +65,36 @@ def test_a_lane_of_another_weight_would_be_noticed(exact: Setting):
     publish(world, wrong, stands_for=changes_of(world, BLEND).blend)
     (answer,) = world.run(_asks(count=4)[3:])
     assert difference(exact.oracle, _asks(count=4)[3], answer, 1.0) > 10 * BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_dora_and_biases_of_an_adapter_are_in_the_lane(tmp_path: Path, backend, dtype):
+    kinds = Kinds("llama", tmp_path, dtype)
+    oracle = Oracle(kinds.source, dtype, kinds.adapters)
+    for name in ("dora", "bias"):
+        world = TinyWorld(kinds.source, dtype=dtype, backend=backend)
+        world.load(name, kinds.adapters[name])
+        publish(world, merge(world, {name: 1.0}, form="bf16"))
+        asks = _asks({name: 1.0}, count=4)
+        for ask, answer in zip(asks, world.run(asks), strict=True):
+            assert difference(oracle, ask, answer, BOUND[dtype]) <= BOUND[dtype]
+        assert all(row.lane is not None for plan in world.plans for row in plan.rows)
+
+
+def test_a_blend_of_dora_and_a_plain_adapter_merges_as_its_mathematics_says(tmp_path: Path):
+    kinds = Kinds("gpt2", tmp_path, torch.float32)
+    world = TinyWorld(kinds.source)
+    for name, path in kinds.adapters.items():
+        world.load(name, path)
+    blend = {"plain": 1.0, "dora": 0.7, "dora1": -0.5}
+    publish(world, merge(world, blend, form="bf16"))
+    oracle = DenseOracle(kinds.source, kinds.adapters)
+    (answer,) = world.run(_asks(blend, count=4)[3:])
+    ask = _asks(blend, count=4)[3]
+    assert difference(oracle, ask, answer, BOUND[torch.float32]) <= BOUND[torch.float32]
+    other = Ask(ask.prompt, blend | {"dora": 0.6}, ask.params)
+    assert difference(oracle, other, answer, 10.0) > 10 * BOUND[torch.float32]
 
 
 def _others() -> list[Ask]:

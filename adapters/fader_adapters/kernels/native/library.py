@@ -12,7 +12,7 @@ import torch  # first: its libgomp must be the one both use
 
 from fader_adapters.kernels.native.build import LIBRARY
 
-ABI = 3
+ABI = 4
 BUILDER = "fader_adapters.kernels.native.build"
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -52,7 +52,10 @@ class SiteStruct(ctypes.Structure):
     _fields_ = [
         *[(name, _P) for name in ("panels", "scales", "bias")],
         *[("n", _L), ("k", _L), ("arena", _P), ("arena_count", _L)],
-        *[(name, _P) for name in ("a_off", "b_off", "rank", "scale", "cols")],
+        *[
+            (name, _P)
+            for name in ("a_off", "b_off", "gain_off", "bias_off", "rank", "scale", "cols")
+        ],
         ("table_stride", _L),
         *[(name, ctypes.c_int32) for name in ("members", "slots", "arena_dtype", "pad")],
     ]

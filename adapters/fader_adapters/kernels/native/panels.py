@@ -107,16 +107,15 @@ class Nf4Panels:
         """Resident bytes."""
         return self.panels.nbytes + self.scales.nbytes
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """W[start:stop] in fp32 [stop − start, k]; only the panels it lies in are decoded."""
+    def rows(self, start: int, stop: int) -> "Nf4Panels":
+        """Columns `start`, a multiple of 32, to `stop` of y, as a view: rows of W."""
+        assert start % PANEL == 0
         first, last = start // PANEL, -(-stop // PANEL)
-        n = min(last * PANEL, self.n) - first * PANEL
-        part = Nf4Panels(self.panels[first:last], self.scales[first:last], n, self.k)
-        return part.dense(torch.float32)[start - first * PANEL : stop - first * PANEL]
+        return Nf4Panels(self.panels[first:last], self.scales[first:last], stop - start, self.k)
 
-    def dense(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """W [n, k] in `dtype` (bf16 or fp32), each value code * absmax rounded once. Raises:
-        TypeError."""
+    def dense(self, dtype: torch.dtype = torch.bfloat16, *, alone: bool = False) -> Tensor:
+        """W [n, k] in `dtype` (bf16 or fp32), each value code * absmax rounded once; `alone`: on
+        the caller's thread only. Raises: TypeError."""
         if dtype not in checks.FLOATS:
             raise TypeError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
         out = torch.empty((self.n, self.k), dtype=dtype)
@@ -127,7 +126,7 @@ class Nf4Panels:
             self.scales.data_ptr(),
             out.data_ptr(),
             CODES[dtype],
-            threads(),
+            1 if alone else threads(),
         )
         check(code, "dense")
         return out

@@ -1,5 +1,5 @@
-"""A site: y = x·Wᵀ + bias + Σ γ·s·(x·Aᵀ)·B for the linears that share x. Knows tables and
-panels, no models."""
+"""A site: y = (x·Wᵀ)∘(1 + Σ γ·gain) + bias + Σ γ·s·((x·Aᵀ)·B + biasB) for the linears that share
+x. Knows tables and panels, no models."""
 
 import ctypes
 from collections.abc import Sequence
@@ -23,6 +23,7 @@ class SiteTables:
     arena: bf16 or fp32 [elements].
     a_off, b_off: int64 [slots, members], element offsets of A [r, k] and of B rank-major
     [r, n_member]; -1 = the adapter leaves that member alone.
+    gain_off, bias_off: the same to vectors [n_member], -1 = none; None: nobody has any.
     rank int32, scale fp32: [slots, members]. cols: (n0, n1) of each member in y, ascending.
     The tensors may be rewritten in place between steps.
     """
@@ -33,6 +34,8 @@ class SiteTables:
     rank: Tensor
     scale: Tensor
     cols: Sequence[tuple[int, int]]
+    gain_off: Tensor | None = None
+    bias_off: Tensor | None = None
 
     def __post_init__(self) -> None:
         checks.tensor("arena", self.arena, checks.FLOATS, shape=(None,))
@@ -45,7 +48,11 @@ class SiteTables:
             ("b_off", torch.int64),
             ("rank", torch.int32),
             ("scale", torch.float32),
+            ("gain_off", torch.int64),
+            ("bias_off", torch.int64),
         ):
+            if getattr(self, name) is None and name in ("gain_off", "bias_off"):
+                continue
             table = checks.rows(name, getattr(self, name), (dtype,), shape=shape)
             if checks.row_stride(table) != checks.row_stride(self.a_off):
                 raise ValueError(f"{name} must have the row stride of a_off, got {table.stride()}")
@@ -75,7 +82,7 @@ class Site:
         tape: Tape | None = None,
     ) -> None:
         """base: the weights, or None for a delta alone (then `shape` = (n, k)); bias fp32 or bf16
-        [n]; tables may follow by `bind`.
+        [n], without a base what `out` already holds; tables may follow by `bind`.
 
         Raises: TypeError, ValueError.
         """
@@ -109,6 +116,8 @@ class Site:
         s.arena_dtype = CODES[tables.arena.dtype]
         s.a_off, s.b_off = tables.a_off.data_ptr(), tables.b_off.data_ptr()
         s.rank, s.scale = tables.rank.data_ptr(), tables.scale.data_ptr()
+        s.gain_off = None if tables.gain_off is None else tables.gain_off.data_ptr()
+        s.bias_off = None if tables.bias_off is None else tables.bias_off.data_ptr()
         s.cols, s.members = cols.data_ptr(), len(tables.cols)
         s.table_stride, s.slots = checks.row_stride(tables.a_off), tables.a_off.shape[0]
         self._tables = (tables, cols)
@@ -175,8 +184,8 @@ def gemm(
 
 
 def delta(y: Tensor, x: Tensor, tables: SiteTables, plan: StepPlan) -> Tensor:
-    """y += Σ γ·s·(x·Aᵀ)·B in place: y fp32 [T, n], x bf16 or fp32 [T, k]. Raises: TypeError,
-    ValueError."""
+    """y += y∘Σ γ·gain + Σ γ·s·((x·Aᵀ)·B + biasB) in place: y fp32 [T, n], x bf16 or fp32 [T, k].
+    Raises: TypeError, ValueError."""
     checks.rows("y", y, (torch.float32,), shape=(None, None))
     checks.rows("x", x, checks.FLOATS, shape=(y.shape[0], None))
     return Site(None, tables, shape=(y.shape[1], x.shape[1]))(x, plan, out=y)

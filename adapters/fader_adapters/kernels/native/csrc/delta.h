@@ -1,4 +1,5 @@
-// The LoRA delta of a site: shrink z = coefficient * (x . A^T) into scratch, expand y += z . B.
+// The LoRA delta of a site: shrink z = coefficient * (x . A^T) into scratch, expand y += z . B; before that
+// what is not low-rank: y by its gain, and the bias of B.
 // Knows the plan's groups and the arena's tables; nothing of the base weights.
 //
 // A row's terms are added in the row's own order and every dot product has one shape, so a row's
@@ -8,7 +9,7 @@
 
 namespace {
 
-enum { SHRINK_RANKS = 8, SHRINK_TOKENS = 64 };
+enum { SHRINK_RANKS = 8, SHRINK_TOKENS = 64, VECTOR_COLUMNS = 128 };
 
 struct Item { // one shrink: ranks [r0, r0+nr) of a slot for tokens [t0, t1) of a group's term
     int32_t use, member, r0, nr, t0, t1;
@@ -56,6 +57,8 @@ FADER_INLINE bool term_fits(const fader_site_t &s, int slot, int m) {
     const int64_t i = slot * s.table_stride + m, r = rank_of(s, slot, m);
     if (s.rank[i] < 0) return false;
     const int64_t n = s.cols[2 * m + 1] - s.cols[2 * m];
+    if (r && ((s.gain_off && s.gain_off[i] > s.arena_count - n) || (s.bias_off && s.bias_off[i] > s.arena_count - n)))
+        return false;
     return !r || (s.a_off[i] <= s.arena_count - r * s.k && s.b_off[i] <= s.arena_count - r * n);
 }
 
@@ -188,6 +191,47 @@ static void expand_rows(int nr, const Ar *b, int64_t bs, const float *const *z, 
         }
 }
 
+// place of a slot's vector in the arena, -1 where it has none
+FADER_INLINE int64_t vector_of(const fader_site_t &s, const int64_t *off, int slot, int m) {
+    return off && rank_of(s, slot, m) ? off[slot * s.table_stride + m] : -1;
+}
+// whether a term of a group has a vector in a member
+FADER_INLINE bool any_vector(const fader_site_t &s, const int32_t *slot, int terms, int m) {
+    for (int i = 0; i < terms; i++)
+        if (vector_of(s, s.gain_off, slot[i], m) >= 0 || vector_of(s, s.bias_off, slot[i], m) >= 0) return true;
+    return false;
+}
+// y += c * v, over n columns
+template <class Ar> static void add_scaled(float *y, float c, const Ar *v, int64_t n) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) vstore(y + i, vfma(vset(c), vload_as(v + i), vload(y + i)));
+    for (; i < n; i++) y[i] = fma1(c, load1(v + i), y[i]);
+}
+// One row's columns [lo, hi) of a member that starts at n0; own: the base's bias, if y holds it already.
+// y += G * (y - own) + sum of gamma * scale * biasB, G = sum of gamma * gain, in the row's order
+template <class Ar>
+static void add_vectors(const fader_site_t &s, const int32_t *slot, const float *gamma, int terms, int m, int64_t n0,
+                        int64_t lo, int64_t hi, const float *own, float *y) {
+    const Ar *arena = (const Ar *)s.arena;
+    float g[VECTOR_COLUMNS];
+    for (int64_t c = lo; c < hi; c += VECTOR_COLUMNS, y += VECTOR_COLUMNS) {
+        const int64_t n = min64(VECTOR_COLUMNS, hi - c);
+        bool any = false;
+        for (int i = 0; i < terms; i++) {
+            const int64_t at = vector_of(s, s.gain_off, slot[i], m);
+            if (at < 0) continue;
+            if (!any) memset(g, 0, sizeof g);
+            any = true;
+            add_scaled(g, gamma[i], arena + at + (c - n0), n);
+        }
+        for (int64_t i = 0; any && i < n; i++) y[i] = fma1(g[i], own ? y[i] - own[c + i] : y[i], y[i]);
+        for (int i = 0; i < terms; i++) {
+            const int64_t at = vector_of(s, s.bias_off, slot[i], m);
+            if (at >= 0) add_scaled(y, gamma[i] * s.scale[slot[i] * s.table_stride + m], arena + at + (c - n0), n);
+        }
+    }
+}
+
 // rows [m0, m1), columns [c0, c1) of the site; y points at (m0, c0)
 template <class Ar>
 static void expand_block(const fader_site_t &s, const Plan &p, const Delta &d, int64_t m0, int64_t m1,
@@ -202,6 +246,7 @@ static void expand_block(const fader_site_t &s, const Plan &p, const Delta &d, i
         for (int g = 0; g < p.groups; g++) {
             const int gm = g * s.members + mem;
             if (!d.width[gm]) continue;
+            const bool vectors = any_vector(s, sl + tp[g], tp[g + 1] - tp[g], mem);
             float *yp[MR];
             const float *zp[MR], *zt[MR];
             for (int t = kp[g]; t < kp[g + 1];) {
@@ -209,6 +254,9 @@ static void expand_block(const fader_site_t &s, const Plan &p, const Delta &d, i
                 for (; t < kp[g + 1] && n < MR; t++) {
                     if (tok[t] < m0 || tok[t] >= m1) continue;
                     yp[n] = y + (tok[t] - m0) * ys + (lo - c0);
+                    if (vectors)
+                        add_vectors<Ar>(s, sl + tp[g], gammas(p) + words_at(p, p.gam)[t], tp[g + 1] - tp[g], mem, n0, lo,
+                                        hi, s.panels ? 0 : s.bias, yp[n]);
                     zp[n++] = d.z + d.zbase[gm] + (int64_t)(t - kp[g]) * d.width[gm];
                 }
                 for (int i = tp[g]; i < tp[g + 1]; i++) {

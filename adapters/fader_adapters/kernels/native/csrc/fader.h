@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define FADER_ABI 3
+#define FADER_ABI 4
 enum { FADER_F32 = 0, FADER_BF16 = 1, FADER_F16 = 2 };
 enum { FADER_SCALAR = 0, FADER_AVX2 = 1, FADER_AVX512 = 2, FADER_AVX512_BF16 = 3 };
 enum {
@@ -65,20 +65,21 @@ int fader_plan_build(int64_t T, int64_t R, const int32_t *term_ptr, const int32_
                      int32_t *blob, int64_t words);
 
 /* ---- A site -----------------------------------------------------------------------------------
- * y[t, n0:n1] of member m  =  x[t] . W[n0:n1]^T + bias
- *                           + sum_i gamma_i * scale[s_i,m] * (x[t] . A[s_i,m]^T) . B[s_i,m]
+ * y[t, n0:n1] of member m  =  (x[t] . W[n0:n1]^T) * (1 + sum_i gamma_i * gain[s_i,m]) + bias
+ *              + sum_i gamma_i * scale[s_i,m] * ((x[t] . A[s_i,m]^T) . B[s_i,m] + biasB[s_i,m])
  * accumulated in fp32 in the row's term order, rounded once.
  * Tables have one row per slot (`table_stride` elements apart), one column per member:
  *   a_off, b_off: element offset into the arena of A [rank,k] row-major and B [rank, n1-n0]
- *   rank-major, -1 = that adapter does not touch the member. Slots nobody names are never read. */
+ *   rank-major, -1 = that adapter does not touch the member. Slots nobody names are never read.
+ *   gain_off, bias_off: the same to vectors [n1-n0], -1 = none; NULL: no adapter has any. */
 typedef struct {
     const uint8_t *panels; /* NULL: no base, out (fp32) is accumulated in place */
     const float *scales;
-    const float *bias; /* [n] fp32 or NULL */
+    const float *bias; /* [n] fp32 or NULL; without panels: what out already holds */
     int64_t n, k;
     const void *arena;
     int64_t arena_count; /* elements */
-    const int64_t *a_off, *b_off;
+    const int64_t *a_off, *b_off, *gain_off, *bias_off;
     const int32_t *rank;
     const float *scale;
     const int32_t *cols; /* [members][2]: n0, n1; ascending, disjoint */

@@ -33,24 +33,12 @@ FADER_INLINE void decode_pair(const LutBf &lut, const uint8_t *w, P *v) {
 struct Bf {
     typedef u32 X;
     typedef LutBf Lut;
-    enum { CV = 2, STEP = 1, FUSED = 12, TILE = 12, BUF = 32 * 128 };
+    // decoding hides behind the dot products, so every tile decodes for itself
+    enum { CV = 2, STEP = 1, FUSED = 12, BUF = 0 };
     template <int MR, int C> FADER_INLINE void pair(const Lut &lut, const uint8_t *w, const u32 *x,
                                                     int64_t row, V t[MR][C]) {
         P v[2];
         decode_pair(lut, w, v);
-        for (int m = 0; m < MR; m++) {
-            P xv = pset(x[m * row]);
-            t[m][0] = pdot(t[m][0], v[0], xv);
-            t[m][1] = pdot(t[m][1], v[1], xv);
-        }
-    }
-    FADER_INLINE void decode(const Lut &lut, const uint8_t *w, void *buf) {
-        P *o = (P *)buf;
-        for (int i = 0; i < 32; i++) decode_pair(lut, w + i * 32, o + 2 * i);
-    }
-    template <int MR, int C> FADER_INLINE void buffered(const void *buf, int i, const u32 *x,
-                                                        int64_t row, V t[MR][C]) {
-        const P *v = (const P *)buf + 2 * i;
         for (int m = 0; m < MR; m++) {
             P xv = pset(x[m * row]);
             t[m][0] = pdot(t[m][0], v[0], xv);
@@ -226,27 +214,42 @@ template <class E> struct Gemm {
             for (; M <= 2 && p + 2 <= np; p += 2)
                 (M == 1 ? fused<1, 2> : fused<2, 2>)(K, x, w + p * wp, am + p * ap, acc + p * PANEL, as);
         }
-        for (; p < np; p++) {
-            if (M <= E::FUSED) fused_for<E::FUSED>((int)M)(K, x, w + p * wp, am + p * ap, acc + p * PANEL, as);
-            else buffered(M, K, x, w + p * wp, am + p * ap, acc + p * PANEL, as, buf);
+        for (; p < np; p++)
+            panel(M, K, x, w + p * wp, am + p * ap, acc + p * PANEL, as, buf);
+    }
+
+    static void panel(int64_t M, int64_t K, Rows<X> x, const uint8_t *w, const float *am,
+                      float *acc, int64_t as, void *buf) {
+        if constexpr (E::BUF > 0) {
+            if (M > E::FUSED) return buffered(M, K, x, w, am, acc, as, buf);
         }
+        evenly<E::FUSED>(M, [&](int64_t m, int rows) {
+            fused_for<E::FUSED>(rows)(K, {x.p + m * x.row, x.row, x.blk}, w, am, acc + m * as, as);
+        });
     }
 
     static void buffered(int64_t M, int64_t K, Rows<X> x, const uint8_t *w, const float *am,
                          float *acc, int64_t as, void *buf) {
         const Lut lut;
-        const int64_t parts = ceil_div(M, E::TILE);
         for (int64_t m = 0; m < M; m++)
             for (int c = 0; c < C; c++) vstore(acc + m * as + c * W, vzero());
         for (int64_t b = 0; b < K / BLOCK; b++) {
             prefetch(w + (b + 1) * PANEL_BYTES);
             E::decode(lut, w + b * PANEL_BYTES, buf);
-            for (int64_t i = 0, m = 0; i < parts; i++) {
-                const int64_t end = M * (i + 1) / parts; // even parts: no thin last tile
-                tile_for<E::TILE>((int)(end - m))(buf, am + b * PANEL, x.p + b * x.blk + m * x.row,
-                                                  x.row, acc + m * as, as);
-                m = end;
-            }
+            evenly<E::TILE>(M, [&](int64_t m, int rows) {
+                tile_for<E::TILE>(rows)(buf, am + b * PANEL, x.p + b * x.blk + m * x.row, x.row,
+                                        acc + m * as, as);
+            });
+        }
+    }
+
+    // f(first row, rows) for parts of at most `most` rows, as even as can be: no thin last tile
+    template <int most, class F> static void evenly(int64_t M, F f) {
+        const int64_t parts = ceil_div(M, most);
+        for (int64_t i = 0, m = 0; i < parts; i++) {
+            const int64_t end = M * (i + 1) / parts;
+            f(m, (int)(end - m));
+            m = end;
         }
     }
 };

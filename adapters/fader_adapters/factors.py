@@ -1,0 +1,149 @@
+"""The matrices of one adapted linear, put together from the modules that share it, DoRA folded in.
+
+Knows tensors of one linear at a time; no files, names or configs.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one module adds to rows start..stop of a linear: scale · (B·(A·x) + bias)."""
+
+    start: int
+    stop: int
+    a: torch.Tensor
+    """[rank, in]"""
+    b: torch.Tensor
+    """[stop − start, rank]"""
+    scale: float
+    magnitude: torch.Tensor | None = None
+    """DoRA's [stop − start]: what the norms of the rows become."""
+    bias: torch.Tensor | None = None
+    """[stop − start]"""
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """A [rank, in] and Bᵀ [rank, out] of one linear, gain and bias [out]; all in one dtype."""
+
+    a: torch.Tensor
+    bt: torch.Tensor
+    gain: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def named(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """By the names of the tensors they came from."""
+        pairs = (
+            ("lora_A", self.a),
+            ("lora_B", self.bt),
+            ("lora_magnitude_vector", self.gain),
+            ("the bias of lora_B", self.bias),
+        )
+        return [(name, tensor) for name, tensor in pairs if tensor is not None]
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is changed by it."""
+        product = bool(self.a.any()) and bool(self.bt.any())
+        return not product and not any(
+            bool(vector.any()) for vector in (self.gain, self.bias) if vector is not None
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """One linear's factors with the scale that multiplies B·A and bias, and its ‖ΔW‖."""
+
+    factors: Factors
+    scale: float
+    norm: float
+
+
+def put_together(
+    parts: Sequence[Part],
+    rows: int,
+    dtype: torch.dtype,
+    panels: Iterable[torch.Tensor] | None,
+) -> Linear:
+    """The factors of a linear of `rows` outputs, cast to `dtype`.
+
+    panels  W in fp32 by rows, wanted when a part has a magnitude
+    """
+    if len(parts) == 1 and (parts[0].start, parts[0].stop) == (0, rows):
+        whole = parts[0]
+    else:
+        whole = _stacked(parts, rows)
+    if whole.magnitude is None:
+        a, bt = whole.a.to(dtype).contiguous(), whole.b.to(dtype).t().contiguous()
+        factors = Factors(a, bt, None, None if whole.bias is None else whole.bias.to(dtype))
+        return Linear(factors, whole.scale, whole.scale * product_norm(a, bt))
+    assert panels is not None
+    return _with_magnitude(whole, dtype, panels)
+
+
+def product_norm(a: torch.Tensor, bt: torch.Tensor) -> float:
+    """‖B·A‖ from two [rank, rank] Gram matrices, never the product itself."""
+    a, bt = a.float(), bt.float()
+    square = torch.sum((a @ a.t()) * (bt @ bt.t()), dtype=torch.float64).item()
+    return math.sqrt(max(square, 0.0)) if math.isfinite(square) else math.inf
+
+
+def _stacked(parts: Sequence[Part], rows: int) -> Part:
+    """One part over all rows: the ranks side by side, each B in its own rows, 0 elsewhere."""
+    scales = {part.scale for part in parts}
+    scale = scales.pop() if len(scales) == 1 else 1.0
+    ranks = [part.a.shape[0] for part in parts]
+    b = torch.zeros(rows, sum(ranks))
+    bias = magnitude = None
+    if any(part.bias is not None for part in parts):
+        bias = torch.zeros(rows)
+    if any(part.magnitude is not None for part in parts):
+        magnitude = torch.full((rows,), math.nan)  # nobody's rows keep their norm
+    at = 0
+    for part, rank in zip(parts, ranks, strict=True):
+        span = slice(part.start, part.stop)
+        factor = part.scale / scale
+        b[span, at : at + rank] = part.b.float() * factor
+        if bias is not None and part.bias is not None:
+            bias[span] = part.bias.float() * factor
+        if magnitude is not None and part.magnitude is not None:
+            magnitude[span] = part.magnitude.float()
+        at += rank
+    a = torch.cat([part.a.float() for part in parts])
+    return Part(0, rows, a, b, scale, magnitude, bias)
+
+
+def _with_magnitude(part: Part, dtype: torch.dtype, panels: Iterable[torch.Tensor]) -> Linear:
+    """B' = diag(g)·B and gain = g − 1 with g = magnitude / ‖W + scale·B·A‖ of each row."""
+    assert part.magnitude is not None
+    a, b, magnitude = part.a.float(), part.b.float(), part.magnitude.float()
+    g = torch.ones(b.shape[0])
+    square, at = 0.0, 0
+    for panel in panels:
+        span = slice(at, at := at + panel.shape[0])
+        changed = panel + (b[span] * part.scale) @ a
+        own = magnitude[span]
+        norms = torch.linalg.vector_norm(changed, dim=1)
+        g[span] = torch.where(own.isnan(), 1.0, own / norms.clamp_min(_TINY))
+        changed.mul_(g[span, None]).sub_(panel)
+        square += float(torch.sum(changed * changed, dtype=torch.float64))
+    assert at == b.shape[0]
+    factors = Factors(
+        a.to(dtype).contiguous(),
+        (b * g[:, None]).to(dtype).t().contiguous(),
+        (g - 1.0).to(dtype),
+        None if part.bias is None else (part.bias.float() * g).to(dtype),
+    )
+    return Linear(factors, part.scale, math.sqrt(square) if math.isfinite(square) else math.inf)

@@ -1,0 +1,126 @@
+"""The modules of an adapter, checked against its config and the base: names, shapes, ranks.
+
+Knows headers; reads no weights.
+"""
+
+import math
+from dataclasses import dataclass
+
+from fader_adapters.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge
+from fader_adapters.limits import Limits
+from fader_adapters.lora_config import LoraConfig
+from fader_adapters.pattern_nodes import PatternUnsafe
+from fader_adapters.spec import BaseSpec
+from fader_adapters.targets import ALL_LINEAR
+from fader_adapters.tensor_names import ModuleTensors, Named
+from fader_adapters.views import Place, View, view_base
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One module of the adapter's model."""
+
+    path: str
+    """In the adapter's own model."""
+    place: Place
+    tensors: ModuleTensors
+    rank: int
+    alpha: float
+    scale: float
+
+
+def check_modules(
+    named: Named, config: LoraConfig, base: BaseSpec, limits: Limits
+) -> tuple[Module, ...]:
+    """Every module with its place in the base, rank and scale.
+
+    Raises AdapterInvalid, AdapterMismatch, AdapterTooLarge.
+    """
+    view = view_base(named.modules, base)
+    _check_targets(config, named, view)
+    return tuple(
+        _module(path, tensors, view, config, limits) for path, tensors in named.modules.items()
+    )
+
+
+def _check_targets(config: LoraConfig, named: Named, view: View) -> None:
+    """target_modules and the tensors must mean the same modules of the adapter's model."""
+    targets = config.targets
+    theirs = {view.their_path(path): place for path, place in view.places.items()}
+    stranger = targets.unmatched(theirs)
+    if stranger is not None:
+        raise AdapterMismatch(
+            f"target_modules names {stranger[:160]!r}, the base has no such linear; "
+            "the adapter was made for another base"
+        )
+    try:
+        for path in named.modules:
+            if not targets.select(path):
+                raise AdapterInvalid(
+                    f"the file has tensors for {path[:160]!r}, target_modules does not select it"
+                )
+        for path, place in theirs.items():
+            # "all-linear" leaves out what is outside the layers: the output head, embeddings.
+            optional = targets.include == ALL_LINEAR and place.layer is None
+            if path not in named.modules and not optional and targets.select(path):
+                raise AdapterInvalid(
+                    f"target_modules selects {path[:160]!r}, the file has no tensors for it: "
+                    "a partial adapter"
+                )
+    except PatternUnsafe as error:
+        raise AdapterInvalid(
+            f"adapter_config.json: target_modules or exclude_modules cannot be evaluated safely: "
+            f"{error}; list the module names instead"
+        ) from None
+
+
+def _module(
+    path: str, tensors: ModuleTensors, view: View, config: LoraConfig, limits: Limits
+) -> Module:
+    place = view.place(path)
+    assert place is not None
+    for info in (tensors.a, tensors.b):
+        if len(info.shape) != 2:
+            raise AdapterInvalid(f"tensor {info.name!r} has shape {info.shape}, expected a matrix")
+    rank = tensors.a.shape[0]
+    if rank > limits.rank:
+        raise AdapterTooLarge(f"{path!r} has rank {rank}, the limit is {limits.rank}")
+    declared = config.rank_of(path)
+    if rank != declared or tensors.b.shape[1] != declared:
+        raise AdapterInvalid(
+            f"{path!r}: the config declares rank {declared}, the tensors have A {tensors.a.shape} "
+            f"and B {tensors.b.shape}; expected A [{declared}, in] and B [out, {declared}]"
+        )
+    _check_dimensions(tensors, place)
+    _check_vectors(path, tensors, config)
+    alpha = config.alpha_of(path)
+    return Module(path, place, tensors, rank, alpha, config.scale(rank, alpha))
+
+
+def _check_dimensions(tensors: ModuleTensors, place: Place) -> None:
+    given = (tensors.a.shape[1], tensors.b.shape[0])
+    if tensors.embedding != place.embedding:
+        expected = "an embedding" if place.embedding else "a linear"
+        raise AdapterMismatch(f"{place.path!r} of the base is {expected}, of the adapter not")
+    if given != (place.in_features, place.out_features):
+        raise AdapterMismatch(
+            f"{place.path!r} of the base maps {place.in_features} to {place.out_features} "
+            f"features, the adapter {given[0]} to {given[1]}: another base"
+        )
+
+
+def _check_vectors(path: str, tensors: ModuleTensors, config: LoraConfig) -> None:
+    """DoRA's magnitudes and biases of B stand in every module, or in none: as the config says."""
+    bias = config.bias and not tensors.embedding  # PEFT gives embeddings none
+    for what, flag, info, wanted in (
+        ("lora_magnitude_vector", "use_dora", tensors.magnitude, config.dora),
+        ("lora_B.bias", "lora_bias", tensors.bias, bias),
+    ):
+        if (info is not None) != wanted:
+            raise AdapterInvalid(
+                f"{path[:160]!r} has {'a' if info else 'no'} {what}, the config says "
+                f"{flag} = {str(wanted).lower()}"
+            )
+        out = tensors.b.shape[0]
+        if info is not None and (max(info.shape, default=0), math.prod(info.shape)) != (out, out):
+            raise AdapterInvalid(f"tensor {info.name!r} has shape {info.shape}, expected [{out}]")

@@ -1,0 +1,128 @@
+"""Where the modules of an adapter's model lie in the base: paths renamed, projections packed or
+split. Knows names and shapes; reads no tensors.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from fader_adapters.errors import AdapterMismatch
+from fader_adapters.spec import PACKED, BaseSpec, LinearSpec
+
+_WRAPPERS = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
+"""What stands before `layers.0…` in text models, headless ones and the text part of others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows start..stop of W of one linear."""
+
+    linear: int
+    """Index into BaseSpec.linears."""
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One module as the adapter's model has it: its rows lie in these spans, in order."""
+
+    path: str
+    """With the base's prefix."""
+    in_features: int
+    spans: tuple[Span, ...]
+    layer: int | None
+    embedding: bool
+
+    @property
+    def out_features(self) -> int:
+        return sum(span.stop - span.start for span in self.spans)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The base as an adapter's model names it: one prefix exchanged, or nothing."""
+
+    theirs: str
+    ours: str
+    places: Mapping[str, Place]
+    """By the base's path."""
+
+    def place(self, path: str) -> Place | None:
+        """Of a module path of the adapter."""
+        # An output head stands outside the wrapper and keeps its name.
+        if path in self.places or not path.startswith(self.theirs):
+            return self.places.get(path)
+        return self.places.get(self.ours + path.removeprefix(self.theirs))
+
+    def their_path(self, ours: str) -> str:
+        """A base path as the adapter's model would name it."""
+        if ours.startswith(self.ours):
+            return self.theirs + ours.removeprefix(self.ours)
+        return ours
+
+
+def view_base(paths: Iterable[str], base: BaseSpec) -> View:
+    """See the base as a model that has all these modules. Raises AdapterMismatch."""
+    paths = list(paths)
+    places = _places({path.rpartition(".")[2] for path in paths}, base)
+    found: dict[tuple[str, ...], View] = {}
+    for theirs, ours in [("", "")] + [(t, o) for t in _WRAPPERS for o in _WRAPPERS if t != o]:
+        view = View(theirs, ours, places)
+        mapped = tuple(place.path for place in map(view.place, paths) if place is not None)
+        if len(set(mapped)) != len(paths):
+            continue
+        if (theirs, ours) == ("", ""):
+            return view
+        found.setdefault(mapped, view)
+    if len(found) == 1:
+        return next(iter(found.values()))
+    stranger = next((path for path in paths if path not in places), paths[0])
+    problem = "fits several places of" if found else "names no linear of"
+    raise AdapterMismatch(
+        f"{stranger[:160]!r} {problem} the base ({base.model_type}, {len(base.linears)} linears "
+        f"such as {base.linears[0].path!r}): the adapter was made for another base"
+    )
+
+
+def _places(names: set[str], base: BaseSpec) -> dict[str, Place]:
+    """Modules by path: the base's own, but packed or split where the adapter's names say so."""
+    places = {linear.path: _whole(i, linear) for i, linear in enumerate(base.linears)}
+    for i, linear in enumerate(base.linears):
+        parent, dot, name = linear.path.rpartition(".")
+        parts = PACKED.get(name, ())
+        if len(linear.parts) == len(parts) and names.intersection(parts) and name not in names:
+            del places[linear.path]
+            at = 0
+            for part, rows in zip(parts, linear.parts, strict=True):
+                place = _place(parent + dot + part, linear, (Span(i, at, at + rows),))
+                places[place.path] = place
+                at += rows
+    for packed, parts in PACKED.items():
+        if packed in names and not names.intersection(parts):
+            _join(places, packed, parts, base)
+    return places
+
+
+def _join(places: dict[str, Place], packed: str, parts: tuple[str, ...], base: BaseSpec) -> None:
+    """Put one module in the place of siblings that read the same input."""
+    for i, linear in enumerate(base.linears):
+        parent, dot, name = linear.path.rpartition(".")
+        siblings = [base.index_of.get(parent + dot + part) for part in parts]
+        path = parent + dot + packed
+        if name != parts[0] or path in base.index_of or None in siblings:
+            continue
+        indices = [index for index in siblings if index is not None]
+        if any(base.linears[index].in_features != linear.in_features for index in indices):
+            continue
+        for index in indices:
+            del places[base.linears[index].path]
+        spans = tuple(Span(index, 0, base.linears[index].out_features) for index in indices)
+        places[path] = _place(path, base.linears[i], spans)
+
+
+def _whole(index: int, linear: LinearSpec) -> Place:
+    return _place(linear.path, linear, (Span(index, 0, linear.out_features),))
+
+
+def _place(path: str, linear: LinearSpec, spans: tuple[Span, ...]) -> Place:
+    return Place(path, linear.in_features, spans, linear.layer, linear.embedding)
