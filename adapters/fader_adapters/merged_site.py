@@ -1,4 +1,4 @@
-"""One site on its way into a merged lane: rows of W in, rounded rows of W + Δ out. Knows no lanes."""
+"""One site on its way into a merged lane: rows of W in, rounded rows of W + Δ out."""
 
 import hashlib
 import time

@@ -121,6 +121,7 @@ class FakeStats:
     prefix_queries: int = 0
     prefix_hits: int = 0
     generated: int = 0
+    merged: int = 0
     preemptions: int = 0
     faults: int = 0
     stuck_reason: str = ""
@@ -348,7 +349,7 @@ class World:
 
 
 def build_world(**changes: Any) -> World:
-    script = changes.pop("script", None)
+    script, merging = changes.pop("script", None), changes.pop("merging", None)
     engine, adapters, metrics = FakeEngine(script), FakeAdapters(), Metrics()
     application = app.build(
         ServeConfig(**changes),
@@ -358,6 +359,7 @@ def build_world(**changes: Any) -> World:
         tokenizer=FakeTokenizer(),
         metrics=metrics,
         version="9",
+        merging=merging,
     )
     application.state.context.readiness.reason = ""
     return World(engine, adapters, metrics, application)
