@@ -12,7 +12,7 @@ from fader_adapters.kernels import nf4
 from fader_adapters.kernels.backend import BaseLinear, Room
 from fader_adapters.kernels.dense import DenseLinear
 from fader_adapters.layers import Installed, Site
-from fader_adapters.rounding import Rounding, directions, quantise
+from fader_adapters.rounding import Keep, Rounding, directions, quantise
 from fader_adapters.spec import Blend, Digest
 from fader_adapters.weightspace.loss import LinearLoss, joined, measure
 from fader_adapters.weightspace.plan import Form
@@ -77,15 +77,16 @@ class SiteWork:
         begin = 0
         for linear, size in zip(self._site.spec.linears, self._site.spec.out_features, strict=True):
             change = self._changes.of(linear)
-            kept = None
+            basis = None
             if change is not None and self._packs and self._spec.rounding == "keep":
-                kept = directions(change.delta.a)
+                basis = directions(change.delta.a)
             parts: list[LinearLoss] = []
             for start in range(begin, begin + size, step):
                 began = time.perf_counter()
                 stop = min(start + step, begin + size)
                 given = self._base.rows(start, stop).cpu()
                 wanted = given if change is None else change.of_weight(given, start - begin)
+                kept = None if basis is None else Keep.of(basis, given, wanted)
                 made = self._round(wanted, start, kept)
                 if change is not None:
                     path, rank = self._linears[linear].path, change.delta.rank
@@ -96,7 +97,7 @@ class SiteWork:
                 self.losses.append(joined(parts))
             begin += size
 
-    def _round(self, wanted: torch.Tensor, start: int, kept: torch.Tensor | None) -> torch.Tensor:
+    def _round(self, wanted: torch.Tensor, start: int, kept: Keep | None) -> torch.Tensor:
         """Keep the rows in their form; returns what they are now, in fp32."""
         if self._packs:
             packed = quantise(wanted, kept)
