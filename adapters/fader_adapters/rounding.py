@@ -44,8 +44,8 @@ def quantise(wanted: torch.Tensor, kept: Keep | None) -> nf4.Nf4Weight:
 
     kept: None for plain rounding; else directions along which the codes' errors cancel: row by row
     and left to right each code is the one nearest to what minimises
-    e² + strength·‖Σ e·directions‖². The order and the absmax are plain rounding's, so speed and size are
-    too. After GPTQ's and sigma-delta's error feedback. Raises CheckpointInvalid (NaN or Inf).
+    e² + strength·‖Σ e·directions‖². The absmax are plain rounding's, and so are size and speed.
+    After GPTQ's and sigma-delta's error feedback. Raises CheckpointInvalid (NaN or Inf).
     """
     if kept is None:
         return quantised.quantise(wanted, dtype=torch.float32, nested=False).weight

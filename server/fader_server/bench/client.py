@@ -161,6 +161,10 @@ class BenchClient:
         """POST a JSON body with the request timeout. httpx.HTTPError when nothing comes back."""
         return await self._http.post(path, json=body, timeout=self._timeout)
 
+    async def delete(self, path: str) -> httpx.Response:
+        """DELETE with the request timeout. httpx.HTTPError when nothing comes back."""
+        return await self._http.delete(path, timeout=self._timeout)
+
     async def ask(self, ask: Ask, *, due: float | None = None, fresh: bool = True) -> Sample:
         """Send one request and read its stream to the end; faults are returned, never raised.
 

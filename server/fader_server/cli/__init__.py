@@ -9,6 +9,7 @@ import typer
 
 from fader_adapters.errors import AdapterError
 from fader_server.bench.cli import bench_app
+from fader_server.bench.merge_cli import merge as bench_merge
 from fader_server.cli.compress import compress
 from fader_server.cli.extract import extract
 from fader_server.cli.kernels import kernels
@@ -33,6 +34,7 @@ app.command()(merge)
 app.command()(extract)
 app.command()(compress)
 bench_app.command()(kernels)
+bench_app.command("merge")(bench_merge)
 app.add_typer(bench_app, name="bench")
 
 
