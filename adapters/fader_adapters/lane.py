@@ -14,6 +14,7 @@ from fader_adapters.errors import BlendInvalid
 from fader_adapters.kernels import native
 from fader_adapters.kernels.backend import Backend, BaseLinear
 from fader_adapters.kernels.dense import DenseLinear
+from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.layers import Installed, Site
 from fader_adapters.merged_site import SCRATCH, LaneSpec, Pace, SiteWork
 from fader_adapters.weightspace.loss import LinearLoss, overall
@@ -88,15 +89,14 @@ class Merger:
     def need(self) -> Need:
         """What the lane holds, and at most beside it while it is made."""
         own = [self._bytes(site) for site in self._sites]
-        packed = max(own) if self.spec.form == "nf4" else 0
-        return Need(sum(own), packed + SCRATCH)
+        return Need(sum(own), max(own) + SCRATCH)
 
     def run(self, told: Callable[[int], None], pace: Pace) -> MergedLane:
         """Merge every site; `told` hears the weights done so far. On one thread, the caller's.
 
         Raises AdapterInvalid when a merged weight is not finite, and whatever `pace` raises.
         """
-        room = self._backend.room(self._device)
+        room = self._backend.room()
         bases: dict[Site, BaseLinear] = {}
         losses: list[LinearLoss] = []
         done = 0
@@ -110,7 +110,7 @@ class Merger:
                     dtype=self._dtype,
                     device=self._device,
                 )
-                for count in work.chunks(room, pace):
+                for count in work.chunks(pace):
                     done += count
                     told(done)
                 bases[site] = work.finish(room)
@@ -120,7 +120,8 @@ class Merger:
     def _bytes(self, site: Site) -> int:
         if self.spec.form == "nf4" and not isinstance(site.kernel.base, DenseLinear):
             return site.kernel.base.nbytes
-        return _size(site) * self._dtype.itemsize
+        rows = -(-sum(site.spec.out_features) // PANEL) * PANEL
+        return rows * site.spec.in_features * self._dtype.itemsize
 
 
 def _size(site: Site) -> int:

@@ -68,11 +68,11 @@ class SiteWork:
         self._packed: list[nf4.Nf4Weight] = []
         self._plain = torch.empty(0)
 
-    def chunks(self, room: Room, pace: Pace) -> Iterator[int]:
+    def chunks(self, pace: Pace) -> Iterator[int]:
         """Work through the rows; yields the weights of each chunk once it is done."""
         out, width = self._base.out_features, self._base.in_features
         if not self._packs:
-            self._plain = room.empty(out, width, self._dtype)
+            self._plain = torch.empty(out, width, dtype=self._dtype, device=self._device)
         step = max(1, CHUNK // width)
         begin = 0
         for linear, size in zip(self._site.spec.linears, self._site.spec.out_features, strict=True):

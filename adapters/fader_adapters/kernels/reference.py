@@ -57,12 +57,6 @@ class DecodedLinear:
 class TorchRoom:
     """Merged weights as plain tensors: their memory is torch's."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def empty(self, out_features: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(out_features, in_features, dtype=dtype, device=self._device)
-
     def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> DenseLinear:
         return DenseLinear(weight, bias)
 
@@ -175,8 +169,8 @@ class ReferenceBackend:
     def linear(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> DecodedLinear:
         return DecodedLinear(stack(weights), bias)
 
-    def room(self, device: torch.device) -> TorchRoom:
-        return TorchRoom(device)
+    def room(self) -> TorchRoom:
+        return TorchRoom()
 
     def prepare(self, tables: Tables, terms: StepTerms) -> ReferenceStep | None:
         if terms.idle:

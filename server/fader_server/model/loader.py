@@ -18,7 +18,7 @@ from fader_server.errors import ModelUnsupported
 from fader_server.model import attention
 from fader_server.model.activation import replace_activations
 from fader_server.model.checkpoint import first_line, read_config, read_nf4
-from fader_server.model.head import NativeHead
+from fader_server.model.head import replace_ends
 from fader_server.model.kv_cache import LayerShape
 from fader_server.model.norm import replace_norms
 from fader_server.model.recording import make_opaque
@@ -63,9 +63,8 @@ def load_base(
         installed = install(model, backend, name=source)
     except BaseUnsupported as error:
         raise ModelUnsupported(f"{source}: {error}") from error
-    head = model.get_output_embeddings()
     if isinstance(backend, NativeBackend):
-        _use_native(model, head, backend, dtype)
+        _use_native(model, backend, dtype)
     text = config.get_text_config(decoder=True)
     return LoadedBase(
         model=model,
@@ -80,9 +79,7 @@ def load_base(
     )
 
 
-def _use_native(
-    model: PreTrainedModel, head: nn.Module | None, backend: NativeBackend, dtype: torch.dtype
-) -> None:
+def _use_native(model: PreTrainedModel, backend: NativeBackend, dtype: torch.dtype) -> None:
     """Put native modules where they give what the model's own give."""
     tape = backend.tape
     replace_norms(model, tape)
@@ -90,9 +87,7 @@ def _use_native(
     for module in model.modules():
         if "RotaryEmbedding" in type(module).__name__:
             make_opaque(module, tape)
-    if isinstance(head, nn.Linear):
-        head.weight.data = backend.keep(head.weight.data)
-        model.set_output_embeddings(NativeHead(head, tape))
+    replace_ends(model, backend, dtype=dtype)
 
 
 def _probe(model: PreTrainedModel, source: str) -> dict[nn.Module, LayerShape]:

@@ -17,6 +17,7 @@ from fader_adapters.changes import Change, Changes
 from fader_adapters.kernels import native
 from fader_adapters.kernels.backend import BaseLinear
 from fader_adapters.kernels.cpu import NativeBackend
+from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.lane import MergedLane
 from fader_adapters.layers import Site, SiteLinear
 from fader_adapters.spec import RowTerms, StepTerms
@@ -24,6 +25,7 @@ from fader_server.core import Plan, PlanRow, Request, SamplingParams
 from fader_server.core import Sequence as Row
 from fader_server.model.attention import StepAttention
 from fader_server.model.batch import Batch
+from fader_server.model.head import NativeEmbedding, NativeHead
 from fader_server.model.kv_cache import KVCache, bytes_per_block
 from fader_server.model.loader import LoadedBase
 from fader_server.model.torch_attention import TorchAttention
@@ -103,24 +105,46 @@ class _ProbeLinear(nn.Module):
         self._start = sum(spec.out_features[: original.member])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        began = time.perf_counter()
         view = self._glass.view
         weight = view.weight(self._site)
         rows = x.reshape(-1, self.in_features).float()
-        y = rows.new_empty(rows.shape[0], self.out_features)
-        step = max(1, CHUNK_WEIGHTS // self.in_features)
-        for start in range(0, self.out_features, step):
-            stop = min(start + step, self.out_features)
-            part = weight.rows(self._start + start, self._start + stop)
-            y[:, start:stop] = F.linear(rows, part)
-            self._glass.pace(time.perf_counter() - began)
-            began = time.perf_counter()
+        stop = self._start + self.out_features
+        y = _product(rows, weight, self._start, stop, self._glass.pace)
         change = view.change(self._linear)
         if change is not None:
             y = _changed(y, rows, change)
         if weight.bias is not None:
-            y += weight.bias[self._start : self._start + self.out_features].float()
+            y += weight.bias[self._start : stop].float()
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+class _ProbeHead(nn.Module):
+    """The output layer, as its panels give it."""
+
+    def __init__(self, head: NativeHead, glass: _Glass) -> None:
+        super().__init__()
+        self._linear, self._glass = head.linear, glass
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        logits = _product(rows, self._linear, 0, self._linear.out_features, self._glass.pace)
+        if self._linear.bias is not None:
+            logits += self._linear.bias.float()
+        return logits.view(*x.shape[:-1], logits.shape[1])
+
+
+def _product(
+    x: torch.Tensor, weight: BaseLinear, start: int, stop: int, pace: Pace
+) -> torch.Tensor:
+    """x [T, in] times rows start..stop of a weight, decoded a few at a time, in fp32."""
+    y = x.new_empty(x.shape[0], stop - start)
+    step = max(PANEL, CHUNK_WEIGHTS // x.shape[1])
+    for at in range(start, stop, step):
+        began = time.perf_counter()
+        end = min(at + step, stop)
+        y[:, at - start : end - start] = F.linear(x, weight.rows(at, end))
+        pace(time.perf_counter() - began)
+    return y
 
 
 def _changed(y: torch.Tensor, x: torch.Tensor, change: Change) -> torch.Tensor:
@@ -139,11 +163,16 @@ class ProbeModel:
         self._glass = _Glass(pace)
         memo: dict[int, object] = {id(p): p for p in base.model.parameters()}
         memo |= {id(b): b for b in base.model.buffers()}
+        tape = native.Tape()  # nobody records what runs here
         if isinstance(base.backend, NativeBackend):
-            memo[id(base.backend.tape)] = native.Tape()  # nobody records what runs here
+            memo[id(base.backend.tape)] = tape
         for module in base.model.modules():
             if isinstance(module, SiteLinear):
                 memo[id(module)] = _ProbeLinear(module, self._glass)
+            elif isinstance(module, NativeHead):
+                memo[id(module)] = _ProbeHead(module, self._glass)
+            elif isinstance(module, NativeEmbedding):
+                memo[id(module)] = module.copied(tape)
         self._model = copy.deepcopy(base.model, memo)
         for module in self._model.modules():
             module.__dict__.pop("forward", None)  # put there for the original's recordings

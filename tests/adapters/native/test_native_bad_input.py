@@ -18,6 +18,10 @@ def weight(n: int = 64, k: int = 128) -> native.Nf4Panels:
     return native.Nf4Panels.from_bnb(q.packed, q.absmax, n, k)
 
 
+def plain(dtype: torch.dtype = torch.float32) -> native.PlainPanels:
+    return native.PlainPanels.pack(torch.zeros(4, 64, dtype=dtype))
+
+
 def attention(**change: Any) -> torch.Tensor:
     """A valid call of paged_attention, but for `change`."""
     good: dict[str, Any] = {
@@ -130,21 +134,28 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         "weight must be contiguous",
     ),
-    "dense dtypes": (
-        lambda: native.dense(torch.zeros(1, 8), torch.zeros(4, 8).bfloat16()),
+    "plain dtypes": (
+        lambda: native.gemm(torch.zeros(1, 64), plain(torch.bfloat16)),
         TypeError,
         "x must be torch.bfloat16",
     ),
-    "dense width": (
-        lambda: native.dense(torch.zeros(1, 9), torch.zeros(4, 8)),
+    "plain width": (
+        lambda: native.gemm(torch.zeros(1, 65), plain()),
         ValueError,
         "x must have shape",
     ),
-    "dense bias": (
-        lambda: native.dense(torch.zeros(1, 8), torch.zeros(4, 8), bias=torch.zeros(5)),
+    "plain bias": (
+        lambda: native.gemm(torch.zeros(1, 64), plain(), bias=torch.zeros(5)),
         ValueError,
         "bias must",
     ),
+    "plain k": (
+        lambda: native.PlainPanels.pack(torch.zeros(4, 96)),
+        ValueError,
+        "k a multiple of 64",
+    ),
+    "plain row": (lambda: plain().take(torch.tensor([0, 4])), ValueError, "lies outside"),
+    "plain index": (lambda: plain().take(torch.zeros(1)), TypeError, "index must be torch.int64"),
     "level": (lambda: native.set_isa("sse9"), ValueError, "level must be one of"),
     "slot range": (lambda: plan_of([[(8, 1.0)]], [1], 8), ValueError, "StepPlan: a slot"),
     "row range": (

@@ -106,20 +106,31 @@ def test_resident_size_is_at_most_060_bytes_a_weight(built: None) -> None:
     assert w.nbytes <= 0.60 * 256 * 512
 
 
-@pytest.mark.parametrize("k", [64, 96, 77, 5])
+@pytest.mark.parametrize("n", [37, 64, 132])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_dense_matches_float64_and_rows_are_independent(
-    level: str, k: int, dtype: torch.dtype
+def test_plain_weights_match_float64_and_rows_are_independent(
+    level: str, n: int, dtype: torch.dtype
 ) -> None:
-    w, x, bias = torch.randn(37, k).to(dtype), torch.randn(19, k).to(dtype), torch.randn(37)
+    w, x, bias = torch.randn(n, 192).to(dtype), torch.randn(29, 192).to(dtype), torch.randn(n)
     want = x.double() @ w.double().T + bias.double()
-    got = native.dense(x, w, bias=bias, out=torch.full((19, 37), torch.nan))
+    packed = native.PlainPanels.pack(w)
+    got = native.gemm(x, packed, bias=bias, out=torch.full((29, n), torch.nan))
     assert rms(got, want) <= 1e-6
-    alone = torch.cat(
-        [native.dense(x[i : i + 1], w, bias=bias, out=torch.empty(1, 37)) for i in range(19)]
-    )
-    assert torch.equal(got, alone)
-    assert torch.equal(native.dense(x, w, bias=bias), got.to(dtype))
+    for rows in (1, 2, 5, 13):
+        parts = [native.gemm(part, packed, bias=bias) for part in x.split(rows)]
+        assert torch.equal(torch.cat(parts), got)
+    assert torch.equal(native.Site(packed, bias=bias)(x), got.to(dtype))
+    assert rms(native.gemm(x, packed), want) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_plain_panels_hold_the_weight(built: None, dtype: torch.dtype) -> None:
+    w, index = torch.randn(70, 128).to(dtype), torch.tensor([[69, 0, 31], [32, 33, 33]])
+    packed = native.PlainPanels.pack(w)
+    assert torch.equal(packed.dense(), w)
+    assert torch.equal(packed.take(index), w[index])
+    assert torch.equal(packed.rows(32, 70).dense(F32), w[32:].float())
+    assert not torch.equal(packed.take(index), w[index - 1])
 
 
 def test_weights_of_one_store_share_memory_and_compute_the_same(built: None) -> None:

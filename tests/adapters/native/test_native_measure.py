@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,7 +46,8 @@ def test_one_wrong_kernel_stops_the_run_before_any_timing(
         got.view(-1)[7] += 1
         return got
 
-    names = {"attention": "paged_attention", "quantise": "quantise_nf4"}
+    pack = native.PlainPanels.pack
+    names = {"attention": "paged_attention", "quantise": "quantise_nf4", "dense": "PlainPanels"}
     name = names.get(kernel, kernel)
     original = getattr(native, name)
 
@@ -56,7 +58,8 @@ def test_one_wrong_kernel_stops_the_run_before_any_timing(
             return made
         return spoil(made)
 
-    monkeypatch.setattr(parity.native, name, wrong)
+    other = SimpleNamespace(pack=lambda weight: pack(spoil(weight.clone())))
+    monkeypatch.setattr(parity.native, name, other if kernel == "dense" else wrong)
     monkeypatch.setattr(report.cases, "gemm", lambda *_: pytest.fail("timed a wrong kernel"))
     with pytest.raises(ParityFailed, match=f"no figures: {kernel} "):
         report.run(TINY, repeats=2)

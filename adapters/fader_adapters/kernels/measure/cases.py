@@ -108,12 +108,12 @@ def sites(sizes: Sizes, repeats: int) -> Iterator[Timing]:
 def rest(sizes: Sizes, repeats: int) -> Iterator[Timing]:
     """Output layer, attention, quantiser."""
     n, k = sizes.head
-    head = native.PanelStore().take(n * k * 2).view(torch.bfloat16).view(n, k)
-    head.copy_(torch.randn(n, k))
+    head = torch.randn(n, k).bfloat16()
+    packed = native.Site(native.PlainPanels.pack(head, store=native.PanelStore()))
     for rows in (1, 8, 16):
         x = torch.randn(rows, k).bfloat16()
         methods: dict[str, Call] = {
-            "native": lambda x=x: native.dense(x, head),
+            "native": lambda x=x: packed(x),
             "torch bf16": lambda x=x: torch.mm(x, head.T),
         }
         yield from interleave(f"lm_head {n}x{k} M={rows}", methods, repeats)

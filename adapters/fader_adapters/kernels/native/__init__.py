@@ -6,11 +6,11 @@ models, no requests.
 
 from fader_adapters.kernels.native.activation import activation
 from fader_adapters.kernels.native.attention import PagedAttention, paged_attention
-from fader_adapters.kernels.native.dense import dense
 from fader_adapters.kernels.native.library import LEVELS, available, best_isa, isa, reason, set_isa
 from fader_adapters.kernels.native.norm import rms_norm
 from fader_adapters.kernels.native.ops import Call, Kind, Map, Op, Tape
 from fader_adapters.kernels.native.panels import Nf4Panels, PanelStore
+from fader_adapters.kernels.native.plain import PlainPanels
 from fader_adapters.kernels.native.program import Program, StepInputs
 from fader_adapters.kernels.native.quantise import (
     BLOCK,
@@ -40,6 +40,7 @@ __all__ = [
     "Op",
     "PagedAttention",
     "PanelStore",
+    "PlainPanels",
     "Program",
     "Quantised",
     "Site",
@@ -53,7 +54,6 @@ __all__ = [
     "available",
     "best_isa",
     "delta",
-    "dense",
     "dequantise_absmax",
     "dequantise_nf4",
     "gemm",

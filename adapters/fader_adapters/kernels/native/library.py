@@ -12,7 +12,7 @@ import torch  # first: its libgomp must be the one both use
 
 from fader_adapters.kernels.native.build import LIBRARY
 
-ABI = 4
+ABI = 5
 BUILDER = "fader_adapters.kernels.native.build"
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -30,6 +30,8 @@ _SIGNATURES: dict[str, list[type]] = {
     "fader_set_isa": [_I],
     "fader_repack": [_L, _L, _P, _P, _P, _P, _I],
     "fader_panels_dense": [_L, _L, _P, _P, _P, _I, _I],
+    "fader_pack": [_L, _L, _P, _I, _P, _I],
+    "fader_panel_rows": [_L, _L, _P, _I, _P, _L, _P],
     "fader_quantise": [_L, _P, _I, _P, _P, _I],
     "fader_quantise_keeping": [_L, _L, _P, _P, _L, _F, _P, _P, _I],
     "fader_dequantise": [_L, _P, _P, _P, _I, _I],
@@ -37,7 +39,6 @@ _SIGNATURES: dict[str, list[type]] = {
     "fader_dequantise8": [_L, _P, _P, _P, _F, _P, _I],
     "fader_plan_build": [_L, _L, _P, _P, _P, _P, ctypes.c_int32, _P, _L],
     "fader_site": [_P, _P, _L, _P, _I, _L, _P, _I, _L, _P, _L, _P, _I],
-    "fader_dense": [_L, _L, _L, _P, _L, _P, _I, _P, _P, _I, _L, _I],
     "fader_rms_norm": [_L, _L, _P, _L, _P, _I, _I, _F, _P, _I],
     "fader_map": [_P],
     "fader_run": [_P, _L, _P, _P, _P, _L, _P, _I],
@@ -57,7 +58,7 @@ class SiteStruct(ctypes.Structure):
             for name in ("a_off", "b_off", "gain_off", "bias_off", "rank", "scale", "cols")
         ],
         ("table_stride", _L),
-        *[(name, ctypes.c_int32) for name in ("members", "slots", "arena_dtype", "pad")],
+        *[(name, ctypes.c_int32) for name in ("members", "slots", "arena_dtype", "weights")],
     ]
 
 

@@ -14,12 +14,11 @@ class Kind(IntEnum):
     """FADER_OP_* of csrc/fader.h."""
 
     SITE = 0
-    DENSE = 1
-    NORM = 2
-    WRITE_KV = 3
-    ATTEND = 4
-    GATHER = 5
-    MAP = 6
+    NORM = 1
+    WRITE_KV = 2
+    ATTEND = 3
+    GATHER = 4
+    MAP = 5
 
 
 class Map(IntEnum):

@@ -12,8 +12,12 @@ from fader_adapters.kernels.native import checks
 from fader_adapters.kernels.native.library import CODES, SiteStruct, library
 from fader_adapters.kernels.native.ops import Kind, Op, Tape
 from fader_adapters.kernels.native.panels import Nf4Panels
+from fader_adapters.kernels.native.plain import PlainPanels
 from fader_adapters.kernels.native.step import StepPlan
 from fader_adapters.kernels.native.workspace import Workspace
+
+PLAIN = 1
+"""FADER_PLAIN of csrc/fader.h."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,7 @@ class Site:
 
     def __init__(
         self,
-        base: Nf4Panels | None,
+        base: Nf4Panels | PlainPanels | None,
         tables: SiteTables | None = None,
         *,
         bias: Tensor | None = None,
@@ -99,7 +103,11 @@ class Site:
             self._struct.bias = bias.data_ptr()
         if base is not None:
             self._struct.panels = base.panels.data_ptr()
-            self._struct.scales = base.scales.data_ptr()
+            if isinstance(base, Nf4Panels):
+                self._struct.scales = base.scales.data_ptr()
+            else:
+                self._struct.weights = PLAIN
+        self._inputs = (base.dtype,) if isinstance(base, PlainPanels) else checks.FLOATS
         self._keep = (base, bias)
         self.has_base, self.has_tables = base is not None, False
         if tables is not None:
@@ -128,12 +136,12 @@ class Site:
     ) -> Tensor:
         """y [T, n] in `out` (bf16 or fp32; default x's dtype), one rounding from fp32 sums.
 
-        x: bf16 or fp32 [T, k], rows may be strided. Without a base `out` (fp32) is required and
-        added to.
+        x: bf16 or fp32, over plain panels their dtype, [T, k], rows may be strided. Without a base
+        `out` (fp32) is required and added to.
         A row's bits depend on nothing but the row, its terms and the weights. Raises: TypeError,
         ValueError.
         """
-        checks.inputs("x", x, checks.FLOATS, self.k)
+        checks.inputs("x", x, self._inputs, self.k)
         tokens = x.shape[0]
         dtype = x.dtype if out is None else out.dtype
         if out is not None and dtype not in checks.FLOATS:
@@ -169,7 +177,11 @@ class Site:
 
 
 def gemm(
-    x: Tensor, panels: Nf4Panels, *, bias: Tensor | None = None, out: Tensor | None = None
+    x: Tensor,
+    panels: Nf4Panels | PlainPanels,
+    *,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """x·Wᵀ + bias: x bf16 or fp32 [M, k] -> `out` [M, n], by default fp32. Raises: TypeError,
     ValueError.

@@ -102,6 +102,31 @@ int fader_panels_dense(int64_t n, int64_t k, const uint8_t *panels, const float 
     return 0;
 }
 
+int fader_pack(int64_t n, int64_t k, const void *w, int dtype, void *panels, int nt) {
+    if (n <= 0 || k <= 0 || k % BLOCK || nt < 1 || !w || !panels || dtype < 0 || dtype > FADER_BF16) return FADER_E_ARG;
+    const int64_t per = dtype == FADER_BF16 ? 2 : 1, words = k / per;
+#pragma omp parallel for schedule(static) num_threads(nt)
+    for (int64_t p = 0; p < ceil_div(n, PANEL); p++) {
+        const u32 *from = (const u32 *)w + p * PANEL * words;
+        u32 *to = (u32 *)panels + p * PANEL * words;
+        const int64_t cols = min64(PANEL, n - p * PANEL);
+        for (int64_t i = 0; i < words; i++)
+            for (int64_t c = 0; c < PANEL; c++) to[i * PANEL + c] = c < cols ? from[c * words + i] : 0;
+    }
+    return 0;
+}
+int fader_panel_rows(int64_t n, int64_t k, const void *panels, int dtype, const int64_t *index, int64_t count, void *out) {
+    if (n <= 0 || k <= 0 || k % BLOCK || count < 0 || !panels || !index || !out || dtype < 0 || dtype > FADER_BF16) return FADER_E_ARG;
+    const int64_t words = k / (dtype == FADER_BF16 ? 2 : 1);
+    for (int64_t r = 0; r < count; r++) {
+        if (index[r] < 0 || index[r] >= n) return FADER_E_BOUNDS;
+        const u32 *from = (const u32 *)panels + index[r] / PANEL * PANEL * words + index[r] % PANEL;
+        u32 *to = (u32 *)out + r * words;
+        for (int64_t i = 0; i < words; i++) to[i] = from[i * PANEL];
+    }
+    return 0;
+}
+
 int fader_quantise(int64_t count, const void *w, int dtype, uint8_t *packed, float *absmax, int nt) {
     if (count <= 0 || nt < 1 || !w || !packed || !absmax || dtype < 0 || dtype > FADER_F16) return FADER_E_ARG;
     return now().quantise(count, w, dtype, packed, absmax, nt);
@@ -161,18 +186,11 @@ int fader_site(const fader_site_t *s, const int32_t *plan, int64_t T, const void
     if (!s || !need || T < 0 || nt < 1 || s->n <= 0 || s->k <= 0 || x_dtype < 0 || x_dtype > FADER_BF16) return FADER_E_ARG;
     if (out_dtype < 0 || out_dtype > FADER_BF16 || (s->panels && s->k % BLOCK)) return FADER_E_ARG;
     if (!s->panels && out_dtype != FADER_F32) return FADER_E_ARG;
+    if (!s->members) plan = 0;
     if (!T) return 0;
     if (!x || !out || !scratch || ((uintptr_t)scratch & 63) || xs < s->k || os < s->n) return FADER_E_ARG;
     if (plan && (((const Plan *)plan)->T != T || ((const Plan *)plan)->slots > s->slots)) return FADER_E_BOUNDS;
     return now().site(s, plan, T, x, x_dtype, xs, out, out_dtype, os, scratch, bytes, need, nt);
-}
-
-int fader_dense(int64_t M, int64_t N, int64_t K, const void *x, int64_t xs, const void *w, int dtype,
-                const float *bias, void *y, int yd, int64_t ys, int nt) {
-    if (M < 0 || N <= 0 || K <= 0 || nt < 1 || dtype < 0 || dtype > FADER_BF16 || yd < 0 || yd > FADER_BF16) return FADER_E_ARG;
-    if (!M) return 0;
-    if (!x || !w || !y || xs < K || ys < N) return FADER_E_ARG;
-    return now().dense(M, N, K, x, xs, w, dtype, bias, y, yd, ys, nt);
 }
 
 int fader_rms_norm(int64_t M, int64_t K, const void *x, int64_t xs, const void *w, int dtype, int about_one,

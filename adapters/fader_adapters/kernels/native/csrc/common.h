@@ -11,7 +11,7 @@ typedef uint32_t u32;
 #define FADER_INLINE static inline __attribute__((always_inline))
 #define FADER_METHOD inline __attribute__((always_inline))
 
-enum { PANEL = 32, BLOCK = 64, PANEL_BYTES = BLOCK / 2 * PANEL };
+enum { PANEL = 32, BLOCK = 64 };
 
 static const float NF4[16] = {
     -1.0f,
@@ -78,8 +78,6 @@ struct Plan {
 struct Kernels {
     int (*site)(const fader_site_t *, const int32_t *, int64_t, const void *, int, int64_t, void *,
                 int, int64_t, void *, int64_t, int64_t *, int);
-    int (*dense)(int64_t, int64_t, int64_t, const void *, int64_t, const void *, int, const float *,
-                 void *, int, int64_t, int);
     int (*attention)(const fader_attn_t *, int64_t, int64_t, const void *, const int32_t *,
                      const int32_t *, const int32_t *, void *, void *, int64_t, int64_t *, int);
     int (*quantise)(int64_t, const void *, int, uint8_t *, float *, int);

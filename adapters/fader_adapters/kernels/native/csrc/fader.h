@@ -14,8 +14,9 @@
 extern "C" {
 #endif
 
-#define FADER_ABI 4
+#define FADER_ABI 5
 enum { FADER_F32 = 0, FADER_BF16 = 1, FADER_F16 = 2 };
+enum { FADER_NF4 = 0, FADER_PLAIN = 1 };
 enum { FADER_SCALAR = 0, FADER_AVX2 = 1, FADER_AVX512 = 2, FADER_AVX512_BF16 = 3 };
 enum {
     FADER_E_ARG = -1,     /* a size, pointer or dtype that the kernel does not take */
@@ -40,6 +41,13 @@ int fader_repack(int64_t n, int64_t k, const uint8_t *packed, const float *absma
 /* panels -> dense [n,k] of `dtype` (F32 or BF16), one rounding of code*absmax */
 int fader_panels_dense(int64_t n, int64_t k, const uint8_t *panels, const float *scales,
                        void *out, int dtype, int nt);
+/* Plain panels of a matrix w [n,k] of F32 or BF16, the same columns side by side:
+ *   bf16 [P][k/2][32] words of elements 2i (low half), 2i+1; fp32 [P][k][32]
+ * Columns past n are zero. k % 64 == 0. */
+int fader_pack(int64_t n, int64_t k, const void *w, int dtype, void *panels, int nt);
+/* out [count,k] = rows `index` of the matrix that plain panels hold */
+int fader_panel_rows(int64_t n, int64_t k, const void *panels, int dtype, const int64_t *index,
+                     int64_t count, void *out);
 /* flat blockwise NF4 of `count` elements, blocks of 64, bit-equal with bitsandbytes on CPU:
  * packed [(count+1)/2], absmax [ceil(count/64)] */
 int fader_quantise(int64_t count, const void *w, int dtype, uint8_t *packed, float *absmax, int nt);
@@ -74,7 +82,7 @@ int fader_plan_build(int64_t T, int64_t R, const int32_t *term_ptr, const int32_
  *   gain_off, bias_off: the same to vectors [n1-n0], -1 = none; NULL: no adapter has any. */
 typedef struct {
     const uint8_t *panels; /* NULL: no base, out (fp32) is accumulated in place */
-    const float *scales;
+    const float *scales;   /* of NF4 panels */
     const float *bias; /* [n] fp32 or NULL; without panels: what out already holds */
     int64_t n, k;
     const void *arena;
@@ -84,18 +92,14 @@ typedef struct {
     const float *scale;
     const int32_t *cols; /* [members][2]: n0, n1; ascending, disjoint */
     int64_t table_stride;
-    int32_t members, slots, arena_dtype, pad;
+    int32_t members, slots, arena_dtype, weights; /* FADER_NF4 or FADER_PLAIN */
 } fader_site_t;
 
-/* x [T,k] of x_dtype, rows x_stride elements apart; out [T,n] of out_dtype, rows out_stride apart.
- * plan NULL or without terms: base only. scratch: 64-byte aligned. */
+/* x [T,k] of x_dtype, with plain panels theirs too, rows x_stride elements apart; out [T,n] of out_dtype, rows out_stride apart.
+ * plan NULL or without terms, or a site without members: base only. scratch: 64-byte aligned. */
 int fader_site(const fader_site_t *site, const int32_t *plan, int64_t T, const void *x, int x_dtype,
                int64_t x_stride, void *out, int out_dtype, int64_t out_stride, void *scratch,
                int64_t scratch_bytes, int64_t *need, int nt);
-
-/* y[M,N] = x[M,K] . w[N,K]^T + bias, x and w of one dtype, fp32 sums; for few rows, at memory speed */
-int fader_dense(int64_t M, int64_t N, int64_t K, const void *x, int64_t x_stride, const void *w,
-                int dtype, const float *bias, void *y, int y_dtype, int64_t y_stride, int nt);
 
 /* y[M,K] = w * round(x / rms), or (1 + w) * (x / rms) about one; rms = sqrt(mean(x^2) + eps) of a row of
  * x [M,K], rows x_stride elements apart; x, w, y of one dtype, to which round() rounds */
@@ -128,11 +132,11 @@ int fader_write_kv(const fader_attn_t *a, int64_t T, const void *k, int64_t k_st
 /* ---- Elementwise ---------------------------------------------------------------------------------
  * out = map(x, y) over `size`, steps in elements; y NULL: `scalar` stands for it. dtype is that of x and y;
  * only a copy may change it. */
-enum { FADER_OP_SITE, FADER_OP_DENSE, FADER_OP_NORM, FADER_OP_WRITE_KV, FADER_OP_ATTEND, FADER_OP_GATHER, FADER_OP_MAP };
+enum { FADER_OP_SITE, FADER_OP_NORM, FADER_OP_WRITE_KV, FADER_OP_ATTEND, FADER_OP_GATHER, FADER_OP_MAP };
 enum { FADER_MAP_COPY, FADER_MAP_NEG, FADER_MAP_ADD, FADER_MAP_SUB, FADER_MAP_MUL, FADER_MAP_SILU, FADER_MAP_GELU_TANH };
 typedef struct {
-    int32_t kind, map, dtype, out_dtype; /* NORM: map is about_one */
-    const void *what;                    /* fader_site_t, fader_attn_t, or the weight of DENSE and NORM */
+    int32_t kind, map, dtype, out_dtype; /* NORM: map is about_one; GATHER: whether rows are panels */
+    const void *what;                    /* fader_site_t, fader_attn_t, or the weight of NORM */
     const void *x, *y;                   /* WRITE_KV: k, v; GATHER: rows [n,k], int64 index [size[0]] */
     void *out;
     const float *bias;

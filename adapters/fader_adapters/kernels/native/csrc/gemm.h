@@ -1,8 +1,8 @@
-// One NF4 panel times many rows: acc[m][32] = x[m] . W[panel]^T in fp32. Knows nothing of threads,
-// members or adapters.
+// One panel times many rows: acc[m][32] = x[m] . W[panel]^T in fp32, over NF4 codes or plain weights.
+// Knows nothing of threads, members or adapters.
 //
 // Every row's sum has one shape, whatever tile it falls in: inside a block of 64 a chain of fused
-// multiply-adds over k, then acc = t * absmax + acc, blocks in order. That is what makes a row's bits
+// multiply-adds over k, then acc = t * absmax + acc (plain: acc + t), blocks in order. That is what makes a row's bits
 // independent of the number of rows.
 #pragma once
 #include "simd.h"
@@ -34,7 +34,7 @@ struct Bf {
     typedef u32 X;
     typedef LutBf Lut;
     // decoding hides behind the dot products, so every tile decodes for itself
-    enum { CV = 2, STEP = 1, FUSED = 12, BUF = 0 };
+    enum { CV = 2, STEP = 1, FUSED = 12, BUF = 0, PAIR = PANEL, SCALED = 1 };
     template <int MR, int C> FADER_INLINE void pair(const Lut &lut, const uint8_t *w, const u32 *x,
                                                     int64_t row, V t[MR][C]) {
         P v[2];
@@ -93,7 +93,7 @@ FADER_INLINE V decode_f(const LutF &lut, const uint8_t *w, int odd, int c) {
 struct Fp {
     typedef float X;
     typedef LutF Lut;
-    enum { CV = 32 / W, STEP = 2, BUF = 64 * 32 * 4 };
+    enum { CV = 32 / W, STEP = 2, BUF = 64 * 32 * 4, PAIR = PANEL, SCALED = 1 };
     enum { FUSED = W == 16 ? 10 : 2, TILE = W == 16 ? 12 : 3 };
     template <int MR, int C> FADER_INLINE void pair(const Lut &lut, const uint8_t *w, const float *x,
                                                     int64_t row, V t[MR][C]) {
@@ -122,11 +122,41 @@ struct Fp {
     }
 };
 
+// Plain weights, a pair (k, k+1) of 32 columns side by side: bf16 as words of two, fp32 k after k.
+struct NoLut {};
+struct PlainBf {
+    typedef u32 X;
+    typedef NoLut Lut;
+    enum { CV = 32 / W, STEP = 1, FUSED = W == 16 ? 12 : 3, BUF = 0, PAIR = 4 * PANEL, SCALED = 0 };
+    template <int MR, int C> FADER_INLINE void pair(const Lut &, const uint8_t *w, const u32 *x,
+                                                    int64_t row, V t[MR][C]) {
+        P v[C];
+        for (int c = 0; c < C; c++) v[c] = pload((const u16 *)(w + c * W * 4));
+        for (int m = 0; m < MR; m++) {
+            P xv = pset(x[m * row]);
+            for (int c = 0; c < C; c++) t[m][c] = pdot(t[m][c], v[c], xv);
+        }
+    }
+};
+struct PlainFp {
+    typedef float X;
+    typedef NoLut Lut;
+    enum { CV = 32 / W, STEP = 2, FUSED = W == 16 ? 12 : 3, BUF = 0, PAIR = 8 * PANEL, SCALED = 0 };
+    template <int MR, int C> FADER_INLINE void pair(const Lut &, const uint8_t *w, const float *x,
+                                                    int64_t row, V t[MR][C]) {
+        for (int odd = 0; odd < 2; odd++)
+            for (int c = 0; c < C; c++) {
+                V v = vload((const float *)w + odd * PANEL + c * W);
+                for (int m = 0; m < MR; m++) t[m][c] = vfma(v, vset(x[m * row + odd]), t[m][c]);
+            }
+    }
+};
+
 enum { AHEAD = 4096 }; // bytes of one stream to prefetch ahead
 template <class E> struct Gemm {
     typedef typename E::X X;
     typedef typename E::Lut Lut;
-    enum { C = E::CV, PAIRS = BLOCK / 2 };
+    enum { C = E::CV, PAIRS = BLOCK / 2, BLOCK_BYTES = PAIRS * E::PAIR };
 
     template <int N> static constexpr bool in_registers() { return N * C * 2 <= (W == 16 ? 26 : 10); }
 
@@ -135,7 +165,7 @@ template <class E> struct Gemm {
     template <int MR, int NP>
     static void fused(int64_t K, Rows<X> x, const uint8_t *w, const float *am, float *acc, int64_t as) {
         const Lut lut;
-        const int64_t blocks = K / BLOCK, wp = K / 2 * PANEL, ap = blocks * PANEL;
+        const int64_t blocks = K / BLOCK, wp = K / 2 * E::PAIR, ap = blocks * PANEL;
         V sum[NP][MR][C];
         for (int p = 0; p < NP; p++)
             for (int m = 0; m < MR; m++)
@@ -149,24 +179,25 @@ template <class E> struct Gemm {
                 for (int m = 0; m < MR; m++)
                     for (int c = 0; c < C; c++) t[p][m][c] = vzero();
             const X *xb = x.p + b * x.blk;
-            const uint8_t *wb = w + b * PANEL_BYTES;
+            const uint8_t *wb = w + b * BLOCK_BYTES;
             // past a panel's end its stream goes on NP panels further
-            const uint8_t *ahead = wb + AHEAD + (b * PANEL_BYTES + AHEAD < wp ? 0 : (NP - 1) * wp);
+            const uint8_t *ahead = wb + AHEAD + (b * BLOCK_BYTES + AHEAD < wp ? 0 : (NP - 1) * wp);
             for (int i = 0; i < PAIRS; i += 2)
 #pragma GCC unroll 2
                 for (int p = 0; p < NP; p++) {
-                    const uint8_t *wi = wb + p * wp + i * PANEL;
-                    prefetch(ahead + p * wp + i * PANEL);
+                    const uint8_t *wi = wb + p * wp + i * E::PAIR;
+                    for (int line = 0; line < 2 * E::PAIR; line += 64) prefetch(ahead + p * wp + i * E::PAIR + line);
                     E::template pair<MR, C>(lut, wi, xb + i * E::STEP, x.row, t[p]);
-                    E::template pair<MR, C>(lut, wi + PANEL, xb + (i + 1) * E::STEP, x.row, t[p]);
+                    E::template pair<MR, C>(lut, wi + E::PAIR, xb + (i + 1) * E::STEP, x.row, t[p]);
                 }
             for (int p = 0; p < NP; p++)
                 for (int c = 0; c < C; c++) {
-                    V s = vload(am + p * ap + b * PANEL + c * W);
+                    V s = E::SCALED ? vload(am + p * ap + b * PANEL + c * W) : vzero();
+                    const auto add = [&](V part, V all) { return E::SCALED ? vfma(part, s, all) : vadd(part, all); };
                     for (int m = 0; m < MR; m++) {
                         float *a = acc + m * as + p * PANEL + c * W;
-                        if (in_registers<MR * NP>()) sum[p][m][c] = vfma(t[p][m][c], s, sum[p][m][c]);
-                        else vstore(a, vfma(t[p][m][c], s, vload(a)));
+                        if (in_registers<MR * NP>()) sum[p][m][c] = add(t[p][m][c], sum[p][m][c]);
+                        else vstore(a, add(t[p][m][c], vload(a)));
                     }
                 }
         }
@@ -208,7 +239,7 @@ template <class E> struct Gemm {
     // rows [0, M) x `np` panels -> acc[M][as]; buf holds E::BUF bytes, 64-byte aligned
     static void run(int64_t M, int64_t K, Rows<X> x, const uint8_t *w, const float *am, int np,
                     float *acc, int64_t as, void *buf) {
-        const int64_t wp = K / 2 * PANEL, ap = K / BLOCK * PANEL;
+        const int64_t wp = K / 2 * E::PAIR, ap = K / BLOCK * PANEL;
         int p = 0;
         if constexpr (W == 16) {
             for (; M <= 2 && p + 2 <= np; p += 2)
@@ -234,8 +265,8 @@ template <class E> struct Gemm {
         for (int64_t m = 0; m < M; m++)
             for (int c = 0; c < C; c++) vstore(acc + m * as + c * W, vzero());
         for (int64_t b = 0; b < K / BLOCK; b++) {
-            prefetch(w + (b + 1) * PANEL_BYTES);
-            E::decode(lut, w + b * PANEL_BYTES, buf);
+            prefetch(w + (b + 1) * BLOCK_BYTES);
+            E::decode(lut, w + b * BLOCK_BYTES, buf);
             evenly<E::TILE>(M, [&](int64_t m, int rows) {
                 tile_for<E::TILE>(rows)(buf, am + b * PANEL, x.p + b * x.blk + m * x.row, x.row,
                                         acc + m * as, as);

@@ -1,7 +1,6 @@
 // The kernels of one instruction set as a table; the including file names the set and the table.
 #pragma once
 #include "attention.h"
-#include "dense.h"
 #include "keep.h"
 #include "map.h"
 #include "norm.h"
@@ -9,4 +8,4 @@
 #include "site.h"
 
 #define FADER_EXPORT(NAME) \
-    extern const Kernels NAME = {site, dense, attention, quantise, dequantise, probe_read, probe_dot, norm, map, keep}
+    extern const Kernels NAME = {site, attention, quantise, dequantise, probe_read, probe_dot, norm, map, keep}

@@ -3,6 +3,7 @@
 #include "common.h"
 
 static int gather(const fader_op_t &o) {
+    if (o.map) return fader_panel_rows(o.n, o.k, o.x, o.dtype, (const int64_t *)o.y, o.size[0], o.out);
     const int64_t *index = (const int64_t *)o.y, bytes = o.k * (o.dtype == FADER_BF16 ? 2 : 4);
     for (int64_t i = 0; i < o.size[0]; i++) {
         if (index[i] < 0 || index[i] >= o.n) return FADER_E_BOUNDS;
@@ -23,8 +24,6 @@ static int run_one(const fader_op_t &o, const fader_step_t &s, void *scratch, in
     case FADER_OP_SITE:
         return fader_site((const fader_site_t *)o.what, s.plan, s.tokens, o.x, o.dtype, o.x_stride, o.out, o.out_dtype,
                           o.out_stride, scratch, bytes, need, nt);
-    case FADER_OP_DENSE:
-        return fader_dense(o.size[0], o.n, o.k, o.x, o.x_stride, o.what, o.dtype, o.bias, o.out, o.out_dtype, o.out_stride, nt);
     case FADER_OP_NORM:
         return fader_rms_norm(o.size[0], o.k, o.x, o.x_stride, o.what, o.dtype, o.map, o.scalar, o.out, nt);
     case FADER_OP_WRITE_KV:

@@ -102,7 +102,7 @@ int site_run(const fader_site_t *s, const Plan *plan, int64_t T, const In *x, in
         if (s->panels) {
             Rows<X> xc = direct ? Pack::view(x, xs) : Rows<X>{packed, Pack::PER_BLOCK, T * (int64_t)Pack::PER_BLOCK};
             xc.p += m0 * xc.row;
-            Gemm<E>::run(m1 - m0, K, xc, s->panels + p0 * (K / 2) * PANEL, s->scales + p0 * (K / BLOCK) * PANEL,
+            Gemm<E>::run(m1 - m0, K, xc, s->panels + p0 * (K / 2) * E::PAIR, s->scales + p0 * (K / BLOCK) * PANEL,
                          (int)min64(bp, panels - p0), a, as, (char *)acc + acc_bytes);
         } else {
             a = (float *)out + m0 * os + c0;
@@ -132,6 +132,11 @@ int site(const fader_site_t *s, const int32_t *blob, int64_t T, const void *x, i
     if (p && !p->tokens) p = 0;
     if (!s->panels && !p) return 0;
     char *sc = (char *)scratch;
+    if (s->weights == FADER_PLAIN) {
+        if (x_dtype == FADER_F32)
+            return site_arena<float, PlainFp>(s, p, T, x, xs, out, od, os, sc, bytes, need, nt);
+        return site_arena<u16, PlainBf>(s, p, T, x, xs, out, od, os, sc, bytes, need, nt);
+    }
     if (x_dtype == FADER_F32)
         return site_arena<float, Fp>(s, p, T, x, xs, out, od, os, sc, bytes, need, nt);
 #if FADER_ISA >= 3
