@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -21,6 +21,8 @@ from fader_server.errors import ConfigInvalid
 BARS = {"merged_tpot": 1.01, "delta_tpot": 1.02, "merging_p99": 1.3}
 """Largest ratio that counts as kept: lane to base, with to without an idle lane, p99 while it is
 made to p99 without."""
+Sleep = Callable[[float], Awaitable[None]]
+
 _PARITY_TOKENS = 16
 _POLL_SECONDS = 0.05
 
@@ -106,6 +108,7 @@ async def run(
     *,
     transport: httpx.AsyncBaseTransport | None = None,
     clock: Clock = time.perf_counter,
+    sleep: Sleep = asyncio.sleep,
 ) -> Result:
     """Run everything. ConfigInvalid for what the user can mend, faults are in the result."""
     async with BenchClient(
@@ -120,14 +123,18 @@ async def run(
         others = [name for name in served.adapters if name not in names]
         if not names or not others:
             raise ConfigInvalid("the server needs two adapters: one to merge and one to compare")
-        return await _Run(options, client, Result(served, names[0], others[0])).all()
+        result = Result(served, names[0], others[0])
+        return await _Run(options, client, result, sleep=sleep).all()
 
 
 class _Run:
     """The state of one run."""
 
-    def __init__(self, options: Options, client: BenchClient, result: Result) -> None:
+    def __init__(
+        self, options: Options, client: BenchClient, result: Result, *, sleep: Sleep
+    ) -> None:
         self._options = options
+        self._sleep = sleep
         self._client = client
         self._result = result
         nonce = secrets.token_hex(8)
@@ -207,9 +214,9 @@ class _Run:
             concurrency=options.concurrency,
         )
         async with load:
-            await asyncio.sleep(0.5)
+            await self._sleep(0.5)
             steady = clock()
-            await asyncio.sleep(options.steady_seconds)
+            await self._sleep(options.steady_seconds)
             began = clock()
             await self._merge(busy=True)
             ended = clock()
@@ -228,7 +235,7 @@ class _Run:
         }
         answer = await self._client.post("/v1/merge", body)
         while answer.status_code == 202 or (answer.status_code == 200 and _busy(answer)):
-            await asyncio.sleep(_POLL_SECONDS)
+            await self._sleep(_POLL_SECONDS)
             answer = await self._client.get("/v1/merge")
         lane = answer.json().get("lane") if answer.status_code == 200 else None
         if lane is None:
