@@ -9,7 +9,7 @@
 
 namespace {
 
-enum { SHRINK_RANKS = 8, SHRINK_TOKENS = 64, VECTOR_COLUMNS = 128 };
+enum { SHRINK_RANKS = 8, SHRINK_TOKENS = 64, VECTOR_COLUMNS = 128, FETCH_LINES = 2048 };
 
 struct Item { // one shrink: ranks [r0, r0+nr) of a slot for tokens [t0, t1) of a group's term
     int32_t use, member, r0, nr, t0, t1;
@@ -135,6 +135,14 @@ static void shrink_ranks(int nr, int64_t K, const X *const *x, const Ar *a, cons
     }
 }
 
+// Ask for an item's A while another one is computed. Inline: GCC drops calls that only prefetch.
+template <class Ar>
+FADER_INLINE void shrink_fetch(const fader_site_t &s, const Plan &p, const Item &it) {
+    const int slot = words_at(p, p.slot)[words_at(p, p.use_term)[it.use]];
+    const char *a = (const char *)((const Ar *)s.arena + s.a_off[slot * s.table_stride + it.member] + it.r0 * s.k);
+    for (int64_t at = 0; at < it.nr * s.k * (int64_t)sizeof(Ar); at += 64) prefetch_far(a + at);
+}
+
 template <class X, class Ar>
 static void shrink_item(const fader_site_t &s, const Plan &p, const Delta &d, const Item &it, const X *x,
                         int64_t xs) {
@@ -228,6 +236,27 @@ static void add_vectors(const fader_site_t &s, const int32_t *slot, const float 
         for (int i = 0; i < terms; i++) {
             const int64_t at = vector_of(s, s.bias_off, slot[i], m);
             if (at >= 0) add_scaled(y, gamma[i] * s.scale[slot[i] * s.table_stride + m], arena + at + (c - n0), n);
+        }
+    }
+}
+
+// Ask for what expand_block will read of columns [c0, c1): short pieces of many rows, which no hardware
+// prefetcher follows; the base's products hide the wait. Inline: GCC drops calls that only prefetch.
+template <class Ar>
+FADER_INLINE void expand_fetch(const fader_site_t &s, const Plan &p, int64_t c0, int64_t c1) {
+    const int32_t *tp = words_at(p, p.term_ptr), *sl = words_at(p, p.slot);
+    const int64_t line = 64 / sizeof(Ar);
+    int64_t left = FETCH_LINES;
+    for (int mem = 0; mem < s.members; mem++) {
+        const int64_t n0 = s.cols[2 * mem], n1 = s.cols[2 * mem + 1];
+        const int64_t lo = max64(n0, c0), hi = min64(n1, c1);
+        for (int i = 0; lo < hi && i < tp[p.groups]; i++) {
+            const int r = rank_of(s, sl[i], mem);
+            left -= r * ceil_div(hi - lo, line);
+            if (left < 0) return;
+            const Ar *b = (const Ar *)s.arena + s.b_off[sl[i] * s.table_stride + mem] + (lo - n0);
+            for (int j = 0; j < r; j++, b += n1 - n0)
+                for (int64_t c = 0; c < hi - lo; c += line) prefetch_far(b + c);
         }
     }
 }

@@ -235,5 +235,6 @@ FADER_INLINE V vtanh(V x) {
     return vadd(vset(1.0f), vdiv(vset(-2.0f), vadd(e, vset(1.0f))));
 }
 FADER_INLINE void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
+FADER_INLINE void prefetch_far(const void *p) { __builtin_prefetch(p, 0, 2); } // no nearer than L2
 
 } // namespace

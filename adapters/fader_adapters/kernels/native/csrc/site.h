@@ -81,8 +81,10 @@ int site_run(const fader_site_t *s, const Plan *plan, int64_t T, const In *x, in
         for (int64_t b = from; b < to; b++) Pack::block(x, xs, T, b, into + b * T * Pack::PER_BLOCK);
     };
     share(nt, pack_items + shrink_items, [&](int64_t i, int) {
-        if (i < shrink_items) shrink_item<In, Ar>(*s, *plan, d, d.item[i], x, xs);
-        else {
+        if (i < shrink_items) {
+            if (i + nt < shrink_items) shrink_fetch<Ar>(*s, *plan, d.item[i + nt]);
+            shrink_item<In, Ar>(*s, *plan, d, d.item[i], x, xs);
+        } else {
             const int64_t from = (i - shrink_items) * PACK_BLOCKS;
             pack(from, min64(pack_blocks, from + PACK_BLOCKS), packs);
         }
@@ -99,6 +101,7 @@ int site_run(const fader_site_t *s, const Plan *plan, int64_t T, const In *x, in
         const int64_t c0 = cb * width, c1 = min64(n, c0 + width), p0 = cb * bp;
         float *a = acc;
         int64_t as = width;
+        if (plan) expand_fetch<Ar>(*s, *plan, c0, c1);
         if (s->panels) {
             Rows<X> xc = direct ? Pack::view(x, xs) : Rows<X>{packed, Pack::PER_BLOCK, T * (int64_t)Pack::PER_BLOCK};
             xc.p += m0 * xc.row;
