@@ -7,6 +7,7 @@ AdapterError
 ├── ArenaFull             does not fit now: what is loaded and leased leaves too little room
 ├── AdapterNotFound       no such name or version
 ├── AdapterExists         the name is taken
+│   └── NameReserved      by something that is no adapter: the base or a recipe
 ├── VersionConflict       compare-and-swap on a version that moved
 ├── BlendInvalid          weights, number of terms, duplicates
 ├── SourceForbidden       outside the allowed roots, or not a plain file
@@ -46,6 +47,10 @@ class AdapterNotFound(AdapterError):
 
 class AdapterExists(AdapterError):
     """The name is taken."""
+
+
+class NameReserved(AdapterExists):
+    """The name belongs to the base or a recipe."""
 
 
 class VersionConflict(AdapterError):

@@ -68,7 +68,8 @@ class Merger:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """dtype: of the activations. Raises BlendInvalid when no linear would change."""
+        """dtype: of the activations. Raises BlendInvalid when no linear would change, or the output
+        head or the embedding would: a lane shares the base's."""
         self.spec = spec
         self._installed = installed
         self._backend = backend
@@ -76,6 +77,13 @@ class Merger:
         self._dtype = dtype
         self._device = device
         touched = changes.linears()
+        ends = [i for i in sorted(touched) if not installed.spec.linears[i].inside]
+        if ends:
+            paths = ", ".join(installed.spec.linears[i].path for i in ends)
+            raise BlendInvalid(
+                f"the blend adapts {paths}, and a merged lane shares these with the base (they are "
+                "not in 4 bits, and may be one weight): serve it unmerged, or merge it offline"
+            )
         self._sites = [s for s in installed.sites if touched.intersection(s.spec.linears)]
         if not self._sites:
             raise BlendInvalid("the blend changes no linear of the base: there is nothing to merge")

@@ -1,9 +1,7 @@
 """Puts Fader's linears into a transformers model. Knows modules and sites, not adapters by name."""
 
-import hashlib
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
@@ -11,11 +9,19 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fader_adapters.describe import describe, linears
 from fader_adapters.errors import BaseUnsupported
 from fader_adapters.kernels import nf4
-from fader_adapters.kernels.backend import Backend, BaseLinear, SiteKernel, Step
-from fader_adapters.kernels.dense import DenseLinear
-from fader_adapters.spec import BaseSpec, Digest, LinearSpec, SiteSpec
+from fader_adapters.kernels.backend import (
+    Backend,
+    BaseLinear,
+    LookupBackend,
+    LookupKernel,
+    SiteKernel,
+    Step,
+)
+from fader_adapters.kernels.dense import DenseLinear, EmbeddingTable
+from fader_adapters.spec import BaseSpec, SiteSpec
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Siblings that read one input in every transformers family that has them."""
@@ -32,13 +38,25 @@ class StepState:
         self.step: Step | None = None
         self.lane: Mapping[Site, BaseLinear] | None = None
         """Other weights to run instead of the sites' own, without any delta; None: the base's."""
+        self.head: Callable[[torch.Size], Step | None] | None = None
+        """The same for the rows the output head is given, by the shape of what it is given."""
+
+    def at(self, x: torch.Tensor, *, head: bool) -> Step | None:
+        """What a site that is called with `x` has to do."""
+        if not head:
+            return self.step
+        return None if self.head is None else self.head(x.shape)
 
 
 class Site:
     """Linears that share an input, computed together when the first of them is called."""
 
-    def __init__(self, spec: SiteSpec, kernel: SiteKernel, state: StepState) -> None:
+    def __init__(
+        self, spec: SiteSpec, kernel: SiteKernel, state: StepState, *, head: bool = False
+    ) -> None:
+        """`head`: it sees the rows whose logits are wanted, not all tokens of the step."""
         self.spec = spec
+        self._head = head
         self.kernel = kernel
         self._state = state
         self._starts = [sum(spec.out_features[:i]) for i in range(len(spec.out_features))]
@@ -57,7 +75,10 @@ class Site:
             return y
         rows = x.reshape(-1, self.spec.in_features)
         merged = None if lane is None else lane.get(self)
-        y = self.kernel(rows, step) if merged is None else merged(rows)
+        if merged is None:
+            y = self.kernel(rows, self._state.at(x, head=self._head))
+        else:
+            y = merged(rows)
         if len(self._starts) == 1:
             return y.view(*x.shape[:-1], y.shape[-1])
         parts = torch.split(
@@ -85,38 +106,80 @@ class SiteLinear(nn.Module):
         return f"{self.in_features} → {self.out_features}, {self.site.kernel.base!r}"
 
 
+class SiteHead(SiteLinear):
+    """Stands where the output head stood, and keeps its weight: tied stays tied."""
+
+    def __init__(self, site: Site, head: nn.Linear) -> None:
+        super().__init__(site, 0)
+        self.weight, self.bias = head.weight, head.bias
+
+
+class SiteEmbedding(nn.Module):
+    """Stands where the embedding stood: token ids [...] → [..., width]."""
+
+    def __init__(self, inner: nn.Embedding, kernel: LookupKernel, state: StepState) -> None:
+        super().__init__()
+        self.inner: nn.Module = inner
+        self._kernel = kernel
+        self._state = state
+
+    @property
+    def weight(self) -> object:
+        """The table, as long as the embedding has one of its own."""
+        return getattr(self.inner, "weight", None)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        y = self.inner(ids)
+        self._kernel(y.view(-1, y.shape[-1]), ids.reshape(-1), self._state.step)
+        return y
+
+
 @dataclass(frozen=True)
 class Installed:
     """What `install` made of a model."""
 
     spec: BaseSpec
     sites: tuple[Site, ...]
+    """Of the linears; the head's is not among them."""
     state: StepState
+    head: Site | None = None
+    table: EmbeddingTable | None = None
 
     @property
     def nbytes(self) -> int:
-        """Resident bytes of every site's base weight."""
+        """Resident bytes of every linear's base weight; head and embedding are the model's own."""
         return sum(site.kernel.base.nbytes for site in self.sites)
 
     def panels(self, linear: int) -> Iterator[torch.Tensor]:
         """W [out, in] of one linear in fp32, a few rows at a time; see BaseWeights."""
-        site = next(site for site in self.sites if linear in site.spec.linears)
-        place = site.spec.linears.index(linear)
-        start = sum(site.spec.out_features[:place])
-        stop = start + site.spec.out_features[place]
-        step = max(PANEL_ROWS, PANEL_WEIGHTS // site.spec.in_features)
+        base, start = self._base(linear)
+        spec = self.spec.linears[linear]
+        stop, step = start + spec.out_features, max(PANEL_ROWS, PANEL_WEIGHTS // spec.in_features)
         for at in range(start, stop, step):
-            yield site.kernel.base.rows(at, min(stop, at + step))
+            yield base.rows(at, min(stop, at + step))
+
+    def _base(self, linear: int) -> tuple[BaseLinear, int]:
+        """Where a linear's rows are, and the first of them."""
+        if self.spec.linears[linear].role == "embedding":
+            assert self.table is not None
+            return self.table, 0
+        sites = self.sites if self.head is None else (*self.sites, self.head)
+        site = next(site for site in sites if linear in site.spec.linears)
+        place = site.spec.linears.index(linear)
+        return site.kernel.base, sum(site.spec.out_features[:place])
 
 
 def install(model: PreTrainedModel, backend: Backend, *, name: str = "") -> Installed:
-    """Replace every linear inside the decoder by Fader's, in place.
+    """Replace every linear by Fader's, in place, and the embedding, if the backend adapts those.
 
-    bitsandbytes' NF4 linears hand over their packed bytes; plain linears and Conv1D keep their
-    tensors. The output embedding stays as it is. Raises BaseUnsupported.
+    bitsandbytes' NF4 linears hand over their packed bytes; plain linears, Conv1D, the output head
+    and the embedding keep their tensors. Raises BaseUnsupported.
     """
     spec = describe(model, name=name)
-    found = list(_linears(model))
+    if not isinstance(backend, LookupBackend):
+        kept = tuple(item for item in spec.linears if item.role != "embedding")
+        spec = replace(spec, linears=kept)
+    found = list(linears(model))
     state = StepState()
     sites: list[Site] = []
     for members in _groups(found):
@@ -132,48 +195,37 @@ def install(model: PreTrainedModel, backend: Backend, *, name: str = "") -> Inst
         sites.append(site)
         for place, index in enumerate(members):
             path, _ = found[index]
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, SiteLinear(site, place))
+            _put(model, path, SiteLinear(site, place))
             found[index] = (path, nn.Identity())  # lets go of the original weight
-    return Installed(spec, tuple(sites), state)
+    head = table = None
+    for index, item in enumerate(spec.linears):
+        site_spec = SiteSpec((index,), item.in_features, (item.out_features,))
+        if item.role == "head":
+            head = _install_head(model, site_spec, item.path, backend, state)
+        elif item.role == "embedding":
+            assert isinstance(backend, LookupBackend)
+            inner = model.get_submodule(item.path)
+            assert isinstance(inner, nn.Embedding)
+            assert isinstance(inner.weight, nn.Parameter)
+            table = EmbeddingTable(inner.weight)
+            _put(model, item.path, SiteEmbedding(inner, backend.bind_lookup(site_spec), state))
+    return Installed(spec, tuple(sites), state, head, table)
 
 
-def describe(model: PreTrainedModel, *, name: str = "") -> BaseSpec:
-    """The linears of a model that adapters may target; no weight is looked at.
-
-    Raises BaseUnsupported when there is none.
-    """
-    found = list(_linears(model))
-    if not found:
-        raise BaseUnsupported(f"{type(model).__name__} has no linear that an adapter could target")
-    return _spec(model, found, name)
-
-
-def _linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    head = model.get_output_embeddings()
-    for path, module in model.named_modules():
-        if module is not head and isinstance(module, nn.Linear | Conv1D):
-            yield path, module
+def _install_head(
+    model: PreTrainedModel, spec: SiteSpec, path: str, backend: Backend, state: StepState
+) -> Site:
+    head = model.get_submodule(path)
+    assert isinstance(head, nn.Linear)
+    base = DenseLinear(head.weight.data, _bias(head))
+    site = Site(spec, backend.bind(spec, base), state, head=True)
+    _put(model, path, SiteHead(site, head))
+    return site
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
-    """(in, out)"""
-    if isinstance(module, Conv1D):
-        return module.nx, module.nf
-    assert isinstance(module, nn.Linear)
-    return module.in_features, module.out_features
-
-
-def _spec(model: PreTrainedModel, found: list[tuple[str, nn.Module]], name: str) -> BaseSpec:
-    linears = []
-    state = hashlib.sha256(model.config.model_type.encode())
-    for path, module in found:
-        width, out = _shape(module)
-        layer = re.search(r"\.(\d+)\.", path)
-        conv1d = isinstance(module, Conv1D) or getattr(module, "source_cls", None) is Conv1D
-        linears.append(LinearSpec(path, width, out, int(layer[1]) if layer else None, conv1d))
-        state.update(f"\0{path}\0{width}\0{out}".encode())
-    return BaseSpec(tuple(linears), Digest(state.hexdigest()), model.config.model_type, name)
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def _groups(found: list[tuple[str, nn.Module]]) -> Iterator[list[int]]:

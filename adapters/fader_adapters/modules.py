@@ -37,6 +37,9 @@ def check_modules(
     Raises AdapterInvalid, AdapterMismatch, AdapterTooLarge.
     """
     view = view_base(named.modules, base)
+    for path, info in named.copies.items():
+        if path not in named.modules:
+            raise AdapterInvalid(f"tensor {info.name[:160]!r} belongs to no adapted module")
     _check_targets(config, named, view)
     return tuple(
         _module(path, tensors, view, config, limits) for path, tensors in named.modules.items()
@@ -60,8 +63,8 @@ def _check_targets(config: LoraConfig, named: Named, view: View) -> None:
                     f"the file has tensors for {path[:160]!r}, target_modules does not select it"
                 )
         for path, place in theirs.items():
-            # "all-linear" leaves out what is outside the layers: the output head, embeddings.
-            optional = targets.include == ALL_LINEAR and place.layer is None
+            # "all-linear" leaves out the output head, which some adapters have nevertheless.
+            optional = targets.include == ALL_LINEAR and place.role != "linear"
             if path not in named.modules and not optional and targets.select(path):
                 raise AdapterInvalid(
                     f"target_modules selects {path[:160]!r}, the file has no tensors for it: "
@@ -99,8 +102,8 @@ def _module(
 
 def _check_dimensions(tensors: ModuleTensors, place: Place) -> None:
     given = (tensors.a.shape[1], tensors.b.shape[0])
-    if tensors.embedding != place.embedding:
-        expected = "an embedding" if place.embedding else "a linear"
+    if tensors.embedding != (place.role == "embedding"):
+        expected = "a linear" if tensors.embedding else "an embedding"
         raise AdapterMismatch(f"{place.path!r} of the base is {expected}, of the adapter not")
     if given != (place.in_features, place.out_features):
         raise AdapterMismatch(
@@ -118,8 +121,8 @@ def _check_vectors(path: str, tensors: ModuleTensors, config: LoraConfig) -> Non
     ):
         if (info is not None) != wanted:
             raise AdapterInvalid(
-                f"{path[:160]!r} has {'a' if info else 'no'} {what}, the config says "
-                f"{flag} = {str(wanted).lower()}"
+                f"adapter_config.json: {flag} = {str(wanted).lower()}, but {path[:160]!r} has "
+                f"{'a' if info else 'no'} {what}"
             )
         out = tensors.b.shape[0]
         if info is not None and (max(info.shape, default=0), math.prod(info.shape)) != (out, out):

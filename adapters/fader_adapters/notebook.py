@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fader_adapters.errors import BlendInvalid
-from fader_adapters.kernels.backend import BackendName, choose
+from fader_adapters.kernels.backend import BackendName, Step, choose
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.layers import Installed, install
 from fader_adapters.leases import AdapterRef
@@ -77,7 +77,7 @@ class Attached:
             yield
         finally:
             self._rows = None
-            self._installed.state.step = None
+            self._installed.state.step = self._installed.state.head = None
             for lease in leases:
                 self._pool.release(tuple(v for v in lease.adapters if v in self._pool))
                 lease.release()
@@ -90,17 +90,24 @@ class Attached:
             setattr(self._model.get_submodule(parent), child, self._originals[linear.path])
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._installed.state.step = None
-        if self._rows is None:
+        state = self._installed.state
+        state.step = state.head = None
+        rows = self._rows
+        if rows is None:
             return
         given = kwargs.get("input_ids")
         given = kwargs.get("inputs_embeds") if given is None else given
         given = args[0] if given is None else given
         count, length = given.shape[:2]
-        if count != len(self._rows):
-            raise BlendInvalid(f"the batch has {count} rows, `rows` named {len(self._rows)}")
-        terms = StepTerms(tuple(RowTerms(length, row) for row in self._rows))
-        self._installed.state.step = self._backend.prepare(self._tables, terms)
+        if count != len(rows):
+            raise BlendInvalid(f"the batch has {count} rows, `rows` named {len(rows)}")
+
+        def step(length: int) -> Step | None:
+            terms = StepTerms(tuple(RowTerms(length, row) for row in rows))
+            return self._backend.prepare(self._tables, terms)
+
+        state.step = step(length)
+        state.head = lambda shape: step(shape[1])
 
     def _forget(self, version: Digest) -> None:
         self._pool.forget(version)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fader_adapters.errors import AdapterInvalid
+from fader_adapters.errors import AdapterInvalid, AdapterMismatch
 from fader_adapters.factors import Factors, Linear, Part, put_together
 from fader_adapters.header import TensorInfo, read_header
 from fader_adapters.limits import Limits
@@ -75,6 +75,9 @@ def read_adapter(
     config = read_config(raw.config, limits)
     named = sort_tensors(read_header(raw.weights, limits))
     modules = check_modules(named, config, base, limits)
+    for module in modules:
+        if module.path in named.copies:
+            _check_copy(raw.weights, named.copies[module.path], module, dtype, weights)
     linears = {
         index: _linear(raw.weights, index, shared, base, dtype, weights)
         for index, shared in _by_linear(modules).items()
@@ -87,7 +90,7 @@ def read_adapter(
     spec = lay_out(
         base,
         _version(raw.weights, config, modules),
-        (_shape(index, linear) for index, linear in linears.items()),
+        (_shape(index, linear, base) for index, linear in linears.items()),
     )
     report = AdapterReport(
         modules=reports,
@@ -100,6 +103,41 @@ def read_adapter(
     )
     factors = tuple(linear.factors for linear in linears.values())
     return ParsedAdapter(spec, report, dtype, factors)
+
+
+def _check_copy(
+    data: bytes,
+    info: TensorInfo,
+    module: Module,
+    dtype: torch.dtype,
+    weights: BaseWeights | None,
+) -> None:
+    """A weight of the base that PEFT saved beside the adapter must be the base's own, rounded.
+
+    PEFT does so by default for the embedding and the output head, and loads them in their place.
+    """
+    remedy = "save with save_embedding_layers=False"
+    if weights is None:
+        raise AdapterInvalid(
+            f"tensor {info.name[:160]!r} is a copy of the base's own weight, which is not at hand "
+            f"here to compare it with; {remedy}"
+        )
+    place, (span, *others) = module.place, module.place.spans
+    copy = _tensor(data, info)
+    copy = copy.t() if place.role == "embedding" else copy
+    if others or copy.shape != (place.out_features, place.in_features):
+        raise AdapterMismatch(
+            f"tensor {info.name[:160]!r} has shape {info.shape}, {place.path!r} of the base another"
+        )
+    at = 0
+    for panel in weights.panels(span.linear):
+        rows = copy[at : at + panel.shape[0]]
+        at += panel.shape[0]
+        if not torch.equal(rows.to(dtype), panel.to(dtype)):
+            raise AdapterMismatch(
+                f"tensor {info.name[:160]!r} differs from the base's own weight: it was trained "
+                f"or belongs to another base; where it was not trained, {remedy}"
+            )
 
 
 def _by_linear(modules: Iterable[Module]) -> dict[int, list[Module]]:
@@ -126,7 +164,7 @@ def _linear(
         if weights is None:
             raise AdapterInvalid(
                 "adapter_config.json: use_dora = true scales the base's own weights, which are not "
-                "at hand here; name the base"
+                "at hand here; expected an adapter of low-rank deltas alone"
             )
         panels = weights.panels(index)
     return put_together(parts, base.linears[index].out_features, dtype, panels)
@@ -158,12 +196,12 @@ def _tensor(weights: bytes, info: TensorInfo) -> torch.Tensor:
     return torch.frombuffer(private, dtype=_DTYPES[info.dtype]).view(info.shape)
 
 
-def _shape(index: int, linear: Linear) -> RankScale:
+def _shape(index: int, linear: Linear, base: BaseSpec) -> RankScale:
     factors = linear.factors
     return RankScale(
         index,
         factors.rank,
-        linear.scale,
+        linear.scale * base.linears[index].multiplier,
         gain=factors.gain is not None,
         bias=factors.bias is not None,
     )

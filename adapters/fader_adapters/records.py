@@ -22,10 +22,10 @@ class AdapterStatus:
     report: AdapterReport
     nbytes: int
     leases: int
-    """On the current version, under any name."""
+    """On this version, under any name."""
     pinned: bool
     retired: tuple[Digest, ...]
-    """Earlier versions of this name that are still leased, sorted."""
+    """Earlier versions of this name that are still leased or claimed, sorted."""
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +36,8 @@ class NameRecord:
     pinned: bool
     used: int
     """The store's clock when it was last leased or published."""
+    former: set[Digest] = field(default_factory=set)
+    """Versions in memory that it meant before."""
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +49,8 @@ class VersionRecord:
     """Where it is current."""
     former: set[str] = field(default_factory=set)
     """Where it was current before."""
+    kept: set[str] = field(default_factory=set)
+    """Of `names` and `former`, those for which it is claimed."""
     leases: int = 0
     reservations: int = 0
     forgets: int = 0
@@ -54,11 +58,11 @@ class VersionRecord:
 
     @property
     def wanted(self) -> bool:
-        return bool(self.names or self.leases or self.reservations)
+        return bool(self.names or self.kept or self.leases or self.reservations)
 
     def retired_from(self, name: str) -> bool:
-        """Whether the name meant this version before and a lease still holds it."""
-        return name in self.former and self.leases > 0
+        """Whether the name meant this version before and a lease or a claim still holds it."""
+        return name in self.former and (self.leases > 0 or name in self.kept)
 
 
 def check_name(name: str) -> None:

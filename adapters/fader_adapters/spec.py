@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NewType, Protocol
+from typing import TYPE_CHECKING, Literal, NewType, Protocol
 
 from fader_adapters.errors import BlendInvalid
 
@@ -107,10 +107,17 @@ class LinearSpec:
     """Index of the decoder layer, None outside the layers."""
     conv1d: bool = False
     """transformers' Conv1D: the checkpoint's weight is [in, out] (PEFT's fan_in_fan_out)."""
-    embedding: bool = False
-    """A lookup: W [out, in] is the table transposed, x is a token as a one-hot vector."""
+    role: Literal["linear", "head", "embedding"] = "linear"
+    """The head gives logits. An embedding's W [out, in] is its table transposed, x is one-hot."""
+    multiplier: float = 1.0
+    """What the module multiplies its output by; the scale of a delta holds it."""
     parts: tuple[int, ...] = ()
     """Rows of each linear that is packed into this one, in the order of PACKED."""
+
+    @property
+    def inside(self) -> bool:
+        """Not the head, no embedding: what "all-linear" means."""
+        return self.role == "linear"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +141,8 @@ class BaseSpec:
     model_type: str
     name: str = ""
     """What the base was loaded from; shown, never compared."""
+    tied: bool = False
+    """The head's weight is the embedding's table."""
 
     @cached_property
     def index_of(self) -> dict[str, int]:

@@ -1,33 +1,32 @@
 """Names, versions and leases of adapters in host memory. One thread, no I/O, never waits.
 
-A version's life: reserved → current under one or more names → retired (no name, still leased) →
-leaving (`on_retired` was called: the device is told to forget it) → reclaimed (memory is free).
+A version's life: reserved → current under one or more names → retired (no name, but leased or
+claimed) → leaving (`on_retired` was called: the device shall forget it) → reclaimed (memory free).
 """
 
 from collections.abc import Callable, Sequence
 
+from fader_adapters.books import Books
+from fader_adapters.claims import Claims
 from fader_adapters.errors import (
     AdapterExists,
-    AdapterNotFound,
     ArenaFull,
     BlendInvalid,
+    NameReserved,
 )
-from fader_adapters.leases import AdapterRef, HostAdapter, Lease, LeasedTerm, Reservation
+from fader_adapters.leases import AdapterRef, HostAdapter, Lease, Reservation
 from fader_adapters.parse import ParsedAdapter
 from fader_adapters.records import (
-    VERSION_PREFIX,
-    AdapterStatus,
     NameRecord,
     VersionRecord,
     check_name,
     check_version,
-    check_weight,
 )
 from fader_adapters.spec import Blend, Digest, Term
 from fader_adapters.tiers import HostTier
 
 
-class Store:
+class Store(Books):
     """The host tier's books. All methods belong to one thread (the event loop's)."""
 
     def __init__(
@@ -38,16 +37,15 @@ class Store:
         max_adapters: int = 1024,
         max_terms: int = 8,
     ) -> None:
-        """`on_retired(version)` is called when a version has neither name nor lease any more.
+        """`on_retired(version)` is called when nothing names, leases or claims a version any more.
 
         Its memory stays until `reclaim(version)` answers that the device has forgotten it.
         """
+        super().__init__()
         self._tier = tier
         self._on_retired = on_retired
         self._max_adapters = max_adapters
         self._max_terms = max_terms
-        self._names: dict[str, NameRecord] = {}
-        self._versions: dict[Digest, VersionRecord] = {}
         self._clock = 0
         self._leases = 0
 
@@ -55,16 +53,6 @@ class Store:
     def leases(self) -> int:
         """Leases not yet released."""
         return self._leases
-
-    @property
-    def versions(self) -> int:
-        """Versions in memory: current, retired and leaving."""
-        return len(self._versions)
-
-    @property
-    def leaving(self) -> int:
-        """Versions whose memory comes back as soon as the device has forgotten them."""
-        return sum(1 for entry in self._versions.values() if entry.forgets)
 
     @property
     def used_bytes(self) -> int:
@@ -88,6 +76,7 @@ class Store:
             raise ArenaFull(
                 f"the adapter needs {parsed.nbytes} bytes in one piece, {self.used_bytes} of "
                 f"{self.total_bytes} are in use; unload an adapter or wait for its last request"
+                + (", or delete recipes that keep versions" if self._claims.versions else "")
             )
         return Reservation(parsed, flat, shared=False, give_back=self._cancel)
 
@@ -98,18 +87,20 @@ class Store:
         *,
         replace: bool = False,
         if_version: str | None = None,
-        pin: bool = False,
+        pin: bool | None = None,
     ) -> HostAdapter:
         """Let `name` mean the reserved version from now on; running leases keep theirs.
 
-        `if_version` asks that the name is at this version (12 or more hex digits), or free for "".
-        Raises AdapterInvalid (the name), AdapterExists, VersionConflict, ArenaFull (too many
-        names); the reservation stays open then.
+        `pin` None leaves it as it is, and a new name without one. `if_version` asks that the name
+        is at this version (12 or more hex digits), or free for "".
+        Raises AdapterInvalid (the name), AdapterExists, NameReserved, VersionConflict, ArenaFull
+        (too many names); the reservation stays open then.
         """
         assert reservation.open
         assert reservation.filled
         record = self._names.get(name)
         check_name(name)
+        self.check_unclaimed(name)
         check_version(name, self._current(name), if_version)
         if record is not None and not replace and if_version is None:
             raise AdapterExists(f"the adapter {name!r} is loaded already; ask to replace it")
@@ -117,28 +108,64 @@ class Store:
             raise ArenaFull(f"{len(self._names)} adapters are loaded, the limit; unload one first")
         entry = self._settle_reservation(reservation)
         old = self._versions[record.version] if record is not None else None
+        if record is None:
+            record = self._names[name] = NameRecord(entry.adapter.version, False, 0)
+        record.version, record.used = entry.adapter.version, self._tick()
+        record.pinned = record.pinned if pin is None else pin
         entry.names.add(name)
         entry.former.discard(name)
-        self._names[name] = NameRecord(entry.adapter.version, pin, self._tick())
+        record.former.discard(record.version)
+        self._keep_if_claimed(entry, name)
         if old is not None and old is not entry:
             old.names.discard(name)
-            old.former.add(name)
+            self._note_former(old, name)
             self._retire_unwanted(old)
         return entry.adapter
 
+    def adopt(self, name: str, reservation: Reservation) -> None:
+        """Take a claimed version in as an earlier one of the name, which stays where it is.
+
+        Raises AdapterNotFound, and the reservation stays open then.
+        """
+        assert reservation.open
+        assert reservation.filled
+        record = self._record(name)
+        entry = self._settle_reservation(reservation)
+        if entry.adapter.version != record.version:
+            self._note_former(entry, name)
+        self._keep_if_claimed(entry, name)
+        self._retire_unwanted(entry)
+
+    def claim(self, claims: Claims) -> None:
+        """Replace what is claimed; versions that nothing holds any more go.
+
+        Raises NameReserved when an adapter has a name that is claimed, and nothing changes.
+        """
+        for name in sorted(claims.names & self._names.keys()):
+            raise NameReserved(f"{name!r} is the name of an adapter; choose another")
+        self._claims = claims
+        for entry in tuple(self._versions.values()):
+            was_wanted = entry.wanted
+            entry.kept.clear()
+            for name in entry.names | entry.former:
+                self._keep_if_claimed(entry, name)
+            if was_wanted:
+                self._retire_unwanted(entry)
+
     def unload(self, name: str, if_version: str | None = None) -> None:
-        """Forget the name at once; its versions go when their last lease ends.
+        """Forget the name and its claims at once; its versions go when their last lease ends.
 
         Raises AdapterNotFound, VersionConflict.
         """
-        record = self._record(name)
+        versions = self.known_versions(name)
         check_version(name, self._current(name), if_version)
         del self._names[name]
-        for entry in self._versions.values():
-            entry.former.discard(name)
-        entry = self._versions[record.version]
-        entry.names.discard(name)
-        self._retire_unwanted(entry)
+        for entry in [self._versions[version] for version in versions]:
+            was_wanted = entry.wanted
+            for names in (entry.names, entry.former, entry.kept):
+                names.discard(name)
+            if was_wanted:
+                self._retire_unwanted(entry)
 
     def pin(self, name: str, *, pinned: bool) -> None:
         """Exempt the name from `idle`, or not. Raises AdapterNotFound."""
@@ -174,63 +201,17 @@ class Store:
         assert entry.forgets >= 0
         if not entry.wanted and not entry.forgets:
             del self._versions[version]
+            for name in entry.former:
+                self._names[name].former.discard(version)
             self._tier.free(entry.adapter.flat)
 
-    def status(self, name: str) -> AdapterStatus:
-        """Raises AdapterNotFound."""
-        record = self._record(name)
-        entry = self._versions[record.version]
-        return AdapterStatus(
-            name=name,
-            version=record.version,
-            report=entry.adapter.report,
-            nbytes=entry.adapter.nbytes,
-            leases=entry.leases,
-            pinned=record.pinned,
-            retired=tuple(sorted(v for v, e in self._versions.items() if e.retired_from(name))),
-        )
+    def _note_former(self, entry: VersionRecord, name: str) -> None:
+        entry.former.add(name)
+        self._names[name].former.add(entry.adapter.version)
 
-    def list(self) -> tuple[AdapterStatus, ...]:
-        """Every name, sorted."""
-        return tuple(self.status(name) for name in sorted(self._names))
-
-    def idle(self) -> tuple[str, ...]:
-        """Names that could be unloaded to make room, longest unused first: no lease, no pin."""
-        names = [
-            name
-            for name, record in self._names.items()
-            if not record.pinned and not self._versions[record.version].leases
-        ]
-        return tuple(sorted(names, key=lambda name: self._names[name].used))
-
-    def _record(self, name: str) -> NameRecord:
-        record = self._names.get(name)
-        if record is None:
-            raise AdapterNotFound(f"no adapter {name[:160]!r} is loaded")
-        return record
-
-    def _current(self, name: str) -> str:
-        """The version of a name, "" when it is free."""
-        record = self._names.get(name)
-        return record.version if record is not None else ""
-
-    def _resolve(self, ref: AdapterRef) -> LeasedTerm:
-        check_weight(ref.weight)
-        record = self._record(ref.name)
-        if ref.version is None:
-            return LeasedTerm(ref.name, record.version, ref.weight)
-        live = [
-            version
-            for version, entry in self._versions.items()
-            if version.startswith(ref.version)
-            and (version == record.version or entry.retired_from(ref.name))
-        ]
-        if not VERSION_PREFIX.fullmatch(ref.version) or len(live) != 1:
-            raise AdapterNotFound(
-                f"no live version {ref.version[:64]!r} of adapter {ref.name!r}; it is at "
-                f"{record.version[:12]}"
-            )
-        return LeasedTerm(ref.name, live[0], ref.weight)
+    def _keep_if_claimed(self, entry: VersionRecord, name: str) -> None:
+        if (name, entry.adapter.version) in self._claims.versions:
+            entry.kept.add(name)
 
     def _settle_reservation(self, reservation: Reservation) -> VersionRecord:
         """The version a reservation now belongs to, created unless it is here already."""

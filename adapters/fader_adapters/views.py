@@ -4,6 +4,7 @@ split. Knows names and shapes; reads no tensors.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from fader_adapters.errors import AdapterMismatch
 from fader_adapters.spec import PACKED, BaseSpec, LinearSpec
@@ -30,8 +31,7 @@ class Place:
     """With the base's prefix."""
     in_features: int
     spans: tuple[Span, ...]
-    layer: int | None
-    embedding: bool
+    role: Literal["linear", "head", "embedding"]
 
     @property
     def out_features(self) -> int:
@@ -125,4 +125,4 @@ def _whole(index: int, linear: LinearSpec) -> Place:
 
 
 def _place(path: str, linear: LinearSpec, spans: tuple[Span, ...]) -> Place:
-    return Place(path, linear.in_features, spans, linear.layer, linear.embedding)
+    return Place(path, linear.in_features, spans, linear.role)

@@ -7,12 +7,14 @@ from starlette.responses import Response
 
 from fader_adapters.errors import AdapterError
 from fader_server.api import admin, merge, models, probes, routes, vllm
+from fader_server.api import recipes as recipe_routes
 from fader_server.api.auth import Guard, requires
 from fader_server.api.choosing import Limits
 from fader_server.api.context import BaseModel, Context
 from fader_server.api.edge import Edge
 from fader_server.api.errors import describe
 from fader_server.api.generate import Generator, Patience
+from fader_server.api.named_blends import Recipes
 from fader_server.api.observe import Board, gauges, merge_gauges
 from fader_server.api.ports import Adapters, Engine, Merging, Tokenizer
 from fader_server.api.sse import Pace
@@ -27,6 +29,7 @@ def build(
     *,
     engine: Engine,
     adapters: Adapters,
+    recipes: Recipes,
     tokenizer: Tokenizer,
     metrics: Metrics,
     version: str,
@@ -37,8 +40,10 @@ def build(
     `metrics` is given because the engine tells its steps to the same one. Not ready until
     `context.readiness.reason` is set to "".
     """
-    context = _context(config, base, engine, adapters, tokenizer, metrics, version, merging)
-    metrics.add_gauges(gauges(engine, adapters, context.board))
+    context = _context(
+        config, base, engine, adapters, recipes, tokenizer, metrics, version, merging
+    )
+    metrics.add_gauges(gauges(engine, adapters, recipes, context.board))
     app = FastAPI(
         title="Fader",
         version=version,
@@ -55,6 +60,7 @@ def build(
         (admin.user_router, user),
         (vllm.user_router, user),
         (admin.admin_router, administrator),
+        (recipe_routes.admin_router, administrator),
         (vllm.admin_router, administrator),
     ):
         app.include_router(router, dependencies=[Depends(check)])
@@ -74,6 +80,7 @@ def _context(
     base: BaseModel,
     engine: Engine,
     adapters: Adapters,
+    recipes: Recipes,
     tokenizer: Tokenizer,
     metrics: Metrics,
     version: str,
@@ -84,12 +91,14 @@ def _context(
         base=base,
         engine=engine,
         adapters=adapters,
+        recipes=recipes,
         tokenizer=tokenizer,
         generator=Generator(
             engine,
             adapters,
             tokenizer,
             base_name=base.name,
+            recipes=recipes.find,
             max_model_len=base.max_model_len,
             patience=Patience(config.first_token_timeout, config.request_timeout),
         ),

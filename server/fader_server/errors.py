@@ -10,6 +10,11 @@ FaderError
 ├── MergeNoMemory         a merged lane does not fit beside what is reserved
 ├── MergeNotFound         there is no merged lane and none is being made
 ├── MergeLossy            4 bits would lose too much of the blend
+├── RecipeNotFound        an administrator named a recipe that is not there
+├── RecipeConflict        compare-and-swap on a recipe that moved
+├── RecipeIncomplete      the recipe is there, an adapter that it names is not
+├── ServerRefused         a running server said no, or there is none (exit code 2)
+├── ServerFailed          a running server failed, or what answered is none (exit code 1)
 ├── Overloaded            the queue is full, or the server drains: try again later
 ├── RequestTimeout        a request's own deadline passed
 └── EngineFault           a fault inside the engine; the request failed, others go on
@@ -63,6 +68,26 @@ class MergeNotFound(FaderError):
 
 class MergeLossy(FaderError):
     """The merged lane in 4 bits would not be the blend any more."""
+
+
+class RecipeNotFound(FaderError):
+    """No recipe has this name."""
+
+
+class RecipeConflict(FaderError):
+    """The recipe is at another digest than the caller expected."""
+
+
+class RecipeIncomplete(FaderError):
+    """The recipe names an adapter or a version that is not loaded."""
+
+
+class ServerRefused(FaderError):
+    """A running server said no, or there is none: the caller can mend it."""
+
+
+class ServerFailed(FaderError):
+    """A running server failed, or what answered is no Fader."""
 
 
 class Overloaded(FaderError):

@@ -7,23 +7,31 @@ import sys
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 from fastapi import FastAPI
 from rich.console import Console
 
+from fader_adapters.claims import Claims
 from fader_server import app
 from fader_server.api.context import BaseModel
 from fader_server.api.edge import JsonFormatter
+from fader_server.api.named_blends import Recipes
 from fader_server.api.ports import Adapters, Engine, Merging, Tokenizer
 from fader_server.config import ServeConfig
 from fader_server.metrics import Metrics
+from fader_server.recipes import RecipeBook, claims_of
 from fader_server.serving import bind, serve
-from fader_server.state import RememberedAdapters, StateFile
+from fader_server.state import RememberedAdapters, recipes_in
+from fader_server.state_entries import State
+from fader_server.state_file import StateFile
 
 _log = logging.getLogger("fader")
 
 
 Background = Callable[[], Coroutine[None, None, None]]
+Prepare = Callable[[Adapters, Recipes], Coroutine[None, None, None]]
+"""Raises ConfigInvalid for what the user can mend."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +45,14 @@ class World:
     background: tuple[Background, ...] = ()
     """What runs on the event loop as long as the server does."""
     merging: Merging | None = None
+    prepare: Prepare | None = None
+    """What must be done before the server serves, once adapters and recipes are restored."""
 
 
-OpenWorld = Callable[[ServeConfig, Metrics], AbstractContextManager[World]]
+OpenWorld = Callable[[ServeConfig, Metrics, Claims], AbstractContextManager[World]]
 """Loads the base and the adapters of the settings and starts the engine; stops it at the end.
+
+No adapter takes a name that is claimed, and versions that are claimed outlive swaps.
 
 Raises ConfigInvalid, ModelUnsupported or AdapterError for what the user can mend.
 """
@@ -50,30 +62,42 @@ def run(config: ServeConfig, open_world: OpenWorld, *, version: str) -> None:
     """Serve until a signal ends it. The port is taken first, so that a busy one fails at once."""
     log_to_stderr(config.log_level)
     file = StateFile(config.state_dir) if config.state_dir is not None else None
-    entries = file.read() if file is not None else {}
     metrics = Metrics()
-    with bind(config) as sock, open_world(config, metrics) as world, ExitStack() as stack:
+    with ExitStack() as stack:
         if file is not None:
-            remembered = RememberedAdapters(world.adapters, file, entries)
+            stack.enter_context(file.locked())
+        state = file.read() if file is not None else State()
+        recipes = recipes_in(state)
+        sock = stack.enter_context(bind(config))
+        world = stack.enter_context(open_world(config, metrics, claims_of(recipes)))
+        book = partial(RecipeBook, base=world.base.name, most=config.max_recipes, recipes=recipes)
+        if file is None:
+            named = book(world.adapters)
+        else:
+            remembered = RememberedAdapters(world.adapters, file, state)
             stack.callback(remembered.close)
             world = replace(world, adapters=remembered)
+            named = book(remembered, save=remembered.remember_recipes)
         application = app.build(
             config,
             world.base,
             engine=world.engine,
             adapters=world.adapters,
+            recipes=named,
             tokenizer=world.tokenizer,
             metrics=metrics,
             version=version,
             merging=world.merging,
         )
-        asyncio.run(_serve(application, world, sock))
+        asyncio.run(_serve(application, world, named, sock))
     _log.info("ended")
 
 
-async def _serve(application: FastAPI, world: World, sock: socket.socket) -> None:
+async def _serve(application: FastAPI, world: World, recipes: Recipes, sock: socket.socket) -> None:
     if isinstance(world.adapters, RememberedAdapters):
         await world.adapters.restore()
+    if world.prepare is not None:
+        await world.prepare(world.adapters, recipes)
     host, port = sock.getsockname()[:2]
     _log.info("serving", extra={"fields": {"host": host, "port": port, "model": world.base.name}})
     if sys.stdout.isatty():

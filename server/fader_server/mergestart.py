@@ -1,63 +1,78 @@
 """What the settings say about merging: the probe text, a lane at start, or the policy. No HTTP."""
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 
 from fader_adapters.errors import AdapterError
 from fader_server import demo
 from fader_server.api.blends import AdapterRef, NamedTerm
+from fader_server.api.named_blends import Recipes
 from fader_server.api.ports import Adapters, MergeOrder, Tokenizer
+from fader_server.api.resolve import Target, lease_target
 from fader_server.api.traffic import Traffic
 from fader_server.automerge import AutoMerge
 from fader_server.config import ServeConfig
 from fader_server.errors import ConfigInvalid, FaderError, RequestInvalid
-from fader_server.launch import Background
+from fader_server.launch import Background, Prepare
 from fader_server.mergepolicy import Policy
 from fader_server.merging import MergedLanes, Parts
 from fader_server.model.loader import LoadedBase
-from fader_server.settings import AUTO
+from fader_server.settings import AUTO, BlendTerm
 
 PROBE_TOKENS = 256
 
 
-@dataclass(frozen=True, slots=True)
-class OpenMerging:
-    """The merged lane of a server, and what runs beside it."""
-
-    lanes: MergedLanes
-    background: tuple[Background, ...]
-
-
 @contextmanager
-def open_merging(config: ServeConfig, parts: Parts, adapters: Adapters) -> Iterator[OpenMerging]:
-    """With the lane that --merge names open. Raises ConfigInvalid when it cannot be."""
-    auto = config.merge == AUTO
-    lanes = MergedLanes(parts, traffic=Traffic() if auto else None)
-    order = MergeOrder(config.merge_dtype, force=config.merge_force)
+def open_merging(config: ServeConfig, parts: Parts) -> Iterator[MergedLanes]:
+    """Without a lane so far; a merge under way ends with it."""
+    lanes = MergedLanes(parts, traffic=Traffic() if config.merge == AUTO else None)
     try:
-        if config.merge is not None and config.merge != AUTO:
-            terms = [_named(term.name, term.weight) for term in config.merge]
-            try:
-                lanes.start_now(order, adapters.acquire(terms))
-            except (AdapterError, FaderError) as error:
-                raise ConfigInvalid(f"--merge: {error}") from error
-        background: tuple[Background, ...] = ()
-        if lanes.traffic is not None:
-            policy = Policy(share=config.merge_share, seconds=config.merge_seconds)
-            merger = AutoMerge(
-                lanes,
-                adapters,
-                lanes.traffic,
-                policy,
-                order=order,
-                decided=lambda action: lanes.decisions.update([action]),
-            )
-            background = (partial(merger.run, config.merge_seconds),)
-        yield OpenMerging(lanes, background)
+        yield lanes
     finally:
         lanes.close()
+
+
+def policy_of(
+    config: ServeConfig, lanes: MergedLanes, adapters: Adapters
+) -> tuple[Background, ...]:
+    """What --merge auto runs on the event loop."""
+    if lanes.traffic is None:
+        return ()
+    policy = Policy(share=config.merge_share, seconds=config.merge_seconds)
+    merger = AutoMerge(
+        lanes,
+        adapters,
+        lanes.traffic,
+        policy,
+        order=_order(config),
+        decided=lambda action: lanes.decisions.update([action]),
+    )
+    return (partial(merger.run, config.merge_seconds),)
+
+
+def lane_of(config: ServeConfig, lanes: MergedLanes) -> Prepare | None:
+    """Opens the lane that --merge names."""
+    if config.merge is None or config.merge == AUTO:
+        return None
+    terms = config.merge
+
+    async def open_lane(adapters: Adapters, recipes: Recipes) -> None:
+        recipe = recipes.find(terms[0].name) if terms == (BlendTerm(terms[0].name, 1.0),) else None
+        named = [_named(term.name, term.weight) for term in terms]
+        target = Target("--merge", tuple(named) if recipe is None else recipe.terms, recipe, True)
+        try:
+            lease = await lease_target(target, adapters)
+            await asyncio.to_thread(lanes.start_now, _order(config), lease)
+        except (AdapterError, FaderError) as error:
+            raise ConfigInvalid(f"--merge: {error}") from error
+
+    return open_lane
+
+
+def _order(config: ServeConfig) -> MergeOrder:
+    return MergeOrder(config.merge_dtype, force=config.merge_force)
 
 
 def probe_tokens(config: ServeConfig, tokenizer: Tokenizer, most: int) -> tuple[int, ...]:

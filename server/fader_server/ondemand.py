@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from fader_adapters.claims import NONE, Claims
 from fader_adapters.errors import (
     AdapterError,
     AdapterNotFound,
@@ -80,6 +81,7 @@ class OnDemand:
         self._mine: set[str] = set()
         self._barred: set[str] = set()
         self._awaited: Counter[str] = Counter()
+        self._claims = NONE
 
     async def lease(self, terms: Sequence[NamedTerm]) -> Lease:
         """Take the lease; names that are missing are loaded first, one load for all who ask.
@@ -118,6 +120,17 @@ class OnDemand:
         self._mine.discard(name)
         self._inner.unload(name)
 
+    async def revive(self, order: LoadOrder) -> None:
+        await self._inner.revive(order)
+
+    def claim(self, claims: Claims) -> None:
+        """Names that are claimed are not looked for in the sources."""
+        self._inner.claim(claims)
+        self._claims = claims
+
+    async def saved(self) -> None:
+        await self._inner.saved()
+
     def pin(self, name: str, *, pinned: bool) -> AdapterInfo:
         return self._inner.pin(name, pinned=pinned)
 
@@ -145,7 +158,7 @@ class OnDemand:
         known = self._refusals.get(name)
         if known is not None and self._clock() < known.until:
             return known.kind(known.text)
-        if name in self._barred:
+        if name in self._barred or name in self._claims.names:
             return AdapterNotFound("no such adapter")
         flight = self._flights.get(name)
         if flight is None:

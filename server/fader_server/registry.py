@@ -7,13 +7,16 @@ Reading, hashing and checking files happen outside it.
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 
+from fader_adapters.claims import Claims
 from fader_adapters.errors import AdapterInvalid, ArenaFull, SourceUnavailable, VersionConflict
 from fader_adapters.layers import Installed
 from fader_adapters.leases import AdapterRef as StoreRef
@@ -31,6 +34,7 @@ from fader_server.api.ports import AdapterInfo, AdapterTotals, Loaded, LoadOrder
 from fader_server.daemon import call_in_daemon
 from fader_server.norms import BaseNorms
 
+_T = TypeVar("_T")
 Forget = Callable[[Digest, Callable[[], None]], None]
 """Ask the engine to drop a version from the device, then call back, on any thread."""
 MakeRoom = Callable[[], bool]
@@ -46,7 +50,7 @@ _REMOTE_LOADS = 4
 
 @dataclass(frozen=True, slots=True)
 class _Facts:
-    """What the store does not keep about a name."""
+    """What the store does not keep about a version under a name."""
 
     source: str
     revision: str | None
@@ -84,7 +88,7 @@ class Registry:
         self._downloads = asyncio.Semaphore(_REMOTE_LOADS)
         self._evictions = 0
         self._loader = ThreadPoolExecutor(1, "fader-load")
-        self._facts: dict[str, _Facts] = {}
+        self._facts: dict[str, dict[Digest, _Facts]] = {}
         self._store = Store(
             tier, on_retired=self._retired, max_terms=max_terms, max_adapters=max_adapters
         )
@@ -110,11 +114,23 @@ class Registry:
                 "this server loads adapters by their sha256 only (--require-sha256): give the "
                 "version that an earlier load or notebook reported"
             )
-        run = asyncio.get_running_loop().run_in_executor
-        raw = await run(self._loader, self._sources.fetch_local, order.source, order.revision)
-        if raw is None:
-            raw = await self._download(order)
-        return await run(self._loader, self._publish, raw, order, make_room)
+        with self._lock:
+            self._store.check_unclaimed(order.name)
+        raw = await self._fetch(order)
+        return await self._run(self._publish, raw, order, make_room)
+
+    async def revive(self, order: LoadOrder) -> None:
+        """The same for a claimed version; the name stays where it is. Raises AdapterNotFound."""
+        raw = await self._fetch(order)
+        await self._run(self._adopt, raw, order)
+
+    async def _fetch(self, order: LoadOrder) -> RawAdapter:
+        raw = await self._run(self._sources.fetch_local, order.source, order.revision)
+        return await self._download(order) if raw is None else raw
+
+    async def _run(self, work: Callable[..., _T], *arguments: object) -> _T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._loader, work, *arguments)
 
     async def _download(self, order: LoadOrder) -> RawAdapter:
         """What a source does not end by itself ends here; its thread is left behind."""
@@ -159,12 +175,18 @@ class Registry:
             self._store.pin(name, pinned=pinned)
             return self._info(self._store.status(name))
 
+    def claim(self, claims: Claims) -> None:
+        """Replace what recipes claim. Raises NameReserved."""
+        with self._lock:
+            self._store.claim(claims)
+
+    async def saved(self) -> None:
+        """Nothing to wait for: who writes changes down stands above."""
+
     def get(self, ref: AdapterRef) -> AdapterInfo:
         """Raises AdapterNotFound, also for a version that the name does not mean or hold."""
         with self._lock:
-            if ref.version is not None:
-                self._store.acquire([StoreRef(ref.name, ref.version)]).release()
-            return self._info(self._store.status(ref.name))
+            return self._info(self._store.status(ref.name, ref.version))
 
     def list(self) -> Sequence[AdapterInfo]:
         with self._lock:
@@ -185,20 +207,35 @@ class Registry:
     def _publish(
         self, raw: RawAdapter, order: LoadOrder, make_room: MakeRoom = lambda: False
     ) -> Loaded:
+        parsed, facts = self._read(raw, order)
+        with self._filled(parsed, make_room) as reservation:
+            return self._name(reservation, order, facts, make_room)
+
+    def _adopt(self, raw: RawAdapter, order: LoadOrder) -> None:
+        parsed, facts = self._read(raw, order)
+        with self._filled(parsed, lambda: False) as reservation, self._lock:
+            self._store.adopt(order.name, reservation)
+            self._note(order.name, parsed.spec.version, facts)
+
+    def _read(self, raw: RawAdapter, order: LoadOrder) -> tuple[ParsedAdapter, _Facts]:
         parsed = read_adapter(raw, self._installed.spec, dtype=self._dtype, weights=self._installed)
         if order.sha256 is not None and parsed.spec.version != order.sha256.lower():
             raise VersionConflict(
                 f"the source holds version {parsed.spec.version}, not the sha256 that was asked for"
             )
         norm = self._norms.relative(parsed)
-        facts = _Facts(order.source, raw.revision, int(time.time()), norm)
+        return parsed, _Facts(order.source, raw.revision, int(time.time()), norm)
+
+    @contextmanager
+    def _filled(self, parsed: ParsedAdapter, make_room: MakeRoom) -> Iterator[Reservation]:
+        """Room with the weights in it, given back unless it was published or adopted."""
         reservation = self._reserve(parsed, make_room)
         try:
             reservation.fill()
-            return self._name(reservation, order, facts, make_room)
+            yield reservation
         finally:
             with self._lock:
-                reservation.cancel()  # nothing, once it is published
+                reservation.cancel()  # nothing, once it has an owner
 
     def _reserve(self, parsed: ParsedAdapter, make_room: MakeRoom) -> Reservation:
         """Room for a version, after what leaves has left and what may go is gone."""
@@ -218,7 +255,7 @@ class Registry:
         self, reservation: Reservation, order: LoadOrder, facts: _Facts, make_room: MakeRoom
     ) -> Loaded:
         with self._lock:
-            before = self._facts.get(order.name)
+            before = order.name in self._facts
             replaced = self._store.status(order.name).version if before else None
             publish = partial(
                 self._store.publish,
@@ -235,8 +272,14 @@ class Registry:
                 except ArenaFull:
                     if not make_room():
                         raise
-            self._facts[order.name] = facts
+            self._note(order.name, reservation.version, facts)
             return Loaded(self._info(self._store.status(order.name)), replaced)
+
+    def _note(self, name: str, version: Digest, facts: _Facts) -> None:
+        """Remember where a version came from; forget those that are gone."""
+        known = self._facts.get(name, {}) | {version: facts}
+        alive = self._store.known_versions(name)
+        self._facts[name] = {kept: known[kept] for kept in known if kept in alive}
 
     def _retired(self, version: Digest) -> None:
         self._forget(version, lambda: self._reclaim(version))
@@ -247,7 +290,7 @@ class Registry:
             self._freed.notify_all()
 
     def _info(self, status: AdapterStatus) -> AdapterInfo:
-        report, facts = status.report, self._facts[status.name]
+        report, facts = status.report, self._facts[status.name][status.version]
         return AdapterInfo(
             name=status.name,
             version=status.version,

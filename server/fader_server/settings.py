@@ -106,6 +106,14 @@ def url_prefix(value: object) -> str:
     return prefix
 
 
+def http_url(value: object) -> str:
+    """The address of a server: without a slash or /v1 at its end."""
+    found = value.strip().rstrip("/").removesuffix("/v1") if isinstance(value, str) else ""
+    if not re.fullmatch(r"https?://[A-Za-z0-9.\-_\[\]:]+(/[\w./~%-]*)?", found):
+        raise ValueError("expected an address like http://127.0.0.1:8000")
+    return found
+
+
 def integer(value: object, *, low: int, high: int | None = None) -> int:
     wanted = f"expected a whole number from {low}" + ("" if high is None else f" to {high}")
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d{1,18}", value.strip()):

@@ -1,21 +1,20 @@
-"""What administrators asked for at run time, kept over restarts in one file of --state-dir.
+"""Keeps what administrators asked for at run time over restarts: adapters, pins and recipes.
 
-Knows names, sources and versions; what an adapter is, and where it lives, is not its business.
+Knows names, sources and versions; what an adapter is, and how a file is written, is not its
+business.
 """
 
 import asyncio
-import hashlib
-import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from dataclasses import replace
+from pathlib import PurePosixPath
 
+from fader_adapters.claims import Claims
 from fader_adapters.errors import AdapterError, AdapterNotFound
 from fader_server.api.blends import AdapterRef, NamedTerm
+from fader_server.api.named_blends import Recipe
 from fader_server.api.ports import (
     AdapterInfo,
     Adapters,
@@ -24,87 +23,35 @@ from fader_server.api.ports import (
     Loaded,
     LoadOrder,
 )
-from fader_server.errors import ConfigInvalid
+from fader_server.errors import Overloaded
+from fader_server.state_entries import Origin, State, Wanted, WantedRecipe
+from fader_server.state_file import StateFile
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """One adapter that shall be there; its version, so that a changed source is noticed."""
-
-    source: str
-    revision: str | None
-    version: str
-    pin: bool
-
-
-Entries = Mapping[str, Wanted | None]
-"""None: the name was unloaded, though the command line or a root may offer it."""
-
-
-class StateFile:
-    """adapters.json: replaced as a whole, so that a crash leaves the old list or the new one."""
-
-    def __init__(self, directory: Path) -> None:
-        """Raises ConfigInvalid when the directory cannot be made."""
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigInvalid(f"--state-dir {directory}: {error.strerror}") from None
-        self._path = directory / "adapters.json"
-
-    def read(self) -> dict[str, Wanted | None]:
-        """Empty when there is no file. Raises ConfigInvalid when it is damaged."""
-        try:
-            stored = json.loads(self._path.read_bytes())
-            if stored["sha256"] != _hash(stored["adapters"]):
-                raise ValueError("its content does not match its hash")
-            return {
-                name: None if entry is None else Wanted(**entry)
-                for name, entry in stored["adapters"].items()
-            }
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigInvalid(
-                f"{self._path} is damaged ({type(error).__name__}); mend it or remove it"
-            ) from None
-
-    def write(self, entries: Entries) -> None:
-        """Durable when this returns. Raises OSError, and then the old file stands."""
-        adapters = {name: wanted and asdict(wanted) for name, wanted in sorted(entries.items())}
-        stored = {"format": 1, "sha256": _hash(adapters), "adapters": adapters}
-        scratch = self._path.with_suffix(".new")
-        with scratch.open("w", encoding="utf-8") as file:
-            json.dump(stored, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(self._path)
-        directory = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-
-def _hash(adapters: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(adapters, sort_keys=True).encode()).hexdigest()
+def recipes_in(state: State) -> list[Recipe]:
+    """The recipes of a state, as they were written."""
+    return [
+        Recipe(name, tuple(_term(ref, weight) for ref, weight in wanted.terms), wanted.created)
+        for name, wanted in state.recipes.items()
+    ]
 
 
 class RememberedAdapters:
-    """Adapters whose run-time changes are written down. A load answers once it is on disk."""
+    """Adapters whose run-time changes are written down, and the recipes' memory beside them."""
 
-    def __init__(self, inner: Adapters, file: StateFile, entries: Entries) -> None:
+    def __init__(self, inner: Adapters, file: StateFile, state: State) -> None:
         self._inner = inner
         self._file = file
-        self._entries = dict(entries)
+        self._state = state
         self._offered = {info.name for info in inner.list()}  # by flags and folders, at every start
         self._writer = ThreadPoolExecutor(1, "fader-state")  # one: writes keep their order
+        self._last: Future[None] | None = None
 
     async def restore(self) -> None:
         """Bring back what was asked for before; what cannot be is reported and skipped."""
-        for name, wanted in self._entries.items():
+        for name, wanted in self._state.adapters.items():
             try:
                 if wanted is None:
                     self._inner.unload(name)
@@ -113,14 +60,48 @@ class RememberedAdapters:
             except AdapterNotFound:
                 continue  # unloaded, and nothing offers it any more
             except AdapterError as error:
-                fields = {"adapter": name, "reason": str(error)}
-                _log.warning("adapter not restored", extra={"fields": fields})
+                _tell("adapter not restored", adapter=name, reason=str(error))
+        for name in sorted(self._state.pins):
+            try:
+                self._inner.pin(name, pinned=True)
+            except AdapterNotFound:
+                _tell("pin not restored", adapter=name, reason="the adapter is not loaded")
+        for recipe in recipes_in(self._state):
+            for term in recipe.terms:
+                await self._restore_term(recipe.name, term.ref)
+
+    async def _restore_term(self, recipe: str, ref: AdapterRef) -> None:
+        """An earlier version that a recipe names is fetched beside the one its name is at."""
+        try:
+            self._inner.get(ref)
+            return
+        except AdapterNotFound as error:
+            reason = str(error)
+        origin = self._state.versions.get(str(ref))
+        if origin is not None and ref.version is not None:
+            order = LoadOrder(ref.name, origin.source, origin.revision, sha256=ref.version)
+            try:
+                await self._revive_beside(order)
+                return
+            except (AdapterError, Overloaded) as error:
+                reason = str(error)
+        _tell("recipe not complete", recipe=recipe, adapter=str(ref), reason=reason)
+
+    async def _revive_beside(self, order: LoadOrder) -> None:
+        """What the name means now is held in memory meanwhile. Raises AdapterError, Overloaded."""
+        lease = await self._inner.lease([NamedTerm(AdapterRef(order.name), 1.0)])
+        try:
+            await self._inner.revive(order)
+        finally:
+            lease.release()
 
     async def load(self, order: LoadOrder) -> Loaded:
+        """Answers once it is on disk."""
         loaded = await self._inner.load(order)
         revision = loaded.info.revision or order.revision  # a branch moves, a commit does not
-        wanted = Wanted(order.source, revision, loaded.info.version, order.pin)
-        await asyncio.wrap_future(self._remember(order.name, wanted))
+        wanted = Wanted(order.source, revision, loaded.info.version, loaded.info.pinned)
+        self._remember(order.name, wanted)
+        await self.saved()
         return loaded
 
     def unload(self, name: str) -> None:
@@ -128,16 +109,56 @@ class RememberedAdapters:
         self._inner.unload(name)
         if name in self._offered or name in (source, PurePosixPath(source).name):
             self._remember(name, None)  # or the next start would bring it back
-        else:
-            self._entries.pop(name, None)
-            self._save()
+            return
+        kept = {other: wanted for other, wanted in self._state.adapters.items() if other != name}
+        self._save(replace(self._state, adapters=kept, pins=self._state.pins - {name}))
 
     def pin(self, name: str, *, pinned: bool) -> AdapterInfo:
         info = self._inner.pin(name, pinned=pinned)
-        wanted = self._entries.get(name)
+        wanted = self._state.adapters.get(name)
         if wanted is not None:
-            self._remember(name, Wanted(wanted.source, wanted.revision, wanted.version, pinned))
+            self._remember(name, replace(wanted, pin=pinned))
+        elif name in self._offered:
+            pins = self._state.pins | {name} if pinned else self._state.pins - {name}
+            self._save(replace(self._state, pins=pins))
+        elif pinned:  # it came on demand, and shall be there from now on
+            self._remember(name, Wanted(info.source, info.revision, info.version, pinned))
         return info
+
+    async def remember_recipes(self, recipes: Mapping[str, Recipe]) -> None:
+        """Write the recipes down, and where the versions that they name come from."""
+        fixed = {term.ref for recipe in recipes.values() for term in recipe.terms}
+        origins = {str(ref): self._origin(ref) for ref in fixed if ref.version is not None}
+        wanted = {
+            name: WantedRecipe(
+                tuple((str(term.ref), term.weight) for term in recipe.terms), recipe.created
+            )
+            for name, recipe in recipes.items()
+        }
+        versions = {ref: origin for ref, origin in origins.items() if origin is not None}
+        self._save(replace(self._state, recipes=wanted, versions=versions))
+        await self.saved()
+
+    def _origin(self, ref: AdapterRef) -> Origin | None:
+        known = self._state.versions.get(str(ref))
+        if known is not None:
+            return known
+        try:
+            info = self._inner.get(ref)
+        except AdapterNotFound:
+            return None
+        return Origin(info.source, info.revision)
+
+    async def saved(self) -> None:
+        """Return when the changes so far are on disk, or the disk has refused them aloud."""
+        if self._last is not None:
+            await asyncio.wrap_future(self._last)
+
+    async def revive(self, order: LoadOrder) -> None:
+        await self._inner.revive(order)
+
+    def claim(self, claims: Claims) -> None:
+        self._inner.claim(claims)
 
     def acquire(self, terms: Sequence[NamedTerm]) -> Lease:
         return self._inner.acquire(terms)
@@ -158,21 +179,31 @@ class RememberedAdapters:
         """Wait for the last write."""
         self._writer.shutdown()
 
-    def _remember(self, name: str, wanted: Wanted | None) -> "Future[None]":
-        self._entries[name] = wanted
-        return self._save()
+    def _remember(self, name: str, wanted: Wanted | None) -> None:
+        adapters = {**self._state.adapters, name: wanted}
+        self._save(replace(self._state, adapters=adapters, pins=self._state.pins - {name}))
 
-    def _save(self) -> "Future[None]":
-        return self._writer.submit(self._write, dict(self._entries))
+    def _save(self, state: State) -> None:
+        self._state = state
+        self._last = self._writer.submit(self._write, state)
 
-    def _write(self, entries: Entries) -> None:
+    def _write(self, state: State) -> None:
         try:
-            self._file.write(entries)
+            self._file.write(state)
         except OSError as error:
             # The adapter serves; only a restart would not know of it.
             fields = {"reason": error.strerror}
             _log.error("the state cannot be written", extra={"fields": fields})
 
 
+def _term(ref: str, weight: float) -> NamedTerm:
+    name, _, version = ref.partition("@")
+    return NamedTerm(AdapterRef(name, version or None), weight)
+
+
 def _order(name: str, wanted: Wanted) -> LoadOrder:
     return LoadOrder(name, wanted.source, wanted.revision, sha256=wanted.version, pin=wanted.pin)
+
+
+def _tell(event: str, **fields: str) -> None:
+    _log.warning(event, extra={"fields": fields})

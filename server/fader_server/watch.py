@@ -16,6 +16,7 @@ from fader_adapters.errors import (
     AdapterError,
     AdapterNotFound,
     ArenaFull,
+    NameReserved,
     SourceForbidden,
     VersionConflict,
 )
@@ -133,7 +134,7 @@ class Watcher:
         )
         try:
             loaded = await self._names.load(order)
-        except (VersionConflict, ArenaFull) as error:
+        except (VersionConflict, ArenaFull, NameReserved) as error:
             self._tell("adapter not loaded yet", folder.name, reason=str(error))
             return  # the next look tries again
         except AdapterError as error:

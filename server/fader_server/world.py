@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from fader_adapters.errors import AdapterError
+from fader_adapters.claims import NONE, Claims
+from fader_adapters.errors import AdapterError, NameReserved
 from fader_adapters.kernels.backend import choose
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.pool import Pool
@@ -27,7 +28,7 @@ from fader_server.engine.loop import Engine
 from fader_server.engine.scheduler import Scheduler
 from fader_server.errors import ConfigInvalid
 from fader_server.launch import Background, World
-from fader_server.mergestart import open_merging, probe_tokens, room_to_keep
+from fader_server.mergestart import lane_of, open_merging, policy_of, probe_tokens, room_to_keep
 from fader_server.merging import Parts
 from fader_server.metrics import Metrics
 from fader_server.model.device import choose_device, choose_dtype, free_bytes, set_threads
@@ -50,7 +51,7 @@ CHUNK_SIZE = 256
 
 
 @contextmanager
-def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
+def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> Iterator[World]:
     """Load the base, reserve memory, start the engine, load the adapters; undo it at the end.
 
     Raises ConfigInvalid, ModelUnsupported or AdapterError for what the user can mend.
@@ -97,6 +98,7 @@ def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
         fetch_timeout=config.fetch_timeout,
         require_sha256=config.require_sha256,
     )
+    registry.claim(Claims(claims.names | {name}, claims.versions))
     seen = _load_adapters(config, registry, base_name=name)
     model = BaseModel(name, base.installed.spec.fingerprint, plan.max_model_len, started)
     adapters: Adapters = registry
@@ -112,14 +114,15 @@ def open_world(config: ServeConfig, metrics: Metrics) -> Iterator[World]:
         probe=probe_tokens(config, tokenizer, plan.max_model_len),
     )
     background = _background(config, adapters, sources, seen=seen, base_name=name)
-    with engine, open_merging(config, parts, adapters) as merging:
+    with engine, open_merging(config, parts) as lanes:
         yield World(
             model,
             engine,
             adapters,
             tokenizer,
-            background=(*background, *merging.background),
-            merging=merging.lanes,
+            background=(*background, *policy_of(config, lanes, adapters)),
+            merging=lanes,
+            prepare=lane_of(config, lanes),
         )
 
 
@@ -232,7 +235,8 @@ def _load_adapters(config: ServeConfig, registry: Registry, *, base_name: str) -
             loaded = registry.load_now(LoadOrder(found.name, found.reference))
             seen[found.name] = Seen(found.stamp, loaded.info.version)
         except AdapterError as error:
-            seen[found.name] = Seen(found.stamp, "")
+            if not isinstance(error, NameReserved):  # that may end while the folder stays
+                seen[found.name] = Seen(found.stamp, "")
             fields = {"adapter": found.name, "reason": str(error)}
             log.warning("adapter skipped", extra={"fields": fields})
     return seen

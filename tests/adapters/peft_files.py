@@ -27,7 +27,7 @@ def make_base(prefix: str = "model.", *, head: bool = True) -> BaseSpec:
         for name, (inputs, outputs) in SHAPES.items()
     ]
     if head:
-        linears.append(LinearSpec("lm_head", 64, 128, None))
+        linears.append(LinearSpec("lm_head", 64, 128, None, role="head"))
     return BaseSpec(tuple(linears), Digest("0" * 64), "test")
 
 

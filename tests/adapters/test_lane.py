@@ -31,12 +31,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_adapter(source, folder / "two", rank=4, seed=2, target_modules=["q_proj", "down_proj"])
     write_adapter(source, folder / "few", rank=4, seed=3, target_modules=["v_proj"])
     write_adapter(source, folder / "dora", rank=4, seed=4, use_dora=True)
+    write_adapter(source, folder / "head", rank=4, seed=5, target_modules=["q_proj", "lm_head"])
     return folder
 
 
 def world_of(folder: Path, backend="auto", dtype=torch.float32) -> TinyWorld:
     world = TinyWorld(folder / "base", backend=backend, dtype=dtype)
-    for name in ("one", "two", "few", "dora"):
+    for name in ("one", "two", "few", "dora", "head"):
         world.load(name, folder / name)
     return world
 
@@ -161,6 +162,12 @@ def test_a_blend_that_changes_nothing_is_refused(world: TinyWorld):
             dtype=torch.float32,
             device=world.base.device,
         )
+
+
+def test_a_blend_that_adapts_the_output_head_is_refused_by_its_name(world: TinyWorld):
+    with pytest.raises(BlendInvalid, match="the blend adapts lm_head, and a merged lane shares"):
+        merge(world, {"one": 1.0, "head": 0.5}, form="bf16")
+    assert merge(world, {"one": 1.0}, form="bf16").bases
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from fader_adapters.claims import Claims
 from fader_adapters.errors import AdapterError, AdapterNotFound, AdapterTooLarge, ArenaFull
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.leases import AdapterRef, Lease, Reservation
@@ -51,6 +52,9 @@ class StoreAndPool(RuleBasedStateMachine):
         self.leases: list[tuple[Lease, set[Digest]]] = []
         self.pinned: list[tuple[Lease, tuple[Digest, ...]]] = []
         self.reservations: list[Reservation] = []
+        self.claimed: set[tuple[str, Digest]] = set()
+        self.kept: set[tuple[str, Digest]] = set()
+        """Of the claimed, those that must be there."""
 
     def on_retired(self, version):
         def forget():
@@ -81,6 +85,24 @@ class StoreAndPool(RuleBasedStateMachine):
                 assert not replace
                 return
         self.current[name] = adapter.version
+        self.kept |= {(name, adapter.version)} & self.claimed
+
+    @rule(pairs=st.sets(st.tuples(st.sampled_from(NAMES), st.integers(0, 4)), max_size=3))
+    def claim(self, pairs):
+        self.claimed = {(name, PARSED[index].spec.version) for name, index in pairs}
+        self.store.claim(Claims(versions=frozenset(self.claimed)))
+        self.kept = (self.kept | set(self.current.items())) & self.claimed
+
+    @precondition(lambda self: self.reservations)
+    @rule(name=st.sampled_from(NAMES))
+    def adopt(self, name):
+        with self.reservations.pop() as reservation:
+            try:
+                self.store.adopt(name, reservation)
+            except AdapterNotFound:
+                assert name not in self.current
+                return
+        self.kept |= {(name, reservation.version)} & self.claimed
 
     @precondition(lambda self: self.reservations)
     @rule()
@@ -92,6 +114,7 @@ class StoreAndPool(RuleBasedStateMachine):
         if name in self.current:
             self.store.unload(name)
             del self.current[name]
+            self.kept = {pair for pair in self.kept if pair[0] != name}
         else:
             with pytest.raises(AdapterNotFound):
                 self.store.unload(name)
@@ -162,6 +185,21 @@ class StoreAndPool(RuleBasedStateMachine):
             assert set(lease.adapters) == versions
             for version, adapter in lease.adapters.items():
                 assert torch.equal(adapter.flat, WEIGHTS[version])
+
+    @invariant()
+    def names_and_versions_agree_on_the_past(self):
+        names, versions = self.store._names, self.store._versions
+        by_name = {(name, v) for name, record in names.items() for v in record.former}
+        assert by_name == {(name, v) for v, entry in versions.items() for name in entry.former}
+        for version, entry in versions.items():
+            assert entry.kept <= entry.names | entry.former
+            assert all(names[name].version == version for name in entry.names)
+
+    @invariant()
+    def claimed_weights_are_intact_on_the_host(self):
+        for name, version in self.kept:
+            with self.store.acquire([AdapterRef(name, version)]) as lease:
+                assert torch.equal(lease.adapters[version].flat, WEIGHTS[version])
 
     @invariant()
     def pinned_weights_are_intact_on_the_device(self):

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from fader_server.config import ServeConfig, load, settings
+from fader_server.config import ClientConfig, ServeConfig, load, load_client, settings
+from fader_server.definitions import settings_of
 from fader_server.errors import ConfigInvalid
 from fader_server.settings import AdapterSource, BlendTerm
 
@@ -108,6 +109,46 @@ def test_wrong_values_are_named_in_one_line(flags, named):
         load(flags, {})
     assert named in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+CLIENT = {
+    "url": ("https://host:1/x/v1/", "https://host:1/x"),
+    "api_key": ("a", ("a",)),
+    "admin_key": ("b", "b"),
+    "timeout": ("2.5", 2.5),
+}
+
+
+@pytest.mark.parametrize("setting", list(settings_of(ClientConfig)), ids=lambda s: s.name)
+def test_each_setting_of_a_client_reads_the_same_from_flag_variable_and_file(setting, tmp_path):
+    text, value = CLIENT[setting.name]
+    file = tmp_path / "fader.toml"
+    file.write_text(
+        f'port = 1\n{setting.name.replace("_", "-")} = "{text}"'
+    )  # a server's beside it
+    for flags, env in (
+        ({setting.name: [text] if setting.many else text}, {}),
+        ({}, {setting.variable: text}),
+        ({"config": str(file)}, {}),
+    ):
+        assert getattr(load_client(flags, env), setting.name) == value
+    assert load({"config": str(file)}, {}).port == 1
+
+
+def test_a_client_uses_the_most_able_key_and_tells_none():
+    both = load_client({}, {"FADER_API_KEY": "one,two", "FADER_ADMIN_KEY": "hunter2"})
+    assert both.key == "hunter2"
+    assert load_client({}, {"FADER_API_KEY": "one,two"}).key == "one"
+    assert load_client({}, {}).key is None
+    assert "hunter2" not in repr(both)
+
+
+@pytest.mark.parametrize(
+    "url", ["", "host:8000", "ftp://host", "http://", "http://a b", "http://a?b"]
+)
+def test_wrong_addresses_are_named(url):
+    with pytest.raises(ConfigInvalid, match="--url"):
+        load_client({"url": url}, {})
 
 
 def test_a_secret_is_never_repeated():

@@ -9,7 +9,7 @@ from fader_adapters.kernels import native
 from fader_server.model.decode import DecodeReplays
 from fader_server.model.recording import Recorder, Unrepeatable
 from fader_server.model.replay import Layout, Replay
-from tests.support.families import CONFIGS, write_family
+from tests.support.families import CONFIGS, outside, write_family
 from tests.support.peft_adapters import write_adapter
 from tests.support.world import Ask, TinyWorld, greedy
 
@@ -22,7 +22,12 @@ BLENDS: list[Mapping[str, float]] = [{}, {"a": 1.0}, {"b": 0.5}, {"a": 0.7, "b":
 def family(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     source = write_family(request.param, folder / "base")
-    return source, [write_adapter(source, folder / n, rank=8, seed=i) for i, n in enumerate("ab")]
+    kinds = {"a": {}, "b": {"target_modules": outside(request.param), "use_dora": True}}
+    adapters = [
+        write_adapter(source, folder / name, rank=8, seed=i, **config)
+        for i, (name, config) in enumerate(kinds.items())
+    ]
+    return source, adapters
 
 
 def serve(family, dtype, *, replays=True):

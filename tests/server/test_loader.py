@@ -73,11 +73,24 @@ def test_quantising_twice_or_into_a_full_folder_is_refused(llama, tmp_path):
 
 def test_every_linear_inside_the_layers_is_a_site_and_shared_inputs_are_one(llama):
     base = _load(llama)
-    assert len(base.installed.spec.linears) == 2 * 7
+    inside = [linear for linear in base.installed.spec.linears if linear.inside]
+    assert len(inside) == 2 * 7
     assert len(base.installed.sites) == 2 * 4
     assert base.installed.nbytes < 0.6 * sum(
-        linear.in_features * linear.out_features for linear in base.installed.spec.linears
+        linear.in_features * linear.out_features for linear in inside
     )
+
+
+def test_head_and_embedding_are_targets_outside_the_layers_and_take_no_more_room(llama):
+    base = _load(llama)
+    outside = [linear for linear in base.installed.spec.linears if not linear.inside]
+    assert [(linear.path, linear.role) for linear in outside] == [
+        ("model.embed_tokens", "embedding"),
+        ("lm_head", "head"),
+    ]
+    weights = sum(linear.in_features * linear.out_features for linear in outside) * 4
+    norms = sum(p.nbytes for p in base.model.parameters() if p.dim() == 1)
+    assert base.nbytes == base.installed.nbytes + weights + norms
 
 
 def test_fingerprints_tell_shapes_apart_and_nothing_else(llama, tmp_path):

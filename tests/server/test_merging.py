@@ -12,20 +12,33 @@ import pytest
 from fader_adapters.errors import AdapterNotFound, BlendInvalid
 from fader_server import config
 from fader_server.api.blends import AdapterRef, NamedTerm
+from fader_server.api.named_blends import Recipe
 from fader_server.api.ports import MergeOrder, MergeStatus
 from fader_server.core import Request, SamplingParams, TokenEvent
 from fader_server.errors import ConfigInvalid, MergeBusy, MergeNoMemory, MergeNotFound
 from fader_server.mergejob import MergeCancelled, Pace
 from fader_server.metrics import Metrics
+from fader_server.recipes import RecipeBook
 from fader_server.world import open_world
 from tests.support.lanes import weights_hash
 
 PIRATE = {"pirate": 1.0}
+WARM = Recipe(
+    "warm",
+    (NamedTerm(AdapterRef("pirate"), 0.7), NamedTerm(AdapterRef("polite"), 0.5)),
+    1700000000,
+)
 BLEND = {"pirate": 0.7, "polite": 0.5}
 
 
+@contextlib.contextmanager
 def opened(**flags: object):
-    return open_world(config.load(flags | {"threads": "1"}, {}), Metrics())
+    """A world as `fader serve` has it when it begins to serve."""
+    with open_world(config.load(flags | {"threads": "1"}, {}), Metrics()) as world:
+        if world.prepare is not None:
+            book = RecipeBook(world.adapters, base=world.base.name, most=8, recipes=[WARM])
+            asyncio.run(world.prepare(world.adapters, book))
+        yield world
 
 
 def lease(world, blend):
@@ -281,7 +294,13 @@ def test_the_lane_that_the_settings_name_is_open_from_the_first_request():
         assert world.adapters.totals().leases == 0
 
 
-@pytest.mark.parametrize("blend", ["nobody=1", "pirate=99", "pirate,pirate"])
+def test_the_settings_may_name_a_recipe():
+    with opened(merge="warm") as world:
+        lane = world.merging.status().lane
+        assert [(t.name, t.weight) for t in lane.terms] == [("pirate", 0.7), ("polite", 0.5)]
+
+
+@pytest.mark.parametrize("blend", ["nobody=1", "pirate=99", "pirate,pirate", "warm=0.5"])
 def test_a_setting_that_cannot_be_merged_stops_the_start(blend):
     with pytest.raises(ConfigInvalid, match="--merge"), opened(merge=blend):
         pass

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from fader_adapters.errors import AdapterNotFound, ArenaFull, VersionConflict
+from fader_adapters.errors import AdapterNotFound, ArenaFull, NameReserved, VersionConflict
 from fader_adapters.source import CONFIG_FILE, WEIGHTS_FILE, LocalSources
 from fader_server.api.blends import AdapterRef
 from fader_server.api.ports import AdapterInfo, Loaded, LoadOrder
@@ -27,6 +27,7 @@ class Names:
         self.infos: dict[str, AdapterInfo] = {}
         self.tried = 0
         self.full = False
+        self.reserved: set[str] = set()
         self.changed = asyncio.Event()
 
     async def load(self, order: LoadOrder) -> Loaded:
@@ -39,6 +40,8 @@ class Names:
     def _load(self, order: LoadOrder) -> Loaded:
         if self.full:
             raise ArenaFull("no room")
+        if order.name in self.reserved:
+            raise NameReserved("a recipe has the name")
         parsed = read(self.sources.fetch(order.source))
         old = self.infos.get(order.name)
         if order.if_version is not None and order.if_version != (old.version if old else ""):
@@ -243,6 +246,16 @@ async def test_what_does_not_fit_is_tried_again(place):
     place.names.full = False
     await place.watcher.look()
     assert place.names.versions == {"tone": V1}
+
+
+async def test_a_folder_with_the_name_of_a_recipe_loads_when_the_recipe_has_gone(place):
+    place.put("warm")
+    place.names.reserved.add("warm")
+    await place.watcher.look()
+    assert place.names.versions == {}
+    place.names.reserved.clear()
+    await place.watcher.look()
+    assert place.names.versions == {"warm": V1}
 
 
 async def test_what_was_loaded_at_the_start_is_followed(tmp_path):

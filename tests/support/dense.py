@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -23,6 +24,8 @@ class DenseOracle:
     def logits(self, tokens: Sequence[int], blend: Mapping[str, float]) -> torch.Tensor:
         """[len(tokens), vocab] in fp64."""
         model = copy.deepcopy(self._base)
+        head = model.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone())  # adapted apart from a tied table
         for name, gamma in blend.items():
             self._add(model, self._adapters[name], gamma)
         with torch.inference_mode():
@@ -32,22 +35,34 @@ class DenseOracle:
         config = json.loads((path / "adapter_config.json").read_text())
         tensors = load_file(path / "adapter_model.safetensors")
         for name, b in tensors.items():
-            if not name.endswith(".lora_B.weight"):
-                continue
-            stem = name.removesuffix(".lora_B.weight")
-            where = stem.removeprefix("base_model.model.")
-            a = tensors[f"{stem}.lora_A.weight"]
-            scale = config["lora_alpha"] / a.shape[0]
-            if config["use_rslora"]:
-                scale = config["lora_alpha"] / math.sqrt(a.shape[0])
-            linear, pristine = model.get_submodule(where), self._base.get_submodule(where)
-            assert isinstance(linear, nn.Linear)
-            assert isinstance(pristine, nn.Linear)
-            changed = pristine.weight + scale * (b.double() @ a.double())
-            magnitude = tensors.get(f"{stem}.lora_magnitude_vector")
-            if magnitude is not None:
-                changed *= (magnitude.double() / changed.norm(dim=1))[:, None]
-            linear.weight.data += gamma * (changed - pristine.weight).detach()
-            bias = tensors.get(f"{stem}.lora_B.bias")
-            if bias is not None:
-                linear.bias.data += gamma * scale * bias.double()
+            for end in (".lora_B.weight", ".lora_embedding_B"):
+                if name.endswith(end):
+                    stem = name.removesuffix(end)
+                    a = tensors[stem + end.replace("B", "A")]
+                    self._add_one(model, stem, a.double(), b.double(), tensors, config, gamma)
+
+    def _add_one(
+        self,
+        model: nn.Module,
+        stem: str,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        tensors: Mapping[str, torch.Tensor],
+        config: Mapping[str, Any],
+        gamma: float,
+    ) -> None:
+        where = stem.removeprefix("base_model.model.")
+        module, pristine = model.get_submodule(where), self._base.get_submodule(where)
+        weight, target = pristine.weight.data, module.weight.data
+        if isinstance(pristine, nn.Embedding):
+            weight, target = weight.T, target.T
+        rank = a.shape[0]
+        scale = config["lora_alpha"] / (math.sqrt(rank) if config["use_rslora"] else rank)
+        changed = weight + scale * (b @ a)
+        magnitude = tensors.get(f"{stem}.lora_magnitude_vector")
+        if magnitude is not None:
+            changed *= (magnitude.double() / changed.norm(dim=1))[:, None]
+        target += gamma * (changed - weight)
+        bias = tensors.get(f"{stem}.lora_B.bias")
+        if bias is not None:
+            module.bias.data += gamma * scale * bias.double()

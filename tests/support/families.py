@@ -106,3 +106,8 @@ def write_family(family: str, target: Path, *, seed: int = 0, scale: float = 0.0
                 parameter.add_(torch.randn_like(parameter) * (0.3 if "bias" in name else 0.1))
     model.save_pretrained(target)
     return target
+
+
+def outside(family: str) -> list[str]:
+    """target_modules for the embedding, the head and one linear of every layer."""
+    return ["wte", "lm_head", "c_fc"] if family == "gpt2" else ["embed_tokens", "lm_head", "o_proj"]

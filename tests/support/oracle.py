@@ -11,6 +11,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from tests.support.peft_adapters import TIED
+
 
 def nf4_oracle(source: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The base quantised by bitsandbytes, then plain linears that hold the decoded weights."""
@@ -45,11 +47,17 @@ def nf4_oracle(source: Path, dtype: torch.dtype) -> PreTrainedModel:
 class Oracle:
     """Answers one sequence at a time, under the base, an adapter or PEFT's `cat` of several."""
 
-    def __init__(self, source: Path, dtype: torch.dtype, adapters: Mapping[str, Path]) -> None:
-        self._model: PreTrainedModel | PeftModel = nf4_oracle(source, dtype)
+    def __init__(
+        self, source: Path | PreTrainedModel, dtype: torch.dtype, adapters: Mapping[str, Path]
+    ) -> None:
+        """`source`: a checkpoint to quantise, or a model that is to be taken as it is."""
+        self._model: PreTrainedModel | PeftModel = (
+            nf4_oracle(source, dtype) if isinstance(source, Path) else source
+        )
         with warnings.catch_warnings():
             # a Conv1D's adapter on the plain linear that holds its decoded weight
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True")
+            warnings.filterwarnings("ignore", message=TIED)
             for name, path in adapters.items():
                 if isinstance(self._model, PeftModel):
                     self._model.load_adapter(path, adapter_name=name)

@@ -8,6 +8,9 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
+TIED = "Model (has|with) .?tie_word_embeddings.*|.*ensure_weight_tying.*"
+"""What PEFT has to say about adapters of tied embeddings."""
+
 
 def write_adapter(
     base: Path,
@@ -29,7 +32,11 @@ def write_adapter(
         "lora_alpha": 2 * rank,
         "fan_in_fan_out": model.config.model_type == "gpt2",
     } | config
-    peft = get_peft_model(model, LoraConfig(r=rank, task_type="CAUSAL_LM", **settings))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=TIED)
+        # a Conv1D's setting at the head, a plain linear
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True")
+        peft = get_peft_model(model, LoraConfig(r=rank, task_type="CAUSAL_LM", **settings))
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in peft.named_parameters():

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -95,6 +95,27 @@ class Backend(Protocol):
 
     def prepare(self, tables: Tables, terms: StepTerms) -> Step | None:
         """Metadata of one step; None when no row has a term."""
+        ...
+
+
+class LookupKernel(Protocol):
+    """The delta of one embedding."""
+
+    def __call__(self, y: torch.Tensor, ids: torch.Tensor, step: Step | None) -> None:
+        """y[t] += y[t]∘G + Σᵢ γ[t,i]·s[slotᵢ]·A[slotᵢ][:, ids[t]]ᵀ·B[slotᵢ], in place; G as above.
+
+        y    [T, out]   what the embedding gave
+        ids  [T]        int64
+        """
+        ...
+
+
+@runtime_checkable
+class LookupBackend(Protocol):
+    """A backend that also adapts embeddings; with others they are no target."""
+
+    def bind_lookup(self, site: SiteSpec) -> LookupKernel:
+        """Prepare the call of the embedding's site: in is the vocabulary."""
         ...
 
 

@@ -7,6 +7,7 @@ import torch
 
 from fader_adapters.kernels.dense import DenseLinear
 from fader_adapters.kernels.native import (
+    Lookup,
     Nf4Panels,
     PanelStore,
     PlainPanels,
@@ -102,18 +103,9 @@ class NativeSite:
 
     def bind(self, tables: Tables) -> None:
         """Take the tables' pointers; again whenever the tables grew."""
-        own = slice(self._first, self._first + self._members)
-        views = SiteTables(
-            tables.arena,
-            tables.a_offset[:, own],
-            tables.b_offset[:, own],
-            tables.rank[:, own],
-            tables.scale[:, own],
-            self._columns,
-            gain_off=tables.gain_offset[:, own],
-            bias_off=tables.bias_offset[:, own],
+        self._site.bind(
+            _views(tables, slice(self._first, self._first + self._members), self._columns)
         )
-        self._site.bind(views)
 
     def __call__(self, x: torch.Tensor, step: object | None) -> torch.Tensor:
         if not self._site.has_base:
@@ -126,6 +118,57 @@ class NativeSite:
         return self._site(x, step, out=self.base(x).float()).to(x.dtype)
 
 
+class NativeHead:
+    """The output head's site over plain panels: fp32 logits, deltas included."""
+
+    def __init__(self, site: SiteSpec, base: PanelLinear) -> None:
+        self.base: BaseLinear = base
+        self.panels = base.panels
+        self._site = base.site
+        (self._index,) = site.linears
+
+    def bind(self, tables: Tables) -> None:
+        own = slice(self._index, self._index + 1)
+        self._site.bind(_views(tables, own, ((0, self._site.n),)))
+
+    def __call__(self, x: torch.Tensor, step: object | None) -> torch.Tensor:
+        assert step is None or isinstance(step, StepPlan)
+        logits = torch.empty(x.shape[0], self._site.n, dtype=torch.float32)
+        return self._site(x, step, out=logits)
+
+
+class NativeLookup:
+    """The delta of one embedding."""
+
+    def __init__(self, site: SiteSpec, *, scratch: Workspace, tape: Tape) -> None:
+        (self._index,), (self._width,) = site.linears, site.out_features
+        self._lookup = Lookup((self._width, site.in_features), workspace=scratch, tape=tape)
+        self._tape = tape
+
+    def bind(self, tables: Tables) -> None:
+        own = slice(self._index, self._index + 1)
+        self._lookup.bind(_views(tables, own, ((0, self._width),)))
+
+    def __call__(self, y: torch.Tensor, ids: torch.Tensor, step: object | None) -> None:
+        if step is not None or self._tape.listener is not None:
+            assert step is None or isinstance(step, StepPlan)
+            self._lookup.add(y, ids, step)
+
+
+def _views(tables: Tables, own: slice, columns: Sequence[tuple[int, int]]) -> SiteTables:
+    """The columns of the tables that are one site's."""
+    return SiteTables(
+        tables.arena,
+        tables.a_offset[:, own],
+        tables.b_offset[:, own],
+        tables.rank[:, own],
+        tables.scale[:, own],
+        columns,
+        gain_off=tables.gain_offset[:, own],
+        bias_off=tables.bias_offset[:, own],
+    )
+
+
 class NativeBackend:
     """fp32 and bf16 on any x86-64, with the widest instructions the machine has."""
 
@@ -136,7 +179,7 @@ class NativeBackend:
         self._store = PanelStore()
         self._scratch = Workspace()
         self.tape = Tape()
-        self._sites: list[NativeSite] = []
+        self._sites: list[NativeSite | NativeHead | NativeLookup] = []
         self._ranks: torch.Tensor | None = None
 
     def linear(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> PanelLinear:
@@ -154,6 +197,20 @@ class NativeBackend:
     def bind(self, site: SiteSpec, base: "BaseLinear") -> NativeSite:
         """The members' indices must follow one another."""
         kernel = NativeSite(site, base, scratch=self._scratch, tape=self.tape)
+        self._sites.append(kernel)
+        return kernel
+
+    def bind_head(
+        self, site: SiteSpec, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> NativeHead:
+        """The output head for servers, which want few rows of logits a step; weight as `plain`
+        takes it."""
+        kernel = NativeHead(site, self.plain(weight, bias))
+        self._sites.append(kernel)
+        return kernel
+
+    def bind_lookup(self, site: SiteSpec) -> NativeLookup:
+        kernel = NativeLookup(site, scratch=self._scratch, tape=self.tape)
         self._sites.append(kernel)
         return kernel
 

@@ -1,4 +1,6 @@
-"""A plain, unquantised linear as a base: what `attach` finds in an ordinary model."""
+"""Plain weights as a base: unquantised linears and heads, and the table of an embedding."""
+
+from typing import Protocol
 
 import torch
 from torch.nn import functional as F
@@ -24,3 +26,39 @@ class DenseLinear:
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         return self.weight[start:stop].float()
+
+
+class Rows(Protocol):
+    """A table that gives rows: int64 indices -> [..., width]."""
+
+    def take(self, index: torch.Tensor) -> torch.Tensor: ...
+
+
+class EmbeddingTable:
+    """A lookup as a base: W [out, in] is the table [tokens, width] transposed, x is one-hot."""
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        self.source: torch.nn.Parameter | Rows = weight
+        """The model's own table, wherever its values are by now, or what took its place."""
+        self.bias: torch.Tensor | None = None
+        self.in_features, self.out_features = weight.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes if isinstance(self.source, torch.Tensor) else 0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self._columns(0, self.out_features)
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        return self._columns(0, self.out_features).T.to(dtype)
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        return self._columns(start, stop).T.float()
+
+    def _columns(self, start: int, stop: int) -> torch.Tensor:
+        """[tokens, stop − start], some tokens at a time: a packed table gives whole rows only."""
+        if isinstance(self.source, torch.Tensor):
+            return self.source.data[:, start:stop]
+        every = torch.arange(self.in_features)
+        return torch.cat([self.source.take(some)[:, start:stop] for some in every.split(4096)])

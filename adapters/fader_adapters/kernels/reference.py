@@ -185,6 +185,9 @@ class ReferenceBackend:
     def bind(self, site: SiteSpec, base: "BaseLinear") -> "ReferenceSite":
         return ReferenceSite(site, base)
 
+    def bind_lookup(self, site: SiteSpec) -> "ReferenceLookup":
+        return ReferenceLookup(site)
+
 
 class ReferenceSite:
     """One site: the base, then each member's delta into its columns."""
@@ -199,35 +202,57 @@ class ReferenceSite:
             return y
         assert isinstance(step, ReferenceStep)
         for tile in step.tiles:
-            rows = x[tile.start : tile.stop].float()
+            rows = _padded(x[tile.start : tile.stop].float())
             column = 0
             for linear, out in zip(self.site.linears, self.site.out_features, strict=True):
                 parts = step.gather.operands(tile.slots, linear, (self.site.in_features, out))
                 if parts is not None:
                     part = y[tile.start : tile.stop, column : column + out]
                     own = None if self.base.bias is None else self.base.bias[column : column + out]
-                    part.copy_(_add_delta(part, rows, parts, tile.gamma, own))
+                    part.copy_(_add_delta(part, rows @ parts.a.T, parts, tile.gamma, own))
                 column += out
         return y
 
 
+class ReferenceLookup:
+    """An embedding's delta: the columns of A that the tokens name, times B."""
+
+    def __init__(self, site: SiteSpec) -> None:
+        self.site = site
+
+    def __call__(self, y: torch.Tensor, ids: torch.Tensor, step: object | None) -> None:
+        if step is None:
+            return
+        assert isinstance(step, ReferenceStep)
+        (linear,), (out,) = self.site.linears, self.site.out_features
+        for tile in step.tiles:
+            parts = step.gather.operands(tile.slots, linear, (self.site.in_features, out))
+            if parts is not None:
+                part = y[tile.start : tile.stop]
+                z = _padded(parts.a[:, ids[tile.start : tile.stop]].T)
+                part.copy_(_add_delta(part, z, parts, tile.gamma, None))
+
+
+def _padded(rows: torch.Tensor) -> torch.Tensor:
+    """At least as many rows as give each the same bits in any company."""
+    return F.pad(rows, (0, 0, 0, max(0, LEAST_ROWS - rows.shape[0])))
+
+
 def _add_delta(
     y: torch.Tensor,
-    x: torch.Tensor,
+    z: torch.Tensor,
     parts: Operands,
     gamma: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """y + G∘(y − bias) + ((x·Aᵀ) ∘ γ·s)·B + γ·s·biasB, G = Σ γ·gain, in fp32, rounded once.
+    """y + G∘(y − bias) + (z ∘ γ·s)·B + γ·s·biasB, z = x·Aᵀ, G = Σ γ·gain, in fp32, rounded once.
 
     A zero coefficient selects, it never multiplies. `bias` is the base's own.
     """
-    tokens = x.shape[0]
-    least = max(0, LEAST_ROWS - tokens)
-    padded = F.pad(gamma, (0, 0, 0, least))
-    coefficient = padded[:, parts.owner] * parts.scale  # [tokens, R]
+    tokens = y.shape[0]
+    coefficient = _padded(gamma)[:, parts.owner] * parts.scale  # [tokens, R]
     used = coefficient != 0
-    z = torch.where(used, (F.pad(x, (0, 0, 0, least)) @ parts.a.T) * coefficient, 0.0)
+    z = torch.where(used, z * coefficient, 0.0)
     total = y.float() + (z @ parts.b)[:tokens]
     for place, gain, shift in parts.vectors:
         own = gamma[:, place : place + 1]

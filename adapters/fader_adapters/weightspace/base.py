@@ -4,6 +4,7 @@ Builds transformers' model without memory to learn its shape; never loads it.
 """
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,15 +16,16 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
+from fader_adapters.describe import describe
 from fader_adapters.errors import AdapterInvalid, BaseUnsupported, CheckpointInvalid, SourceNotFound
 from fader_adapters.kernels import nf4
-from fader_adapters.layers import describe
 from fader_adapters.spec import BaseSpec, LinearSpec
 from fader_adapters.strict_json import load_object
 from fader_adapters.weightspace import quantised
 from fader_adapters.weightspace.tensors import Checkpoint
 
 CONFIG_FILE = "config.json"
+PANEL_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ class Base:
     def in_nf4(self) -> bool:
         """Whether the files hold an NF4 model."""
         return "quantization_config" in self.config
+
+    @property
+    def inside(self) -> tuple[LinearSpec, ...]:
+        """The linears, without the output head and the embedding."""
+        return tuple(linear for linear in self.spec.linears if linear.inside)
 
     def key(self, linear: LinearSpec) -> str:
         """The key of a linear's weight. Raises CheckpointInvalid."""
@@ -96,6 +103,17 @@ class Base:
     def dense(self, linear: LinearSpec) -> torch.Tensor:
         """W [out, in] in fp32, private. Raises as `stored`."""
         return densely(self.stored(linear))
+
+    def panels(self, linear: int) -> Iterator[torch.Tensor]:
+        """W in fp32, a few rows at a time; see BaseWeights. Raises as `stored`."""
+        stored = self.stored(self.spec.linears[linear])
+        rows = stored.weight.out_features if isinstance(stored, quantised.Packed) else len(stored)
+        for start in range(0, rows, PANEL_ROWS):
+            stop = min(rows, start + PANEL_ROWS)
+            if isinstance(stored, quantised.Packed):
+                yield nf4.dense(stored.weight.rows(start, stop), torch.float32)
+            else:
+                yield stored[start:stop].to(torch.float32)
 
 
 def densely(stored: torch.Tensor | quantised.Packed) -> torch.Tensor:

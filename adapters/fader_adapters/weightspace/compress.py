@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fader_adapters.errors import AdapterError, AdapterMismatch, DeltaEmpty
+from fader_adapters.errors import AdapterError, AdapterInvalid, AdapterMismatch, DeltaEmpty
 from fader_adapters.header import read_header
 from fader_adapters.limits import Limits
 from fader_adapters.source import RawAdapter
@@ -57,6 +57,11 @@ def compress(
     spec = base or _common_base(raws)
     mixture = mix(raws, [item.gamma for item in blend], spec)
     touched = mixture.linears()
+    for index in touched:
+        if spec.linears[index].role == "embedding":
+            raise AdapterInvalid(
+                f"{spec.linears[index].path!r} is an adapted embedding, expected linears alone"
+            )
     sites: list[SiteResult] = []
     for count, index in enumerate(touched):
         progress("compressing", count, len(touched))
@@ -101,12 +106,14 @@ def _site(mixture: Mixture, spec: BaseSpec, index: int, rank: int) -> SiteResult
 def _common_base(raws: Sequence[RawAdapter]) -> BaseSpec:
     """The linears that the adapters' own tensors speak of. Raises AdapterError."""
     shapes: dict[str, tuple[int, int]] = {}
+    embeddings: set[str] = set()
     for raw in raws:
         try:
             modules = sort_tensors(read_header(raw.weights, Limits())).modules
         except AdapterError as error:
             error.args = (f"{raw.origin}: {error}",)
             raise
+        embeddings |= {path for path, tensors in modules.items() if tensors.embedding}
         for path, tensors in modules.items():
             shape = (tensors.a.shape[-1], tensors.b.shape[0])
             if shapes.setdefault(path, shape) != shape:
@@ -116,7 +123,8 @@ def _common_base(raws: Sequence[RawAdapter]) -> BaseSpec:
                 )
     _check_one_tree(shapes)
     linears = tuple(
-        LinearSpec(path, *shape, _layer(path)) for path, shape in sorted(shapes.items(), key=_order)
+        LinearSpec(path, *shape, _layer(path), role="embedding" if path in embeddings else "linear")
+        for path, shape in sorted(shapes.items(), key=_order)
     )
     return BaseSpec(linears, Digest("0" * 64), "unknown")
 

@@ -34,7 +34,7 @@ def find(tuned: Base, original: Base, *, carried: Collection[str]) -> Iterator[D
     """Every tensor that differs, except the weights of the linears in `carried` (paths)."""
     skipped = {f"{path}.weight" for path in carried}
     theirs, ours = _by_name(tuned), _by_name(original)
-    linears = {f"{linear.path}.weight": linear for linear in original.spec.linears}
+    linears = {f"{linear.path}.weight": linear for linear in original.inside}
     for name in dict.fromkeys((*ours, *theirs)):
         if name in skipped:
             continue

@@ -97,7 +97,7 @@ def _check_same(tuned: Base, original: Base) -> None:
             f"{tuned.directory} is a {tuned.spec.model_type}, the base {original.directory} a "
             f"{original.spec.model_type}: not a fine-tune of it"
         )
-    theirs, ours = ({item.path: item for item in b.spec.linears} for b in (tuned, original))
+    theirs, ours = ({item.path: item for item in b.inside} for b in (tuned, original))
     for path in [*ours, *theirs]:
         if theirs.get(path) != ours.get(path):
             raise AdapterMismatch(
@@ -111,13 +111,13 @@ def _shape(linear: LinearSpec | None) -> str:
 
 
 def _select(base: Base, targets: Targets) -> list[LinearSpec]:
-    stranger = targets.unmatched(linear.path for linear in base.spec.linears)
+    stranger = targets.unmatched(linear.path for linear in base.inside)
     if stranger is not None:
         raise AdapterMismatch(
             f"no linear of {base.directory} is called {stranger!r}; there are "
-            + ", ".join(sorted({item.path.rpartition(".")[2] for item in base.spec.linears}))
+            + ", ".join(sorted({item.path.rpartition(".")[2] for item in base.inside}))
         )
-    chosen = [linear for linear in base.spec.linears if targets.select(linear.path)]
+    chosen = [linear for linear in base.inside if targets.select(linear.path)]
     if not chosen:
         raise DeltaEmpty("the selection leaves no linear to look at")
     return chosen

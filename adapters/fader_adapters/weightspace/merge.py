@@ -54,7 +54,7 @@ def merge(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = silent,
 ) -> Merged:
-    """Write W + Σ γᵢ·sᵢ·BᵢAᵢ as a checkpoint that transformers loads.
+    """Write W + Σ γᵢ·ΔWᵢ as a checkpoint that transformers loads; ΔW = s·B·A, or all of DoRA's.
 
     base   a model directory, unquantised or in bitsandbytes' NF4; never written
     out    new or empty, or left by an interrupted run with the same inputs, which goes on
@@ -89,7 +89,8 @@ def merge(
 
 def _open(directory: Path, blend: Sequence[Ingredient], form: Form) -> _Job:
     base = open_base(directory)
-    mixture = mix(read_raw(blend), [item.gamma for item in blend], base.spec)
+    gammas = [item.gamma for item in blend]
+    mixture = mix(read_raw(blend), gammas, base.spec, weights=base)
     return _Job(base, mixture, form)
 
 
@@ -157,7 +158,7 @@ def _write_linear(
         merged = merged.clone()
     delta = job.mixture.sum(index)
     if delta is not None:
-        merged.addmm_(delta.b, delta.a)
+        delta.add_to(merged)
     quantised.require_finite(merged)
     dtype = stored.dtype
     served = before = _rows(stored)

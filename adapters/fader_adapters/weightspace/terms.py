@@ -11,7 +11,7 @@ from fader_adapters.errors import AdapterError, AdapterInvalid, BlendInvalid
 from fader_adapters.limits import Limits
 from fader_adapters.parse import ParsedAdapter, read_adapter
 from fader_adapters.source import LocalSources, RawAdapter
-from fader_adapters.spec import MAX_WEIGHT, BaseSpec, Blend, Digest, Term
+from fader_adapters.spec import MAX_WEIGHT, BaseSpec, BaseWeights, Blend, Digest, Term
 
 _NOTHING = 1e-7
 """Of ‖A‖·‖B‖: a product below it is what rounding leaves of terms that cancel."""
@@ -33,12 +33,14 @@ class Ingredient:
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """ΔW = B·A of one linear, all terms side by side, weights and scales inside B; fp32."""
+    """ΔW = gain∘W + B·A of one linear, all terms side by side, weights and scales inside; fp32."""
 
     a: torch.Tensor
     """[Σ rank, in]"""
     b: torch.Tensor
     """[out, Σ rank]"""
+    gain: torch.Tensor | None = None
+    """[out], of rows of W: what DoRA adds; None: 0"""
 
     @property
     def rank(self) -> int:
@@ -46,9 +48,15 @@ class Sum:
 
     @property
     def norm(self) -> float:
-        """‖B·A‖ from two Gram matrices in fp64, never the product itself."""
+        """‖B·A‖ without the gain, from two Gram matrices in fp64, never the product itself."""
         a, b = self.a.double(), self.b.double()
         return math.sqrt(max(float(torch.sum((a @ a.T) * (b.T @ b))), 0.0))
+
+    def add_to(self, weight: torch.Tensor) -> None:
+        """W [out, in] in fp32 becomes W + ΔW."""
+        if self.gain is not None:
+            weight.mul_(1.0 + self.gain[:, None])
+        weight.addmm_(self.b, self.a)
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,14 @@ class Mixture:
         parts = list(self._parts(linear))
         if not parts:
             return None
-        total = Sum(torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1))
+        gains = [part.gain for part in parts if part.gain is not None]
+        total = Sum(
+            torch.cat([part.a for part in parts]),
+            torch.cat([part.b for part in parts], dim=1),
+            torch.stack(gains).sum(dim=0) if gains else None,
+        )
+        if total.gain is not None and bool(total.gain.any()):
+            return total
         size = float(total.a.norm()) * float(total.b.norm())
         return total if total.norm > _NOTHING * size else None
 
@@ -81,11 +96,12 @@ class Mixture:
             for term in self.blend.terms
         ]
 
-    def _parts(self, linear: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _parts(self, linear: int) -> Iterator[Sum]:
         for gamma, adapter in self.adapters:
             for delta, factors in zip(adapter.spec.deltas, adapter.factors, strict=True):
                 if delta.linear == linear:
-                    yield factors.a, factors.bt.T * (gamma * delta.scale)
+                    gain = None if factors.gain is None else gamma * factors.gain
+                    yield Sum(factors.a, factors.bt.T * (gamma * delta.scale), gain)
 
 
 def read_raw(ingredients: Sequence[Ingredient], limits: Limits | None = None) -> list[RawAdapter]:
@@ -99,9 +115,10 @@ def mix(
     gammas: Sequence[float],
     base: BaseSpec,
     *,
+    weights: BaseWeights | None = None,
     limits: Limits | None = None,
 ) -> Mixture:
-    """Check adapters against `base` and blend them.
+    """Check adapters against `base` and blend them; DoRA wants the base's `weights`.
 
     Raises AdapterInvalid, AdapterMismatch (each names its adapter), BlendInvalid.
     """
@@ -110,9 +127,7 @@ def mix(
     terms = []
     for raw, gamma in zip(raws, gammas, strict=True):
         try:
-            parsed = read_adapter(raw, base, dtype=torch.float32, limits=limits)
-            if any(factors.bias is not None for factors in parsed.factors):
-                raise AdapterInvalid("lora_bias = true: expected a delta of weights alone")
+            parsed = _read(raw, base, weights, limits)
         except AdapterError as error:
             error.args = (f"{raw.origin}: {error}",)
             raise
@@ -123,3 +138,19 @@ def mix(
     if not blend:
         raise BlendInvalid("the blend is empty: name adapters with weights that are not 0")
     return Mixture(blend, tuple(found[term.version] for term in blend.terms), sources)
+
+
+def _read(
+    raw: RawAdapter, base: BaseSpec, weights: BaseWeights | None, limits: Limits | None
+) -> ParsedAdapter:
+    parsed = read_adapter(raw, base, dtype=torch.float32, limits=limits, weights=weights)
+    if any(factors.bias is not None for factors in parsed.factors):
+        raise AdapterInvalid("lora_bias = true, expected an adapter that changes weights alone")
+    outside = [base.linears[delta.linear] for delta in parsed.spec.deltas]
+    for linear in outside:
+        if base.tied and not linear.inside:
+            raise AdapterInvalid(
+                f"{linear.path!r} is adapted, and the base ties its embedding and output head to "
+                "one table: the sum of both is no checkpoint of this model; serve it as an adapter"
+            )
+    return parsed

@@ -56,7 +56,9 @@ async def patch_adapter(request: Request) -> Response:
         fields.refuse("pin", "is required: true or false")
     pinned = fields.boolean("pin")
     fields.finish()
-    info = context_of(request).adapters.pin(_name(request), pinned=pinned)
+    adapters = context_of(request).adapters
+    info = adapters.pin(_name(request), pinned=pinned)
+    await adapters.saved()
     return JSONResponse(report(info, request))
 
 
@@ -64,7 +66,7 @@ async def patch_adapter(request: Request) -> Response:
 async def delete_adapter(request: Request) -> Response:
     """The name is gone at once; the memory follows when the last lease ends."""
     name = _name(request)
-    context_of(request).adapters.unload(name)
+    await unload(request, name)
     return JSONResponse({"object": "adapter", "name": name, "deleted": True})
 
 
@@ -78,7 +80,7 @@ def read_order(name: str, body: dict[str, Any]) -> LoadOrder:
         revision=fields.string("revision", longest=256) or None,
         sha256=fields.string("sha256", longest=64) or None,
         if_version=fields.string("if_version", longest=64) if "if_version" in body else None,
-        pin=fields.boolean("pin"),
+        pin=None if fields.raw("pin") is None else fields.boolean("pin"),
     )
     if order.sha256 and not _SHA256.fullmatch(order.sha256):
         fields.refuse("sha256", "must be 64 lower-case hexadecimal digits")
@@ -103,6 +105,15 @@ async def load(request: Request, order: LoadOrder) -> Loaded:
     context.metrics.loaded("ok", time.monotonic() - began)
     log_of(request).extra["version"] = loaded.info.version
     return loaded
+
+
+async def unload(request: Request, name: str) -> None:
+    """Unload, logged and written down. Raises AdapterNotFound."""
+    adapters = context_of(request).adapters
+    version = adapters.get(AdapterRef(name)).version
+    adapters.unload(name)
+    log_of(request).extra.update(adapter=name, version=version)
+    await adapters.saved()
 
 
 def report(info: AdapterInfo, request: Request) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from fader_server.api.body import read_json
 from fader_server.api.choosing import Limits
 from fader_server.api.edge import RequestLog
 from fader_server.api.generate import Generator
+from fader_server.api.named_blends import Recipes
 from fader_server.api.observe import Board, CallRecord
 from fader_server.api.ports import Adapters, Engine, Lease, Merging, Tokenizer
 from fader_server.api.sse import Pace
@@ -46,6 +47,7 @@ class Context:
     base: BaseModel
     engine: Engine
     adapters: Adapters
+    recipes: Recipes
     tokenizer: Tokenizer
     generator: Generator
     metrics: Metrics

@@ -13,7 +13,7 @@ from fader_server.errors import RequestInvalid
 MAX_PROBLEMS = 3
 MAX_FIELDS = 64
 """Unknown names in one object: judging each costs a comparison with every known one."""
-_OWN = ("adapter", "lora", "gamma", "gama", "blend")
+_OWN = ("adapter", "lora", "gamma", "gama", "blend", "recipe")
 """Unknown fields that begin like this mean our extension; ignoring them would serve the base."""
 
 

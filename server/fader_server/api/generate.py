@@ -7,17 +7,16 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
-from fader_adapters.errors import AdapterNotFound
 from fader_server.api.choice import Choice, Delta
 from fader_server.api.errors import FirstTokenTimeout
 from fader_server.api.mailbox import Mailbox
 from fader_server.api.observe import CallRecord
 from fader_server.api.ports import Adapters, Engine, Lease, Tokenizer
 from fader_server.api.prepare import Preparer
-from fader_server.api.resolve import adapter_label, resolve
+from fader_server.api.resolve import FindRecipe, Target, label_of, lease_target, resolve
 from fader_server.api.schemas import Call
 from fader_server.core import Request, TokenEvent
-from fader_server.errors import ModelNotFound, Overloaded, RequestTimeout
+from fader_server.errors import Overloaded, RequestTimeout
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +46,7 @@ class Generator:
         tokenizer: Tokenizer,
         *,
         base_name: str,
+        recipes: FindRecipe,
         max_model_len: int,
         patience: Patience,
     ) -> None:
@@ -54,6 +54,7 @@ class Generator:
         self._adapters = adapters
         self._tokenizer = tokenizer
         self._base_name = base_name
+        self._recipes = recipes
         self._preparer = Preparer(tokenizer, max_model_len=max_model_len)
         self._patience = patience
         self._live: set[Generation] = set()
@@ -73,14 +74,15 @@ class Generator:
     async def start(self, call: Call, *, id: str, salt: str, record: CallRecord) -> "Generation":
         """Lease, tokenise and submit, all or nothing. The caller closes the generation.
 
-        Raises ModelNotFound, BlendInvalid, ContextTooLong, Overloaded, RequestInvalid; for an
-        adapter that is loaded on demand also FirstTokenTimeout and AdapterError.
+        Raises ModelNotFound, RecipeIncomplete, BlendInvalid, ContextTooLong, Overloaded,
+        RequestInvalid; for an adapter loaded on demand also FirstTokenTimeout and AdapterError.
         """
         if self._closed is not None:
             raise self._closed
-        lease = await self._lease(call)
+        target = resolve(call.model, call.terms, base=self._base_name, recipes=self._recipes)
+        lease = await self._lease(target)
         try:
-            record.leased(adapter_label(lease), lease.terms)
+            record.leased(label_of(target, lease), lease.terms, recipe=target.recipe)
             prompts = await asyncio.to_thread(self._preparer.encode, call)
             requests = self._preparer.requests(call, prompts, lease, id=id, salt=salt)
             choices = [self._choice(call, index, item) for index, item in enumerate(requests)]
@@ -95,17 +97,12 @@ class Generator:
         generation.submit()
         return generation
 
-    async def _lease(self, call: Call) -> Lease:
-        target = resolve(call.model, call.terms, base=self._base_name)
+    async def _lease(self, target: Target) -> Lease:
         try:
             async with asyncio.timeout(self._patience.first_token):
-                return await self._adapters.lease(target.terms)
+                return await lease_target(target, self._adapters)
         except TimeoutError:
             raise FirstTokenTimeout("The adapter did not load in time.") from None
-        except AdapterNotFound:
-            if call.terms is not None:
-                raise ModelNotFound("An adapter of the blend does not exist.") from None
-            raise ModelNotFound(f"The model `{call.model}` does not exist.") from None
 
     def _choice(self, call: Call, index: int, request: Request) -> Choice:
         continued = () if call.chat else request.prompt

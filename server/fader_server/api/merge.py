@@ -7,7 +7,6 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from fader_server.api.blends import parse_terms
 from fader_server.api.context import body_of, context_of, log_of
 from fader_server.api.fields import Fields
 from fader_server.api.ports import (
@@ -20,6 +19,8 @@ from fader_server.api.ports import (
     MergeStatus,
     Merging,
 )
+from fader_server.api.resolve import lease_target, read_target
+from fader_server.errors import RequestInvalid
 
 admin_router = APIRouter()
 _FORMS = ("nf4", "bf16")
@@ -31,15 +32,22 @@ async def start(request: Request) -> Response:
     """Begin to merge a blend in the background (202); 200 when that lane is open already."""
     context, merging = context_of(request), _merging(request)
     fields = Fields(await body_of(request))
-    fields.unknown({"adapters", "dtype", "rounding", "force"}, strict=True)
+    fields.unknown({"adapters", "recipe", "dtype", "rounding", "force"}, strict=True)
     form = _one_of(fields, "dtype", _FORMS, context.config.merge_dtype)
     rounding = _one_of(fields, "rounding", _ROUNDINGS, "keep")
     order = MergeOrder(
         cast("MergeForm", form), cast("MergeRounding", rounding), fields.boolean("force")
     )
+    find = context.recipes.find
+    target = read_target(fields, max_terms=context.limits.max_terms, recipes=find)
     fields.finish()
-    terms = parse_terms(fields.raw("adapters"), context.limits.max_terms)
-    status = await merging.start(order, await context.adapters.lease(terms))
+    if target is None:
+        raise RequestInvalid(
+            "adapters is required: a list of names with weights, or recipe, a name",
+            param="adapters",
+            code="blend_invalid",
+        )
+    status = await merging.start(order, await lease_target(target, context.adapters))
     log_of(request).extra["merge"] = "started" if status.busy else "there already"
     return JSONResponse(document(status), 202 if status.busy else 200)
 

@@ -1,4 +1,4 @@
-"""/v1/models: the base first, then the adapters, as OpenAI's model cards."""
+"""/v1/models: the base first, then adapters and recipes, as OpenAI's model cards with lineage."""
 
 from typing import Any
 
@@ -8,8 +8,10 @@ from starlette.responses import JSONResponse, Response
 
 from fader_adapters.errors import AdapterNotFound
 from fader_server.api.context import Context, context_of
+from fader_server.api.named_blends import Recipe
 from fader_server.api.ports import AdapterInfo
-from fader_server.api.resolve import resolve
+from fader_server.api.recipes import terms_of
+from fader_server.api.resolve import missing_of, resolve
 from fader_server.errors import ModelNotFound
 
 router = APIRouter()
@@ -20,6 +22,7 @@ async def list_models(request: Request) -> Response:
     """Every model of this server."""
     context = context_of(request)
     cards = [_base_card(context), *(_card(context, info) for info in context.adapters.list())]
+    cards += [_recipe_card(context, recipe) for recipe in context.recipes.list()]
     return JSONResponse({"object": "list", "data": cards})
 
 
@@ -27,7 +30,10 @@ async def list_models(request: Request) -> Response:
 async def one_model(request: Request) -> Response:
     """One model, by any spelling that a request may use."""
     context = context_of(request)
-    target = resolve(request.path_params["id"], None, base=context.base.name)
+    given = request.path_params["id"]
+    target = resolve(given, None, base=context.base.name, recipes=context.recipes.find)
+    if target.recipe is not None:
+        return JSONResponse({**_recipe_card(context, target.recipe), "id": target.model})
     if not target.terms:
         return JSONResponse(_base_card(context))
     try:
@@ -55,3 +61,16 @@ def _card(context: Context, info: AdapterInfo) -> dict[str, Any]:
     root = f"{info.name}@{info.version[:12]}"  # never a path of the host
     changes = {"id": info.name, "created": info.created, "root": root, "version": info.version}
     return {**_base_card(context), **changes, "parent": context.base.name}
+
+
+def _recipe_card(context: Context, recipe: Recipe) -> dict[str, Any]:
+    return {
+        **_base_card(context),
+        "id": recipe.name,
+        "created": recipe.created,
+        "root": f"{recipe.name}@{recipe.digest[:12]}",
+        "parent": context.base.name,
+        "digest": recipe.digest,
+        "adapters": terms_of(recipe, context),
+        "missing": missing_of(recipe, context.adapters),
+    }

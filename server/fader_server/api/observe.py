@@ -8,7 +8,9 @@ from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from fader_server.api.named_blends import Recipe, Recipes
 from fader_server.api.ports import Adapters, Engine, LeasedTerm, Merging
+from fader_server.api.resolve import exact
 from fader_server.api.traffic import BlendKey, Traffic, blend_key
 from fader_server.metrics import Metrics, by_tier, counter, gauge, lora_requests_info
 
@@ -27,6 +29,7 @@ class CallRecord:
     """Empty until the names are resolved."""
     terms: Sequence[LeasedTerm] = ()
     blend: BlendKey = ()
+    recipe: Recipe | None = None
     first: float | None = None
     last: float | None = None
     queue: float | None = None
@@ -43,8 +46,10 @@ class CallRecord:
         """The first token is there."""
         return self.first is not None
 
-    def leased(self, adapter: str, terms: Sequence[LeasedTerm]) -> None:
-        self.adapter, self.terms = adapter, terms
+    def leased(
+        self, adapter: str, terms: Sequence[LeasedTerm], *, recipe: Recipe | None = None
+    ) -> None:
+        self.adapter, self.terms, self.recipe = adapter, terms, recipe
         self.blend = blend_key(terms)
         self.board.waiting.update(self._names())
 
@@ -92,7 +97,9 @@ class CallRecord:
         queue = None if self.queue is None else round(self.queue * 1000, 1)
         return {
             "adapter": self.adapter or None,
+            "recipe": self.recipe and f"{self.recipe.name}@{self.recipe.digest[:12]}",
             "versions": [f"{term.name}@{term.version[:12]}" for term in self.terms],
+            "weights": [exact(term.weight) for term in self.terms],
             "prompt_tokens": self.tokens[0],
             "completion_tokens": self.tokens[1],
             "cached_tokens": self.tokens[2],
@@ -154,7 +161,9 @@ def merge_gauges(merging: Merging, engine: Engine) -> Callable[[], Iterable[Metr
     return read
 
 
-def gauges(engine: Engine, adapters: Adapters, board: Board) -> Callable[[], Iterable[Metric]]:
+def gauges(
+    engine: Engine, adapters: Adapters, recipes: Recipes, board: Board
+) -> Callable[[], Iterable[Metric]]:
     """The families read from the engine and the store at every scrape."""
 
     def read() -> Iterable[Metric]:
@@ -172,6 +181,7 @@ def gauges(engine: Engine, adapters: Adapters, board: Board) -> Callable[[], Ite
         yield counter("fader_preemptions", "Requests put back into the queue.", stats.preemptions)
         yield counter("fader_engine_faults", "Requests ended by a fault.", stats.faults)
         yield gauge("fader_adapters", "Registered adapters.", totals.adapters)
+        yield gauge("fader_recipes", "Recipes.", len(recipes.list()))
         yield gauge("fader_adapter_leases", "Leases held by calls.", totals.leases)
         yield by_tier(
             GaugeMetricFamily("fader_adapter_bytes", "Bytes of adapters.", labels=["tier"]),

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from fader_adapters.claims import Claims
 from fader_adapters.spec import AdapterData, Blend, Digest
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.traffic import Traffic
@@ -165,7 +166,8 @@ class LoadOrder:
     """Swap a name that is taken; else AdapterExists."""
     if_version: str | None = None
     """Only swap from this version; "" asks that the name is free."""
-    pin: bool = False
+    pin: bool | None = None
+    """None: as it is; a new name has no pin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +187,7 @@ class AdapterInfo:
     leases: int
     pinned: bool
     retired: tuple[Digest, ...] = ()
-    """Earlier versions that requests still hold."""
+    """Earlier versions that requests or recipes still hold."""
     delta_norm: float = 0.0
     """Frobenius norm of all deltas together."""
     relative_norm: float = 0.0
@@ -331,8 +333,28 @@ class Adapters(Protocol):
         """Fetch, check and publish; the name moves at once or not at all.
 
         Raises AdapterError: AdapterInvalid, AdapterMismatch, AdapterTooLarge, ArenaFull,
-        AdapterExists, VersionConflict, SourceForbidden, SourceNotFound, SourceUnavailable.
+        AdapterExists, NameReserved, VersionConflict, SourceForbidden, SourceNotFound,
+        SourceUnavailable.
         """
+        ...
+
+    async def revive(self, order: LoadOrder) -> None:
+        """Fetch a version that is claimed, as an earlier one of a name that stays where it is.
+
+        `order.sha256` is the version. Raises AdapterError as `load` does, AdapterNotFound when
+        the name is not loaded.
+        """
+        ...
+
+    def claim(self, claims: Claims) -> None:
+        """Replace what recipes claim: names for no adapter, versions that outlive a swap.
+
+        Raises NameReserved when an adapter has such a name, and nothing changes.
+        """
+        ...
+
+    async def saved(self) -> None:
+        """Return when every change so far would survive the end of the process."""
         ...
 
     def unload(self, name: str) -> None:
@@ -342,7 +364,10 @@ class Adapters(Protocol):
     def pin(self, name: str, *, pinned: bool) -> AdapterInfo: ...
 
     def get(self, ref: AdapterRef) -> AdapterInfo:
-        """Raises AdapterNotFound."""
+        """The name's current version, or the earlier one that is asked for and still held.
+
+        Raises AdapterNotFound.
+        """
         ...
 
     def list(self) -> Sequence[AdapterInfo]: ...

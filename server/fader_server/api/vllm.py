@@ -15,7 +15,7 @@ from fader_adapters.errors import (
     SourceNotFound,
 )
 from fader_adapters.spec import ADAPTER_NAME
-from fader_server.api.admin import load
+from fader_server.api.admin import load, unload
 from fader_server.api.choosing import is_token_ids
 from fader_server.api.context import Context, body_of, context_of
 from fader_server.api.errors import describe
@@ -25,6 +25,8 @@ from fader_server.api.ports import LoadOrder
 from fader_server.api.resolve import resolve
 from fader_server.errors import ModelNotFound, RequestInvalid
 
+_LOAD_FIELDS = frozenset(("lora_name", "lora_path", "load_inplace", "is_3d_lora_weight"))
+_UNLOAD_FIELDS = frozenset(("lora_name", "lora_int_id"))
 user_router = APIRouter()
 admin_router = APIRouter()
 
@@ -33,6 +35,9 @@ admin_router = APIRouter()
 async def load_lora_adapter(request: Request) -> Response:
     """Load under a free name, or in place with `load_inplace`."""
     body = await body_of(request)
+    refusal = _check_fields(body, _LOAD_FIELDS)
+    if refusal is not None:
+        return refusal
     name, path = body.get("lora_name"), body.get("lora_path")
     if not (isinstance(name, str) and name and isinstance(path, str) and path):
         return _refuse(400, "Both 'lora_name' and 'lora_path' must be provided.")
@@ -40,6 +45,8 @@ async def load_lora_adapter(request: Request) -> Response:
         return _refuse(
             400, f"The lora adapter '{_shown(name)}' conflicts with a served base model."
         )
+    if context_of(request).recipes.find(name) is not None:
+        return _refuse(400, f"The lora adapter '{name}' conflicts with a served recipe.")
     if not ADAPTER_NAME.fullmatch(name):
         return _refuse(400, "'lora_name' has letters, digits and . _ - only, 128 at most.")
     order = LoadOrder(name, path, replace=body.get("load_inplace") is True)
@@ -67,14 +74,31 @@ async def load_lora_adapter(request: Request) -> Response:
 @admin_router.post("/v1/unload_lora_adapter")
 async def unload_lora_adapter(request: Request) -> Response:
     """Forget a name."""
-    name = (await body_of(request)).get("lora_name")
+    body = await body_of(request)
+    refusal = _check_fields(body, _UNLOAD_FIELDS)
+    if refusal is not None:
+        return refusal
+    name = body.get("lora_name")
     if not isinstance(name, str) or not name:
         return _refuse(400, "'lora_name' needs to be provided to unload a LoRA adapter.")
     try:
-        context_of(request).adapters.unload(name)
+        await unload(request, name)
     except AdapterNotFound:
         return _refuse(404, f"The lora adapter '{_shown(name)}' cannot be found.")
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+
+def _check_fields(body: dict[str, Any], known: frozenset[str]) -> Response | None:
+    """Refuse what looks like a field of ours and is none, and switches that are no switches."""
+    fields = Fields(body)
+    fields.unknown(known)
+    fields.boolean("load_inplace")
+    fields.only("is_3d_lora_weight", lambda value: value is False, "is not supported")
+    try:
+        fields.finish()
+    except RequestInvalid as error:
+        return _refuse(400, str(error))
+    return None
 
 
 def _shown(name: str) -> str:
@@ -147,7 +171,8 @@ def _check_model(context: Context, body: dict[str, Any]) -> None:
     if not isinstance(model, str):
         raise RequestInvalid("model must be text", param="model")
     try:
-        for term in resolve(model, None, base=context.base.name).terms:
+        found = resolve(model, None, base=context.base.name, recipes=context.recipes.find)
+        for term in found.terms:
             context.adapters.get(term.ref)
     except AdapterNotFound:
         raise ModelNotFound("The requested model does not exist.") from None

@@ -10,6 +10,7 @@ import typer
 from fader_adapters.errors import AdapterError
 from fader_server.bench.cli import bench_app
 from fader_server.bench.merge_cli import merge as bench_merge
+from fader_server.cli.adapters import adapters_app
 from fader_server.cli.compress import compress
 from fader_server.cli.extract import extract
 from fader_server.cli.kernels import kernels
@@ -17,9 +18,9 @@ from fader_server.cli.merge import merge
 from fader_server.cli.quantize import quantize
 from fader_server.cli.serve import serve
 from fader_server.cli.version import version
-from fader_server.errors import ConfigInvalid, FaderError, ModelUnsupported
+from fader_server.errors import ConfigInvalid, FaderError, ModelUnsupported, ServerRefused
 
-_MENDABLE = (ConfigInvalid, ModelUnsupported, AdapterError)
+_MENDABLE = (ConfigInvalid, ModelUnsupported, ServerRefused, AdapterError)
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """What the parser raises for any wrong flag; typer exports its children only."""
 
@@ -36,6 +37,7 @@ app.command()(compress)
 bench_app.command()(kernels)
 bench_app.command("merge")(bench_merge)
 app.add_typer(bench_app, name="bench")
+app.add_typer(adapters_app, name="adapters")
 
 
 def _tell_version(wanted: bool) -> None:

@@ -2,11 +2,9 @@
 
 import inspect
 import os
-from typing import Annotated, Any
-
-import typer
 
 from fader_server import config
+from fader_server.cli.flags import flags_of
 from fader_server.cli.version import version
 
 
@@ -25,31 +23,6 @@ def serve(**flags: object) -> None:
     run(settings, open_world, version=version())
 
 
-def _parameter(name: str, kind: Any, info: Any) -> inspect.Parameter:  # noqa: ANN401 - typer's own
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[kind | None, info],
-    )
-
-
-def _parameters() -> list[inspect.Parameter]:
-    """One parameter a setting: the definition in ServeConfig is the only one."""
-    found = []
-    for setting in config.settings():
-        if setting.positional:
-            argument = typer.Argument(help=setting.help, metavar=setting.metavar)
-            found.append(_parameter(setting.name, str, argument))
-        elif setting.switch:
-            names = f"{setting.flag}/--no-{setting.flag.removeprefix('--')}"
-            found.append(_parameter(setting.name, bool, typer.Option(names, help=setting.help)))
-        else:
-            option = typer.Option(setting.flag, help=setting.help, metavar=setting.metavar)
-            found.append(_parameter(setting.name, list[str] if setting.many else str, option))
-    file = typer.Option("--config", help="TOML file with settings", metavar="FILE")
-    return [*found, _parameter("config", str, file)]
-
-
-serve.__signature__ = inspect.Signature(_parameters())  # pyright: ignore[reportFunctionMemberAccess]
-serve.__annotations__ = {p.name: p.annotation for p in _parameters()}
+_PARAMETERS = flags_of(config.settings())
+serve.__signature__ = inspect.Signature(_PARAMETERS)  # pyright: ignore[reportFunctionMemberAccess]
+serve.__annotations__ = {p.name: p.annotation for p in _PARAMETERS}

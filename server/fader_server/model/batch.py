@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fader_adapters.spec import RowTerms, StepTerms
 from fader_server.core import Plan, PlanRow
 
 
@@ -51,6 +52,13 @@ class Batch:
     def padding(self) -> int:
         """Packed tokens that belong to no row."""
         return self.input_ids.shape[1] - self.tokens
+
+    def logit_terms(self, terms: StepTerms) -> StepTerms:
+        """The terms of the rows of `logit_index`; what pads them is the base's."""
+        rows = [RowTerms(1, terms.rows[i].terms) for i in self.sampling]
+        rows += [RowTerms(count, terms.rows[i].terms) for i, _, count in self.scored]
+        padding = self.logit_index.shape[0] - sum(row.tokens for row in rows)
+        return StepTerms((*rows, RowTerms(padding)) if padding else tuple(rows))
 
     @classmethod
     def from_plan(

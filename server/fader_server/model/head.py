@@ -1,36 +1,17 @@
-"""The two ends of a model on the CPU, hidden states to logits and token ids to hidden states, over
-one packed weight where the model ties them. Knows no adapters."""
+"""The two ends of a model on the CPU over one packed weight, where the model ties them. Knows no
+adapters."""
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fader_adapters.kernels.cpu import NativeBackend, PanelLinear
+from fader_adapters.kernels.cpu import NativeBackend
 from fader_adapters.kernels.native import PlainPanels, Tape
 from fader_adapters.kernels.native.panels import BLOCK
+from fader_adapters.layers import Installed, SiteEmbedding, SiteHead
 
 PROBES = 257
 """Rows of an embedding that are compared before a stand-in is trusted."""
-
-
-class NativeHead(nn.Module):
-    """Stands where the output embedding stood: x [..., hidden] → logits [..., vocab] in fp32.
-
-    A row's logits do not depend on how many others there are.
-    """
-
-    def __init__(self, linear: PanelLinear, bias: nn.Parameter | None) -> None:
-        super().__init__()
-        self.linear = linear
-        self.bias = bias
-        self.weight = nn.Parameter(linear.panels.panels, requires_grad=False)
-        """The panels: what the model keeps in memory."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        logits = torch.empty(rows.shape[0], self.linear.out_features, dtype=torch.float32)
-        self.linear.site(rows, out=logits)
-        return logits.view(*x.shape[:-1], logits.shape[1])
 
 
 class NativeEmbedding(nn.Module):
@@ -52,29 +33,39 @@ class NativeEmbedding(nn.Module):
         return rows if self.scale is None else rows * self.scale
 
 
-def replace_ends(model: PreTrainedModel, backend: NativeBackend, *, dtype: torch.dtype) -> None:
-    """Put native modules where they give what the model's own give.
+def replace_ends(
+    model: PreTrainedModel, installed: Installed, backend: NativeBackend, *, dtype: torch.dtype
+) -> None:
+    """Pack the output layer's weight, where the model has a plain one of `dtype`.
 
-    A tied weight stays one: the embedding then reads the head's panels. One that does more than
-    look rows up and scale them keeps the model's own copy.
+    A tied weight stays one: the embedding then reads the head's panels. An embedding that does more
+    than look rows up and scale them keeps the model's own copy.
     """
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if not isinstance(head, nn.Linear) or head.in_features % BLOCK or head.weight.dtype != dtype:
+    head, site = model.get_output_embeddings(), installed.head
+    if site is None or not isinstance(head, SiteHead):
         return
-    linear = backend.plain(head.weight.data, None if head.bias is None else head.bias.data)
-    if isinstance(embedding, nn.Embedding) and embedding.weight is head.weight:
-        assert isinstance(linear.panels, PlainPanels)
-        stand_in = _embedding(embedding, linear.panels, backend.tape)
+    weight, bias = head.weight, head.bias
+    if weight.dtype != dtype or weight.shape[1] % BLOCK:
+        return
+    kernel = backend.bind_head(site.spec, weight.data, None if bias is None else bias.data)
+    panels = kernel.panels
+    assert isinstance(panels, PlainPanels)
+    ours = model.get_input_embeddings()
+    if isinstance(ours, SiteEmbedding) and ours.inner.weight is weight:
+        stand_in = _embedding(ours.inner, panels, backend.tape)
         if stand_in is not None:
-            model.set_input_embeddings(stand_in)
-    model.set_output_embeddings(NativeHead(linear, head.bias))
+            ours.inner = stand_in
+            assert installed.table is not None
+            installed.table.source = panels
+    site.kernel = kernel
+    head.weight = nn.Parameter(panels.panels, requires_grad=False)
 
 
-def _embedding(embedding: nn.Embedding, panels: PlainPanels, tape: Tape) -> NativeEmbedding | None:
+def _embedding(embedding: nn.Module, panels: PlainPanels, tape: Tape) -> NativeEmbedding | None:
     """None when the module computes something else; its own output decides, not its name."""
     ids = torch.linspace(0, panels.n - 1, PROBES).long()
     with torch.inference_mode():
-        own, rows = embedding(ids), embedding.weight.data[ids]
+        own, rows = embedding(ids), panels.take(ids)
         if own.dtype != rows.dtype:
             return None
         ratio = (own.double() / rows.double())[rows != 0].median()

@@ -64,7 +64,7 @@ def load_base(
     except BaseUnsupported as error:
         raise ModelUnsupported(f"{source}: {error}") from error
     if isinstance(backend, NativeBackend):
-        _use_native(model, backend, dtype)
+        _use_native(model, installed, backend, dtype)
     text = config.get_text_config(decoder=True)
     return LoadedBase(
         model=model,
@@ -79,7 +79,9 @@ def load_base(
     )
 
 
-def _use_native(model: PreTrainedModel, backend: NativeBackend, dtype: torch.dtype) -> None:
+def _use_native(
+    model: PreTrainedModel, installed: Installed, backend: NativeBackend, dtype: torch.dtype
+) -> None:
     """Put native modules where they give what the model's own give."""
     tape = backend.tape
     replace_norms(model, tape)
@@ -87,7 +89,7 @@ def _use_native(model: PreTrainedModel, backend: NativeBackend, dtype: torch.dty
     for module in model.modules():
         if "RotaryEmbedding" in type(module).__name__:
             make_opaque(module, tape)
-    replace_ends(model, backend, dtype=dtype)
+    replace_ends(model, installed, backend, dtype=dtype)
 
 
 def _probe(model: PreTrainedModel, source: str) -> dict[nn.Module, LayerShape]:

@@ -19,13 +19,13 @@ from fader_adapters.kernels.backend import BaseLinear
 from fader_adapters.kernels.cpu import NativeBackend
 from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.lane import MergedLane
-from fader_adapters.layers import Site, SiteLinear
+from fader_adapters.layers import Site, SiteEmbedding, SiteHead, SiteLinear
 from fader_adapters.spec import RowTerms, StepTerms
 from fader_server.core import Plan, PlanRow, Request, SamplingParams
 from fader_server.core import Sequence as Row
 from fader_server.model.attention import StepAttention
 from fader_server.model.batch import Batch
-from fader_server.model.head import NativeEmbedding, NativeHead
+from fader_server.model.head import NativeEmbedding
 from fader_server.model.kv_cache import KVCache, bytes_per_block
 from fader_server.model.loader import LoadedBase
 from fader_server.model.torch_attention import TorchAttention
@@ -119,11 +119,11 @@ class _ProbeLinear(nn.Module):
 
 
 class _ProbeHead(nn.Module):
-    """The output layer, as its panels give it."""
+    """The output head, which no lane changes: fp32 logits."""
 
-    def __init__(self, head: NativeHead, glass: _Glass) -> None:
+    def __init__(self, head: SiteHead, glass: _Glass) -> None:
         super().__init__()
-        self._linear, self._glass = head.linear, glass
+        self._linear, self._glass = head.site.kernel.base, glass
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()
@@ -167,12 +167,14 @@ class ProbeModel:
         if isinstance(base.backend, NativeBackend):
             memo[id(base.backend.tape)] = tape
         for module in base.model.modules():
-            if isinstance(module, SiteLinear):
-                memo[id(module)] = _ProbeLinear(module, self._glass)
-            elif isinstance(module, NativeHead):
+            if isinstance(module, SiteHead):
                 memo[id(module)] = _ProbeHead(module, self._glass)
-            elif isinstance(module, NativeEmbedding):
-                memo[id(module)] = module.copied(tape)
+            elif isinstance(module, SiteLinear):
+                memo[id(module)] = _ProbeLinear(module, self._glass)
+            elif isinstance(module, SiteEmbedding):
+                inner = module.inner
+                own = isinstance(inner, NativeEmbedding)
+                memo[id(module)] = inner.copied(tape) if own else inner
         self._model = copy.deepcopy(base.model, memo)
         for module in self._model.modules():
             module.__dict__.pop("forward", None)  # put there for the original's recordings

@@ -1,7 +1,7 @@
 """Runs one plan on the device: batch, forward, sample. Decides nothing, keeps no requests."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -18,6 +18,8 @@ from fader_server.model.kernels import choose_replays
 from fader_server.model.kv_cache import KVCache
 from fader_server.model.loader import LoadedBase
 from fader_server.model.sampler import Sampler, prompt_logprobs
+
+HeadStep = Callable[[torch.Size], Step | None]
 
 
 def _padded(terms: StepTerms, padding: int) -> StepTerms:
@@ -95,7 +97,10 @@ class ModelRunner:
             if replays is not None and replays.takes(plan):
                 step = self._base.backend.prepare(self._tables, plan.terms)
                 assert step is None or isinstance(step, StepPlan)
-                logits = replays.run(plan, step, lambda batch: self._forward(batch, step))
+                # every token's logits are wanted, in order: the head's rows are the step's
+                logits = replays.run(
+                    plan, step, lambda batch: self._forward(batch, step, lambda _: step)
+                )
                 return self._sampled(plan, tuple(range(len(plan.rows))), logits)
             batch = Batch.from_plan(
                 plan,
@@ -104,15 +109,28 @@ class ModelRunner:
                 least=self._base.backend.least_rows,
             )
             terms = _padded(plan.terms, batch.padding)
-            logits = self._forward(batch, self._base.backend.prepare(self._tables, terms))
+            step = self._base.backend.prepare(self._tables, terms)
+            logits = self._forward(batch, step, lambda _: self._head_step(plan, batch))
             return self._results(plan, batch, logits)
         finally:
             state.lane = None
 
-    def _forward(self, batch: Batch, step: Step | None) -> torch.Tensor:
+    def _head_step(self, plan: Plan, batch: Batch) -> Step | None:
+        """The delta work of the rows whose logits are wanted; None where nobody adapts the head."""
+        head = self._base.installed.head
+        slots = sorted({slot for row in plan.terms.rows for slot, _ in row.terms})
+        if head is None or not slots:
+            return None
+        (index,) = head.spec.linears
+        if not bool(self._tables.rank[slots, index].any()):
+            return None
+        terms = batch.logit_terms(plan.terms)
+        return self._base.backend.prepare(self._tables, terms)
+
+    def _forward(self, batch: Batch, step: Step | None, head: HeadStep) -> torch.Tensor:
         """[len(batch.logit_index), vocab]"""
         state = self._base.installed.state
-        state.step = step
+        state.step, state.head = step, head
         try:
             out = self._base.model(
                 input_ids=batch.input_ids,
@@ -122,7 +140,7 @@ class ModelRunner:
                 fader_step=StepAttention(self._attention, self._cache, batch),
             )
         finally:
-            state.step = None
+            state.step = state.head = None
         return out.logits[0]
 
     def _sampled(

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fader_adapters.claims import NONE, Claims
 from fader_adapters.errors import (
     AdapterExists,
     AdapterInvalid,
     AdapterNotFound,
+    NameReserved,
     SourceForbidden,
     SourceNotFound,
     SourceUnavailable,
@@ -26,6 +28,7 @@ from fader_server.api.ports import AdapterInfo, AdapterTotals, Loaded, LoadOrder
 from fader_server.config import ServeConfig
 from fader_server.core import Request, Sink, TokenEvent, TokenLogprob
 from fader_server.metrics import Metrics
+from fader_server.recipes import RecipeBook
 
 EOS = 256
 VOCAB = 257
@@ -266,6 +269,8 @@ class FakeAdapters:
     def __init__(self, names: Sequence[str] = ("tone", "domain")) -> None:
         self.infos = {name: self._info(name, name) for name in names}
         self.leases = 0
+        self.claims = NONE
+        self.earlier: dict[str, list[AdapterInfo]] = {}
 
     def _info(self, name: str, content: str, *, pinned: bool = False) -> AdapterInfo:
         return AdapterInfo(
@@ -287,13 +292,45 @@ class FakeAdapters:
 
     def get(self, ref: AdapterRef) -> AdapterInfo:
         info = self.infos.get(ref.name)
-        if info is None or not info.version.startswith(ref.version or ""):
-            raise AdapterNotFound("no such adapter")
-        return info
+        known = [] if info is None else [info, *self.earlier.get(ref.name, [])]
+        for found in known:
+            if found.version.startswith(ref.version or ""):
+                return found
+        raise AdapterNotFound("no such adapter")
+
+    def claim(self, claims: Claims) -> None:
+        if claims.names & self.infos.keys():
+            raise NameReserved("an adapter has the name")
+        self.claims = claims
+        for name, infos in self.earlier.items():
+            infos[:] = [info for info in infos if (name, info.version) in claims.versions]
+
+    async def revive(self, order: LoadOrder) -> None:
+        await asyncio.sleep(0)
+        self.get(AdapterRef(order.name))
+        info = self._sourced(order)
+        if info.version != order.sha256:
+            raise VersionConflict("another version")
+        self.earlier.setdefault(order.name, []).append(info)
+
+    async def saved(self) -> None:
+        pass
 
     async def load(self, order: LoadOrder) -> Loaded:
         await asyncio.sleep(0)
-        old = self.infos.get(order.name)
+        info, old = self._sourced(order), self.infos.get(order.name)
+        if order.name in self.claims.names:
+            raise NameReserved("a recipe has the name")
+        if old and not order.replace:
+            raise AdapterExists("taken")
+        if order.if_version is not None and (old.version if old else "") != order.if_version:
+            raise VersionConflict("moved")
+        self.infos[order.name] = info
+        if old and (old.name, old.version) in self.claims.versions:
+            self.earlier.setdefault(old.name, []).append(old)
+        return Loaded(info, old.version if old else None)
+
+    def _sourced(self, order: LoadOrder) -> AdapterInfo:
         refusals = {
             "missing": SourceNotFound("nothing there"),
             "secret": SourceForbidden("outside the roots"),
@@ -302,14 +339,12 @@ class FakeAdapters:
         }
         if order.source in refusals:
             raise refusals[order.source]
-        if old and not order.replace:
-            raise AdapterExists("taken")
-        if order.if_version is not None and (old.version if old else "") != order.if_version:
-            raise VersionConflict("moved")
-        self.infos[order.name] = self._info(order.name, order.source, pinned=order.pin)
-        return Loaded(self.infos[order.name], old.version if old else None)
+        old = self.infos.get(order.name)
+        pinned = old is not None and old.pinned if order.pin is None else order.pin
+        return self._info(order.name, order.source.removeprefix("/roots/"), pinned=pinned)
 
     def unload(self, name: str) -> None:
+        self.earlier.pop(name, None)
         if self.infos.pop(name, None) is None:
             raise AdapterNotFound("no such adapter")
 
@@ -330,6 +365,7 @@ class World:
 
     engine: FakeEngine
     adapters: FakeAdapters
+    recipes: RecipeBook
     metrics: Metrics
     app: Any
 
@@ -351,15 +387,18 @@ class World:
 def build_world(**changes: Any) -> World:
     script, merging = changes.pop("script", None), changes.pop("merging", None)
     engine, adapters, metrics = FakeEngine(script), FakeAdapters(), Metrics()
+    config = ServeConfig(**changes)
+    recipes = RecipeBook(adapters, base="base", most=config.max_recipes)
     application = app.build(
-        ServeConfig(**changes),
+        config,
         BaseModel("base", digest("base"), MAX_LEN, 1700000000),
         engine=engine,
         adapters=adapters,
+        recipes=recipes,
         tokenizer=FakeTokenizer(),
         metrics=metrics,
         version="9",
         merging=merging,
     )
     application.state.context.readiness.reason = ""
-    return World(engine, adapters, metrics, application)
+    return World(engine, adapters, recipes, metrics, application)

@@ -54,6 +54,9 @@ async def test_put_creates_then_swaps_by_version(client, world: World):
     assert taken.headers["x-should-retry"] == "false"
     swapped = await client.put("/v1/adapters/new", json={"source": "two", "if_version": version})
     assert swapped.status_code == 200
+    assert swapped.json()["pinned"] is True, "what a swap does not say stays"
+    unpinned = {"source": "two", "pin": False}
+    assert (await client.put("/v1/adapters/new", json=unpinned)).json()["pinned"] is False
     assert swapped.json()["version"] == digest("two")
 
 
@@ -172,6 +175,35 @@ async def test_vllm_load_refusals(client, body, status, text):
     assert answer.status_code == status
     assert text in answer.json()["error"]["message"]
     assert answer.json()["error"]["type"] in ("InvalidUserInput", "NotFoundError")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("load_in_place", True), ("lora_nmae", "y"), ("adapter", "x"), ("lora_scale", 0.5),
+        ("gamma", 1), ("load_inplace", "yes"), ("is_3d_lora_weight", True),
+    ],
+)  # fmt: skip
+async def test_vllm_bodies_with_what_looks_like_ours_are_refused(client, world, field, value):
+    before = dict(world.adapters.infos)
+    body = {"lora_name": "tone", "lora_path": "p", "load_inplace": True, field: value}
+    answers = [await client.post("/v1/load_lora_adapter", json=body)]
+    if field not in ("load_inplace", "load_in_place", "is_3d_lora_weight"):
+        gone = {"lora_name": "tone", field: value}
+        answers.append(await client.post("/v1/unload_lora_adapter", json=gone))
+    for answer in answers:
+        assert answer.status_code == 400
+        assert answer.json()["error"]["type"] == "InvalidUserInput"
+        assert field in answer.json()["error"]["message"]
+    assert world.adapters.infos == before
+
+
+async def test_vllm_bodies_may_have_what_vllm_knows_and_strangers(client):
+    body = {"lora_name": "x", "lora_path": "p", "load_inplace": None, "is_3d_lora_weight": False}
+    body["note"] = "from a controller"
+    assert (await client.post("/v1/load_lora_adapter", json=body)).status_code == 200
+    gone = {"lora_name": "x", "lora_int_id": 3}
+    assert (await client.post("/v1/unload_lora_adapter", json=gone)).status_code == 200
 
 
 async def test_tokenize_and_back(client):

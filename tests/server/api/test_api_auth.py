@@ -14,6 +14,10 @@ ADMIN = {
     ("PUT", "/v1/adapters/{name:path}"),
     ("PATCH", "/v1/adapters/{name:path}"),
     ("DELETE", "/v1/adapters/{name:path}"),
+    ("GET", "/v1/recipes"),
+    ("GET", "/v1/recipes/{name:path}"),
+    ("PUT", "/v1/recipes/{name:path}"),
+    ("DELETE", "/v1/recipes/{name:path}"),
     ("POST", "/v1/load_lora_adapter"),
     ("POST", "/v1/unload_lora_adapter"),
 }
@@ -41,7 +45,7 @@ def path_of(template: str) -> str:
 def test_the_list_of_routes_is_the_contract(world: World):
     listed = routes(world)
     assert {route for route in listed if route[0] in ("PUT", "PATCH", "DELETE")} < ADMIN
-    assert len([route for route in listed if route[0] != "HEAD"]) == 16
+    assert len([route for route in listed if route[0] != "HEAD"]) == 20
     assert {path for method, path in listed if method == "HEAD"} < OPEN
     assert {path for _, path in listed} >= OPEN
 

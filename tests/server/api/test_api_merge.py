@@ -110,7 +110,9 @@ async def test_the_dtype_is_the_settings_unless_the_body_says_other(worlds, merg
         ({}, 400, "blend_invalid", "adapters"),
         ({"adapters": []}, 400, "blend_invalid", "adapters"),
         ({"adapters": [{"name": "tone"}, {"name": "tone"}]}, 400, "blend_invalid", "adapters"),
-        ({"adapters": [{"name": "nobody"}]}, 404, "adapter_not_found", None),
+        ({"adapters": [{"name": "nobody"}]}, 404, "model_not_found", "model"),
+        ({"recipe": "nobody"}, 404, "model_not_found", "model"),
+        (BODY | {"recipe": "warm"}, 400, None, "recipe"),
         (BODY | {"dtype": "int8"}, 400, None, "dtype"),
         (BODY | {"rounding": "up"}, 400, None, "rounding"),
         (BODY | {"force": "yes"}, 400, None, "force"),
@@ -124,6 +126,15 @@ async def test_a_wrong_order_is_refused_by_name(client, merging, world, body, st
     assert (error["code"], error["param"]) == (code, param)
     assert merging.orders == []
     assert world.adapters.leases == 0
+
+
+async def test_a_recipe_is_merged_by_its_name(client, merging):
+    assert (await client.put("/v1/recipes/warm", json=BODY)).status_code == 201
+    started = await client.post("/v1/merge", json={"recipe": "warm"})
+    assert started.status_code == 202
+    terms = started.json()["job"]["adapters"]
+    assert [(t["name"], t["weight"]) for t in terms] == [("tone", 0.7), ("domain", -0.2)]
+    merging.finish()
 
 
 @pytest.mark.parametrize(

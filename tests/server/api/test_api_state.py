@@ -1,24 +1,36 @@
-import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
+"""What comes back after a restart: adapters, pins, recipes and the versions that recipes name."""
 
 import pytest
 
+from fader_adapters.errors import AdapterInvalid, NameReserved
+from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.ports import LoadOrder
 from fader_server.errors import ConfigInvalid
-from fader_server.state import RememberedAdapters, StateFile, Wanted
+from fader_server.recipes import RecipeBook
+from fader_server.state import RememberedAdapters, recipes_in
+from fader_server.state_entries import Origin, State, Wanted, WantedRecipe
+from fader_server.state_file import StateFile
 from tests.server.api.api_fakes import FakeAdapters, digest
 
 ONE = Wanted("one", None, digest("one"), True)
+TONE = digest("tone")
 
 
 def remembered(tmp_path) -> RememberedAdapters:
     file = StateFile(tmp_path)
     return RememberedAdapters(FakeAdapters(), file, file.read())
+
+
+def opened(tmp_path) -> tuple[RememberedAdapters, RecipeBook]:
+    """As `fader serve` does it: the book claims before anything is restored."""
+    adapters = remembered(tmp_path)
+    recipes = recipes_in(StateFile(tmp_path).read())
+    save = adapters.remember_recipes
+    return adapters, RecipeBook(adapters, base="base", most=9, recipes=recipes, save=save)
+
+
+def terms(**weights: float) -> list[NamedTerm]:
+    return [NamedTerm(AdapterRef(name), weight) for name, weight in weights.items()]
 
 
 async def test_loads_pins_and_unloads_come_back_after_a_restart(tmp_path):
@@ -29,6 +41,7 @@ async def test_loads_pins_and_unloads_come_back_after_a_restart(tmp_path):
     before.unload("c")
     before.unload("tone")
     before.pin("b", pinned=True)
+    before.pin("domain", pinned=True)
     before.close()
     after = remembered(tmp_path)
     await after.restore()
@@ -36,8 +49,24 @@ async def test_loads_pins_and_unloads_come_back_after_a_restart(tmp_path):
     assert kept == {
         "a": (digest("one"), True),
         "b": (digest("two"), True),
-        "domain": (digest("domain"), False),
+        "domain": (digest("domain"), True),
     }
+    after.pin("domain", pinned=False)
+    after.close()
+    last = remembered(tmp_path)
+    await last.restore()
+    assert not last.get(AdapterRef("domain")).pinned
+    last.close()
+
+
+async def test_a_pin_makes_what_came_on_demand_wanted(tmp_path):
+    adapters = remembered(tmp_path)
+    await adapters._inner.load(LoadOrder("guest", "one"))
+    adapters.pin("guest", pinned=True)
+    adapters.close()
+    after = remembered(tmp_path)
+    await after.restore()
+    assert after.get(AdapterRef("guest")).pinned
     after.close()
 
 
@@ -47,7 +76,7 @@ async def test_names_that_come_and_go_do_not_grow_the_file(tmp_path):
         await adapters.load(LoadOrder(f"run-{n}", "one"))
         adapters.unload(f"run-{n}")
     adapters.close()
-    assert StateFile(tmp_path).read() == {}
+    assert StateFile(tmp_path).read() == State()
 
 
 async def test_what_the_next_start_would_offer_again_stays_unloaded(tmp_path):
@@ -57,60 +86,37 @@ async def test_what_the_next_start_would_offer_again_stays_unloaded(tmp_path):
     for name in ("new", "tone", "domain"):
         adapters.unload(name)
     adapters.close()
-    assert StateFile(tmp_path).read() == {"new": None, "tone": None, "domain": None}
+    assert StateFile(tmp_path).read().adapters == {"new": None, "tone": None, "domain": None}
 
 
 async def test_a_refused_load_is_not_remembered(tmp_path):
-    from fader_adapters.errors import AdapterInvalid
-
     adapters = remembered(tmp_path)
     with pytest.raises(AdapterInvalid):
         await adapters.load(LoadOrder("a", "broken"))
     adapters.close()
-    assert StateFile(tmp_path).read() == {}
+    assert StateFile(tmp_path).read() == State()
 
 
 async def test_what_cannot_be_restored_is_reported_and_kept(tmp_path, caplog):
     file = StateFile(tmp_path)
-    file.write({"gone": Wanted("missing", None, "0" * 64, False), "a": ONE})
+    gone = Wanted("missing", None, "0" * 64, False)
+    file.write(State({"gone": gone, "a": ONE}, pins=frozenset({"nobody"})))
     adapters = remembered(tmp_path)
     await adapters.restore()
-    assert [record.fields["adapter"] for record in caplog.records] == ["gone"]
+    assert [record.fields["adapter"] for record in caplog.records] == ["gone", "nobody"]
     assert "a" in {info.name for info in adapters.list()}
-    assert set(file.read()) == {"a", "gone"}
+    adapters.pin("a", pinned=False)
     adapters.close()
+    assert set(file.read().adapters) == {"a", "gone"}
 
 
-@pytest.mark.parametrize("damage", ["", "{}", "[]", "half", "value"])
-def test_a_damaged_file_is_refused(tmp_path, damage):
-    file = StateFile(tmp_path)
-    file.write({"a": ONE})
-    path = tmp_path / "adapters.json"
-    whole = path.read_text()
-    changes = {"half": whole[: len(whole) // 2], "value": whole.replace("one", "two")}
-    path.write_text(changes.get(damage, damage))
-    with pytest.raises(ConfigInvalid, match="damaged"):
-        file.read()
-    path.write_text(whole)
-    assert file.read() == {"a": ONE}
-
-
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_failing_disk_leaves_the_old_list(tmp_path, monkeypatch, step):
-    file = StateFile(tmp_path)
-    file.write({"a": ONE})
-
-    def fail(*arguments: object, **named: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        if step == "fsync":
-            patch.setattr(os, step, fail)
-        else:
-            patch.setattr("pathlib.Path.replace", fail)
-        with pytest.raises(OSError, match="No space"):
-            file.write({})
-    assert file.read() == {"a": ONE}
+async def test_an_unload_is_on_disk_once_it_is_saved(tmp_path):
+    adapters = remembered(tmp_path)
+    await adapters.saved()  # nothing to wait for
+    adapters.unload("tone")
+    await adapters.saved()
+    assert StateFile(tmp_path).read().adapters == {"tone": None}
+    adapters.close()
 
 
 async def test_a_load_serves_even_when_it_cannot_be_written(tmp_path, monkeypatch, caplog):
@@ -123,33 +129,65 @@ async def test_a_load_serves_even_when_it_cannot_be_written(tmp_path, monkeypatc
     adapters.close()
 
 
-WRITER = """
-import sys
-from pathlib import Path
-from fader_server.state import StateFile, Wanted
-file = StateFile(Path(sys.argv[1]))
-print("ready", flush=True)
-n = 0
-while True:
-    n += 1
-    file.write({f"a{k}": Wanted("s", None, str(n), False) for k in range(50)})
-"""
+async def test_recipes_come_back_as_they_were_written(tmp_path):
+    adapters, book = opened(tmp_path)
+    warm = await book.put("warm", [NamedTerm(AdapterRef("tone", TONE[:12]), 0.1 + 0.2)])
+    await book.put("cold", terms(tone=-1.0, domain=0.0))
+    await book.put("gone", terms(tone=1.0))
+    await book.delete("gone")
+    state = StateFile(tmp_path).read()  # before the end: an answer means that it is on disk
+    assert set(state.recipes) == {"warm", "cold"}
+    assert state.versions == {f"tone@{TONE}": Origin("/roots/tone", None)}
+    adapters.close()
+    adapters, book = opened(tmp_path)
+    await adapters.restore()
+    assert [recipe.name for recipe in book.list()] == ["cold", "warm"]
+    assert book.get("warm") == warm.recipe
+    assert book.get("warm").digest == warm.recipe.digest
+    with pytest.raises(NameReserved):
+        await adapters.load(LoadOrder("warm", "one"))
+    await book.delete("warm")
+    assert StateFile(tmp_path).read().versions == {}
+    adapters.close()
 
 
-@pytest.mark.slow
-def test_a_kill_at_any_moment_leaves_a_whole_list(tmp_path):
-    choose = random.Random(1)
-    paths = os.pathsep.join(filter(None, sys.path))
-    for _ in range(30):
-        with subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path)],
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": paths},
-        ) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            time.sleep(choose.random() * 0.02)
-            process.send_signal(signal.SIGKILL)
-        entries = StateFile(tmp_path).read()
-        assert len({wanted and wanted.version for wanted in entries.values()}) <= 1
-    assert json.loads((tmp_path / "adapters.json").read_text())["format"] == 1
+async def test_a_version_that_its_name_has_left_comes_back_for_its_recipe(tmp_path, caplog):
+    adapters, book = opened(tmp_path)
+    await adapters.load(LoadOrder("a", "one"))
+    await book.put("warm", [NamedTerm(AdapterRef("a", digest("one")), 1.0)])
+    await adapters.load(LoadOrder("a", "two"))
+    adapters.close()
+    adapters, book = opened(tmp_path)
+    await adapters.restore()
+    assert adapters.get(AdapterRef("a")).version == digest("two")
+    lease = await adapters.lease(book.get("warm").terms)
+    assert [term.version for term in lease.terms] == [digest("one")]
+    lease.release()
+    assert not caplog.records
+    adapters.close()
+
+
+@pytest.mark.parametrize("source", ["missing", "another", None])
+async def test_a_version_that_cannot_be_had_is_reported_and_its_recipe_stays(
+    tmp_path, caplog, source
+):
+    file, ref = StateFile(tmp_path), f"tone@{digest('lost')}"
+    recipe = WantedRecipe(((ref, 1.0), ("domain", 0.5), ("absent", 1.0)), 1)
+    versions = {} if source is None else {ref: Origin(source, None)}
+    file.write(State(recipes={"warm": recipe}, versions=versions))
+    adapters, book = opened(tmp_path)
+    await adapters.restore()
+    told = [(record.fields["recipe"], record.fields["adapter"]) for record in caplog.records]
+    assert told == [("warm", ref), ("warm", "absent")]
+    assert book.find("warm") is not None
+    await book.put("other", terms(tone=1.0))
+    adapters.close()
+    state = file.read()
+    assert state.recipes["warm"] == recipe
+    assert state.versions == versions  # the next start tries again
+
+
+async def test_a_recipe_of_the_state_with_the_name_of_the_base_stops_the_start(tmp_path):
+    StateFile(tmp_path).write(State(recipes={"base": WantedRecipe((("tone", 1.0),), 1)}))
+    with pytest.raises(ConfigInvalid, match="--served-model-name base"):
+        opened(tmp_path)

@@ -8,7 +8,7 @@ import torch
 
 from tests.server.parity.test_families import BOUND, SCALE, check, difference, prompts
 from tests.support.dense import DenseOracle
-from tests.support.families import write_family
+from tests.support.families import outside, write_family
 from tests.support.oracle import Oracle
 from tests.support.peft_adapters import write_adapter
 from tests.support.world import Ask, TinyWorld, greedy
@@ -37,6 +37,11 @@ class Setting:
         self.dtype = dtype
         self.source = write_family(family, folder / "base", scale=SCALE[dtype])
         own = {"plain": {}, "dora": DORA, "dora1": {**DORA, "use_rslora": True}}
+        targets = outside(family)
+        own["outside"] = {"target_modules": targets, "copies": True}
+        own["outside_dora"] = {"target_modules": targets, "use_dora": True}
+        own["head"] = {"target_modules": [targets[1]]}
+        own["embedding"] = {"target_modules": [targets[0]]}
         if family == "llama":  # the only one whose projections have a bias to begin with
             own["bias"] = BIAS
         self.adapters = {
@@ -48,7 +53,7 @@ class Setting:
         return [{}, *({name: 1.0} for name in self.adapters)]
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma2", "phi3", "gpt2"])
+@pytest.fixture(scope="module", params=["llama", "gemma3", "phi3", "gpt2"])
 def exact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return Setting(request.param, tmp_path_factory.mktemp(request.param), torch.float32)
 

@@ -23,7 +23,7 @@ from fader_adapters.kernels.native.quantise import (
     quantise_keeping,
     quantise_nf4,
 )
-from fader_adapters.kernels.native.site import Site, SiteTables, delta, gemm
+from fader_adapters.kernels.native.site import Lookup, Site, SiteTables, delta, gemm
 from fader_adapters.kernels.native.step import StepPlan
 from fader_adapters.kernels.native.threads import alone, set_threads, threads
 from fader_adapters.kernels.native.workspace import Workspace
@@ -34,6 +34,7 @@ __all__ = [
     "NESTED_BLOCK",
     "Call",
     "Kind",
+    "Lookup",
     "Map",
     "Nested",
     "Nf4Panels",

@@ -39,6 +39,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "fader_dequantise8": [_L, _P, _P, _P, _F, _P, _I],
     "fader_plan_build": [_L, _L, _P, _P, _P, _P, ctypes.c_int32, _P, _L],
     "fader_site": [_P, _P, _L, _P, _I, _L, _P, _I, _L, _P, _L, _P, _I],
+    "fader_lookup": [_P, _P, _L, _P, _P, _I, _L, _P, _L, _P, _I],
     "fader_rms_norm": [_L, _L, _P, _L, _P, _I, _I, _F, _P, _I],
     "fader_map": [_P],
     "fader_run": [_P, _L, _P, _P, _P, _L, _P, _I],

@@ -19,6 +19,7 @@ class Kind(IntEnum):
     ATTEND = 3
     GATHER = 4
     MAP = 5
+    LOOKUP = 6
 
 
 class Map(IntEnum):
@@ -76,6 +77,7 @@ class Tape:
 
     def __init__(self) -> None:
         self.listener: Callable[[Call], None] | None = None
+        """Set while somebody records."""
         self.obstacle = ""
         """Why the step that is listened to has no record: something ran that cannot be told."""
 

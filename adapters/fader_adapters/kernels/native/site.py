@@ -176,6 +176,47 @@ class Site:
         return out
 
 
+class Lookup(Site):
+    """An embedding's delta in place: y += A[:, ids]ᵀ·B and what else a site adds."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        *,
+        workspace: Workspace | None = None,
+        tape: Tape | None = None,
+    ) -> None:
+        """shape: (width, vocabulary)"""
+        super().__init__(None, shape=shape, workspace=workspace, tape=tape)
+        self._function = library().fader_lookup
+
+    def add(self, y: Tensor, ids: Tensor, plan: StepPlan | None) -> None:
+        """y bf16 or fp32 [T, width], ids int64 [T]. Raises: TypeError, ValueError."""
+        checks.inputs("y", y, checks.FLOATS, self.n)
+        checks.tensor("ids", ids, (torch.int64,), shape=(y.shape[0],))
+        if plan is not None and (
+            plan.tokens != y.shape[0] or (plan.active and not self.has_tables)
+        ):
+            raise ValueError(f"plan must be for the {y.shape[0]} rows of y, and tables be bound")
+        stride, code = checks.row_stride(y), CODES[y.dtype]
+        if plan is not None:
+            self._workspace.call(
+                self._function,
+                "lookup",
+                self._ref,
+                plan.pointer,
+                y.shape[0],
+                ids.data_ptr(),
+                y.data_ptr(),
+                code,
+                stride,
+            )
+        if self._tape is not None:
+            op = Op(kind=Kind.LOOKUP, out_dtype=code, what=self._ref)
+            op.out_stride = stride
+            self._tape.note(op, ids, out=y, keep=self)
+
+
 def gemm(
     x: Tensor,
     panels: Nf4Panels | PlainPanels,

@@ -193,6 +193,15 @@ int fader_site(const fader_site_t *s, const int32_t *plan, int64_t T, const void
     return now().site(s, plan, T, x, x_dtype, xs, out, out_dtype, os, scratch, bytes, need, nt);
 }
 
+int fader_lookup(const fader_site_t *s, const int32_t *plan, int64_t T, const int64_t *ids, void *y, int y_dtype, int64_t ys,
+                 void *scratch, int64_t bytes, int64_t *need, int nt) {
+    if (!s || !need || T < 0 || nt < 1 || s->n <= 0 || s->k <= 0 || y_dtype < 0 || y_dtype > FADER_BF16) return FADER_E_ARG;
+    if (!T || !plan) return 0;
+    if (!ids || !y || !scratch || ((uintptr_t)scratch & 63) || ys < s->n || s->members != 1) return FADER_E_ARG;
+    if (((const Plan *)plan)->T != T || ((const Plan *)plan)->slots > s->slots) return FADER_E_BOUNDS;
+    return now().lookup(s, plan, T, ids, y, y_dtype, ys, scratch, bytes, need, nt);
+}
+
 int fader_rms_norm(int64_t M, int64_t K, const void *x, int64_t xs, const void *w, int dtype, int about_one,
                    float eps, void *y, int nt) {
     if (M < 0 || K <= 0 || nt < 1 || dtype < 0 || dtype > FADER_BF16) return FADER_E_ARG;

@@ -101,6 +101,12 @@ int fader_site(const fader_site_t *site, const int32_t *plan, int64_t T, const v
                int64_t x_stride, void *out, int out_dtype, int64_t out_stride, void *scratch,
                int64_t scratch_bytes, int64_t *need, int nt);
 
+/* The same for an embedding, k being its vocabulary: y[t] += y[t] * sum_i gamma_i * gain[s_i]
+ *              + sum_i gamma_i * scale[s_i] * A[s_i][:, ids[t]] . B[s_i]
+ * y [T,n] of y_dtype in place, rows y_stride apart, summed in fp32 and rounded once; one member. */
+int fader_lookup(const fader_site_t *site, const int32_t *plan, int64_t T, const int64_t *ids, void *y, int y_dtype,
+                 int64_t y_stride, void *scratch, int64_t scratch_bytes, int64_t *need, int nt);
+
 /* y[M,K] = w * round(x / rms), or (1 + w) * (x / rms) about one; rms = sqrt(mean(x^2) + eps) of a row of
  * x [M,K], rows x_stride elements apart; x, w, y of one dtype, to which round() rounds */
 int fader_rms_norm(int64_t M, int64_t K, const void *x, int64_t x_stride, const void *w, int dtype,
@@ -132,12 +138,12 @@ int fader_write_kv(const fader_attn_t *a, int64_t T, const void *k, int64_t k_st
 /* ---- Elementwise ---------------------------------------------------------------------------------
  * out = map(x, y) over `size`, steps in elements; y NULL: `scalar` stands for it. dtype is that of x and y;
  * only a copy may change it. */
-enum { FADER_OP_SITE, FADER_OP_NORM, FADER_OP_WRITE_KV, FADER_OP_ATTEND, FADER_OP_GATHER, FADER_OP_MAP };
+enum { FADER_OP_SITE, FADER_OP_NORM, FADER_OP_WRITE_KV, FADER_OP_ATTEND, FADER_OP_GATHER, FADER_OP_MAP, FADER_OP_LOOKUP };
 enum { FADER_MAP_COPY, FADER_MAP_NEG, FADER_MAP_ADD, FADER_MAP_SUB, FADER_MAP_MUL, FADER_MAP_SILU, FADER_MAP_GELU_TANH };
 typedef struct {
     int32_t kind, map, dtype, out_dtype; /* NORM: map is about_one; GATHER: whether rows are panels */
     const void *what;                    /* fader_site_t, fader_attn_t, or the weight of NORM */
-    const void *x, *y;                   /* WRITE_KV: k, v; GATHER: rows [n,k], int64 index [size[0]] */
+    const void *x, *y; /* WRITE_KV: k, v; GATHER: rows [n,k], int64 index [size[0]]; LOOKUP: int64 ids, - */
     void *out;
     const float *bias;
     int64_t n, k, x_stride, y_stride, out_stride;

@@ -2,10 +2,11 @@
 #pragma once
 #include "attention.h"
 #include "keep.h"
+#include "lookup.h"
 #include "map.h"
 #include "norm.h"
 #include "quant.h"
 #include "site.h"
 
 #define FADER_EXPORT(NAME) \
-    extern const Kernels NAME = {site, attention, quantise, dequantise, probe_read, probe_dot, norm, map, keep}
+    extern const Kernels NAME = {site, attention, quantise, dequantise, probe_read, probe_dot, norm, map, lookup, keep}

@@ -30,6 +30,9 @@ static int run_one(const fader_op_t &o, const fader_step_t &s, void *scratch, in
     case FADER_OP_ATTEND: return attend(o, s, scratch, bytes, need, nt);
     case FADER_OP_GATHER: return gather(o);
     case FADER_OP_MAP: return fader_map(&o);
+    case FADER_OP_LOOKUP:
+        return fader_lookup((const fader_site_t *)o.what, s.plan, s.tokens, (const int64_t *)o.x, o.out, o.out_dtype,
+                            o.out_stride, scratch, bytes, need, nt);
     }
     return FADER_E_ARG;
 }

@@ -1,0 +1,89 @@
+"""What of a transformers model adapters may target: its linears, its head, its embedding.
+
+Knows module trees and configs; looks at no weight.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fader_adapters.errors import BaseUnsupported
+from fader_adapters.spec import BaseSpec, Digest, LinearSpec
+
+_PACKS_IN_ORDER = frozenset({"phi3", "phi4_multimodal", "glm", "glm4"})
+"""Model types whose qkv_proj and gate_up_proj hold their parts one after the other."""
+
+
+def describe(model: PreTrainedModel, *, name: str = "") -> BaseSpec:
+    """The linears that adapters may target, then the embedding and the head, where they are plain.
+
+    Raises BaseUnsupported when there is no linear.
+    """
+    specs = [_linear(path, module, model) for path, module in linears(model)]
+    if not specs:
+        raise BaseUnsupported(f"{type(model).__name__} has no linear that an adapter could target")
+    embedding, head = model.get_input_embeddings(), plain_head(model)
+    for path, module in model.named_modules():
+        if module is embedding and isinstance(module, nn.Embedding):
+            width, out = module.num_embeddings, module.embedding_dim
+            scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0))
+            specs.append(
+                LinearSpec(path, width, out, None, True, role="embedding", multiplier=float(scale))
+            )
+        elif head is not None and module is head:
+            specs.append(LinearSpec(path, head.in_features, head.out_features, None, role="head"))
+    state = hashlib.sha256(model.config.model_type.encode())
+    for spec in specs:
+        state.update(f"\0{spec.path}\0{spec.in_features}\0{spec.out_features}".encode())
+    tied = head is not None and head.weight is getattr(embedding, "weight", None)
+    digest = Digest(state.hexdigest())
+    return BaseSpec(tuple(specs), digest, model.config.model_type, name, tied)
+
+
+def linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Every linear but the output head, in model order."""
+    head = model.get_output_embeddings()
+    for path, module in model.named_modules():
+        if module is not head and isinstance(module, nn.Linear | Conv1D):
+            yield path, module
+
+
+def plain_head(model: PreTrainedModel) -> nn.Linear | None:
+    """The output head, unless it is quantised or something else than a linear."""
+    head = model.get_output_embeddings()
+    return head if type(head) is nn.Linear else None
+
+
+def _linear(path: str, module: nn.Module, model: PreTrainedModel) -> LinearSpec:
+    layer = re.search(r"\.(\d+)\.", path)
+    conv1d = isinstance(module, Conv1D) or getattr(module, "source_cls", None) is Conv1D
+    width, out = _shape(module)
+    parts = _parts(path.rpartition(".")[2], out, model)
+    return LinearSpec(path, width, out, int(layer[1]) if layer else None, conv1d, parts=parts)
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """(in, out)"""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    assert isinstance(module, nn.Linear)
+    return module.in_features, module.out_features
+
+
+def _parts(name: str, out: int, model: PreTrainedModel) -> tuple[int, ...]:
+    """Rows of the linears packed into one of this name, () where that is not known."""
+    config = model.config.get_text_config(decoder=True)
+    if model.config.model_type not in _PACKS_IN_ORDER:
+        return ()
+    if name == "gate_up_proj":
+        return (out // 2, out // 2)
+    if name != "qkv_proj":
+        return ()
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    width = out // (heads + 2 * shared)
+    parts = (heads * width, shared * width, shared * width)
+    return parts if sum(parts) == out else ()
