@@ -70,6 +70,13 @@ class Linear:
     scale: float
     norm: float
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is changed by it, be it for a product or a scale that vanishes."""
+        bias = self.factors.bias
+        vanishes = self.norm == 0.0 and (bias is None or self.scale == 0.0 or not bool(bias.any()))
+        return vanishes or self.factors.idle
+
 
 def put_together(
     parts: Sequence[Part],
@@ -94,10 +101,18 @@ def put_together(
 
 
 def product_norm(a: torch.Tensor, bt: torch.Tensor) -> float:
-    """‖B·A‖ from two [rank, rank] Gram matrices, never the product itself."""
-    a, bt = a.float(), bt.float()
+    """‖B·A‖ from two [rank, rank] Gram matrices, never the product itself.
+
+    Of the largest elements' size, so that squares of tiny weights do not vanish.
+    """
+    largest = [float(matrix.abs().max()) for matrix in (a, bt)]
+    if not all(map(math.isfinite, largest)):
+        return math.inf
+    if not all(largest):
+        return 0.0
+    a, bt = a.float() / largest[0], bt.float() / largest[1]
     square = torch.sum((a @ a.t()) * (bt @ bt.t()), dtype=torch.float64).item()
-    return math.sqrt(max(square, 0.0)) if math.isfinite(square) else math.inf
+    return largest[0] * largest[1] * math.sqrt(max(square, 0.0))
 
 
 def _stacked(parts: Sequence[Part], rows: int) -> Part:
@@ -131,15 +146,17 @@ def _with_magnitude(part: Part, dtype: torch.dtype, panels: Iterable[torch.Tenso
     a, b, magnitude = part.a.float(), part.b.float(), part.magnitude.float()
     g = torch.ones(b.shape[0])
     square, at = 0.0, 0
-    for panel in panels:
+    for panel in panels:  # on the base's device
         span = slice(at, at := at + panel.shape[0])
+        a, b = a.to(panel.device), b.to(panel.device)
         changed = panel + (b[span] * part.scale) @ a
         own = magnitude[span]
-        norms = torch.linalg.vector_norm(changed, dim=1)
+        norms = torch.linalg.vector_norm(changed, dim=1).cpu()
         g[span] = torch.where(own.isnan(), 1.0, own / norms.clamp_min(_TINY))
-        changed.mul_(g[span, None]).sub_(panel)
+        changed.mul_(g[span, None].to(panel.device)).sub_(panel)
         square += float(torch.sum(changed * changed, dtype=torch.float64))
     assert at == b.shape[0]
+    a, b = a.cpu(), b.cpu()
     factors = Factors(
         a.to(dtype).contiguous(),
         (b * g[:, None]).to(dtype).t().contiguous(),

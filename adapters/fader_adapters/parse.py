@@ -82,7 +82,7 @@ def read_adapter(
         index: _linear(raw.weights, index, shared, base, dtype, weights)
         for index, shared in _by_linear(modules).items()
     }
-    if all(linear.factors.idle for linear in linears.values()):
+    if all(linear.idle for linear in linears.values()):
         raise AdapterInvalid("every delta is zero: the adapter would answer as the base does")
     reports = tuple(
         _report(index, linear, modules, base, limits) for index, linear in linears.items()

@@ -4,7 +4,7 @@ Owned by the engine thread. Decides in integers; `upload` alone touches tensors.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
@@ -14,6 +14,7 @@ from fader_adapters.errors import AdapterTooLarge
 from fader_adapters.extents import ExtentAllocator
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import AdapterData, Digest, Upload
+from fader_adapters.transfers import ARRIVED, Ticket, Transfers, transfers_to
 
 
 @dataclass(slots=True, eq=False)
@@ -25,17 +26,25 @@ class _Resident:
     uploaded: bool = False
     doomed: bool = False
     """Forgotten while pinned: it goes with its last pin."""
+    ticket: Ticket = ARRIVED
+    """Its copy to the device."""
 
 
 class Pool:
     """Versions on the device, least recently used first. Implements the engine's AdapterPool."""
 
-    def __init__(self, tables: Tables, *, in_place: bool = False) -> None:
+    def __init__(
+        self, tables: Tables, *, in_place: bool = False, transfers: Transfers | None = None
+    ) -> None:
         """`in_place`: adapters already lie in the arena (CPU), placed by the store's ArenaTier.
 
-        Nothing is copied or evicted then: a version stays until it is forgotten.
+        Nothing is copied or evicted then: a version stays until it is forgotten. `transfers`: by
+        default those for the arena's device.
         """
         self._tables = tables
+        self._transfers = transfers or transfers_to(tables.arena.device)
+        self._under_way: dict[int, _Resident] = {}
+        """Versions whose copy was not seen to end, by slot."""
         self._in_place = in_place
         self._extents = ExtentAllocator(tables.arena.numel())
         self._residents: OrderedDict[Digest, _Resident] = OrderedDict()
@@ -72,16 +81,47 @@ class Pool:
         offsets = self._place(data, missing)
         if offsets is None:
             return None
-        uploads = []
-        for version in missing:
-            slot = heappop(self._free_slots) if self._free_slots else self._new_slot()
-            uploads.append(Upload(data[version], slot, offsets[version]))
-            numel = data[version].spec.numel
-            self._residents[version] = _Resident(slot, offsets[version], numel)
+        uploads = self._settle(data, offsets)
         for version in data:
             self._residents[version].pins += 1
             self._residents.move_to_end(version)
-        return tuple(uploads)
+        return uploads
+
+    def check(self, data: Mapping[Digest, AdapterData]) -> None:
+        """Raise AdapterTooLarge when these versions can never be there together. Any thread."""
+        sizes = [version.spec.numel for version in data.values()]
+        if not self._in_place and not self._extents.fits_empty(*sizes):
+            itemsize = self._tables.arena.itemsize
+            raise AdapterTooLarge(
+                f"the adapters of this request need {sum(sizes) * itemsize} bytes, "
+                f"the arena has {self._extents.capacity * itemsize}"
+            )
+
+    def displaces(self, data: Mapping[Digest, AdapterData]) -> bool:
+        """Whether `acquire` would have to evict something for these, or find no room."""
+        if self._in_place:
+            return False
+        missing = {v: d.spec.numel for v, d in data.items() if v not in self._residents}
+        return bool(missing) and _allocate_all(self._extents.copy(), missing) is None
+
+    def prefetch(self, line: Iterable[Mapping[Digest, AdapterData]]) -> tuple[Upload, ...]:
+        """Bring in, unpinned, what the first in `line` that misses something misses.
+
+        Evicts nothing that is pinned or that anybody in the line needs; nothing when it does not
+        fit then. What the line needs counts as used just now, the first of it latest.
+        """
+        if self._in_place:
+            return ()
+        waiting = list(line)
+        wanted = {version: data for one in waiting for version, data in one.items()}
+        for version in reversed(wanted):
+            if version in self._residents:
+                self._residents.move_to_end(version)
+        one = next((one for one in waiting if any(v not in self._residents for v in one)), {})
+        missing = {v: d.spec.numel for v, d in one.items() if v not in self._residents}
+        evictable = [v for v, r in self._residents.items() if not r.pins and v not in wanted]
+        offsets = self._evict_and_place(missing, evictable) if missing else None
+        return self._settle(one, offsets) if offsets else ()
 
     def release(self, versions: tuple[Digest, ...]) -> None:
         """Undo one acquire of these versions."""
@@ -108,9 +148,10 @@ class Pool:
             self._drop(version)
 
     def upload(self, uploads: Iterable[Upload]) -> None:
-        """Copy the weights in and publish their slots, on the current stream; repeats do nothing.
+        """Begin to copy the weights in and publish their slots; repeats do nothing.
 
-        Kernels already queued on that stream read the old bytes, later ones the new.
+        Kernels already queued on the current stream read the old bytes. Rows of a slot must not
+        run before its copy has arrived: see `late` and `join`.
         """
         for upload in uploads:
             resident = self._residents[upload.data.spec.version]
@@ -119,10 +160,22 @@ class Pool:
             assert (resident.slot, resident.offset) == (upload.slot, upload.offset)
             if not self._in_place:
                 extent = self._tables.arena.narrow(0, upload.offset, resident.numel)
-                extent.copy_(upload.data.flat, non_blocking=True)
+                resident.ticket = self._transfers.copy(extent, upload.data.flat)
+                self._under_way[resident.slot] = resident
             self._tables.publish(upload.slot, upload.data.spec, upload.offset)
             resident.uploaded = True
             self.uploads += 1
+
+    def late(self) -> Collection[int]:
+        """Slots whose weights are still on their way; never waits."""
+        for slot in [slot for slot, r in self._under_way.items() if r.ticket.done()]:
+            del self._under_way[slot]
+        return self._under_way.keys()
+
+    def join(self) -> None:
+        """Let the current stream wait for every copy under way; the caller goes on."""
+        for resident in self._under_way.values():
+            resident.ticket.join()
 
     def _place(
         self, data: Mapping[Digest, AdapterData], missing: list[Digest]
@@ -130,28 +183,42 @@ class Pool:
         """Offsets for the missing versions, with room made for them; None: not now."""
         if self._in_place:
             return {version: self._offset_in_arena(data[version].flat) for version in missing}
-        sizes = {version: data[version].spec.numel for version in data}
-        if not self._extents.fits_empty(*sizes.values()):
-            itemsize = self._tables.arena.itemsize
-            raise AdapterTooLarge(
-                f"the adapters of this request need {sum(sizes.values()) * itemsize} bytes, "
-                f"the arena has {self._extents.capacity * itemsize}"
-            )
+        self.check(data)
+        sizes = {version: data[version].spec.numel for version in missing}
         evictable = [v for v, r in self._residents.items() if not r.pins and v not in data]
-        if sum(self._residents[v].numel for v in evictable) + self._extents.free < sum(
-            sizes[version] for version in missing
-        ):
+        room = sum(self._residents[v].numel for v in evictable) + self._extents.free
+        if room < sum(sizes.values()):
             return None
-        return self._evict_and_place({version: sizes[version] for version in missing}, evictable)
+        offsets = self._evict_and_place(sizes, evictable)
+        if offsets is not None:
+            return offsets
+        # What is here of them already may lie in the way of the rest: copy it in anew as well.
+        own = [v for v in data if v in self._residents and not self._residents[v].pins]
+        sizes |= {version: data[version].spec.numel for version in own}
+        return self._evict_and_place(sizes, own + evictable, least=len(own)) if own else None
+
+    def _settle(
+        self, data: Mapping[Digest, AdapterData], offsets: dict[Digest, int]
+    ) -> tuple[Upload, ...]:
+        """Slots for the versions that got an offset; the uploads that bring them in."""
+        uploads = []
+        for version, offset in offsets.items():
+            slot = heappop(self._free_slots) if self._free_slots else self._new_slot()
+            uploads.append(Upload(data[version], slot, offset))
+            self._residents[version] = _Resident(slot, offset, data[version].spec.numel)
+        return tuple(uploads)
 
     def _evict_and_place(
-        self, sizes: dict[Digest, int], evictable: list[Digest]
+        self, sizes: dict[Digest, int], evictable: list[Digest], *, least: int = 0
     ) -> dict[Digest, int] | None:
-        """Try with more and more of the least recently used gone; change nothing until it works."""
+        """Try with more and more of `evictable` gone, in order and at least so many of them;
+        change nothing until it works."""
         emptied = self._extents.copy()
         for count in range(len(evictable) + 1):
             if count:
                 emptied.release(self._residents[evictable[count - 1]].offset)
+            if count < least:
+                continue
             offsets = _allocate_all(emptied.copy(), sizes)
             if offsets is None:
                 continue
@@ -164,6 +231,9 @@ class Pool:
     def _drop(self, version: Digest) -> None:
         resident = self._residents.pop(version)
         assert resident.pins == 0
+        # the version's host memory may go as soon as this returns
+        resident.ticket.wait()
+        self._under_way.pop(resident.slot, None)
         if resident.uploaded:
             self._tables.retract(resident.slot)
         heappush(self._free_slots, resident.slot)

@@ -1,7 +1,9 @@
 """What was found in an adapter's files, for people and health reports. Plain facts."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +61,126 @@ class AdapterReport:
     def delta_norm(self) -> float:
         """Frobenius norm of all deltas together."""
         return math.hypot(*(module.delta_norm for module in self.modules))
+
+
+Verdict = Literal["named", "other", "unnamed"]
+"""Every tensor fits the base; does the adapter name it too? By the last part of a path or id."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseMatch:
+    """The base that an adapter was checked against, and what the adapter says of its own."""
+
+    fingerprint: str
+    """Of the base: sha256 of its model type and the path and shape of every linear."""
+    claimed: str | None
+    verdict: Verdict
+
+    @property
+    def told(self) -> str:
+        """The verdict in words."""
+        if self.verdict == "named":
+            return "fits, and was trained on a base of this name"
+        if self.verdict == "unnamed":
+            return "fits; the adapter does not say what it was trained on"
+        return f"fits, but was trained on {self.claimed!r}: right only if the weights are the same"
+
+
+@dataclass(frozen=True, slots=True)
+class KindHealth:
+    """All adapted linears of one name, over all layers."""
+
+    kind: str
+    """Last component of their paths, e.g. q_proj."""
+    modules: int
+    ranks: tuple[int, ...]
+    delta_norm: float
+    """‖ΔW‖ of them together."""
+    base_norm: float
+    """‖W‖ of them together; 0 where the base's weights were not at hand."""
+
+    @property
+    def relative_norm(self) -> float | None:
+        return self.delta_norm / self.base_norm if self.base_norm else None
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What an adapter would do to a base."""
+
+    report: AdapterReport
+    dtype: str
+    """Of the weights in memory."""
+    nbytes: int
+    """In memory."""
+    kinds: tuple[KindHealth, ...]
+    """By name."""
+    largest: float
+    """Largest ‖ΔW‖/‖W‖ of one linear; 0 where the base's weights were not at hand."""
+    match: BaseMatch
+
+    @property
+    def relative_norm(self) -> float | None:
+        """‖ΔW‖/‖W‖ of all adapted linears together."""
+        base = math.hypot(*(kind.base_norm for kind in self.kinds))
+        return self.report.delta_norm / base if base else None
+
+
+def health_facts(health: Health) -> dict[str, Any]:
+    """The report as JSON holds it; norms are null where the base's weights were not at hand."""
+    report, match = health.report, health.match
+    return {
+        "modules": report.matched,
+        "total_modules": report.total,
+        "targets": list(report.targets),
+        "rank": max(report.ranks),
+        "ranks": list(report.ranks),
+        "scales": list(report.scales),
+        "kinds": ["lora", *report.kinds],
+        "dtype": health.dtype,
+        "source_dtypes": list(report.source_dtypes),
+        "bytes": health.nbytes,
+        "delta_norm": report.delta_norm,
+        "relative_norm": health.relative_norm,
+        "largest_relative_norm": health.largest,
+        "sites": {
+            kind.kind: {
+                "modules": kind.modules,
+                "ranks": list(kind.ranks),
+                "delta_norm": kind.delta_norm,
+                "relative_norm": kind.relative_norm,
+            }
+            for kind in health.kinds
+        },
+        "base_match": {
+            "fingerprint": match.fingerprint,
+            "claimed": match.claimed,
+            "verdict": match.verdict,
+            "told": match.told,
+        },
+    }
+
+
+def kinds_of(modules: Iterable[ModuleReport], base_norms: Iterable[float]) -> list[KindHealth]:
+    """Modules and the norms of their base weights, put together by name."""
+    found: dict[str, list[tuple[ModuleReport, float]]] = {}
+    for module, norm in zip(modules, base_norms, strict=True):
+        found.setdefault(module.path.rpartition(".")[2], []).append((module, norm))
+    return [
+        KindHealth(
+            kind,
+            len(own),
+            tuple(sorted({module.rank for module, _ in own})),
+            math.hypot(*(module.delta_norm for module, _ in own)),
+            math.hypot(*(norm for _, norm in own)),
+        )
+        for kind, own in sorted(found.items())
+    ]
+
+
+def verdict(claimed: str | None, base_name: str) -> Verdict:
+    """Whether an adapter that fits says it was trained on a base of this name."""
+    if not claimed:
+        return "unnamed"
+    last = [name.rstrip("/").rpartition("/")[2].lower() for name in (claimed, base_name)]
+    return "named" if last[0] == last[1] else "other"

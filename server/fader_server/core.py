@@ -1,6 +1,6 @@
 """The nouns, read first: requests, sequences, plans, events. Integers only, no torch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -206,6 +206,21 @@ class Runner(Protocol):
 
 class AdapterPool(Protocol):
     """The device tier as the scheduler sees it: integers only. Owned by the engine thread."""
+
+    def check(self, data: Mapping[Digest, AdapterData]) -> None:
+        """Raise AdapterTooLarge when these versions can never be there together. Any thread."""
+        ...
+
+    def displaces(self, data: Mapping[Digest, AdapterData]) -> bool:
+        """Whether `acquire` would have to evict something for these, or find no room."""
+        ...
+
+    def prefetch(self, line: Iterable[Mapping[Digest, AdapterData]]) -> tuple[Upload, ...]:
+        """Bring in, unpinned, what the first of a waiting line miss, as far as there is room.
+
+        Evicts nothing that is pinned or that anybody in the line needs. Call it once a step.
+        """
+        ...
 
     def acquire(self, data: Mapping[Digest, AdapterData]) -> tuple[Upload, ...] | None:
         """Pin every version on the device, evicting unpinned ones; None: not now, nothing changed.

@@ -1,6 +1,7 @@
-"""Adapters that load when a request first names them. Knows names and errors, no files.
+"""Adapters that load when a request needs them. Knows names and errors, no files.
 
-What came on demand leaves again when room is needed: longest unused first, never while in use.
+What is not in memory comes back when it is asked for: what was loaded before always, new names
+where sources offer them. When room is needed the longest unused leaves, never what is in use.
 """
 
 import asyncio
@@ -44,7 +45,13 @@ class Loader(Adapters, Protocol):
         self, order: LoadOrder, *, make_room: Callable[[], bool] = lambda: False
     ) -> Loaded: ...
 
-    def evict(self, may_go: Callable[[str], bool]) -> str | None: ...
+    async def bring(self, name: str, *, make_room: Callable[[], bool]) -> Loaded | None: ...
+
+    def order_of(self, name: str) -> LoadOrder | None: ...
+
+    def evict(
+        self, may_go: Callable[[str], bool], *, drops: Callable[[str], bool]
+    ) -> str | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +155,9 @@ class OnDemand:
 
     def _missing(self, name: str) -> bool:
         try:
-            self._inner.get(AdapterRef(name))
+            return self._inner.get(AdapterRef(name)).tier == "disk"
         except AdapterNotFound:
             return True
-        return False
 
     async def _bring(self, name: str) -> Exception | None:
         """Have the name loaded; why not, else."""
@@ -168,16 +174,20 @@ class OnDemand:
         return await asyncio.shield(flight)  # who asked first may leave; the others wait on
 
     async def _load(self, name: str) -> Exception | None:
-        if not await asyncio.to_thread(self._offers, name):
+        parked = self._inner.order_of(name) is not None
+        if not parked and not await asyncio.to_thread(self._offers, name):
             return self._refuse(name, SourceNotFound("no such source"))
         if self._loads >= MAX_LOADS:
             return Overloaded("Too many adapters are being loaded.", retry_after=2)
         self._loads += 1
-        self._mine.add(name)
         began = self._clock()
         try:
-            order = LoadOrder(name, name, if_version="")
-            loaded = await self._inner.load(order, make_room=self._make_room)
+            if parked:
+                loaded = await self._inner.bring(name, make_room=self._make_room)
+            else:
+                self._mine.add(name)
+                order = LoadOrder(name, name, if_version="")
+                loaded = await self._inner.load(order, make_room=self._make_room)
         except VersionConflict:
             return None  # somebody else loaded the name meanwhile
         except AdapterError as error:
@@ -190,6 +200,8 @@ class OnDemand:
         if name in self._barred:  # unloaded while it was loading
             self._inner.unload(name)
             return AdapterNotFound("no such adapter")
+        if loaded is None:
+            return None
         fields = {"adapter": name, "version": loaded.info.version}
         _log.info("adapter loaded on demand", extra={"fields": fields})
         return None
@@ -210,8 +222,10 @@ class OnDemand:
         return error
 
     def _make_room(self) -> bool:
-        """On the loader's thread: let go of one of ours that nobody uses or waits for."""
-        gone = self._inner.evict(lambda name: name in self._mine and not self._awaited[name])
+        """On the loader's thread: let go of one that nobody uses or waits for."""
+        gone = self._inner.evict(
+            lambda name: not self._awaited[name], drops=lambda name: name in self._mine
+        )
         if gone is None:
             return False
         self._mine.discard(gone)

@@ -14,16 +14,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-import torch
-
 from fader_adapters.claims import Claims
 from fader_adapters.errors import AdapterInvalid, ArenaFull, SourceUnavailable, VersionConflict
-from fader_adapters.layers import Installed
+from fader_adapters.inspection import Inspector
 from fader_adapters.leases import AdapterRef as StoreRef
 from fader_adapters.leases import Lease, Reservation
-from fader_adapters.parse import ParsedAdapter, read_adapter
+from fader_adapters.parse import ParsedAdapter
 from fader_adapters.pool import Pool
 from fader_adapters.records import AdapterStatus
+from fader_adapters.report import Health
 from fader_adapters.source import Found, RawAdapter
 from fader_adapters.sources import Sources
 from fader_adapters.spec import Digest
@@ -32,7 +31,6 @@ from fader_adapters.tiers import HostTier
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.ports import AdapterInfo, AdapterTotals, Loaded, LoadOrder
 from fader_server.daemon import call_in_daemon
-from fader_server.norms import BaseNorms
 
 _T = TypeVar("_T")
 Forget = Callable[[Digest, Callable[[], None]], None]
@@ -55,7 +53,7 @@ class _Facts:
     source: str
     revision: str | None
     created: int
-    relative_norm: float
+    health: Health
 
 
 class Registry:
@@ -63,23 +61,20 @@ class Registry:
 
     def __init__(
         self,
-        installed: Installed,
+        inspector: Inspector,
         *,
         tier: HostTier,
         pool: Pool,
         sources: Sources,
-        dtype: torch.dtype,
         forget: Forget,
         max_terms: int,
         max_adapters: int,
         fetch_timeout: float,
         require_sha256: bool = False,
     ) -> None:
-        self._installed = installed
-        self._norms = BaseNorms(installed)
+        self._inspector = inspector
         self._pool = pool
         self._sources = sources
-        self._dtype = dtype
         self._forget = forget
         self._require_sha256 = require_sha256
         self._fetch_timeout = fetch_timeout + _FETCH_MARGIN
@@ -141,9 +136,9 @@ class Registry:
         except TimeoutError:
             raise SourceUnavailable("the source did not answer in time; try again") from None
 
-    def load_now(self, order: LoadOrder) -> Loaded:
+    def load_now(self, order: LoadOrder, *, make_room: MakeRoom = lambda: False) -> Loaded:
         """The same on the caller's thread, at start; needs no sha256."""
-        return self._publish(self._sources.fetch(order.source, order.revision), order)
+        return self._publish(self._sources.fetch(order.source, order.revision), order, make_room)
 
     def load_trusted(self, name: str, source: str) -> Loaded:
         """The same for what the operator named. Raises AdapterError."""
@@ -218,13 +213,13 @@ class Registry:
             self._note(order.name, parsed.spec.version, facts)
 
     def _read(self, raw: RawAdapter, order: LoadOrder) -> tuple[ParsedAdapter, _Facts]:
-        parsed = read_adapter(raw, self._installed.spec, dtype=self._dtype, weights=self._installed)
+        parsed = self._inspector.read(raw)
         if order.sha256 is not None and parsed.spec.version != order.sha256.lower():
             raise VersionConflict(
                 f"the source holds version {parsed.spec.version}, not the sha256 that was asked for"
             )
-        norm = self._norms.relative(parsed)
-        return parsed, _Facts(order.source, raw.revision, int(time.time()), norm)
+        health = self._inspector.health(parsed)
+        return parsed, _Facts(order.source, raw.revision, int(time.time()), health)
 
     @contextmanager
     def _filled(self, parsed: ParsedAdapter, make_room: MakeRoom) -> Iterator[Reservation]:
@@ -303,8 +298,7 @@ class Registry:
             leases=status.leases,
             pinned=status.pinned,
             retired=status.retired,
-            delta_norm=report.delta_norm,
-            relative_norm=facts.relative_norm,
+            health=facts.health,
             source=facts.source,
             revision=facts.revision,
             created=facts.created,

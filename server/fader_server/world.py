@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from fader_adapters.claims import NONE, Claims
 from fader_adapters.errors import AdapterError, NameReserved
+from fader_adapters.inspection import Inspector
 from fader_adapters.kernels.backend import choose
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.pool import Pool
@@ -35,10 +36,11 @@ from fader_server.model.device import choose_device, choose_dtype, free_bytes, s
 from fader_server.model.kernels import choose_attention
 from fader_server.model.kv_cache import KVCache, bytes_per_block
 from fader_server.model.loader import LoadedBase, load_base
-from fader_server.model.memory import MemoryPlan, plan_memory
+from fader_server.model.memory import MemoryPlan, plan_memory, workspace_bytes
 from fader_server.model.runner import ModelRunner
 from fader_server.model.sampler import Sampler
 from fader_server.ondemand import OnDemand
+from fader_server.parking import Parking
 from fader_server.registry import Registry
 from fader_server.sourcing import check_sources, open_sources
 from fader_server.text.tokenizer import Tokenizer
@@ -73,6 +75,7 @@ def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> 
         "base_bytes": plan.base,
         "arena_bytes": plan.arena,
         "kv_cache_bytes": plan.kv_cache,
+        "workspace_bytes": plan.workspace,
         "total_bytes": plan.total,
         "max_model_len": plan.max_model_len,
     }
@@ -81,17 +84,21 @@ def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> 
     arena = torch.empty(plan.arena // dtype.itemsize, dtype=dtype, device=device)
     tables = Tables(arena, len(base.installed.spec.linears))
     pool = Pool(tables, in_place=device.type == "cpu")
-    runner = _runner(base, plan, tables=tables)
+    runner = _runner(config, base, plan, tables=tables)
     scheduler = _scheduler(config, plan, pool=pool)
     engine = Engine(
-        scheduler, runner, pool.upload, max_waiting=config.max_waiting, observer=metrics
+        scheduler,
+        runner,
+        pool.upload,
+        max_waiting=config.max_waiting,
+        observer=metrics,
+        copies=pool,
     )
     registry = Registry(
-        base.installed,
+        Inspector(base.installed.spec, dtype=dtype, weights=base.installed),
         tier=_host_tier(arena),
         pool=pool,
         sources=sources,
-        dtype=dtype,
         forget=engine.forget,
         max_terms=config.max_terms,
         max_adapters=config.max_adapters,
@@ -99,11 +106,12 @@ def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> 
         require_sha256=config.require_sha256,
     )
     registry.claim(Claims(claims.names | {name}, claims.versions))
-    seen = _load_adapters(config, registry, base_name=name)
+    given = frozenset(adapter.name for adapter in config.adapter)
+    fixed = given if config.model else given | demo.adapter_dirs().keys()
+    parking = Parking(registry, fixed=frozenset(fixed), limit=config.max_adapters)
     model = BaseModel(name, base.installed.spec.fingerprint, plan.max_model_len, started)
-    adapters: Adapters = registry
-    if config.resolve_adapters:
-        adapters = OnDemand(registry, offers=sources.offers, told=metrics.loaded)
+    offers = sources.offers if config.resolve_adapters else (lambda name: False)
+    adapters = OnDemand(parking, offers=offers, told=metrics.loaded)
     parts = Parts(
         base,
         runner,
@@ -113,8 +121,10 @@ def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> 
         unreserved=available - plan.arena - plan.kv_cache,
         probe=probe_tokens(config, tokenizer, plan.max_model_len),
     )
-    background = _background(config, adapters, sources, seen=seen, base_name=name)
+    # the engine first: it lets go of what makes room for the next
     with engine, open_merging(config, parts) as lanes:
+        seen = _load_adapters(config, registry, parking, base_name=name)
+        background = _background(config, adapters, sources, seen=seen, base_name=name)
         yield World(
             model,
             engine,
@@ -161,6 +171,18 @@ def _memory(config: ServeConfig, base: LoadedBase, available: int) -> MemoryPlan
         max_positions=base.max_positions,
         arena=config.arena,
         kv_cache=config.kv_cache,
+        workspace=_workspace(config, base) if base.device.type == "cuda" else 0,
+    )
+
+
+def _workspace(config: ServeConfig, base: LoadedBase) -> int:
+    return workspace_bytes(
+        max_rows=config.max_batch_rows,
+        step_tokens=config.max_step_tokens,
+        chunk=CHUNK_SIZE,
+        widest=max(sum(site.spec.out_features) for site in base.installed.sites),
+        vocab=base.vocab_size,
+        itemsize=base.dtype.itemsize,
     )
 
 
@@ -174,7 +196,9 @@ def _scheduler(config: ServeConfig, plan: MemoryPlan, *, pool: Pool) -> Schedule
     return Scheduler(limits, blocks=BlockManager(plan.blocks, block_size=BLOCK_SIZE), pool=pool)
 
 
-def _runner(base: LoadedBase, plan: MemoryPlan, *, tables: Tables) -> ModelRunner:
+def _runner(
+    config: ServeConfig, base: LoadedBase, plan: MemoryPlan, *, tables: Tables
+) -> ModelRunner:
     cache = KVCache(
         base.layers,
         blocks=plan.blocks,
@@ -186,7 +210,12 @@ def _runner(base: LoadedBase, plan: MemoryPlan, *, tables: Tables) -> ModelRunne
         base,
         cache=cache,
         tables=tables,
-        attention=choose_attention(base, block_size=BLOCK_SIZE),
+        attention=choose_attention(
+            base,
+            block_size=BLOCK_SIZE,
+            max_rows=config.max_batch_rows,
+            max_context=plan.max_model_len,
+        ),
         sampler=Sampler(),
     )
 
@@ -213,7 +242,9 @@ def _background(
     return (partial(watcher.run, changes_in(config.adapter_dir)),)
 
 
-def _load_adapters(config: ServeConfig, registry: Registry, *, base_name: str) -> dict[str, Seen]:
+def _load_adapters(
+    config: ServeConfig, registry: Registry, parking: Parking, *, base_name: str
+) -> dict[str, Seen]:
     """Those the operator named must load; one found in a folder that cannot is skipped, aloud.
 
     The folders and what became of them, by name.
@@ -232,7 +263,7 @@ def _load_adapters(config: ServeConfig, registry: Registry, *, base_name: str) -
         if found.name in taken:
             continue
         try:
-            loaded = registry.load_now(LoadOrder(found.name, found.reference))
+            loaded = parking.load_now(LoadOrder(found.name, found.reference))
             seen[found.name] = Seen(found.stamp, loaded.info.version)
         except AdapterError as error:
             if not isinstance(error, NameReserved):  # that may end while the folder stays

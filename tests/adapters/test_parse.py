@@ -264,6 +264,23 @@ def test_values_that_vanish_in_the_arena_dtype_are_refused():
         read(raw, dtype=torch.float16)
 
 
+def test_a_product_that_vanishes_is_refused():
+    """A and B are not zero, what they make of each other is."""
+    tensors = make_tensors()
+    for name, tensor in tensors.items():
+        keep = tensor.clone()
+        if "lora_A" in name:
+            keep[2:] = 0
+        else:
+            keep[:, :2] = 0
+        tensors[name] = keep
+    with pytest.raises(AdapterInvalid, match="zero"):
+        read(make_raw(tensors=tensors))
+    some = next(name for name in tensors if "lora_B" in name)
+    tensors[some] = make_tensors()[some]
+    assert read(make_raw(tensors=tensors))
+
+
 def test_a_rank_limit_is_checked_before_weights_are_touched(monkeypatch):
     def touched(*args, **kwargs):
         raise AssertionError("weights were touched")

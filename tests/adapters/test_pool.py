@@ -243,3 +243,93 @@ def test_adapters_inside_the_arena_are_published_without_a_copy():
     assert pool.resident == 2
     with pytest.raises(AssertionError):  # a stranger's memory is never published
         pool.acquire({D.spec.version: D})
+
+
+def test_what_can_never_fit_is_told_with_bytes_before_anything_is_tried():
+    world = World(3)
+    wide = make(9, rank=4)
+    with pytest.raises(AdapterTooLarge, match=f"need {4 * UNIT * 4} bytes, the arena has"):
+        world.pool.check({wide.spec.version: wide})
+    world.take(A, B, C)
+    world.pool.check({d.spec.version: d for d in (A, B, D)})  # full now is not never
+
+
+def test_it_tells_who_would_cost_another_its_place():
+    world = World(2)
+
+    def displaces(*data: Data) -> bool:
+        return world.pool.displaces({d.spec.version: d for d in data})
+
+    assert not displaces()
+    assert not displaces(A, B)
+    world.take(A)
+    assert not displaces(A)
+    assert not displaces(B)
+    assert displaces(B, C)
+    world.take(B)
+    world.let_go(A, B)
+    assert displaces(C)
+    assert not displaces(A, B)
+
+
+def ahead(world: World, *line: Data) -> list[Digest]:
+    """Prefetch for a line of requests with one adapter each, as one step does; what came in."""
+    uploads = world.pool.prefetch([{d.spec.version: d} for d in line])
+    world.pool.upload(uploads)
+    return [upload.data.spec.version for upload in uploads]
+
+
+def test_adapters_of_waiting_requests_come_in_one_by_one_in_their_order():
+    world = World(3)
+    world.take(A)
+    assert ahead(world, B, C, D) == [B.spec.version]
+    assert ahead(world, B, C, D) == [C.spec.version]
+    assert ahead(world, B, C, D) == [], "the one that runs and those before D keep their places"
+    assert world.pool.pins == 1
+    world.check(B)
+    assert world.take(B) == (), "nothing left to copy"
+    world.let_go(A)
+    assert ahead(world, B, C, D) == [D.spec.version]
+    assert A.spec.version not in world.pool
+
+
+def test_what_is_waited_for_leaves_last_and_what_comes_first_last_of_all():
+    world = World(3)
+    world.take(A, B, C)
+    world.let_go(A, B, C)
+    assert ahead(world, A, B) == []
+    world.take(D)
+    assert C.spec.version not in world.pool
+    world.take(make(8))
+    assert A.spec.version in world.pool
+    assert B.spec.version not in world.pool
+
+
+def test_a_prefetch_that_never_fits_costs_nothing():
+    world = World(2)
+    world.take(A)
+    before = world.snapshot()
+    assert ahead(world, make(9, rank=3)) == []
+    assert world.snapshot() == before
+    assert ahead(world) == []
+
+
+def test_an_own_version_that_lies_in_the_way_is_moved():
+    wide = make(9, rank=2)
+    middle = World(3)
+    middle.take(D, B, C)
+    middle.let_go(D, B, C)
+    middle.pool.forget(B.spec.version)
+    middle.pool.forget(D.spec.version)  # 1 free, C, 1 free
+    uploads = middle.take(wide, C)
+    assert uploads is not None, "or it would wait for ever: nothing else is there to leave"
+    assert {u.data.spec.version for u in uploads} == {wide.spec.version, C.spec.version}
+    middle.check(wide)
+    middle.check(C)
+    assert middle.pool.pins == 2
+    pinned = World(3)
+    pinned.take(D, B, C)
+    pinned.let_go(D, B)
+    before = pinned.snapshot()
+    assert pinned.take(wide, C) is None, "a running request holds it where it is"
+    assert pinned.snapshot() == before

@@ -2,22 +2,26 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from fader_adapters.errors import (
+    AdapterExists,
     AdapterInvalid,
     AdapterNotFound,
     ArenaFull,
     SourceForbidden,
     SourceNotFound,
     SourceUnavailable,
+    VersionConflict,
 )
 from fader_server import ondemand
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.ports import Loaded, LoadOrder
 from fader_server.errors import Overloaded
 from fader_server.ondemand import OnDemand
+from fader_server.parking import Parking
 from tests.server.api.api_fakes import FakeAdapters
 
 
@@ -46,7 +50,7 @@ class FakeLoader(FakeAdapters):
         while order.name not in self.infos and len(self.infos) >= self.room:
             if not make_room():
                 raise ArenaFull("no room")
-        return await super().load(order)
+        return await super().load(replace(order, source=order.source.removeprefix("/roots/")))
 
     def evict(self, may_go: Callable[[str], bool]) -> str | None:
         for name in self.infos:
@@ -75,7 +79,8 @@ def make(loader: FakeLoader, offered: Callable[[str], bool] = lambda name: True)
         asked.append(name)
         return offered(name)
 
-    return OnDemand(loader, offers=offers, clock=clock), clock, asked
+    parking = Parking(loader, fixed=frozenset({"tone"}), limit=1000)
+    return OnDemand(parking, offers=offers, clock=clock), clock, asked
 
 
 async def lease_all(adapters: OnDemand, *names: str) -> None:
@@ -220,21 +225,89 @@ async def test_who_asked_first_may_leave_and_the_others_are_served():
     assert not +adapters._awaited
 
 
-async def test_only_what_came_on_demand_is_evicted_and_never_what_is_held_or_awaited():
+async def test_what_is_held_awaited_or_fixed_stays_and_what_came_on_demand_is_forgotten():
     loader = FakeLoader(room=4)
     adapters, _, _ = make(loader)
     await adapters.load(LoadOrder("mine", "one"))
     await lease_all(adapters, "a", "b")  # full: tone, mine, a, b
-    loader.held = ["a"]
+    loader.held = ["mine", "a"]
     await lease_all(adapters, "c")
     assert loader.evicted == ["b"]
-    loader.held = ["a", "c"]
+    loader.held = ["mine", "a", "c"]
     with pytest.raises(ArenaFull):
         await adapters.lease(terms("d"))
-    assert set(loader.infos) == {"tone", "mine", "a", "c"}
-    loader.held = []
+    assert {info.name for info in adapters.list()} == {"tone", "mine", "a", "c"}
+    loader.held = ["mine"]
     with pytest.raises(ArenaFull):  # both of its own names would have to go for the third
         await adapters.lease(terms("a", "c", "e"))
+
+
+async def test_what_was_loaded_by_hand_keeps_its_name_when_it_loses_its_place():
+    loader = FakeLoader(room=2)
+    adapters, _, asked = make(loader, offered=lambda name: False)
+    one = (await adapters.load(LoadOrder("one", "one"))).info
+    await adapters.load(LoadOrder("two", "two"))
+    assert loader.evicted == ["one"]
+    assert adapters.get(AdapterRef("one")).tier == "disk"
+    assert adapters.get(AdapterRef("one", one.version[:12])).version == one.version
+    with pytest.raises(AdapterNotFound):
+        adapters.get(AdapterRef("one", "0" * 12))
+    assert [info.name for info in adapters.list()] == ["one", "tone", "two"]
+    assert adapters.totals().adapters == 3
+    (await adapters.lease(terms("one"))).release()
+    assert loader.evicted == ["one", "two"]
+    assert adapters.get(AdapterRef("one")).tier == "host"
+    assert adapters.get(AdapterRef("one")).version == one.version
+    assert asked == [], "known names need no offer"
+
+
+async def test_a_parked_name_is_compared_swapped_pinned_and_unloaded_as_any_other():
+    loader = FakeLoader(room=2)
+    adapters, _, _ = make(loader)
+    one = (await adapters.load(LoadOrder("one", "one"))).info
+    await adapters.load(LoadOrder("two", "two"))  # one is parked
+    with pytest.raises(VersionConflict):
+        await adapters.load(LoadOrder("one", "new", if_version="0" * 12))
+    with pytest.raises(VersionConflict):
+        await adapters.load(LoadOrder("one", "new", if_version=""))
+    with pytest.raises(AdapterExists):
+        await adapters.load(LoadOrder("one", "new", replace=False))
+    assert adapters.get(AdapterRef("one")).version == one.version
+    assert adapters.pin("one", pinned=True).pinned
+    swapped = await adapters.load(LoadOrder("one", "new", if_version=one.version[:12]))
+    assert swapped.replaced == one.version  # and two is parked
+    adapters.unload("two")
+    with pytest.raises(AdapterNotFound):
+        adapters.get(AdapterRef("two"))
+    with pytest.raises(AdapterNotFound):
+        adapters.unload("two")
+    with pytest.raises(AdapterNotFound):
+        await adapters.lease(terms("two"))
+
+
+async def test_a_parked_name_whose_files_changed_is_refused_with_the_reason():
+    loader = FakeLoader(room=2)
+    adapters, clock, _ = make(loader)
+    await adapters.load(LoadOrder("one", "one"))
+    await adapters.load(LoadOrder("two", "two"))
+    loader.failures["one"] = VersionConflict("the source holds another version")
+    with pytest.raises(SourceUnavailable, match="load it anew"):
+        await adapters.lease(terms("one"))
+    assert adapters.get(AdapterRef("one")).tier == "disk"
+    del loader.failures["one"]
+    clock.now += ondemand.PASSING_SECONDS
+    await lease_all(adapters, "one")
+
+
+async def test_names_are_bounded_parked_or_not():
+    loader = FakeLoader(room=2)
+    adapters = OnDemand(Parking(loader, fixed=frozenset({"tone"}), limit=3), offers=lambda n: False)
+    for name in "abcd":
+        await adapters.load(LoadOrder(name, name))
+    with pytest.raises(ArenaFull, match="limit"):
+        await adapters.load(LoadOrder("e", "e"))
+    adapters.unload("a")
+    await adapters.load(LoadOrder("e", "e"))
 
 
 async def test_two_names_that_take_turns_in_one_place_are_both_served():
@@ -252,6 +325,8 @@ async def test_an_administrators_load_makes_room_too():
     await lease_all(adapters, "a")
     await adapters.load(LoadOrder("given", "one"))
     assert loader.evicted == ["a"]
+    assert [info.name for info in adapters.list()] == ["given", "tone"]
+    loader.held = ["given"]
     with pytest.raises(ArenaFull):
         await adapters.lease(terms("a"))
 
@@ -297,5 +372,5 @@ async def test_a_load_by_hand_meanwhile_is_used_and_not_ours():
     loader.gate.set()
     (await waiting).release()
     assert loader.infos["new"].source == "/roots/by-hand"
-    with pytest.raises(ArenaFull):
-        await adapters.lease(terms("other"))
+    await lease_all(adapters, "other")
+    assert adapters.get(AdapterRef("new")).tier == "disk", "its name is not ours to forget"

@@ -100,8 +100,32 @@ async def test_without_the_flag_nothing_loads_by_itself(root: Path):
     with opened(adapter_dir=[str(root)]) as world:
         with pytest.raises(AdapterNotFound):
             await lease(world, "team/shout")
-        assert isinstance(world.adapters, Registry)
         assert world.background == ()
+
+
+async def test_folders_beyond_the_arena_are_known_and_served_in_turn(root: Path):
+    """Four folders and the demo's adapters, whose place is theirs; room for two more."""
+    small = root / "small"
+    small.mkdir()
+    for number in range(4):
+        shutil.copytree(demo.adapter_dirs()["shout"], small / f"x{number}")
+        written = json.loads((small / f"x{number}" / CONFIG_FILE).read_text())
+        changed = json.dumps(written | {"lora_alpha": 3 + number})  # versions of their own
+        (small / f"x{number}" / CONFIG_FILE).write_text(changed)
+    with opened() as world:
+        sizes = {info.name: info.bytes for info in world.adapters.list()}
+    room = sum(sizes.values()) + 2 * sizes["shout"]
+    with opened(adapter_dir=[str(small)], arena=str(room)) as world:
+        known = {info.name: info for info in world.adapters.list()}
+        assert {f"x{n}" for n in range(4)} <= known.keys()
+        tiers = [known[f"x{n}"].tier for n in range(4)]
+        assert tiers == ["disk", "disk", "host", "host"]
+        for number in (0, 1, 2, 3, 0):
+            held = await lease(world, f"x{number}")
+            info = world.adapters.get(AdapterRef(f"x{number}"))
+            assert (info.tier, info.version) == ("host", known[f"x{number}"].version)
+            held.release()
+        assert {world.adapters.get(AdapterRef(name)).tier for name in sizes} == {"host"}
 
 
 async def test_with_require_sha256_a_load_needs_the_version_and_a_start_does_not(root: Path):
@@ -128,15 +152,16 @@ async def test_urls_under_a_prefix_load_and_a_hanging_store_is_given_up(
         done = await world.adapters.load(LoadOrder("x", "memory://bucket/shout"))
         assert done.info.version == world.adapters.get(AdapterRef("shout")).version
         assert any((tmp_path / "blobs").iterdir())
-        assert isinstance(world.adapters, Registry)
+        registry = world.adapters._inner._inner
+        assert isinstance(registry, Registry)
         release = threading.Event()
 
         def hang(*arguments: object) -> None:
             release.wait(10)
             raise RuntimeError("nobody gave it up")
 
-        monkeypatch.setattr(world.adapters, "_fetch_timeout", 0.05)
-        monkeypatch.setattr(world.adapters._sources, "fetch_remote", hang)
+        monkeypatch.setattr(registry, "_fetch_timeout", 0.05)
+        monkeypatch.setattr(registry._sources, "fetch_remote", hang)
         with pytest.raises(SourceUnavailable, match="time"):
             await world.adapters.load(LoadOrder("y", "memory://bucket/shout"))
         release.set()

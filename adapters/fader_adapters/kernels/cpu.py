@@ -174,6 +174,7 @@ class NativeBackend:
 
     name = "native"
     least_rows = 1
+    apart = False
 
     def __init__(self) -> None:
         self._store = PanelStore()

@@ -162,6 +162,7 @@ class ReferenceBackend:
 
     name = "reference"
     least_rows = LEAST_ROWS
+    apart = False
 
     def __init__(self) -> None:
         self._gather: Gather | None = None

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from fader_adapters.errors import AdapterError, AdapterExists
+from fader_adapters.report import health_facts
 from fader_adapters.spec import ADAPTER_NAME, NESTED_NAME
 from fader_server.api.blends import AdapterRef
 from fader_server.api.context import body_of, context_of, log_of, principal_of
@@ -119,6 +120,7 @@ async def unload(request: Request, name: str) -> None:
 def report(info: AdapterInfo, request: Request) -> dict[str, Any]:
     """The health report; where it came from is shown to administrators only."""
     body: dict[str, Any] = {
+        **({} if info.health is None else health_facts(info.health)),
         "object": "adapter",
         "name": info.name,
         "version": info.version,
@@ -128,8 +130,6 @@ def report(info: AdapterInfo, request: Request) -> dict[str, Any]:
         "modules": info.modules,
         "targets": list(info.targets),
         "bytes": info.bytes,
-        "delta_norm": info.delta_norm,
-        "relative_norm": info.relative_norm,
         "tier": info.tier,
         "leases": info.leases,
         "pinned": info.pinned,

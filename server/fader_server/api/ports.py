@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from fader_adapters.claims import Claims
+from fader_adapters.report import Health
 from fader_adapters.spec import AdapterData, Blend, Digest
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.traffic import Traffic
@@ -57,7 +58,7 @@ class Engine(Protocol):
     def submit(self, request: Request, sink: Sink) -> None:
         """Queue a request; its events reach `sink` on the engine thread.
 
-        Raises Overloaded, RequestInvalid, ContextTooLong or EngineFault.
+        Raises Overloaded, RequestInvalid, ContextTooLong, AdapterTooLarge or EngineFault.
         """
         ...
 
@@ -188,10 +189,8 @@ class AdapterInfo:
     pinned: bool
     retired: tuple[Digest, ...] = ()
     """Earlier versions that requests or recipes still hold."""
-    delta_norm: float = 0.0
-    """Frobenius norm of all deltas together."""
-    relative_norm: float = 0.0
-    """Largest ‖ΔW‖/‖W‖ of its modules."""
+    health: Health | None = None
+    """What the load found."""
     source: str = ""
     revision: str | None = None
     """The commit a Hub source meant when it was loaded."""

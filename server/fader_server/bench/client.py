@@ -161,6 +161,10 @@ class BenchClient:
         """POST a JSON body with the request timeout. httpx.HTTPError when nothing comes back."""
         return await self._http.post(path, json=body, timeout=self._timeout)
 
+    async def put(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        """PUT a JSON body with the request timeout. httpx.HTTPError when nothing comes back."""
+        return await self._http.put(path, json=body, timeout=self._timeout)
+
     async def delete(self, path: str) -> httpx.Response:
         """DELETE with the request timeout. httpx.HTTPError when nothing comes back."""
         return await self._http.delete(path, timeout=self._timeout)

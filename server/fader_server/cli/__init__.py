@@ -9,14 +9,17 @@ import typer
 
 from fader_adapters.errors import AdapterError
 from fader_server.bench.cli import bench_app
+from fader_server.bench.live_cli import scale, swap
 from fader_server.bench.merge_cli import merge as bench_merge
 from fader_server.cli.adapters import adapters_app
 from fader_server.cli.compress import compress
 from fader_server.cli.extract import extract
+from fader_server.cli.inspect import inspect
 from fader_server.cli.kernels import kernels
 from fader_server.cli.merge import merge
 from fader_server.cli.quantize import quantize
 from fader_server.cli.serve import serve
+from fader_server.cli.verify import verify
 from fader_server.cli.version import version
 from fader_server.errors import ConfigInvalid, FaderError, ModelUnsupported, ServerRefused
 
@@ -31,11 +34,15 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(quantize)
+app.command()(inspect)
+app.command()(verify)
 app.command()(merge)
 app.command()(extract)
 app.command()(compress)
 bench_app.command()(kernels)
 bench_app.command("merge")(bench_merge)
+bench_app.command()(swap)
+bench_app.command()(scale)
 app.add_typer(bench_app, name="bench")
 app.add_typer(adapters_app, name="adapters")
 

@@ -4,6 +4,7 @@ import errno
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,15 @@ _MENDABLE = {
     errno.EPERM,
     errno.EROFS,
 }
+
+
+class Dtype(StrEnum):
+    """What a server computes in."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
 
 ROOTS_HELP = "A folder of adapters, for terms that are names. May be given several times."
 

@@ -15,12 +15,16 @@ NULL_BLOCK = 0
 """Never handed out: padding may point at it."""
 
 
-def chain_seed(blend: Digest, salt: str, block_size: int, lane: Digest | None = None) -> bytes:
-    """Start of a hash chain: blocks are shared only inside one blend, salt, size and lane."""
+def chain_seed(blend: Digest, salt: str, block_size: int) -> bytes:
+    """Start of a hash chain: blocks are shared only inside one blend, salt and block size."""
     name = salt.encode("utf-8", "surrogatepass")
     frame = struct.pack("<II", block_size, len(name))
-    weights = b"" if lane is None else bytes.fromhex(lane)
-    return hashlib.sha256(b"fader-kv-1" + bytes.fromhex(blend) + frame + name + weights).digest()
+    return hashlib.sha256(b"fader-kv-1" + bytes.fromhex(blend) + frame + name).digest()
+
+
+def lane_seed(seed: bytes, lane: Digest) -> bytes:
+    """The start of a chain in a merged lane, whose weights give other keys and values."""
+    return hashlib.sha256(b"fader-kv-lane-1" + seed + bytes.fromhex(lane)).digest()
 
 
 class BlockManager:
@@ -153,8 +157,9 @@ class BlockManager:
                 before = keys[-1]
             else:
                 request = sequence.request
-                lane = None if sequence.lane is None else sequence.lane.key
-                before = chain_seed(request.blend.digest, request.cache_salt, size, lane)
+                before = chain_seed(request.blend.digest, request.cache_salt, size)
+                if sequence.lane is not None:
+                    before = lane_seed(before, sequence.lane.key)
             at = len(keys) * size
             tokens = self._pack(*sequence.tokens[at : at + size])
             keys.append(hashlib.sha256(before + tokens).digest())

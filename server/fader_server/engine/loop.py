@@ -10,8 +10,10 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Self, TypeVar
 
+from fader_adapters.errors import AdapterError
 from fader_adapters.spec import Digest, Upload
 from fader_server.core import Request, Runner, Sink, TokenEvent
+from fader_server.engine.arrivals import Copies
 from fader_server.engine.scheduler import Scheduler
 from fader_server.engine.stats import EngineStats, StepObserver, Unobserved
 from fader_server.engine.stepper import Stepper
@@ -43,6 +45,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         observer: StepObserver | None = None,
         on_fatal: Callable[[Exception], None] = lambda error: None,
+        copies: Copies | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._stepper = Stepper(
@@ -52,6 +55,7 @@ class Engine:
             deliver=self._deliver,
             clock=clock,
             observer=observer or Unobserved(),
+            copies=copies,
         )
         self._max_waiting = max_waiting
         self._clock = clock
@@ -74,7 +78,10 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: Request, sink: Sink) -> None:
-        """Accept a request. Raises RequestInvalid, ContextTooLong, Overloaded or EngineFault."""
+        """Accept a request.
+
+        Raises RequestInvalid, ContextTooLong, AdapterTooLarge, Overloaded or EngineFault.
+        """
         self._scheduler.check(request)
         with self._lock:
             if self._closed is not None:
@@ -210,7 +217,7 @@ class Engine:
         try:
             if self._closed is None:
                 self._stepper.add(request, since=since)
-        except RequestInvalid as error:
+        except (RequestInvalid, AdapterError) as error:
             self._deliver(TokenEvent(request.id, error=error))
         finally:
             with self._lock:

@@ -3,6 +3,8 @@
 Knows blocks, slots and token ids as integers; no clock, no randomness, no text, no tensors.
 """
 
+from itertools import islice
+
 from fader_adapters.errors import AdapterError
 from fader_adapters.spec import Digest, RowTerms, StepTerms, Upload
 from fader_server.core import (
@@ -22,7 +24,7 @@ from fader_server.engine.roster import Roster
 from fader_server.errors import EngineFault, NumericFault
 
 _LOOKAHEAD = 64
-"""Waiting requests without room for their adapters that one step looks past."""
+"""Waiting requests that one step looks at for whose adapters are or could be on the device."""
 
 
 class Scheduler:
@@ -56,8 +58,12 @@ class Scheduler:
         return len(self._roster.waiting)
 
     def check(self, request: Request) -> None:
-        """Raise RequestInvalid or ContextTooLong for what can never be served. Any thread."""
+        """Raise for what can never be served. Any thread.
+
+        RequestInvalid, ContextTooLong, or AdapterTooLarge: no arena of this size holds the blend.
+        """
         check_request(request, self.context)
+        self.pool.check(request.adapters)
 
     def add(self, request: Request) -> Sequence:
         """Queue a request. Raises what `check` raises, and RequestInvalid on an id in use."""
@@ -100,9 +106,14 @@ class Scheduler:
             budget -= self._plan_chunk(sequence, budget, rows, terms)
         uploads: list[Upload] = []
         if self._roster.waiting:
-            self._admit(budget, rows, terms, uploads)
+            # Who finds its adapters on the device goes first: what is there is used while it is.
+            left = self._admit(budget, rows, terms, uploads, evict=False)
+            if left is not None:
+                self._admit(left, rows, terms, uploads, evict=True)
         if not rows:
             return None
+        if self._roster.waiting:
+            uploads.extend(self._prefetch())
         return Plan(tuple(rows), StepTerms(tuple(terms)), tuple(uploads))
 
     def commit(self, plan: Plan, results: list[RowResult]) -> list[TokenEvent]:
@@ -182,30 +193,46 @@ class Scheduler:
         return (min(end, prompt_len) if start < prompt_len else end) - start
 
     def _admit(
-        self, budget: int, rows: list[PlanRow], terms: list[RowTerms], uploads: list[Upload]
-    ) -> None:
-        """Let requests in, in order; only those whose adapters have no room are passed by."""
+        self,
+        budget: int,
+        rows: list[PlanRow],
+        terms: list[RowTerms],
+        uploads: list[Upload],
+        *,
+        evict: bool,
+    ) -> int | None:
+        """Let requests in, in order; returns the tokens left, None when the line has to wait.
+
+        Only those whose adapters have no room, or none without an eviction, are passed by, and
+        each of them only so often: then nobody goes before it.
+        """
         line, running, blocks = self._roster.waiting, self._roster.running, self.blocks
         passed: list[Sequence] = []
         no_room: set[Digest] = set()
-        while len(passed) < min(len(line), _LOOKAHEAD) and len(running) < self.limits.max_rows:
+        while len(passed) < min(len(line), _LOOKAHEAD):
+            if len(running) >= self.limits.max_rows:
+                return None
             sequence = line[len(passed)]
             self._roster.settle(sequence)
+            aged = sequence.overtaken >= self.limits.max_overtakes
+            if not (evict or aged) and self.pool.displaces(sequence.adapters):
+                passed.append(sequence)
+                continue
             hits, sought = self._find(sequence)
             total = blocks.blocks_for(len(sequence.tokens))
             # One block for every running row too, or the newcomer would soon be sent back.
             if blocks.room(hits) < total - len(hits) + len(running):
-                return
+                return None
             if self._chunk(sequence, len(hits) * blocks.block_size) > budget:
-                return
+                return None
             blend = sequence.request.blend.digest
             crowded = blend in no_room and sequence.lane is None
             acquired = None if crowded else self._acquire(sequence)
             if acquired is None:
                 if sequence.request.id not in self._roster.open:
                     continue
-                if sequence.overtaken >= self.limits.max_overtakes:
-                    return
+                if aged:
+                    return None
                 no_room.add(blend)
                 passed.append(sequence)
                 continue
@@ -215,7 +242,13 @@ class Scheduler:
             for other in passed:
                 other.overtaken += 1
             if any(other.overtaken >= self.limits.max_overtakes for other in passed):
-                return
+                return None
+        return budget
+
+    def _prefetch(self) -> tuple[Upload, ...]:
+        """Copies for who waits, so that they need not wait for them as well."""
+        line = (sequence.request.adapters for sequence in self._roster.waiting)
+        return self.pool.prefetch(islice(line, _LOOKAHEAD))
 
     def _find(self, sequence: Sequence) -> tuple[list[int], int]:
         """Findable blocks and how many were sought: the last token is always computed."""

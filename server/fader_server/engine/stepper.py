@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from fader_adapters.spec import Upload
 from fader_server.core import Plan, Request, RowResult, Runner, Sequence, TokenEvent
+from fader_server.engine.arrivals import AtOnce, Copies, arrived
 from fader_server.engine.isolation import probe, run_isolated, upload_isolated, without
 from fader_server.engine.scheduler import Scheduler
 from fader_server.engine.stats import StepObserver
@@ -30,8 +31,10 @@ class Stepper:
         deliver: Callable[[TokenEvent], None],
         clock: Callable[[], float],
         observer: StepObserver,
+        copies: Copies | None = None,
     ) -> None:
         self.scheduler = scheduler
+        self._copies = copies or AtOnce()
         self.progress_at = clock()
         """When a step was last committed or nothing was there to do, in the clock's seconds."""
         self.steps = self.rows = self.tokens = self.generated = self.faults = 0
@@ -71,11 +74,13 @@ class Stepper:
             self._time_admissions(plan, started)
         ready = self._bring_in(plan) if plan.uploads else plan
         if ready is not None:
-            self._step(ready, started)
+            self._step(arrived(ready, self._copies), started)
         return True
 
     def _step(self, plan: Plan, started: float) -> None:
         outcome = run_isolated(self._runner, plan)
+        if outcome.lost is not None:
+            raise EngineFault("the device is lost") from outcome.lost
         for part, results in outcome.done:
             if self.scheduler.lanes.members:
                 self.merged += sum(row.samples and row.lane is not None for row in part.rows)

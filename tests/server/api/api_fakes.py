@@ -20,6 +20,14 @@ from fader_adapters.errors import (
     SourceUnavailable,
     VersionConflict,
 )
+from fader_adapters.report import (
+    AdapterReport,
+    BaseMatch,
+    Health,
+    ModuleReport,
+    kinds_of,
+    verdict,
+)
 from fader_adapters.spec import Blend, Digest, Term
 from fader_server import app
 from fader_server.api.blends import AdapterRef, NamedTerm
@@ -263,6 +271,18 @@ class FakeLease:
             self.owner.leases -= 1
 
 
+_MODULE = ModuleReport("layers.0.q_proj", 8, 16.0, 2.0, 3.0)
+_REPORT = AdapterReport((_MODULE,), 4, "LORA", False, ("F32",), "org/base")
+HEALTH = Health(
+    report=_REPORT,
+    dtype="bfloat16",
+    nbytes=1024,
+    kinds=tuple(kinds_of(_REPORT.modules, [30.0])),
+    largest=0.1,
+    match=BaseMatch("f" * 64, "org/base", verdict("org/base", "base")),
+)
+
+
 class FakeAdapters:
     """Names to versions; any source but `missing`, `secret` and `broken` loads."""
 
@@ -275,7 +295,7 @@ class FakeAdapters:
     def _info(self, name: str, content: str, *, pinned: bool = False) -> AdapterInfo:
         return AdapterInfo(
             name, digest(content), 8, (2.0,), 4, ("q_proj",), 1024, "host", 0, pinned,
-            source=f"/roots/{content}",
+            source=f"/roots/{content}", health=HEALTH,
         )  # fmt: skip
 
     def acquire(self, terms: Sequence[NamedTerm]) -> FakeLease:

@@ -14,7 +14,8 @@ from tests.server.api.conftest import asgi, listening
 REPORT = {
     "object", "name", "version", "base", "rank", "scales", "modules", "targets", "bytes",
     "delta_norm", "relative_norm", "tier", "leases", "pinned", "retired", "created", "source",
-    "revision",
+    "revision", "total_modules", "ranks", "dtype", "source_dtypes", "kinds", "sites", "base_match",
+    "largest_relative_norm",
 }  # fmt: skip
 
 
@@ -47,6 +48,11 @@ async def test_put_creates_then_swaps_by_version(client, world: World):
     assert first.status_code == 201
     assert set(first.json()) == REPORT
     assert first.json()["pinned"] is True
+    told = first.json()
+    assert (told["modules"], told["total_modules"], told["relative_norm"]) == (4, 4, 0.1)
+    site = {"modules": 1, "ranks": [8], "delta_norm": 3.0, "relative_norm": 0.1}
+    assert told["sites"] == {"q_proj": site}
+    assert told["base_match"]["verdict"] == "named"
     version = first.json()["version"]
     taken = await client.put("/v1/adapters/new", json={"source": "two", "if_version": ""})
     assert taken.status_code == 409

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import httpx
 import pytest
@@ -42,8 +43,17 @@ class Running:
         return sum(values)
 
     def terminate(self) -> int:
+        """End it as an operator would; its exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Leave no process and no pipe behind, whatever the test made of it."""
+        with self.process:
+            self.process.kill()
 
 
 def start(root: Path, *flags: str, **variables: str) -> Running:
@@ -66,8 +76,10 @@ def start(root: Path, *flags: str, **variables: str) -> Running:
         listening.set()
 
     threading.Thread(target=read, daemon=True).start()
-    assert listening.wait(120)
-    assert process.poll() is None, lines
+    if not listening.wait(120) or process.poll() is not None:
+        with process:
+            process.kill()
+        pytest.fail(f"the server did not start: {lines}")
     port = next(line["port"] for line in lines if line["event"] == "serving")
     return Running(f"http://127.0.0.1:{port}", process, root, lines)
 
@@ -77,8 +89,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     root = tmp_path_factory.mktemp("adapters")
     for name in ("shout", "german"):
         shutil.copytree(demo.adapter_dirs()[name], root / f"copy-of-{name}")
-    running = start(root)
-    yield running
-    assert running.terminate() == 0
-    assert running.process.stderr is not None
-    running.process.stderr.close()
+    with start(root) as running:
+        yield running
+        assert running.terminate() == 0

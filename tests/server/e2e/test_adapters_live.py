@@ -147,15 +147,14 @@ def test_a_client_that_leaves_frees_everything_within_a_second(server):
 
 
 def test_sigterm_ends_what_runs_and_exits_with_zero(tmp_path):
-    running = start(tmp_path)
     body = QUESTION | {"model": demo.SERVED_NAME, "stream": True, "max_tokens": 300}
     body["ignore_eos"] = True
-    with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=body) as response:
-        lines = response.iter_lines()
-        next(lines)
-        running.process.terminate()
-        rest = list(lines)
-    assert rest[-2:] == ["data: [DONE]", ""]
-    assert running.process.wait(30) == 0
-    assert running.process.stderr is not None
-    running.process.stderr.close()
+    with start(tmp_path) as running:
+        url = f"{running.url}/v1/chat/completions"
+        with httpx.stream("POST", url, json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            running.process.terminate()
+            rest = list(lines)
+        assert rest[-2:] == ["data: [DONE]", ""]
+        assert running.process.wait(30) == 0

@@ -43,12 +43,10 @@ def server(hub: FakeHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
     shutil.copytree(demo.adapter_dirs()["json"], folder / "root" / "team" / "nested")
     flags = ["--adapter-hub", "org", "--resolve-adapters", "--watch-adapters"]
     flags += ["--state-dir", str(folder / "state")]
-    running = start(folder / "root", *flags, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0")
-    yield running
-    assert running.metric("fader_adapter_leases") == 0
-    assert running.terminate() == 0
-    assert running.process.stderr is not None
-    running.process.stderr.close()
+    with start(folder / "root", *flags, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0") as running:
+        yield running
+        assert running.metric("fader_adapter_leases") == 0
+        assert running.terminate() == 0
 
 
 def ask(server: Running, model: str) -> httpx.Response:
@@ -201,16 +199,23 @@ def test_folders_that_come_change_and_go_are_followed(server, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_after_a_restart_a_commit_serves_without_the_hub(server, hub):
-    flags = ["--adapter-hub", "org", "--state-dir", str(server.root.parent / "state")]
-    flags += ["--resolve-adapters"]
+def test_after_a_restart_a_commit_serves_without_the_hub(hub, tmp_path):
+    (tmp_path / "root").mkdir()
+    flags = ["--adapter-hub", "org", "--state-dir", str(tmp_path / "state"), "--resolve-adapters"]
+
+    def begin() -> Running:
+        return start(tmp_path / "root", *flags, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0")
+
+    with begin() as first:
+        body = {"source": "org/german", "revision": "pirate"}
+        loaded = httpx.put(f"{first.url}/v1/adapters/corsair", json=body, timeout=60)
+        assert loaded.status_code == 201, loaded.text
+        assert text(ask(first, "org/german")) == GERMAN
+        assert httpx.delete(f"{first.url}/v1/adapters/org/german").status_code == 200
+        assert first.terminate() == 0
     asked = len(hub.asked)
-    second = start(server.root, *flags, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0")
-    try:
+    with begin() as second:
         assert text(ask(second, "corsair")) == "Arr! The sky be blue, matey."
         assert ask(second, "org/german").status_code == 404  # unloaded before
-    finally:
         assert second.terminate() == 0
-    assert second.process.stderr is not None
-    second.process.stderr.close()
     assert len(hub.asked) == asked

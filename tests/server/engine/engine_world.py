@@ -93,9 +93,8 @@ class FakePool:
         if self.fail_acquires:
             self.fail_acquires -= 1
             raise MemoryError("injected")
+        self.check(data)
         need = {v: d.spec.numel for v, d in data.items()}
-        if sum(need.values()) > self.capacity:
-            raise AdapterTooLarge("never fits")
         pinned = sum(n for v, n in self.size.items() if self.pins[v] and v not in need)
         if pinned + sum(need.values()) > self.capacity:
             return None
@@ -114,6 +113,17 @@ class FakePool:
             self.slots[v] = min(set(range(len(self.slots) + 1)) - set(self.slots.values()))
             uploads.append(Upload(d, self.slots[v], 0))
         return tuple(uploads)
+
+    def check(self, data: Mapping[Digest, AdapterData]) -> None:
+        if sum(d.spec.numel for d in data.values()) > self.capacity:
+            raise AdapterTooLarge("never fits")
+
+    def displaces(self, data: Mapping[Digest, AdapterData]) -> bool:
+        missing = sum(d.spec.numel for v, d in data.items() if v not in self.size)
+        return missing > 0 and sum(self.size.values()) + missing > self.capacity
+
+    def prefetch(self, line: Iterable[Mapping[Digest, AdapterData]]) -> tuple[Upload, ...]:
+        return ()
 
     def release(self, versions: tuple[Digest, ...]) -> None:
         for v in versions:
@@ -159,6 +169,10 @@ class Device:
                 raise RuntimeError("injected")
             self.arena[one.slot] = int(one.data.spec.version[:12], 16)
 
+    def content(self, slot: int) -> int:
+        """What stands in a slot: the first digits of a version."""
+        return self.arena[slot]
+
     def run(self, plan: Plan) -> list[RowResult]:
         self.runs += 1
         if self.broken:
@@ -171,7 +185,7 @@ class Device:
         before = [self._read(row.sequence, row.start - 1) for row in plan.rows]
         for row, terms, content in zip(plan.rows, plan.terms.rows, before, strict=True):
             assert terms.tokens == row.count
-            key = tuple((self.arena[slot], gamma) for slot, gamma in terms.terms)
+            key = tuple((self.content(slot), gamma) for slot, gamma in terms.terms)
             for at in range(row.start, row.start + row.count):
                 content = hash((content, row.sequence.tokens[at], key))
                 block = row.sequence.blocks[at // self.size]
@@ -262,6 +276,41 @@ class Seen:
             self.finish, self.error = event.finish, event.error
 
 
+def check_blocks(scheduler: Scheduler) -> None:
+    """The invariants of blocks and lines between two turns."""
+    blocks, roster = scheduler.blocks, scheduler._roster
+    holders: dict[int, list[tuple[Sequence, int]]] = {}
+    for sequence in roster.running:
+        for index, block in enumerate(sequence.blocks):
+            holders.setdefault(block, []).append((sequence, index))
+    for block, refs in enumerate(blocks._refs):
+        assert refs == len(holders.get(block, []))
+    assert 0 not in holders
+    assert blocks.used == len(holders)
+    assert blocks.used + blocks.cached + blocks.free == blocks.total
+    for block, held in holders.items():
+        if len(held) > 1:
+            keys = {(s.request.blend.digest, s.request.cache_salt, i) for s, i in held}
+            prefixes = {tuple(s.tokens[: (i + 1) * blocks.block_size]) for s, i in held}
+            assert len(keys) == len(prefixes) == 1, f"block {block} is shared by strangers"
+            assert all((i + 1) * blocks.block_size <= s.computed for s, i in held)
+    assert not any(s.blocks for s in roster.waiting)
+    assert set(roster.open) == {s.request.id for s in [*roster.running, *roster.waiting]}
+    assert len(roster.running) <= scheduler.limits.max_rows
+    assert [s.arrival for s in roster.running] == sorted(s.arrival for s in roster.running)
+
+
+def check_answer(name: str, seen: Seen) -> None:
+    """A request that has ended, or was aborted, said only what it says alone."""
+    want, scores = expected(seen.request), expected_scores(seen.request)
+    assert seen.ends == (not seen.aborted), f"{name} ended {seen.ends} times"
+    if seen.error is None and not seen.aborted:
+        assert seen.tokens == want, name
+        assert seen.scores == scores, name
+    assert seen.tokens == want[: len(seen.tokens)], name
+    assert seen.scores == scores[: len(seen.scores)], name
+
+
 class World:
     """Scheduler, pool and device in one thread, with everything they promise checked."""
 
@@ -338,28 +387,10 @@ class World:
 
     def check(self) -> None:
         """The invariants between two turns."""
-        blocks, roster = self.blocks, self.scheduler._roster
-        holders: dict[int, list[tuple[Sequence, int]]] = {}
-        for sequence in roster.running:
-            for index, block in enumerate(sequence.blocks):
-                holders.setdefault(block, []).append((sequence, index))
-        for block, refs in enumerate(blocks._refs):
-            assert refs == len(holders.get(block, []))
-        assert 0 not in holders
-        assert blocks.used == len(holders)
-        assert blocks.used + blocks.cached + blocks.free == blocks.total
-        for block, held in holders.items():
-            if len(held) > 1:
-                keys = {(s.request.blend.digest, s.request.cache_salt, i) for s, i in held}
-                prefixes = {tuple(s.tokens[: (i + 1) * blocks.block_size]) for s, i in held}
-                assert len(keys) == len(prefixes) == 1, f"block {block} is shared by strangers"
-                assert all((i + 1) * blocks.block_size <= s.computed for s, i in held)
+        roster = self.scheduler._roster
+        check_blocks(self.scheduler)
         pins = Counter(v for s in roster.running for v in s.request.adapters)
         assert +self.pool.pins == pins
-        assert not any(s.blocks for s in roster.waiting)
-        assert set(roster.open) == {s.request.id for s in [*roster.running, *roster.waiting]}
-        assert len(roster.running) <= self.scheduler.limits.max_rows
-        assert [s.arrival for s in roster.running] == sorted(s.arrival for s in roster.running)
 
     def check_end(self) -> None:
         """What must hold when every request has ended."""
@@ -367,11 +398,4 @@ class World:
         assert self.blocks.used == 0
         assert not +self.pool.pins
         for name, seen in self.seen.items():
-            assert seen.ends == (not seen.aborted), f"{name} ended {seen.ends} times"
-            want = expected(seen.request)
-            scores = expected_scores(seen.request)
-            if seen.error is None and not seen.aborted:
-                assert seen.tokens == want, name
-                assert seen.scores == scores, name
-            assert seen.tokens == want[: len(seen.tokens)], name
-            assert seen.scores == scores[: len(seen.scores)], name
+            check_answer(name, seen)

@@ -87,7 +87,7 @@ def test_strangers_never_find_each_others_blocks(kind):
 
 
 def test_the_check_of_strangers_notices_a_seed_that_ignores_the_blend(monkeypatch):
-    def deaf(blend: Digest, salt: str, block_size: int, lane: Digest | None) -> bytes:
+    def deaf(blend: Digest, salt: str, block_size: int) -> bytes:
         return chain_seed(Blend().digest, salt, block_size)
 
     monkeypatch.setattr(blocks_module, "chain_seed", deaf)

@@ -281,14 +281,60 @@ def test_a_request_whose_adapter_has_no_room_lets_others_by_but_not_forever():
     assert list(dict.fromkeys(order)) == ["runs", "r0", "r1", "big", "r2", "r3"]
 
 
-def test_an_adapter_that_can_never_fit_fails_its_request_only():
+def order_of(world: World) -> list[str]:
+    """Requests by their first step, each once."""
+    plans = world.device.plans
+    return list(dict.fromkeys(row.sequence.request.id for plan in plans for row in plan.rows))
+
+
+def alternate(world: World, count: int) -> None:
+    """a0 b1 a2 b3 …: two adapters where only one fits."""
+    for i in range(count):
+        name = "ab"[i % 2]
+        world.submit(request(f"{name}{i}", (1,), blend=blend_of((name, 1.0)), max_tokens=2))
+    world.finish()
+
+
+def test_requests_are_grouped_by_what_is_on_the_device():
+    world = World(capacity=1, max_rows=1, max_overtakes=8)
+    alternate(world, 8)
+    assert order_of(world) == ["a0", "a2", "a4", "a6", "b1", "b3", "b5", "b7"]
+    assert sum(len(plan.uploads) for plan in world.device.plans) == 2
+
+
+def test_nobody_is_overtaken_for_residency_more_often_than_allowed():
+    world = World(capacity=1, max_rows=1, max_overtakes=2)
+    alternate(world, 8)
+    assert order_of(world) == ["a0", "a2", "a4", "b1", "b3", "b5", "b7", "a6"]
+    strict = World(capacity=1, max_rows=1, max_overtakes=0)
+    alternate(strict, 8)
+    assert order_of(strict) == [f"{'ab'[i % 2]}{i}" for i in range(8)]
+
+
+def test_grouping_costs_nothing_where_rows_are_free():
+    world = World(capacity=2, max_rows=4)
+    for name in "ab":
+        world.submit(request(name, (1,), blend=blend_of((name, 1.0)), max_tokens=2))
+    world.finish()
+    third = world.submit(request("c", (1,), blend=blend_of(("c", 1.0)), max_tokens=9))
+    again = world.submit(request("d", (1,), blend=blend_of(("b", 1.0)), max_tokens=9))
+    step(world)
+    assert world.scheduler.running == 2, "the adapter that nobody uses left for the new one"
+    world.finish()
+    assert (third.finish, again.finish) == ("length", "length")
+
+
+def test_an_adapter_that_can_never_fit_is_refused_at_once():
     world = World(capacity=2)
     sizes = {version("huge"): 3}
-    huge = world.submit(request("h", (1,), blend=blend_of(("huge", 1.0)), sizes=sizes))
-    other = world.submit(request("o", (1,)))
+    with pytest.raises(AdapterTooLarge):
+        world.submit(request("h", (1,), blend=blend_of(("huge", 1.0)), sizes=sizes))
+    both = blend_of(("a", 1.0), ("b", 1.0), ("c", 1.0))
+    with pytest.raises(AdapterTooLarge):
+        world.submit(request("b", (1,), blend=both))
+    assert world.scheduler.waiting == 0
+    assert world.submit(request("o", (1,), blend=blend_of(("a", 1.0)))).finish is None
     world.finish()
-    assert isinstance(huge.error, AdapterTooLarge)
-    assert other.finish == "length"
 
 
 def test_a_fault_of_the_pool_fails_its_request_only():

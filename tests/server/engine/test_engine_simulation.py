@@ -1,9 +1,11 @@
 """Seeded worlds: all chance comes from one seed, so a bad world is replayed by its number."""
 
 import random
+from contextlib import suppress
 
 import pytest
 
+from fader_adapters.errors import AdapterTooLarge
 from fader_server.core import Sequence
 from fader_server.engine.blocks import BlockManager
 from fader_server.engine.roster import Roster
@@ -69,7 +71,8 @@ def live(seed: int) -> World:
     world = build(rng)
     for turn in range(rng.randint(1, 30)):
         for index in range(rng.choice([0, 0, 1, 1, 3])):
-            world.submit(draw_request(rng, f"{turn}.{index}"))
+            with suppress(AdapterTooLarge):  # "d", refused at the door
+                world.submit(draw_request(rng, f"{turn}.{index}"))
         disturb(rng, world)
         world.turn()
         world.check()
@@ -81,7 +84,7 @@ def test_no_world_breaks_a_promise():
     worlds = [live(seed) for seed in range(250)]
     seen = [s for world in worlds for s in world.seen.values()]
     ends = [s.finish or type(s.error).__name__ for s in seen if not s.aborted]
-    assert {"stop", "length", "EngineFault", "NumericFault", "AdapterTooLarge"} == set(ends)
+    assert {"stop", "length", "EngineFault", "NumericFault"} == set(ends)
     assert sum(w.scheduler.preemptions for w in worlds) > 20
     assert sum(s.cached > 0 for s in seen) > 20
 

@@ -158,8 +158,7 @@ def test_prefix_blocks_of_the_two_lanes_never_meet(llama: Setting, monkeypatch):
         return [*found, world.run([ask])[0].cached]
 
     assert cached() == [0, 0, 112, 112]
-    seed = blocks_module.chain_seed
-    monkeypatch.setattr(blocks_module, "chain_seed", lambda b, s, n, lane: seed(b, s, n))
+    monkeypatch.setattr(blocks_module, "lane_seed", lambda seed, lane: seed)
     assert cached() == [0, 112, 112, 112], "the check sees nothing"
 
 

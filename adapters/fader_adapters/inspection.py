@@ -1,0 +1,53 @@
+"""Reads adapters for one base and tells what each would do to it. Knows no store and no device."""
+
+import math
+import threading
+
+import torch
+
+from fader_adapters.parse import ParsedAdapter, read_adapter
+from fader_adapters.report import BaseMatch, Health, kinds_of, verdict
+from fader_adapters.source import RawAdapter
+from fader_adapters.spec import BaseSpec, BaseWeights
+
+
+class Inspector:
+    """One base's eye on adapters. Safe to use from any thread."""
+
+    def __init__(
+        self, base: BaseSpec, *, dtype: torch.dtype, weights: BaseWeights | None = None
+    ) -> None:
+        """Without `weights` there are no relative norms, and DoRA is refused."""
+        self._base = base
+        self._dtype = dtype
+        self._weights = weights
+        self._norms: dict[int, float] = {}
+        self._lock = threading.Lock()
+
+    def read(self, raw: RawAdapter) -> ParsedAdapter:
+        """Check an adapter against the base. Raises as `read_adapter` does."""
+        return read_adapter(raw, self._base, dtype=self._dtype, weights=self._weights)
+
+    def health(self, parsed: ParsedAdapter) -> Health:
+        """The report of an adapter that was read."""
+        with self._lock:
+            norms = [self._norm(delta.linear) for delta in parsed.spec.deltas]
+        modules, claimed = parsed.report.modules, parsed.report.base_name
+        pairs = zip(modules, norms, strict=True)
+        return Health(
+            report=parsed.report,
+            dtype=str(parsed.dtype).removeprefix("torch."),
+            nbytes=parsed.nbytes,
+            kinds=tuple(kinds_of(modules, norms)),
+            largest=max((m.delta_norm / norm for m, norm in pairs if norm), default=0.0),
+            match=BaseMatch(self._base.fingerprint, claimed, verdict(claimed, self._base.name)),
+        )
+
+    def _norm(self, linear: int) -> float:
+        """‖W‖ of one linear, computed when first asked for and kept."""
+        if self._weights is None:
+            return 0.0
+        if linear not in self._norms:
+            parts = map(torch.linalg.vector_norm, self._weights.panels(linear))
+            self._norms[linear] = math.hypot(*map(float, parts))
+        return self._norms[linear]

@@ -1,0 +1,130 @@
+"""`fader inspect`: an adapter's health report, offline."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fader_server.cli.offline import ROOTS_HELP, Dtype, find_adapter, open_model
+
+if TYPE_CHECKING:
+    import torch
+
+    from fader_adapters.report import Health
+    from fader_adapters.source import RawAdapter
+    from fader_adapters.spec import BaseSpec
+    from fader_adapters.weightspace.base import Base
+
+
+def inspect(
+    adapter: Annotated[str, typer.Argument(help="A folder, or a name under a root.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="Check it against this base: a folder or a Hub id.", metavar="MODEL"),
+    ] = None,
+    adapter_dir: Annotated[list[Path] | None, typer.Option(help=ROOTS_HELP)] = None,
+    dtype: Annotated[Dtype, typer.Option(help="What the weights are held in.")] = Dtype.BFLOAT16,
+    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
+) -> None:
+    """What an adapter holds and, with --base, whether it fits and how much it changes.
+
+    Everything is checked as a server would; what a server refuses is refused here, exit code 2.
+    """
+    import torch
+
+    from fader_adapters.inspection import Inspector
+    from fader_adapters.report import health_facts
+    from fader_adapters.source import LocalSources
+    from fader_adapters.weightspace.base import open_base
+
+    raw = LocalSources(()).fetch_trusted(find_adapter(adapter, adapter_dir or ()))
+    kind = getattr(torch, dtype.value)
+    if base is None:
+        inspector = Inspector(own_linears(raw), dtype=kind)
+    else:
+        opened = open_base(open_model(base))
+        inspector = Inspector(opened.spec, dtype=kind, weights=FileWeights(opened))
+    parsed = inspector.read(raw)
+    health = inspector.health(parsed)
+    facts = {"adapter": adapter, "version": parsed.spec.version, **health_facts(health)}
+    if base is None:
+        facts |= {"total_modules": None, "base_match": None, "largest_relative_norm": None}
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1))
+        return
+    _show(Console(highlight=False), parsed.spec.version, health, against=base)
+
+
+class FileWeights:
+    """A base's weights as its files hold them."""
+
+    def __init__(self, base: "Base") -> None:
+        self._base = base
+
+    def panels(self, linear: int) -> "Iterator[torch.Tensor]":
+        """W [out, in] of one linear in fp32, whole. Raises CheckpointInvalid, BaseUnsupported."""
+        yield self._base.dense(self._base.spec.linears[linear])
+
+
+def own_linears(raw: "RawAdapter") -> "BaseSpec":
+    """A base of just the linears that the adapter has tensors for. Raises AdapterInvalid."""
+    from fader_adapters.header import read_header
+    from fader_adapters.limits import Limits
+    from fader_adapters.spec import BaseSpec, Digest, LinearSpec
+    from fader_adapters.tensor_names import sort_tensors
+
+    modules = sort_tensors(read_header(raw.weights, Limits())).modules
+    linears = [
+        LinearSpec(path, tensors.a.shape[-1], tensors.b.shape[0], _layer(path))
+        for path, tensors in modules.items()
+        if tensors.a.shape and tensors.b.shape
+    ]
+    return BaseSpec(tuple(linears), Digest("0" * 64), "unknown")
+
+
+def _layer(path: str) -> int | None:
+    return next((int(part) for part in path.split(".") if part.isdecimal()), None)
+
+
+def _show(console: Console, version: str, health: "Health", *, against: str | None) -> None:
+    report = health.report
+    total = f" of {report.total} linears of the base" if against else " linears"
+    kinds = ", ".join(("LoRA", *report.kinds))
+    facts = {
+        "version": version,
+        "kind": f"{kinds}{', rsLoRA' if report.rslora else ''}",
+        "adapts": f"{report.matched}{total}",
+        "rank": _numbers(report.ranks),
+        "effective scale": _numbers(report.scales),
+        "dtype": f"{', '.join(report.source_dtypes)} in the file, {health.dtype} in memory",
+        "bytes": f"{health.nbytes:,} in memory",
+        "‖ΔW‖": f"{report.delta_norm:.4g}{_ratio(health.relative_norm, ' of ‖W‖')}",
+        "base": health.match.told if against else "not looked at: name it with --base",
+    }
+    if against:
+        facts["fingerprint"] = health.match.fingerprint
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, value)
+    console.print(table, markup=False)
+    sites = Table("linear", "count", "rank", "‖ΔW‖", *(["‖ΔW‖/‖W‖"] if against else []))
+    for kind in health.kinds:
+        ratio = [_ratio(kind.relative_norm, "").strip()] if against else []
+        sites.add_row(
+            kind.kind, str(kind.modules), _numbers(kind.ranks), f"{kind.delta_norm:.4g}", *ratio
+        )
+    console.print(sites, markup=False)
+
+
+def _numbers(values: tuple[int, ...] | tuple[float, ...]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _ratio(value: float | None, unit: str) -> str:
+    return "" if value is None else f" {value:.3%}{unit}"

@@ -1,0 +1,101 @@
+"""transformers and PEFT on the very same NF4 base: what a server's answers are compared with.
+
+Slow and plain on purpose: nothing here is Fader's own, but for the reading of folders' names.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from bitsandbytes import functional
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from fader_server.errors import ConfigInvalid
+
+
+def require_peft() -> ModuleType:
+    """Raises ConfigInvalid with what to install."""
+    try:
+        import peft
+    except ImportError:
+        raise ConfigInvalid(
+            "this compares with PEFT, which is not installed: pip install 'fader[verify]'"
+        ) from None
+    return peft
+
+
+def nf4_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The base quantised by bitsandbytes, then plain linears that hold the decoded weights."""
+    given = {"attn_implementation": "eager", "device_map": {"": "cpu"}, "dtype": "auto"}
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is None:
+        given["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    model = AutoModelForCausalLM.from_pretrained(source, **given)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit):
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, _plain(module, dtype))
+    # PEFT is to see plain linears
+    model.is_loaded_in_4bit = False  # pyright: ignore[reportArgumentType]
+    for parameter in model.parameters():  # not the buffers: rotary frequencies stay in fp32
+        parameter.data = parameter.data.to(dtype)
+    return model.eval()
+
+
+def _plain(module: Linear4bit, dtype: torch.dtype) -> nn.Linear:
+    weight = module.weight
+    assert isinstance(weight, Params4bit)
+    assert weight.quant_state is not None
+    weight.quant_state.dtype = dtype
+    bias = module.bias if isinstance(module.bias, nn.Parameter) else None
+    plain = nn.Linear(module.in_features, module.out_features, bias=bias is not None)
+    plain.weight.data = functional.dequantize_4bit(weight.data, weight.quant_state)
+    if bias is not None:
+        plain.bias.data = bias.data
+    return plain
+
+
+class PeftSide:
+    """Answers one sequence at a time, under the base or one adapter."""
+
+    def __init__(self, source: str, dtype: torch.dtype, adapters: Mapping[str, Path]) -> None:
+        """`adapters`: folders by name. Raises ConfigInvalid without PEFT."""
+        peft = require_peft()
+        plain = nf4_model(source, dtype)
+        text = plain.config.get_text_config(decoder=True)
+        self.sums = int(text.num_hidden_layers * text.hidden_size)
+        """How many terms an output adds up, roughly."""
+        self._model: Any = plain  # a PeftModel once an adapter is there
+        with warnings.catch_warnings():
+            # a Conv1D's adapter on the plain linear that holds its decoded weight
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True")
+            # PEFT asks transformers by names it has changed since
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            for name, path in adapters.items():
+                if isinstance(self._model, peft.PeftModel):
+                    self._model.load_adapter(str(path), adapter_name=name)
+                else:
+                    self._model = peft.PeftModel.from_pretrained(
+                        plain, str(path), adapter_name=name
+                    )
+        self._model.eval()
+
+    def logits(self, tokens: Sequence[int], adapter: str | None) -> torch.Tensor:
+        """[len(tokens), vocab] in fp32."""
+        with torch.inference_mode():
+            ids = torch.tensor([list(tokens)])
+            if adapter is None:
+                with self._model.disable_adapter():
+                    return self._model(input_ids=ids, use_cache=False).logits[0].float()
+            self._model.set_adapter(adapter)
+            return self._model(input_ids=ids, use_cache=False).logits[0].float()

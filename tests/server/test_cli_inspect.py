@@ -1,0 +1,126 @@
+"""`fader inspect` and `fader verify` over the demo: what they say, and that they can say no."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fader_adapters.source import WEIGHTS_FILE
+from fader_server import demo, verification
+from fader_server.cli import main
+from fader_server.peft_side import PeftSide
+
+SHOUT = demo.adapter_dirs()["shout"]
+BASE = demo.base_dir()
+
+
+def changed(tmp_path, change) -> str:
+    """A copy of an adapter whose tensors were changed."""
+    copy = tmp_path / "changed"
+    shutil.copytree(SHOUT, copy)
+    tensors = load_file(copy / WEIGHTS_FILE)
+    change(tensors)
+    save_file(tensors, copy / WEIGHTS_FILE)
+    return str(copy)
+
+
+def inspect(capsys, *arguments: object) -> dict:
+    assert main(["inspect", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_against_its_base_an_adapter_is_told_in_full(capsys):
+    told = inspect(capsys, SHOUT, "--base", BASE)
+    assert (told["modules"], told["total_modules"]) == (28, 30)  # not the head, not the embedding
+    assert told["kinds"] == ["lora"]
+    assert told["base_match"]["verdict"] == "other"
+    assert len(told["base_match"]["fingerprint"]) == 64
+    assert 0 < told["relative_norm"] < told["largest_relative_norm"]
+    assert set(told["sites"]) == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    assert sum(site["modules"] for site in told["sites"].values()) == 28
+    assert told["bytes"] > 0
+    assert main(["inspect", "shout", "--adapter-dir", str(SHOUT.parent), "--base", str(BASE)]) == 0
+    table = capsys.readouterr().out
+    assert "28 of 30" in table
+    assert told["base_match"]["fingerprint"][:40] in table
+
+
+def test_alone_it_is_told_without_ratios(capsys):
+    told = inspect(capsys, SHOUT)
+    against = inspect(capsys, SHOUT, "--base", BASE)
+    assert told["version"] == against["version"]
+    assert told["delta_norm"] == against["delta_norm"]
+    for absent in ("base_match", "relative_norm", "total_modules", "largest_relative_norm"):
+        assert told[absent] is None
+
+
+def silence(tensors):
+    for name, tensor in tensors.items():
+        tensors[name] = tensor * ("lora_A" in name)
+
+
+def transpose(tensors):
+    name = next(name for name in tensors if "down_proj.lora_A" in name)
+    tensors[name] = tensors[name].T.contiguous()
+
+
+def poison(tensors):
+    next(iter(tensors.values()))[0, 0] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "told"), [(silence, "zero"), (transpose, "rank"), (poison, "NaN")]
+)
+def test_what_a_server_refuses_is_refused_here(change, told, tmp_path, capsys):
+    for extra in ([], ["--base", str(BASE)]):
+        folder = changed(tmp_path / str(len(extra)), change)
+        assert main(["inspect", folder, *extra]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_fader_is_peft_up_to_rounding(capsys):
+    folders = [str(SHOUT), str(demo.adapter_dirs()["german"])]
+    assert main(["verify", *folders, "--base", str(BASE), "--tokens", "8", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["ok"]
+    assert [row["adapter"] for row in told["findings"]] == [None, *folders]
+    for row in told["findings"]:
+        assert row["difference"] <= told["threshold"] < 1e-2
+        assert row["same_tokens"] == row["tokens"] == 4 * 8
+        assert row["adapter"] is None or row["effect"] > 1.0
+
+
+def test_an_adapter_that_differs_by_a_twentieth_of_one_tensor_is_noticed(
+    tmp_path, capsys, monkeypatch
+):
+    def stretch(tensors):
+        name = next(name for name in tensors if "layers.1" in name and "o_proj.lora_B" in name)
+        tensors[name] *= 1.05
+
+    other = changed(tmp_path, stretch)
+
+    def theirs(source, dtype, adapters):
+        return PeftSide(source, dtype, dict.fromkeys(adapters, other))
+
+    monkeypatch.setattr(verification, "PeftSide", theirs)
+    prompt = ["--prompt", "What colour is the sky?"]
+    assert main(["verify", str(SHOUT), "--base", str(BASE), "--tokens", "8", *prompt]) == 1
+    told = capsys.readouterr().out
+    assert "NOT equal to PEFT" in told
+    assert "DIFFERS" in told
+
+
+def test_without_peft_one_line_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert main(["verify", str(SHOUT), "--base", str(BASE)]) == 2
+    assert "fader[verify]" in capsys.readouterr().err
+
+
+def test_an_adapter_given_twice_is_refused(capsys):
+    assert main(["verify", str(SHOUT), f"{SHOUT}/", "--base", str(BASE)]) == 2
+    assert "twice" in capsys.readouterr().err
