@@ -49,6 +49,21 @@ class CudaLookup:
             lookup_delta(y, ids, self._bound, step)
 
 
+class CudaRoom:
+    """Merged weights in torch's memory."""
+
+    def __init__(self, scratch: nf4.Scratch) -> None:
+        self._scratch = scratch
+
+    def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> FixedRows:
+        return FixedRows(DenseLinear(weight, bias), weight, self._scratch)
+
+    def nf4(
+        self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None
+    ) -> nf4.Nf4Linear | nf4.BitsandbytesLinear:
+        return nf4.linear(weights, bias, self._scratch)
+
+
 class CudaBackend:
     """bf16 on sm_80 and newer; fp16 and fp32 too, with every weight decoded at every call.
 
@@ -88,6 +103,9 @@ class CudaBackend:
         self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None
     ) -> nf4.Nf4Linear | nf4.BitsandbytesLinear:
         return nf4.linear(weights, bias, self._scratch)
+
+    def room(self) -> CudaRoom:
+        return CudaRoom(self._scratch)
 
     def bind(self, site: SiteSpec, base: "BaseLinear") -> CudaSite:
         if isinstance(base, DenseLinear):

@@ -167,9 +167,9 @@ def pick_constants(phase: Phase) -> dict[str, int | bool]:
 
 def unsplit(configs: SiteConfigs) -> SiteConfigs:
     """The same with one plane of `shrink`, as `pick` writes."""
-    shrink: dict[Phase, ShrinkConfig] = {}
-    for phase in TILE:
-        shrink[phase] = replace(configs.shrink[phase], splits=1)
+    shrink: dict[Phase, ShrinkConfig] = {
+        phase: replace(config, splits=1) for phase, config in configs.shrink.items()
+    }
     return SiteConfigs(shrink, configs.expand)
 
 
