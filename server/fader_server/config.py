@@ -83,6 +83,12 @@ class ServeConfig:
     max_adapters: int = define(1024, "adapters loaded at one time", parse=_COUNT)
     max_recipes: int = define(1024, "recipes at one time", parse=_COUNT)
     arena: int | None = define(None, "device memory for adapters", parse=kinds.size, metavar="SIZE")
+    host_adapters: int | None = define(
+        None,
+        "host memory for adapters beside a GPU, default four arenas",
+        parse=kinds.size,
+        metavar="SIZE",
+    )
     kv_cache: int | None = define(
         None, "device memory for keys and values", parse=kinds.size, metavar="SIZE"
     )
