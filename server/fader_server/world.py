@@ -31,6 +31,8 @@ from fader_server.engine.loop import Engine
 from fader_server.engine.scheduler import Scheduler
 from fader_server.errors import ConfigInvalid
 from fader_server.launch import Background, World
+from fader_server.mergestart import lane_of, open_merging, policy_of, probe_tokens, room_to_keep
+from fader_server.merging import Parts
 from fader_server.metrics import Metrics
 from fader_server.model.device import choose_device, choose_dtype, free_bytes, set_threads
 from fader_server.model.kernels import choose_attention
@@ -71,7 +73,8 @@ def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> 
     backend = choose(device, dtype)
     set_threads(config.threads, backend)
     base = load_base(source, dtype=dtype, device=device, backend=backend)
-    plan = _memory(config, base)
+    available = free_bytes(device)
+    plan = _memory(config, base, available)
     fields = {
         "base_bytes": plan.base,
         "arena_bytes": plan.arena,
@@ -85,7 +88,16 @@ def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> 
     arena = torch.empty(plan.arena // dtype.itemsize, dtype=dtype, device=device)
     tables = Tables(arena, len(base.installed.spec.linears))
     pool = Pool(tables, in_place=device.type == "cpu")
-    engine = _engine(config, base, plan, tables=tables, pool=pool, metrics=metrics)
+    runner = _runner(config, base, plan, tables=tables)
+    scheduler = _scheduler(config, plan, pool=pool)
+    engine = Engine(
+        scheduler,
+        runner,
+        pool.upload,
+        max_waiting=config.max_waiting,
+        observer=metrics,
+        copies=pool,
+    )
     registry = Registry(
         Inspector(base.installed.spec, dtype=dtype, weights=base.installed),
         tier=host_tier(arena, config.host_adapters),
@@ -104,14 +116,27 @@ def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> 
     model = BaseModel(name, base.installed.spec.fingerprint, plan.max_model_len, started)
     offers = sources.offers if config.resolve_adapters else (lambda name: False)
     adapters = OnDemand(parking, offers=offers, told=metrics.loaded)
-    with engine:  # from here on: it lets go of what makes room for the next
+    parts = Parts(
+        base,
+        runner,
+        scheduler.lanes,
+        engine,
+        free=partial(free_bytes, device),
+        unreserved=available - plan.arena - plan.kv_cache,
+        probe=probe_tokens(config, tokenizer, plan.max_model_len),
+    )
+    # the engine first: it lets go of what makes room for the next
+    with engine, open_merging(config, parts) as lanes:
         seen = _load_adapters(config, registry, parking, base_name=name)
+        background = _background(config, adapters, sources, seen=seen, base_name=name)
         yield World(
             model,
             engine,
             adapters,
             tokenizer,
-            background=_background(config, adapters, sources, seen=seen, base_name=name),
+            background=(*background, *policy_of(config, lanes, adapters)),
+            merging=lanes,
+            prepare=lane_of(config, lanes),
         )
 
 
@@ -133,14 +158,14 @@ def _be_quiet() -> None:
         transformers_logging.disable_progress_bar()
 
 
-def _memory(config: ServeConfig, base: LoadedBase) -> MemoryPlan:
+def _memory(config: ServeConfig, base: LoadedBase, available: int) -> MemoryPlan:
     if config.max_model_len is not None and config.max_model_len > base.max_positions:
         raise ConfigInvalid(
             f"--max-model-len {config.max_model_len}: the base has {base.max_positions} positions; "
             "ask for at most that many"
         )
     return plan_memory(
-        available=free_bytes(base.device),
+        available=available - room_to_keep(config, base),
         on_host=base.device.type == "cpu",
         base=base.nbytes,
         block_bytes=bytes_per_block(base.layers, block_size=BLOCK_SIZE, dtype=base.dtype),
@@ -165,21 +190,19 @@ def _workspace(config: ServeConfig, base: LoadedBase) -> int:
     )
 
 
-def _engine(
-    config: ServeConfig,
-    base: LoadedBase,
-    plan: MemoryPlan,
-    *,
-    tables: Tables,
-    pool: Pool,
-    metrics: Metrics,
-) -> Engine:
+def _scheduler(config: ServeConfig, plan: MemoryPlan, *, pool: Pool) -> Scheduler:
     limits = Limits(
         max_rows=config.max_batch_rows,
         max_step_tokens=config.max_step_tokens,
         chunk_size=min(CHUNK_SIZE, config.max_step_tokens - config.max_batch_rows),
         max_model_len=plan.max_model_len,
     )
+    return Scheduler(limits, blocks=BlockManager(plan.blocks, block_size=BLOCK_SIZE), pool=pool)
+
+
+def _runner(
+    config: ServeConfig, base: LoadedBase, plan: MemoryPlan, *, tables: Tables
+) -> ModelRunner:
     cache = KVCache(
         base.layers,
         blocks=plan.blocks,
@@ -190,7 +213,7 @@ def _engine(
     if isinstance(base.backend, NativeBackend):
         for tensor in (tables.arena, *(part for one in cache.layers() for part in (one.k, one.v))):
             in_huge_pages(tensor)
-    runner = ModelRunner(
+    return ModelRunner(
         base,
         cache=cache,
         tables=tables,
@@ -201,15 +224,6 @@ def _engine(
             max_context=plan.max_model_len,
         ),
         sampler=Sampler(),
-    )
-    blocks = BlockManager(plan.blocks, block_size=BLOCK_SIZE)
-    return Engine(
-        Scheduler(limits, blocks=blocks, pool=pool),
-        runner,
-        pool.upload,
-        max_waiting=config.max_waiting,
-        observer=metrics,
-        copies=pool,
     )
 
 

@@ -63,6 +63,18 @@ class SiteKernel(Protocol):
         ...
 
 
+class Room(Protocol):
+    """Where the weights of one merged lane lie: apart from the base's, freed when none is used."""
+
+    def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> BaseLinear:
+        """A weight [out, in] in the activations' dtype as a base linear, copied or taken over."""
+        ...
+
+    def nf4(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> BaseLinear:
+        """As `Backend.linear`, with the same kernels, on any thread."""
+        ...
+
+
 class Backend(Protocol):
     """Base linears and batched deltas on one kind of device."""
 
@@ -74,6 +86,10 @@ class Backend(Protocol):
 
     def linear(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> BaseLinear:
         """Bring NF4 weights, stacked by rows, into this backend's layout, once, at load."""
+        ...
+
+    def room(self) -> Room:
+        """A place for weights beside the base's."""
         ...
 
     def bind(self, site: SiteSpec, base: BaseLinear) -> SiteKernel:

@@ -168,6 +168,7 @@ class Engine:
             rows=stepper.rows,
             tokens=stepper.tokens,
             generated=stepper.generated,
+            merged=stepper.merged,
             preemptions=self._scheduler.preemptions,
             faults=stepper.faults,
         )

@@ -38,6 +38,8 @@ class Stepper:
         self.progress_at = clock()
         """When a step was last committed or nothing was there to do, in the clock's seconds."""
         self.steps = self.rows = self.tokens = self.generated = self.faults = 0
+        self.merged = 0
+        """Of the generated tokens, those of merged lanes."""
         self.seconds = 0.0
         self._runner = runner
         self._upload = upload
@@ -80,6 +82,8 @@ class Stepper:
         if outcome.lost is not None:
             raise EngineFault("the device is lost") from outcome.lost
         for part, results in outcome.done:
+            if self.scheduler.lanes.members:
+                self.merged += sum(row.samples and row.lane is not None for row in part.rows)
             for event in self.scheduler.commit(part, results):
                 self._emit(event)
         for sequence, error in outcome.crowded:
@@ -118,7 +122,7 @@ class Stepper:
             return plan
         dropped: set[int] = set()
         for index, row in enumerate(plan.rows):
-            error = next((lost[v] for v in row.sequence.request.adapters if v in lost), None)
+            error = next((lost[v] for v in row.sequence.adapters if v in lost), None)
             if error is not None:
                 dropped.add(index)
                 self._fail(row.sequence, "an adapter could not be brought to the device", error)

@@ -33,6 +33,10 @@ class Replays(Protocol):
         """Logits [rows, vocab], those of `forward`; valid until the next step."""
         ...
 
+    def sibling(self) -> "Replays":
+        """An empty set for other weights, in the same memory: one of them runs at a time."""
+        ...
+
 
 def decodes(plan: Plan) -> bool:
     """Whether every row of the step is one token that samples."""
@@ -100,14 +104,30 @@ class DecodeInputs:
 class DecodeReplays:
     """One replay for every number of rows that was met; steps it cannot take go the usual way."""
 
-    def __init__(self, tape: Tape, inputs: DecodeInputs, *, rows: int) -> None:
+    def __init__(
+        self,
+        tape: Tape,
+        inputs: DecodeInputs,
+        *,
+        rows: int,
+        arena: Arena | None = None,
+        scratch: Workspace | None = None,
+    ) -> None:
         self._tape = tape
         self._inputs = inputs
         self._rows = rows
-        self._arena, self._scratch = Arena(), Workspace()
+        self._arena, self._scratch = arena or Arena(), scratch or Workspace()
         self._trusted: dict[int, Replay] = {}
         self._candidates: dict[int, Replay] = {}
         self._enabled = True
+
+    def sibling(self) -> "DecodeReplays":
+        """An empty set for other weights, in the same memory: one of them runs at a time."""
+        other = DecodeReplays(
+            self._tape, self._inputs, rows=self._rows, arena=self._arena, scratch=self._scratch
+        )
+        other._enabled = self._enabled
+        return other
 
     def takes(self, plan: Plan) -> bool:
         """Whether every row of the step is one token that samples."""

@@ -78,6 +78,8 @@ class DecodeGraphs:
         self._blank = blank
         self._graphs: dict[tuple[int, Kind], Run] = {}
         self._logits = torch.empty(0)
+        self._buckets: list[int] = []
+        self._capture: Callable[[int, Kind], Run] | None = None
 
     @property
     def captured(self) -> Sequence[tuple[int, Kind]]:
@@ -87,13 +89,25 @@ class DecodeGraphs:
     @torch.inference_mode()
     def capture(self, buckets: Sequence[int], *, run: RunBatch, record: Record) -> None:
         """Capture every bucket, the largest first: the others then fit into its memory."""
-        for bucket in sorted(buckets, reverse=True):
-            batch = self._inputs.batch(bucket)
+        self._buckets = sorted(buckets)
+
+        def capture(bucket: int, kind: Kind) -> Run:
+            batch, step = self._inputs.batch(bucket), self._blank(bucket, kind)
+            if not self._logits.numel():
+                self._logits = torch.empty_like(run(batch, step))
+            return record(self._work(run, batch, step))
+
+        self._capture = capture
+        for bucket in reversed(self._buckets):
             for kind in KINDS:
-                step = self._blank(bucket, kind)
-                if not self._logits.numel():
-                    self._logits = torch.empty_like(run(batch, step))
-                self._graphs[bucket, kind] = record(self._work(run, batch, step))
+                self._graphs[bucket, kind] = capture(bucket, kind)
+
+    def sibling(self) -> "DecodeGraphs":
+        """The same for other weights: each bucket is captured when a step first asks for it."""
+        other = DecodeGraphs(self._inputs, self._blank)
+        other._logits, other._buckets = self._logits, self._buckets
+        other._capture = self._capture
+        return other
 
     def _work(self, run: RunBatch, batch: Batch, step: Step | None) -> Run:
         out = self._logits[: batch.tokens]
@@ -113,12 +127,16 @@ class DecodeGraphs:
         A step whose deltas do not fit the captured buffers runs operator by operator.
         """
         rows = len(plan.rows)
-        bucket = min(size for size, _ in self._graphs if size >= rows)
+        bucket = min(size for size in self._buckets if size >= rows)
         self._inputs.fill(plan, bucket)
         assert step is None or isinstance(step, LoraStep)
         if step is not None and step.bucket != bucket:
             return forward(self._inputs.batch(bucket))[:rows]
-        self._graphs[bucket, _kind(step)]()
+        kind = _kind(step)
+        if (bucket, kind) not in self._graphs:
+            assert self._capture is not None
+            self._graphs[bucket, kind] = self._capture(bucket, kind)
+        self._graphs[bucket, kind]()
         return self._logits[:rows]
 
 

@@ -20,11 +20,12 @@ from fader_adapters.kernels.native.quantise import (
     dequantise_absmax,
     dequantise_nf4,
     quantise_absmax,
+    quantise_keeping,
     quantise_nf4,
 )
 from fader_adapters.kernels.native.site import Lookup, Site, SiteTables, delta, gemm
 from fader_adapters.kernels.native.step import StepPlan
-from fader_adapters.kernels.native.threads import set_threads, threads
+from fader_adapters.kernels.native.threads import alone, set_threads, threads
 from fader_adapters.kernels.native.workspace import Workspace
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "Tape",
     "Workspace",
     "activation",
+    "alone",
     "available",
     "best_isa",
     "delta",
@@ -60,6 +62,7 @@ __all__ = [
     "isa",
     "paged_attention",
     "quantise_absmax",
+    "quantise_keeping",
     "quantise_nf4",
     "reason",
     "rms_norm",
