@@ -30,7 +30,7 @@ PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "peft", "fastapi"
 
 def sections() -> "tuple[Section, ...]":
     """In the order of their worth, so that what is cut off at the end is what is missed least."""
-    from bench.gpu import figures, parity, peers, programs, steps
+    from bench.gpu import figures, parity, peers, programs, steps, swaps
     from bench.gpu.section import Section
 
     return (
@@ -41,7 +41,7 @@ def sections() -> "tuple[Section, ...]":
         Section("graphs", steps.check_graphs, 140),
         Section("decode", steps.measure_decode, 40),
         Section("adapters", steps.measure_adapters, 50),
-        Section("swap", steps.measure_swap, 30),
+        Section("swap", swaps.measure_swap, 30),
         Section("prefill", steps.measure_prefill, 30),
         Section("nf4", figures.measure_nf4, 70),
         Section("lora", figures.measure_lora, 60),

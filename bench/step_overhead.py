@@ -52,7 +52,7 @@ class Round:
     outside_profiled: float
 
 
-DIRECT = ("fader_map", "fader_rms_norm", "fader_run")
+DIRECT = ("fader_map", "fader_panel_rows", "fader_rms_norm")
 """Kernels that are called without borrowed scratch, looked up at every call."""
 
 

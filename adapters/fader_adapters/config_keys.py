@@ -30,6 +30,7 @@ _READ = frozenset(
     {
         "alpha_pattern",
         "bias",
+        "ensure_weight_tying",
         "exclude_modules",
         "fan_in_fan_out",
         "init_lora_weights",
@@ -42,6 +43,7 @@ _READ = frozenset(
         "rank_pattern",
         "target_modules",
         "task_type",
+        "trainable_token_indices",
         "use_dora",
         "use_rslora",
     }
@@ -49,7 +51,6 @@ _READ = frozenset(
 
 _REMEDY = {
     "modules_to_save": "full modules cannot be served beside the base; train LoRA only",
-    "trainable_token_indices": "token embeddings cannot be adapted; train LoRA only",
     "target_parameters": "only linears can be adapted; use target_modules",
     "alora_invocation_tokens": "activated LoRA is not implemented",
     "layer_replication": "the base's layers are shared and cannot be replicated",

@@ -2,7 +2,8 @@
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from fader_adapters.config_keys import check_init, invalid, require_known
@@ -32,11 +33,19 @@ class LoraConfig:
     dora: bool = False
     bias: bool = False
     """Every B has a bias of its own."""
+    tying: bool = False
+    """The embedding's delta is the output head's too, where the base ties them."""
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Trained token rows by module name; "" is the embedding."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """What the config asks for beside A and B."""
-        flags = (("dora", self.dora), ("lora_bias", self.bias))
+        flags = (
+            ("dora", self.dora),
+            ("lora_bias", self.bias),
+            ("trainable_tokens", bool(self.tokens)),
+        )
         return tuple(kind for kind, there in flags if there)
 
     def rank_of(self, path: str) -> int:
@@ -94,6 +103,8 @@ def read_config(data: bytes, limits: Limits) -> LoraConfig:
         base_name=base_name if isinstance(base_name, str) else None,
         dora=dora,
         bias=bias,
+        tying=_boolean(fields, "ensure_weight_tying"),
+        tokens=_tokens(fields.get("trainable_token_indices")),
     )
 
 
@@ -147,6 +158,21 @@ def _layers(value: Any) -> frozenset[int] | None:  # noqa: ANN401
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
         raise invalid("layers_to_transform", value, "a layer index or a list of them")
     return frozenset(layers)
+
+
+def _tokens(value: Any) -> dict[str, tuple[int, ...]]:  # noqa: ANN401
+    if not value:
+        return {}
+    named = value if isinstance(value, dict) else {"": value}
+    for tokens in named.values():
+        if (
+            not isinstance(tokens, list)
+            or not tokens
+            or not all(type(token) is int and token >= 0 for token in tokens)
+            or len(set(tokens)) != len(tokens)
+        ):
+            raise invalid("trainable_token_indices", value, "lists of different token numbers")
+    return {name: tuple(tokens) for name, tokens in named.items()}
 
 
 def _entries(fields: dict[str, Any], key: str) -> list[tuple[str, Any]]:

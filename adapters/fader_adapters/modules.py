@@ -13,6 +13,7 @@ from fader_adapters.pattern_nodes import PatternUnsafe
 from fader_adapters.spec import BaseSpec
 from fader_adapters.targets import ALL_LINEAR
 from fader_adapters.tensor_names import ModuleTensors, Named
+from fader_adapters.tokens import TokenRows, check_tokens
 from fader_adapters.views import Place, View, view_base
 
 
@@ -29,25 +30,53 @@ class Module:
     scale: float
 
 
-def check_modules(
-    named: Named, config: LoraConfig, base: BaseSpec, limits: Limits
-) -> tuple[Module, ...]:
-    """Every module with its place in the base, rank and scale.
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """All that an adapter changes."""
+
+    modules: tuple[Module, ...]
+    tokens: tuple[TokenRows, ...]
+
+    @property
+    def by_linear(self) -> dict[int, "Checked"]:
+        """What concerns each linear of the base, in its order."""
+        found: dict[int, tuple[list[Module], list[TokenRows]]] = {}
+        for part in (*self.modules, *self.tokens):
+            for index in dict.fromkeys(span.linear for span in part.place.spans):
+                modules, tokens = found.setdefault(index, ([], []))
+                if isinstance(part, Module):
+                    modules.append(part)
+                else:
+                    tokens.append(part)
+        return {i: Checked(tuple(found[i][0]), tuple(found[i][1])) for i in sorted(found)}
+
+
+def check_modules(named: Named, config: LoraConfig, base: BaseSpec, limits: Limits) -> Checked:
+    """Every module with its place in the base, rank and scale, and every table with new rows.
 
     Raises AdapterInvalid, AdapterMismatch, AdapterTooLarge.
     """
-    view = view_base(named.modules, base)
+    view = view_base({**named.modules, **named.tokens}, base)
     for path, info in named.copies.items():
         if path not in named.modules:
             raise AdapterInvalid(f"tensor {info.name[:160]!r} belongs to no adapted module")
-    _check_targets(config, named, view)
-    return tuple(
+    _check_targets(config, named, view, tied=config.tying and base.tied)
+    modules = tuple(
         _module(path, tensors, view, config, limits) for path, tensors in named.modules.items()
     )
+    tokens = check_tokens(named.tokens, config.tokens, view, base, limits)
+    taken = {module.place.path for module in modules}
+    for rows in tokens:
+        if rows.place.path in taken:
+            raise AdapterInvalid(f"{rows.place.path!r} has both LoRA factors and trained tokens")
+    return Checked(modules, tokens)
 
 
-def _check_targets(config: LoraConfig, named: Named, view: View) -> None:
-    """target_modules and the tensors must mean the same modules of the adapter's model."""
+def _check_targets(config: LoraConfig, named: Named, view: View, *, tied: bool) -> None:
+    """target_modules and the tensors must mean the same modules of the adapter's model.
+
+    `tied`: whichever of head and embedding is selected, PEFT adapts both and names the embedding.
+    """
     targets = config.targets
     theirs = {view.their_path(path): place for path, place in view.places.items()}
     stranger = targets.unmatched(theirs)
@@ -58,14 +87,18 @@ def _check_targets(config: LoraConfig, named: Named, view: View) -> None:
         )
     try:
         for path in named.modules:
-            if not targets.select(path):
+            place = view.place(path)
+            follows = tied and place is not None and place.role == "head"
+            if not targets.select(path) and not follows:
                 raise AdapterInvalid(
                     f"the file has tensors for {path[:160]!r}, target_modules does not select it"
                 )
+        ties = tied and any(tensors.embedding for tensors in named.modules.values())
         for path, place in theirs.items():
             # "all-linear" leaves out the output head, which some adapters have nevertheless.
             optional = targets.include == ALL_LINEAR and place.role != "linear"
-            if path not in named.modules and not optional and targets.select(path):
+            wanted = targets.select(path) or (place.role == "head" and ties)
+            if path not in named.modules and not optional and wanted:
                 raise AdapterInvalid(
                     f"target_modules selects {path[:160]!r}, the file has no tensors for it: "
                     "a partial adapter"

@@ -12,11 +12,12 @@ from fader_adapters.factors import Factors, Linear, Part, put_together
 from fader_adapters.header import TensorInfo, read_header
 from fader_adapters.limits import Limits
 from fader_adapters.lora_config import LoraConfig, read_config
-from fader_adapters.modules import Module, check_modules
+from fader_adapters.modules import Checked, Module, check_modules
 from fader_adapters.report import AdapterReport, ModuleReport
 from fader_adapters.source import RawAdapter
 from fader_adapters.spec import AdapterSpec, BaseSpec, BaseWeights, Digest, RankScale, lay_out
 from fader_adapters.tensor_names import sort_tensors
+from fader_adapters.tokens import as_part
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -74,22 +75,24 @@ def read_adapter(
     limits = limits or Limits()
     config = read_config(raw.config, limits)
     named = sort_tensors(read_header(raw.weights, limits))
-    modules = check_modules(named, config, base, limits)
-    for module in modules:
+    checked = check_modules(named, config, base, limits)
+    for module in checked.modules:
         if module.path in named.copies:
             _check_copy(raw.weights, named.copies[module.path], module, dtype, weights)
+    by_linear = checked.by_linear
     linears = {
-        index: _linear(raw.weights, index, shared, base, dtype, weights)
-        for index, shared in _by_linear(modules).items()
+        index: _linear(raw.weights, index, own, base, dtype, weights)
+        for index, own in by_linear.items()
     }
     if all(linear.idle for linear in linears.values()):
         raise AdapterInvalid("every delta is zero: the adapter would answer as the base does")
     reports = tuple(
-        _report(index, linear, modules, base, limits) for index, linear in linears.items()
+        _report(index, linear, by_linear[index].modules, base, limits)
+        for index, linear in linears.items()
     )
     spec = lay_out(
         base,
-        _version(raw.weights, config, modules),
+        _version(raw.weights, config, checked.modules),
         (_shape(index, linear, base) for index, linear in linears.items()),
     )
     report = AdapterReport(
@@ -140,24 +143,16 @@ def _check_copy(
             )
 
 
-def _by_linear(modules: Iterable[Module]) -> dict[int, list[Module]]:
-    """The modules of every adapted linear, in base order."""
-    found: dict[int, list[Module]] = {}
-    for module in modules:
-        for span in module.place.spans:
-            found.setdefault(span.linear, []).append(module)
-    return dict(sorted(found.items()))
-
-
 def _linear(
     data: bytes,
     index: int,
-    modules: Sequence[Module],
+    own: Checked,
     base: BaseSpec,
     dtype: torch.dtype,
     weights: BaseWeights | None,
 ) -> Linear:
-    parts = [part for module in modules for part in _parts(data, index, module)]
+    parts = [part for module in own.modules for part in _parts(data, index, module)]
+    parts += [as_part(rows, _tensor(data, rows.info), weights) for rows in own.tokens]
     parts.sort(key=lambda part: part.start)
     panels = None
     if any(part.magnitude is not None for part in parts):
@@ -208,27 +203,24 @@ def _shape(index: int, linear: Linear, base: BaseSpec) -> RankScale:
 
 
 def _report(
-    index: int, linear: Linear, modules: Sequence[Module], base: BaseSpec, limits: Limits
+    index: int, linear: Linear, own: Sequence[Module], base: BaseSpec, limits: Limits
 ) -> ModuleReport:
     path = base.linears[index].path
-    own = [m for m in modules if any(span.linear == index for span in m.place.spans)]
+    theirs = own[0].path if own else path
     for name, tensor in linear.factors.named:
         if not bool(tensor.isfinite().all()):
             raise AdapterInvalid(
-                f"{name} of {own[0].path!r} has NaN or infinite values as {tensor.dtype}"
+                f"{name} of {theirs!r} has NaN or infinite values as {tensor.dtype}"
             )
     if not linear.norm <= limits.delta_norm:
         raise AdapterInvalid(
-            f"the delta of {own[0].path!r} has norm {linear.norm:.3g}, "
+            f"the delta of {theirs!r} has norm {linear.norm:.3g}, "
             f"the limit is {limits.delta_norm:g}"
         )
-    return ModuleReport(
-        path,
-        max(module.rank for module in own),
-        max(module.alpha for module in own),
-        max(module.scale for module in own),
-        linear.norm,
-    )
+    if not own:  # trained rows: one rank a token
+        return ModuleReport(path, linear.factors.rank, 1.0, linear.scale, linear.norm)
+    rank, alpha = max(m.rank for m in own), max(m.alpha for m in own)
+    return ModuleReport(path, rank, alpha, max(m.scale for m in own), linear.norm)
 
 
 def _version(weights: bytes, config: LoraConfig, modules: Iterable[Module]) -> Digest:
@@ -239,6 +231,7 @@ def _version(weights: bytes, config: LoraConfig, modules: Iterable[Module]) -> D
             "rslora": config.rslora,
             "modules": sorted([m.path, m.rank, m.alpha] for m in modules),
             **dict.fromkeys(config.kinds, True),
+            **({"tokens": config.tokens} if config.tokens else {}),
         },
         sort_keys=True,
         separators=(",", ":"),

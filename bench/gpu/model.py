@@ -16,7 +16,7 @@ from fader_adapters.kernels.cuda.backend import CudaBackend
 from fader_adapters.kernels.dense import DenseLinear
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.layers import Installed, Site, SiteHead, SiteLinear, StepState
-from fader_adapters.spec import BaseSpec, RowTerms, SiteSpec, StepTerms
+from fader_adapters.spec import RowTerms, SiteSpec, StepTerms
 from fader_server.core import Plan, PlanRow, Request, SamplingParams
 from fader_server.core import Sequence as Stream
 from fader_server.model import attention, graphs
@@ -139,7 +139,7 @@ def random_base(rig: Rig, shape: Shape) -> LoadedBase:
         model = build(config, attn_implementation=attention.NAME, dtype=rig.dtype).eval()
     model.requires_grad_(False)
     backend = CudaBackend(rig.device, rig.dtype, entries=16 if rig.small else 1024)
-    spec = describe(model)  # this backend adapts no embeddings
+    spec = describe(model)
     kept = tuple(linear for linear in spec.linears if linear.role != "embedding")
     spec = dataclasses.replace(spec, linears=kept)
     state = StepState()
@@ -169,13 +169,19 @@ def random_base(rig: Rig, shape: Shape) -> LoadedBase:
         )
         for i in range(shape.layers)
     }
-    installed = Installed(spec, tuple(sites), state, _head(model, spec, backend, state))
-    use_cuda(cast(Any, model), installed, backend)
+    head = None
+    for index, linear in enumerate(spec.linears):
+        if linear.role == "head":
+            head_spec = SiteSpec((index,), linear.in_features, (linear.out_features,))
+            dense = DenseLinear(model.lm_head.weight.data, None)
+            head = Site(head_spec, backend.bind(head_spec, dense), state, head=True)
+            model.lm_head = SiteHead(head, cast(torch.nn.Linear, model.lm_head))
+    use_cuda(cast(Any, model))
     if rig.on_gpu:
         torch.cuda.empty_cache()
     return LoadedBase(
         model=cast(Any, model),
-        installed=installed,
+        installed=Installed(spec, tuple(sites), state, head),
         layers=layers,
         source="random",
         dtype=rig.dtype,
@@ -184,13 +190,3 @@ def random_base(rig: Rig, shape: Shape) -> LoadedBase:
         max_positions=8192,
         vocab_size=shape.vocab,
     )
-
-
-def _head(model: Any, spec: BaseSpec, backend: CudaBackend, state: StepState) -> Site:  # noqa: ANN401
-    index, linear = next((i, one) for i, one in enumerate(spec.linears) if one.role == "head")
-    head = model.get_output_embeddings()
-    site_spec = SiteSpec((index,), linear.in_features, (linear.out_features,))
-    base = DenseLinear(head.weight.data, None)
-    site = Site(site_spec, backend.bind(site_spec, base), state, head=True)
-    model.set_output_embeddings(SiteHead(site, head))
-    return site

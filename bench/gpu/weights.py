@@ -52,9 +52,9 @@ def base_of(sites: Sequence[tuple[int, tuple[int, ...]]]) -> tuple[BaseSpec, tup
 
 
 def adapter_spec(base: BaseSpec, number: int, rank: int) -> AdapterSpec:
-    """An adapter of one rank at every linear of the decoder."""
-    inside = [i for i, linear in enumerate(base.linears) if linear.role == "linear"]
-    parts = [RankScale(i, rank, 0.5 + 0.25 * (i % 3)) for i in inside]
+    """An adapter of one rank at every linear; the output head stays the base's."""
+    inner = [i for i, linear in enumerate(base.linears) if linear.role == "linear"]
+    parts = [RankScale(i, rank, 0.5 + 0.25 * (i % 3)) for i in inner]
     return lay_out(base, Digest(f"{number:064x}"), parts)
 
 

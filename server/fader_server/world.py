@@ -15,6 +15,8 @@ from fader_adapters.claims import NONE, Claims
 from fader_adapters.errors import AdapterError, NameReserved
 from fader_adapters.inspection import Inspector
 from fader_adapters.kernels.backend import choose
+from fader_adapters.kernels.cpu import NativeBackend
+from fader_adapters.kernels.native import in_huge_pages
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.pool import Pool
 from fader_adapters.sources import Sources
@@ -206,6 +208,9 @@ def _runner(
         dtype=base.dtype,
         device=base.device,
     )
+    if isinstance(base.backend, NativeBackend):
+        for tensor in (tables.arena, *(part for one in cache.layers() for part in (one.k, one.v))):
+            in_huge_pages(tensor)
     return ModelRunner(
         base,
         cache=cache,

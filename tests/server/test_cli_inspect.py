@@ -46,7 +46,7 @@ def test_against_its_base_an_adapter_is_told_in_full(capsys):
     assert told["bytes"] > 0
     assert main(["inspect", "shout", "--adapter-dir", str(SHOUT.parent), "--base", str(BASE)]) == 0
     table = capsys.readouterr().out
-    assert "28 of 30" in table
+    assert f"28 of {told['total_modules']}" in table
     assert told["base_match"]["fingerprint"][:40] in table
 
 

@@ -46,6 +46,8 @@ def write_adapter(
                 parameter.normal_(std=scale / rank**0.5)
             elif "lora_magnitude_vector" in name:
                 parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
+            elif "trainable_tokens_delta" in name:
+                parameter.add_(parameter.std() * torch.randn_like(parameter))
     with warnings.catch_warnings():
         # PEFT takes the bias of a B for a B that was not gathered, and tells when it saves copies
         warnings.filterwarnings("ignore", message=".*LoRA tensor.*|.*save_embedding_layers.*")

@@ -42,6 +42,8 @@ class Options:
     repeats: int = 3
     steady_seconds: float = 3.0
     """Of streams without a merge, before each merge under load."""
+    idle: bool = False
+    """Only merge, once, without streams: for time and memory."""
     timeout: float = 600.0
     seed: int = 0
     key: str | None = field(default=None, repr=False)
@@ -85,7 +87,9 @@ class Result:
         return not self.faults
 
     def ratios(self) -> dict[str, Spread]:
-        """The compared figures over the repeats. Only of a good run."""
+        """The compared figures over the repeats, if there were any. Only of a good run."""
+        if not self.rounds:
+            return {}
 
         def over(one: str, other: str) -> Spread:
             return spread(_tpot(found[one]) / _tpot(found[other]) for found in self.rounds)
@@ -147,7 +151,10 @@ class _Run:
     async def all(self) -> Result:
         await self._drop()
         alone = {model: await self._text(model) for model in self._delta_models}
-        for number in range(self._options.repeats):
+        if self._options.idle:
+            await self._merge()
+            await self._check(alone, "beside the lane")
+        for number in range(0 if self._options.idle else self._options.repeats):
             await self._round(number, alone)
             if self._result.ok:
                 await self._under_load()

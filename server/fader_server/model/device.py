@@ -57,13 +57,16 @@ def _multiplies_bf16() -> bool:
 
 
 def set_threads(threads: int | None, backend: Backend) -> None:
-    """Use this many threads for CPU work; by default one core is left to the event loop.
+    """Use this many threads for CPU work.
 
-    Beside the native kernels' own threads torch keeps one: two pools would spin on the same cores.
+    By default as many native ones as there are cores: they share work out piece by piece, so that
+    one that makes room for the event loop delays only its piece. torch's wait for each other, and
+    leave one core to the event loop. Beside native ones torch keeps one: two pools would spin on
+    the same cores.
     """
-    if threads is None:
-        threads = max(1, len(os.sched_getaffinity(0)) - 1)
     own = isinstance(backend, NativeBackend)
+    if threads is None:
+        threads = max(1, len(os.sched_getaffinity(0)) - (not own))
     native.set_threads(threads if own else None)
     torch.set_num_threads(1 if own else threads)
 

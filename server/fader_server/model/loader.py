@@ -68,7 +68,7 @@ def load_base(
     elif backend.name == "cuda":
         from fader_server.model.cuda_modules import use_cuda  # imports triton
 
-        use_cuda(model, installed, backend)
+        use_cuda(model)
     text = config.get_text_config(decoder=True)
     return LoadedBase(
         model=model,

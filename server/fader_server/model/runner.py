@@ -124,7 +124,7 @@ class ModelRunner:
         return self._results(plan, batch, logits)
 
     def _rows(self, batch: Batch, step: Step | None) -> torch.Tensor:
-        """[tokens, vocab]: every token's logits are wanted, so the head's rows are the step's."""
+        """Every token's logits are wanted, in order: the head's rows are the step's."""
         return self._forward(batch, step, lambda _: step)
 
     def _head_step(self, plan: Plan, batch: Batch) -> Step | None:

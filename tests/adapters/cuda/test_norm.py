@@ -8,9 +8,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 pytest.importorskip("triton", reason="the CUDA kernels need triton")
 
+from fader_adapters.kernels.cuda.dense import FixedRows
+from fader_adapters.kernels.cuda.nf4 import Scratch
 from fader_adapters.kernels.dense import DenseLinear
 from fader_server.model import cuda_modules
-from fader_server.model.cuda_modules import CudaNorm, FixedRows
+from fader_server.model.cuda_modules import CudaNorm
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted on the CPU")
 
@@ -43,13 +45,16 @@ def test_a_norm_of_another_formula_stays() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64, 65, 130])
-def test_a_rows_logits_do_not_depend_on_the_number_of_rows(rows: int) -> None:
+def test_rows_of_the_head_do_not_depend_on_their_number(rows: int) -> None:
     torch.manual_seed(0)
-    head = nn.Linear(64, 96)
+    inner = DenseLinear(torch.randn(96, 64), torch.randn(96))
+    scratch = Scratch(torch.device("cpu"))
+    found = FixedRows(inner, inner.weight, scratch)
     x = torch.randn(130, 64)
-    found = FixedRows(DenseLinear(head.weight.data, head.bias.data))
-    whole = found(x)
-    torch.testing.assert_close(whole, head(x))
-    assert torch.equal(found(x[:rows]), whole[:rows])
-    assert found(x[:0]).shape == (0, 96)
-    assert torch.equal(found.rows(3, 7), head.weight[3:7])
+    assert torch.equal(found(x), inner(x))
+    for scratch.way in ("fused", "pieces"):
+        whole = found(x)
+        torch.testing.assert_close(whole, inner(x))
+        assert torch.equal(found(x[:rows]), whole[:rows])
+        assert found(x[:0]).shape == (0, 96)
+    assert torch.equal(found.rows(3, 9), inner.weight[3:9])

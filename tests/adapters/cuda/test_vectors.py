@@ -108,8 +108,8 @@ def test_steps_without_vectors_launch_nothing_for_them(monkeypatch: pytest.Monke
 def test_a_blank_step_changes_nothing_and_real_ones_fill_its_buffers(rows: int | None) -> None:
     run = Run(make_world(RANKS, torch.float32, vectors=True))
     x = torch.randn(4, IN)
-    base = run.site(x, None)
     blank = run.backend.blank(run.world.tables, rows, vectors=True)
+    base = run.site(x, None)
     assert torch.equal(run.site(x, blank), base)
     terms = StepTerms((RowTerms(1, ((0, 0.5), (1, -1.0))), RowTerms(1), RowTerms(1, ((3, 1.0),))))
     step = run.prepare(terms)

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from fader_adapters.kernels.backend import BackendName
 from tests.server.parity.test_families import BOUND, SCALE, check, difference, prompts
 from tests.support.dense import DenseOracle
 from tests.support.families import outside, write_family
@@ -13,8 +15,9 @@ from tests.support.oracle import Oracle
 from tests.support.peft_adapters import write_adapter
 from tests.support.world import Ask, TinyWorld, greedy
 
-BACKENDS = ["auto", "reference"]
+BACKENDS: list[BackendName] = ["auto", "reference"]
 DORA = {"use_dora": True, "target_modules": "all-linear"}
+TOKENS = list(range(3, 200, 5))
 BIAS = {"lora_bias": True, "target_modules": ["q_proj", "k_proj", "v_proj"]}
 
 
@@ -30,27 +33,58 @@ def world(source: Path, adapters: Mapping[str, Path], dtype: torch.dtype, backen
     return found
 
 
+def kinds(family: str) -> list[dict[str, dict[str, Any]]]:
+    """Adapters by name, in groups that PEFT can hold in one model."""
+    table, head, inside = outside(family)
+    low_rank: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "dora": DORA,
+        "dora1": {**DORA, "use_rslora": True},
+        "outside": {"target_modules": outside(family), "copies": True},
+        "outside_dora": {"target_modules": outside(family), "use_dora": True},
+        "head": {"target_modules": [head]},
+        "embedding": {"target_modules": [table]},
+    }
+    rows = {"target_modules": [inside], "trainable_token_indices": TOKENS}
+    groups = [low_rank, {"tokens": rows}]
+    if family == "llama":  # whose projections have a bias to begin with, and two tables
+        low_rank["bias"] = BIAS
+        by_name = {table: TOKENS[:3], head: TOKENS[2:]}
+        groups.append({"two_tables": {**rows, "trainable_token_indices": by_name}})
+    if family == "gemma3":  # which has one table for the embedding and the head, and scales it
+        groups[1]["tied_tokens"] = {**rows, "ensure_weight_tying": True}
+        groups.append({"tied": {"target_modules": [table], "ensure_weight_tying": True}})
+    return groups
+
+
 class Setting:
-    """A family's base with one plain adapter and one of each kind."""
+    """A family's base with an adapter of each kind."""
 
     def __init__(self, family: str, folder: Path, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.source = write_family(family, folder / "base", scale=SCALE[dtype])
-        own = {"plain": {}, "dora": DORA, "dora1": {**DORA, "use_rslora": True}}
-        targets = outside(family)
-        own["outside"] = {"target_modules": targets, "copies": True}
-        own["outside_dora"] = {"target_modules": targets, "use_dora": True}
-        own["head"] = {"target_modules": [targets[1]]}
-        own["embedding"] = {"target_modules": [targets[0]]}
-        if family == "llama":  # the only one whose projections have a bias to begin with
-            own["bias"] = BIAS
-        self.adapters = {
-            name: write_adapter(self.source, folder / name, rank=4 + i, seed=i, **config)
-            for i, (name, config) in enumerate(own.items())
-        }
+        self.groups = [
+            {
+                name: write_adapter(self.source, folder / name, rank=4 + i, seed=i, **config)
+                for i, (name, config) in enumerate(group.items())
+            }
+            for group in kinds(family)
+        ]
+        self.adapters = {name: path for group in self.groups for name, path in group.items()}
 
-    def singles(self) -> list[Mapping[str, float]]:
-        return [{}, *({name: 1.0} for name in self.adapters)]
+    def check(self, backend: BackendName) -> None:
+        """All kinds in one batch, each against PEFT; a row of the base must be far from all."""
+        mixed = asks([{}, *({name: 1.0} for name in self.adapters)], count=16)
+        answers = world(self.source, self.adapters, self.dtype, backend).run(mixed)
+        bound = BOUND[self.dtype]
+        for group in self.groups:
+            oracle = Oracle(self.source, self.dtype, group)
+            for ask, answer in zip(mixed, answers, strict=True):
+                if ask.blend.keys() <= group.keys():
+                    check(oracle, [ask], [answer], bound)
+                if ask.blend.keys() & group.keys() and len(ask.prompt) > 8 and bound < 1e-3:
+                    base = Ask(ask.prompt, {}, ask.params)
+                    assert difference(oracle, base, answer, 10.0) > 20 * bound, ask.blend
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3", "phi3", "gpt2"])
@@ -64,22 +98,13 @@ def rounded(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_dora_and_biases_in_a_mixed_batch_equal_peft(exact: Setting, backend):
-    mixed = asks(exact.singles())
-    answers = world(exact.source, exact.adapters, torch.float32, backend).run(mixed)
-    oracle = Oracle(exact.source, torch.float32, exact.adapters)
-    check(oracle, mixed, answers, BOUND[torch.float32])
-    (one,) = [i for i, ask in enumerate(mixed[:4]) if "dora" in ask.blend]
-    plain = Ask(mixed[one].prompt, {}, mixed[one].params)
-    assert difference(oracle, plain, answers[one], 10.0) > 100 * BOUND[torch.float32]
+def test_every_kind_in_a_mixed_batch_equals_peft(exact: Setting, backend):
+    exact.check(backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_dora_and_biases_equal_peft_in_bf16(rounded: Setting, backend):
-    mixed = asks(rounded.singles())
-    answers = world(rounded.source, rounded.adapters, torch.bfloat16, backend).run(mixed)
-    oracle = Oracle(rounded.source, torch.bfloat16, rounded.adapters)
-    check(oracle, mixed, answers, BOUND[torch.bfloat16])
+def test_every_kind_in_a_mixed_batch_equals_peft_in_bf16(rounded: Setting, backend):
+    rounded.check(backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -88,7 +113,7 @@ def test_blends_of_dora_equal_dense_mathematics(exact: Setting, backend):
         {"dora": 0.6, "dora1": -0.5},
         {"plain": 1.0, "dora": 0.7},
         {},
-        dict.fromkeys(exact.adapters, 0.5),
+        dict.fromkeys(exact.groups[0], 0.5),
     ]
     mixed = asks(blends)
     answers = world(exact.source, exact.adapters, torch.float32, backend).run(mixed)

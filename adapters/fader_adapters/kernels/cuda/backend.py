@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from fader_adapters.kernels.cuda import nf4
+from fader_adapters.kernels.cuda.dense import FixedRows
 from fader_adapters.kernels.cuda.lora import DeltaKernels, DeltaSite, LoraStep, delta
 from fader_adapters.kernels.cuda.lora_configs import Arch, arch_of
+from fader_adapters.kernels.cuda.lora_launch import lookup_delta
 from fader_adapters.kernels.cuda.nf4_codes import CODES
 from fader_adapters.kernels.dense import DenseLinear
 from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight
@@ -36,19 +38,30 @@ class CudaSite:
 
 
 class CudaRoom:
-    """Merged weights in torch's memory. Plain ones are multiplied by the vendor's GEMM, which sums
-    in another order for another number of rows."""
+    """Merged weights in torch's memory."""
 
     def __init__(self, scratch: nf4.Scratch) -> None:
         self._scratch = scratch
 
-    def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> DenseLinear:
-        return DenseLinear(weight, bias)
+    def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> FixedRows:
+        return FixedRows(DenseLinear(weight, bias), weight, self._scratch)
 
     def nf4(
         self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None
     ) -> nf4.Nf4Linear | nf4.BitsandbytesLinear:
         return nf4.linear(weights, bias, self._scratch)
+
+
+class CudaLookup:
+    """The delta of one embedding, two launches."""
+
+    def __init__(self, bound: DeltaSite) -> None:
+        self._bound = bound
+
+    def __call__(self, y: torch.Tensor, ids: torch.Tensor, step: object | None) -> None:
+        if step is not None:
+            assert isinstance(step, LoraStep)
+            lookup_delta(y, ids, self._bound, step)
 
 
 class CudaBackend:
@@ -95,7 +108,12 @@ class CudaBackend:
         return CudaRoom(self._scratch)
 
     def bind(self, site: SiteSpec, base: "BaseLinear") -> CudaSite:
+        if isinstance(base, DenseLinear):
+            base = FixedRows(base, base.weight, self._scratch)
         return CudaSite(self._deltas.bind(site), base)
+
+    def bind_lookup(self, site: SiteSpec) -> CudaLookup:
+        return CudaLookup(self._deltas.bind_lookup(site))
 
     def prepare(self, tables: Tables, terms: StepTerms) -> LoraStep | None:
         """One copy and one launch, none where rows and tables are those of the step before.

@@ -14,6 +14,7 @@ from fader_adapters.kernels.cuda.lora_configs import (
     SiteConfigs,
     arch_of,
     site_configs,
+    unsplit,
 )
 from fader_adapters.kernels.cuda.lora_launch import (
     MAX_MEMBERS,
@@ -111,6 +112,11 @@ class DeltaKernels:
         )
         self._sites.append(bound)
         return bound
+
+    def bind_lookup(self, site: SiteSpec) -> DeltaSite:
+        """Take an embedding's site in: in is the vocabulary."""
+        configs = site_configs(self._arch, site.in_features, sum(site.out_features))
+        return self.bind(site, unsplit(configs))
 
     def reserve(self, tables: Tables) -> int:
         """Allocate the fixed buffers, once, before any capture; the bytes they take."""

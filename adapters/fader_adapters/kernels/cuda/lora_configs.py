@@ -5,7 +5,7 @@ rows, so a decode row is computed alike in every step.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from fader_adapters.kernels.cuda.tiles import LANES, TileShape
@@ -27,6 +27,8 @@ VECTOR_COLUMNS: Mapping[Phase, int] = {"decode": 128, "prefill": 64}
 """Columns of a program of `vectors`."""
 
 VECTORS_WARPS, VECTORS_STAGES = 4, 1
+
+PICK_PROGRAMS, PICK_WARPS = 64, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +160,21 @@ def vectors_constants(phase: Phase, *, bias: bool) -> dict[str, int | bool]:
     return {"ROWS": rows, "BLOCK_N": columns, "LANES": LANES, "HAS_BIAS": bias}
 
 
+def pick_constants(phase: Phase) -> dict[str, int | bool]:
+    """The constants of `pick`."""
+    return {"ROWS": TILE[phase].rows, "GROUP": TILE[phase].group}
+
+
+def unsplit(configs: SiteConfigs) -> SiteConfigs:
+    """The same with one plane of `shrink`, as `pick` writes."""
+    shrink = {phase: replace(config, splits=1) for phase, config in configs.shrink.items()}
+    return SiteConfigs(shrink, configs.expand)
+
+
 def shipped() -> list[Shipped]:
     """Every bf16 variant that a table can launch, each once. Imports triton."""
     from fader_adapters.kernels.cuda import lora_kernels as kernels
+    from fader_adapters.kernels.cuda.lora_lookup import pick
     from fader_adapters.kernels.cuda.lora_vectors import vectors
 
     both: tuple[Arch, ...] = (80, 90)
@@ -169,6 +183,9 @@ def shipped() -> list[Shipped]:
     found = [Shipped(kernels.resolve, signature, block, RESOLVE_WARPS, RESOLVE_STAGES, both)]
     launch = (VECTORS_WARPS, VECTORS_STAGES)
     for phase in TILE:
+        constants = pick_constants(phase)
+        signature = _signature(pick, _SHRINK | {"ids": "*i64:16"}, constants)
+        found.append(Shipped(pick, signature, constants, PICK_WARPS, 1, archs=both))
         for bias in (False, True):
             constants = vectors_constants(phase, bias=bias)
             signature = _signature(vectors, _VECTORS, constants)

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 
 from fader_adapters.kernels.cuda import lora_kernels as kernels
-from fader_adapters.kernels.cuda import lora_vectors
+from fader_adapters.kernels.cuda import lora_lookup, lora_vectors
 from fader_adapters.kernels.cuda.lora_buffers import DeviceTables, PhaseBuffers, StepBuffers
 from fader_adapters.kernels.cuda.lora_configs import (
+    PICK_PROGRAMS,
+    PICK_WARPS,
     RESOLVE_BLOCK,
     RESOLVE_STAGES,
     RESOLVE_WARPS,
@@ -18,6 +20,7 @@ from fader_adapters.kernels.cuda.lora_configs import (
     Phase,
     SiteConfigs,
     expand_constants,
+    pick_constants,
     shrink_constants,
     vectors_constants,
 )
@@ -27,6 +30,7 @@ _resolve_kernel: Any = kernels.resolve
 _shrink_kernel: Any = kernels.shrink
 _expand_kernel: Any = kernels.expand
 _vectors_kernel: Any = lora_vectors.vectors
+_pick_kernel: Any = lora_lookup.pick
 
 MAX_MEMBERS = 4
 """Linears of one site."""
@@ -98,6 +102,46 @@ def delta(
             _vectors(y, site, step, launch, bias)
         _shrink(x, site, step, launch)
         _expand(y, site, step, launch)
+
+
+def lookup_delta(y: torch.Tensor, ids: torch.Tensor, site: DeltaSite, step: LoraStep) -> None:
+    """y[t] += y[t]∘G + Σᵢ γ[t,i]·s[slotᵢ]·A[slotᵢ][:, ids[t]]ᵀ·B[slotᵢ], as `delta` for one-hot x.
+
+    ids  [T] int64, below the site's in_features; the site's `shrink` must not be split
+    """
+    assert ids.shape[0] == y.shape[0] >= step.tokens
+    assert y.stride(1) == 1
+    assert y.dtype == step.arena.dtype
+    for launch in step.launches:
+        if step.vectors:
+            _vectors(y, site, step, launch, None)
+        _pick(ids, site, step, launch)
+        _expand(y, site, step, launch)
+
+
+def _pick(ids: torch.Tensor, site: DeltaSite, step: LoraStep, launch: PhaseLaunch) -> None:
+    assert site.configs.shrink[launch.phase].splits == 1
+    buffers, at = step.buffers, launch.buffers
+    programs = min(PICK_PROGRAMS, launch.cells // TILE[launch.phase].group)
+    _pick_kernel[(programs,)](
+        ids,
+        step.arena,
+        buffers.z,
+        at.header,
+        at.tokens,
+        at.first,
+        at.last,
+        at.cell,
+        buffers.a_at,
+        buffers.left,
+        site.in_features,
+        site.linear,
+        buffers.left.shape[1],
+        at.cells,
+        **pick_constants(launch.phase),
+        num_warps=PICK_WARPS,
+        num_stages=1,
+    )
 
 
 def _shrink(x: torch.Tensor, site: DeltaSite, step: LoraStep, launch: PhaseLaunch) -> None:

@@ -9,7 +9,7 @@ from fader_adapters.kernels.native.attention import PagedAttention, paged_attent
 from fader_adapters.kernels.native.library import LEVELS, available, best_isa, isa, reason, set_isa
 from fader_adapters.kernels.native.norm import rms_norm
 from fader_adapters.kernels.native.ops import Call, Kind, Map, Op, Tape
-from fader_adapters.kernels.native.panels import Nf4Panels, PanelStore
+from fader_adapters.kernels.native.panels import Nf4Panels, PanelStore, in_huge_pages
 from fader_adapters.kernels.native.plain import PlainPanels
 from fader_adapters.kernels.native.program import Program, StepInputs
 from fader_adapters.kernels.native.quantise import (
@@ -58,6 +58,7 @@ __all__ = [
     "dequantise_absmax",
     "dequantise_nf4",
     "gemm",
+    "in_huge_pages",
     "isa",
     "paged_attention",
     "quantise_absmax",
