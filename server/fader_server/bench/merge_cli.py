@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fader_server.bench.machine import machine_facts, safe_command
-from fader_server.bench.merge import BARS, Options, Result, run
+from fader_server.bench.merge import run
+from fader_server.bench.merge_result import BARS, Options, Result
 from fader_server.errors import ConfigInvalid
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from fader_server.bench.merge import Options, Result, run
+from fader_server.bench.merge import run
 from fader_server.bench.merge_cli import as_json
+from fader_server.bench.merge_result import Options, Result
 from fader_server.errors import ConfigInvalid
 from tests.server.bench.bench_fake import FakeServer, FakeTransport
 
