@@ -13,10 +13,9 @@ from fader_adapters.changes import Changes
 from fader_adapters.errors import BlendInvalid
 from fader_adapters.kernels import native
 from fader_adapters.kernels.backend import Backend, BaseLinear
-from fader_adapters.kernels.dense import DenseLinear
 from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.layers import Installed, Site
-from fader_adapters.merged_site import SCRATCH, LaneSpec, Pace, SiteWork
+from fader_adapters.merged_site import SCRATCH, LaneSpec, Pace, SiteWork, is_plain
 from fader_adapters.weightspace.loss import LinearLoss, overall
 
 
@@ -126,7 +125,7 @@ class Merger:
         return MergedLane(self.spec, bases, tuple(losses))
 
     def _bytes(self, site: Site) -> int:
-        if self.spec.form == "nf4" and not isinstance(site.kernel.base, DenseLinear):
+        if self.spec.form == "nf4" and not is_plain(site.kernel.base):
             return site.kernel.base.nbytes
         rows = -(-sum(site.spec.out_features) // PANEL) * PANEL
         return rows * site.spec.in_features * self._dtype.itemsize

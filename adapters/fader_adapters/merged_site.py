@@ -10,7 +10,6 @@ import torch
 from fader_adapters.changes import Change, Changes
 from fader_adapters.kernels import nf4
 from fader_adapters.kernels.backend import BaseLinear, Room
-from fader_adapters.kernels.dense import DenseLinear
 from fader_adapters.layers import Installed, Site
 from fader_adapters.rounding import Keep, Rounding, directions, quantise
 from fader_adapters.spec import Blend, Digest
@@ -43,6 +42,11 @@ class LaneSpec:
         return Digest(hashlib.sha256(told.encode()).hexdigest())
 
 
+def is_plain(base: BaseLinear) -> bool:
+    """Whether it holds an unquantised weight, which stays one in a lane of either form."""
+    return isinstance(getattr(base, "weight", None), torch.Tensor)
+
+
 class SiteWork:
     """One site on its way: chunks of rows in, one base linear out."""
 
@@ -64,7 +68,7 @@ class SiteWork:
         self._linears = installed.spec.linears
         self._dtype = dtype
         self._device = device
-        self._packs = spec.form == "nf4" and not isinstance(self._base, DenseLinear)
+        self._packs = spec.form == "nf4" and not is_plain(self._base)
         self._packed: list[nf4.Nf4Weight] = []
         self._plain = torch.empty(0)
 

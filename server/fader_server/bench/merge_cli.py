@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fader_server.bench.machine import machine_facts, safe_command
-from fader_server.bench.merge import BARS, Options, Result, run
+from fader_server.bench.merge import run
+from fader_server.bench.merge_result import BARS, Options, Result
 from fader_server.errors import ConfigInvalid
 
 
@@ -29,6 +30,7 @@ def merge(
     concurrency: Annotated[int, typer.Option(help="Requests in flight.")] = 1,
     repeat: Annotated[int, typer.Option(help="Rounds of everything.")] = 3,
     steady: Annotated[float, typer.Option(help="Seconds of streams before each merge.")] = 3.0,
+    idle: Annotated[bool, typer.Option(help="Only one merge, without streams.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds a request may take.")] = 600.0,
     seed: Annotated[int, typer.Option(help="Of prompts.")] = 0,
     admin_key: Annotated[
@@ -56,6 +58,7 @@ def merge(
             concurrency=concurrency,
             repeats=repeat,
             steady_seconds=steady,
+            idle=idle,
             timeout=timeout,
             seed=seed,
             key=admin_key,
@@ -120,7 +123,8 @@ def show(result: Result, console: Console) -> None:
         bar = f"{BARS[name]:.2f}" if name in BARS else ""
         ends = f"{value.low:.3f} … {value.high:.3f}"
         table.add_row(name.replace("_", " "), f"{value.median:.3f}", ends, bar)
-    console.print(table)
+    if table.row_count:
+        console.print(table)
     for busy in (False, True):
         told = [merge for merge in result.merges if merge.busy is busy]
         if told:

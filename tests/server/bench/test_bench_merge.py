@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from fader_server.bench.merge import Options, Result, run
+from fader_server.bench.merge import run
 from fader_server.bench.merge_cli import as_json
+from fader_server.bench.merge_result import Options, Result
 from fader_server.errors import ConfigInvalid
 from tests.server.bench.bench_fake import FakeServer, FakeTransport
 
@@ -158,3 +159,14 @@ async def test_the_document_has_the_bars_and_no_key():
     assert document["bars"]["merged_tpot"] == 1.01
     assert set(document["ratios"]) == {"merged_tpot", "delta_tpot", "merging_p99", "merging_p50"}
     assert "secret-key" not in json.dumps(document)
+
+
+async def test_an_idle_run_only_merges():
+    server = FakeMergeServer()
+    result = await run_fake(server, options(idle=True))
+    assert result.ok
+    assert [merge.busy for merge in result.merges] == [False]
+    assert result.ratios() == {}
+    assert "a0+lane" not in server.log
+    document = as_json(options(idle=True), result, client={}, command=[], started="")
+    assert document["merges"][0]["seconds"] == 1.5

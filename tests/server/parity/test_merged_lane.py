@@ -11,11 +11,13 @@ from fader_adapters.leases import AdapterRef
 from fader_server.core import Request
 from fader_server.engine import blocks as blocks_module
 from fader_server.engine.limits import Limits
-from tests.server.parity.test_families import BOUND, Setting, difference, prompts
-from tests.server.parity.test_kinds import Setting as Kinds
+from tests.server.parity.test_families import BOUND, SCALE, Setting, difference, prompts
+from tests.server.parity.test_kinds import BIAS, DORA
 from tests.support.dense import DenseOracle
+from tests.support.families import write_family
 from tests.support.lanes import changes_of, merge, publish
 from tests.support.oracle import Oracle
+from tests.support.peft_adapters import write_adapter
 from tests.support.world import Answer, Ask, TinyWorld, greedy
 
 BLEND = {"r8": 0.7, "r16": -0.4}
@@ -70,11 +72,16 @@ def test_a_lane_of_another_weight_would_be_noticed(exact: Setting):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_dora_and_biases_of_an_adapter_are_in_the_lane(tmp_path: Path, backend, dtype):
-    kinds = Kinds("llama", tmp_path, dtype)
-    oracle = Oracle(kinds.source, dtype, kinds.adapters)
-    for name in ("dora", "bias"):
-        world = TinyWorld(kinds.source, dtype=dtype, backend=backend)
-        world.load(name, kinds.adapters[name])
+    source = write_family("llama", tmp_path / "base", scale=SCALE[dtype])
+    settings = {"dora": DORA, "bias": BIAS}
+    adapters = {
+        name: write_adapter(source, tmp_path / name, rank=4, seed=i, **config)
+        for i, (name, config) in enumerate(settings.items())
+    }
+    oracle = Oracle(source, dtype, adapters)
+    for name, path in adapters.items():
+        world = TinyWorld(source, dtype=dtype, backend=backend)
+        world.load(name, path)
         publish(world, merge(world, {name: 1.0}, form="bf16"))
         asks = _asks({name: 1.0}, count=4)
         for ask, answer in zip(asks, world.run(asks), strict=True):
@@ -83,13 +90,18 @@ def test_dora_and_biases_of_an_adapter_are_in_the_lane(tmp_path: Path, backend, 
 
 
 def test_a_blend_of_dora_and_a_plain_adapter_merges_as_its_mathematics_says(tmp_path: Path):
-    kinds = Kinds("gpt2", tmp_path, torch.float32)
-    world = TinyWorld(kinds.source)
-    for name, path in kinds.adapters.items():
+    source = write_family("gpt2", tmp_path / "base")
+    settings = {"plain": {}, "dora": DORA, "dora1": {**DORA, "use_rslora": True}}
+    adapters = {
+        name: write_adapter(source, tmp_path / name, rank=4 + i, seed=i, **config)
+        for i, (name, config) in enumerate(settings.items())
+    }
+    world = TinyWorld(source)
+    for name, path in adapters.items():
         world.load(name, path)
     blend = {"plain": 1.0, "dora": 0.7, "dora1": -0.5}
     publish(world, merge(world, blend, form="bf16"))
-    oracle = DenseOracle(kinds.source, kinds.adapters)
+    oracle = DenseOracle(source, adapters)
     (answer,) = world.run(_asks(blend, count=4)[3:])
     ask = _asks(blend, count=4)[3]
     assert difference(oracle, ask, answer, BOUND[torch.float32]) <= BOUND[torch.float32]
