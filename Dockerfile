@@ -20,9 +20,10 @@ COPY . .
 RUN /opt/fader/bin/pip install --no-cache-dir -c constraints.txt .
 
 FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04
+# gcc and Python's headers: Triton builds the launchers of the GPU's kernels when they first run
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-        ca-certificates libgomp1 python3.12 \
+        ca-certificates gcc libc6-dev libgomp1 python3.12 python3.12-dev \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 --shell /usr/sbin/nologin fader \
     && install -d -o fader -g fader /models /home/fader/.cache \

@@ -146,15 +146,17 @@ def _with_magnitude(part: Part, dtype: torch.dtype, panels: Iterable[torch.Tenso
     a, b, magnitude = part.a.float(), part.b.float(), part.magnitude.float()
     g = torch.ones(b.shape[0])
     square, at = 0.0, 0
-    for panel in panels:
+    for panel in panels:  # on the base's device
         span = slice(at, at := at + panel.shape[0])
+        a, b = a.to(panel.device), b.to(panel.device)
         changed = panel + (b[span] * part.scale) @ a
         own = magnitude[span]
-        norms = torch.linalg.vector_norm(changed, dim=1)
+        norms = torch.linalg.vector_norm(changed, dim=1).cpu()
         g[span] = torch.where(own.isnan(), 1.0, own / norms.clamp_min(_TINY))
-        changed.mul_(g[span, None]).sub_(panel)
+        changed.mul_(g[span, None].to(panel.device)).sub_(panel)
         square += float(torch.sum(changed * changed, dtype=torch.float64))
     assert at == b.shape[0]
+    a, b = a.cpu(), b.cpu()
     factors = Factors(
         a.to(dtype).contiguous(),
         (b * g[:, None]).to(dtype).t().contiguous(),

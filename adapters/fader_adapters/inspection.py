@@ -1,6 +1,7 @@
 """Reads adapters for one base and tells what each would do to it. Knows no store and no device."""
 
 import math
+import re
 import threading
 
 import torch
@@ -40,7 +41,9 @@ class Inspector:
             nbytes=parsed.nbytes,
             kinds=tuple(kinds_of(modules, norms)),
             largest=max((m.delta_norm / norm for m, norm in pairs if norm), default=0.0),
-            match=BaseMatch(self._base.fingerprint, claimed, verdict(claimed, self._base.name)),
+            match=BaseMatch(
+                self._base.fingerprint, _public(claimed), verdict(claimed, self._base.name)
+            ),
         )
 
     def _norm(self, linear: int) -> float:
@@ -51,3 +54,10 @@ class Inspector:
             parts = map(torch.linalg.vector_norm, self._weights.panels(linear))
             self._norms[linear] = math.hypot(*map(float, parts))
         return self._norms[linear]
+
+
+def _public(claimed: str | None) -> str | None:
+    """A Hub id as it is; of a path only the last part, for it tells of a machine."""
+    if claimed and (claimed[0] in "/.~" or "\\" in claimed):
+        return re.split(r"[/\\]", claimed.rstrip("/\\"))[-1]
+    return claimed

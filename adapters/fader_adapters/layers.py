@@ -1,6 +1,6 @@
 """Puts Fader's linears into a transformers model. Knows modules and sites, not adapters by name."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,10 +32,12 @@ PANEL_ROWS = 32
 
 
 class StepState:
-    """The delta work of the forward that runs now; every site of a model reads the same one."""
+    """The work of the forward that runs now; every site of a model reads the same one."""
 
     def __init__(self) -> None:
         self.step: Step | None = None
+        self.lane: Mapping[Site, BaseLinear] | None = None
+        """Other weights to run instead of the sites' own, without any delta; None: the base's."""
         self.head: Callable[[torch.Size], Step | None] | None = None
         """The same for the rows the output head is given, by the shape of what it is given."""
 
@@ -59,24 +61,30 @@ class Site:
         self._state = state
         self._starts = [sum(spec.out_features[:i]) for i in range(len(spec.out_features))]
         self._input: torch.Tensor | None = None
-        self._step: Step | None = None
+        self._ran: tuple[object, object] = (None, None)
         self._waiting: dict[int, torch.Tensor] = {}
 
     def output(self, member: int, x: torch.Tensor) -> torch.Tensor:
         """[..., out of the member]; the others wait for a call with the very same tensor."""
-        if x is self._input and self._state.step is self._step and member in self._waiting:
+        step, lane = self._state.step, self._state.lane
+        same = x is self._input and step is self._ran[0] and lane is self._ran[1]
+        if same and member in self._waiting:
             y = self._waiting.pop(member)
             if not self._waiting:
-                self._input = None
+                self._input, self._ran = None, (None, None)
             return y
-        step = self._state.at(x, head=self._head)
-        y = self.kernel(x.reshape(-1, self.spec.in_features), step)
+        rows = x.reshape(-1, self.spec.in_features)
+        merged = None if lane is None else lane.get(self)
+        if merged is None:
+            y = self.kernel(rows, self._state.at(x, head=self._head))
+        else:
+            y = merged(rows)
         if len(self._starts) == 1:
             return y.view(*x.shape[:-1], y.shape[-1])
         parts = torch.split(
             y.view(*x.shape[:-1], y.shape[-1]), list(self.spec.out_features), dim=-1
         )
-        self._input, self._step = x, self._state.step
+        self._input, self._ran = x, (step, lane)
         self._waiting = {i: part for i, part in enumerate(parts) if i != member}
         return parts[member]
 

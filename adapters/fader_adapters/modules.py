@@ -38,10 +38,17 @@ class Checked:
     tokens: tuple[TokenRows, ...]
 
     @property
-    def linears(self) -> list[int]:
-        """Of the base, in its order."""
-        places = [module.place for module in self.modules] + [rows.place for rows in self.tokens]
-        return sorted({span.linear for place in places for span in place.spans})
+    def by_linear(self) -> dict[int, "Checked"]:
+        """What concerns each linear of the base, in its order."""
+        found: dict[int, tuple[list[Module], list[TokenRows]]] = {}
+        for part in (*self.modules, *self.tokens):
+            for index in dict.fromkeys(span.linear for span in part.place.spans):
+                modules, tokens = found.setdefault(index, ([], []))
+                if isinstance(part, Module):
+                    modules.append(part)
+                else:
+                    tokens.append(part)
+        return {i: Checked(tuple(found[i][0]), tuple(found[i][1])) for i in sorted(found)}
 
 
 def check_modules(named: Named, config: LoraConfig, base: BaseSpec, limits: Limits) -> Checked:

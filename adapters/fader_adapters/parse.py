@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,14 +79,16 @@ def read_adapter(
     for module in checked.modules:
         if module.path in named.copies:
             _check_copy(raw.weights, named.copies[module.path], module, dtype, weights)
+    by_linear = checked.by_linear
     linears = {
-        index: _linear(raw.weights, index, checked, base, dtype, weights)
-        for index in checked.linears
+        index: _linear(raw.weights, index, own, base, dtype, weights)
+        for index, own in by_linear.items()
     }
     if all(linear.idle for linear in linears.values()):
         raise AdapterInvalid("every delta is zero: the adapter would answer as the base does")
     reports = tuple(
-        _report(index, linear, checked, base, limits) for index, linear in linears.items()
+        _report(index, linear, by_linear[index].modules, base, limits)
+        for index, linear in linears.items()
     )
     spec = lay_out(
         base,
@@ -144,17 +146,13 @@ def _check_copy(
 def _linear(
     data: bytes,
     index: int,
-    checked: Checked,
+    own: Checked,
     base: BaseSpec,
     dtype: torch.dtype,
     weights: BaseWeights | None,
 ) -> Linear:
-    parts = [part for module in checked.modules for part in _parts(data, index, module)]
-    parts += [
-        as_part(rows, _tensor(data, rows.info), weights)
-        for rows in checked.tokens
-        if rows.place.spans[0].linear == index
-    ]
+    parts = [part for module in own.modules for part in _parts(data, index, module)]
+    parts += [as_part(rows, _tensor(data, rows.info), weights) for rows in own.tokens]
     parts.sort(key=lambda part: part.start)
     panels = None
     if any(part.magnitude is not None for part in parts):
@@ -205,10 +203,9 @@ def _shape(index: int, linear: Linear, base: BaseSpec) -> RankScale:
 
 
 def _report(
-    index: int, linear: Linear, checked: Checked, base: BaseSpec, limits: Limits
+    index: int, linear: Linear, own: Sequence[Module], base: BaseSpec, limits: Limits
 ) -> ModuleReport:
     path = base.linears[index].path
-    own = [m for m in checked.modules if any(span.linear == index for span in m.place.spans)]
     theirs = own[0].path if own else path
     for name, tensor in linear.factors.named:
         if not bool(tensor.isfinite().all()):

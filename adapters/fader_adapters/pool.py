@@ -4,7 +4,7 @@ Owned by the engine thread. Decides in integers; `upload` alone touches tensors.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
@@ -14,6 +14,7 @@ from fader_adapters.errors import AdapterTooLarge
 from fader_adapters.extents import ExtentAllocator
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import AdapterData, Digest, Upload
+from fader_adapters.transfers import ARRIVED, Ticket, Transfers, transfers_to
 
 
 @dataclass(slots=True, eq=False)
@@ -25,17 +26,25 @@ class _Resident:
     uploaded: bool = False
     doomed: bool = False
     """Forgotten while pinned: it goes with its last pin."""
+    ticket: Ticket = ARRIVED
+    """Its copy to the device."""
 
 
 class Pool:
     """Versions on the device, least recently used first. Implements the engine's AdapterPool."""
 
-    def __init__(self, tables: Tables, *, in_place: bool = False) -> None:
+    def __init__(
+        self, tables: Tables, *, in_place: bool = False, transfers: Transfers | None = None
+    ) -> None:
         """`in_place`: adapters already lie in the arena (CPU), placed by the store's ArenaTier.
 
-        Nothing is copied or evicted then: a version stays until it is forgotten.
+        Nothing is copied or evicted then: a version stays until it is forgotten. `transfers`: by
+        default those for the arena's device.
         """
         self._tables = tables
+        self._transfers = transfers or transfers_to(tables.arena.device)
+        self._under_way: dict[int, _Resident] = {}
+        """Versions whose copy was not seen to end, by slot."""
         self._in_place = in_place
         self._extents = ExtentAllocator(tables.arena.numel())
         self._residents: OrderedDict[Digest, _Resident] = OrderedDict()
@@ -139,9 +148,10 @@ class Pool:
             self._drop(version)
 
     def upload(self, uploads: Iterable[Upload]) -> None:
-        """Copy the weights in and publish their slots, on the current stream; repeats do nothing.
+        """Begin to copy the weights in and publish their slots; repeats do nothing.
 
-        Kernels already queued on that stream read the old bytes, later ones the new.
+        Kernels already queued on the current stream read the old bytes. Rows of a slot must not
+        run before its copy has arrived: see `late` and `join`.
         """
         for upload in uploads:
             resident = self._residents[upload.data.spec.version]
@@ -150,10 +160,22 @@ class Pool:
             assert (resident.slot, resident.offset) == (upload.slot, upload.offset)
             if not self._in_place:
                 extent = self._tables.arena.narrow(0, upload.offset, resident.numel)
-                extent.copy_(upload.data.flat, non_blocking=True)
+                resident.ticket = self._transfers.copy(extent, upload.data.flat)
+                self._under_way[resident.slot] = resident
             self._tables.publish(upload.slot, upload.data.spec, upload.offset)
             resident.uploaded = True
             self.uploads += 1
+
+    def late(self) -> Collection[int]:
+        """Slots whose weights are still on their way; never waits."""
+        for slot in [slot for slot, r in self._under_way.items() if r.ticket.done()]:
+            del self._under_way[slot]
+        return self._under_way.keys()
+
+    def join(self) -> None:
+        """Let the current stream wait for every copy under way; the caller goes on."""
+        for resident in self._under_way.values():
+            resident.ticket.join()
 
     def _place(
         self, data: Mapping[Digest, AdapterData], missing: list[Digest]
@@ -209,6 +231,9 @@ class Pool:
     def _drop(self, version: Digest) -> None:
         resident = self._residents.pop(version)
         assert resident.pins == 0
+        # the version's host memory may go as soon as this returns
+        resident.ticket.wait()
+        self._under_way.pop(resident.slot, None)
         if resident.uploaded:
             self._tables.retract(resident.slot)
         heappush(self._free_slots, resident.slot)

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fader_adapters.errors import AdapterError
-from fader_server.api import admin, models, probes, routes, vllm
+from fader_server.api import admin, merge, models, probes, routes, vllm
 from fader_server.api import recipes as recipe_routes
 from fader_server.api.auth import Guard, requires
 from fader_server.api.choosing import Limits
@@ -15,8 +15,8 @@ from fader_server.api.edge import Edge
 from fader_server.api.errors import describe
 from fader_server.api.generate import Generator, Patience
 from fader_server.api.named_blends import Recipes
-from fader_server.api.observe import Board, gauges
-from fader_server.api.ports import Adapters, Engine, Tokenizer
+from fader_server.api.observe import Board, gauges, merge_gauges
+from fader_server.api.ports import Adapters, Engine, Merging, Tokenizer
 from fader_server.api.sse import Pace
 from fader_server.config import ServeConfig
 from fader_server.errors import FaderError
@@ -33,13 +33,16 @@ def build(
     tokenizer: Tokenizer,
     metrics: Metrics,
     version: str,
+    merging: Merging | None = None,
 ) -> FastAPI:
     """The application; `app.state.context` is what its routes share. Starts nothing.
 
     `metrics` is given because the engine tells its steps to the same one. Not ready until
     `context.readiness.reason` is set to "".
     """
-    context = _context(config, base, engine, adapters, recipes, tokenizer, metrics, version)
+    context = _context(
+        config, base, engine, adapters, recipes, tokenizer, metrics, version, merging
+    )
     metrics.add_gauges(gauges(engine, adapters, recipes, context.board))
     app = FastAPI(
         title="Fader",
@@ -61,6 +64,9 @@ def build(
         (vllm.admin_router, administrator),
     ):
         app.include_router(router, dependencies=[Depends(check)])
+    if merging is not None:
+        metrics.add_gauges(merge_gauges(merging, engine))
+        app.include_router(merge.admin_router, dependencies=[Depends(administrator)])
     app.include_router(probes.router)
     protected = [Depends(user)] if config.protect_metrics else []
     app.include_router(probes.metrics_router, dependencies=protected)
@@ -78,6 +84,7 @@ def _context(
     tokenizer: Tokenizer,
     metrics: Metrics,
     version: str,
+    merging: Merging | None,
 ) -> Context:
     return Context(
         config=config,
@@ -104,8 +111,9 @@ def _context(
             vocab_size=tokenizer.vocab_size,
         ),
         pace=Pace(ping=config.ping_interval, stall=config.stall_timeout),
-        board=Board(),
+        board=Board(traffic=merging.traffic if merging is not None else None),
         version=version,
+        merging=merging,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 from fader_server import settings as kinds
 from fader_server.definitions import Setting, define, read, settings_of
 from fader_server.errors import ConfigInvalid
-from fader_server.settings import AdapterSource
+from fader_server.settings import AdapterSource, BlendTerm
 
 MIN_CHUNK = 16
 """Tokens of a prompt that every step must have room for beside its running rows."""
@@ -82,7 +82,32 @@ class ServeConfig:
     )
     max_adapters: int = define(1024, "adapters loaded at one time", parse=_COUNT)
     max_recipes: int = define(1024, "recipes at one time", parse=_COUNT)
+    merge: tuple[BlendTerm, ...] | Literal["auto"] | None = define(
+        None,
+        "blend with weights of its own, or auto: the one that most tokens are for",
+        parse=kinds.blend,
+        metavar="BLEND",
+    )
+    merge_dtype: Literal["nf4", "bf16"] = define(
+        "nf4", "of merged weights: the base's speed, or exact", parse=kinds.one_of("nf4", "bf16")
+    )
+    merge_force: bool = define(
+        False, "merge into nf4 also when it loses too much of the blend", parse=kinds.switch
+    )
+    merge_share: float = define(
+        0.6, "share of tokens from which auto merges", parse=partial(kinds.number, low=0.0)
+    )
+    merge_seconds: float = define(30.0, "seconds that auto looks back", parse=_SECONDS)
+    probe: Path | None = define(  # noqa: RUF009 - a field, as all others
+        None, "text that tells what merging costs", parse=kinds.path, metavar="FILE"
+    )
     arena: int | None = define(None, "device memory for adapters", parse=kinds.size, metavar="SIZE")
+    host_adapters: int | None = define(
+        None,
+        "host memory for adapters beside a GPU, default four arenas",
+        parse=kinds.size,
+        metavar="SIZE",
+    )
     kv_cache: int | None = define(
         None, "device memory for keys and values", parse=kinds.size, metavar="SIZE"
     )
@@ -143,6 +168,8 @@ class ServeConfig:
                 f"--max-batch-rows {self.max_batch_rows} and {MIN_CHUNK} of a prompt: "
                 "raise the first or lower the second"
             )
+        if not self.merge_share < 1:
+            raise ConfigInvalid("--merge-share is a share of all tokens: give one below 1")
         for name, on in (
             ("--resolve-adapters", self.resolve_adapters),
             ("--watch-adapters", self.watch_adapters),

@@ -53,6 +53,16 @@ class Request:
     """Namespace of the prefix cache beside the blend: requests of one salt may share blocks."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Lane:
+    """A merged lane that is ready: weights of its own for one blend. Told apart by identity."""
+
+    blend: Digest
+    """Whose requests it runs."""
+    key: Digest
+    """sha256 of what its weights are made of: seeds its prefix cache."""
+
+
 TopLogprobs = tuple[tuple[int, float], ...]
 """(token id, logprob) pairs, most likely first."""
 
@@ -111,8 +121,17 @@ class Sequence:
     """Prefix-cache keys of its first full blocks, extended when asked for."""
     published: int = 0
     """Leading blocks that others may already find."""
+    lane: Lane | None = None
+    """The merged lane it was admitted to, for good; None: the base with its deltas."""
+    settled: bool = False
+    """It was admitted once: its lane does not change any more."""
     overtaken: int = 0
     """Requests admitted before it while its adapters had no room."""
+
+    @property
+    def adapters(self) -> Mapping[Digest, AdapterData]:
+        """What it needs on the device while it runs: a merged lane has it in its weights."""
+        return {} if self.lane is not None else self.request.adapters
 
     @property
     def prompt_len(self) -> int:
@@ -132,6 +151,11 @@ class PlanRow:
     count: int
     samples: bool
     """True when the row reaches the sequence's last token and a new one is wanted."""
+
+    @property
+    def lane(self) -> Lane | None:
+        """Whose weights compute it."""
+        return self.sequence.lane
 
     @property
     def wants_prompt_logprobs(self) -> bool:

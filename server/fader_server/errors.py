@@ -6,6 +6,10 @@ FaderError
 ├── RequestInvalid        a malformed or impossible request; carries the offending parameter
 │   └── ContextTooLong    prompt + output exceed the model's context
 ├── ModelNotFound         no such base, adapter, version or recipe for this caller
+├── MergeBusy             the merged lane is being made or measured
+├── MergeNoMemory         a merged lane does not fit beside what is reserved
+├── MergeNotFound         there is no merged lane and none is being made
+├── MergeLossy            4 bits would lose too much of the blend
 ├── RecipeNotFound        an administrator named a recipe that is not there
 ├── RecipeConflict        compare-and-swap on a recipe that moved
 ├── RecipeIncomplete      the recipe is there, an adapter that it names is not
@@ -48,6 +52,22 @@ class ContextTooLong(RequestInvalid):
 
 class ModelNotFound(FaderError):
     """The requested model does not exist for this caller."""
+
+
+class MergeBusy(FaderError):
+    """Another merge is under way."""
+
+
+class MergeNoMemory(FaderError):
+    """There is too little memory for a merged lane; nothing was allocated."""
+
+
+class MergeNotFound(FaderError):
+    """Nothing is merged or being merged."""
+
+
+class MergeLossy(FaderError):
+    """The merged lane in 4 bits would not be the blend any more."""
 
 
 class RecipeNotFound(FaderError):

@@ -16,7 +16,8 @@ from fader_adapters.claims import Claims
 from fader_server import app
 from fader_server.api.context import BaseModel
 from fader_server.api.edge import JsonFormatter
-from fader_server.api.ports import Adapters, Engine, Tokenizer
+from fader_server.api.named_blends import Recipes
+from fader_server.api.ports import Adapters, Engine, Merging, Tokenizer
 from fader_server.config import ServeConfig
 from fader_server.metrics import Metrics
 from fader_server.recipes import RecipeBook, claims_of
@@ -29,6 +30,8 @@ _log = logging.getLogger("fader")
 
 
 Background = Callable[[], Coroutine[None, None, None]]
+Prepare = Callable[[Adapters, Recipes], Coroutine[None, None, None]]
+"""Raises ConfigInvalid for what the user can mend."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,9 @@ class World:
     tokenizer: Tokenizer
     background: tuple[Background, ...] = ()
     """What runs on the event loop as long as the server does."""
+    merging: Merging | None = None
+    prepare: Prepare | None = None
+    """What must be done before the server serves, once adapters and recipes are restored."""
 
 
 OpenWorld = Callable[[ServeConfig, Metrics, Claims], AbstractContextManager[World]]
@@ -81,14 +87,17 @@ def run(config: ServeConfig, open_world: OpenWorld, *, version: str) -> None:
             tokenizer=world.tokenizer,
             metrics=metrics,
             version=version,
+            merging=world.merging,
         )
-        asyncio.run(_serve(application, world, sock))
+        asyncio.run(_serve(application, world, named, sock))
     _log.info("ended")
 
 
-async def _serve(application: FastAPI, world: World, sock: socket.socket) -> None:
+async def _serve(application: FastAPI, world: World, recipes: Recipes, sock: socket.socket) -> None:
     if isinstance(world.adapters, RememberedAdapters):
         await world.adapters.restore()
+    if world.prepare is not None:
+        await world.prepare(world.adapters, recipes)
     host, port = sock.getsockname()[:2]
     _log.info("serving", extra={"fields": {"host": host, "port": port, "model": world.base.name}})
     if sys.stdout.isatty():

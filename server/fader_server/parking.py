@@ -90,6 +90,8 @@ class Parking:
     ) -> Loaded:
         """Raises what the load below raises, ArenaFull when too many names are registered."""
         parked = self._admit(order)
+        if parked is not None and order.pin is None:
+            order = replace(order, pin=parked.info.pinned)
         if parked is None or order.if_version is None:
             return self._arrived(parked, await self._inner.load(order, make_room=make_room))
         try:

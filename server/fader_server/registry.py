@@ -1,28 +1,23 @@
-"""The adapters of one server: reads sources, keeps the store's books, tells the engine.
+"""The adapters of one server: keeps the store's books, tells the engine.
 
-The store is not thread-safe; a lock lets the event loop lease while a loader thread publishes.
+The store is not thread-safe; a lock lets the event loop lease while the reader's thread publishes.
 Reading, hashing and checking files happen outside it.
 """
 
-import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 from fader_adapters.claims import Claims
-from fader_adapters.errors import AdapterInvalid, ArenaFull, SourceUnavailable, VersionConflict
+from fader_adapters.errors import ArenaFull
 from fader_adapters.inspection import Inspector
 from fader_adapters.leases import AdapterRef as StoreRef
 from fader_adapters.leases import Lease, Reservation
 from fader_adapters.parse import ParsedAdapter
 from fader_adapters.pool import Pool
 from fader_adapters.records import AdapterStatus
-from fader_adapters.report import Health
 from fader_adapters.source import Found, RawAdapter
 from fader_adapters.sources import Sources
 from fader_adapters.spec import Digest
@@ -30,9 +25,8 @@ from fader_adapters.store import Store
 from fader_adapters.tiers import HostTier
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.ports import AdapterInfo, AdapterTotals, Loaded, LoadOrder
-from fader_server.daemon import call_in_daemon
+from fader_server.reading import Facts, Reader
 
-_T = TypeVar("_T")
 Forget = Callable[[Digest, Callable[[], None]], None]
 """Ask the engine to drop a version from the device, then call back, on any thread."""
 MakeRoom = Callable[[], bool]
@@ -40,20 +34,6 @@ MakeRoom = Callable[[], bool]
 
 _LEAVING_SECONDS = 5.0
 """How long a load waits for memory that the device is about to give back."""
-_FETCH_MARGIN = 5.0
-"""Seconds over its own limit that a source has to end by itself."""
-_REMOTE_LOADS = 4
-"""Downloads at one time; folders never wait for them."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Facts:
-    """What the store does not keep about a version under a name."""
-
-    source: str
-    revision: str | None
-    created: int
-    health: Health
 
 
 class Registry:
@@ -72,18 +52,15 @@ class Registry:
         fetch_timeout: float,
         require_sha256: bool = False,
     ) -> None:
-        self._inspector = inspector
+        self._reader = Reader(
+            inspector, sources, fetch_timeout=fetch_timeout, require_sha256=require_sha256
+        )
         self._pool = pool
-        self._sources = sources
         self._forget = forget
-        self._require_sha256 = require_sha256
-        self._fetch_timeout = fetch_timeout + _FETCH_MARGIN
         self._lock = threading.RLock()
         self._freed = threading.Condition(self._lock)
-        self._downloads = asyncio.Semaphore(_REMOTE_LOADS)
         self._evictions = 0
-        self._loader = ThreadPoolExecutor(1, "fader-load")
-        self._facts: dict[str, dict[Digest, _Facts]] = {}
+        self._facts: dict[str, dict[Digest, Facts]] = {}
         self._store = Store(
             tier, on_retired=self._retired, max_terms=max_terms, max_adapters=max_adapters
         )
@@ -104,49 +81,27 @@ class Registry:
         One at a time, on a thread of its own, downloads before that a few at a time; the event
         loop and the engine go on. `make_room` is called while the adapter does not fit.
         """
-        if self._require_sha256 and order.sha256 is None:
-            raise AdapterInvalid(
-                "this server loads adapters by their sha256 only (--require-sha256): give the "
-                "version that an earlier load or notebook reported"
-            )
         with self._lock:
             self._store.check_unclaimed(order.name)
-        raw = await self._fetch(order)
-        return await self._run(self._publish, raw, order, make_room)
+        raw = await self._reader.fetch(order)
+        return await self._reader.run(self._publish, raw, order, make_room)
 
     async def revive(self, order: LoadOrder) -> None:
         """The same for a claimed version; the name stays where it is. Raises AdapterNotFound."""
-        raw = await self._fetch(order)
-        await self._run(self._adopt, raw, order)
-
-    async def _fetch(self, order: LoadOrder) -> RawAdapter:
-        raw = await self._run(self._sources.fetch_local, order.source, order.revision)
-        return await self._download(order) if raw is None else raw
-
-    async def _run(self, work: Callable[..., _T], *arguments: object) -> _T:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._loader, work, *arguments)
-
-    async def _download(self, order: LoadOrder) -> RawAdapter:
-        """What a source does not end by itself ends here; its thread is left behind."""
-        fetch = partial(self._sources.fetch_remote, order.source, order.revision)
-        try:
-            async with self._downloads, asyncio.timeout(self._fetch_timeout):
-                return await call_in_daemon(fetch, name="fader-fetch")
-        except TimeoutError:
-            raise SourceUnavailable("the source did not answer in time; try again") from None
+        raw = await self._reader.fetch(order)
+        await self._reader.run(self._adopt, raw, order)
 
     def load_now(self, order: LoadOrder, *, make_room: MakeRoom = lambda: False) -> Loaded:
         """The same on the caller's thread, at start; needs no sha256."""
-        return self._publish(self._sources.fetch(order.source, order.revision), order, make_room)
+        return self._publish(self._reader.fetch_now(order), order, make_room)
 
     def load_trusted(self, name: str, source: str) -> Loaded:
         """The same for what the operator named. Raises AdapterError."""
-        return self._publish(self._sources.fetch_trusted(source), LoadOrder(name, source))
+        return self._publish(self._reader.fetch_trusted(source), LoadOrder(name, source))
 
     def discover(self) -> list[Found]:
         """Every adapter directly under the roots. Raises OSError."""
-        return self._sources.discover()
+        return self._reader.discover()
 
     def evict(self, may_go: Callable[[str], bool]) -> str | None:
         """Unload the longest unused name that may go; leased and pinned ones never do."""
@@ -202,24 +157,15 @@ class Registry:
     def _publish(
         self, raw: RawAdapter, order: LoadOrder, make_room: MakeRoom = lambda: False
     ) -> Loaded:
-        parsed, facts = self._read(raw, order)
+        parsed, facts = self._reader.check(raw, order)
         with self._filled(parsed, make_room) as reservation:
             return self._name(reservation, order, facts, make_room)
 
     def _adopt(self, raw: RawAdapter, order: LoadOrder) -> None:
-        parsed, facts = self._read(raw, order)
+        parsed, facts = self._reader.check(raw, order)
         with self._filled(parsed, lambda: False) as reservation, self._lock:
             self._store.adopt(order.name, reservation)
             self._note(order.name, parsed.spec.version, facts)
-
-    def _read(self, raw: RawAdapter, order: LoadOrder) -> tuple[ParsedAdapter, _Facts]:
-        parsed = self._inspector.read(raw)
-        if order.sha256 is not None and parsed.spec.version != order.sha256.lower():
-            raise VersionConflict(
-                f"the source holds version {parsed.spec.version}, not the sha256 that was asked for"
-            )
-        health = self._inspector.health(parsed)
-        return parsed, _Facts(order.source, raw.revision, int(time.time()), health)
 
     @contextmanager
     def _filled(self, parsed: ParsedAdapter, make_room: MakeRoom) -> Iterator[Reservation]:
@@ -247,7 +193,7 @@ class Registry:
                         raise
 
     def _name(
-        self, reservation: Reservation, order: LoadOrder, facts: _Facts, make_room: MakeRoom
+        self, reservation: Reservation, order: LoadOrder, facts: Facts, make_room: MakeRoom
     ) -> Loaded:
         with self._lock:
             before = order.name in self._facts
@@ -270,7 +216,7 @@ class Registry:
             self._note(order.name, reservation.version, facts)
             return Loaded(self._info(self._store.status(order.name)), replaced)
 
-    def _note(self, name: str, version: Digest, facts: _Facts) -> None:
+    def _note(self, name: str, version: Digest, facts: Facts) -> None:
         """Remember where a version came from; forget those that are gone."""
         known = self._facts.get(name, {}) | {version: facts}
         alive = self._store.known_versions(name)

@@ -15,11 +15,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fader_server.api.context import Context
 from fader_server.api.errors import malformed
+from fader_server.api.ports import Engine
 from fader_server.config import ServeConfig
-from fader_server.errors import ConfigInvalid
+from fader_server.errors import ConfigInvalid, EngineFault
 
 _MAX_HEADER_BYTES = 16 * 1024
 _KEEP_ALIVE_SECONDS = 30
+_PULSE_SECONDS = 0.25
+"""How soon the death of the engine is noticed."""
 
 
 def bind(config: ServeConfig) -> socket.socket:
@@ -159,8 +162,19 @@ class Drain:
             await asyncio.gather(self._task, return_exceptions=True)
 
 
+async def _end_with(engine: Engine, drain: Drain) -> None:
+    """Drain once the engine is dead: a new process is what helps, and whoever started this one
+    knows it by its exit."""
+    while engine.stats().healthy:  # noqa: ASYNC110 - its thread knows no event loop
+        await asyncio.sleep(_PULSE_SECONDS)
+    drain.begin()
+
+
 async def serve(app: FastAPI, sock: socket.socket) -> None:
-    """Serve until SIGTERM or SIGINT and the drain after it. Ready once it listens."""
+    """Serve until SIGTERM or SIGINT and the drain after it. Ready once it listens.
+
+    Raises EngineFault after the drain when the engine ended by itself.
+    """
     context: Context = app.state.context
     server = Server(context.config, app)
     drain = Drain(server, context)
@@ -169,9 +183,14 @@ async def serve(app: FastAPI, sock: socket.socket) -> None:
     for number in signals:
         loop.add_signal_handler(number, drain.begin)
     context.readiness.reason = ""
+    watch = asyncio.create_task(_end_with(context.engine, drain))
     try:
         await server.serve(sockets=[sock])
     finally:
+        watch.cancel()
         for number in signals:
             loop.remove_signal_handler(number)
         await drain.finish()
+    stats = context.engine.stats()
+    if not stats.healthy:
+        raise EngineFault(f"ended: {stats.reason}")

@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from fader_adapters.spec import ADAPTER_NAME, LOCAL_PROTOCOLS, URL_PREFIX
+from fader_adapters.spec import ADAPTER_NAME, LOCAL_PROTOCOLS, NESTED_NAME, URL_PREFIX
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,255}")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB|KB|MB|GB|TB|K|M|G|T)?", re.IGNORECASE)
@@ -54,6 +55,38 @@ def adapter_source(value: object) -> AdapterSource:
             "expected NAME=SOURCE with a name of letters, digits and . _ - (128 at most)"
         )
     return AdapterSource(name, source)
+
+
+@dataclass(frozen=True, slots=True)
+class BlendTerm:
+    """One adapter of a blend in a setting: NAME or NAME=WEIGHT."""
+
+    name: str
+    weight: float
+
+
+AUTO = "auto"
+
+
+def blend(value: object) -> tuple[BlendTerm, ...] | Literal["auto"]:
+    """`tone=0.7,domain=-0.2`, a single name, or `auto`."""
+    if value == AUTO:
+        return AUTO
+    wanted = "expected NAME=WEIGHT with commas between, a name, or auto"
+    parts = value.split(",") if isinstance(value, str) else []
+    terms = []
+    for part in parts:
+        name, equals, weight = part.strip().partition("=")
+        base_name = name.partition("@")[0]
+        if not (ADAPTER_NAME.fullmatch(base_name) or NESTED_NAME.fullmatch(base_name)):
+            raise ValueError(wanted)
+        try:
+            terms.append(BlendTerm(name, float(weight) if equals else 1.0))
+        except ValueError:
+            raise ValueError(wanted) from None
+    if not terms:
+        raise ValueError(wanted)
+    return tuple(terms)
 
 
 def hub_glob(value: object) -> str:

@@ -15,6 +15,8 @@ from fader_adapters.claims import NONE, Claims
 from fader_adapters.errors import AdapterError, NameReserved
 from fader_adapters.inspection import Inspector
 from fader_adapters.kernels.backend import choose
+from fader_adapters.kernels.cpu import NativeBackend
+from fader_adapters.kernels.native import in_huge_pages
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.pool import Pool
 from fader_adapters.sources import Sources
@@ -29,12 +31,14 @@ from fader_server.engine.loop import Engine
 from fader_server.engine.scheduler import Scheduler
 from fader_server.errors import ConfigInvalid
 from fader_server.launch import Background, World
+from fader_server.mergestart import lane_of, open_merging, policy_of, probe_tokens, room_to_keep
+from fader_server.merging import Parts
 from fader_server.metrics import Metrics
 from fader_server.model.device import choose_device, choose_dtype, free_bytes, set_threads
 from fader_server.model.kernels import choose_attention
 from fader_server.model.kv_cache import KVCache, bytes_per_block
 from fader_server.model.loader import LoadedBase, load_base
-from fader_server.model.memory import MemoryPlan, plan_memory
+from fader_server.model.memory import MemoryPlan, plan_memory, workspace_bytes
 from fader_server.model.runner import ModelRunner
 from fader_server.model.sampler import Sampler
 from fader_server.ondemand import OnDemand
@@ -47,6 +51,8 @@ from fader_server.watch import Seen, Watcher, changes_in
 log = logging.getLogger(__name__)
 
 BLOCK_SIZE = 16
+_HOST_ARENAS = 4
+"""Beside a GPU the host keeps so many times what its arena holds, unless told otherwise."""
 CHUNK_SIZE = 256
 
 
@@ -67,11 +73,13 @@ def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> 
     backend = choose(device, dtype)
     set_threads(config.threads, backend)
     base = load_base(source, dtype=dtype, device=device, backend=backend)
-    plan = _memory(config, base)
+    available = free_bytes(device)
+    plan = _memory(config, base, available)
     fields = {
         "base_bytes": plan.base,
         "arena_bytes": plan.arena,
         "kv_cache_bytes": plan.kv_cache,
+        "workspace_bytes": plan.workspace,
         "total_bytes": plan.total,
         "max_model_len": plan.max_model_len,
     }
@@ -80,10 +88,19 @@ def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> 
     arena = torch.empty(plan.arena // dtype.itemsize, dtype=dtype, device=device)
     tables = Tables(arena, len(base.installed.spec.linears))
     pool = Pool(tables, in_place=device.type == "cpu")
-    engine = _engine(config, base, plan, tables=tables, pool=pool, metrics=metrics)
+    runner = _runner(config, base, plan, tables=tables)
+    scheduler = _scheduler(config, plan, pool=pool)
+    engine = Engine(
+        scheduler,
+        runner,
+        pool.upload,
+        max_waiting=config.max_waiting,
+        observer=metrics,
+        copies=pool,
+    )
     registry = Registry(
         Inspector(base.installed.spec, dtype=dtype, weights=base.installed),
-        tier=_host_tier(arena),
+        tier=host_tier(arena, config.host_adapters),
         pool=pool,
         sources=sources,
         forget=engine.forget,
@@ -99,14 +116,27 @@ def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> 
     model = BaseModel(name, base.installed.spec.fingerprint, plan.max_model_len, started)
     offers = sources.offers if config.resolve_adapters else (lambda name: False)
     adapters = OnDemand(parking, offers=offers, told=metrics.loaded)
-    with engine:  # from here on: it lets go of what makes room for the next
+    parts = Parts(
+        base,
+        runner,
+        scheduler.lanes,
+        engine,
+        free=partial(free_bytes, device),
+        unreserved=available - plan.arena - plan.kv_cache,
+        probe=probe_tokens(config, tokenizer, plan.max_model_len),
+    )
+    # the engine first: it lets go of what makes room for the next
+    with engine, open_merging(config, parts) as lanes:
         seen = _load_adapters(config, registry, parking, base_name=name)
+        background = _background(config, adapters, sources, seen=seen, base_name=name)
         yield World(
             model,
             engine,
             adapters,
             tokenizer,
-            background=_background(config, adapters, sources, seen=seen, base_name=name),
+            background=(*background, *policy_of(config, lanes, adapters)),
+            merging=lanes,
+            prepare=lane_of(config, lanes),
         )
 
 
@@ -128,14 +158,14 @@ def _be_quiet() -> None:
         transformers_logging.disable_progress_bar()
 
 
-def _memory(config: ServeConfig, base: LoadedBase) -> MemoryPlan:
+def _memory(config: ServeConfig, base: LoadedBase, available: int) -> MemoryPlan:
     if config.max_model_len is not None and config.max_model_len > base.max_positions:
         raise ConfigInvalid(
             f"--max-model-len {config.max_model_len}: the base has {base.max_positions} positions; "
             "ask for at most that many"
         )
     return plan_memory(
-        available=free_bytes(base.device),
+        available=available - room_to_keep(config, base),
         on_host=base.device.type == "cpu",
         base=base.nbytes,
         block_bytes=bytes_per_block(base.layers, block_size=BLOCK_SIZE, dtype=base.dtype),
@@ -145,24 +175,34 @@ def _memory(config: ServeConfig, base: LoadedBase) -> MemoryPlan:
         max_positions=base.max_positions,
         arena=config.arena,
         kv_cache=config.kv_cache,
+        workspace=_workspace(config, base) if base.device.type == "cuda" else 0,
     )
 
 
-def _engine(
-    config: ServeConfig,
-    base: LoadedBase,
-    plan: MemoryPlan,
-    *,
-    tables: Tables,
-    pool: Pool,
-    metrics: Metrics,
-) -> Engine:
+def _workspace(config: ServeConfig, base: LoadedBase) -> int:
+    return workspace_bytes(
+        max_rows=config.max_batch_rows,
+        step_tokens=config.max_step_tokens,
+        chunk=CHUNK_SIZE,
+        widest=max(sum(site.spec.out_features) for site in base.installed.sites),
+        vocab=base.vocab_size,
+        itemsize=base.dtype.itemsize,
+    )
+
+
+def _scheduler(config: ServeConfig, plan: MemoryPlan, *, pool: Pool) -> Scheduler:
     limits = Limits(
         max_rows=config.max_batch_rows,
         max_step_tokens=config.max_step_tokens,
         chunk_size=min(CHUNK_SIZE, config.max_step_tokens - config.max_batch_rows),
         max_model_len=plan.max_model_len,
     )
+    return Scheduler(limits, blocks=BlockManager(plan.blocks, block_size=BLOCK_SIZE), pool=pool)
+
+
+def _runner(
+    config: ServeConfig, base: LoadedBase, plan: MemoryPlan, *, tables: Tables
+) -> ModelRunner:
     cache = KVCache(
         base.layers,
         blocks=plan.blocks,
@@ -170,27 +210,29 @@ def _engine(
         dtype=base.dtype,
         device=base.device,
     )
-    runner = ModelRunner(
+    if isinstance(base.backend, NativeBackend):
+        for tensor in (tables.arena, *(part for one in cache.layers() for part in (one.k, one.v))):
+            in_huge_pages(tensor)
+    return ModelRunner(
         base,
         cache=cache,
         tables=tables,
-        attention=choose_attention(base, block_size=BLOCK_SIZE),
+        attention=choose_attention(
+            base,
+            block_size=BLOCK_SIZE,
+            max_rows=config.max_batch_rows,
+            max_context=plan.max_model_len,
+        ),
         sampler=Sampler(),
     )
-    blocks = BlockManager(plan.blocks, block_size=BLOCK_SIZE)
-    return Engine(
-        Scheduler(limits, blocks=blocks, pool=pool),
-        runner,
-        pool.upload,
-        max_waiting=config.max_waiting,
-        observer=metrics,
-    )
 
 
-def _host_tier(arena: torch.Tensor) -> HostTier:
+def host_tier(arena: torch.Tensor, wanted: int | None) -> HostTier:
+    """Where adapters rest in host memory: on a CPU in the arena, else in `wanted` bytes."""
     if arena.device.type == "cpu":
         return ArenaTier(arena)
-    return BufferTier(arena.nbytes, arena.dtype, pinned=True)
+    total = _HOST_ARENAS * arena.nbytes if wanted is None else wanted
+    return BufferTier(total, arena.dtype, pinned=True, largest=arena.nbytes)
 
 
 def _background(

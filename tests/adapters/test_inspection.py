@@ -91,3 +91,10 @@ def test_the_verdict_names_what_was_claimed():
     assert health.match.fingerprint == BASE.fingerprint
     assert (health.match.verdict, health.match.claimed) == ("other", "org/other")
     assert "org/other" in health.match.told
+
+
+@pytest.mark.parametrize("path", ["/home/someone/models/llama", "./llama", "C:\\models\\llama"])
+def test_a_path_on_the_trainers_machine_is_not_told(path):
+    _, _, health = inspect(base_model_name_or_path=path)
+    assert health.match.claimed == "llama"
+    assert path not in health.match.told

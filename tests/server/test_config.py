@@ -6,9 +6,13 @@ import pytest
 from fader_server.config import ClientConfig, ServeConfig, load, load_client, settings
 from fader_server.definitions import settings_of
 from fader_server.errors import ConfigInvalid
-from fader_server.settings import AdapterSource
+from fader_server.settings import AdapterSource, BlendTerm
 
 EXAMPLES = {
+    "merge": ("tone=0.7, domain=-0.2", (BlendTerm("tone", 0.7), BlendTerm("domain", -0.2))),
+    "merge_dtype": ("bf16", "bf16"),
+    "merge_share": ("0.7", 0.7),
+    "probe": ("/texts/probe.txt", Path("/texts/probe.txt")),
     "adapter": ("a=b", AdapterSource("a", "b")),
     "adapter_dir": ("/x", Path("/x")),
     "adapter_hub": ("org/lora-*", "org/lora-*"),
@@ -170,3 +174,20 @@ def test_misspelt_names_are_refused_with_a_hint(tmp_path):
 def test_settings_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         ServeConfig().port = 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    "text", ["tone=", "tone=x", "=1", "tone,,domain", "", ",", "auto=1=2", "tone=0.7;domain"]
+)
+def test_a_malformed_blend_says_how_one_is_spelled(text):
+    with pytest.raises(ConfigInvalid, match=r"--merge: expected NAME=WEIGHT"):
+        load({"merge": text}, {})
+
+
+def test_merge_takes_a_name_a_version_or_auto():
+    assert load({"merge": "auto"}, {}).merge == "auto"
+    assert load({"merge": "tone"}, {}).merge == (BlendTerm("tone", 1.0),)
+    name = "org/tone@3fa9c1d2e4b5"
+    assert load({"merge": f"{name}=-1"}, {}).merge == (BlendTerm(name, -1.0),)
+    with pytest.raises(ConfigInvalid, match="--merge-share"):
+        load({"merge": "auto", "merge_share": "1"}, {})

@@ -295,5 +295,32 @@ async def test_a_folder_found_at_the_start_does_not_take_a_recipes_name(root, tm
         assert told == ["warm"]
 
 
+async def test_recipes_over_adapters_that_have_no_room_at_the_same_time(root, tmp_path):
+    flags = {"max_adapters": str(len(demo.adapter_dirs()) + 1)}
+    async with served(root, tmp_path / "state", **flags) as server:
+
+        async def tier(name: str) -> str:
+            return (await server.http.get(f"/v1/adapters/{name}")).json()["tier"]
+
+        versions = {}
+        for name in ("shout", "german", "json"):
+            versions[name] = (await server.put(f"{name}-x", f"team/{name}")).json()["version"]
+        assert await tier("shout-x") == "disk"
+        taken = await server.http.put("/v1/recipes/shout-x", json={"adapters": [{"name": "json"}]})
+        assert taken.json()["error"]["code"] == "name_reserved"
+        follows = await server.recipe("follows", **{"shout-x": 1.0})
+        assert (follows["missing"], follows["adapters"][0]["version"]) == ([], versions["shout"])
+        assert (await server.put("german-x", "team/german")).status_code == 200
+        assert await tier("shout-x") == "disk", "a name alone keeps nothing in memory"
+        assert (await server.said("follows")).blend == f"shout-x@{cut(versions['shout'])}=1"
+        await server.recipe("fixed", **{f"shout-x__{versions['shout']}": 1.0})
+        refused = await server.ask("json-x")
+        assert refused.status_code == 507, "what a recipe keeps does not leave for another"
+        fixed = await server.said("fixed")
+    async with served(root, tmp_path / "state", **flags) as server:
+        assert (await server.said("fixed")).scored == fixed.scored
+        assert (await server.http.get("/v1/recipes/follows")).json()["missing"] == []
+
+
 def test_the_question_fills_blocks_to_share():
     assert len(QUESTION) > 64

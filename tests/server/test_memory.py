@@ -3,7 +3,7 @@
 import pytest
 
 from fader_server.errors import ConfigInvalid
-from fader_server.model.memory import MemoryPlan, plan_memory
+from fader_server.model.memory import MemoryPlan, plan_memory, workspace_bytes
 
 
 def _plan(**changes) -> MemoryPlan:
@@ -53,3 +53,28 @@ def test_a_length_nobody_asked_for_shrinks_to_what_the_cache_holds():
     assert _plan(max_model_len=None, kv_cache=17 << 10).max_model_len == 256
     assert _plan(max_model_len=None, kv_cache=1 << 20).max_model_len == 4096
     assert _plan(max_model_len=300, kv_cache=1 << 20).max_model_len == 300
+
+
+def test_the_work_of_a_step_is_left_free_on_a_gpu():
+    without = _plan(on_host=False, max_rows=10**6)
+    plan = _plan(on_host=False, max_rows=10**6, workspace=1 << 28)
+    assert plan.workspace == 1 << 28
+    assert plan.arena + plan.kv_cache + plan.workspace <= 1 << 30
+    assert plan.kv_cache <= without.kv_cache - (1 << 27)
+
+
+def test_too_little_memory_is_told_with_the_bytes_it_needs_and_has():
+    with pytest.raises(
+        ConfigInvalid, match=rf"work of a step need {(1 << 31) + 17408}, but {1 << 30} are"
+    ):
+        _plan(on_host=False, workspace=1 << 31, arena=0, kv_cache=17 << 10)
+    with pytest.raises(ConfigInvalid, match=f"but {1 << 30} are free"):
+        _plan(on_host=False, workspace=1 << 31)
+
+
+def test_workspace_grows_with_rows_vocabulary_and_width():
+    facts = {"max_rows": 32, "step_tokens": 512, "chunk": 256, "widest": 28672, "vocab": 128256}
+    whole = workspace_bytes(**facts, itemsize=2)
+    assert whole < 2 << 30
+    for name in facts:
+        assert workspace_bytes(**(facts | {name: 2 * facts[name]}), itemsize=2) > whole

@@ -146,7 +146,7 @@ async def test_urls_under_a_prefix_load_and_a_hanging_store_is_given_up(
     folder = demo.adapter_dirs()["shout"]
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         memory.pipe(f"memory://bucket/shout/{name}", (folder / name).read_bytes())
-    monkeypatch.setattr("fader_server.registry._FETCH_MARGIN", 0.0)
+    monkeypatch.setattr("fader_server.reading._FETCH_MARGIN", 0.0)
     flags = {"adapter_url": ["memory://bucket"], "cache_dir": str(tmp_path)}
     with opened(**flags) as world:
         done = await world.adapters.load(LoadOrder("x", "memory://bucket/shout"))
@@ -160,8 +160,8 @@ async def test_urls_under_a_prefix_load_and_a_hanging_store_is_given_up(
             release.wait(10)
             raise RuntimeError("nobody gave it up")
 
-        monkeypatch.setattr(registry, "_fetch_timeout", 0.05)
-        monkeypatch.setattr(registry._sources, "fetch_remote", hang)
+        monkeypatch.setattr(registry._reader, "_fetch_timeout", 0.05)
+        monkeypatch.setattr(registry._reader._sources, "fetch_remote", hang)
         with pytest.raises(SourceUnavailable, match="time"):
             await world.adapters.load(LoadOrder("y", "memory://bucket/shout"))
         release.set()

@@ -1,5 +1,6 @@
 """What a kernel backend does, and the one place that knows there is more than one."""
 
+import importlib.util
 import logging
 from collections.abc import Sequence
 from typing import Literal, Protocol, runtime_checkable
@@ -62,15 +63,33 @@ class SiteKernel(Protocol):
         ...
 
 
+class Room(Protocol):
+    """Where the weights of one merged lane lie: apart from the base's, freed when none is used."""
+
+    def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> BaseLinear:
+        """A weight [out, in] in the activations' dtype as a base linear, copied or taken over."""
+        ...
+
+    def nf4(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> BaseLinear:
+        """As `Backend.linear`, with the same kernels, on any thread."""
+        ...
+
+
 class Backend(Protocol):
     """Base linears and batched deltas on one kind of device."""
 
     name: str
     least_rows: int
     """A row's bits do not depend on the number of rows of a call from this many on."""
+    apart: bool
+    """Rows of one token and longer ones must run in steps of their own, or their bits would."""
 
     def linear(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> BaseLinear:
         """Bring NF4 weights, stacked by rows, into this backend's layout, once, at load."""
+        ...
+
+    def room(self) -> Room:
+        """A place for weights beside the base's."""
         ...
 
     def bind(self, site: SiteSpec, base: BaseLinear) -> SiteKernel:
@@ -103,27 +122,50 @@ class LookupBackend(Protocol):
         ...
 
 
-BackendName = Literal["auto", "reference", "native"]
+BackendName = Literal["auto", "reference", "native", "cuda"]
 
 
 def choose(device: torch.device, dtype: torch.dtype, name: BackendName = "auto") -> Backend:
     """The fastest backend for `device` and the activations' dtype, or the one asked for.
 
-    A machine that should have the native kernels and has not is told so, once, in the log. Raises
+    A machine that should have the fast kernels and has not is told so, once, in the log. Raises
     KernelUnavailable when the one asked for cannot run here.
     """
     if name == "reference":
         return ReferenceBackend()
-    if device.type != "cpu":
-        obstacle = f"it runs on the CPU, not on {device.type}"
-    elif dtype not in (torch.float32, torch.bfloat16):
-        obstacle = f"it computes in float32 and bfloat16, not in {dtype}"
-    else:
-        obstacle = "" if native.available() else native.reason()
-    if not obstacle:
-        return NativeBackend()
-    if name == "native":
-        raise KernelUnavailable(f"the native backend is not available: {obstacle}")
-    if device.type == "cpu":
-        log.warning("running on the slow reference kernels: %s", obstacle)
+    backend, obstacle = _fastest(device, dtype, name)
+    if backend is not None:
+        return backend
+    if name != "auto":
+        raise KernelUnavailable(f"the {name} backend is not available: {obstacle}")
+    log.warning("running on the slow reference kernels: %s", obstacle)
     return ReferenceBackend()
+
+
+def _fastest(
+    device: torch.device, dtype: torch.dtype, name: BackendName
+) -> tuple[Backend | None, str]:
+    """The backend made for the device, or why there is none."""
+    if name != "cuda" and (device.type == "cpu" or name == "native"):
+        obstacle = _native_obstacle(device, dtype)
+        return (None, obstacle) if obstacle else (NativeBackend(), "")
+    if device.type != "cuda":
+        return None, f"it runs on NVIDIA GPUs, not on {device.type}; use --device cuda"
+    if importlib.util.find_spec("triton") is None:
+        return None, "triton is not installed; install the torch build for CUDA, which brings it"
+    try:
+        from fader_adapters.kernels.cuda import backend as cuda  # imports triton
+    except ImportError as error:
+        return None, f"triton cannot be imported ({error}); install it again"
+    obstacle = cuda.obstacle(device, dtype)
+    if not obstacle and dtype != torch.bfloat16:
+        log.warning("in %s every NF4 weight is decoded at every call: bfloat16 is faster", dtype)
+    return (None, obstacle) if obstacle else (cuda.CudaBackend(device, dtype), "")
+
+
+def _native_obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type != "cpu":
+        return f"it runs on the CPU, not on {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"it computes in float32 and bfloat16, not in {dtype}"
+    return "" if native.available() else native.reason()

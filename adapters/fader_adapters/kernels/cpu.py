@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fader_adapters.kernels.dense import DenseLinear
 from fader_adapters.kernels.native import (
     Lookup,
     Nf4Panels,
@@ -17,7 +18,7 @@ from fader_adapters.kernels.native import (
     Workspace,
 )
 from fader_adapters.kernels.native.panels import PANEL
-from fader_adapters.kernels.nf4 import Nf4Weight
+from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import SiteSpec, StepTerms
 
@@ -55,6 +56,30 @@ class PanelLinear:
     def rows(self, start: int, stop: int) -> torch.Tensor:
         first = start // PANEL * PANEL
         return self.panels.rows(first, stop).dense(torch.float32, alone=True)[start - first :]
+
+
+class NativeRoom:
+    """Panels and plain weights in huge pages of their own."""
+
+    def __init__(self, *, scratch: Workspace, tape: Tape) -> None:
+        self._store = PanelStore()
+        self._scratch = scratch
+        self._tape = tape
+
+    def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> "BaseLinear":
+        if weight.shape[1] % BLOCK:
+            return DenseLinear(weight, bias)
+        panels = PlainPanels.pack(weight, store=self._store)
+        return PanelLinear(panels, bias, scratch=self._scratch, tape=self._tape)
+
+    def nf4(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> PanelLinear:
+        panels = _panels(weights, self._store)
+        return PanelLinear(panels, bias, scratch=self._scratch, tape=self._tape)
+
+
+def _panels(weights: Sequence[Nf4Weight], store: PanelStore) -> Nf4Panels:
+    parts = [(w.packed, w.absmax, w.out_features) for w in weights]
+    return Nf4Panels.stack(parts, weights[0].in_features, store=store)
 
 
 class NativeSite:
@@ -149,6 +174,7 @@ class NativeBackend:
 
     name = "native"
     least_rows = 1
+    apart = False
 
     def __init__(self) -> None:
         self._store = PanelStore()
@@ -158,9 +184,11 @@ class NativeBackend:
         self._ranks: torch.Tensor | None = None
 
     def linear(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> PanelLinear:
-        parts = [(w.packed, w.absmax, w.out_features) for w in weights]
-        panels = Nf4Panels.stack(parts, weights[0].in_features, store=self._store)
+        panels = _panels(weights, self._store)
         return PanelLinear(panels, bias, scratch=self._scratch, tape=self.tape)
+
+    def room(self) -> NativeRoom:
+        return NativeRoom(scratch=self._scratch, tape=self.tape)
 
     def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PanelLinear:
         """The same over a copy of an unquantised weight [n, k], k % 64 == 0, of x's dtype."""

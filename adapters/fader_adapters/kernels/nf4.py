@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_blockwise
+from bitsandbytes.functional import QuantState, dequantize_blockwise, get_4bit_type
 from bitsandbytes.nn.modules import Params4bit
 
 from fader_adapters.errors import BaseUnsupported
@@ -78,6 +78,11 @@ def from_state(packed: torch.Tensor, state: QuantState) -> Nf4Weight:
         out_features,
         in_features,
     )
+
+
+def codes() -> torch.Tensor:
+    """The 16 levels in ascending order, fp32."""
+    return get_4bit_type("nf4", device="cpu").float()
 
 
 def check_width(in_features: int) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
+from fader_adapters.kernels.dense import DenseLinear
 from fader_adapters.kernels.nf4 import Nf4Weight, dense, stack
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import RowTerms, SiteSpec, StepTerms
@@ -51,6 +52,16 @@ class DecodedLinear:
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         return dense(self.weight.rows(start, stop), torch.float32)
+
+
+class TorchRoom:
+    """Merged weights as plain tensors: their memory is torch's."""
+
+    def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> DenseLinear:
+        return DenseLinear(weight, bias)
+
+    def nf4(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> DecodedLinear:
+        return DecodedLinear(stack(weights), bias)
 
 
 @dataclass(frozen=True)
@@ -151,12 +162,16 @@ class ReferenceBackend:
 
     name = "reference"
     least_rows = LEAST_ROWS
+    apart = False
 
     def __init__(self) -> None:
         self._gather: Gather | None = None
 
     def linear(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> DecodedLinear:
         return DecodedLinear(stack(weights), bias)
+
+    def room(self) -> TorchRoom:
+        return TorchRoom()
 
     def prepare(self, tables: Tables, terms: StepTerms) -> ReferenceStep | None:
         if terms.idle:

@@ -77,6 +77,19 @@ def measure(
     return LinearLoss(path, rank, math.sqrt(weight), math.sqrt(delta), math.sqrt(error), carried)
 
 
+def joined(parts: Iterable[LinearLoss]) -> LinearLoss:
+    """The loss of one linear from those of its rows; at least one part."""
+    parts = tuple(parts)
+    return LinearLoss(
+        parts[0].path,
+        parts[0].rank,
+        math.hypot(*(part.weight_norm for part in parts)),
+        math.hypot(*(part.delta_norm for part in parts)),
+        math.hypot(*(part.error_norm for part in parts)),
+        sum(part.carried for part in parts),
+    )
+
+
 def overall(losses: Iterable[LinearLoss]) -> dict[str, Any]:
     """All linears together as if they were one."""
     losses = tuple(losses)

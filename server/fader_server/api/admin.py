@@ -68,7 +68,8 @@ async def delete_adapter(request: Request) -> Response:
     """The name is gone at once; the memory follows when the last lease ends."""
     name = _name(request)
     await unload(request, name)
-    return JSONResponse({"object": "adapter", "name": name, "deleted": True})
+    body = {"object": "adapter", "name": name, "deleted": True}
+    return JSONResponse({**body, "recipes": _recipes_with(name, request)})
 
 
 def read_order(name: str, body: dict[str, Any]) -> LoadOrder:
@@ -140,6 +141,12 @@ def report(info: AdapterInfo, request: Request) -> dict[str, Any]:
         body["source"] = info.source
         body["revision"] = info.revision
     return body
+
+
+def _recipes_with(name: str, request: Request) -> list[str]:
+    """Recipes that have the adapter in them, and miss it now."""
+    recipes = context_of(request).recipes.list()
+    return [recipe.name for recipe in recipes if name in {t.ref.name for t in recipe.terms}]
 
 
 def _name(request: Request) -> str:

@@ -14,7 +14,7 @@ from fader_server.api.edge import RequestLog
 from fader_server.api.generate import Generator
 from fader_server.api.named_blends import Recipes
 from fader_server.api.observe import Board, CallRecord
-from fader_server.api.ports import Adapters, Engine, Lease, Tokenizer
+from fader_server.api.ports import Adapters, Engine, Lease, Merging, Tokenizer
 from fader_server.api.sse import Pace
 from fader_server.config import ServeConfig
 from fader_server.metrics import Metrics
@@ -55,6 +55,7 @@ class Context:
     pace: Pace
     board: Board
     version: str
+    merging: Merging | None = None
     readiness: Readiness = field(default_factory=Readiness)
     clock: Callable[[], float] = time.monotonic
 

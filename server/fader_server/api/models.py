@@ -10,8 +10,8 @@ from fader_adapters.errors import AdapterNotFound
 from fader_server.api.context import Context, context_of
 from fader_server.api.named_blends import Recipe
 from fader_server.api.ports import AdapterInfo
-from fader_server.api.recipes import terms_of
-from fader_server.api.resolve import missing_of, resolve
+from fader_server.api.recipes import lineage
+from fader_server.api.resolve import resolve
 from fader_server.errors import ModelNotFound
 
 router = APIRouter()
@@ -71,6 +71,5 @@ def _recipe_card(context: Context, recipe: Recipe) -> dict[str, Any]:
         "root": f"{recipe.name}@{recipe.digest[:12]}",
         "parent": context.base.name,
         "digest": recipe.digest,
-        "adapters": terms_of(recipe, context),
-        "missing": missing_of(recipe, context.adapters),
+        **lineage(recipe, context),
     }

@@ -9,9 +9,12 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from fader_server.api.named_blends import Recipe, Recipes
-from fader_server.api.ports import Adapters, Engine, LeasedTerm
+from fader_server.api.ports import Adapters, Engine, LeasedTerm, Merging
 from fader_server.api.resolve import exact
+from fader_server.api.traffic import BlendKey, Traffic, blend_key
 from fader_server.metrics import Metrics, by_tier, counter, gauge, lora_requests_info
+
+MERGE_STAGES = ("merging", "measuring", "failed", "refused")
 
 
 @dataclass(slots=True)
@@ -25,6 +28,7 @@ class CallRecord:
     adapter: str = ""
     """Empty until the names are resolved."""
     terms: Sequence[LeasedTerm] = ()
+    blend: BlendKey = ()
     recipe: Recipe | None = None
     first: float | None = None
     last: float | None = None
@@ -46,11 +50,14 @@ class CallRecord:
         self, adapter: str, terms: Sequence[LeasedTerm], *, recipe: Recipe | None = None
     ) -> None:
         self.adapter, self.terms, self.recipe = adapter, terms, recipe
+        self.blend = blend_key(terms)
         self.board.waiting.update(self._names())
 
     def token(self) -> None:
         """A token of any choice came."""
         now = self.clock()
+        if self.board.traffic is not None:
+            self.board.traffic.add(self.blend, self.terms)
         if self.first is None:
             self.first = now
             self.metrics.first(self.adapter, now - self.began)
@@ -108,6 +115,8 @@ class Board:
 
     waiting: Counter[str] = field(default_factory=Counter)
     running: Counter[str] = field(default_factory=Counter)
+    traffic: Traffic | None = None
+    """Where tokens are counted by blend, if anybody asks."""
 
     def names(self) -> tuple[list[str], list[str]]:
         """Names with calls: running, waiting. Forgets those without."""
@@ -115,6 +124,41 @@ class Board:
             for name in [name for name, count in table.items() if count <= 0]:
                 del table[name]
         return sorted(self.running), sorted(self.waiting)
+
+
+def merge_gauges(merging: Merging, engine: Engine) -> Callable[[], Iterable[Metric]]:
+    """The families of the merged lane, read at every scrape."""
+
+    def read() -> Iterable[Metric]:
+        status, stats = merging.status(), engine.stats()
+        job, lane = status.job, status.lane
+        states = GaugeMetricFamily(
+            "fader_merge_state", "1 for what the merged lane is now.", labels=["state"]
+        )
+        now = {"ready": lane is not None, "none": lane is None and not status.busy}
+        now |= {stage: job is not None and job.stage == stage for stage in MERGE_STAGES}
+        for state, holds in now.items():
+            states.add_metric([state], float(holds))
+        yield states
+        done = job.progress if job is not None and status.busy else float(lane is not None)
+        yield gauge("fader_merge_progress", "Of the merge under way, 0 to 1.", done)
+        held = status.leaving_bytes + (lane.bytes if lane else 0)
+        yield gauge("fader_merge_bytes", "Memory held by merged lanes.", held)
+        yield gauge("fader_merge_requests", "Open requests in merged lanes.", status.requests)
+        tokens = CounterMetricFamily(
+            "fader_merge_tokens", "Tokens drawn by the engine, by lane.", labels=["lane"]
+        )
+        tokens.add_metric(["merged"], stats.merged)
+        tokens.add_metric(["delta"], stats.generated - stats.merged)
+        yield tokens
+        decisions = CounterMetricFamily(
+            "fader_merge_decisions", "What --merge auto decided.", labels=["decision"]
+        )
+        for decision, count in status.decisions.items():
+            decisions.add_metric([decision], count)
+        yield decisions
+
+    return read
 
 
 def gauges(

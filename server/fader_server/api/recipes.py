@@ -11,7 +11,7 @@ from fader_server.api.blends import NamedTerm, read_blend
 from fader_server.api.context import Context, body_of, context_of, log_of
 from fader_server.api.fields import Fields
 from fader_server.api.named_blends import Recipe
-from fader_server.api.resolve import missing_of, version_of
+from fader_server.api.resolve import version_of
 from fader_server.errors import RequestInvalid
 
 admin_router = APIRouter()
@@ -76,15 +76,15 @@ def report(recipe: Recipe, context: Context) -> dict[str, Any]:
         "name": recipe.name,
         "digest": recipe.digest,
         "base": context.base.name,
-        "adapters": terms_of(recipe, context),
-        "missing": missing_of(recipe, context.adapters),
+        **lineage(recipe, context),
         "created": recipe.created,
     }
 
 
-def terms_of(recipe: Recipe, context: Context) -> list[dict[str, Any]]:
-    """`name` and `weight` as a PUT takes them; `version`: what a request would use now, or null."""
-    return [
+def lineage(recipe: Recipe, context: Context) -> dict[str, Any]:
+    """`adapters`: `name` and `weight` as a PUT takes them, `version` as a request would use it now,
+    or null; `missing`: the names without one."""
+    terms = [
         {
             "name": str(term.ref),
             "weight": term.weight,
@@ -92,3 +92,4 @@ def terms_of(recipe: Recipe, context: Context) -> list[dict[str, Any]]:
         }
         for term in recipe.terms
     ]
+    return {"adapters": terms, "missing": [t["name"] for t in terms if t["version"] is None]}

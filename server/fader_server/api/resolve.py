@@ -95,11 +95,6 @@ async def lease_target(target: Target, adapters: Adapters) -> Lease:
         raise ModelNotFound(f"The model `{target.model}` does not exist.") from None
 
 
-def missing_of(recipe: Recipe, adapters: Adapters) -> list[str]:
-    """The terms that no loaded adapter answers to now, as the recipe spells them."""
-    return [str(term.ref) for term in recipe.terms if version_of(term.ref, adapters) is None]
-
-
 def version_of(ref: AdapterRef, adapters: Adapters) -> str | None:
     """The version a request would use now; None when there is none."""
     try:
@@ -109,9 +104,12 @@ def version_of(ref: AdapterRef, adapters: Adapters) -> str | None:
 
 
 def told_missing(recipe: Recipe, adapters: Adapters) -> str:
-    """One sentence for a client."""
-    missing = ", ".join(missing_of(recipe, adapters)) or "an adapter of it"
-    return f"The recipe `{recipe.name}` cannot be used: {missing} is not loaded."
+    """One sentence for a client: which terms no loaded adapter answers to."""
+    refs = [term.ref for term in recipe.terms]
+    missing = ", ".join(str(ref) for ref in refs if version_of(ref, adapters) is None)
+    return (
+        f"The recipe `{recipe.name}` cannot be used: {missing or 'an adapter of it'} is not loaded."
+    )
 
 
 def refuse_recipes(terms: tuple[NamedTerm, ...], recipes: FindRecipe) -> None:

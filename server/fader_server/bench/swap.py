@@ -133,6 +133,8 @@ class _Run:
         for source in options.sources:
             self._loads.append(await load(self._client, NAME, source))
             self._alone[source] = (await self._ask_probe()).text
+        if not result.ok:
+            return result
         if len(set(self._alone.values())) < 2:
             raise ConfigInvalid("all sources answer alike: nobody could tell one from another")
         await self._phase(self._prompts.many(options.streams), swapping=True)  # warms both up

@@ -10,6 +10,7 @@ import typer
 from fader_adapters.errors import AdapterError
 from fader_server.bench.cli import bench_app
 from fader_server.bench.live_cli import scale, swap
+from fader_server.bench.merge_cli import merge as bench_merge
 from fader_server.cli.adapters import adapters_app
 from fader_server.cli.compress import compress
 from fader_server.cli.extract import extract
@@ -39,6 +40,7 @@ app.command()(merge)
 app.command()(extract)
 app.command()(compress)
 bench_app.command()(kernels)
+bench_app.command("merge")(bench_merge)
 bench_app.command()(swap)
 bench_app.command()(scale)
 app.add_typer(bench_app, name="bench")

@@ -105,7 +105,9 @@ def swap(
 @connected
 def unload(run: Session, name: Name) -> None:
     """Forget a name; running requests finish."""
-    run.tell(run.client.unload(name), f"{name} is unloaded")
+    answer = run.client.unload(name)
+    recipes = ", ".join(answer.get("recipes", ()))
+    run.tell(answer, f"{name} is unloaded" + (recipes and f"; recipes that miss it: {recipes}"))
 
 
 @adapters_app.command()

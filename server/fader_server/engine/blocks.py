@@ -22,6 +22,11 @@ def chain_seed(blend: Digest, salt: str, block_size: int) -> bytes:
     return hashlib.sha256(b"fader-kv-1" + bytes.fromhex(blend) + frame + name).digest()
 
 
+def lane_seed(seed: bytes, lane: Digest) -> bytes:
+    """The start of a chain in a merged lane, whose weights give other keys and values."""
+    return hashlib.sha256(b"fader-kv-lane-1" + seed + bytes.fromhex(lane)).digest()
+
+
 class BlockManager:
     """Blocks 1 .. count-1 of a paged KV cache, by reference count, with a prefix cache.
 
@@ -153,6 +158,8 @@ class BlockManager:
             else:
                 request = sequence.request
                 before = chain_seed(request.blend.digest, request.cache_salt, size)
+                if sequence.lane is not None:
+                    before = lane_seed(before, sequence.lane.key)
             at = len(keys) * size
             tokens = self._pack(*sequence.tokens[at : at + size])
             keys.append(hashlib.sha256(before + tokens).digest())

@@ -12,6 +12,16 @@ from fader_server.errors import EngineFault
 
 _log = logging.getLogger(__name__)
 
+_NO_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""How torch's CPU allocator, CUDA and its libraries say so; an OutOfMemoryError has a name."""
+
+_PASSING = ("out of memory", "invalid argument", "invalid configuration", "out of resources")
+"""CUDA's refusals of one call, which leave the device as it was."""
+
 
 @dataclass(slots=True)
 class StepOutcome:
@@ -22,6 +32,8 @@ class StepOutcome:
     """Rows that fail even alone."""
     crowded: list[tuple[Sequence, Exception]] = field(default_factory=list)
     """Rows left out because the device ran out of memory, newest first."""
+    lost: Exception | None = None
+    """What says that nothing will run on the device any more; rows may then be in no list."""
 
 
 def run_isolated(runner: Runner, plan: Plan) -> StepOutcome:
@@ -71,7 +83,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError)
         or any(c.__name__ == "OutOfMemoryError" for c in type(error).__mro__)
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+        or (isinstance(error, RuntimeError) and any(m in str(error) for m in _NO_MEMORY))
+    )
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """CUDA's errors stick: after one every call of the process fails, until it is started anew."""
+    told = str(error)
+    return (
+        isinstance(error, RuntimeError)
+        and not is_out_of_memory(error)
+        and (
+            any(c.__name__ == "AcceleratorError" for c in type(error).__mro__)
+            or "CUDA error" in told
+            or "CUDA driver error" in told
+            or "Triton Error [CUDA]" in told
+        )
+        and not any(name in told for name in _PASSING)
     )
 
 
@@ -109,6 +137,9 @@ def _bare(error: Exception) -> Exception:
 
 def _split(runner: Runner, plan: Plan, outcome: StepOutcome, error: Exception) -> None:
     count = len(plan.rows)
+    if is_device_lost(error):
+        outcome.lost = error
+        return
     if is_out_of_memory(error):
         newest = max(range(count), key=lambda i: plan.rows[i].sequence.arrival)
         outcome.crowded.append((plan.rows[newest].sequence, error))
@@ -120,5 +151,5 @@ def _split(runner: Runner, plan: Plan, outcome: StepOutcome, error: Exception) -
         middle = count // 2
         parts = [without(plan, set(range(middle, count))), without(plan, set(range(middle)))]
     for part in parts:
-        if part is not None:
+        if part is not None and outcome.lost is None:
             _run(runner, part, outcome)

@@ -13,6 +13,7 @@ from typing import Self, TypeVar
 from fader_adapters.errors import AdapterError
 from fader_adapters.spec import Digest, Upload
 from fader_server.core import Request, Runner, Sink, TokenEvent
+from fader_server.engine.arrivals import Copies
 from fader_server.engine.scheduler import Scheduler
 from fader_server.engine.stats import EngineStats, StepObserver, Unobserved
 from fader_server.engine.stepper import Stepper
@@ -44,6 +45,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         observer: StepObserver | None = None,
         on_fatal: Callable[[Exception], None] = lambda error: None,
+        copies: Copies | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._stepper = Stepper(
@@ -53,6 +55,7 @@ class Engine:
             deliver=self._deliver,
             clock=clock,
             observer=observer or Unobserved(),
+            copies=copies,
         )
         self._max_waiting = max_waiting
         self._clock = clock
@@ -165,6 +168,7 @@ class Engine:
             rows=stepper.rows,
             tokens=stepper.tokens,
             generated=stepper.generated,
+            merged=stepper.merged,
             preemptions=self._scheduler.preemptions,
             faults=stepper.faults,
         )

@@ -8,6 +8,7 @@ from collections import deque
 from fader_adapters.spec import RowTerms, Upload
 from fader_server.core import AdapterPool, Request, Sequence
 from fader_server.engine.blocks import BlockManager
+from fader_server.engine.lanes import Lanes
 from fader_server.errors import RequestInvalid
 
 
@@ -17,6 +18,7 @@ class Roster:
     def __init__(self, blocks: BlockManager, pool: AdapterPool) -> None:
         self.open: dict[str, Sequence] = {}
         self.waiting: deque[Sequence] = deque()
+        self.lanes = Lanes()
         self.running: list[Sequence] = []
         """By arrival, oldest first."""
         self._blocks = blocks
@@ -35,18 +37,27 @@ class Roster:
 
     def acquire(self, sequence: Sequence) -> tuple[Upload, ...] | None:
         """Pin its adapters; None: not now. Raises what the pool raises; nothing is pinned then."""
-        adapters = sequence.request.adapters
+        adapters = sequence.adapters
         return self._pool.acquire(adapters) if adapters else ()
+
+    def settle(self, sequence: Sequence) -> None:
+        """Look at its prefix in the lane that it would be admitted to now."""
+        lane = self.lanes.of(sequence)
+        if lane is not sequence.lane:
+            sequence.lane = lane
+            sequence.keys.clear()
 
     def start(self, sequence: Sequence, hits: list[int], *, total: int, sought: int) -> None:
         """Waiting → running, with its adapters pinned: blocks, slots, place by arrival."""
         self.waiting.remove(sequence)
+        self.lanes.enter(sequence)
         self._blocks.admit(sequence, hits, total=total, sought=sought)
         sequence.computed = len(hits) * self._blocks.block_size
         if not sequence.output_len:
             sequence.cached_tokens = sequence.computed
-        slot, blend = self._pool.slot, sequence.request.blend
-        sequence.terms = RowTerms(1, tuple((slot(t.version), t.gamma) for t in blend.terms))
+        slot = self._pool.slot
+        terms = () if sequence.lane is not None else sequence.request.blend.terms
+        sequence.terms = RowTerms(1, tuple((slot(t.version), t.gamma) for t in terms))
         at = len(self.running)
         while at and self.running[at - 1].arrival > sequence.arrival:
             at -= 1
@@ -78,8 +89,9 @@ class Roster:
             self._let_go(sequence)
         else:
             self.waiting.remove(sequence)
+        self.lanes.leave(sequence)
 
     def _let_go(self, sequence: Sequence) -> None:
         self._blocks.release(sequence)
-        if sequence.request.adapters:
-            self._pool.release(tuple(sequence.request.adapters))
+        if sequence.adapters:
+            self._pool.release(tuple(sequence.adapters))

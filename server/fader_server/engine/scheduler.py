@@ -17,6 +17,7 @@ from fader_server.core import (
     TokenEvent,
 )
 from fader_server.engine.blocks import BlockManager
+from fader_server.engine.lanes import Lanes
 from fader_server.engine.limits import Limits, check_request
 from fader_server.engine.outcome import outcome
 from fader_server.engine.roster import Roster
@@ -42,6 +43,11 @@ class Scheduler:
         self.preemptions = 0
         self._roster = Roster(blocks, pool)
         self._refused: list[TokenEvent] = []
+
+    @property
+    def lanes(self) -> Lanes:
+        """Merged lanes and who is in them."""
+        return self._roster.lanes
 
     @property
     def running(self) -> int:
@@ -207,8 +213,9 @@ class Scheduler:
             if len(running) >= self.limits.max_rows:
                 return None
             sequence = line[len(passed)]
+            self._roster.settle(sequence)
             aged = sequence.overtaken >= self.limits.max_overtakes
-            if not (evict or aged) and self.pool.displaces(sequence.request.adapters):
+            if not (evict or aged) and self.pool.displaces(sequence.adapters):
                 passed.append(sequence)
                 continue
             hits, sought = self._find(sequence)
@@ -219,7 +226,8 @@ class Scheduler:
             if self._chunk(sequence, len(hits) * blocks.block_size) > budget:
                 return None
             blend = sequence.request.blend.digest
-            acquired = None if blend in no_room else self._acquire(sequence)
+            crowded = blend in no_room and sequence.lane is None
+            acquired = None if crowded else self._acquire(sequence)
             if acquired is None:
                 if sequence.request.id not in self._roster.open:
                     continue

@@ -35,6 +35,8 @@ class EngineStats:
     tokens: int
     """Computed positions, prompt and output, recomputed ones included."""
     generated: int
+    merged: int
+    """Of the generated tokens, those drawn in a merged lane."""
     preemptions: int
     faults: int
     """Requests ended by an error after they were accepted."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from fader_adapters.spec import Upload
 from fader_server.core import Plan, Request, RowResult, Runner, Sequence, TokenEvent
+from fader_server.engine.arrivals import AtOnce, Copies, arrived
 from fader_server.engine.isolation import probe, run_isolated, upload_isolated, without
 from fader_server.engine.scheduler import Scheduler
 from fader_server.engine.stats import StepObserver
@@ -30,11 +31,15 @@ class Stepper:
         deliver: Callable[[TokenEvent], None],
         clock: Callable[[], float],
         observer: StepObserver,
+        copies: Copies | None = None,
     ) -> None:
         self.scheduler = scheduler
+        self._copies = copies or AtOnce()
         self.progress_at = clock()
         """When a step was last committed or nothing was there to do, in the clock's seconds."""
         self.steps = self.rows = self.tokens = self.generated = self.faults = 0
+        self.merged = 0
+        """Of the generated tokens, those of merged lanes."""
         self.seconds = 0.0
         self._runner = runner
         self._upload = upload
@@ -69,12 +74,16 @@ class Stepper:
             self._time_admissions(plan, started)
         ready = self._bring_in(plan) if plan.uploads else plan
         if ready is not None:
-            self._step(ready, started)
+            self._step(arrived(ready, self._copies), started)
         return True
 
     def _step(self, plan: Plan, started: float) -> None:
         outcome = run_isolated(self._runner, plan)
+        if outcome.lost is not None:
+            raise EngineFault("the device is lost") from outcome.lost
         for part, results in outcome.done:
+            if self.scheduler.lanes.members:
+                self.merged += sum(row.samples and row.lane is not None for row in part.rows)
             for event in self.scheduler.commit(part, results):
                 self._emit(event)
         for sequence, error in outcome.crowded:
@@ -113,7 +122,7 @@ class Stepper:
             return plan
         dropped: set[int] = set()
         for index, row in enumerate(plan.rows):
-            error = next((lost[v] for v in row.sequence.request.adapters if v in lost), None)
+            error = next((lost[v] for v in row.sequence.adapters if v in lost), None)
             if error is not None:
                 dropped.add(index)
                 self._fail(row.sequence, "an adapter could not be brought to the device", error)

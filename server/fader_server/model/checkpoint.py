@@ -115,6 +115,11 @@ def read_nf4(
                 trust_remote_code=False,
                 use_safetensors=True,
             )
+    except torch.OutOfMemoryError as error:
+        raise ConfigInvalid(
+            f"{source}: the base does not fit on {device}: {first_line(error)} "
+            "Use a smaller base, a device with more memory or --device cpu"
+        ) from error
     except Exception as error:  # whatever a checkpoint on disk can cause ends as one line
         raise ModelUnsupported(f"{source}: cannot be loaded: {first_line(error)}") from error
     model, told = cast("tuple[PreTrainedModel, dict[str, Any]]", read)

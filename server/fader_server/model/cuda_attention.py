@@ -24,8 +24,8 @@ class CudaAttention:
     """
 
     def __init__(self, *, max_rows: int, max_context: int, device: torch.device) -> None:
-        self._max_rows = max_rows
-        self._max_context = max_context
+        self.max_rows = max_rows
+        self.max_context = max_context
         self._scratch = Scratch(device)
         self._layers: dict[int, tuple[AttentionParams, int, Kernel]] = {}
 
@@ -35,7 +35,7 @@ class CudaAttention:
         return self._scratch.nbytes
 
     def prepare(self, batch: Batch) -> AttentionStep:
-        """Sends nothing to the device. A captured graph passes the step of its StepBuffers."""
+        """Sends nothing to the device. Grids follow from what `batch.rows` says a row may have."""
         single = [row.context for row in batch.rows if row.count == 1]
         return AttentionStep(
             cu_tokens=batch.cu_tokens,
@@ -73,6 +73,6 @@ class CudaAttention:
                 scratch=self._scratch,
             )
             # one row more: StepBuffers keep one for tokens that are padding
-            kernel.reserve(rows=self._max_rows + 1, context=self._max_context)
+            kernel.reserve(rows=self.max_rows + 1, context=self.max_context)
             found = self._layers[cache.k.data_ptr()] = (params, heads, kernel)
         return found[2]

@@ -5,9 +5,11 @@ A replay is trusted after it gave, on another step, bit for bit what the model's
 
 import logging
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
+from fader_adapters.kernels.backend import Step
 from fader_adapters.kernels.native import StepInputs, StepPlan, Tape, Workspace
 from fader_server.core import Plan
 from fader_server.model.batch import AttentionRow, Batch
@@ -18,6 +20,29 @@ log = logging.getLogger(__name__)
 
 Forward = Callable[[Batch], torch.Tensor]
 """The model's own forward: logits [rows, vocab]."""
+
+
+class Replays(Protocol):
+    """Decode steps that run in a quicker way than operator by operator."""
+
+    def takes(self, plan: Plan) -> bool:
+        """Whether `run` knows a way for this plan."""
+        ...
+
+    def run(self, plan: Plan, step: Step | None, forward: Forward) -> torch.Tensor:
+        """Logits [rows, vocab], those of `forward`; valid until the next step."""
+        ...
+
+    def sibling(self) -> "Replays":
+        """An empty set for other weights, in the same memory: one of them runs at a time."""
+        ...
+
+
+def decodes(plan: Plan) -> bool:
+    """Whether every row of the step is one token that samples."""
+    return all(
+        row.count == 1 and row.samples and not row.wants_prompt_logprobs for row in plan.rows
+    )
 
 
 class DecodeInputs:
@@ -79,28 +104,38 @@ class DecodeInputs:
 class DecodeReplays:
     """One replay for every number of rows that was met; steps it cannot take go the usual way."""
 
-    def __init__(self, tape: Tape, inputs: DecodeInputs, *, rows: int) -> None:
+    def __init__(
+        self,
+        tape: Tape,
+        inputs: DecodeInputs,
+        *,
+        rows: int,
+        arena: Arena | None = None,
+        scratch: Workspace | None = None,
+    ) -> None:
         self._tape = tape
         self._inputs = inputs
         self._rows = rows
-        self._arena, self._scratch = Arena(), Workspace()
+        self._arena, self._scratch = arena or Arena(), scratch or Workspace()
         self._trusted: dict[int, Replay] = {}
         self._candidates: dict[int, Replay] = {}
         self._enabled = True
 
+    def sibling(self) -> "DecodeReplays":
+        """An empty set for other weights, in the same memory: one of them runs at a time."""
+        other = DecodeReplays(
+            self._tape, self._inputs, rows=self._rows, arena=self._arena, scratch=self._scratch
+        )
+        other._enabled = self._enabled
+        return other
+
     def takes(self, plan: Plan) -> bool:
         """Whether every row of the step is one token that samples."""
-        return (
-            self._enabled
-            and len(plan.rows) <= self._rows
-            and all(
-                row.count == 1 and row.samples and not row.wants_prompt_logprobs
-                for row in plan.rows
-            )
-        )
+        return self._enabled and len(plan.rows) <= self._rows and decodes(plan)
 
-    def run(self, plan: Plan, step: StepPlan | None, forward: Forward) -> torch.Tensor:
+    def run(self, plan: Plan, step: Step | None, forward: Forward) -> torch.Tensor:
         """Logits [rows, vocab], those of `forward`; valid until the next step."""
+        assert step is None or isinstance(step, StepPlan)
         rows = len(plan.rows)
         self._inputs.fill(plan)
         trusted = self._trusted.get(rows)

@@ -1,5 +1,6 @@
 """Where and in what numbers a base computes, and how much memory is free there."""
 
+import logging
 import os
 from typing import Literal
 
@@ -10,21 +11,34 @@ from fader_adapters.kernels.backend import Backend
 from fader_adapters.kernels.cpu import NativeBackend
 from fader_server.errors import ConfigInvalid
 
+log = logging.getLogger(__name__)
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """Raises ConfigInvalid when CUDA is asked for and not there, or too old."""
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    """`auto` is the GPU where one can be used. Raises ConfigInvalid when `cuda` cannot be had."""
+    if name == "cpu":
         return torch.device("cpu")
+    obstacle = _cuda_obstacle()
+    if not obstacle:
+        return torch.device("cuda", torch.cuda.current_device())
+    if name == "cuda":
+        raise ConfigInvalid(f"--device cuda: {obstacle}; use --device cpu")
+    if torch.cuda.is_available():
+        log.warning("running on the CPU: %s", obstacle)
+    return torch.device("cpu")
+
+
+def _cuda_obstacle() -> str:
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA: install a CUDA build of torch"
     if not torch.cuda.is_available():
-        raise ConfigInvalid("--device cuda: torch finds no CUDA device; use --device cpu")
+        return "torch finds no CUDA device: check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
-        raise ConfigInvalid(
-            f"--device cuda: compute capability {major}.{minor} is below 8.0; use --device cpu"
-        )
-    return torch.device("cuda", torch.cuda.current_device())
+        return f"compute capability {major}.{minor} is below 8.0"
+    return ""
 
 
 def choose_dtype(
@@ -43,13 +57,16 @@ def _multiplies_bf16() -> bool:
 
 
 def set_threads(threads: int | None, backend: Backend) -> None:
-    """Use this many threads for CPU work; by default one core is left to the event loop.
+    """Use this many threads for CPU work.
 
-    Beside the native kernels' own threads torch keeps one: two pools would spin on the same cores.
+    By default as many native ones as there are cores: they share work out piece by piece, so that
+    one that makes room for the event loop delays only its piece. torch's wait for each other, and
+    leave one core to the event loop. Beside native ones torch keeps one: two pools would spin on
+    the same cores.
     """
-    if threads is None:
-        threads = max(1, len(os.sched_getaffinity(0)) - 1)
     own = isinstance(backend, NativeBackend)
+    if threads is None:
+        threads = max(1, len(os.sched_getaffinity(0)) - (not own))
     native.set_threads(threads if own else None)
     torch.set_num_threads(1 if own else threads)
 
@@ -57,6 +74,7 @@ def set_threads(threads: int | None, backend: Backend) -> None:
 def free_bytes(device: torch.device) -> int:
     """Memory that can be had now, without swap."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps without using it can be had too
         return torch.cuda.mem_get_info(device)[0]
     with open("/proc/meminfo", encoding="ascii") as lines:
         for line in lines:

@@ -24,6 +24,10 @@ class NativeEmbedding(nn.Module):
         self.scale = scale
         """One element; None: the rows as they are."""
 
+    def copied(self, tape: Tape) -> "NativeEmbedding":
+        """The same over the same panels, told to another tape."""
+        return NativeEmbedding(self._panels, self.scale, tape)
+
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         rows = self._panels.take(input_ids.contiguous(), tape=self._tape)
         return rows if self.scale is None else rows * self.scale

@@ -1,30 +1,63 @@
 """Chooses the attention for a base and how its decode steps run, in one place."""
 
+import logging
+from collections.abc import Callable
+
+import torch
+
+from fader_adapters.kernels.backend import Step
 from fader_adapters.kernels.cpu import NativeBackend
+from fader_adapters.kernels.tables import Tables
 from fader_server.model import cpu_attention
 from fader_server.model.attention import PagedAttention
-from fader_server.model.decode import DecodeInputs, DecodeReplays
+from fader_server.model.batch import Batch
+from fader_server.model.decode import DecodeInputs, DecodeReplays, Replays
 from fader_server.model.kv_cache import KVCache
 from fader_server.model.loader import LoadedBase
 from fader_server.model.torch_attention import TorchAttention
+
+log = logging.getLogger(__name__)
 
 REPLAYED_ROWS = 64
 """Rows from which on a step is all kernels, and a recording of every number of rows costs more."""
 
 
-def choose_attention(base: LoadedBase, *, block_size: int) -> PagedAttention:
-    """The native kernel where its linears run and every head fits, else plain torch."""
-    backend = base.backend
-    fits = all(cpu_attention.fits(shape) for shape in base.layers.values())
-    if isinstance(backend, NativeBackend) and fits:
-        return cpu_attention.NativeAttention(backend.tape)
+def choose_attention(
+    base: LoadedBase, *, block_size: int, max_rows: int = 64, max_context: int | None = None
+) -> PagedAttention:
+    """The kernels of the base's backend where every head fits them, else plain torch.
+
+    max_rows, max_context: what a step may hold; None: the base's own positions.
+    """
+    shapes = base.layers.values()
+    if base.backend.name == "cuda":
+        from fader_server.model import cuda_attention  # imports triton
+
+        if all(cuda_attention.fits(shape) for shape in shapes):
+            return cuda_attention.CudaAttention(
+                max_rows=max_rows,
+                max_context=max_context or base.max_positions,
+                device=base.device,
+            )
+        log.warning("attention runs in plain torch: a head size is no multiple of 16 up to 256")
+    elif isinstance(base.backend, NativeBackend) and all(map(cpu_attention.fits, shapes)):
+        return cpu_attention.NativeAttention(base.backend.tape)
     return TorchAttention(block_size)
 
 
 def choose_replays(
-    base: LoadedBase, *, cache: KVCache, attention: PagedAttention
-) -> DecodeReplays | None:
-    """Recorded decode steps where linears and attention are both native."""
+    base: LoadedBase,
+    *,
+    cache: KVCache,
+    attention: PagedAttention,
+    tables: Tables,
+    forward: Callable[[Batch, Step | None], torch.Tensor],
+) -> Replays | None:
+    """Recorded decode steps, or CUDA graphs, where linears and attention are both kernels."""
+    if base.device.type == "cuda" and base.backend.name == "cuda":
+        from fader_server.model import graphs  # imports triton
+
+        return graphs.capture(base, cache=cache, attention=attention, tables=tables, run=forward)
     if not isinstance(base.backend, NativeBackend):
         return None
     if not isinstance(attention, cpu_attention.NativeAttention):

@@ -65,6 +65,10 @@ def load_base(
         raise ModelUnsupported(f"{source}: {error}") from error
     if isinstance(backend, NativeBackend):
         _use_native(model, installed, backend, dtype)
+    elif backend.name == "cuda":
+        from fader_server.model.cuda_modules import use_cuda  # imports triton
+
+        use_cuda(model)
     text = config.get_text_config(decoder=True)
     return LoadedBase(
         model=model,

@@ -132,6 +132,7 @@ class FakeStats:
     prefix_queries: int = 0
     prefix_hits: int = 0
     generated: int = 0
+    merged: int = 0
     preemptions: int = 0
     faults: int = 0
     stuck_reason: str = ""
@@ -404,7 +405,7 @@ class World:
 
 
 def build_world(**changes: Any) -> World:
-    script = changes.pop("script", None)
+    script, merging = changes.pop("script", None), changes.pop("merging", None)
     engine, adapters, metrics = FakeEngine(script), FakeAdapters(), Metrics()
     config = ServeConfig(**changes)
     recipes = RecipeBook(adapters, base="base", most=config.max_recipes)
@@ -417,6 +418,7 @@ def build_world(**changes: Any) -> World:
         tokenizer=FakeTokenizer(),
         metrics=metrics,
         version="9",
+        merging=merging,
     )
     application.state.context.readiness.reason = ""
     return World(engine, adapters, recipes, metrics, application)

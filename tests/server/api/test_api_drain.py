@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import httpx
+import pytest
 
+from fader_server.errors import EngineFault
 from fader_server.serving import bind, serve
-from tests.server.api.api_fakes import TEXT, endless
+from tests.server.api.api_fakes import TEXT, FakeStats, endless
 
 BODY = {"model": "tone", "prompt": "x", "max_tokens": 99, "stream": True}
 
@@ -91,3 +93,17 @@ def test_a_drained_process_exits_with_0():
             assert answer.json()["choices"][0]["text"] == TEXT
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+
+
+async def test_a_dead_engine_ends_the_server_with_an_error(worlds):
+    world = worlds(drain_grace=0.0)
+    with bind(world.app.state.context.config) as sock:
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        server = asyncio.create_task(serve(world.app, sock))
+        async with httpx.AsyncClient() as client:
+            await world.until(lambda: not world.app.state.context.readiness.reason)
+            assert (await client.get(f"{url}/ready")).status_code == 200
+            world.engine.told = FakeStats(healthy=False, reason="the device is lost")
+            assert (await client.get(f"{url}/ready")).status_code == 503
+        with pytest.raises(EngineFault, match="the device is lost"):
+            await asyncio.wait_for(server, 10)

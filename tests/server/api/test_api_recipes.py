@@ -255,7 +255,9 @@ async def test_a_name_is_followed_and_a_version_is_kept(client, world: World):
 
 async def test_an_unloaded_adapter_is_named_and_comes_back_with_its_version(client, world: World):
     await put(client)
-    await client.delete("/v1/adapters/domain")
+    await put(client, "other", adapters=[{"name": "tone"}])
+    gone = await client.delete("/v1/adapters/domain")
+    assert gone.json()["recipes"] == ["warm"]
     answer = await ask(client, "warm")
     assert (answer.status_code, answer.headers["x-should-retry"]) == (409, "false")
     error = answer.json()["error"]

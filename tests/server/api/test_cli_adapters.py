@@ -119,7 +119,7 @@ async def test_recipes_are_written_shown_listed_and_deleted(run: Run, world: Wor
     shown = await run("recipe", "show", "warm")
     assert first in shown.out
     assert f"-0.5000001  at {DOMAIN[:12]}" in shown.out
-    world.adapters.unload("tone")
+    assert (await run("unload", "tone")).out == "tone is unloaded; recipes that miss it: warm\n"
     listed = await run("recipe", "list")
     assert listed.out.splitlines()[1].split()[-1] == "tone", "what is missing is told"
     assert "at nothing" in (await run("recipe", "show", "warm")).out

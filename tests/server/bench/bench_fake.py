@@ -32,6 +32,11 @@ class FakeServer:
     asked: list[dict] = field(default_factory=list)
     in_flight: Counter = field(default_factory=Counter)
     peak_per_model: int = 0
+    lists: bool = False
+    """Has GET /v1/adapters."""
+    loaded: dict[str, str] = field(default_factory=dict)
+    """Source by name."""
+    loads: int = 0
 
     def answer(self, path: str, body: dict | None) -> tuple[int, list[tuple[float, bytes]]]:
         """(status, [(seconds before, bytes)])."""
@@ -39,11 +44,28 @@ class FakeServer:
             return 200, [(0, json.dumps({"data": CARDS}).encode())]
         if path == "/health":
             return 200, [(0, b'{"status": "ok"}')]
+        if path.startswith("/v1/adapters/") or (path == "/v1/adapters" and self.lists):
+            return self._adapters(path.removeprefix("/v1/adapters").strip("/"), body)
         if path != "/v1/completions":
             return 404, [(0, b'{"error": {}}')]
         assert body is not None
         self.asked.append(body)
         return self._complete(body)
+
+    def _adapters(self, name: str, body: dict | None) -> tuple[int, list[tuple[float, bytes]]]:
+        if not name:
+            rows = [{"name": f"a{n}", "tier": "host" if n < 2 else "disk"} for n in range(12)]
+            return 200, [(0, json.dumps({"data": rows}).encode())]
+        if body is not None:
+            self.loads += 1
+            if self.defect == "no_loads":
+                return 403, [(0, b"{}")]
+            if self.defect != "stale" or self.loads <= 2:
+                self.loaded[name] = body["source"]
+            told = {"version": body["source"], "bytes": 8, "rank": 16}
+            return 200, [(0.02, json.dumps(told).encode())]
+        tier = "disk" if name.endswith("1") else "host"
+        return 200, [(0.001, json.dumps({"name": name, "tier": tier}).encode())]
 
     def _complete(self, body: dict) -> tuple[int, list[tuple[float, bytes]]]:
         defect = self.defect if self.bad_model in (None, body["model"]) else ""
@@ -53,7 +75,10 @@ class FakeServer:
         usage = {"prompt_tokens": len(body["prompt"]) + (defect == "prompt")}
         usage |= {"completion_tokens": count}
         usage |= {"prompt_tokens_details": {"cached_tokens": 16 if defect == "cached" else 0}}
-        word = body["model"] if defect != "same_text" else "x"
+        word = self.loaded.get(body["model"], body["model"])
+        word = word if defect != "same_text" else "x"
+        if defect == "disturbed" and self.loads > 3:
+            word = f"other{self.loads % 2}"
         if defect == "mixes" and self.running > 1:
             word = "other"
         parts: list[tuple[float, bytes]] = []

@@ -31,7 +31,7 @@ class TileConfig:
 
 
 _DECODE: Final = {  # (arch, padded head size)
-    (80, 16): TileConfig(0, 64, 4, 5),
+    (80, 16): TileConfig(0, 64, 4, 4),
     (80, 32): TileConfig(0, 64, 4, 5),
     (80, 64): TileConfig(0, 64, 4, 5),
     (80, 128): TileConfig(0, 64, 4, 4),

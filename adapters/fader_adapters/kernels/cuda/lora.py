@@ -14,6 +14,7 @@ from fader_adapters.kernels.cuda.lora_configs import (
     SiteConfigs,
     arch_of,
     site_configs,
+    unsplit,
 )
 from fader_adapters.kernels.cuda.lora_launch import (
     MAX_MEMBERS,
@@ -32,6 +33,9 @@ __all__ = ["ROW_BUCKETS", "DeltaKernels", "DeltaSite", "LoraStep", "delta"]
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 """Rows of a decode step that may be captured, padded up to the next of these."""
+
+LEAST = Capacity(4, 32, 256, 256, 256)
+"""Room of the second set of buffers at first."""
 
 
 @dataclass(slots=True)
@@ -109,6 +113,11 @@ class DeltaKernels:
         self._sites.append(bound)
         return bound
 
+    def bind_lookup(self, site: SiteSpec) -> DeltaSite:
+        """Take an embedding's site in: in is the vocabulary."""
+        configs = site_configs(self._arch, site.in_features, sum(site.out_features))
+        return self.bind(site, unsplit(configs))
+
     def reserve(self, tables: Tables) -> int:
         """Allocate the fixed buffers, once, before any capture; the bytes they take."""
         if self._fixed is None:
@@ -144,8 +153,34 @@ class DeltaKernels:
         assert self._shapes is not None
         resolve(room.buffers, self._tables, self._shapes, entries=tiles.entries)
         room.rows = terms.rows
-        room.step = self._step(tiles, room, tables.arena)
+        has = self._tables.vectors
+        vectors = any(has[slot] for row in terms.rows for slot, _ in row.terms)
+        room.step = self._step(tiles, room, tables.arena, vectors=vectors)
         return room.step
+
+    def blank(self, tables: Tables, rows: int | None, *, vectors: bool = False) -> LoraStep:
+        """A step that adds nothing, over the buffers that real steps use.
+
+        rows     a member of ROW_BUCKETS: launches and addresses of that bucket, for a capture;
+                 None: those of a step with prefill rows, to have the kernels compiled
+        vectors  launch what adapters with gains and biases need, too
+        The last prepared step is no longer valid. Allocates like `prepare`.
+        """
+        self.reserve(tables)
+        room = self._fixed
+        if rows is None:
+            room = self._roomy = self._roomy or self._room(LEAST, tables.rank.shape[1])
+        assert room is not None
+        assert rows is None or rows in ROW_BUCKETS
+        room.rows = room.step = None
+        buffers = room.buffers
+        buffers.block.zero_()
+        cells = buffers.capacity.decode_cells
+        decode = PhaseLaunch("decode", buffers.decode, -(-(rows or 1) // LANES), cells)
+        if rows is not None:
+            return LoraStep(rows, rows, (decode,), buffers, tables.arena, vectors)
+        prefill = PhaseLaunch("prefill", buffers.prefill, 1, buffers.capacity.prefill_cells)
+        return LoraStep(0, None, (decode, prefill), buffers, tables.arena, vectors)
 
     def _room_for(self, tiles: StepTiles, linears: int) -> _Room:
         assert self._fixed is not None
@@ -153,8 +188,7 @@ class DeltaKernels:
         if fits:
             return self._fixed
         if self._roomy is None:
-            least = Capacity(4, 32, 256, 256, 256)
-            self._roomy = self._room(least.grown(tiles), linears)
+            self._roomy = self._room(LEAST.grown(tiles), linears)
         elif not self._roomy.buffers.capacity.holds(tiles):
             grown = self._roomy.buffers.capacity.grown(tiles)
             self._roomy = None
@@ -182,16 +216,18 @@ class DeltaKernels:
             torch.tensor(out, dtype=torch.int32, device=self._device),
         )
 
-    def _step(self, tiles: StepTiles, room: _Room, arena: torch.Tensor) -> LoraStep:
+    def _step(
+        self, tiles: StepTiles, room: _Room, arena: torch.Tensor, *, vectors: bool
+    ) -> LoraStep:
         buffers = room.buffers
         if room is self._fixed:
             bucket = next(rows for rows in ROW_BUCKETS if rows >= tiles.tokens)
             cells = buffers.capacity.decode_cells
             launch = PhaseLaunch("decode", buffers.decode, -(-bucket // LANES), cells)
-            return LoraStep(tiles.tokens, bucket, (launch,), buffers, arena)
+            return LoraStep(tiles.tokens, bucket, (launch,), buffers, arena, vectors)
         both = (
             PhaseLaunch("decode", buffers.decode, tiles.decode.tiles, tiles.decode.cells),
             PhaseLaunch("prefill", buffers.prefill, tiles.prefill.tiles, tiles.prefill.cells),
         )
         launches = tuple(launch for launch in both if launch.tiles)
-        return LoraStep(tiles.tokens, None, launches, buffers, arena)
+        return LoraStep(tiles.tokens, None, launches, buffers, arena, vectors)

@@ -12,8 +12,9 @@ from fader_adapters.kernels.tables import Tables
 class DeviceTables:
     """The GPU's copy of kernels.tables.Tables; no captured graph reads it, so it may move.
 
-    a_offset, b_offset  [slots, linears] int64;  rank int32;  scale float32
+    a_offset … bias_offset  [slots, linears] int64;  rank int32;  scale float32
     chunks              16-rank chunks of each slot's largest rank, on the host
+    vectors             whether a slot has a gain or a bias anywhere, on the host
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -21,7 +22,9 @@ class DeviceTables:
         self._source: Tables | None = None
         self.generation = -1
         self.chunks: Sequence[int] = ()
+        self.vectors: Sequence[bool] = ()
         self.a_offset = self.b_offset = torch.empty(0, 0, dtype=torch.int64, device=device)
+        self.gain_offset = self.bias_offset = self.a_offset
         self.rank = torch.empty(0, 0, dtype=torch.int32, device=device)
         self.scale = torch.empty(0, 0, dtype=torch.float32, device=device)
 
@@ -29,7 +32,8 @@ class DeviceTables:
         """Copy the tables if they changed, in order on the current stream; whether they did."""
         if tables is self._source and tables.generation == self.generation:
             return False
-        parts = (tables.a_offset, tables.b_offset, tables.rank, tables.scale)
+        vectors = (tables.gain_offset, tables.bias_offset)
+        parts = (tables.a_offset, tables.b_offset, *vectors, tables.rank, tables.scale)
         sizes = [part.nbytes for part in parts]
         staged = host_block(sum(sizes), torch.uint8, self._device)
         for part, room in zip(parts, staged.split(sizes), strict=True):
@@ -39,9 +43,11 @@ class DeviceTables:
             room.view(part.dtype).view(part.shape)
             for part, room in zip(parts, copy.split(sizes), strict=True)
         ]
-        self.a_offset, self.b_offset, self.rank, self.scale = moved
+        self.a_offset, self.b_offset, self.gain_offset, self.bias_offset = moved[:4]
+        self.rank, self.scale = moved[4:]
         largest = tables.rank.amax(dim=1) if tables.slots else tables.rank.new_zeros(0)
         self.chunks = (-(-largest // CHUNK)).tolist()
+        self.vectors = (torch.maximum(*vectors) >= 0).any(dim=1).tolist()
         self._source, self.generation = tables, tables.generation
         return True
 
@@ -63,7 +69,8 @@ class StepBuffers:
     """Room for one step up to `capacity`; every tensor keeps its address for life.
 
     block   int32 words: tiles and entries as StepLayout places them, one copy a step
-    a_at, b_at  [linears, entries] int64, left int32, scale_at float32: entries resolved per linear
+    a_at, b_at, gain_at, bias_at  [linears, entries] int64, left int32, scale_at float32: entries
+            resolved per linear
     z       float32 scratch of the widest site
     """
 
@@ -81,6 +88,8 @@ class StepBuffers:
         shape = (linears, capacity.entries)
         self.a_at = torch.zeros(shape, dtype=torch.int64, device=device)
         self.b_at = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.gain_at = torch.full(shape, -1, dtype=torch.int64, device=device)
+        self.bias_at = torch.full(shape, -1, dtype=torch.int64, device=device)
         self.left = torch.zeros(shape, dtype=torch.int32, device=device)
         self.scale_at = torch.zeros(shape, dtype=torch.float32, device=device)
         self.z = torch.empty(z, dtype=torch.float32, device=device)
@@ -104,7 +113,8 @@ class StepBuffers:
 
     @property
     def nbytes(self) -> int:
-        tensors = (self.block, self.a_at, self.b_at, self.left, self.scale_at, self.z)
+        offsets = (self.a_at, self.b_at, self.gain_at, self.bias_at)
+        tensors = (self.block, *offsets, self.left, self.scale_at, self.z)
         return sum(tensor.nbytes for tensor in tensors)
 
     def fill(self, step: StepTiles) -> None:

@@ -5,7 +5,7 @@ rows, so a decode row is computed alike in every step.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from fader_adapters.kernels.cuda.tiles import LANES, TileShape
@@ -22,6 +22,13 @@ RESOLVE_BLOCK = 128
 """Entries a program of `resolve` looks up."""
 
 RESOLVE_WARPS, RESOLVE_STAGES = 4, 2
+
+VECTOR_COLUMNS: Mapping[Phase, int] = {"decode": 128, "prefill": 64}
+"""Columns of a program of `vectors`."""
+
+VECTORS_WARPS, VECTORS_STAGES = 4, 1
+
+PICK_PROGRAMS, PICK_WARPS = 64, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +153,45 @@ def expand_constants(
     }
 
 
+def vectors_constants(phase: Phase, *, bias: bool) -> dict[str, int | bool]:
+    """The constants of `vectors`; bias: whether the base has one."""
+    rows = TILE[phase].rows
+    columns = VECTOR_COLUMNS[phase]
+    return {"ROWS": rows, "BLOCK_N": columns, "LANES": LANES, "HAS_BIAS": bias}
+
+
+def pick_constants(phase: Phase) -> dict[str, int | bool]:
+    """The constants of `pick`."""
+    return {"ROWS": TILE[phase].rows, "GROUP": TILE[phase].group}
+
+
+def unsplit(configs: SiteConfigs) -> SiteConfigs:
+    """The same with one plane of `shrink`, as `pick` writes."""
+    shrink: dict[Phase, ShrinkConfig] = {
+        phase: replace(config, splits=1) for phase, config in configs.shrink.items()
+    }
+    return SiteConfigs(shrink, configs.expand)
+
+
 def shipped() -> list[Shipped]:
     """Every bf16 variant that a table can launch, each once. Imports triton."""
     from fader_adapters.kernels.cuda import lora_kernels as kernels
+    from fader_adapters.kernels.cuda.lora_lookup import pick
+    from fader_adapters.kernels.cuda.lora_vectors import vectors
 
     both: tuple[Arch, ...] = (80, 90)
     block: dict[str, int | bool] = {"BLOCK": RESOLVE_BLOCK}
     signature = _signature(kernels.resolve, _RESOLVE, block)
     found = [Shipped(kernels.resolve, signature, block, RESOLVE_WARPS, RESOLVE_STAGES, both)]
+    launch = (VECTORS_WARPS, VECTORS_STAGES)
+    for phase in TILE:
+        constants = pick_constants(phase)
+        signature = _signature(pick, _SHRINK | {"ids": "*i64:16"}, constants)
+        found.append(Shipped(pick, signature, constants, PICK_WARPS, 1, archs=both))
+        for bias in (False, True):
+            constants = vectors_constants(phase, bias=bias)
+            signature = _signature(vectors, _VECTORS, constants)
+            found.append(Shipped(vectors, signature, constants, *launch, archs=both))
     for arch, phase in SHRINK:
         shrinks = dict.fromkeys(config for _, config in SHRINK[arch, phase])
         for shrink in shrinks:
@@ -173,7 +211,10 @@ def shipped() -> list[Shipped]:
 _PHASE = dict.fromkeys(("tokens", "first", "last", "cell", "header"), "*i32:16")
 _RESOLVE = (
     dict.fromkeys(("slot", "chunk", "rank", "in_features", "out_features", "left"), "*i32:16")
-    | dict.fromkeys(("a_offset", "b_offset", "a_at", "b_at"), "*i64:16")
+    | dict.fromkeys(
+        (f"{what}_{where}" for what in ("a", "b", "gain", "bias") for where in ("offset", "at")),
+        "*i64:16",
+    )
     | dict.fromkeys(("scale", "scale_at"), "*fp32:16")
 )
 _SHRINK = _PHASE | {
@@ -196,6 +237,8 @@ _EXPAND = _PHASE | {
     "y_stride": "i32:16",
     **dict.fromkeys(("width_0", "width_1", "width_2", "width_3"), "i32:16"),
 }
+
+_VECTORS = _EXPAND | {"own": "*bf16:16"} | dict.fromkeys(("gain_at", "bias_at"), "*i64:16")
 
 
 def _signature(

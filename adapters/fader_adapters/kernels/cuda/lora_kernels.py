@@ -19,12 +19,16 @@ def resolve(
     chunk: tl.tensor,
     a_offset: tl.tensor,
     b_offset: tl.tensor,
+    gain_offset: tl.tensor,
+    bias_offset: tl.tensor,
     rank: tl.tensor,
     scale: tl.tensor,
     in_features: tl.tensor,
     out_features: tl.tensor,
     a_at: tl.tensor,
     b_at: tl.tensor,
+    gain_at: tl.tensor,
+    bias_at: tl.tensor,
     left: tl.tensor,
     scale_at: tl.tensor,
     entries: int,
@@ -35,9 +39,11 @@ def resolve(
     """Look up every entry at every linear, once a step; grid (⌈entries/BLOCK⌉, linears).
 
     slot, chunk              [entries] int32
-    a_offset, b_offset       [slots, linears] int64; rank int32; scale float32: the tables
+    a_offset … bias_offset   [slots, linears] int64; rank int32; scale float32: the tables
     in_features, out_features [linears] int32
     a_at, b_at               [linears, capacity] int64, offset in the arena of the entry's first row
+    gain_at, bias_at         [linears, capacity] int64, the same of a slot's vectors at its first
+                             entry; −1 at the others and where there is none
     left                     [linears, capacity] int32, ranks of the entry, 0 to 16
     scale_at                 [linears, capacity] float32, 0 where left is 0
     """
@@ -55,6 +61,11 @@ def resolve(
     to = linear.to(tl.int64) * capacity + entry
     tl.store(a_at + to, a + skip * tl.load(in_features + linear), mask=inside)
     tl.store(b_at + to, b + skip * tl.load(out_features + linear), mask=inside)
+    leads = live & (begin == 0)
+    gain = tl.load(gain_offset + row, mask=leads, other=-1)
+    bias = tl.load(bias_offset + row, mask=leads, other=-1)
+    tl.store(gain_at + to, gain, mask=inside)
+    tl.store(bias_at + to, bias, mask=inside)
     tl.store(left + to, ranks, mask=inside)
     tl.store(scale_at + to, tl.load(scale + row, mask=live, other=0.0), mask=inside)
 

@@ -6,22 +6,31 @@ from typing import Any
 import torch
 
 from fader_adapters.kernels.cuda import lora_kernels as kernels
+from fader_adapters.kernels.cuda import lora_lookup, lora_vectors
 from fader_adapters.kernels.cuda.lora_buffers import DeviceTables, PhaseBuffers, StepBuffers
 from fader_adapters.kernels.cuda.lora_configs import (
+    PICK_PROGRAMS,
+    PICK_WARPS,
     RESOLVE_BLOCK,
     RESOLVE_STAGES,
     RESOLVE_WARPS,
     TILE,
+    VECTORS_STAGES,
+    VECTORS_WARPS,
     Phase,
     SiteConfigs,
     expand_constants,
+    pick_constants,
     shrink_constants,
+    vectors_constants,
 )
 
 # A launch passes torch tensors and compile options, which a kernel's own signature does not show.
 _resolve_kernel: Any = kernels.resolve
 _shrink_kernel: Any = kernels.shrink
 _expand_kernel: Any = kernels.expand
+_vectors_kernel: Any = lora_vectors.vectors
+_pick_kernel: Any = lora_lookup.pick
 
 MAX_MEMBERS = 4
 """Linears of one site."""
@@ -64,13 +73,23 @@ class LoraStep:
     launches: tuple[PhaseLaunch, ...]
     buffers: StepBuffers
     arena: torch.Tensor
+    vectors: bool = False
+    """Whether a row may use an adapter with a gain or a bias: one launch more a phase."""
 
 
-def delta(y: torch.Tensor, x: torch.Tensor, site: DeltaSite, step: LoraStep) -> None:
+def delta(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    site: DeltaSite,
+    step: LoraStep,
+    bias: torch.Tensor | None = None,
+) -> None:
     """y[t] += Σᵢ γ[t,i]·s[slotᵢ,m]·(x[t]·A[slotᵢ,m]ᵀ)·B[slotᵢ,m], two launches a phase.
 
-    y  [T, Σ out of the members], written in place; rows without terms keep their bits
-    x  [T, in], y's dtype and the arena's; both with unit column stride
+    Where the step has vectors, y ← y + G∘(y − bias) + Σᵢ γ·s·biasB, G = Σᵢ γ·gain, comes first.
+    y     [T, Σ out of the members], written in place; rows without terms keep their bits
+    x     [T, in], y's dtype and the arena's; both with unit column stride
+    bias  [Σ out], the base's own inside y, contiguous, any float dtype
     T is at least step.tokens; the rows past it (a bucket's padding) are neither read nor written.
     Capturable when step.bucket is not None. Allocates nothing.
     """
@@ -79,8 +98,50 @@ def delta(y: torch.Tensor, x: torch.Tensor, site: DeltaSite, step: LoraStep) -> 
     assert x.stride(1) == y.stride(1) == 1
     assert x.dtype == y.dtype == step.arena.dtype
     for launch in step.launches:
+        if step.vectors:
+            _vectors(y, site, step, launch, bias)
         _shrink(x, site, step, launch)
         _expand(y, site, step, launch)
+
+
+def lookup_delta(y: torch.Tensor, ids: torch.Tensor, site: DeltaSite, step: LoraStep) -> None:
+    """y[t] += y[t]∘G + Σᵢ γ[t,i]·s[slotᵢ]·A[slotᵢ][:, ids[t]]ᵀ·B[slotᵢ], as `delta` for one-hot x.
+
+    ids  [T] int64, below the site's in_features; the site's `shrink` must not be split
+    """
+    assert ids.shape[0] == y.shape[0] >= step.tokens
+    assert y.stride(1) == 1
+    assert y.dtype == step.arena.dtype
+    for launch in step.launches:
+        if step.vectors:
+            _vectors(y, site, step, launch, None)
+        _pick(ids, site, step, launch)
+        _expand(y, site, step, launch)
+
+
+def _pick(ids: torch.Tensor, site: DeltaSite, step: LoraStep, launch: PhaseLaunch) -> None:
+    assert site.configs.shrink[launch.phase].splits == 1
+    buffers, at = step.buffers, launch.buffers
+    programs = min(PICK_PROGRAMS, launch.cells // TILE[launch.phase].group)
+    _pick_kernel[(programs,)](
+        ids,
+        step.arena,
+        buffers.z,
+        at.header,
+        at.tokens,
+        at.first,
+        at.last,
+        at.cell,
+        buffers.a_at,
+        buffers.left,
+        site.in_features,
+        site.linear,
+        buffers.left.shape[1],
+        at.cells,
+        **pick_constants(launch.phase),
+        num_warps=PICK_WARPS,
+        num_stages=1,
+    )
 
 
 def _shrink(x: torch.Tensor, site: DeltaSite, step: LoraStep, launch: PhaseLaunch) -> None:
@@ -141,6 +202,39 @@ def _expand(y: torch.Tensor, site: DeltaSite, step: LoraStep, launch: PhaseLaunc
     )
 
 
+def _vectors(
+    y: torch.Tensor,
+    site: DeltaSite,
+    step: LoraStep,
+    launch: PhaseLaunch,
+    bias: torch.Tensor | None,
+) -> None:
+    constants = vectors_constants(launch.phase, bias=bias is not None)
+    buffers, at = step.buffers, launch.buffers
+    blocks = sum(-(-width // int(constants["BLOCK_N"])) for width in site.widths)
+    _vectors_kernel[(blocks, launch.tiles)](
+        y,
+        y if bias is None else bias,
+        step.arena,
+        at.header,
+        at.tokens,
+        at.first,
+        at.last,
+        buffers.gamma,
+        buffers.gain_at,
+        buffers.bias_at,
+        buffers.scale_at,
+        *site.widths,
+        *(0,) * (MAX_MEMBERS - len(site.widths)),
+        y.stride(0),
+        site.linear,
+        buffers.left.shape[1],
+        **constants,
+        num_warps=VECTORS_WARPS,
+        num_stages=VECTORS_STAGES,
+    )
+
+
 def resolve(
     buffers: StepBuffers,
     tables: DeviceTables,
@@ -155,11 +249,15 @@ def resolve(
         buffers.chunk,
         tables.a_offset,
         tables.b_offset,
+        tables.gain_offset,
+        tables.bias_offset,
         tables.rank,
         tables.scale,
         *shapes,
         buffers.a_at,
         buffers.b_at,
+        buffers.gain_at,
+        buffers.bias_at,
         buffers.left,
         buffers.scale_at,
         entries,

@@ -2,18 +2,28 @@
 machine. Knows weights and rows, not sites, deltas or steps."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from fader_adapters.errors import KernelUnavailable
 from fader_adapters.kernels.cuda import nf4_configs as configs
+from fader_adapters.kernels.cuda.nf4_bitsandbytes import BitsandbytesLinear
 from fader_adapters.kernels.cuda.nf4_codes import CODES, table_words
 from fader_adapters.kernels.cuda.nf4_kernels import nf4_dense, nf4_gemm, nf4_sum
 from fader_adapters.kernels.cuda.nf4_tiles import TILE, Nf4Tiles, tile
-from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight, dense, stack
+from fader_adapters.kernels.nf4 import Nf4Weight
 
 _WORDS = {f"w{i}": word for i, word in enumerate(table_words())}
+
+
+Way = Literal["rows", "fused", "pieces"]
+"""How a backend has its linears multiply. fused: by the fused kernel, for any number of rows.
+pieces: dequantised, PIECE rows at a time, so that a row's bits do not depend on the others. rows:
+by the number of rows, whichever is quicker."""
+
+PIECE = 256
+"""Rows of one product over dequantised weights; missing ones are padded."""
 
 
 class Scratch:
@@ -26,6 +36,7 @@ class Scratch:
     def __init__(self, device: torch.device, nbytes: int = 64 << 20) -> None:
         self.table = torch.tensor(CODES, dtype=torch.float32, device=device)
         """[16] fp32, the codes."""
+        self.way: Way = "rows"
         self._buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
 
     @property
@@ -50,9 +61,10 @@ class Scratch:
 class Nf4Linear:
     """W in tiles, 0.5625 byte a weight: x·Wᵀ + b by the fused kernel, or through the scratch.
 
-    Up to configs.FUSED_ROWS rows of bf16 go to the fused kernel, as fp32 rows on a CPU (Triton's
-    interpreter, for tests) do; more rows and other dtypes to dequantised chunks and torch.mm.
-    Up to configs.DECODE_ROWS a row's bits do not depend on the other rows or their number.
+    Rows of bf16 (on a CPU, in Triton's interpreter, of fp32) go to the fused kernel or to chunks of
+    dequantised weights and torch.mm as the scratch's `way` says, by itself the first up to
+    configs.FUSED_ROWS rows; other dtypes always to the second. Either way alone gives a row bits
+    that do not depend on the other rows or their number; "rows" does so up to configs.DECODE_ROWS.
     A call allocates its output and its fp32 planes, from the caching allocator; it never waits
     for the device and takes nothing that changes between calls but x.
     """
@@ -83,11 +95,19 @@ class Nf4Linear:
         out = torch.empty(x.shape[0], self.out_features, dtype=x.dtype, device=x.device)
         if not x.shape[0]:
             return out
-        method = configs.method(self._arch, self.out_features, self.in_features, x.shape[0])
+        way = self._scratch.way
+        rows = {"rows": x.shape[0], "fused": 1, "pieces": configs.FUSED_ROWS + 1}[way]
+        method = configs.method(self._arch, self.out_features, self.in_features, rows)
         fusible = x.dtype == (torch.bfloat16 if x.is_cuda else torch.float32)
         if fusible and method != "scratch":
             return self.fused(x, out)
-        return self.through_scratch(x, out)
+        if way == "rows":
+            return self.through_scratch(x, out)
+        padded = -(-x.shape[0] // PIECE) * PIECE
+        whole = x.new_zeros(padded, x.shape[1])
+        whole[: x.shape[0]] = x
+        products = torch.empty(padded, self.out_features, dtype=x.dtype, device=x.device)
+        return self.through_scratch(whole, products, piece=PIECE)[: x.shape[0]]
 
     def fused(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Write x·Wᵀ + b to `out` [T, out], contiguous, by the fused kernel: bf16; fp32 on CPU."""
@@ -124,18 +144,25 @@ class Nf4Linear:
             **_options(config.warps, config.stages),
         )
 
-    def through_scratch(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Write x·Wᵀ + b to `out` [T, out] over dequantised chunks of rows; W is rounded once."""
+    def through_scratch(
+        self, x: torch.Tensor, out: torch.Tensor, *, piece: int | None = None
+    ) -> torch.Tensor:
+        """Write x·Wᵀ + b to `out` [T, out] over dequantised chunks of rows; W is rounded once.
+
+        piece  rows of x multiplied at a time, a divisor of T; by default all of them
+        """
         step = self._scratch.most_rows(self.in_features, x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         for first in range(0, self.out_features, step):
             last = min(first + step, self.out_features)
             weight = self._scratch.take(last - first, self.in_features, x.dtype)
             dequantise(self.tiles, weight, self._scratch.table, first=first)
-            if bias is None:
-                torch.mm(x, weight.T, out=out[:, first:last])
-            else:
-                torch.addmm(bias[first:last], x, weight.T, out=out[:, first:last])
+            parts = zip(x.split(piece or len(x)), out.split(piece or len(x)), strict=True)
+            for part, result in parts:
+                if bias is None:
+                    torch.mm(part, weight.T, out=result[:, first:last])
+                else:
+                    torch.addmm(bias[first:last], part, weight.T, out=result[:, first:last])
         return out
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
@@ -146,40 +173,13 @@ class Nf4Linear:
         dequantise(self.tiles, out, self._scratch.table)
         return out
 
-
-class BitsandbytesLinear:
-    """W in bitsandbytes' own bytes and its own choice of kernels, on machines ours do not know.
-
-    A row's bits depend on the number of rows here: bitsandbytes changes kernels with it.
-    """
-
-    def __init__(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> None:
-        self._weight = stack(weights)
-        self.bias = bias
-        self.out_features = self._weight.out_features
-        self.in_features = self._weight.in_features
-
-    @property
-    def nbytes(self) -> int:
-        return self._weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, in] → [T, out] in x's dtype."""
-        if not x.shape[0]:
-            return x.new_empty(0, self.out_features)
-        return torch.ops.bitsandbytes.gemm_4bit.default(
-            x,
-            self._weight.packed,
-            [self.out_features, self.in_features],
-            self._weight.absmax,
-            BLOCK,
-            "nf4",
-            None if self.bias is None else self.bias.to(x.dtype),
-        )
-
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """W [out, in]."""
-        return dense(self._weight, dtype)
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """W[start:stop] in fp32, on the device."""
+        first = start // TILE * TILE
+        shape = (stop - first, self.in_features)
+        out = torch.empty(shape, dtype=torch.float32, device=self.tiles.codes.device)
+        dequantise(self.tiles, out, self._scratch.table, first=first)
+        return out[start - first :]
 
 
 def linear(

@@ -9,7 +9,7 @@ from fader_adapters.kernels.native.attention import PagedAttention, paged_attent
 from fader_adapters.kernels.native.library import LEVELS, available, best_isa, isa, reason, set_isa
 from fader_adapters.kernels.native.norm import rms_norm
 from fader_adapters.kernels.native.ops import Call, Kind, Map, Op, Tape
-from fader_adapters.kernels.native.panels import Nf4Panels, PanelStore
+from fader_adapters.kernels.native.panels import Nf4Panels, PanelStore, in_huge_pages
 from fader_adapters.kernels.native.plain import PlainPanels
 from fader_adapters.kernels.native.program import Program, StepInputs
 from fader_adapters.kernels.native.quantise import (
@@ -20,11 +20,12 @@ from fader_adapters.kernels.native.quantise import (
     dequantise_absmax,
     dequantise_nf4,
     quantise_absmax,
+    quantise_keeping,
     quantise_nf4,
 )
 from fader_adapters.kernels.native.site import Lookup, Site, SiteTables, delta, gemm
 from fader_adapters.kernels.native.step import StepPlan
-from fader_adapters.kernels.native.threads import set_threads, threads
+from fader_adapters.kernels.native.threads import alone, set_threads, threads
 from fader_adapters.kernels.native.workspace import Workspace
 
 __all__ = [
@@ -50,15 +51,18 @@ __all__ = [
     "Tape",
     "Workspace",
     "activation",
+    "alone",
     "available",
     "best_isa",
     "delta",
     "dequantise_absmax",
     "dequantise_nf4",
     "gemm",
+    "in_huge_pages",
     "isa",
     "paged_attention",
     "quantise_absmax",
+    "quantise_keeping",
     "quantise_nf4",
     "reason",
     "rms_norm",

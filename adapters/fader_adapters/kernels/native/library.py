@@ -12,7 +12,7 @@ import torch  # first: its libgomp must be the one both use
 
 from fader_adapters.kernels.native.build import LIBRARY
 
-ABI = 4
+ABI = 5
 BUILDER = "fader_adapters.kernels.native.build"
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -33,6 +33,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "fader_pack": [_L, _L, _P, _I, _P, _I],
     "fader_panel_rows": [_L, _L, _P, _I, _P, _L, _P],
     "fader_quantise": [_L, _P, _I, _P, _P, _I],
+    "fader_quantise_keeping": [_L, _L, _P, _P, _L, _F, _P, _P, _I],
     "fader_dequantise": [_L, _P, _P, _P, _I, _I],
     "fader_quantise8": [_L, _P, _F, _P, _P, _P, _I],
     "fader_dequantise8": [_L, _P, _P, _P, _F, _P, _I],

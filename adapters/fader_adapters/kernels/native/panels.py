@@ -15,6 +15,11 @@ from fader_adapters.kernels.native.threads import threads
 PANEL = 32
 
 
+def in_huge_pages(tensor: Tensor) -> None:
+    """Ask for huge pages under a CPU tensor that is not written yet; a hint, never an error."""
+    library().fader_advise_huge(tensor.data_ptr(), tensor.nbytes)
+
+
 class PanelStore:
     """Memory for many weights in huge pages, which one weight alone is too small for: fewer page
     walks a step.
@@ -32,7 +37,7 @@ class PanelStore:
         skip = -self._left.data_ptr() % 64 if self._left.numel() else 0
         if self._left.numel() < skip + size:
             self._left = torch.empty(max(self._chunk, size + 64), dtype=torch.uint8)
-            library().fader_advise_huge(self._left.data_ptr(), self._left.numel())
+            in_huge_pages(self._left)
             skip = -self._left.data_ptr() % 64
         out = self._left[skip : skip + size]
         self._left = self._left[skip + size :]

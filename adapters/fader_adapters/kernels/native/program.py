@@ -6,13 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fader_adapters.kernels.native.library import MESSAGES, library
+from fader_adapters.kernels.native.library import library
 from fader_adapters.kernels.native.ops import Op, Step
 from fader_adapters.kernels.native.step import StepPlan
-from fader_adapters.kernels.native.threads import threads
 from fader_adapters.kernels.native.workspace import Workspace
-
-_TOO_SMALL = -2
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +50,14 @@ class Program:
         """Raises: ValueError when a kernel refuses its arguments, a block number for example."""
         self._step.plan = None if plan is None else plan.pointer
         self._next.value = 0
-        space = self._workspace
-        code = _TOO_SMALL
-        while code == _TOO_SMALL:
-            code = library().fader_run(
+        try:
+            self._workspace.call(
+                library().fader_run,
+                "a recorded step",
                 ctypes.addressof(self._ops),
                 len(self._ops),
                 ctypes.byref(self._next),
                 ctypes.addressof(self._step),
-                space.pointer,
-                space.size,
-                space.need,
-                threads(),
             )
-            if code == _TOO_SMALL:
-                space.grow()
-        if code:
-            what = f"call {self._next.value} of {len(self._ops)}"
-            raise ValueError(f"{what}: {MESSAGES.get(code, f'status {code}')}")
+        except ValueError as error:
+            raise ValueError(f"call {self._next.value} of {len(self._ops)}: {error}") from None

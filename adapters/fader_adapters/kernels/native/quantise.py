@@ -73,6 +73,35 @@ def quantise_nf4(weight: Tensor, *, nested: bool = False) -> Quantised:
     return Quantised(packed, None, quantise_absmax(absmax), shape)
 
 
+def quantise_keeping(weight: Tensor, directions: Tensor, *, strength: float) -> Quantised:
+    """Quantise `weight` (fp32 [n, k], k % 64 == 0) so that its product with `directions` is kept.
+
+    directions: fp32 [k, r]. Row by row, left to right: code j is the one nearest to the value that
+    minimises e² + strength · ‖Σ errors so far · directions + e · directions[j]‖². strength 0 is
+    `quantise_nf4`. Raises: TypeError, ValueError (shapes, NaN or Inf inside).
+    """
+    checks.tensor("weight", weight, (torch.float32,), shape=(None, None))
+    n, k = weight.shape
+    checks.tensor("directions", directions, (torch.float32,), shape=(k, None))
+    packed = torch.empty((n * k // 2, 1), dtype=torch.uint8)
+    absmax = torch.empty(n * k // BLOCK, dtype=torch.float32)
+    code = library().fader_quantise_keeping(
+        n,
+        k,
+        weight.data_ptr(),
+        directions.data_ptr(),
+        directions.shape[1],
+        strength,
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        threads(),
+    )
+    check(code, "quantise_keeping")
+    if not bool(torch.isfinite(absmax).all()):
+        raise ValueError("weight must be finite, got NaN or Inf")
+    return Quantised(packed, absmax, None, tuple(weight.shape))
+
+
 def quantise_absmax(absmax: Tensor) -> Nested:
     """Double quantisation of `absmax` (fp32 [blocks])."""
     checks.tensor("absmax", absmax, (torch.float32,), shape=(None,))

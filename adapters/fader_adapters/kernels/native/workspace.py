@@ -17,7 +17,6 @@ class Workspace:
 
     def __init__(self, size: int = 0) -> None:
         self._need = ctypes.c_int64()
-        self.need = ctypes.byref(self._need)
         self._grow(size)
 
     def _grow(self, size: int) -> None:
@@ -25,10 +24,6 @@ class Workspace:
         start = self._buffer.data_ptr()
         self.pointer = (start + 63) & ~63
         self.size = size + 128 - (self.pointer - start)
-
-    def grow(self) -> None:
-        """Make room for what the last call said it needs, and some more."""
-        self._grow(self._need.value + self._need.value // 4)
 
     def __len__(self) -> int:
         """Bytes held."""
@@ -39,14 +34,16 @@ class Workspace:
         self._buffer.fill_(0xFF)
 
     def call(self, function: Callable[..., int], what: str, *args: object) -> None:
-        """`function(*args, scratch, size, need, threads)`, once more with a larger buffer if it
-        asks.
+        """`function(*args, scratch, size, need, threads)`, again with a larger buffer while it
+        asks for one.
 
         Raises: ValueError when the kernel refuses its arguments.
         """
-        code = function(*args, self.pointer, self.size, self.need, threads())
-        if code == _TOO_SMALL:
-            self.grow()
-            code = function(*args, self.pointer, self.size, self.need, threads())
+        code = _TOO_SMALL
+        while code == _TOO_SMALL:
+            need = ctypes.byref(self._need)
+            code = function(*args, self.pointer, self.size, need, threads())
+            if code == _TOO_SMALL:
+                self._grow(self._need.value + self._need.value // 4)
         if code:
             raise ValueError(f"{what}: {MESSAGES.get(code, f'status {code}')}")

@@ -131,6 +131,12 @@ int fader_quantise(int64_t count, const void *w, int dtype, uint8_t *packed, flo
     if (count <= 0 || nt < 1 || !w || !packed || !absmax || dtype < 0 || dtype > FADER_F16) return FADER_E_ARG;
     return now().quantise(count, w, dtype, packed, absmax, nt);
 }
+int fader_quantise_keeping(int64_t n, int64_t k, const float *w, const float *q, int64_t r, float weight,
+                           uint8_t *packed, float *absmax, int nt) {
+    if (n < 1 || k < 1 || k % BLOCK || r < 1 || !(weight >= 0) || nt < 1 || !w || !q || !packed || !absmax)
+        return FADER_E_ARG;
+    return now().keep(n, k, w, q, r, weight, packed, absmax, nt);
+}
 int fader_dequantise(int64_t count, const uint8_t *packed, const float *absmax, void *out, int dtype, int nt) {
     if (count <= 0 || nt < 1 || !packed || !absmax || !out || dtype < 0 || dtype > FADER_BF16) return FADER_E_ARG;
     return now().dequantise(count, packed, absmax, out, dtype, nt);

@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define FADER_ABI 4
+#define FADER_ABI 5
 enum { FADER_F32 = 0, FADER_BF16 = 1, FADER_F16 = 2 };
 enum { FADER_NF4 = 0, FADER_PLAIN = 1 };
 enum { FADER_SCALAR = 0, FADER_AVX2 = 1, FADER_AVX512 = 2, FADER_AVX512_BF16 = 3 };
@@ -53,6 +53,10 @@ int fader_panel_rows(int64_t n, int64_t k, const void *panels, int dtype, const 
 int fader_quantise(int64_t count, const void *w, int dtype, uint8_t *packed, float *absmax, int nt);
 int fader_dequantise(int64_t count, const uint8_t *packed, const float *absmax, void *out, int dtype,
                      int nt);
+/* The same for w [n,k] fp32, k % 64 == 0, but each code also makes up for the errors e of the codes before it
+ * in its row: it minimises e_j^2 + weight * |sum_i e_i q_i|^2 over i <= j, q [k,r] fp32, q_i its row i */
+int fader_quantise_keeping(int64_t n, int64_t k, const float *w, const float *q, int64_t r, float weight,
+                           uint8_t *packed, float *absmax, int nt);
 /* 8-bit blockwise (256) quantisation of absmax - offset against a sorted map [256] */
 int fader_quantise8(int64_t count, const float *x, float offset, const float *map, uint8_t *codes,
                     float *absmax, int nt);

@@ -1,6 +1,7 @@
 // The kernels of one instruction set as a table; the including file names the set and the table.
 #pragma once
 #include "attention.h"
+#include "keep.h"
 #include "lookup.h"
 #include "map.h"
 #include "norm.h"
@@ -8,4 +9,4 @@
 #include "site.h"
 
 #define FADER_EXPORT(NAME) \
-    extern const Kernels NAME = {site, attention, quantise, dequantise, probe_read, probe_dot, norm, map, lookup}
+    extern const Kernels NAME = {site, attention, quantise, dequantise, probe_read, probe_dot, norm, map, lookup, keep}

@@ -109,7 +109,7 @@ void hire(int count) {
 } // namespace
 
 void team_run(int nt, int64_t items, TeamWork work, const void *context) {
-    if (items > ITEMS_MAX || taken.exchange(true)) {
+    if (nt < 2 || items > ITEMS_MAX || taken.exchange(true)) { // alone: the team stays free for others
         for (int64_t i = 0; i < items; i++) work(context, i, 0);
         return;
     }

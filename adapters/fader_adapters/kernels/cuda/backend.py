@@ -1,0 +1,159 @@
+"""The CUDA backend: Triton linears over NF4 and batched deltas. Knows sites, not models."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from fader_adapters.kernels.cuda import nf4
+from fader_adapters.kernels.cuda.dense import FixedRows
+from fader_adapters.kernels.cuda.lora import DeltaKernels, DeltaSite, LoraStep, delta
+from fader_adapters.kernels.cuda.lora_configs import Arch, arch_of
+from fader_adapters.kernels.cuda.lora_launch import lookup_delta
+from fader_adapters.kernels.cuda.nf4_codes import CODES
+from fader_adapters.kernels.dense import DenseLinear
+from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight
+from fader_adapters.kernels.tables import Tables
+from fader_adapters.spec import SiteSpec, StepTerms
+
+if TYPE_CHECKING:
+    from fader_adapters.kernels.backend import BaseLinear
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class CudaSite:
+    """One site: its base, then the deltas of all members added in place, two launches."""
+
+    def __init__(self, bound: DeltaSite, base: "BaseLinear") -> None:
+        self.base = base
+        self._bound = bound
+
+    def __call__(self, x: torch.Tensor, step: object | None) -> torch.Tensor:
+        y = self.base(x)
+        if step is not None:
+            assert isinstance(step, LoraStep)
+            delta(y, x, self._bound, step, self.base.bias)
+        return y
+
+
+class CudaLookup:
+    """The delta of one embedding, two launches."""
+
+    def __init__(self, bound: DeltaSite) -> None:
+        self._bound = bound
+
+    def __call__(self, y: torch.Tensor, ids: torch.Tensor, step: object | None) -> None:
+        if step is not None:
+            assert isinstance(step, LoraStep)
+            lookup_delta(y, ids, self._bound, step)
+
+
+class CudaRoom:
+    """Merged weights in torch's memory."""
+
+    def __init__(self, scratch: nf4.Scratch) -> None:
+        self._scratch = scratch
+
+    def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> FixedRows:
+        return FixedRows(DenseLinear(weight, bias), weight, self._scratch)
+
+    def nf4(
+        self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None
+    ) -> nf4.Nf4Linear | nf4.BitsandbytesLinear:
+        return nf4.linear(weights, bias, self._scratch)
+
+
+class CudaBackend:
+    """bf16 on sm_80 and newer; fp16 and fp32 too, with every weight decoded at every call.
+
+    A row's bits do not depend on its company: rows of one token go through the fused NF4 product,
+    all longer ones through dequantised weights and the vendor's GEMM, always on the same number of
+    rows at a time. On a CPU device the kernels run in Triton's interpreter, in fp32, for tests.
+    """
+
+    name = "cuda"
+    least_rows = 1
+    apart = True
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        arch: Arch | None = None,
+        entries: int = 1024,
+    ) -> None:
+        """Allocates the scratch of dequantised weights. Raises KernelUnavailable for a dtype.
+
+        entries  16-rank chunks of adapters that a captured decode step holds, over all its tiles
+        """
+        if arch is None:
+            capable = device.type == "cuda"
+            arch = arch_of(*(torch.cuda.get_device_capability(device) if capable else (8, 0)))
+        self._scratch = nf4.Scratch(device)
+        self._deltas = DeltaKernels(device, dtype, arch=arch, entries=entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes of scratch and step buffers."""
+        return self._scratch.nbytes + self._deltas.nbytes
+
+    def linear(
+        self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None
+    ) -> nf4.Nf4Linear | nf4.BitsandbytesLinear:
+        return nf4.linear(weights, bias, self._scratch)
+
+    def room(self) -> CudaRoom:
+        return CudaRoom(self._scratch)
+
+    def bind(self, site: SiteSpec, base: "BaseLinear") -> CudaSite:
+        if isinstance(base, DenseLinear):
+            base = FixedRows(base, base.weight, self._scratch)
+        return CudaSite(self._deltas.bind(site), base)
+
+    def bind_lookup(self, site: SiteSpec) -> CudaLookup:
+        return CudaLookup(self._deltas.bind_lookup(site))
+
+    def prepare(self, tables: Tables, terms: StepTerms) -> LoraStep | None:
+        """One copy and one launch, none where rows and tables are those of the step before.
+
+        A step of the base too must come through here: its rows decide how linears multiply.
+        """
+        self._scratch.way = "fused" if all(r.tokens == 1 for r in terms.rows) else "pieces"
+        return self._deltas.prepare(tables, terms)
+
+    def blank(self, tables: Tables, rows: int | None, *, vectors: bool = False) -> LoraStep:
+        """A step that adds nothing, to capture or compile with; see DeltaKernels.blank."""
+        self._scratch.way = "pieces" if rows is None else "fused"
+        return self._deltas.blank(tables, rows, vectors=vectors)
+
+
+def obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the backend cannot run there, in one line with what to do; empty when it can.
+
+    Compiles and runs one small kernel, so that a missing compiler shows here and not in a request.
+    """
+    if dtype not in DTYPES:
+        return f"it computes in bfloat16, float16 and float32, not in {dtype}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"compute capability {major}.{minor} is below 8.0; use an Ampere GPU or newer"
+    try:
+        sound = _trial(device)
+    except Exception as error:  # noqa: BLE001 - whatever a driver, compiler or library raises
+        told = str(error).strip().splitlines()
+        line = told[0] if told else type(error).__name__
+        return f"triton cannot compile or run a kernel ({line}); it needs gcc and Python's headers"
+    return "" if sound else "a first kernel gave wrong numbers; check driver and triton versions"
+
+
+def _trial(device: torch.device) -> bool:
+    """Whether one decoded NF4 row holds the codes it should."""
+    bytes_of = [16 * i + (15 - i) for i in range(16)] * (BLOCK // 32)
+    packed = torch.tensor(bytes_of, dtype=torch.uint8, device=device)
+    weight = Nf4Weight(packed, torch.full((1,), 2.0, device=device), 1, BLOCK)
+    scratch = nf4.Scratch(device, BLOCK * 4 * 128)
+    got = nf4.Nf4Linear([weight], None, scratch).dense(torch.float32)
+    want = [2 * CODES[nibble] for byte in bytes_of for nibble in (byte >> 4, byte & 15)]
+    return torch.equal(got.cpu(), torch.tensor([want], dtype=torch.float32))

@@ -1,0 +1,42 @@
+"""Unquantised linears on a GPU, the output head among them, a fixed number of rows at a time."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from fader_adapters.kernels.backend import BaseLinear
+    from fader_adapters.kernels.cuda.nf4 import Scratch
+
+ROWS = 64
+"""Rows of one product, whatever a step holds: the vendor's GEMM cuts its sums by their number."""
+
+
+class FixedRows:
+    """A DenseLinear whose rows get the same bits in any company while a backend leads the steps."""
+
+    def __init__(self, inner: "BaseLinear", weight: torch.Tensor, scratch: "Scratch") -> None:
+        """`weight`: inner's [out, in], not copied."""
+        self.inner, self.weight, self.bias = inner, weight, inner.bias
+        self.in_features, self.out_features = inner.in_features, inner.out_features
+        self._scratch = scratch
+
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] → [T, out] in x's dtype."""
+        if self._scratch.way == "rows" or not x.shape[0]:
+            return F.linear(x, self.weight, self.bias)
+        padded = F.pad(x, (0, 0, 0, -x.shape[0] % ROWS))
+        parts = [F.linear(part, self.weight, self.bias) for part in padded.split(ROWS)]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole[: x.shape[0]]
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.inner.dense(dtype)
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        return self.inner.rows(start, stop)

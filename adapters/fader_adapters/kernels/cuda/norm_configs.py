@@ -1,0 +1,49 @@
+"""Launch configurations of the RMS norm kernel; torch-free."""
+
+from typing import Any, Literal, NamedTuple
+
+Form = Literal["scale", "about_one"]
+"""scale: w·(x̂ in the input's dtype). about_one: (1 + w)·x̂ in fp32, rounded once."""
+
+MAX_WIDTH = 16384
+WIDTHS = (64, 128, 256, 1024, 2048, 4096, 8192, MAX_WIDTH)
+"""Padded widths that are compiled ahead of time."""
+
+
+class Shipped(NamedTuple):
+    """One compiled variant: what the ahead-of-time test builds."""
+
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+def padded(width: int) -> int:
+    """The power of two that holds a row."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def warps(width: int) -> int:
+    """About 8 values a thread and more for the widest."""
+    return min(16, max(1, padded(width) // 512))
+
+
+def constants(width: int, form: Form) -> dict[str, Any]:
+    """The compile-time arguments of rms_norm."""
+    return {"BLOCK": padded(width), "ABOUT_ONE": form == "about_one"}
+
+
+def shipped() -> list[Shipped]:
+    """Every padded width in both forms, in bf16. Imports triton."""
+    from fader_adapters.kernels.cuda.norm import rms_norm_kernel
+
+    signature = {"x": "*bf16:16", "weight": "*bf16:16", "out": "*bf16:16"}
+    signature |= {"width": "i32:16", "stride": "i32:16", "eps": "fp32"}
+    forms: tuple[Form, ...] = ("scale", "about_one")
+    return [
+        Shipped(rms_norm_kernel, signature, constants(width, form), warps(width), 1)
+        for width in WIDTHS
+        for form in forms
+    ]

@@ -1,0 +1,148 @@
+"""One site on its way into a merged lane: rows of W in, rounded rows of W + Δ out."""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fader_adapters.changes import Change, Changes
+from fader_adapters.kernels import nf4
+from fader_adapters.kernels.backend import BaseLinear, Room
+from fader_adapters.kernels.dense import DenseLinear
+from fader_adapters.layers import Installed, Site
+from fader_adapters.rounding import Keep, Rounding, directions, quantise
+from fader_adapters.spec import Blend, Digest
+from fader_adapters.weightspace.loss import LinearLoss, joined, measure
+from fader_adapters.weightspace.plan import Form
+
+CHUNK = 1 << 19
+"""Weights worked on at a time: a few milliseconds, and the whole of the scratch memory."""
+SCRATCH = 6 * 4 * CHUNK
+"""Bytes of fp32 copies of one chunk."""
+
+Pace = Callable[[float], None]
+"""Called between chunks with the seconds the last one took; may sleep, or raise to give up."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaneSpec:
+    """What a lane is made of; two lanes with one key over one base have the same bits."""
+
+    blend: Blend
+    form: Form
+    """nf4: requantised, at the base's speed; bf16: dense, in the activations' dtype."""
+    rounding: Rounding
+
+    @property
+    def key(self) -> Digest:
+        """sha256 over the blend, the form and the rounding."""
+        rounding = self.rounding if self.form == "nf4" else ""
+        told = f"fader-lane-1\0{self.blend.digest}\0{self.form}\0{rounding}"
+        return Digest(hashlib.sha256(told.encode()).hexdigest())
+
+
+class SiteWork:
+    """One site on its way: chunks of rows in, one base linear out."""
+
+    def __init__(
+        self,
+        site: Site,
+        changes: Changes,
+        spec: LaneSpec,
+        installed: Installed,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.losses: list[LinearLoss] = []
+        self._site = site
+        self._base = site.kernel.base
+        self._changes = changes
+        self._spec = spec
+        self._linears = installed.spec.linears
+        self._dtype = dtype
+        self._device = device
+        self._packs = spec.form == "nf4" and not isinstance(self._base, DenseLinear)
+        self._packed: list[nf4.Nf4Weight] = []
+        self._plain = torch.empty(0)
+
+    def chunks(self, pace: Pace) -> Iterator[int]:
+        """Work through the rows; yields the weights of each chunk once it is done."""
+        out, width = self._base.out_features, self._base.in_features
+        if not self._packs:
+            self._plain = torch.empty(out, width, dtype=self._dtype, device=self._device)
+        step = max(1, CHUNK // width)
+        begin = 0
+        for linear, size in zip(self._site.spec.linears, self._site.spec.out_features, strict=True):
+            change = self._changes.of(linear)
+            basis = None
+            if change is not None and self._packs and self._spec.rounding == "keep":
+                basis = directions(change.delta.a)
+            parts: list[LinearLoss] = []
+            for start in range(begin, begin + size, step):
+                began = time.perf_counter()
+                stop = min(start + step, begin + size)
+                given = self._base.rows(start, stop).cpu()
+                wanted = given if change is None else change.of_weight(given, start - begin)
+                kept = None if basis is None else Keep.of(basis, given, wanted)
+                made = self._round(wanted, start, kept)
+                if change is not None:
+                    path, rank = self._linears[linear].path, change.delta.rank
+                    parts.append(_loss(path, rank, given, wanted, made))
+                pace(time.perf_counter() - began)
+                yield (stop - start) * width
+            if parts:
+                self.losses.append(joined(parts))
+            begin += size
+
+    def _round(self, wanted: torch.Tensor, start: int, kept: Keep | None) -> torch.Tensor:
+        """Keep the rows in their form; returns what they are now, in fp32."""
+        if self._packs:
+            packed = quantise(wanted, kept)
+            self._packed.append(_moved(packed, self._device))
+            return nf4.dense(packed, torch.float32)
+        rounded = wanted.to(self._dtype)
+        self._plain[start : start + len(rounded)] = rounded.to(self._device)
+        return rounded.float()
+
+    def finish(self, room: Room) -> BaseLinear:
+        """All rows as one base linear."""
+        bias = self._bias()
+        if self._packs:
+            return room.nf4([nf4.stack(self._packed)], bias)
+        return room.plain(self._plain, bias)
+
+    def _bias(self) -> torch.Tensor | None:
+        """The base's, unless a term adds to it; then in the activations' dtype."""
+        site, own = self._site.spec, self._base.bias
+        if not self._changes.biases().intersection(site.linears):
+            return own
+        sizes = zip(site.linears, site.out_features, strict=True)
+        total = torch.cat([_added(self._changes.of(linear), size) for linear, size in sizes])
+        if own is not None:
+            total += own.float().cpu()
+        return total.to(self._device, self._dtype)
+
+
+def _moved(weight: nf4.Nf4Weight, device: torch.device) -> nf4.Nf4Weight:
+    if device.type == "cpu":
+        return weight
+    packed, absmax = weight.packed.to(device), weight.absmax.to(device)
+    return nf4.Nf4Weight(packed, absmax, weight.out_features, weight.in_features)
+
+
+def _added(change: Change | None, size: int) -> torch.Tensor:
+    if change is None or change.bias is None:
+        return torch.zeros(size)
+    return change.bias
+
+
+def _loss(
+    path: str, rank: int, given: torch.Tensor, wanted: torch.Tensor, made: torch.Tensor
+) -> LinearLoss:
+    def before(start: int, stop: int) -> torch.Tensor:
+        return given[start:stop]
+
+    return measure(path, rank, wanted, before=before, served=before, after=lambda a, b: made[a:b])

@@ -1,0 +1,45 @@
+"""Which blends the tokens of late were drawn for. Counts only: no names are looked up."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Protocol
+
+from fader_adapters.spec import Digest
+
+BlendKey = tuple[tuple[Digest, float], ...]
+"""(version, weight) of every term, sorted; empty: the base."""
+
+
+class CountedTerm(Protocol):
+    """A resolved term of a blend."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> Digest: ...
+    @property
+    def weight(self) -> float: ...
+
+
+def blend_key(terms: Sequence[CountedTerm]) -> BlendKey:
+    """The same for equal blends, however they are spelled."""
+    return tuple(sorted((term.version, term.weight) for term in terms))
+
+
+class Traffic:
+    """Generated tokens by blend since they were last taken. Belongs to the event loop."""
+
+    def __init__(self) -> None:
+        self._tokens: Counter[BlendKey] = Counter()
+        self._terms: dict[BlendKey, Sequence[CountedTerm]] = {}
+
+    def add(self, key: BlendKey, terms: Sequence[CountedTerm]) -> None:
+        """One token of a blend."""
+        self._tokens[key] += 1
+        self._terms.setdefault(key, terms)
+
+    def take(self) -> tuple[dict[BlendKey, int], dict[BlendKey, Sequence[CountedTerm]]]:
+        """Tokens by blend, and how each blend was named; both start anew."""
+        taken = dict(self._tokens), self._terms
+        self._tokens, self._terms = Counter(), {}
+        return taken

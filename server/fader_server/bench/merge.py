@@ -1,0 +1,287 @@
+"""What a merged lane costs and gives, over HTTP: itself, beside others, and while it is made."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import httpx
+
+from fader_server.bench.client import Ask, BenchClient, Clock, Sample
+from fader_server.bench.discover import Served, discover
+from fader_server.bench.figures import Repeat, measure
+from fader_server.bench.load import BackgroundLoad, closed_loop
+from fader_server.bench.prompts import PromptSource
+from fader_server.bench.stats import Spread, Summary, spread, summarise
+from fader_server.errors import ConfigInvalid
+
+BARS = {"merged_tpot": 1.01, "delta_tpot": 1.02, "merging_p99": 1.3}
+"""Largest ratio that counts as kept: lane to base, with to without an idle lane, p99 while it is
+made to p99 without."""
+Sleep = Callable[[float], Awaitable[None]]
+
+_PARITY_TOKENS = 16
+_POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to run. ConfigInvalid when it cannot be a benchmark."""
+
+    url: str
+    adapter: str | None = None
+    """To merge; None: the first."""
+    dtype: str = "nf4"
+    requests: int = 8
+    prompt_tokens: int = 32
+    output_tokens: int = 64
+    concurrency: int = 1
+    repeats: int = 3
+    steady_seconds: float = 3.0
+    """Of streams without a merge, before each merge under load."""
+    timeout: float = 600.0
+    seed: int = 0
+    key: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("requests", "prompt_tokens", "output_tokens", "concurrency", "repeats"):
+            if getattr(self, name) < 1:
+                raise ConfigInvalid(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.output_tokens < 2:
+            raise ConfigInvalid("output_tokens must be at least 2: times are between tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """One merge, as the server told it."""
+
+    seconds: float
+    bytes: int
+    busy: bool
+    """Streams ran meanwhile."""
+
+
+@dataclass(slots=True)
+class Result:
+    """What a run found. With faults there are no figures."""
+
+    served: Served
+    adapter: str
+    other: str
+    faults: list[str] = field(default_factory=list)
+    rounds: list[dict[str, Repeat]] = field(default_factory=list)
+    """One a repeat: base, merged and delta beside the lane, delta without it."""
+    merges: list[Merge] = field(default_factory=list)
+    gaps: list[tuple[Summary, Summary]] = field(default_factory=list)
+    """Inter-token times in ms without and during a merge, one pair a repeat."""
+    report: dict[str, Any] = field(default_factory=dict)
+    """The last lane's loss report, without its linears."""
+
+    @property
+    def ok(self) -> bool:
+        return not self.faults
+
+    def ratios(self) -> dict[str, Spread]:
+        """The compared figures over the repeats. Only of a good run."""
+
+        def over(one: str, other: str) -> Spread:
+            return spread(_tpot(found[one]) / _tpot(found[other]) for found in self.rounds)
+
+        return {
+            "merged_tpot": over("merged", "base"),
+            "delta_tpot": over("delta beside", "delta alone"),
+            "merging_p99": spread(during.p99 / before.p99 for before, during in self.gaps),
+            "merging_p50": spread(during.p50 / before.p50 for before, during in self.gaps),
+        }
+
+
+def _tpot(repeat: Repeat) -> float:
+    assert repeat.tpot_ms is not None, "every request has two tokens at least"
+    return repeat.tpot_ms.p50
+
+
+async def run(
+    options: Options,
+    *,
+    transport: httpx.AsyncBaseTransport | None = None,
+    clock: Clock = time.perf_counter,
+    sleep: Sleep = asyncio.sleep,
+) -> Result:
+    """Run everything. ConfigInvalid for what the user can mend, faults are in the result."""
+    async with BenchClient(
+        options.url,
+        timeout=options.timeout,
+        api_key=options.key,
+        transport=transport,
+        clock=clock,
+    ) as client:
+        served = await discover(client, model=None, adapters=None, vocab=None)
+        names = [options.adapter] if options.adapter else list(served.adapters[:1])
+        others = [name for name in served.adapters if name not in names]
+        if not names or not others:
+            raise ConfigInvalid("the server needs two adapters: one to merge and one to compare")
+        result = Result(served, names[0], others[0])
+        return await _Run(options, client, result, sleep=sleep).all()
+
+
+class _Run:
+    """The state of one run."""
+
+    def __init__(
+        self, options: Options, client: BenchClient, result: Result, *, sleep: Sleep
+    ) -> None:
+        self._options = options
+        self._sleep = sleep
+        self._client = client
+        self._result = result
+        nonce = secrets.token_hex(8)
+        self._prompts = PromptSource(
+            result.served.vocabulary,
+            length=options.prompt_tokens,
+            key=f"{options.seed}:{nonce}",
+        )
+
+    async def all(self) -> Result:
+        await self._drop()
+        alone = {model: await self._text(model) for model in self._delta_models}
+        for number in range(self._options.repeats):
+            await self._round(number, alone)
+            if self._result.ok:
+                await self._under_load()
+            await self._check(alone, "after a merge")
+            if not self._result.ok:
+                break
+        await self._drop()
+        await self._check(alone, "after the lane was dropped")
+        return self._result
+
+    @property
+    def _delta_models(self) -> list[str]:
+        return [self._result.served.base, self._result.other]
+
+    async def _round(self, number: int, alone: dict[str, str]) -> None:
+        """Every other round backwards, so that drift hits both sides alike."""
+        result, found = self._result, {}
+        base, merged, other = result.served.base, result.adapter, result.other
+        beside = [("base", base), ("merged", merged), ("delta beside", other)]
+        phases = [beside, [("delta alone", other)]]
+        for phase in phases if number % 2 == 0 else phases[::-1]:
+            with_lane = phase is beside
+            await (self._merge() if with_lane else self._drop())
+            if not result.ok:
+                return
+            for name, model in phase if number % 2 == 0 else phase[::-1]:
+                found[name] = await self._load(model)
+            if with_lane:
+                await self._check(alone, "beside the lane")
+        if result.ok:
+            result.rounds.append({name: repeat for name, repeat in found.items() if repeat})
+
+    async def _load(self, model: str) -> Repeat | None:
+        options = self._options
+        prompts = self._prompts.many(options.requests + options.concurrency)
+        asks = [Ask(model, prompt, options.output_tokens) for prompt in prompts]
+        warm = await closed_loop(
+            self._client,
+            lambda number, lane: asks[-1 - lane],
+            requests=options.concurrency,
+            concurrency=options.concurrency,
+        )
+        cpu = time.process_time()
+        samples = await closed_loop(
+            self._client,
+            lambda number, lane: asks[number],
+            requests=options.requests,
+            concurrency=options.concurrency,
+        )
+        cpu = time.process_time() - cpu
+        self._note([*warm, *samples])
+        return measure(samples, client_cpu_s=cpu) if self._result.ok else None
+
+    async def _under_load(self) -> None:
+        """Streams of the other adapter: some seconds alone, then through a whole merge."""
+        options, clock = self._options, self._client.clock
+        await self._drop()
+        load = BackgroundLoad(
+            self._client,
+            lambda number, lane: Ask(
+                self._result.other, self._prompts.take(), options.output_tokens
+            ),
+            requests=0,
+            concurrency=options.concurrency,
+        )
+        async with load:
+            await self._sleep(0.5)
+            steady = clock()
+            await self._sleep(options.steady_seconds)
+            began = clock()
+            await self._merge(busy=True)
+            ended = clock()
+        self._note(load.samples)
+        before, during = _gaps(load.samples, steady, began), _gaps(load.samples, began, ended)
+        if before is None or during is None:
+            self._result.faults.append("too few tokens came while the lane was made")
+        elif self._result.ok:
+            self._result.gaps.append((before, during))
+
+    async def _merge(self, *, busy: bool = False) -> None:
+        body = {
+            "adapters": [{"name": self._result.adapter}],
+            "dtype": self._options.dtype,
+            "force": True,
+        }
+        answer = await self._client.post("/v1/merge", body)
+        while answer.status_code == 202 or (answer.status_code == 200 and _busy(answer)):
+            await self._sleep(_POLL_SECONDS)
+            answer = await self._client.get("/v1/merge")
+        lane = answer.json().get("lane") if answer.status_code == 200 else None
+        if lane is None:
+            self._result.faults.append(
+                f"/v1/merge answered {answer.status_code}: {answer.text[:300]}"
+            )
+            return
+        self._result.merges.append(Merge(lane["seconds"], lane["bytes"], busy))
+        report = lane["report"]
+        self._result.report = {k: v for k, v in report.items() if k != "linears"}
+
+    async def _drop(self) -> None:
+        answer = await self._client.delete("/v1/merge")
+        if answer.status_code == 404 and "merge_not_found" not in answer.text:
+            raise ConfigInvalid("the server has no /v1/merge")
+        if answer.status_code not in (200, 404):
+            raise ConfigInvalid(f"DELETE /v1/merge answered {answer.status_code}; give the key")
+
+    async def _text(self, model: str) -> str:
+        vocabulary = self._result.served.vocabulary
+        source = PromptSource(vocabulary, length=self._options.prompt_tokens, key="parity")
+        sample = await self._client.ask(Ask(model, source.take(), _PARITY_TOKENS), fresh=False)
+        self._note([sample])
+        return sample.text
+
+    async def _check(self, alone: dict[str, str], when: str) -> None:
+        for model, text in alone.items():
+            if await self._text(model) != text and self._result.ok:
+                self._result.faults.append(f"{model} answers otherwise {when}")
+
+    def _note(self, samples: Sequence[Sample]) -> None:
+        for sample in samples:
+            if sample.fault is not None:
+                told = f"{sample.model}: {sample.fault.kind}: {sample.fault.detail}"
+                self._result.faults.append(told)
+
+
+def _busy(answer: httpx.Response) -> bool:
+    return answer.json()["state"] in ("merging", "measuring")
+
+
+def _gaps(samples: Sequence[Sample], begin: float, end: float) -> Summary | None:
+    """Inter-token times in ms of tokens that came between two moments."""
+    return summarise(
+        (b - a) * 1e3
+        for sample in samples
+        for a, b in pairwise(sample.token_times)
+        if begin <= a and b <= end
+    )

@@ -1,0 +1,113 @@
+"""One merge, from weights to a lane that is ready, on a thread that gives way to the engine's."""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fader_adapters.changes import Changes
+from fader_adapters.lane import MergedLane, Merger
+from fader_server.api.ports import Lease, MergeJob, MergeOrder
+from fader_server.errors import MergeLossy
+from fader_server.model.fidelity import Fidelity, measure
+from fader_server.model.loader import LoadedBase
+from fader_server.model.probe import ProbeModel
+
+REST = 1.0
+"""Seconds of rest a second of work while requests run."""
+_MERGE_SHARE = 0.8
+"""Of the progress figure; the rest is measuring."""
+
+
+class MergeCancelled(Exception):
+    """Nobody wants the lane any more."""
+
+
+class Pace:
+    """Bounds what a merge takes from running streams; the way to end it between two chunks."""
+
+    def __init__(self, busy: Callable[[], bool]) -> None:
+        self._busy = busy
+        self._cancelled = threading.Event()
+        self.worked = 0.0
+        """Seconds, without the rests."""
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    def __call__(self, seconds: float) -> None:
+        """After `seconds` of work. Raises MergeCancelled."""
+        self.worked += seconds
+        rest = seconds * REST if self._busy() else 0.0
+        if self._cancelled.wait(rest) if rest else self._cancelled.is_set():
+            raise MergeCancelled
+
+
+@dataclass(frozen=True)
+class Done:
+    """A lane that may be published."""
+
+    merged: MergedLane
+    fidelity: Fidelity
+    report: dict[str, Any]
+
+
+class Job:
+    """The work of one order. `run` belongs to one thread, `told` may be read by any."""
+
+    def __init__(
+        self,
+        order: MergeOrder,
+        lease: Lease,
+        merger: Merger,
+        changes: Changes,
+        *,
+        base: LoadedBase,
+        probe: Sequence[int],
+        pace: Pace,
+    ) -> None:
+        self.order = order
+        self.lease = lease
+        self.merger = merger
+        self.pace = pace
+        self._changes = changes
+        self._base = base
+        self._probe = probe
+        self.told = MergeJob(
+            tuple(lease.terms), lease.blend.digest, order.form, "merging", 0.0, merger.need.total
+        )
+
+    def run(self) -> Done:
+        """Merge and measure. Raises MergeLossy, MergeCancelled, AdapterError."""
+        total = self.merger.weights
+        merged = self.merger.run(lambda done: self._tell(_MERGE_SHARE * done / total), self.pace)
+        self.told = replace(self.told, stage="measuring", progress=_MERGE_SHARE)
+        probe = ProbeModel(self._base, self.pace)
+        fidelity = measure(probe, self._probe, self._changes, merged)
+        report = merged.report | {"rounding": self._rounding, "probe": fidelity.document()}
+        self.told = replace(self.told, report=report)
+        if self.order.form == "nf4" and fidelity.too_lossy and not self.order.force:
+            raise MergeLossy(fidelity.too_lossy)
+        return Done(merged, fidelity, report)
+
+    @property
+    def _rounding(self) -> str:
+        return self.order.rounding if self.order.form == "nf4" else "nearest"
+
+    def _tell(self, progress: float) -> None:
+        self.told = replace(self.told, progress=progress)
+
+
+def give_way() -> None:
+    """Let every other thread of the machine go first, from now on, where that can be said."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def timed(job: Job) -> tuple[Done, float]:
+    """Run it; also the seconds it took, rests included."""
+    began = time.monotonic()
+    return job.run(), time.monotonic() - began

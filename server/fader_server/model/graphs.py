@@ -1,0 +1,200 @@
+"""Decode steps as CUDA graphs: one a bucket of rows and kind of deltas, captured at start.
+
+Whatever changes between steps reaches a graph through buffers at fixed addresses. Knows plans and
+batches; how a run is captured is the recorder's business.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+
+from fader_adapters.kernels.backend import Step
+from fader_adapters.kernels.cuda.backend import CudaBackend
+from fader_adapters.kernels.cuda.lora import ROW_BUCKETS, LoraStep
+from fader_adapters.kernels.tables import Tables
+from fader_server.core import Plan
+from fader_server.model.attention import PagedAttention
+from fader_server.model.batch import Batch
+from fader_server.model.cuda_attention import CudaAttention
+from fader_server.model.decode import Forward, decodes
+from fader_server.model.graph_inputs import GraphInputs
+from fader_server.model.kv_cache import KVCache
+from fader_server.model.loader import LoadedBase
+
+log = logging.getLogger(__name__)
+
+Run = Callable[[], None]
+Record = Callable[[Run], Run]
+"""Takes work over fixed buffers; gives what does the same work again on whatever they then hold."""
+RunBatch = Callable[[Batch, Step | None], torch.Tensor]
+
+WARM_TOKENS = (100, 300)
+"""Prompts run once at start, so that no request waits for a compiler: fused and dequantised."""
+
+
+Kind = Literal["base", "deltas", "vectors"]
+"""What a step's rows add to the base: nothing, low-rank deltas, or those with gains and biases."""
+KINDS: tuple[Kind, ...] = ("base", "deltas", "vectors")
+
+
+def _kind(step: LoraStep | None) -> Kind:
+    if step is None:
+        return "base"
+    return "vectors" if step.vectors else "deltas"
+
+
+class GraphRecorder:
+    """Captures into torch.cuda graphs that share one pool of memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool: Any = None
+
+    def __call__(self, run: Run) -> Run:
+        """Runs `run` once as it is, so that everything is compiled and allocated, then captures."""
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            run()
+        current.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
+            run()
+        self._pool = self._pool or graph.pool()
+        return graph.replay
+
+
+class DecodeGraphs:
+    """Decode steps of up to the largest bucket of rows; steps it cannot take go the usual way."""
+
+    def __init__(self, inputs: GraphInputs, blank: Callable[[int, Kind], Step | None]) -> None:
+        """`blank`: a step of a kind that adds nothing to so many rows, over real ones' buffers."""
+        self._inputs = inputs
+        self._blank = blank
+        self._graphs: dict[tuple[int, Kind], Run] = {}
+        self._logits = torch.empty(0)
+        self._buckets: list[int] = []
+        self._capture: Callable[[int, Kind], Run] | None = None
+
+    @property
+    def captured(self) -> Sequence[tuple[int, Kind]]:
+        """(rows, kind) of every graph."""
+        return sorted(self._graphs)
+
+    @torch.inference_mode()
+    def capture(self, buckets: Sequence[int], *, run: RunBatch, record: Record) -> None:
+        """Capture every bucket, the largest first: the others then fit into its memory."""
+        self._buckets = sorted(buckets)
+
+        def capture(bucket: int, kind: Kind) -> Run:
+            batch, step = self._inputs.batch(bucket), self._blank(bucket, kind)
+            if not self._logits.numel():
+                self._logits = torch.empty_like(run(batch, step))
+            return record(self._work(run, batch, step))
+
+        self._capture = capture
+        for bucket in reversed(self._buckets):
+            for kind in KINDS:
+                self._graphs[bucket, kind] = capture(bucket, kind)
+
+    def sibling(self) -> "DecodeGraphs":
+        """The same for other weights: each bucket is captured when a step first asks for it."""
+        other = DecodeGraphs(self._inputs, self._blank)
+        other._logits, other._buckets = self._logits, self._buckets
+        other._capture = self._capture
+        return other
+
+    def _work(self, run: RunBatch, batch: Batch, step: Step | None) -> Run:
+        out = self._logits[: batch.tokens]
+
+        def work() -> None:
+            out.copy_(run(batch, step))
+
+        return work
+
+    def takes(self, plan: Plan) -> bool:
+        """Whether every row of the step is one token that samples, and a bucket holds them."""
+        return len(plan.rows) <= self._logits.shape[0] and decodes(plan)
+
+    def run(self, plan: Plan, step: Step | None, forward: Forward) -> torch.Tensor:
+        """Logits [rows, vocab], those of `forward`; valid until the next step.
+
+        A step whose deltas do not fit the captured buffers runs operator by operator.
+        """
+        rows = len(plan.rows)
+        bucket = min(size for size in self._buckets if size >= rows)
+        self._inputs.fill(plan, bucket)
+        assert step is None or isinstance(step, LoraStep)
+        if step is not None and step.bucket != bucket:
+            return forward(self._inputs.batch(bucket))[:rows]
+        kind = _kind(step)
+        if (bucket, kind) not in self._graphs:
+            assert self._capture is not None
+            self._graphs[bucket, kind] = self._capture(bucket, kind)
+        self._graphs[bucket, kind]()
+        return self._logits[:rows]
+
+
+def capture(
+    base: LoadedBase,
+    *,
+    cache: KVCache,
+    attention: PagedAttention,
+    tables: Tables,
+    run: RunBatch,
+    record: Record | None = None,
+) -> DecodeGraphs | None:
+    """The graphs of a base, with their time and memory in the log; None where it has none.
+
+    A model whose forward asks the host for a value cannot be captured: that is told, once.
+    """
+    backend = base.backend
+    if not isinstance(backend, CudaBackend) or not isinstance(attention, CudaAttention):
+        return None
+    most = next((size for size in ROW_BUCKETS if size >= attention.max_rows), ROW_BUCKETS[-1])
+    buckets = [size for size in ROW_BUCKETS if size <= most]
+    inputs = GraphInputs(
+        rows=most,
+        context=attention.max_context,
+        block_size=cache.block_size,
+        device=base.device,
+    )
+
+    def blank(rows: int, kind: Kind) -> Step | None:
+        step = backend.blank(tables, rows, vectors=kind == "vectors")
+        return None if kind == "base" else step
+
+    graphs = DecodeGraphs(inputs, blank)
+    started, free = time.perf_counter(), _free(base.device)
+    try:
+        _warm(inputs, run, backend.blank(tables, None))
+        warmed = time.perf_counter()
+        graphs.capture(buckets, run=run, record=record or GraphRecorder(base.device))
+    except RuntimeError as error:
+        line = str(error).strip().splitlines()[0]
+        log.warning("decode steps run without CUDA graphs: %s", line)
+        return None
+    fields = {
+        "graphs": len(graphs.captured),
+        "compile_seconds": round(warmed - started, 2),
+        "capture_seconds": round(time.perf_counter() - warmed, 2),
+        "bytes": max(0, free - _free(base.device)),
+    }
+    log.info("decode graphs", extra={"fields": fields})
+    return graphs
+
+
+@torch.inference_mode()
+def _warm(inputs: GraphInputs, run: RunBatch, step: Step) -> None:
+    """Have the kernels of prefill steps compiled."""
+    for tokens in WARM_TOKENS:
+        run(inputs.prompt(tokens), step)
+
+
+def _free(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0

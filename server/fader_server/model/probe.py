@@ -1,0 +1,223 @@
+"""Logits of a text under other weights, on any thread: what a merge is measured with.
+
+A copy of the base's modules that shares its weights and nothing else, so that the engine's steps
+go on untouched. Slow and exact: fp32 products of decoded weights.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fader_adapters.changes import Change, Changes
+from fader_adapters.kernels import native
+from fader_adapters.kernels.backend import BaseLinear
+from fader_adapters.kernels.cpu import NativeBackend
+from fader_adapters.kernels.native.panels import PANEL
+from fader_adapters.lane import MergedLane
+from fader_adapters.layers import Site, SiteEmbedding, SiteHead, SiteLinear
+from fader_adapters.spec import RowTerms, StepTerms
+from fader_server.core import Plan, PlanRow, Request, SamplingParams
+from fader_server.core import Sequence as Row
+from fader_server.model.attention import StepAttention
+from fader_server.model.batch import Batch
+from fader_server.model.head import NativeEmbedding
+from fader_server.model.kv_cache import KVCache, bytes_per_block
+from fader_server.model.loader import LoadedBase
+from fader_server.model.torch_attention import TorchAttention
+
+BLOCK_SIZE = 16
+CHUNK_TOKENS = 32
+CHUNK_WEIGHTS = 1 << 20
+"""Weights decoded at a time."""
+
+Pace = Callable[[float], None]
+"""Called after each piece of work with its seconds; may sleep, or raise to give up."""
+
+
+def probe_bytes(base: LoadedBase, tokens: int, views: int) -> int:
+    """What `logits` needs at most, an estimate from above."""
+    blocks = -(-tokens // BLOCK_SIZE) + 1
+    block = bytes_per_block(base.layers, block_size=BLOCK_SIZE, dtype=base.dtype)
+    work = 4 * (CHUNK_WEIGHTS * 2 + CHUNK_TOKENS * base.vocab_size * (views + 4))
+    return views * blocks * block + work
+
+
+class View(Protocol):
+    """Weights to look through."""
+
+    def weight(self, site: Site) -> BaseLinear: ...
+
+    def change(self, linear: int) -> Change | None:
+        """What happens to a linear beside its weight."""
+        ...
+
+
+class BaseView:
+    """The base itself."""
+
+    def weight(self, site: Site) -> BaseLinear:
+        return site.kernel.base
+
+    def change(self, linear: int) -> Change | None:
+        return None
+
+
+class BlendView(BaseView):
+    """The base with a blend beside it, as the delta lane computes it."""
+
+    def __init__(self, changes: Changes) -> None:
+        self._changes = changes
+
+    def change(self, linear: int) -> Change | None:
+        return self._changes.of(linear)
+
+
+class LaneView(BaseView):
+    """A merged lane."""
+
+    def __init__(self, lane: MergedLane) -> None:
+        self._bases = lane.bases
+
+    def weight(self, site: Site) -> BaseLinear:
+        return self._bases.get(site, site.kernel.base)
+
+
+class _Glass:
+    """Where the copy's linears find the view of the forward that runs now."""
+
+    def __init__(self, pace: Pace) -> None:
+        self.view: View = BaseView()
+        self.pace = pace
+
+
+class _ProbeLinear(nn.Module):
+    def __init__(self, original: SiteLinear, glass: _Glass) -> None:
+        super().__init__()
+        self.in_features, self.out_features = original.in_features, original.out_features
+        self._site, self._glass = original.site, glass
+        spec = self._site.spec
+        self._linear = spec.linears[original.member]
+        self._start = sum(spec.out_features[: original.member])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        view = self._glass.view
+        weight = view.weight(self._site)
+        rows = x.reshape(-1, self.in_features).float()
+        stop = self._start + self.out_features
+        y = _product(rows, weight, self._start, stop, self._glass.pace)
+        change = view.change(self._linear)
+        if change is not None:
+            y = _changed(y, rows, change)
+        if weight.bias is not None:
+            y += weight.bias[self._start : stop].float()
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+class _ProbeHead(nn.Module):
+    """The output head, which no lane changes: fp32 logits."""
+
+    def __init__(self, head: SiteHead, glass: _Glass) -> None:
+        super().__init__()
+        self._linear, self._glass = head.site.kernel.base, glass
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        logits = _product(rows, self._linear, 0, self._linear.out_features, self._glass.pace)
+        if self._linear.bias is not None:
+            logits += self._linear.bias.float()
+        return logits.view(*x.shape[:-1], logits.shape[1])
+
+
+def _product(
+    x: torch.Tensor, weight: BaseLinear, start: int, stop: int, pace: Pace
+) -> torch.Tensor:
+    """x [T, in] times rows start..stop of a weight, decoded a few at a time, in fp32."""
+    y = x.new_empty(x.shape[0], stop - start)
+    step = max(PANEL, CHUNK_WEIGHTS // x.shape[1])
+    for at in range(start, stop, step):
+        began = time.perf_counter()
+        end = min(at + step, stop)
+        y[:, at - start : end - start] = F.linear(x, weight.rows(at, end))
+        pace(time.perf_counter() - began)
+    return y
+
+
+def _changed(y: torch.Tensor, x: torch.Tensor, change: Change) -> torch.Tensor:
+    """y = W·x [T, out] with the blend beside it."""
+    if change.gain is not None:
+        y = y * (1 + change.gain)
+    y = y + F.linear(F.linear(x, change.delta.a), change.delta.b)
+    return y if change.bias is None else y + change.bias
+
+
+class ProbeModel:
+    """Forwards of one text on the caller's thread. Not for two threads at a time."""
+
+    def __init__(self, base: LoadedBase, pace: Pace) -> None:
+        self._base = base
+        self._glass = _Glass(pace)
+        memo: dict[int, object] = {id(p): p for p in base.model.parameters()}
+        memo |= {id(b): b for b in base.model.buffers()}
+        tape = native.Tape()  # nobody records what runs here
+        if isinstance(base.backend, NativeBackend):
+            memo[id(base.backend.tape)] = tape
+        for module in base.model.modules():
+            if isinstance(module, SiteHead):
+                memo[id(module)] = _ProbeHead(module, self._glass)
+            elif isinstance(module, SiteLinear):
+                memo[id(module)] = _ProbeLinear(module, self._glass)
+            elif isinstance(module, SiteEmbedding):
+                inner = module.inner
+                own = isinstance(inner, NativeEmbedding)
+                memo[id(module)] = inner.copied(tape) if own else inner
+        self._model = copy.deepcopy(base.model, memo)
+        for module in self._model.modules():
+            module.__dict__.pop("forward", None)  # put there for the original's recordings
+        self._shapes = {
+            found: shape for module, shape in base.layers.items()
+            if isinstance(found := memo[id(module)], nn.Module)
+        }  # fmt: skip
+
+    def logits(self, tokens: Sequence[int], views: Sequence[View]) -> Iterator[list[torch.Tensor]]:
+        """For every chunk of positions [n, vocab] under each view, in the text's order."""
+        caches = [self._cache(len(tokens)) for _ in views]
+        for start in range(0, len(tokens), CHUNK_TOKENS):
+            count = min(CHUNK_TOKENS, len(tokens) - start)
+            yield [
+                self._forward(tokens, start, count, view, cache)
+                for view, cache in zip(views, caches, strict=True)
+            ]
+
+    def _cache(self, tokens: int) -> KVCache:
+        base = self._base
+        return KVCache(
+            self._shapes,
+            blocks=-(-tokens // BLOCK_SIZE) + 1,
+            block_size=BLOCK_SIZE,
+            dtype=base.dtype,
+            device=base.device,
+        )
+
+    def _forward(
+        self, tokens: Sequence[int], start: int, count: int, view: View, cache: KVCache
+    ) -> torch.Tensor:
+        params = SamplingParams(prompt_logprobs=0)
+        row = Row(Request("probe", tuple(tokens), params), [*tokens, 0])
+        row.blocks = list(range(1, cache.blocks))
+        plan = Plan((PlanRow(row, start, count, False),), StepTerms((RowTerms(count),)))
+        batch = Batch.from_plan(plan, block_size=BLOCK_SIZE, device=self._base.device)
+        self._glass.view = view
+        with native.alone(), torch.inference_mode():
+            out = self._model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                logits_to_keep=torch.arange(count, device=self._base.device),
+                fader_step=StepAttention(TorchAttention(BLOCK_SIZE), cache, batch),
+            )
+        return out.logits[0].float()

@@ -1,0 +1,60 @@
+"""RMS norms and the output layer of the CUDA backend: the model's own results, bits of a row."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+pytest.importorskip("triton", reason="the CUDA kernels need triton")
+
+from fader_adapters.kernels.cuda.dense import FixedRows
+from fader_adapters.kernels.cuda.nf4 import Scratch
+from fader_adapters.kernels.dense import DenseLinear
+from fader_server.model import cuda_modules
+from fader_server.model.cuda_modules import CudaNorm
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted on the CPU")
+
+
+def norm_of(kind: type[nn.Module], width: int) -> nn.Module:
+    torch.manual_seed(width)
+    norm = kind(width, eps=1e-6)
+    norm.weight.data.copy_(torch.randn(width))
+    return norm
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm])
+@pytest.mark.parametrize("width", [64, 200, 1536])
+def test_a_norm_gives_what_the_models_own_gives(kind: type[nn.Module], width: int) -> None:
+    own = norm_of(kind, width)
+    found = cuda_modules._norm(own)
+    assert isinstance(found, CudaNorm)
+    x = torch.randn(2, 3, width) * 5
+    torch.testing.assert_close(found(x), own(x), rtol=1e-5, atol=1e-6)
+    wider = torch.randn(6, width + 16)[:, :width]
+    torch.testing.assert_close(found(wider), own(wider), rtol=1e-5, atol=1e-6)
+
+
+def test_a_norm_of_another_formula_stays() -> None:
+    class OddRMSNorm(LlamaRMSNorm):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden_states) * 1.01
+
+    assert cuda_modules._norm(norm_of(OddRMSNorm, 64)) is None
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64, 65, 130])
+def test_rows_of_the_head_do_not_depend_on_their_number(rows: int) -> None:
+    torch.manual_seed(0)
+    inner = DenseLinear(torch.randn(96, 64), torch.randn(96))
+    scratch = Scratch(torch.device("cpu"))
+    found = FixedRows(inner, inner.weight, scratch)
+    x = torch.randn(130, 64)
+    assert torch.equal(found(x), inner(x))
+    for scratch.way in ("fused", "pieces"):
+        whole = found(x)
+        torch.testing.assert_close(whole, inner(x))
+        assert torch.equal(found(x[:rows]), whole[:rows])
+        assert found(x[:0]).shape == (0, 96)
+    assert torch.equal(found.rows(3, 9), inner.weight[3:9])
