@@ -77,6 +77,7 @@ def test_generate_runs_under_the_rows_and_detach_restores_the_model(base, adapte
     assert "site" not in repr(model).lower()
 
 
+@pytest.mark.filterwarnings("ignore")  # PEFT's advice on tied weights
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_dora_of_linears_head_and_embedding_equals_peft(base, backend):
     family = _model(base).config.model_type

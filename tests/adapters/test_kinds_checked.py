@@ -121,7 +121,7 @@ def test_trained_tokens_are_rows_of_one_hot_deltas_and_of_a_tied_head_too():
 
 def test_a_tied_delta_is_wanted_at_both_ends_and_only_there():
     ends = {**pair(TABLE, WIDTH, VOCAB), **pair(HEAD, VOCAB, WIDTH)}
-    config = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    config: dict[str, Any] = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
     assert load(ends, base=TIED, **config).report.matched == 2
     with pytest.raises(AdapterInvalid, match="does not select"):
         load(ends, base=UNTIED, **config)
@@ -132,7 +132,7 @@ def test_a_tied_delta_is_wanted_at_both_ends_and_only_there():
 
 def test_a_saved_copy_of_the_base_is_taken_only_if_it_is_the_bases():
     head = {**pair(HEAD, VOCAB, WIDTH), f"{HEAD}.base_layer.weight": WEIGHTS.w[2].contiguous()}
-    config = {"target_modules": ["lm_head"]}
+    config: dict[str, Any] = {"target_modules": ["lm_head"]}
     assert load(head, **config).report.matched == 1
     trained = {**head, f"{HEAD}.base_layer.weight": WEIGHTS.w[2].contiguous() + 0.1}
     with pytest.raises(AdapterMismatch, match="save_embedding_layers=False"):
