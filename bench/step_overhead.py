@@ -29,10 +29,11 @@ from torch.profiler import ProfilerActivity, profile
 from bench.step_rig import Rig, Steps, read_adapters
 from fader_adapters.kernels import native
 from fader_adapters.kernels.backend import choose
-from fader_adapters.kernels.native import Workspace
+from fader_adapters.kernels.native import Workspace, threads
 from fader_adapters.kernels.native.library import library
 from fader_server.bench.machine import machine_facts
 from fader_server.bench.stats import spread
+from fader_server.model.device import set_threads
 from fader_server.model.loader import load_base
 
 PARITY_TOKENS = 8
@@ -158,17 +159,16 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128, help="prompt tokens of every row")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, help="as `fader serve` takes it")
     parser.add_argument("--backend", choices=("auto", "reference"), default="auto")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     words = parser.parse_args()
-    torch.set_num_threads(words.threads)
     device, dtype = torch.device("cpu"), DTYPES[words.dtype]
-    base = load_base(
-        words.model, dtype=dtype, device=device, backend=choose(device, dtype, words.backend)
-    )
+    backend = choose(device, dtype, words.backend)
+    set_threads(words.threads, backend)
+    base = load_base(words.model, dtype=dtype, device=device, backend=backend)
     adapters = read_adapters(words.adapters, base, words.rows) if words.adapters else []
     length = words.context + max(words.steps, PARITY_TOKENS) + 64 + words.rows * 2
     rig = Rig(base, adapters, rows=words.rows, length=length)
@@ -180,7 +180,12 @@ def main() -> None:
     rounds = measure(rig, prompts, rounds=words.rounds, steps=words.steps)
     report = {
         "command": sys.argv,
-        "machine": machine_facts() | {"torch": torch.__version__, "threads": words.threads},
+        "machine": machine_facts()
+        | {
+            "torch": torch.__version__,
+            "threads": threads(),
+            "torch_threads": torch.get_num_threads(),
+        },
         "backend": base.backend.name,
         "adapters": len(adapters),
         "quiet": quiet(rounds),

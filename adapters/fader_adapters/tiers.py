@@ -58,8 +58,12 @@ class ArenaTier:
 class BufferTier:
     """Beside a GPU: one buffer an adapter under a byte budget, pinned for fast transfers."""
 
-    def __init__(self, total_bytes: int, dtype: torch.dtype, *, pinned: bool) -> None:
+    def __init__(
+        self, total_bytes: int, dtype: torch.dtype, *, pinned: bool, largest: int | None = None
+    ) -> None:
+        """`largest`: bytes that one adapter may have, for the device must hold it; None: all."""
         self._total = total_bytes
+        self._largest = total_bytes if largest is None else min(largest, total_bytes)
         self._used = 0
         self._dtype = dtype
         self._pinned = pinned
@@ -74,8 +78,8 @@ class BufferTier:
 
     def allocate(self, numel: int) -> torch.Tensor | None:
         size = numel * self._dtype.itemsize
-        if size > self._total:
-            raise _too_large(size, self._total)
+        if size > self._largest:
+            raise _too_large(size, self._largest)
         if self._used + size > self._total:
             return None
         flat = torch.empty(numel, dtype=self._dtype, pin_memory=self._pinned)

@@ -102,6 +102,12 @@ class ServeConfig:
         None, "text that tells what merging costs", parse=kinds.path, metavar="FILE"
     )
     arena: int | None = define(None, "device memory for adapters", parse=kinds.size, metavar="SIZE")
+    host_adapters: int | None = define(
+        None,
+        "host memory for adapters beside a GPU, default four arenas",
+        parse=kinds.size,
+        metavar="SIZE",
+    )
     kv_cache: int | None = define(
         None, "device memory for keys and values", parse=kinds.size, metavar="SIZE"
     )

@@ -29,10 +29,6 @@ from fader_server.state_file import StateFile
 _log = logging.getLogger("fader")
 
 
-_SWITCH_SECONDS = 0.0005
-"""How long Python lets one thread go on while another waits for it: a step takes milliseconds, and
-with Python's own 5 ms the engine would wait as long for whoever loads an adapter."""
-
 Background = Callable[[], Coroutine[None, None, None]]
 Prepare = Callable[[Adapters, Recipes], Coroutine[None, None, None]]
 """Raises ConfigInvalid for what the user can mend."""
@@ -65,7 +61,6 @@ Raises ConfigInvalid, ModelUnsupported or AdapterError for what the user can men
 def run(config: ServeConfig, open_world: OpenWorld, *, version: str) -> None:
     """Serve until a signal ends it. The port is taken first, so that a busy one fails at once."""
     log_to_stderr(config.log_level)
-    sys.setswitchinterval(_SWITCH_SECONDS)
     file = StateFile(config.state_dir) if config.state_dir is not None else None
     metrics = Metrics()
     with ExitStack() as stack:

@@ -51,6 +51,8 @@ from fader_server.watch import Seen, Watcher, changes_in
 log = logging.getLogger(__name__)
 
 BLOCK_SIZE = 16
+_HOST_ARENAS = 4
+"""Beside a GPU the host keeps so many times what its arena holds, unless told otherwise."""
 CHUNK_SIZE = 256
 
 
@@ -98,7 +100,7 @@ def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> 
     )
     registry = Registry(
         Inspector(base.installed.spec, dtype=dtype, weights=base.installed),
-        tier=_host_tier(arena),
+        tier=host_tier(arena, config.host_adapters),
         pool=pool,
         sources=sources,
         forget=engine.forget,
@@ -225,10 +227,12 @@ def _runner(
     )
 
 
-def _host_tier(arena: torch.Tensor) -> HostTier:
+def host_tier(arena: torch.Tensor, wanted: int | None) -> HostTier:
+    """Where adapters rest in host memory: on a CPU in the arena, else in `wanted` bytes."""
     if arena.device.type == "cpu":
         return ArenaTier(arena)
-    return BufferTier(arena.nbytes, arena.dtype, pinned=True)
+    total = _HOST_ARENAS * arena.nbytes if wanted is None else wanted
+    return BufferTier(total, arena.dtype, pinned=True, largest=arena.nbytes)
 
 
 def _background(

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fader_adapters import attach
 from fader_adapters.errors import AdapterNotFound, BlendInvalid
-from tests.support.families import VOCAB, write_family
+from tests.support.families import VOCAB, outside, write_family
 from tests.support.peft_adapters import write_adapter
 
 
@@ -74,6 +74,32 @@ def test_generate_runs_under_the_rows_and_detach_restores_the_model(base, adapte
     assert not torch.equal(mixed[1], plain[1])
     lora.detach()
     assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), plain)
+    assert "site" not in repr(model).lower()
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_dora_of_linears_head_and_embedding_equals_peft(base, backend):
+    family = _model(base).config.model_type
+    path = write_adapter(
+        base,
+        base.parent / f"ends-{backend}",
+        rank=4,
+        seed=5,
+        use_dora=True,
+        target_modules=outside(family),
+    )
+    lora = attach(model := _model(base), arena_bytes=1 << 22, backend=backend)
+    lora.load("ends", path)
+    ids = _ids(2)
+    with lora.rows([None, "ends"]):
+        ours = _logits(model, ids)
+    peft = PeftModel.from_pretrained(_model(base), path).eval()
+    torch.testing.assert_close(ours[1], _logits(peft, ids[1:])[0], rtol=0, atol=1e-4)
+    with peft.disable_adapter():
+        plain = _logits(peft, ids)
+    torch.testing.assert_close(ours[0], plain[0], rtol=0, atol=1e-4)
+    assert (ours[1] - plain[1]).abs().max() > 1e-2
+    lora.detach()
     assert "site" not in repr(model).lower()
 
 

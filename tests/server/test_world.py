@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fader_adapters.errors import AdapterMismatch
+from fader_adapters.errors import AdapterMismatch, AdapterTooLarge
 from fader_server import config, demo
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.core import Request, SamplingParams, TokenEvent
 from fader_server.errors import ConfigInvalid, ModelUnsupported
 from fader_server.metrics import Metrics
-from fader_server.world import open_world
+from fader_server.world import host_tier, open_world
 from tests.support.families import write_family
 from tests.support.peft_adapters import write_adapter
 
@@ -113,3 +113,14 @@ def test_a_base_without_tokenizer_is_refused_by_name(tmp_path: Path):
     base = write_family("llama", tmp_path / "base")
     with pytest.raises(ModelUnsupported, match="tokenizer"), _open(model=str(base)):
         pass
+
+
+def test_beside_a_gpu_the_host_holds_several_arenas_but_no_adapter_that_one_cannot():
+    arena = torch.empty(1024, dtype=torch.bfloat16, device="meta")
+    assert host_tier(arena, None).total_bytes == 4 * 2048
+    tier = host_tier(arena, 1 << 20)
+    assert tier.total_bytes == 1 << 20
+    with pytest.raises(AdapterTooLarge, match="2050 bytes"):
+        tier.allocate(1025)
+    on_cpu = torch.empty(1024, dtype=torch.bfloat16)
+    assert host_tier(on_cpu, 1 << 20).total_bytes == 2048

@@ -37,6 +37,18 @@ class CudaSite:
         return y
 
 
+class CudaLookup:
+    """The delta of one embedding, two launches."""
+
+    def __init__(self, bound: DeltaSite) -> None:
+        self._bound = bound
+
+    def __call__(self, y: torch.Tensor, ids: torch.Tensor, step: object | None) -> None:
+        if step is not None:
+            assert isinstance(step, LoraStep)
+            lookup_delta(y, ids, self._bound, step)
+
+
 class CudaRoom:
     """Merged weights in torch's memory."""
 
@@ -50,18 +62,6 @@ class CudaRoom:
         self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None
     ) -> nf4.Nf4Linear | nf4.BitsandbytesLinear:
         return nf4.linear(weights, bias, self._scratch)
-
-
-class CudaLookup:
-    """The delta of one embedding, two launches."""
-
-    def __init__(self, bound: DeltaSite) -> None:
-        self._bound = bound
-
-    def __call__(self, y: torch.Tensor, ids: torch.Tensor, step: object | None) -> None:
-        if step is not None:
-            assert isinstance(step, LoraStep)
-            lookup_delta(y, ids, self._bound, step)
 
 
 class CudaBackend:

@@ -167,7 +167,9 @@ def pick_constants(phase: Phase) -> dict[str, int | bool]:
 
 def unsplit(configs: SiteConfigs) -> SiteConfigs:
     """The same with one plane of `shrink`, as `pick` writes."""
-    shrink = {phase: replace(config, splits=1) for phase, config in configs.shrink.items()}
+    shrink: dict[Phase, ShrinkConfig] = {
+        phase: replace(config, splits=1) for phase, config in configs.shrink.items()
+    }
     return SiteConfigs(shrink, configs.expand)
 
 

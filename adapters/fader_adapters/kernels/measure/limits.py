@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from itertools import cycle
 
-import torch
-
 from fader_adapters.kernels import native
 from fader_adapters.kernels.measure.timing import Call, Timing
 from fader_adapters.kernels.native.library import library
@@ -24,10 +22,10 @@ class Reached:
 
 
 class Limits:
-    """Streaming reads of `streamed` bytes and dot products out of registers, on torch's threads."""
+    """Streaming reads of `streamed` bytes and dot products out of registers, on some threads."""
 
-    def __init__(self, streamed: int) -> None:
-        lib, threads = library(), torch.get_num_threads()
+    def __init__(self, streamed: int, threads: int) -> None:
+        lib = library()
         self._data = native.PanelStore().take(streamed).fill_(1)
         self.read_bytes = min(CHUNK, streamed)
         self.dot_flop = float(lib.fader_probe_dot(ROUNDS, threads))

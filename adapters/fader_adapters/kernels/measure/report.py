@@ -50,7 +50,7 @@ def run(sizes: Sizes | None = None, *, repeats: int = 30) -> Report:
     torch.manual_seed(0)
     try:
         errors = parity.prove()
-        limits, others = Limits(sizes.streamed), Others()
+        limits, others = Limits(sizes.streamed, torch.get_num_threads()), Others()
         products = list(cases.gemm(sizes, repeats, limits))
         timings = [
             *products,

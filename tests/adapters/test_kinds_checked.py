@@ -1,0 +1,203 @@
+"""What DoRA, biases, adapted ends and trained tokens bring along is checked, and folded in fp32."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from fader_adapters.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge
+from fader_adapters.limits import Limits
+from fader_adapters.parse import ParsedAdapter, read_adapter
+from fader_adapters.spec import BaseSpec, Digest, LinearSpec
+from tests.adapters.peft_files import make_config, make_raw
+
+VOCAB, WIDTH = 40, 64
+LINEARS = (
+    LinearSpec("model.layers.0.q_proj", WIDTH, 32, 0),
+    LinearSpec("model.embed_tokens", VOCAB, WIDTH, None, conv1d=True, role="embedding"),
+    LinearSpec("lm_head", WIDTH, VOCAB, None, role="head"),
+)
+UNTIED = BaseSpec(LINEARS, Digest("0" * 64), "test")
+TIED = BaseSpec(LINEARS, Digest("0" * 64), "test", tied=True)
+Q, TABLE, HEAD = (f"base_model.model.{linear.path}" for linear in LINEARS)
+
+
+class Weights:
+    """Random W of every linear; the head's is the embedding's table."""
+
+    def __init__(self) -> None:
+        random = torch.Generator().manual_seed(3)
+        self.w = [
+            torch.randn(linear.out_features, linear.in_features, generator=random)
+            for linear in LINEARS
+        ]
+        self.w[2] = self.w[1].t()
+
+    def panels(self, linear: int) -> Iterator[torch.Tensor]:
+        yield from self.w[linear].split(7)
+
+
+WEIGHTS = Weights()
+
+
+def pair(path: str, rows: int, width: int, rank: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(*s, generator=random) * 0.1 for s in ((rank, width), (rows, rank)))
+    if path == TABLE:
+        return {f"{path}.lora_embedding_A": a, f"{path}.lora_embedding_B": b}
+    return {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
+
+
+PLAIN = pair(Q, 32, WIDTH)
+MAGNITUDE = {f"{Q}.lora_magnitude_vector": torch.rand(32) + 0.5}
+BIAS = {f"{Q}.lora_B.bias": torch.randn(32)}
+ROWS = {f"{TABLE}.token_adapter.trainable_tokens_delta": torch.randn(3, WIDTH)}
+
+
+def load(
+    tensors: dict[str, torch.Tensor],
+    *,
+    base: BaseSpec = UNTIED,
+    weights: Weights | None = WEIGHTS,
+    limits: Limits | None = None,
+    **config: Any,
+) -> ParsedAdapter:
+    config = {"target_modules": ["q_proj"], **config}
+    raw = make_raw(make_config(**config), tensors)
+    return read_adapter(raw, base, dtype=torch.float32, weights=weights, limits=limits)
+
+
+def test_dora_is_folded_with_the_norms_of_the_whole_weight():
+    parsed = load({**PLAIN, **MAGNITUDE}, use_dora=True)
+    (factors,), (delta,) = parsed.factors, parsed.spec.deltas
+    a, b = (PLAIN[f"{Q}.lora_{name}.weight"].double() for name in "AB")
+    w = WEIGHTS.w[0].double()
+    changed = w + 2.0 * b @ a
+    changed *= (MAGNITUDE[f"{Q}.lora_magnitude_vector"].double() / changed.norm(dim=1))[:, None]
+    assert factors.gain is not None
+    ours = w * (1 + factors.gain.double())[:, None]
+    ours += delta.scale * factors.bt.double().t() @ factors.a.double()
+    torch.testing.assert_close(ours, changed, rtol=1e-6, atol=1e-6)
+    norm = float((changed - w).norm())
+    assert parsed.report.delta_norm == pytest.approx(norm, rel=1e-5)
+    assert parsed.report.kinds == ("dora",)
+    plain = load(PLAIN).report
+    assert plain.kinds == ()
+    assert plain.delta_norm != pytest.approx(norm, rel=1e-2)
+
+
+def test_the_extent_holds_gain_and_bias_where_the_spec_says():
+    for tensors, flag, vector in (
+        ({**PLAIN, **MAGNITUDE}, {"use_dora": True}, "gain"),
+        ({**PLAIN, **BIAS}, {"lora_bias": True}, "bias"),
+    ):
+        parsed = load(tensors, **flag)
+        flat = torch.full((parsed.spec.numel,), float("nan"))
+        parsed.write(flat)
+        (delta,), (factors,) = parsed.spec.deltas, parsed.factors
+        offset, values = getattr(delta, f"{vector}_offset"), getattr(factors, vector)
+        assert torch.equal(flat[offset : offset + 32], values)
+        assert flat.isfinite().all()
+
+
+def test_trained_tokens_are_rows_of_one_hot_deltas_and_of_a_tied_head_too():
+    trained, tokens = next(iter(ROWS.values())), [5, 39, 0]
+    for base, count in ((UNTIED, 2), (TIED, 3)):
+        parsed = load({**PLAIN, **ROWS}, base=base, trainable_token_indices=tokens)
+        assert len(parsed.factors) == count
+        for factors, delta in zip(parsed.factors[1:], parsed.spec.deltas[1:], strict=True):
+            table = WEIGHTS.w[delta.linear] + delta.scale * factors.bt.t() @ factors.a
+            table = table if base.linears[delta.linear].role == "head" else table.t()
+            torch.testing.assert_close(table[tokens], trained)
+            rest = [token for token in range(VOCAB) if token not in tokens]
+            assert torch.equal(table[rest], WEIGHTS.w[2][rest])
+    versions = {
+        load({**PLAIN, **ROWS}, trainable_token_indices=given).spec.version
+        for given in ([5, 39, 0], [5, 39, 1])
+    }
+    assert len(versions) == 2
+
+
+def test_a_tied_delta_is_wanted_at_both_ends_and_only_there():
+    ends = {**pair(TABLE, WIDTH, VOCAB), **pair(HEAD, VOCAB, WIDTH)}
+    config = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    assert load(ends, base=TIED, **config).report.matched == 2
+    with pytest.raises(AdapterInvalid, match="does not select"):
+        load(ends, base=UNTIED, **config)
+    with pytest.raises(AdapterInvalid, match="partial"):
+        load(pair(TABLE, WIDTH, VOCAB), base=TIED, **config)
+    assert load(pair(TABLE, WIDTH, VOCAB), base=UNTIED, **config).report.matched == 1
+
+
+def test_a_saved_copy_of_the_base_is_taken_only_if_it_is_the_bases():
+    head = {**pair(HEAD, VOCAB, WIDTH), f"{HEAD}.base_layer.weight": WEIGHTS.w[2].contiguous()}
+    config = {"target_modules": ["lm_head"]}
+    assert load(head, **config).report.matched == 1
+    trained = {**head, f"{HEAD}.base_layer.weight": WEIGHTS.w[2].contiguous() + 0.1}
+    with pytest.raises(AdapterMismatch, match="save_embedding_layers=False"):
+        load(trained, **config)
+    with pytest.raises(AdapterInvalid, match="save_embedding_layers=False"):
+        load(head, weights=None, **config)
+
+
+TOKENS: dict[str, Any] = {"trainable_token_indices": [1, 2, 3]}
+BAD = {
+    "magnitude missing": (PLAIN, {"use_dora": True}, AdapterInvalid, "no lora_magnitude_vector"),
+    "magnitude short": (
+        {**PLAIN, f"{Q}.lora_magnitude_vector": torch.ones(31)},
+        {"use_dora": True},
+        AdapterInvalid,
+        r"expected \[32\]",
+    ),
+    "magnitude NaN": (
+        {**PLAIN, f"{Q}.lora_magnitude_vector": torch.full((32,), torch.inf)},
+        {"use_dora": True},
+        AdapterInvalid,
+        "NaN or infinite",
+    ),
+    "bias missing": (PLAIN, {"lora_bias": True}, AdapterInvalid, "no lora_B.bias"),
+    "bias beside DoRA": (
+        {**PLAIN, **BIAS, **MAGNITUDE},
+        {"lora_bias": True, "use_dora": True},
+        AdapterInvalid,
+        "beside use_dora",
+    ),
+    "rows missing": (PLAIN, TOKENS, AdapterInvalid, "no token rows"),
+    "rows unnamed": ({**PLAIN, **ROWS}, {}, AdapterInvalid, "does not name its module"),
+    "rows of another width": (
+        {**PLAIN, f"{TABLE}.token_adapter.trainable_tokens_delta": torch.ones(3, 63)},
+        TOKENS,
+        AdapterMismatch,
+        "expected",
+    ),
+    "token past the vocabulary": (
+        {**PLAIN, **ROWS},
+        {"trainable_token_indices": [1, 2, 40]},
+        AdapterMismatch,
+        "another base",
+    ),
+    "linear for an embedding": (
+        {
+            f"{TABLE}.lora_A.weight": torch.ones(4, VOCAB),
+            f"{TABLE}.lora_B.weight": torch.ones(64, 4),
+        },
+        {"target_modules": ["embed_tokens"]},
+        AdapterMismatch,
+        "is an embedding",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_does_not_fit_is_refused_by_name(name):
+    tensors, config, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        load(tensors, **config)
+
+
+def test_limits_and_missing_weights_are_named():
+    with pytest.raises(AdapterTooLarge, match="3 tokens"):
+        load({**pair(Q, 32, WIDTH, rank=2), **ROWS}, limits=Limits(rank=2), r=2, **TOKENS)
+    with pytest.raises(AdapterInvalid, match="not at hand"):
+        load({**PLAIN, **ROWS}, weights=None, **TOKENS)
