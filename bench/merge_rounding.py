@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fader_server import config, demo
 from fader_server.api.blends import AdapterRef, NamedTerm
-from fader_server.api.ports import LaneInfo, MergeOrder
+from fader_server.api.merge_ports import LaneInfo, MergeOrder
 from fader_server.bench.machine import machine_facts
 from fader_server.launch import World
 from fader_server.metrics import Metrics

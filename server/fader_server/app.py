@@ -14,9 +14,10 @@ from fader_server.api.context import BaseModel, Context
 from fader_server.api.edge import Edge
 from fader_server.api.errors import describe
 from fader_server.api.generate import Generator, Patience
+from fader_server.api.merge_ports import Merging
 from fader_server.api.named_blends import Recipes
 from fader_server.api.observe import Board, gauges, merge_gauges
-from fader_server.api.ports import Adapters, Engine, Merging, Tokenizer
+from fader_server.api.ports import Adapters, Engine, Tokenizer
 from fader_server.api.sse import Pace
 from fader_server.config import ServeConfig
 from fader_server.errors import FaderError

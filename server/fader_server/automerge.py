@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 
 from fader_adapters.errors import AdapterError
 from fader_server.api.blends import AdapterRef, NamedTerm
-from fader_server.api.ports import Adapters, MergeOrder, Merging
-from fader_server.api.traffic import BlendKey, CountedTerm, Traffic, blend_key
+from fader_server.api.merge_ports import MergeOrder, Merging
+from fader_server.api.ports import Adapters, LeasedTerm
+from fader_server.api.traffic import BlendKey, Traffic, blend_key
 from fader_server.errors import FaderError
 from fader_server.mergepolicy import Decision, Policy
 
@@ -64,7 +65,7 @@ class AutoMerge:
             self._policy.shun(decision.blend, now)
             _log.warning("auto merge", extra={"fields": _told(decision) | {"failed": str(error)}})
 
-    async def _act(self, decision: Decision, terms: Sequence[CountedTerm] | None) -> None:
+    async def _act(self, decision: Decision, terms: Sequence[LeasedTerm] | None) -> None:
         if decision.action == "merge":
             if terms is None:  # none of its tokens came since the last look: at the next, then
                 return

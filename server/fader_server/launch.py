@@ -16,8 +16,9 @@ from fader_adapters.claims import Claims
 from fader_server import app
 from fader_server.api.context import BaseModel
 from fader_server.api.edge import JsonFormatter
+from fader_server.api.merge_ports import Merging
 from fader_server.api.named_blends import Recipes
-from fader_server.api.ports import Adapters, Engine, Merging, Tokenizer
+from fader_server.api.ports import Adapters, Engine, Tokenizer
 from fader_server.config import ServeConfig
 from fader_server.metrics import Metrics
 from fader_server.recipes import RecipeBook, claims_of

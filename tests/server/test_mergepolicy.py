@@ -9,7 +9,7 @@ import pytest
 
 from fader_adapters.errors import AdapterNotFound
 from fader_adapters.spec import Digest
-from fader_server.api.ports import LaneInfo, MergeJob, MergeOrder, MergeStatus
+from fader_server.api.merge_ports import LaneInfo, MergeJob, MergeOrder, MergeStatus
 from fader_server.api.traffic import Traffic, blend_key
 from fader_server.automerge import AutoMerge
 from fader_server.errors import MergeNoMemory

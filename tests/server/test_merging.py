@@ -12,8 +12,8 @@ import pytest
 from fader_adapters.errors import AdapterNotFound, BlendInvalid
 from fader_server import config
 from fader_server.api.blends import AdapterRef, NamedTerm
+from fader_server.api.merge_ports import MergeOrder, MergeStatus
 from fader_server.api.named_blends import Recipe
-from fader_server.api.ports import MergeOrder, MergeStatus
 from fader_server.core import Request, SamplingParams, TokenEvent
 from fader_server.errors import ConfigInvalid, MergeBusy, MergeNoMemory, MergeNotFound
 from fader_server.mergejob import MergeCancelled, Pace

@@ -12,9 +12,10 @@ from fader_server.api.body import read_json
 from fader_server.api.choosing import Limits
 from fader_server.api.edge import RequestLog
 from fader_server.api.generate import Generator
+from fader_server.api.merge_ports import Merging
 from fader_server.api.named_blends import Recipes
 from fader_server.api.observe import Board, CallRecord
-from fader_server.api.ports import Adapters, Engine, Lease, Merging, Tokenizer
+from fader_server.api.ports import Adapters, Engine, Lease, Tokenizer
 from fader_server.api.sse import Pace
 from fader_server.config import ServeConfig
 from fader_server.metrics import Metrics

@@ -9,9 +9,8 @@ from starlette.responses import JSONResponse, Response
 
 from fader_server.api.context import body_of, context_of, log_of
 from fader_server.api.fields import Fields
-from fader_server.api.ports import (
+from fader_server.api.merge_ports import (
     LaneInfo,
-    LeasedTerm,
     MergeForm,
     MergeJob,
     MergeOrder,
@@ -19,6 +18,7 @@ from fader_server.api.ports import (
     MergeStatus,
     Merging,
 )
+from fader_server.api.ports import LeasedTerm
 from fader_server.api.resolve import lease_target, read_target
 from fader_server.errors import RequestInvalid
 

@@ -2,26 +2,15 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol
 
 from fader_adapters.spec import Digest
+from fader_server.api.ports import LeasedTerm
 
 BlendKey = tuple[tuple[Digest, float], ...]
 """(version, weight) of every term, sorted; empty: the base."""
 
 
-class CountedTerm(Protocol):
-    """A resolved term of a blend."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def version(self) -> Digest: ...
-    @property
-    def weight(self) -> float: ...
-
-
-def blend_key(terms: Sequence[CountedTerm]) -> BlendKey:
+def blend_key(terms: Sequence[LeasedTerm]) -> BlendKey:
     """The same for equal blends, however they are spelled."""
     return tuple(sorted((term.version, term.weight) for term in terms))
 
@@ -31,14 +20,14 @@ class Traffic:
 
     def __init__(self) -> None:
         self._tokens: Counter[BlendKey] = Counter()
-        self._terms: dict[BlendKey, Sequence[CountedTerm]] = {}
+        self._terms: dict[BlendKey, Sequence[LeasedTerm]] = {}
 
-    def add(self, key: BlendKey, terms: Sequence[CountedTerm]) -> None:
+    def add(self, key: BlendKey, terms: Sequence[LeasedTerm]) -> None:
         """One token of a blend."""
         self._tokens[key] += 1
         self._terms.setdefault(key, terms)
 
-    def take(self) -> tuple[dict[BlendKey, int], dict[BlendKey, Sequence[CountedTerm]]]:
+    def take(self) -> tuple[dict[BlendKey, int], dict[BlendKey, Sequence[LeasedTerm]]]:
         """Tokens by blend, and how each blend was named; both start anew."""
         taken = dict(self._tokens), self._terms
         self._tokens, self._terms = Counter(), {}
