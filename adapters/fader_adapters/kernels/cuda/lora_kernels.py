@@ -9,8 +9,9 @@ ranks, in list order, and an entry with coefficient 0 is never read for the row 
 import triton
 import triton.language as tl
 
+from fader_adapters.kernels.cuda.lora_places import member_of, tile_of
+
 CHUNK = tl.constexpr(16)
-SCAN = tl.constexpr(64)
 
 
 @triton.jit(do_not_specialize=["entries", "linears", "capacity"])
@@ -115,14 +116,10 @@ def shrink(
     k_end = tl.minimum(k_begin + part, width)
     lane = tl.arange(0, ROWS)
     column = tl.arange(0, GROUP * CHUNK)
-    scan = tl.arange(0, SCAN)
     depth = tl.arange(0, BLOCK_K)
     for group in tl.range(tl.program_id(0), groups, tl.num_programs(0), num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
         here = group * GROUP
-        tile = -1
-        for base in tl.range(0, tiles, SCAN, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
-            begins = tl.load(cell + base + scan, mask=base + scan < tiles, other=2147483647)
-            tile += tl.sum((begins <= here).to(tl.int32))
+        tile = tile_of(here, cell, tiles)
         at = here - tl.load(cell + tile) + column // CHUNK
         entry = tl.load(first + tile) + at
         listed = entry < tl.load(last + tile)
@@ -196,28 +193,9 @@ def expand(
     tile = tl.program_id(1)
     if tile >= tl.load(header):
         return
-    block = tl.program_id(0)
-    member = 0
-    column = 0
-    width = width_0
-    blocks = (width_0 + BLOCK_N - 1) // BLOCK_N
-    if block >= blocks:
-        block -= blocks
-        member = 1
-        column = width_0
-        width = width_1
-        blocks = (width_1 + BLOCK_N - 1) // BLOCK_N
-        if block >= blocks:
-            block -= blocks
-            member = 2
-            column += width_1
-            width = width_2
-            blocks = (width_2 + BLOCK_N - 1) // BLOCK_N
-            if block >= blocks:
-                block -= blocks
-                member = 3
-                column += width_2
-                width = width_3
+    member, block, column, width = member_of(  # pyright: ignore[reportGeneralTypeIssues]
+        tl.program_id(0), width_0, width_1, width_2, width_3, BLOCK_N
+    )
     table = (linear + member).to(tl.int64) * capacity
     lane = tl.arange(0, ROWS)
     rank = tl.arange(0, CHUNK)

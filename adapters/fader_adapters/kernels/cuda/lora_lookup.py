@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from fader_adapters.kernels.cuda.lora_kernels import CHUNK, SCAN
+from fader_adapters.kernels.cuda.lora_kernels import CHUNK
+from fader_adapters.kernels.cuda.lora_places import tile_of
 
 
 @triton.jit(do_not_specialize=["linear", "capacity", "cells"])
@@ -37,13 +38,9 @@ def pick(
     table = linear.to(tl.int64) * capacity
     lane = tl.arange(0, ROWS)
     column = tl.arange(0, GROUP * CHUNK)
-    scan = tl.arange(0, SCAN)
     for group in tl.range(tl.program_id(0), groups, tl.num_programs(0), num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
         here = group * GROUP
-        tile = -1
-        for base in tl.range(0, tiles, SCAN, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
-            begins = tl.load(cell + base + scan, mask=base + scan < tiles, other=2147483647)
-            tile += tl.sum((begins <= here).to(tl.int32))
+        tile = tile_of(here, cell, tiles)
         at = here - tl.load(cell + tile) + column // CHUNK
         entry = tl.load(first + tile) + at
         listed = entry < tl.load(last + tile)

@@ -7,6 +7,8 @@ are most, launch and read nothing for them.
 import triton
 import triton.language as tl
 
+from fader_adapters.kernels.cuda.lora_places import member_of
+
 
 @triton.jit(do_not_specialize=["linear", "capacity"])
 def vectors(
@@ -44,28 +46,9 @@ def vectors(
     tile = tl.program_id(1)
     if tile >= tl.load(header):
         return
-    block = tl.program_id(0)
-    member = 0
-    column = 0
-    width = width_0
-    blocks = (width_0 + BLOCK_N - 1) // BLOCK_N
-    if block >= blocks:
-        block -= blocks
-        member = 1
-        column = width_0
-        width = width_1
-        blocks = (width_1 + BLOCK_N - 1) // BLOCK_N
-        if block >= blocks:
-            block -= blocks
-            member = 2
-            column += width_1
-            width = width_2
-            blocks = (width_2 + BLOCK_N - 1) // BLOCK_N
-            if block >= blocks:
-                block -= blocks
-                member = 3
-                column += width_2
-                width = width_3
+    member, block, column, width = member_of(  # pyright: ignore[reportGeneralTypeIssues]
+        tl.program_id(0), width_0, width_1, width_2, width_3, BLOCK_N
+    )
     table = (linear + member).to(tl.int64) * capacity
     lane = tl.arange(0, ROWS)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
