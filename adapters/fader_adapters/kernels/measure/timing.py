@@ -12,6 +12,8 @@ TURN = 2e-3
 its like is what counts, not one whose code and pages others have just pushed out."""
 LONGEST = 16
 """Calls a turn at most."""
+REST = 1e-2
+"""Seconds before a turn: threads of the one before wait by spinning, on the cores of the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +32,13 @@ class Timing:
 
 
 def interleave(case: str, methods: dict[str, Call], repeats: int) -> list[Timing]:
-    """Call every method unmeasured, then `repeats` (at least 2) rounds of a turn of each."""
+    """`repeats` (at least 2) rounds of a turn of each method, after a rest and a call of it."""
     counts = {name: _calls(call) for name, call in methods.items()}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(repeats):
         for name, call in methods.items():
+            time.sleep(REST)
+            call()
             seconds[name].append(_turn(call, counts[name]) / counts[name])
     found = []
     for name, values in seconds.items():
