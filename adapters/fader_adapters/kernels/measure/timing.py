@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 Call = Callable[[], object]
-TURN = 2e-3
+TURN = 2e-2
 """Seconds a turn of one method lasts at least: a step calls site after site, so a call that follows
 its like is what counts, not one whose code and pages others have just pushed out."""
-LONGEST = 16
+LONGEST = 200
 """Calls a turn at most."""
-REST = 1e-2
-"""Seconds before a turn: threads of the one before wait by spinning, on the cores of the next."""
+SETTLING = 0.5
+"""Share of a turn that runs before it unmeasured: until the threads of the one before, which wait
+by spinning, are asleep, and its own are spread over the cores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +33,12 @@ class Timing:
 
 
 def interleave(case: str, methods: dict[str, Call], repeats: int) -> list[Timing]:
-    """`repeats` (at least 2) rounds of a turn of each method, after a rest and a call of it."""
+    """`repeats` (at least 2) rounds of a turn of each method, after some unmeasured calls."""
     counts = {name: _calls(call) for name, call in methods.items()}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(repeats):
         for name, call in methods.items():
-            time.sleep(REST)
-            call()
+            _turn(call, math.ceil(SETTLING * counts[name]))
             seconds[name].append(_turn(call, counts[name]) / counts[name])
     found = []
     for name, values in seconds.items():
