@@ -23,7 +23,7 @@ from fader_server.model import attention, graphs
 from fader_server.model.cuda_attention import CudaAttention
 from fader_server.model.cuda_modules import use_cuda
 from fader_server.model.kv_cache import KVCache, LayerShape
-from fader_server.model.loader import LoadedBase
+from fader_server.model.loaded import LoadedBase
 from fader_server.model.runner import ModelRunner
 from fader_server.model.sampler import Sampler
 

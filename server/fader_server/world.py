@@ -37,7 +37,8 @@ from fader_server.metrics import Metrics
 from fader_server.model.device import choose_device, choose_dtype, free_bytes, set_threads
 from fader_server.model.kernels import choose_attention
 from fader_server.model.kv_cache import KVCache, bytes_per_block
-from fader_server.model.loader import LoadedBase, load_base
+from fader_server.model.loaded import LoadedBase
+from fader_server.model.loader import load_base
 from fader_server.model.memory import MemoryPlan, plan_memory, workspace_bytes
 from fader_server.model.runner import ModelRunner
 from fader_server.model.sampler import Sampler

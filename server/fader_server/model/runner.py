@@ -16,7 +16,7 @@ from fader_server.model.batch import Batch
 from fader_server.model.decode import Replays
 from fader_server.model.kernels import choose_replays
 from fader_server.model.kv_cache import KVCache
-from fader_server.model.loader import LoadedBase
+from fader_server.model.loaded import LoadedBase
 from fader_server.model.sampler import Sampler, prompt_logprobs
 
 HeadStep = Callable[[torch.Size], Step | None]
