@@ -1,6 +1,7 @@
 """A whole model of random NF4 weights made on the device, and steps of its real runner."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -55,6 +56,9 @@ class Machine:
             fill(layer.k[1:], 1.0)
             fill(layer.v[1:], 1.0)
         self.attention = CudaAttention(max_rows=rows, max_context=context, device=rig.device)
+        told = _Told()
+        graphs.log.addHandler(told)
+        graphs.log.setLevel(logging.INFO)
         self.runner = ModelRunner(
             self.base,
             cache=self.cache,
@@ -67,6 +71,9 @@ class Machine:
                 self.base, cache=self.cache, attention=self.attention, tables=self.tables,
                 run=self.runner._rows, record=lambda run: run,
             )  # fmt: skip
+        graphs.log.removeHandler(told)
+        self.told = told.text
+        """What the capture said: how many graphs in what time and memory, or why there are none."""
         self._offset = 0
 
     @property
@@ -106,6 +113,15 @@ class Machine:
         (stream,) = self.streams([own], tokens - 1)
         stream.blocks = list(range(row * self._per_row + 1, (row + 1) * self._per_row + 1))
         return Plan((PlanRow(stream, 0, tokens, True),), StepTerms((RowTerms(tokens, own),)))
+
+
+class _Told(logging.Handler):
+    """Keeps what is logged, as text."""
+
+    text = "nothing was captured"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text = f"{record.getMessage()} {getattr(record, 'fields', '')}".strip()
 
 
 def decode_plan(streams: Sequence[Stream]) -> Plan:

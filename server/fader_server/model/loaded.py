@@ -1,4 +1,4 @@
-"""A base that is ready to run. How it was read is the loader's business; imports no bitsandbytes."""
+"""A base that is ready to run; imports no bitsandbytes. How it was read is the loader's business."""
 
 from dataclasses import dataclass
 
