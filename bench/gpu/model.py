@@ -24,8 +24,8 @@ from fader_server.model import attention, graphs
 from fader_server.model.cuda_attention import CudaAttention
 from fader_server.model.cuda_modules import use_cuda
 from fader_server.model.kv_cache import KVCache, LayerShape
+from fader_server.model.launching import LaunchingRunner
 from fader_server.model.loaded import LoadedBase
-from fader_server.model.runner import ModelRunner
 from fader_server.model.sampler import Sampler
 
 PAGE = 16
@@ -59,7 +59,7 @@ class Machine:
         told = _Told()
         graphs.log.addHandler(told)
         graphs.log.setLevel(logging.INFO)
-        self.runner = ModelRunner(
+        self.runner = LaunchingRunner(
             self.base,
             cache=self.cache,
             tables=self.tables,

@@ -37,6 +37,7 @@ from fader_server.metrics import Metrics
 from fader_server.model.device import choose_device, choose_dtype, free_bytes, set_threads
 from fader_server.model.kernels import choose_attention
 from fader_server.model.kv_cache import KVCache, bytes_per_block
+from fader_server.model.launching import LaunchingRunner
 from fader_server.model.loaded import LoadedBase
 from fader_server.model.loader import load_base
 from fader_server.model.memory import MemoryPlan, plan_memory, workspace_bytes
@@ -214,7 +215,8 @@ def _runner(
     if isinstance(base.backend, NativeBackend):
         for tensor in (tables.arena, *(part for one in cache.layers() for part in (one.k, one.v))):
             in_huge_pages(tensor)
-    return ModelRunner(
+    kind = LaunchingRunner if base.device.type == "cuda" else ModelRunner
+    return kind(
         base,
         cache=cache,
         tables=tables,

@@ -162,9 +162,8 @@ def test_the_whole_ends_in_time_with_its_children_however_long_sections_hang(
     assert code == 1
     assert [s["state"] for s in found.values()] == ["out of time", "out of time"]
     assert seconds < total + 6
-    child = int((tmp_path / "pid").read_text())
-    with pytest.raises(ProcessLookupError):
-        os.kill(child, 0)
+    state = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_budgets_fit_into_nine_minutes() -> None:

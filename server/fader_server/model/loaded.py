@@ -1,4 +1,4 @@
-"""A base that is ready to run; imports no bitsandbytes. How it was read is the loader's business."""
+"""A base that is ready to run. Imports no bitsandbytes: how it was read the loader knows."""
 
 from dataclasses import dataclass
 
