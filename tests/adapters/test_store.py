@@ -319,13 +319,13 @@ def test_idle_names_come_longest_unused_first_without_pinned_or_leased(world):
     for name, parsed in zip("abc", P, strict=False):
         world.load(name, parsed)
     world.lease("a").release()
-    assert world.store.idle() == ("b", "c", "a")
+    assert list(world.store.idle()) == ["b", "c", "a"]
     world.store.pin("b", pinned=True)
     lease = world.lease("c")
-    assert world.store.idle() == ("a",)
+    assert list(world.store.idle()) == ["a"]
     assert [status.pinned for status in world.store.list()] == [False, True, False]
     lease.release()
-    assert world.store.idle() == ("a", "c")
+    assert list(world.store.idle()) == ["a", "c"]
 
 
 def claims(*versions, names=()):
@@ -431,9 +431,9 @@ def test_a_name_with_a_claimed_version_is_not_idle(world):
     world.load("other", P[2])
     world.store.claim(claims(("tone", old)))
     world.load("tone", P[1], replace=True)
-    assert world.store.idle() == ("other",)
+    assert list(world.store.idle()) == ["other"]
     world.store.claim(claims())
-    assert world.store.idle() == ("other", "tone")
+    assert list(world.store.idle()) == ["other", "tone"]
 
 
 def test_a_swap_leaves_the_pin_unless_it_says_otherwise(world):
