@@ -69,8 +69,7 @@ class Books:
             if record.pinned or self._versions[record.version].leases:
                 continue
             if not any(
-                name in self._versions[version].kept
-                for version in (record.version, *record.former)
+                name in self._versions[version].kept for version in (record.version, *record.former)
             ):
                 yield name
 
