@@ -3,7 +3,7 @@
 Knows module trees; knows nothing of files, requests or adapters.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from bitsandbytes.nn.modules import Params4bit
@@ -19,6 +19,7 @@ from fader_server.model import attention
 from fader_server.model.activation import replace_activations
 from fader_server.model.checkpoint import first_line, read_config, read_nf4
 from fader_server.model.head import replace_ends
+from fader_server.model.identity import Identity
 from fader_server.model.kv_cache import LayerShape
 from fader_server.model.norm import replace_norms
 from fader_server.model.recording import make_opaque
@@ -56,11 +57,13 @@ def load_base(
     config = read_config(source)
     attention.register()
     model = read_nf4(source, config, device=device, attn_implementation=attention.NAME)
+    identity = Identity()
+    identity.add_rest(model)
     for parameter in model.parameters():
         if not isinstance(parameter, Params4bit) and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     try:
-        installed = install(model, backend, name=source)
+        installed = install(model, backend, name=source, before=identity.add_linear)
     except BaseUnsupported as error:
         raise ModelUnsupported(f"{source}: {error}") from error
     if isinstance(backend, NativeBackend):
@@ -69,11 +72,13 @@ def load_base(
         from fader_server.model.cuda_modules import use_cuda  # imports triton
 
         use_cuda(model)
+    layers = _probe(model, source)
+    spec = replace(installed.spec, weights=identity.digest())
     text = config.get_text_config(decoder=True)
     return LoadedBase(
         model=model,
-        installed=installed,
-        layers=_probe(model, source),
+        installed=replace(installed, spec=spec),
+        layers=layers,
         source=source,
         dtype=dtype,
         device=device,
