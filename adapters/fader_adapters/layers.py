@@ -169,16 +169,9 @@ class Installed:
         return site.kernel.base, sum(site.spec.out_features[:place])
 
 
-def install(
-    model: PreTrainedModel,
-    backend: Backend,
-    *,
-    name: str = "",
-    before: Callable[[str, nn.Module], None] = lambda path, linear: None,
-) -> Installed:
+def install(model: PreTrainedModel, backend: Backend, *, name: str = "") -> Installed:
     """Replace every linear by Fader's, in place, and the embedding, if the backend adapts those.
 
-    `before` is shown each linear, with its path, before its weight is taken and repacked.
     bitsandbytes' NF4 linears hand over their packed bytes; plain linears, Conv1D, the output head
     and the embedding keep their tensors. Raises BaseUnsupported.
     """
@@ -194,8 +187,6 @@ def install(
         site_spec = SiteSpec(
             tuple(members), shapes[0].in_features, tuple(shape.out_features for shape in shapes)
         )
-        for i in members:
-            before(*found[i])
         try:
             base = _base([found[i][1] for i in members], backend)
         except BaseUnsupported as error:

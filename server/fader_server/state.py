@@ -34,14 +34,17 @@ def recipes_in(state: State) -> list[Recipe]:
 class RememberedAdapters:
     """Adapters whose run-time changes are written down, and the recipes' memory beside them."""
 
-    def __init__(self, inner: Adapters, file: StateFile, state: State) -> None:
+    def __init__(self, inner: Adapters, file: StateFile, state: State, *, base: str = "") -> None:
+        """`base`: the identity of the one that is served; another than the list's is told."""
+        if state.base and base and state.base != base:
+            _log.warning("the list in --state-dir was made beside another base")
         self._inner = inner
         self._file = file
-        self._state = state
+        self._state = replace(state, base=base or state.base)
         self._offered = {info.name for info in inner.list()}  # by flags and folders, at every start
         self._writer = ThreadPoolExecutor(1, "fader-state")  # one: writes keep their order
         self._last: Future[None] | None = None
-        self._written = state
+        self._written: State | None = None
 
     async def restore(self) -> None:
         """Bring back what was asked for before; what cannot be is reported and skipped."""

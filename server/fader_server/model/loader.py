@@ -57,13 +57,12 @@ def load_base(
     config = read_config(source)
     attention.register()
     model = read_nf4(source, config, device=device, attn_implementation=attention.NAME)
-    identity = Identity()
-    identity.add_rest(model)
+    identity = Identity(model)  # before anything is repacked or let go of
     for parameter in model.parameters():
         if not isinstance(parameter, Params4bit) and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     try:
-        installed = install(model, backend, name=source, before=identity.add_linear)
+        installed = install(model, backend, name=source)
     except BaseUnsupported as error:
         raise ModelUnsupported(f"{source}: {error}") from error
     if isinstance(backend, NativeBackend):
