@@ -54,6 +54,8 @@ BLOCK_SIZE = 16
 _HOST_ARENAS = 4
 """Beside a GPU the host keeps so many times what its arena holds, unless told otherwise."""
 CHUNK_SIZE = 256
+_TOUCH_SECONDS = 2.0
+"""What a start may take longer so that the first blocks of the cache are there; see KVCache."""
 
 
 @contextmanager
@@ -108,6 +110,7 @@ def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> 
         max_adapters=config.max_adapters,
         fetch_timeout=config.fetch_timeout,
         require_sha256=config.require_sha256,
+        busy=lambda: engine.busy,
     )
     registry.claim(Claims(claims.names | {name}, claims.versions))
     given = frozenset(adapter.name for adapter in config.adapter)
@@ -213,6 +216,8 @@ def _runner(
     if isinstance(base.backend, NativeBackend):
         for tensor in (tables.arena, *(part for one in cache.layers() for part in (one.k, one.v))):
             in_huge_pages(tensor)
+    if base.device.type == "cpu":
+        cache.touch(_TOUCH_SECONDS)
     return ModelRunner(
         base,
         cache=cache,
