@@ -20,6 +20,7 @@ import torch
 from fader_adapters.inspection import Inspector
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.parse import Factors, ParsedAdapter
+from fader_adapters.pauses import Pause, never
 from fader_adapters.pool import Pool
 from fader_adapters.report import AdapterReport, ModuleReport
 from fader_adapters.source import RawAdapter
@@ -52,7 +53,7 @@ def parsed(content: str) -> ParsedAdapter:
 
 
 class Numbered(Inspector):
-    def read(self, raw: RawAdapter) -> ParsedAdapter:
+    def read(self, raw: RawAdapter, pause: Pause = never) -> ParsedAdapter:
         return parsed(raw.origin)
 
 

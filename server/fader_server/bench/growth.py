@@ -15,7 +15,7 @@ from fader_server.bench.stats import Summary, summarise
 from fader_server.errors import ConfigInvalid
 
 PREFIX = "bench-growth-"
-WINDOW = 20
+WINDOW = 100
 """Registrations that are measured up to each point."""
 LOOKUPS = 50
 

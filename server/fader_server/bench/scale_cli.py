@@ -104,10 +104,10 @@ def _folders(path: Path) -> tuple[str, ...]:
 
 
 def _show_growth(growth: Growth) -> None:
-    table = Table("registered", "PUT, ms: p50", "p99", "GET, ms: p50", "p99")
+    table = Table("registered", "PUT, ms: least", "p50", "p99", "GET, ms: least", "p50", "p99")
     for point in growth.points:
         both = (point.register, point.lookup)
-        cells = [f"{value:.2f}" for one in both for value in (one.p50, one.p99)]
+        cells = [f"{value:.2f}" for one in both for value in (one.low, one.p50, one.p99)]
         table.add_row(str(point.registered), *cells)
     console = Console(highlight=False)
     console.print(table)
