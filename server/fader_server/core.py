@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from fader_adapters.spec import BASE, AdapterData, Blend, Digest, RowTerms, StepTerms, Upload
 
@@ -214,6 +214,23 @@ class Runner(Protocol):
 
     def run(self, plan: Plan) -> list[RowResult]:
         """Compute every row of the plan; one result per row, same order."""
+        ...
+
+
+class Launched(Protocol):
+    """A step under way on a device that computes by itself."""
+
+    def results(self) -> list[RowResult]:
+        """Wait for it, once: what `run` gives, or raises."""
+        ...
+
+
+@runtime_checkable
+class LaunchRunner(Runner, Protocol):
+    """A runner whose device computes while the caller goes on."""
+
+    def launch(self, plan: Plan) -> Launched:
+        """Begin a step and return soon: nothing here waits for the device."""
         ...
 
 

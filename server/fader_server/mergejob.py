@@ -11,7 +11,7 @@ from fader_server.api.merge_ports import MergeJob, MergeOrder
 from fader_server.api.ports import Lease
 from fader_server.errors import MergeLossy
 from fader_server.model.fidelity import Fidelity, measure
-from fader_server.model.loader import LoadedBase
+from fader_server.model.loaded import LoadedBase
 from fader_server.model.probe import ProbeModel
 from fader_server.pacing import Pace
 

@@ -24,7 +24,7 @@ from fader_server.engine.lanes import Lanes
 from fader_server.engine.loop import Engine
 from fader_server.errors import FaderError, MergeBusy, MergeLossy, MergeNoMemory, MergeNotFound
 from fader_server.mergejob import Done, Job, timed
-from fader_server.model.loader import LoadedBase
+from fader_server.model.loaded import LoadedBase
 from fader_server.model.probe import probe_bytes
 from fader_server.model.runner import ModelRunner
 from fader_server.pacing import Cancelled, Pace

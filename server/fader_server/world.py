@@ -37,7 +37,9 @@ from fader_server.metrics import Metrics
 from fader_server.model.device import choose_device, choose_dtype, free_bytes, set_threads
 from fader_server.model.kernels import choose_attention
 from fader_server.model.kv_cache import KVCache, bytes_per_block
-from fader_server.model.loader import LoadedBase, load_base
+from fader_server.model.launching import LaunchingRunner, PreparingRunner
+from fader_server.model.loaded import LoadedBase
+from fader_server.model.loader import load_base
 from fader_server.model.memory import MemoryPlan, plan_memory, workspace_bytes
 from fader_server.model.runner import ModelRunner
 from fader_server.model.sampler import Sampler
@@ -218,7 +220,8 @@ def _runner(
             in_huge_pages(tensor)
     if base.device.type == "cpu":
         cache.touch(_TOUCH_SECONDS)
-    return ModelRunner(
+    kind = LaunchingRunner if base.device.type == "cuda" else PreparingRunner
+    return kind(
         base,
         cache=cache,
         tables=tables,

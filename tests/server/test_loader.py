@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from fader_adapters.kernels.backend import choose
 from fader_server.errors import ConfigInvalid, ModelUnsupported
 from fader_server.model.checkpoint import quantize
-from fader_server.model.loader import LoadedBase, load_base
+from fader_server.model.loaded import LoadedBase
+from fader_server.model.loader import load_base
 from tests.support.families import CONFIGS, write_family
 from tests.support.oracle import nf4_oracle
 

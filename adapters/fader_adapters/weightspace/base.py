@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from bitsandbytes.nn.modules import Linear4bit
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -182,6 +181,8 @@ def _names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
 
 def _quantisable(model: PreTrainedModel) -> frozenset[str]:
     """Turns the skeleton into bitsandbytes' own to see which linears it takes."""
+    from bitsandbytes.nn.modules import Linear4bit
+
     quantizer = Bnb4BitHfQuantizer(nf4_config(), pre_quantized=False)
     quantizer.preprocess_model(cast(Any, model), device_map=None)
     return frozenset(

@@ -22,7 +22,7 @@ from fader_server.model.cuda_attention import CudaAttention
 from fader_server.model.decode import Forward, decodes
 from fader_server.model.graph_inputs import GraphInputs
 from fader_server.model.kv_cache import KVCache
-from fader_server.model.loader import LoadedBase
+from fader_server.model.loaded import LoadedBase
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 Knows module trees; knows nothing of files, requests or adapters.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from bitsandbytes.nn.modules import Params4bit
@@ -21,29 +21,9 @@ from fader_server.model.checkpoint import first_line, read_config, read_nf4
 from fader_server.model.head import replace_ends
 from fader_server.model.identity import Identity
 from fader_server.model.kv_cache import LayerShape
+from fader_server.model.loaded import LoadedBase
 from fader_server.model.norm import replace_norms
 from fader_server.model.recording import make_opaque
-
-
-@dataclass(frozen=True)
-class LoadedBase:
-    """A base ready to run: its model, its sites and the shapes its cache needs."""
-
-    model: PreTrainedModel
-    installed: Installed
-    layers: dict[nn.Module, LayerShape]
-    source: str
-    dtype: torch.dtype
-    device: torch.device
-    backend: Backend
-    max_positions: int
-    vocab_size: int
-
-    @property
-    def nbytes(self) -> int:
-        """Resident bytes of the base: NF4 weights, embeddings, norms and the output layer."""
-        rest = {p.data_ptr(): p.nbytes for p in self.model.parameters()}
-        return self.installed.nbytes + sum(rest.values())
 
 
 def load_base(

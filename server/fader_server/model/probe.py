@@ -27,7 +27,7 @@ from fader_server.model.attention import StepAttention
 from fader_server.model.batch import Batch
 from fader_server.model.head import NativeEmbedding
 from fader_server.model.kv_cache import KVCache, bytes_per_block
-from fader_server.model.loader import LoadedBase
+from fader_server.model.loaded import LoadedBase
 from fader_server.model.torch_attention import TorchAttention
 
 BLOCK_SIZE = 16
