@@ -3,6 +3,8 @@
 Knows module trees; knows nothing of files, requests or adapters.
 """
 
+from dataclasses import replace
+
 import torch
 from bitsandbytes.nn.modules import Params4bit
 from torch import nn
@@ -17,6 +19,7 @@ from fader_server.model import attention
 from fader_server.model.activation import replace_activations
 from fader_server.model.checkpoint import first_line, read_config, read_nf4
 from fader_server.model.head import replace_ends
+from fader_server.model.identity import Identity
 from fader_server.model.kv_cache import LayerShape
 from fader_server.model.loaded import LoadedBase
 from fader_server.model.norm import replace_norms
@@ -34,6 +37,7 @@ def load_base(
     config = read_config(source)
     attention.register()
     model = read_nf4(source, config, device=device, attn_implementation=attention.NAME)
+    identity = Identity(model)  # before anything is repacked or let go of
     for parameter in model.parameters():
         if not isinstance(parameter, Params4bit) and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -47,11 +51,13 @@ def load_base(
         from fader_server.model.cuda_modules import use_cuda  # imports triton
 
         use_cuda(model)
+    layers = _probe(model, source)
+    spec = replace(installed.spec, weights=identity.digest())
     text = config.get_text_config(decoder=True)
     return LoadedBase(
         model=model,
-        installed=installed,
-        layers=_probe(model, source),
+        installed=replace(installed, spec=spec),
+        layers=layers,
         source=source,
         dtype=dtype,
         device=device,
