@@ -1,6 +1,6 @@
 """Steps that are begun and waited for once: the same tokens, and the order of copies and waits."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 
 @pytest.fixture
-def order(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Copies of results to the host and waits for them, as they happen."""
     found: list[str] = []
 
@@ -40,7 +40,7 @@ def order(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(sampler, "to_host", to_host)
     use_cuda(monkeypatch)
     use_graphs(monkeypatch)
-    yield found
+    return found
 
 
 def launching(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> TinyWorld:
