@@ -1,6 +1,7 @@
 """Rotary positions and gated activations of the CUDA backend: what the model's own code gives."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -105,10 +106,14 @@ def test_extremes_stay_what_they_are() -> None:
     torch.testing.assert_close(got, torch.nn.functional.silu(gate), equal_nan=True)
 
 
-def model_of(**changes: object) -> nn.Module:
+def config_of(**changes: Any) -> transformers.LlamaConfig:
+    return transformers.LlamaConfig(**COMMON | {"num_hidden_layers": 2} | changes)
+
+
+def model_of() -> nn.Module:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**COMMON | {"num_hidden_layers": 2} | changes)
-    model = transformers.LlamaForCausalLM(config).eval()
+    build: Any = transformers.LlamaForCausalLM
+    model = build(config_of()).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, 0.1, 0.2)
     return model
@@ -138,11 +143,11 @@ def test_other_formulas_stay() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) * 1.01
 
-    config = transformers.LlamaConfig(**COMMON)
-    options = {"dtype": torch.float32, "device": torch.device("cpu")}
+    config = config_of()
+    options: Any = {"dtype": torch.float32, "device": torch.device("cpu")}
     assert isinstance(cuda_modules._gate(LlamaMLP(config), **options), CudaGate)
     assert cuda_modules._gate(Odd(config), **options) is None
-    relu = transformers.LlamaConfig(**COMMON, hidden_act="relu")
+    relu = config_of(hidden_act="relu")
     assert cuda_modules._gate(LlamaMLP(relu), **options) is None
     interleaved = modeling_cohere.apply_rotary_pos_emb
     assert cuda_modules._rotary(interleaved, **options) is None
