@@ -135,7 +135,7 @@ class _Small:
         work = SiteWork(
             site, self.changes, spec, self.installed, dtype=self.rig.dtype, device=self.rig.device
         )
-        for _ in work.chunks(lambda seconds: None):
+        for _ in work.chunks(lambda: None):
             self.rig.check_time()
         return work.finish(self.backend.room())
 

@@ -37,7 +37,7 @@ from fader_server.metrics import Metrics
 from fader_server.model.device import choose_device, choose_dtype, free_bytes, set_threads
 from fader_server.model.kernels import choose_attention
 from fader_server.model.kv_cache import KVCache, bytes_per_block
-from fader_server.model.launching import LaunchingRunner
+from fader_server.model.launching import LaunchingRunner, PreparingRunner
 from fader_server.model.loaded import LoadedBase
 from fader_server.model.loader import load_base
 from fader_server.model.memory import MemoryPlan, plan_memory, workspace_bytes
@@ -56,6 +56,8 @@ BLOCK_SIZE = 16
 _HOST_ARENAS = 4
 """Beside a GPU the host keeps so many times what its arena holds, unless told otherwise."""
 CHUNK_SIZE = 256
+_TOUCH_SECONDS = 2.0
+"""What a start may take longer so that the first blocks of the cache are there; see KVCache."""
 
 
 @contextmanager
@@ -110,6 +112,7 @@ def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> 
         max_adapters=config.max_adapters,
         fetch_timeout=config.fetch_timeout,
         require_sha256=config.require_sha256,
+        busy=lambda: engine.busy,
     )
     registry.claim(Claims(claims.names | {name}, claims.versions))
     given = frozenset(adapter.name for adapter in config.adapter)
@@ -215,7 +218,9 @@ def _runner(
     if isinstance(base.backend, NativeBackend):
         for tensor in (tables.arena, *(part for one in cache.layers() for part in (one.k, one.v))):
             in_huge_pages(tensor)
-    kind = LaunchingRunner if base.device.type == "cuda" else ModelRunner
+    if base.device.type == "cpu":
+        cache.touch(_TOUCH_SECONDS)
+    kind = LaunchingRunner if base.device.type == "cuda" else PreparingRunner
     return kind(
         base,
         cache=cache,

@@ -149,6 +149,11 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
+    @property
+    def busy(self) -> bool:
+        """Whether requests run."""
+        return self._scheduler.running > 0
+
     def stats(self) -> EngineStats:
         """A snapshot, from any thread, without waiting for the engine's."""
         blocks, stepper = self._scheduler.blocks, self._stepper

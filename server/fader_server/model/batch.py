@@ -97,7 +97,19 @@ class Batch:
             _block_tables(plan.rows, block_size),
             np.array(index, np.int64),
         )
-        return cls(*packed(arrays, device), tuple(rows), sampling, scored)
+        tokens, places, written, starts, contexts, tables, wanted = packed(arrays, device)
+        return cls(
+            input_ids=tokens,
+            position_ids=places,
+            slots=written,
+            cu_tokens=starts,
+            contexts=contexts,
+            block_tables=tables,
+            logit_index=wanted,
+            rows=tuple(rows),
+            sampling=sampling,
+            scored=scored,
+        )
 
 
 def _block_tables(rows: tuple[PlanRow, ...], block_size: int) -> np.ndarray:

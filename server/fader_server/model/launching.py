@@ -1,11 +1,15 @@
-"""Steps of a device that computes by itself: begun, then waited for once. Decides nothing."""
+"""Steps in two halves: begun, then waited for once, with the caller's own work between them.
 
-from collections.abc import Callable
+On a device that computes by itself the first half sets it to work; on a CPU the first half is what
+needs Python's lock and the second what leaves it to others. Decides nothing.
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
 
 from fader_server.core import Plan, RowResult
-from fader_server.model.runner import ModelRunner, Part
+from fader_server.model.runner import ModelRunner, Part, Ready
 from fader_server.model.sampler import Drawn
 
 
@@ -40,4 +44,33 @@ class LaunchedStep:
         for part, wait in zip(self._parts, drawn, strict=True):
             for i, result in zip(part.places, wait(), strict=True):
                 results[i] = result
+        return results
+
+
+class PreparingRunner(ModelRunner):
+    """A ModelRunner on the processor that also serves HTTP: whom the caller wakes between the two
+    halves finds Python's lock free while the kernels run."""
+
+    def launch(self, plan: Plan) -> "PreparedStep":
+        """Put the step's forwards together."""
+        with torch.inference_mode():
+            return PreparedStep([(part.places, self._prepared(part)) for part in self._parts(plan)])
+
+    def run(self, plan: Plan) -> list[RowResult]:
+        return self.launch(plan).results()
+
+
+class PreparedStep:
+    """A step of which nothing has been computed yet."""
+
+    def __init__(self, parts: list[tuple[Sequence[int], Ready]]) -> None:
+        self._parts = parts
+
+    def results(self) -> list[RowResult]:
+        """Compute it."""
+        results = [RowResult()] * sum(len(places) for places, _ in self._parts)
+        with torch.inference_mode():
+            for places, compute in self._parts:
+                for i, result in zip(places, compute()(), strict=True):
+                    results[i] = result
         return results

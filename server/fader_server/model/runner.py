@@ -20,6 +20,8 @@ from fader_server.model.loaded import LoadedBase
 from fader_server.model.sampler import Drawn, Sampler, prompt_logprobs
 
 HeadStep = Callable[[torch.Size], Step | None]
+Ready = Callable[[], Drawn]
+"""A forward that was put together: computes it, or sets the device to it, once."""
 
 
 def _padded(terms: StepTerms, padding: int) -> StepTerms:
@@ -125,18 +127,36 @@ class ModelRunner:
 
     def _begin(self, part: Part) -> Drawn:
         """Queue a forward and its draw; what waits for them."""
-        state = self._base.installed.state
-        state.lane = part.weights.bases
-        try:
-            return self._computed(part.plan, part.weights.replays)
-        finally:
-            state.lane = None
+        return self._prepared(part)()
 
-    def _computed(self, plan: Plan, replays: Replays | None) -> Drawn:
-        if replays is not None and replays.takes(plan):
-            step = self._base.backend.prepare(self._tables, plan.terms)
+    def _prepared(self, part: Part) -> Ready:
+        """Put a forward together; what queues it and its draw."""
+        replays = part.weights.replays
+        if replays is not None and replays.takes(part.plan):
+            compute = self._replay(part.plan, replays)
+        else:
+            compute = self._eager(part.plan)
+
+        def begin() -> Drawn:
+            state = self._base.installed.state
+            state.lane = part.weights.bases
+            try:
+                return compute()
+            finally:
+                state.lane = None
+
+        return begin
+
+    def _replay(self, plan: Plan, replays: Replays) -> Ready:
+        step = self._base.backend.prepare(self._tables, plan.terms)
+
+        def compute() -> Drawn:
             logits = replays.run(plan, step, lambda batch: self._rows(batch, step))
             return self._sampled(plan, tuple(range(len(plan.rows))), logits)
+
+        return compute
+
+    def _eager(self, plan: Plan) -> Ready:
         batch = Batch.from_plan(
             plan,
             block_size=self._cache.block_size,
@@ -145,8 +165,12 @@ class ModelRunner:
         )
         terms = _padded(plan.terms, batch.padding)
         step = self._base.backend.prepare(self._tables, terms)
-        logits = self._forward(batch, step, lambda _: self._head_step(plan, batch))
-        return self._results(plan, batch, logits)
+
+        def compute() -> Drawn:
+            logits = self._forward(batch, step, lambda _: self._head_step(plan, batch))
+            return self._results(plan, batch, logits)
+
+        return compute
 
     def _rows(self, batch: Batch, step: Step | None) -> torch.Tensor:
         """Every token's logits are wanted, in order: the head's rows are the step's."""

@@ -18,6 +18,7 @@ from fader_adapters.errors import AdapterError, AdapterInvalid, SourceNotFound, 
 from fader_adapters.inspection import Inspector
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.parse import Factors, ParsedAdapter
+from fader_adapters.pauses import Pause, never
 from fader_adapters.pool import Pool
 from fader_adapters.report import AdapterReport, ModuleReport
 from fader_adapters.source import RawAdapter
@@ -105,7 +106,7 @@ class Disk:
 class Reader(Inspector):
     """Takes an adapter's origin for its content."""
 
-    def read(self, raw: RawAdapter) -> ParsedAdapter:
+    def read(self, raw: RawAdapter, pause: Pause = never) -> ParsedAdapter:
         return parsed(int(raw.origin))
 
 
