@@ -48,6 +48,7 @@ def sections() -> "tuple[Section, ...]":
         section("parity nf4", "parity", "check_nf4", 60),
         section("parity lora", "parity", "check_lora", 75),
         section("parity attention", "parity", "check_attention", 60),
+        section("parity modules", "modules", "check_modules", 45),
         section("graphs", "steps", "check_graphs", 140),
         section("decode", "steps", "measure_decode", 30, "graphs"),
         section("adapters", "steps", "measure_adapters", 40, "graphs"),

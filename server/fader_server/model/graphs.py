@@ -172,7 +172,7 @@ def capture(
     graphs = DecodeGraphs(inputs, blank)
     started, free = time.perf_counter(), _free(base.device)
     try:
-        _warm(inputs, run, backend.blank(tables, None))
+        _warm(inputs, run, backend.blank(tables, None, vectors=True))
         warmed = time.perf_counter()
         graphs.capture(buckets, run=run, record=record or GraphRecorder(base.device))
     except RuntimeError as error:
