@@ -32,7 +32,7 @@ def rehearse(model: PreTrainedModel, source: str) -> dict[nn.Module, LayerShape]
     """The shape of every layer's cache. Raises ModelUnsupported, in one line."""
     vocab = int(model.config.get_text_config(decoder=True).vocab_size)
     ids = torch.tensor([(7919 * i + 11) % vocab for i in range(sum(LENGTHS))], device=model.device)
-    parts = torch.split(ids, LENGTHS)
+    parts = torch.split(ids, list(LENGTHS))
     probe = attention.Probe(LENGTHS)
     try:
         with torch.inference_mode(), _every_token(model, len(ids)), _as(model, attention.REHEARSAL):
