@@ -9,6 +9,7 @@ import torch
 
 from fader_adapters.kernels.backend import choose
 from fader_server.errors import ModelUnsupported
+from fader_server.model import rehearsal
 from fader_server.model.loader import LoadedBase, load_base
 from fader_server.model.rehearsal import rehearse
 from tests.support.families import write_family
@@ -44,12 +45,12 @@ def test_a_base_that_mixes_tokens_or_counts_them_outside_its_attention_is_refuse
 ):
     model = load(llama, dtype).model
     if fault is None:
-        rehearse(model, "llama")
+        rehearse(model, "llama", dtype=dtype)
         return
     inner = model.get_submodule("model.layers.1.input_layernorm")
     inner.register_forward_hook(lambda _, args, out: fault(out))
     with pytest.raises(ModelUnsupported, match="llama: LlamaForCausalLM does not give in a shared"):
-        rehearse(model, "llama")
+        rehearse(model, "llama", dtype=dtype)
 
 
 def test_the_rehearsal_leaves_the_model_as_the_engine_runs_it(llama: Path):
@@ -88,3 +89,12 @@ def test_a_longrope_base_ends_at_its_original_length_and_says_so(
     assert load(write_many(*MANY["phi3-longrope"], tmp_path / "long")).max_positions == 128
     assert "sequences end at 128 tokens, not 512" in caplog.text
     assert load(write_many(*MANY["llama-yarn"], tmp_path / "yarn")).max_positions == 512
+
+
+def test_wide_logits_of_rounded_activations_are_held_to_the_bound_of_these(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(rehearsal, "_distance", lambda ours, theirs: 0.05)
+    load(llama, torch.bfloat16)
+    with pytest.raises(ModelUnsupported, match="0.05 of their spread"):
+        load(llama, torch.float32)

@@ -56,7 +56,7 @@ def load_base(
     return LoadedBase(
         model=model,
         installed=replace(installed, spec=spec),
-        layers=rehearse(model, source),
+        layers=rehearse(model, source, dtype=dtype),
         source=source,
         dtype=dtype,
         device=device,
