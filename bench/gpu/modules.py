@@ -34,8 +34,8 @@ def check_modules(rig: Rig, result: Result) -> None:
         given = (q[n], k[n], cos[n], sin[n])
         if not own:
             return torch.cat(rotary(*given), dim=1)
-        of = [t[None].transpose(1, 2) if t.dim() == 3 else t[None] for t in given]
-        pair = modeling_llama.apply_rotary_pos_emb(*of)
+        first, second = (t[None].transpose(1, 2) for t in given[:2])
+        pair = modeling_llama.apply_rotary_pos_emb(first, second, cos[n][None], sin[n][None])
         return torch.cat([t[0].transpose(0, 1) for t in pair], dim=1)
 
     ways: dict[str, tuple[Callable[[slice], torch.Tensor], torch.Tensor]] = {

@@ -52,8 +52,9 @@ class CudaGate(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        rows = (part.reshape(-1, part.shape[-1]) for part in (gate, up))
-        return self.down_proj(gated(*rows, self._act).view(gate.shape))
+        width = gate.shape[-1]
+        active = gated(gate.reshape(-1, width), up.reshape(-1, width), self._act)
+        return self.down_proj(active.view(gate.shape))
 
 
 class CudaRotary:
