@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 
+from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -16,6 +17,9 @@ from fader_adapters.spec import BaseSpec, Digest, LinearSpec
 
 _PACKS_IN_ORDER = frozenset({"phi3", "phi4_multimodal", "glm", "glm4"})
 """Model types whose qkv_proj and gate_up_proj hold their parts one after the other."""
+
+_PLAIN = (nn.Linear, Conv1D, Linear4bit)
+"""What computes x·Wᵀ + b and nothing else; a class derived from it may do more."""
 
 
 def describe(model: PreTrainedModel, *, name: str = "") -> BaseSpec:
@@ -48,7 +52,7 @@ def linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """Every linear but the output head, in model order."""
     head = model.get_output_embeddings()
     for path, module in model.named_modules():
-        if module is not head and isinstance(module, nn.Linear | Conv1D):
+        if module is not head and type(module) in _PLAIN:
             yield path, module
 
 

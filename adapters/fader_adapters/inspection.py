@@ -43,7 +43,10 @@ class Inspector:
             kinds=tuple(kinds_of(modules, norms)),
             largest=max((m.delta_norm / norm for m, norm in pairs if norm), default=0.0),
             match=BaseMatch(
-                self._base.fingerprint, _public(claimed), verdict(claimed, self._base.name)
+                self._base.fingerprint,
+                _public(claimed),
+                verdict(claimed, self._base.name),
+                self._base.weights,
             ),
         )
 

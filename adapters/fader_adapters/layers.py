@@ -39,6 +39,8 @@ class StepState:
         """Other weights to run instead of the sites' own, without any delta; None: the base's."""
         self.head: Callable[[torch.Size], Step | None] | None = None
         """The same for the rows the output head is given, by the shape of what it is given."""
+        self.tokens: int | None = None
+        """Of the forward that runs now; a linear that is given others is refused. None: unknown."""
 
     def at(self, x: torch.Tensor, *, head: bool) -> Step | None:
         """What a site that is called with `x` has to do."""
@@ -73,6 +75,9 @@ class Site:
                 self._input, self._ran = None, (None, None)
             return y
         rows = x.reshape(-1, self.spec.in_features)
+        tokens = self._state.tokens
+        if tokens is not None and rows.shape[0] != tokens and not self._head:
+            raise BaseUnsupported(f"a linear was given {rows.shape[0]} of {tokens} tokens")
         merged = None if lane is None else lane.get(self)
         if merged is None:
             y = self.kernel(rows, self._state.at(x, head=self._head))

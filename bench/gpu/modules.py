@@ -34,8 +34,10 @@ def check_modules(rig: Rig, result: Result) -> None:
         given = (q[n], k[n], cos[n], sin[n])
         if not own:
             return torch.cat(rotary(*given), dim=1)
-        first, second = (t[None].transpose(1, 2) for t in given[:2])
-        pair = modeling_llama.apply_rotary_pos_emb(first, second, cos[n][None], sin[n][None])
+        by_head = [t[n][None].transpose(1, 2) for t in (q, k)]
+        pair = modeling_llama.apply_rotary_pos_emb(
+            by_head[0], by_head[1], cos[n][None], sin[n][None]
+        )
         return torch.cat([t[0].transpose(0, 1) for t in pair], dim=1)
 
     ways: dict[str, tuple[Callable[[slice], torch.Tensor], torch.Tensor]] = {

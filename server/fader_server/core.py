@@ -76,6 +76,19 @@ class TokenLogprob:
     top: TopLogprobs = ()
 
 
+LaneName = Literal["delta", "merged"]
+"""The base with its deltas, or weights that a blend was merged into."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """How a request came to run; later preemptions change nothing of it."""
+
+    queued: float
+    """Seconds from its submission."""
+    lane: LaneName
+
+
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
     """What one step did for one request. Exactly one event of a request has `finish` or `error`."""
@@ -90,8 +103,8 @@ class TokenEvent:
     """Prompt tokens found in the prefix cache; set on the first event with a token or `finish`."""
     finish: FinishReason | None = None
     error: Exception | None = None
-    queued: float | None = None
-    """Seconds from submission to admission; set on a request's first event after it."""
+    admitted: Admission | None = None
+    """Set on a request's first event after its admission."""
 
 
 Sink = Callable[[TokenEvent], None]

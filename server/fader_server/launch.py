@@ -76,7 +76,9 @@ def run(config: ServeConfig, open_world: OpenWorld, *, version: str) -> None:
         if file is None:
             named = book(world.adapters)
         else:
-            remembered = RememberedAdapters(world.adapters, file, state)
+            remembered = RememberedAdapters(
+                world.adapters, file, state, base=world.base.fingerprint
+            )
             stack.callback(remembered.close)
             world = replace(world, adapters=remembered)
             named = book(remembered, save=remembered.remember_recipes)

@@ -143,6 +143,11 @@ class Registry:
         with self._lock:
             return self._info(self._store.status(ref.name, ref.version))
 
+    def names(self) -> frozenset[str]:
+        """Every name in memory."""
+        with self._lock:
+            return frozenset(self._facts)
+
     def list(self) -> Sequence[AdapterInfo]:
         with self._lock:
             return [self._info(status) for status in self._store.list()]

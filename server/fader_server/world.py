@@ -118,7 +118,7 @@ def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> 
     given = frozenset(adapter.name for adapter in config.adapter)
     fixed = given if config.model else given | demo.adapter_dirs().keys()
     parking = Parking(registry, fixed=frozenset(fixed), limit=config.max_adapters)
-    model = BaseModel(name, base.installed.spec.fingerprint, plan.max_model_len, started)
+    model = BaseModel(name, base.installed.spec.identity, plan.max_model_len, started)
     offers = sources.offers if config.resolve_adapters else (lambda name: False)
     adapters = OnDemand(parking, offers=offers, told=metrics.loaded)
     parts = Parts(

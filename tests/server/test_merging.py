@@ -97,6 +97,13 @@ def answer(world, blend, **how):
     return Stream(world, blend, **how).result()
 
 
+def lane_of(world, blend) -> str:
+    stream = Stream(world, blend, tokens=2)
+    stream.result()
+    (admitted,) = [event.admitted for event in stream.events if event.admitted is not None]
+    return admitted.lane
+
+
 @pytest.fixture(scope="module")
 def shared():
     with opened() as world:
@@ -120,6 +127,7 @@ def test_a_lane_is_made_used_and_gone_without_a_trace(world):
     assert status.job is None
     assert status.lane.bytes > 0
     assert answer(world, {"polite": 1.0}) == others
+    assert (lane_of(world, PIRATE), lane_of(world, {"polite": 1.0})) == ("merged", "delta")
     counted = world.engine.stats().merged
     during = answer(world, PIRATE)
     assert world.engine.stats().merged == counted + len(during)
@@ -127,6 +135,7 @@ def test_a_lane_is_made_used_and_gone_without_a_trace(world):
     assert during != before, "a lane rounds differently: the same bits mean that it was not used"
     after = drop(world)
     assert after.lane is None
+    assert lane_of(world, PIRATE) == "delta"
     assert answer(world, PIRATE) == before
     assert answer(world, {"polite": 1.0}) == others
     assert weights_hash(world.merging._parts.base.installed) == weights

@@ -55,7 +55,9 @@ class Base:
         return tuple(linear for linear in self.spec.linears if linear.inside)
 
     def key(self, linear: LinearSpec) -> str:
-        """The key of a linear's weight. Raises CheckpointInvalid."""
+        """The key of a linear's weight; a tied head's is the table's. Raises CheckpointInvalid."""
+        if linear.role == "head" and self.spec.tied:
+            linear = next(item for item in self.spec.linears if item.role == "embedding")
         try:
             return self.names[f"{linear.path}.weight"]
         except KeyError:

@@ -192,8 +192,8 @@ class Generation:
         choice = self._choices[event.request_id]
         if event.request_id not in self._in_engine:
             return Delta(choice.index)
-        if event.queued is not None:
-            self._record.queued(event.queued)
+        if event.admitted is not None:
+            self._record.admitted(event.admitted)
         if event.error is not None:
             self._in_engine.discard(event.request_id)
             return Delta(choice.index)

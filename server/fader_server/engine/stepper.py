@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from fader_adapters.spec import Upload
 from fader_server.core import (
+    Admission,
     LaunchRunner,
     Plan,
     Request,
@@ -65,7 +66,7 @@ class Stepper:
         self._observer = observer
         self._crowded: Counter[str] = Counter()
         self._since: dict[str, float] = {}
-        self._waited: dict[str, float] = {}
+        self._admitted: dict[str, Admission] = {}
 
     def add(self, request: Request, *, since: float | None = None) -> None:
         """Queue a request that was submitted at `since`. Raises what the scheduler's `add` does."""
@@ -131,7 +132,8 @@ class Stepper:
         for row in plan.rows:
             since = self._since.pop(row.sequence.request.id, None)
             if since is not None:
-                self._waited[row.sequence.request.id] = max(0.0, now - since)
+                lane = "delta" if row.lane is None else "merged"
+                self._admitted[row.sequence.request.id] = Admission(max(0.0, now - since), lane)
 
     def _count(self, done: list[tuple[Plan, list[RowResult]]], started: float) -> None:
         now = self._clock()
@@ -182,8 +184,8 @@ class Stepper:
             self.generated += 1
         if event.error is not None:
             self.faults += 1
-        if event.request_id in self._waited:
-            event = replace(event, queued=self._waited.pop(event.request_id))
+        if event.request_id in self._admitted:
+            event = replace(event, admitted=self._admitted.pop(event.request_id))
         if event.finish is not None or event.error is not None:
             self._forget(event.request_id)
         if self._overlap is None:
@@ -194,4 +196,4 @@ class Stepper:
     def _forget(self, request_id: str) -> None:
         self._crowded.pop(request_id, None)
         self._since.pop(request_id, None)
-        self._waited.pop(request_id, None)
+        self._admitted.pop(request_id, None)

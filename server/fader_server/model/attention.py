@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from fader_server.errors import ModelUnsupported
 from fader_server.model.batch import Batch
@@ -17,6 +17,9 @@ from fader_server.model.kv_cache import KVCache, LayerCache, LayerShape
 
 NAME = "fader_paged"
 """The implementation's name in transformers' registry."""
+
+REHEARSAL = "fader_rehearsal"
+"""The same function; masks are made, and say which window the model means a layer to have."""
 
 IGNORED = frozenset(
     {
@@ -103,8 +106,10 @@ class StepAttention:
 class Probe:
     """Stands in for a step while a base is checked: records every layer, attends densely."""
 
-    def __init__(self) -> None:
+    def __init__(self, lengths: tuple[int, ...]) -> None:
+        """`lengths`: tokens of the sequences that are packed one behind the other."""
         self.shapes: dict[nn.Module, LayerShape] = {}
+        self._lengths = list(lengths)
 
     def run(
         self,
@@ -120,14 +125,24 @@ class Probe:
             raise ModelUnsupported(f"{type(module).__name__} is not causal")
         self.shapes[module] = LayerShape(k.shape[1], k.shape[3], v.shape[3])
         groups = q.shape[1] // k.shape[1]
-        out = nn.functional.scaled_dot_product_attention(
-            q,
-            k.repeat_interleave(groups, dim=1),
-            v.repeat_interleave(groups, dim=1),
-            is_causal=True,
-            scale=params.scale,
-        )
-        return out.transpose(1, 2)
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        qs, ks, vs = (torch.split(x.float(), self._lengths, dim=2) for x in (q, k, v))
+        parts = zip(qs, ks, vs, strict=True)
+        out = torch.cat([_attend(*part, params) for part in parts], dim=2)
+        return out.to(q.dtype).transpose(1, 2).contiguous()
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: AttentionParams
+) -> torch.Tensor:
+    """One short sequence, [1, heads, n, d] each, in fp32."""
+    scores = q @ k.transpose(-1, -2) * params.scale
+    if params.softcap is not None:
+        scores = params.softcap * torch.tanh(scores / params.softcap)
+    place = torch.arange(q.shape[2], device=q.device)
+    distance = place[:, None] - place
+    allowed = (distance >= 0) & (distance < (params.window or len(place)))
+    return torch.softmax(scores.masked_fill(~allowed, float("-inf")), dim=-1) @ v
 
 
 def fader_attention(
@@ -144,7 +159,8 @@ def fader_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention signature; the step arrives as the keyword `fader_step`.
 
-    Raises ModelUnsupported for a keyword that would change the mathematics and is not known here.
+    Raises ModelUnsupported for a keyword that would change the mathematics and is not known here,
+    and in a rehearsal for a mask that is not the window that is told.
     """
     if fader_step is None:
         raise ModelUnsupported(f"{type(module).__name__} does not pass keywords to its attention")
@@ -153,15 +169,40 @@ def fader_attention(
         for name, given in others.items()
         if given is not None and given is not False and name not in IGNORED
     ]
-    if unknown or attention_mask is not None:
-        what = ", ".join(unknown) or "a mask of its own"
-        raise ModelUnsupported(f"{type(module).__name__} attends with {what}, unknown to Fader")
+    if isinstance(fader_step, Probe) and attention_mask is not None:
+        _check_claim(module, attention_mask, sliding_window)
+    elif attention_mask is not None:
+        unknown.append("a mask of its own")
+    if unknown:
+        raise ModelUnsupported(
+            f"{type(module).__name__} attends with {', '.join(unknown)}, unknown to Fader"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     params = AttentionParams(float(scale), sliding_window, softcap)
     return fader_step.run(module, query, key, value, params), None
 
 
+def _claim(*, local_size: int | None = None, use_vmap: bool = False, **_: object) -> torch.Tensor:
+    """What a model asks of transformers' masks: the window, 0 for none, -1 for others.
+
+    [1, 1, 1, 1], so that models may slice it.
+    """
+    return torch.full((1, 1, 1, 1), -1 if use_vmap else local_size or 0)
+
+
+def _check_claim(module: nn.Module, claim: torch.Tensor, window: int | None) -> None:
+    if claim.numel() != 1 or int(claim) < 0:
+        raise ModelUnsupported(f"{type(module).__name__} attends with a mask of its own")
+    if int(claim) != (window or 0):
+        raise ModelUnsupported(
+            f"{type(module).__name__} masks all but {int(claim) or 'no'} keys and tells its "
+            f"attention a window of {window}; Fader goes by what the attention is told"
+        )
+
+
 def register() -> None:
-    """Make the function known to transformers under NAME; no mask is ever built for it."""
+    """Make the function known to transformers; no mask is built for it but in a rehearsal."""
     function: Callable[..., tuple[torch.Tensor, None]] = fader_attention
     AttentionInterface.register(NAME, function)
+    AttentionInterface.register(REHEARSAL, function)
+    AttentionMaskInterface.register(REHEARSAL, _claim)

@@ -13,6 +13,7 @@ import torch
 import transformers
 from bitsandbytes.nn.modules import Linear4bit
 from huggingface_hub import snapshot_download
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 from fader_adapters.errors import BaseUnsupported
 from fader_adapters.kernels import native
@@ -32,6 +34,15 @@ log = logging.getLogger(__name__)
 
 _FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE*")
 """What of a repository on the Hub is a model."""
+
+_OTHER_ATTENTION = (
+    "attention_chunk_size",
+    "use_bidirectional_attention",
+    "add_cross_attention",
+    "index_topk",
+    "index_topk_blocks",
+)
+"""Settings of configs under which a token sees other keys than those of a causal window."""
 
 
 def read_config(source: str) -> PretrainedConfig:
@@ -58,7 +69,7 @@ def read_config(source: str) -> PretrainedConfig:
             "transformers' AttentionInterface"
         )
     text = config.get_text_config(decoder=True)
-    for name in ("attention_chunk_size", "use_bidirectional_attention", "add_cross_attention"):
+    for name in _OTHER_ATTENTION:
         if getattr(text, name, None):
             raise ModelUnsupported(f"{source}: {name} is set, an attention Fader does not have")
     _check_quantization(source, config)
@@ -134,6 +145,12 @@ def read_nf4(
             # each holds the other: without this a weight would outlive its layer until some
             # collection of garbage, and the base would be in memory twice
             cast(Any, module.weight).module = None
+            own = getattr(module, "source_cls", nn.Linear)
+            if own not in (nn.Linear, Conv1D):
+                raise ModelUnsupported(
+                    f"{source}: {path} is a {own.__name__}, a linear with a forward of its own, "
+                    "which NF4 would replace"
+                )
             try:
                 check_width(module.in_features)
             except BaseUnsupported as error:

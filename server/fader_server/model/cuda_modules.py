@@ -53,8 +53,8 @@ class CudaGate(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
         width = gate.shape[-1]
-        active = gated(gate.reshape(-1, width), up.reshape(-1, width), self._act)
-        return self.down_proj(active.view(gate.shape))
+        made = gated(gate.reshape(-1, width), up.reshape(-1, width), self._act)
+        return self.down_proj(made.view(gate.shape))
 
 
 class CudaRotary:

@@ -3,9 +3,10 @@
 Knows module trees; knows nothing of files, requests or adapters.
 """
 
+from dataclasses import replace
+
 import torch
 from bitsandbytes.nn.modules import Params4bit
-from torch import nn
 from transformers import PreTrainedModel
 
 from fader_adapters.errors import BaseUnsupported
@@ -15,12 +16,14 @@ from fader_adapters.layers import Installed, install
 from fader_server.errors import ModelUnsupported
 from fader_server.model import attention
 from fader_server.model.activation import replace_activations
-from fader_server.model.checkpoint import first_line, read_config, read_nf4
+from fader_server.model.checkpoint import read_config, read_nf4
 from fader_server.model.head import replace_ends
-from fader_server.model.kv_cache import LayerShape
+from fader_server.model.identity import Identity
 from fader_server.model.loaded import LoadedBase
 from fader_server.model.norm import replace_norms
 from fader_server.model.recording import make_opaque
+from fader_server.model.rehearsal import rehearse
+from fader_server.model.rotary import longest
 
 
 def load_base(
@@ -34,6 +37,7 @@ def load_base(
     config = read_config(source)
     attention.register()
     model = read_nf4(source, config, device=device, attn_implementation=attention.NAME)
+    identity = Identity(model)  # before anything is repacked or let go of
     for parameter in model.parameters():
         if not isinstance(parameter, Params4bit) and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -47,16 +51,17 @@ def load_base(
         from fader_server.model.cuda_modules import use_cuda  # imports triton
 
         use_cuda(model)
+    spec = replace(installed.spec, weights=identity.digest())
     text = config.get_text_config(decoder=True)
     return LoadedBase(
         model=model,
-        installed=installed,
-        layers=_probe(model, source),
+        installed=replace(installed, spec=spec),
+        layers=rehearse(model, source),
         source=source,
         dtype=dtype,
         device=device,
         backend=backend,
-        max_positions=int(getattr(text, "max_position_embeddings", None) or 2048),
+        max_positions=longest(text, source),
         vocab_size=int(text.vocab_size),
     )
 
@@ -72,29 +77,3 @@ def _use_native(
         if "RotaryEmbedding" in type(module).__name__:
             make_opaque(module, tape)
     replace_ends(model, installed, backend, dtype=dtype)
-
-
-def _probe(model: PreTrainedModel, source: str) -> dict[nn.Module, LayerShape]:
-    """Run a few tokens once: proves that every layer attends through Fader and tells its shape."""
-    probe = attention.Probe()
-    ids = torch.zeros(1, 4, dtype=torch.int64, device=model.device)
-    try:
-        with torch.inference_mode():
-            model(
-                input_ids=ids,
-                position_ids=torch.arange(4, device=model.device).unsqueeze(0),
-                use_cache=False,
-                logits_to_keep=torch.tensor([3], device=model.device),
-                fader_step=probe,
-            )
-    except ModelUnsupported as error:
-        raise ModelUnsupported(f"{source}: {error}") from error
-    except Exception as error:  # a model whose forward wants something else than token ids
-        raise ModelUnsupported(f"{source}: a first forward failed: {first_line(error)}") from error
-    expected = model.config.get_text_config(decoder=True).num_hidden_layers
-    if len(probe.shapes) != expected:
-        raise ModelUnsupported(
-            f"{source}: {len(probe.shapes)} of {expected} layers attend through transformers' "
-            "AttentionInterface; Fader needs all of them"
-        )
-    return probe.shapes

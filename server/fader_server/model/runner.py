@@ -191,7 +191,7 @@ class ModelRunner:
     def _forward(self, batch: Batch, step: Step | None, head: HeadStep) -> torch.Tensor:
         """[len(batch.logit_index), vocab]"""
         state = self._base.installed.state
-        state.step, state.head = step, head
+        state.step, state.head, state.tokens = step, head, batch.input_ids.shape[1]
         try:
             out = self._base.model(
                 input_ids=batch.input_ids,
@@ -201,7 +201,7 @@ class ModelRunner:
                 fader_step=StepAttention(self._attention, self._cache, batch),
             )
         finally:
-            state.step = state.head = None
+            state.step = state.head = state.tokens = None
         return out.logits[0]
 
     def _sampled(self, plan: Plan, sampling: tuple[int, ...], logits: torch.Tensor) -> Drawn:

@@ -1,0 +1,126 @@
+"""Runs a few tokens through a freshly loaded base, packed as the engine packs them, and compares
+with the model's own attention on each sequence alone. Knows module trees; knows no cache.
+
+What a model does across a step's tokens outside its attention (convolutions, recurrent states,
+positions of its own counting) is found here, before it can answer anybody.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fader_adapters.layers import SiteHead, SiteLinear
+from fader_server.errors import ModelUnsupported
+from fader_server.model import attention
+from fader_server.model.checkpoint import first_line
+from fader_server.model.kv_cache import LayerShape
+
+LENGTHS = (5, 6)
+"""Tokens of the two sequences that share the packed forward."""
+WANTED = (4, 5, 6, 10)
+"""Packed tokens whose logits are compared: the first ends, the second begins right behind it."""
+BOUND = {torch.float32: 0.01}
+BOUND_ROUNDED = 0.25
+"""Largest distance of logits over their own spread, in fp32 and in 16-bit floats."""
+
+
+def rehearse(model: PreTrainedModel, source: str) -> dict[nn.Module, LayerShape]:
+    """The shape of every layer's cache. Raises ModelUnsupported, in one line."""
+    vocab = int(model.config.get_text_config(decoder=True).vocab_size)
+    ids = torch.tensor([(7919 * i + 11) % vocab for i in range(sum(LENGTHS))], device=model.device)
+    parts = torch.split(ids, list(LENGTHS))
+    probe = attention.Probe(LENGTHS)
+    try:
+        with torch.inference_mode(), _every_token(model, len(ids)), _as(model, attention.REHEARSAL):
+            positions = torch.cat([torch.arange(len(part), device=ids.device) for part in parts])
+            packed = model(
+                input_ids=ids.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=torch.tensor(WANTED, device=ids.device),
+                fader_step=probe,
+            ).logits[0]
+        _expect_layers(model, source, len(probe.shapes))
+        with torch.inference_mode(), _as(model, "eager"):
+            alone = [
+                model(input_ids=part.unsqueeze(0), use_cache=False).logits[0] for part in parts
+            ]
+    except ModelUnsupported as error:
+        raise ModelUnsupported(f"{source}: {str(error).removeprefix(f'{source}: ')}") from error
+    except Exception as error:  # a model whose forward wants something else than token ids
+        raise ModelUnsupported(f"{source}: a first forward failed: {_reason(error)}") from error
+    distance = _distance(packed, torch.cat(alone)[list(WANTED)])
+    bound = BOUND.get(packed.dtype, BOUND_ROUNDED)
+    if not distance <= bound:
+        raise ModelUnsupported(
+            f"{source}: {type(model).__name__} does not give in a shared batch what it gives alone "
+            f"(logits differ by {distance:.2g} of their spread): it mixes tokens, or counts "
+            "positions, outside its attention"
+        )
+    return probe.shapes
+
+
+def _expect_layers(model: PreTrainedModel, source: str, found: int) -> None:
+    expected = model.config.get_text_config(decoder=True).num_hidden_layers
+    if found != expected:
+        raise ModelUnsupported(
+            f"{source}: {found} of {expected} layers attend through transformers' "
+            "AttentionInterface; Fader needs all of them"
+        )
+
+
+def _distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest over the rows of ‖ours − theirs‖ / ‖theirs − mean‖; NaN where either is."""
+    ours, theirs = ours.float(), theirs.float()
+    spread = (theirs - theirs.mean(-1, keepdim=True)).norm(dim=-1)
+    return float(((ours - theirs).norm(dim=-1) / spread.clamp(min=1e-20)).max())
+
+
+@contextmanager
+def _every_token(model: PreTrainedModel, tokens: int) -> Iterator[None]:
+    """Refuse linears that see something else than all of the step's tokens: a delta has one row
+    for each token of the step.
+    """
+
+    def hook(path: str) -> Any:  # noqa: ANN401  torch's own type
+        def check(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            seen = args[0].numel() // args[0].shape[-1]
+            if seen != tokens:
+                raise ModelUnsupported(
+                    f"{path} is given {seen} of a step's {tokens} tokens; Fader adapts linears "
+                    "that see all of them"
+                )
+
+        return check
+
+    handles = [
+        module.register_forward_pre_hook(hook(path))
+        for path, module in model.named_modules()
+        if isinstance(module, SiteLinear) and not isinstance(module, SiteHead)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _as(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """The model attends by another function of transformers' registry."""
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(attention.NAME)
+
+
+def _reason(error: Exception) -> str:
+    line = first_line(error)
+    if f"'{SiteLinear.__name__}' object has no attribute" in line:
+        return f"the model reads a linear's weight by itself ({line}), and Fader keeps it packed"
+    return line

@@ -1,0 +1,71 @@
+"""Many families against transformers + PEFT on the same NF4 base, over hundreds of tokens."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fader_server.engine.limits import Limits
+from tests.server.parity.test_families import BOUND, check, difference
+from tests.support.families import VOCAB
+from tests.support.many_families import MANY, write_many
+from tests.support.oracle import Oracle
+from tests.support.peft_adapters import write_adapter
+from tests.support.world import Ask, TinyWorld, greedy
+
+QUICK = frozenset({"cohere2", "deepseek-v3", "mixtral", "opt", "phi3-longrope"})
+BLENDS = [{}, {"r8": 1.0}, {"r16": 1.0}, {"r8": 0.7, "r16": -0.4}]
+LENGTHS = (300, 40, 130, 20, 7, 330, 64, 250)
+ANSWER = 8
+
+
+def asks(longest: int) -> list[Ask]:
+    """Prompts past every window, and past original lengths where the base goes on."""
+    g = torch.Generator().manual_seed(5)
+    lengths = [min(length, longest - ANSWER) for length in LENGTHS]
+    return [
+        Ask(
+            torch.randint(3, VOCAB, (length,), generator=g).tolist(),
+            BLENDS[i % len(BLENDS)],
+            greedy(ANSWER, prompt_logprobs=0),
+        )
+        for i, length in enumerate(lengths)
+    ]
+
+
+def adapters(base: Path, folder: Path, world: TinyWorld) -> dict[str, Path]:
+    """PEFT's own, over every linear; of a mixture of experts those outside the MLPs.
+
+    PEFT turns an MLP's names into experts' parameters there, which are no linears.
+    """
+    experts = any("experts" in name for name, _ in world.base.model.named_modules())
+    paths = [
+        item.path
+        for item in world.base.installed.spec.linears
+        if item.role == "linear" and not (experts and ".mlp." in item.path)
+    ]
+    targets = "|".join(path.replace(".", "[.]") for path in paths)
+    return {
+        name: write_adapter(
+            base, folder / name, rank=rank, seed=rank, target_modules=f"(.*[.])?({targets})"
+        )
+        for name, rank in (("r8", 8), ("r16", 16))
+    }
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in sorted(MANY)],
+)
+def test_mixed_batch_past_windows_and_original_lengths_equals_peft(family: str, tmp_path: Path):
+    base = write_many(*MANY[family], tmp_path / "base")
+    world = TinyWorld(base, limits=Limits(max_rows=32, max_step_tokens=288, max_model_len=512))
+    given = adapters(base, tmp_path, world)
+    for name, path in given.items():
+        world.load(name, path)
+    oracle = Oracle(base, torch.float32, given)
+    questions = asks(world.base.max_positions)
+    answers = world.run(questions)
+    check(oracle, questions, answers, BOUND[torch.float32])
+    other = Ask(questions[1].prompt, {"r8": 0.8}, questions[1].params)  # would be noticed
+    assert difference(oracle, other, answers[1], 1.0) > 10 * BOUND[torch.float32]
