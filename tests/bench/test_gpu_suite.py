@@ -156,7 +156,7 @@ def test_the_whole_ends_in_time_with_its_children_however_long_sections_hang(
 ) -> None:
     monkeypatch.setenv("PLANTED_PID", str(tmp_path / "pid"))
     monkeypatch.setattr("bench.gpu.supervise.REPLACE_SECONDS", 1.0)
-    total = 12.0 + gpu_suite.LAST_WORDS
+    total = 9.0 + gpu_suite.LAST_WORDS
     names = ("hangs with a child", "last")
     code, found, seconds = planted(names, tmp_path, monkeypatch, total=total)
     assert code == 1

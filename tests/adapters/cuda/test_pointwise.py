@@ -107,7 +107,8 @@ def test_extremes_stay_what_they_are() -> None:
 
 
 def config_of(**changes: Any) -> transformers.LlamaConfig:
-    return transformers.LlamaConfig(**COMMON | {"num_hidden_layers": 2} | changes)
+    given: dict[str, Any] = COMMON | {"num_hidden_layers": 2} | changes
+    return transformers.LlamaConfig(**given)
 
 
 def model_of() -> nn.Module:
@@ -132,9 +133,10 @@ def test_a_model_with_them_gives_its_own_logits_and_its_class_stays_as_it_was() 
         torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-5)
         assert not any("forward" in vars(m) for m in other.modules())
         assert not isinstance(modeling_llama.apply_rotary_pos_emb, CudaRotary)
-        stand_in = turned[0].forward.__func__.__globals__["apply_rotary_pos_emb"]
-        assert isinstance(stand_in, CudaRotary)
-        stand_in._own = None  # had a step gone the model's way, this would show
+        forward: Any = turned[0].forward
+        stand_in = forward.__func__.__globals__["apply_rotary_pos_emb"]
+        assert type(stand_in) is CudaRotary
+        vars(stand_in)["_own"] = None  # had a step gone the model's way, this would show
         model(ids)
 
 

@@ -39,7 +39,7 @@ def shipped() -> list[Shipped]:
     """Every head size and activation, in bf16. Imports triton."""
     from fader_adapters.kernels.cuda import pointwise
 
-    turned = dict.fromkeys(("q", "k", "cos", "sin", "q_out", "k_out"), "*bf16:16")
+    turned: dict[str, str] = dict.fromkeys(("q", "k", "cos", "sin", "q_out", "k_out"), "*bf16:16")
     turned |= dict.fromkeys(("q_token", "q_head", "k_token", "k_head"), "i32:16")
     turned |= {"cos_token": "i32:16", "sin_token": "i32:16", "heads": "i32", "kv_heads": "i32"}
     gates: dict[str, str] = dict.fromkeys(("gate", "up", "out"), "*bf16:16")
