@@ -24,8 +24,9 @@ LENGTHS = (5, 6)
 WANTED = (4, 5, 6, 10)
 """Packed tokens whose logits are compared: the first ends, the second begins right behind it."""
 BOUND = {torch.float32: 0.01}
-BOUND_ROUNDED = 0.25
-"""Largest distance of logits over their own spread, in fp32 and in 16-bit floats."""
+BOUND_ROUNDED = 0.1
+"""Largest distance of logits over their own spread, in fp32 and in 16-bit floats; bf16 alone makes
+0.011 of it on 8 layers and 0.023 on 22."""
 
 
 def rehearse(
