@@ -25,7 +25,8 @@ from fader_adapters.kernels.measure.limits import Limits
 from fader_adapters.kernels.native import isa, threads
 from fader_server.bench.machine import machine_facts
 from fader_server.model.device import set_threads
-from fader_server.model.loader import LoadedBase, load_base
+from fader_server.model.loaded import LoadedBase
+from fader_server.model.loader import load_base
 
 PROMPT, OUTPUT = 128, 64
 STREAMED = 512 << 20

@@ -19,7 +19,7 @@ from fader_server.engine.limits import Limits
 from fader_server.engine.scheduler import Scheduler
 from fader_server.model.kernels import choose_attention
 from fader_server.model.kv_cache import KVCache
-from fader_server.model.loader import LoadedBase
+from fader_server.model.loaded import LoadedBase
 from fader_server.model.runner import ModelRunner
 from fader_server.model.sampler import Sampler
 

@@ -3,6 +3,9 @@
 One thread, no I/O. Changes nothing.
 """
 
+from collections import OrderedDict
+from collections.abc import Iterator
+
 from fader_adapters.claims import NONE
 from fader_adapters.errors import AdapterNotFound, NameReserved
 from fader_adapters.leases import AdapterRef, LeasedTerm
@@ -20,9 +23,11 @@ class Books:
     """Names, versions and claims; the store is the one who writes them."""
 
     def __init__(self) -> None:
-        self._names: dict[str, NameRecord] = {}
+        self._names: OrderedDict[str, NameRecord] = OrderedDict()
+        """Longest unused first: neither leased nor published."""
         self._versions: dict[Digest, VersionRecord] = {}
         self._claims = NONE
+        self._leaving = 0
 
     @property
     def versions(self) -> int:
@@ -32,7 +37,7 @@ class Books:
     @property
     def leaving(self) -> int:
         """Versions whose memory comes back as soon as the device has forgotten them."""
-        return sum(1 for entry in self._versions.values() if entry.forgets)
+        return self._leaving
 
     def status(self, name: str, version: str | None = None) -> AdapterStatus:
         """The name's current version, or one that `acquire` would find. Raises AdapterNotFound."""
@@ -57,18 +62,16 @@ class Books:
         record = self._record(name)
         return frozenset((record.version, *record.former))
 
-    def idle(self) -> tuple[str, ...]:
+    def idle(self) -> Iterator[str]:
         """Names that could be unloaded to make room, longest unused first: no lease, no pin and
-        no claim on any of their versions."""
-        claimed = {name for entry in self._versions.values() for name in entry.kept}
-        names = [
-            name
-            for name, record in self._names.items()
-            if not record.pinned
-            and not self._versions[record.version].leases
-            and name not in claimed
-        ]
-        return tuple(sorted(names, key=lambda name: self._names[name].used))
+        no claim on any of their versions. Change nothing while this is read."""
+        for name, record in self._names.items():
+            if record.pinned or self._versions[record.version].leases:
+                continue
+            if not any(
+                name in self._versions[version].kept for version in (record.version, *record.former)
+            ):
+                yield name
 
     def check_unclaimed(self, name: str) -> None:
         """What `publish` would say of the name at once. Raises NameReserved."""

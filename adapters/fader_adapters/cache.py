@@ -144,7 +144,9 @@ class DiskCache:
 
     def _sweep(self, *, incoming: int) -> None:
         """Drop keys, longest unused first, until their files and `incoming` bytes fit; then files
-        that no key means."""
+        that no key means. What fits beside all that is here drops nothing."""
+        if incoming and self.used_bytes + incoming <= self._max_bytes:
+            return
         kept: list[tuple[float, Path, dict[str, int]]] = []
         for path in self._refs.iterdir():
             entry, sizes = _read_entry(path), {}
@@ -157,10 +159,10 @@ class DiskCache:
                 kept.append((path.stat().st_mtime, path, sizes))
         kept.sort(key=lambda item: item[0], reverse=True)
         wanted: dict[str, int] = {}
-        full = False
+        room = self._max_bytes - incoming
         for _, path, sizes in kept:
-            full = full or sum((wanted | sizes).values()) + incoming > self._max_bytes
-            if full:
+            room -= sum(size for name, size in sizes.items() if name not in wanted)
+            if room < 0:  # so it stays for those used longer ago
                 path.unlink(missing_ok=True)
             else:
                 wanted |= sizes

@@ -13,10 +13,11 @@ class ExtentAllocator:
         """Elements that can be handed out."""
         self._holes: list[tuple[int, int]] = [(0, self.capacity)] if self.capacity else []
         self._sizes: dict[int, int] = {}
+        self._used = 0
 
     @property
     def used(self) -> int:
-        return sum(self._sizes.values())
+        return self._used
 
     @property
     def free(self) -> int:
@@ -43,12 +44,14 @@ class ExtentAllocator:
             if room >= size:
                 self._holes[at : at + 1] = [(offset + size, room - size)] if room > size else []
                 self._sizes[offset] = size
+                self._used += size
                 return offset
         return None
 
     def release(self, offset: int) -> None:
         """Take back the extent at `offset` and join it with the holes beside it."""
         size = self._sizes.pop(offset)
+        self._used -= size
         at = bisect_left(self._holes, (offset, 0))
         start, end, low, high = offset, offset + size, at, at
         if at > 0 and sum(self._holes[at - 1]) == offset:
@@ -62,6 +65,7 @@ class ExtentAllocator:
         twin = ExtentAllocator(self.capacity)
         twin._holes = list(self._holes)
         twin._sizes = dict(self._sizes)
+        twin._used = self._used
         return twin
 
 

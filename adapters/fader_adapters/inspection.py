@@ -7,6 +7,7 @@ import threading
 import torch
 
 from fader_adapters.parse import ParsedAdapter, read_adapter
+from fader_adapters.pauses import Pause, never
 from fader_adapters.report import BaseMatch, Health, kinds_of, verdict
 from fader_adapters.source import RawAdapter
 from fader_adapters.spec import BaseSpec, BaseWeights
@@ -25,9 +26,9 @@ class Inspector:
         self._norms: dict[int, float] = {}
         self._lock = threading.Lock()
 
-    def read(self, raw: RawAdapter) -> ParsedAdapter:
+    def read(self, raw: RawAdapter, pause: Pause = never) -> ParsedAdapter:
         """Check an adapter against the base. Raises as `read_adapter` does."""
-        return read_adapter(raw, self._base, dtype=self._dtype, weights=self._weights)
+        return read_adapter(raw, self._base, dtype=self._dtype, weights=self._weights, pause=pause)
 
     def health(self, parsed: ParsedAdapter) -> Health:
         """The report of an adapter that was read."""
@@ -42,7 +43,10 @@ class Inspector:
             kinds=tuple(kinds_of(modules, norms)),
             largest=max((m.delta_norm / norm for m, norm in pairs if norm), default=0.0),
             match=BaseMatch(
-                self._base.fingerprint, _public(claimed), verdict(claimed, self._base.name)
+                self._base.fingerprint,
+                _public(claimed),
+                verdict(claimed, self._base.name),
+                self._base.weights,
             ),
         )
 

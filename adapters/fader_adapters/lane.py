@@ -15,7 +15,8 @@ from fader_adapters.kernels import native
 from fader_adapters.kernels.backend import Backend, BaseLinear
 from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.layers import Installed, Site
-from fader_adapters.merged_site import SCRATCH, LaneSpec, Pace, SiteWork, is_plain
+from fader_adapters.merged_site import SCRATCH, LaneSpec, SiteWork, is_plain
+from fader_adapters.pauses import Pause
 from fader_adapters.weightspace.loss import LinearLoss, overall
 
 
@@ -98,10 +99,10 @@ class Merger:
         own = [self._bytes(site) for site in self._sites]
         return Need(sum(own), max(own) + SCRATCH)
 
-    def run(self, told: Callable[[int], None], pace: Pace) -> MergedLane:
+    def run(self, told: Callable[[int], None], pause: Pause) -> MergedLane:
         """Merge every site; `told` hears the weights done so far. On one thread, the caller's.
 
-        Raises AdapterInvalid when a merged weight is not finite, and whatever `pace` raises.
+        Raises AdapterInvalid when a merged weight is not finite, and whatever `pause` raises.
         """
         room = self._backend.room()
         bases: dict[Site, BaseLinear] = {}
@@ -117,7 +118,7 @@ class Merger:
                     dtype=self._dtype,
                     device=self._device,
                 )
-                for count in work.chunks(pace):
+                for count in work.chunks(pause):
                     done += count
                     told(done)
                 bases[site] = work.finish(room)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -252,10 +251,14 @@ def _groups(found: list[tuple[str, nn.Module]]) -> Iterator[list[int]]:
 
 
 def _stackable(found: list[tuple[str, nn.Module]], members: list[int]) -> bool:
+    from bitsandbytes.nn.modules import Linear4bit
+
     return all(isinstance(found[i][1], Linear4bit) for i in members)
 
 
 def _base(members: list[nn.Module], backend: Backend) -> BaseLinear:
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
     first = members[0]
     if not isinstance(first, Linear4bit):
         assert isinstance(first, nn.Linear | Conv1D)

@@ -8,6 +8,7 @@ from typing import Self
 import torch
 
 from fader_adapters.parse import ParsedAdapter
+from fader_adapters.pauses import Pause, never
 from fader_adapters.report import AdapterReport
 from fader_adapters.spec import AdapterSpec, Blend, Digest
 
@@ -113,10 +114,10 @@ class Reservation:
         """Neither published nor cancelled."""
         return self._give_back is not None
 
-    def fill(self) -> None:
+    def fill(self, pause: Pause = never) -> None:
         """Write the weights into the reserved room; no-op when the version is there already."""
         if not self.filled:
-            self.parsed.write(self.flat)
+            self.parsed.write(self.flat, pause)
             self.filled = True
 
     def close(self) -> None:

@@ -1,8 +1,7 @@
 """One site on its way into a merged lane: rows of W in, rounded rows of W + Δ out."""
 
 import hashlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,18 +10,16 @@ from fader_adapters.changes import Change, Changes
 from fader_adapters.kernels import nf4
 from fader_adapters.kernels.backend import BaseLinear, Room
 from fader_adapters.layers import Installed, Site
+from fader_adapters.pauses import Pause
 from fader_adapters.rounding import Keep, Rounding, directions, quantise
 from fader_adapters.spec import Blend, Digest
 from fader_adapters.weightspace.loss import LinearLoss, joined, measure
 from fader_adapters.weightspace.plan import Form
 
-CHUNK = 1 << 19
+CHUNK = 1 << 16
 """Weights worked on at a time: a few milliseconds, and the whole of the scratch memory."""
 SCRATCH = 6 * 4 * CHUNK
 """Bytes of fp32 copies of one chunk."""
-
-Pace = Callable[[float], None]
-"""Called between chunks with the seconds the last one took; may sleep, or raise to give up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +69,7 @@ class SiteWork:
         self._packed: list[nf4.Nf4Weight] = []
         self._plain = torch.empty(0)
 
-    def chunks(self, pace: Pace) -> Iterator[int]:
+    def chunks(self, pause: Pause) -> Iterator[int]:
         """Work through the rows; yields the weights of each chunk once it is done."""
         out, width = self._base.out_features, self._base.in_features
         if not self._packs:
@@ -86,7 +83,6 @@ class SiteWork:
                 basis = directions(change.delta.a)
             parts: list[LinearLoss] = []
             for start in range(begin, begin + size, step):
-                began = time.perf_counter()
                 stop = min(start + step, begin + size)
                 given = self._base.rows(start, stop).cpu()
                 wanted = given if change is None else change.of_weight(given, start - begin)
@@ -95,7 +91,7 @@ class SiteWork:
                 if change is not None:
                     path, rank = self._linears[linear].path, change.delta.rank
                     parts.append(_loss(path, rank, given, wanted, made))
-                pace(time.perf_counter() - began)
+                pause()
                 yield (stop - start) * width
             if parts:
                 self.losses.append(joined(parts))

@@ -10,6 +10,7 @@ from fader_adapters.errors import AdapterInvalid, AdapterMismatch, AdapterTooLar
 from fader_adapters.limits import Limits
 from fader_adapters.lora_config import LoraConfig
 from fader_adapters.pattern_nodes import PatternUnsafe
+from fader_adapters.pauses import Pause
 from fader_adapters.spec import BaseSpec
 from fader_adapters.targets import ALL_LINEAR
 from fader_adapters.tensor_names import ModuleTensors, Named
@@ -51,7 +52,9 @@ class Checked:
         return {i: Checked(tuple(found[i][0]), tuple(found[i][1])) for i in sorted(found)}
 
 
-def check_modules(named: Named, config: LoraConfig, base: BaseSpec, limits: Limits) -> Checked:
+def check_modules(
+    named: Named, config: LoraConfig, base: BaseSpec, limits: Limits, pause: Pause
+) -> Checked:
     """Every module with its place in the base, rank and scale, and every table with new rows.
 
     Raises AdapterInvalid, AdapterMismatch, AdapterTooLarge.
@@ -60,19 +63,22 @@ def check_modules(named: Named, config: LoraConfig, base: BaseSpec, limits: Limi
     for path, info in named.copies.items():
         if path not in named.modules:
             raise AdapterInvalid(f"tensor {info.name[:160]!r} belongs to no adapted module")
-    _check_targets(config, named, view, tied=config.tying and base.tied)
-    modules = tuple(
-        _module(path, tensors, view, config, limits) for path, tensors in named.modules.items()
-    )
+    _check_targets(config, named, view, tied=config.tying and base.tied, pause=pause)
+    modules: list[Module] = []
+    for path, tensors in named.modules.items():
+        modules.append(_module(path, tensors, view, config, limits))
+        pause()
     tokens = check_tokens(named.tokens, config.tokens, view, base, limits)
     taken = {module.place.path for module in modules}
     for rows in tokens:
         if rows.place.path in taken:
             raise AdapterInvalid(f"{rows.place.path!r} has both LoRA factors and trained tokens")
-    return Checked(modules, tokens)
+    return Checked(tuple(modules), tokens)
 
 
-def _check_targets(config: LoraConfig, named: Named, view: View, *, tied: bool) -> None:
+def _check_targets(
+    config: LoraConfig, named: Named, view: View, *, tied: bool, pause: Pause
+) -> None:
     """target_modules and the tensors must mean the same modules of the adapter's model.
 
     `tied`: whichever of head and embedding is selected, PEFT adapts both and names the embedding.
@@ -86,10 +92,15 @@ def _check_targets(config: LoraConfig, named: Named, view: View, *, tied: bool) 
             "the adapter was made for another base"
         )
     try:
+        selected: set[str] = set()
+        for path in {**named.modules, **theirs}:
+            if targets.select(path):
+                selected.add(path)
+            pause()
         for path in named.modules:
             place = view.place(path)
             follows = tied and place is not None and place.role == "head"
-            if not targets.select(path) and not follows:
+            if path not in selected and not follows:
                 raise AdapterInvalid(
                     f"the file has tensors for {path[:160]!r}, target_modules does not select it"
                 )
@@ -97,7 +108,7 @@ def _check_targets(config: LoraConfig, named: Named, view: View, *, tied: bool) 
         for path, place in theirs.items():
             # "all-linear" leaves out the output head, which some adapters have nevertheless.
             optional = targets.include == ALL_LINEAR and place.role != "linear"
-            wanted = targets.select(path) or (place.role == "head" and ties)
+            wanted = path in selected or (place.role == "head" and ties)
             if path not in named.modules and not optional and wanted:
                 raise AdapterInvalid(
                     f"target_modules selects {path[:160]!r}, the file has no tensors for it: "

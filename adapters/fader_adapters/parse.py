@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,12 +14,15 @@ from fader_adapters.header import TensorInfo, read_header
 from fader_adapters.limits import Limits
 from fader_adapters.lora_config import LoraConfig, read_config
 from fader_adapters.modules import Checked, Module, check_modules
+from fader_adapters.pauses import Pause, never
 from fader_adapters.report import AdapterReport, ModuleReport
 from fader_adapters.source import RawAdapter
 from fader_adapters.spec import AdapterSpec, BaseSpec, BaseWeights, Digest, RankScale, lay_out
 from fader_adapters.tensor_names import sort_tensors
 from fader_adapters.tokens import as_part
 
+_HASHED = 1 << 20
+"""Bytes that are hashed at a time, in less than a millisecond."""
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -36,7 +40,7 @@ class ParsedAdapter:
     def nbytes(self) -> int:
         return self.spec.numel * self.dtype.itemsize
 
-    def write(self, flat: torch.Tensor) -> None:
+    def write(self, flat: torch.Tensor, pause: Pause = never) -> None:
         """Fill `flat` [spec.numel] of `dtype` completely; the gaps of alignment become 0."""
         assert flat.shape == (self.spec.numel,)
         assert flat.dtype == self.dtype
@@ -53,6 +57,7 @@ class ParsedAdapter:
                 flat[cursor:offset].zero_()
                 cursor = offset + matrix.numel()
                 flat[offset:cursor].copy_(matrix.view(-1))
+            pause()
         flat[cursor:].zero_()
 
 
@@ -63,10 +68,12 @@ def read_adapter(
     dtype: torch.dtype,
     limits: Limits | None = None,
     weights: BaseWeights | None = None,
+    pause: Pause = never,
 ) -> ParsedAdapter:
     """Check everything about an adapter and cast its weights to `dtype`.
 
     weights  the base's own, which DoRA is folded with; without them such an adapter is refused
+    pause  called between the pieces of the work; see `pauses`
     The tensors decide which modules are adapted; the config must agree with them. Shapes and ranks
     are checked from the header, before any weight is touched. Raises AdapterInvalid (malformed, not
     implemented exactly, partial, not finite, no effect), AdapterMismatch (another base) and
@@ -74,29 +81,33 @@ def read_adapter(
     """
     limits = limits or Limits()
     config = read_config(raw.config, limits)
-    named = sort_tensors(read_header(raw.weights, limits))
-    checked = check_modules(named, config, base, limits)
+    pause()
+    header = read_header(raw.weights, limits)
+    pause()
+    named = sort_tensors(header)
+    pause()
+    checked = check_modules(named, config, base, limits, pause)
     for module in checked.modules:
         if module.path in named.copies:
             _check_copy(raw.weights, named.copies[module.path], module, dtype, weights)
     by_linear = checked.by_linear
-    linears = {
-        index: _linear(raw.weights, index, own, base, dtype, weights)
-        for index, own in by_linear.items()
-    }
+    linears: dict[int, Linear] = {}
+    for index, own in by_linear.items():
+        linears[index] = _linear(raw.weights, index, own, base, dtype, weights)
+        pause()
     if all(linear.idle for linear in linears.values()):
         raise AdapterInvalid("every delta is zero: the adapter would answer as the base does")
-    reports = tuple(
-        _report(index, linear, by_linear[index].modules, base, limits)
-        for index, linear in linears.items()
-    )
+    reports: list[ModuleReport] = []
+    for index, linear in linears.items():
+        reports.append(_report(index, linear, by_linear[index].modules, base, limits))
+        pause()
     spec = lay_out(
         base,
-        _version(raw.weights, config, checked.modules),
+        _version(raw.weights, config, checked.modules, pause),
         (_shape(index, linear, base) for index, linear in linears.items()),
     )
     report = AdapterReport(
-        modules=reports,
+        modules=tuple(reports),
         total=len(base.linears),
         peft_type="LORA",
         rslora=config.rslora,
@@ -207,7 +218,10 @@ def _report(
 ) -> ModuleReport:
     path = base.linears[index].path
     theirs = own[0].path if own else path
+    sound = math.isfinite(linear.norm) and linear.factors.gain is None
     for name, tensor in linear.factors.named:
+        if sound and tensor.dim() == 2:
+            continue  # the norm of the product would not be finite
         if not bool(tensor.isfinite().all()):
             raise AdapterInvalid(
                 f"{name} of {theirs!r} has NaN or infinite values as {tensor.dtype}"
@@ -223,7 +237,7 @@ def _report(
     return ModuleReport(path, rank, alpha, max(m.scale for m in own), linear.norm)
 
 
-def _version(weights: bytes, config: LoraConfig, modules: Iterable[Module]) -> Digest:
+def _version(weights: bytes, config: LoraConfig, modules: Iterable[Module], pause: Pause) -> Digest:
     """sha256 of what the config decides, then the weights file, each with its length before it."""
     effective = json.dumps(
         {
@@ -239,5 +253,7 @@ def _version(weights: bytes, config: LoraConfig, modules: Iterable[Module]) -> D
     state = hashlib.sha256()
     for part in (effective, weights):
         state.update(len(part).to_bytes(8, "little"))
-        state.update(part)
+        for start in range(0, len(part), _HASHED):
+            state.update(memoryview(part)[start : start + _HASHED])
+            pause()
     return Digest(state.hexdigest())

@@ -48,6 +48,7 @@ class Pool:
         self._in_place = in_place
         self._extents = ExtentAllocator(tables.arena.numel())
         self._residents: OrderedDict[Digest, _Resident] = OrderedDict()
+        self._resident_numel = 0
         self._free_slots: list[int] = []
         self._slots = 0
         self.evictions = 0
@@ -60,8 +61,8 @@ class Pool:
 
     @property
     def resident_bytes(self) -> int:
-        itemsize = self._tables.arena.itemsize
-        return sum(resident.numel for resident in self._residents.values()) * itemsize
+        """Of the versions on the device. Any thread."""
+        return self._resident_numel * self._tables.arena.itemsize
 
     @property
     def pins(self) -> int:
@@ -205,7 +206,9 @@ class Pool:
         for version, offset in offsets.items():
             slot = heappop(self._free_slots) if self._free_slots else self._new_slot()
             uploads.append(Upload(data[version], slot, offset))
-            self._residents[version] = _Resident(slot, offset, data[version].spec.numel)
+            resident = _Resident(slot, offset, data[version].spec.numel)
+            self._residents[version] = resident
+            self._resident_numel += resident.numel
         return tuple(uploads)
 
     def _evict_and_place(
@@ -231,6 +234,7 @@ class Pool:
     def _drop(self, version: Digest) -> None:
         resident = self._residents.pop(version)
         assert resident.pins == 0
+        self._resident_numel -= resident.numel
         # the version's host memory may go as soon as this returns
         resident.ticket.wait()
         self._under_way.pop(resident.slot, None)

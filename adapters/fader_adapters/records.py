@@ -34,8 +34,6 @@ class NameRecord:
 
     version: Digest
     pinned: bool
-    used: int
-    """The store's clock when it was last leased or published."""
     former: set[Digest] = field(default_factory=set)
     """Versions in memory that it meant before."""
 

@@ -75,6 +75,8 @@ class BaseMatch:
     """Of the base: sha256 of its model type and the path and shape of every linear."""
     claimed: str | None
     verdict: Verdict
+    weights: str | None = None
+    """sha256 over the base's weights, where they were hashed: two of one shape differ by it."""
 
     @property
     def told(self) -> str:
@@ -154,6 +156,7 @@ def health_facts(health: Health) -> dict[str, Any]:
         },
         "base_match": {
             "fingerprint": match.fingerprint,
+            "weights": match.weights,
             "claimed": match.claimed,
             "verdict": match.verdict,
             "told": match.told,

@@ -143,6 +143,13 @@ class BaseSpec:
     """What the base was loaded from; shown, never compared."""
     tied: bool = False
     """The head's weight is the embedding's table."""
+    weights: Digest | None = None
+    """sha256 over what was read of the base; None: nobody hashed it."""
+
+    @cached_property
+    def identity(self) -> Digest:
+        """sha256 over the fingerprint and the weights, as far as they are known."""
+        return Digest(hashlib.sha256(f"{self.fingerprint} {self.weights}".encode()).hexdigest())
 
     @cached_property
     def index_of(self) -> dict[str, int]:

@@ -46,7 +46,6 @@ class Store(Books):
         self._on_retired = on_retired
         self._max_adapters = max_adapters
         self._max_terms = max_terms
-        self._clock = 0
         self._leases = 0
 
     @property
@@ -109,8 +108,9 @@ class Store(Books):
         entry = self._settle_reservation(reservation)
         old = self._versions[record.version] if record is not None else None
         if record is None:
-            record = self._names[name] = NameRecord(entry.adapter.version, False, 0)
-        record.version, record.used = entry.adapter.version, self._tick()
+            record = self._names[name] = NameRecord(entry.adapter.version, pinned=False)
+        record.version = entry.adapter.version
+        self._names.move_to_end(name)
         record.pinned = record.pinned if pin is None else pin
         entry.names.add(name)
         entry.former.discard(name)
@@ -143,14 +143,16 @@ class Store(Books):
         """
         for name in sorted(claims.names & self._names.keys()):
             raise NameReserved(f"{name!r} is the name of an adapter; choose another")
-        self._claims = claims
-        for entry in tuple(self._versions.values()):
-            was_wanted = entry.wanted
-            entry.kept.clear()
-            for name in entry.names | entry.former:
-                self._keep_if_claimed(entry, name)
-            if was_wanted:
-                self._retire_unwanted(entry)
+        before, self._claims = self._claims, claims
+        for name, version in claims.versions - before.versions:
+            if name in self._names and version in self.known_versions(name):
+                self._keep_if_claimed(self._versions[version], name)
+        for name, version in before.versions - claims.versions:
+            entry = self._versions.get(version)
+            if entry is None or name not in entry.kept:
+                continue
+            entry.kept.discard(name)
+            self._retire_unwanted(entry)
 
     def unload(self, name: str, if_version: str | None = None) -> None:
         """Forget the name and its claims at once; its versions go when their last lease ends.
@@ -186,7 +188,7 @@ class Store(Books):
         entries = [self._versions[term.version] for term in kept]
         for term, entry in zip(kept, entries, strict=True):
             entry.leases += 1
-            self._names[term.name].used = self._tick()
+            self._names.move_to_end(term.name)
         self._leases += 1
         adapters = {entry.adapter.version: entry.adapter for entry in entries}
         return Lease(blend, adapters, kept, lambda: self._release(entries))
@@ -199,6 +201,7 @@ class Store(Books):
         entry = self._versions[version]
         entry.forgets -= 1
         assert entry.forgets >= 0
+        self._leaving -= not entry.forgets
         if not entry.wanted and not entry.forgets:
             del self._versions[version]
             for name in entry.former:
@@ -245,9 +248,6 @@ class Store(Books):
 
     def _retire_unwanted(self, entry: VersionRecord) -> None:
         if not entry.wanted:
+            self._leaving += not entry.forgets
             entry.forgets += 1
             self._on_retired(entry.adapter.version)
-
-    def _tick(self) -> int:
-        self._clock += 1
-        return self._clock

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from bench.gpu.parity import check_lora, check_nf4, demand, limit
-from bench.gpu.section import ParityFailed, Result, Rig
+from bench.gpu.section import ParityFailed, Result, Rig, gate
 from bench.gpu.shapes import LLAMA_8B, SITE_NAMES, SMALL, Shape
 from bench.gpu.timing import Times, bandwidth, captured, turns
 from bench.gpu.weights import base_of, nf4_weight, publish_adapters, rms
@@ -30,7 +30,7 @@ def measure_bandwidth(rig: Rig, result: Result) -> None:
 
 def measure_nf4(rig: Rig, result: Result) -> None:
     """Every site's product by rows: ours, the dequantised way, bitsandbytes, bf16."""
-    check_nf4(rig, Result())
+    gate(check_nf4, rig, result)
     scratch = nf4.Scratch(rig.device)
     sizes = (1, 4) if rig.small else (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
     for name, (width, outs) in zip(SITE_NAMES, shape_of(rig).sites, strict=True):
@@ -121,7 +121,7 @@ def _bitsandbytes(weight: Nf4Weight, rig: Rig) -> bool:
 
 def measure_lora(rig: Rig, result: Result) -> None:
     """A decoder layer's four sites with deltas over the same without, by rank, rows and blends."""
-    check_lora(rig, Result())
+    gate(check_lora, rig, result)
     layers = 1 if rig.small else 8
     shape = shape_of(rig)
     base, sites = base_of(shape.sites * layers)

@@ -1,6 +1,7 @@
 """A whole model of random NF4 weights made on the device, and steps of its real runner."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -23,8 +24,8 @@ from fader_server.model import attention, graphs
 from fader_server.model.cuda_attention import CudaAttention
 from fader_server.model.cuda_modules import use_cuda
 from fader_server.model.kv_cache import KVCache, LayerShape
-from fader_server.model.loader import LoadedBase
-from fader_server.model.runner import ModelRunner
+from fader_server.model.launching import LaunchingRunner
+from fader_server.model.loaded import LoadedBase
 from fader_server.model.sampler import Sampler
 
 PAGE = 16
@@ -55,7 +56,10 @@ class Machine:
             fill(layer.k[1:], 1.0)
             fill(layer.v[1:], 1.0)
         self.attention = CudaAttention(max_rows=rows, max_context=context, device=rig.device)
-        self.runner = ModelRunner(
+        told = _Told()
+        graphs.log.addHandler(told)
+        graphs.log.setLevel(logging.INFO)
+        self.runner = LaunchingRunner(
             self.base,
             cache=self.cache,
             tables=self.tables,
@@ -67,6 +71,9 @@ class Machine:
                 self.base, cache=self.cache, attention=self.attention, tables=self.tables,
                 run=self.runner._rows, record=lambda run: run,
             )  # fmt: skip
+        graphs.log.removeHandler(told)
+        self.told = told.text
+        """What the capture said: how many graphs in what time and memory, or why there are none."""
         self._offset = 0
 
     @property
@@ -106,6 +113,15 @@ class Machine:
         (stream,) = self.streams([own], tokens - 1)
         stream.blocks = list(range(row * self._per_row + 1, (row + 1) * self._per_row + 1))
         return Plan((PlanRow(stream, 0, tokens, True),), StepTerms((RowTerms(tokens, own),)))
+
+
+class _Told(logging.Handler):
+    """Keeps what is logged, as text."""
+
+    text = "nothing was captured"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text = f"{record.getMessage()} {getattr(record, 'fields', '')}".strip()
 
 
 def decode_plan(streams: Sequence[Stream]) -> Plan:

@@ -1,6 +1,9 @@
 """Sections of the suite: what one is, how it ends, how many run in a process. Measures nothing."""
 
+import faulthandler
+import importlib
 import json
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 State = Literal["ok", "failed", "unavailable", "out of time", "killed"]
+SLACK_OFF_GPU = 20.0
 
 
 class Unavailable(Exception):
@@ -18,6 +22,11 @@ class Unavailable(Exception):
 
 class ParityFailed(Exception):
     """Numbers were wrong, so no figure is told."""
+
+
+class BitsDiffer(ParityFailed):
+    """Numbers were right, but a row's bits changed with its company: a fault, of which figures of
+    speed may be told all the same."""
 
 
 class OutOfTime(Exception):
@@ -39,6 +48,16 @@ class Rig:
     @property
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
+
+    @property
+    def slack(self) -> float:
+        """What budgets are multiplied by: Triton's interpreter takes its time."""
+        return 1.0 if self.on_gpu else SLACK_OFF_GPU
+
+    @property
+    def left(self) -> float:
+        """Seconds until the section should end, at least one: for a program that it starts."""
+        return max(1.0, self.deadline - time.monotonic())
 
     @property
     def tight(self) -> bool:
@@ -66,13 +85,36 @@ class Result:
             self.lines.append(line)
 
 
+Check = Callable[[Rig, Result], None]
+
+
 @dataclass(frozen=True)
 class Section:
     """run(rig, result) fills the result; seconds: its budget on a GPU."""
 
     name: str
-    run: Callable[[Rig, Result], None]
+    run: Check
     seconds: float
+    needs: str = ""
+    """A section over the same model: where that one hung or took its process along, so would this
+    one, and it is not begun."""
+
+
+def lazily(module: str, name: str) -> Check:
+    """A function that is imported when it runs: a package that is missing costs one section."""
+
+    def run(rig: Rig, result: Result) -> None:
+        getattr(importlib.import_module(module), name)(rig, result)
+
+    return run
+
+
+def gate(check: Check, rig: Rig, result: Result) -> None:
+    """Raises what the check raises; other bits in company are told, and figures may follow."""
+    try:
+        check(rig, Result())
+    except BitsDiffer as error:
+        result.add(f"measured although bits differ: {error}", bits_differ=str(error))
 
 
 @dataclass
@@ -89,22 +131,31 @@ class Outcome:
     """The device is lost: nothing more can run in this process."""
 
 
-def run_sections(rig: Rig, sections: Sequence[Section], told: Path) -> None:
-    """Run them one after the other; every beginning and end is appended to `told` at once."""
+def run_sections(
+    rig: Rig, sections: Sequence[Section], told: Path, *, until: float = float("inf")
+) -> None:
+    """Run them one after the other; every beginning and end is appended to `told` at once.
+
+    until  time.monotonic() at which everything ends; no section begins after it
+    """
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # where it hangs, before it is ended
     for section in sections:
+        if time.monotonic() >= until:
+            return
         _tell(told, {"begin": section.name})
-        outcome = run_section(rig, section)
+        outcome = run_section(rig, section, until=until)
         _tell(told, {"end": asdict(outcome)})
         if outcome.lost:
             return
 
 
-def run_section(rig: Rig, section: Section) -> Outcome:
+def run_section(rig: Rig, section: Section, *, until: float = float("inf")) -> Outcome:
     """Whatever a section raises is its outcome."""
     from fader_server.engine.isolation import is_device_lost, is_out_of_memory
 
     started = time.monotonic()
-    rig.deadline = started + section.seconds if rig.on_gpu else float("inf")
+    rig.deadline = min(started + section.seconds * rig.slack, until)
     result = Result()
     state: State = "ok"
     told, lost, full = "", False, False
@@ -113,7 +164,8 @@ def run_section(rig: Rig, section: Section) -> Outcome:
         if rig.on_gpu:
             torch.cuda.synchronize()
     except OutOfTime:
-        state, told = "out of time", f"its {section.seconds:.0f} s are spent"
+        whose = "the suite's time is spent" if rig.deadline == until else "its time is spent"
+        state, told = "out of time", f"{whose} after {time.monotonic() - started:.0f} s"
     except Unavailable as error:
         state, told = "unavailable", str(error)
     except Exception as error:  # noqa: BLE001 - the border of a section: the others go on
@@ -134,4 +186,4 @@ def _one_line(error: Exception) -> str:
 
 def _tell(told: Path, entry: Mapping[str, object]) -> None:
     with told.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+        file.write(json.dumps(entry, default=str) + "\n")

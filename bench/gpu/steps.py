@@ -2,28 +2,35 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 
 from bench.gpu.figures import shape_of
 from bench.gpu.model import Machine, Terms, advance, decode_plan
 from bench.gpu.parity import demand
-from bench.gpu.section import ParityFailed, Result, Rig
+from bench.gpu.section import BitsDiffer, ParityFailed, Result, Rig, Unavailable
 from bench.gpu.timing import Times, bandwidth, events
 from bench.gpu.weights import rms
-from fader_server.core import Plan
+from fader_server.core import Lane, Plan
 
 STEPS = 40
 
 
 def machine(rig: Rig) -> Machine:
-    """One model a process, shared by its sections."""
+    """One model a process, shared by its sections. Raises Unavailable where making it failed."""
+    if "no machine" in rig.kept:
+        raise Unavailable(f"the model could not be made: {rig.kept['no machine']}")
     if "machine" not in rig.kept:
         shape = shape_of(rig)
         rows, context = (4, 48) if rig.small else (64, 1200)
         linears = sum(w + o for w, outs in shape.sites for o in outs) * shape.layers
         arena = (3 if rig.small else 40) * 24 * linears
-        rig.kept["machine"] = Machine(rig, shape, rows=rows, context=context, arena=arena)
+        try:
+            rig.kept["machine"] = Machine(rig, shape, rows=rows, context=context, arena=arena)
+        except Exception as error:
+            rig.kept["no machine"] = f"{type(error).__name__}: {error}"[:200]
+            raise
     return rig.kept["machine"]
 
 
@@ -31,7 +38,7 @@ def check_graphs(rig: Rig, result: Result) -> None:
     """A replay gives the bits of the model's own code, with deltas and without, full or padded."""
     m = machine(rig)
     if m.graphs is None:
-        raise ParityFailed("the model was not captured; the log says why")
+        raise ParityFailed(f"the model was not captured: {m.told}")
     m.drop_adapters()
     slots = m.add_adapters(2, 16 if not rig.small else 4)
     checked, other_bits = 0, []
@@ -48,35 +55,41 @@ def check_graphs(rig: Rig, result: Result) -> None:
     other = decode_plan(m.streams([((slots[0], 1.0),)], 9))
     if torch.equal(both_ways(m, plan)[0], both_ways(m, other)[0]):
         raise ParityFailed("the comparison does not notice an adapter")
-    m.drop_adapters()
     rig.kept["graphs checked"] = True
-    _check_company(m, slots)
-    if other_bits:
-        raise ParityFailed(f"replays with other bits than the model's code: {other_bits}")
-    result.add(f"{checked} replays = the model's own code, bit for bit", replays_checked=checked)
+    alone = _other_in_company(m, slots)
+    m.drop_adapters()
+    if other_bits or alone:
+        raise BitsDiffer(
+            f"replays with other bits than the model's code: {other_bits or 'none'}; rows with "
+            f"other bits alone than in company: {alone or 'none'}"
+        )
+    result.add(
+        f"{checked} replays = the model's own code, bit for bit; {m.told}",
+        replays_checked=checked,
+        captured=m.told,
+    )
 
 
-def _check_company(m: Machine, slots: Sequence[int]) -> None:
-    """A row's logits alone and among others, bit for bit."""
+def _other_in_company(m: Machine, slots: Sequence[int]) -> list[int]:
+    """Rows whose logits alone have other bits than among others."""
     rows = 3 if m.rig.small else 17
     terms: list[Terms] = [((slots[i % 2], 1.0),) if i % 3 else () for i in range(rows)]
     streams = m.streams(terms, 9)
     together, _ = both_ways(m, decode_plan(streams))
+    found = []
     for row in (0, 1, rows - 1):
         alone, _ = both_ways(m, decode_plan(streams[row : row + 1]))
         if not torch.equal(alone[0], together[row]):
-            raise ParityFailed(f"row {row} of {rows} has other bits alone")
+            found.append(row)
+    return found
 
 
 def demand_graphs(rig: Rig) -> None:
     """No figure of steps before replays were compared with the model's code in this process."""
     if rig.kept.get("graphs checked") or machine(rig).graphs is None:
         return
-    try:
+    with suppress(BitsDiffer):  # told by their own section
         check_graphs(rig, Result())
-    except ParityFailed:
-        if not rig.kept.get("graphs checked"):  # other bits are told by their own section
-            raise
 
 
 def both_ways(m: Machine, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +98,7 @@ def both_ways(m: Machine, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
     assert found is not None
     with torch.inference_mode():
         step = m.base.backend.prepare(m.tables, plan.terms)
-        replayed = found.run(plan, step, _refuse).clone()
+        replayed = found.run(plan, step, refuse).clone()
         bucket = next(size for size, _ in found.captured if size >= len(plan.rows))
         eager = m.runner._rows(found._inputs.batch(bucket), step)[: len(plan.rows)]
     if not replayed.isfinite().all():
@@ -93,14 +106,18 @@ def both_ways(m: Machine, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
     return replayed, eager
 
 
-def _refuse(batch: object) -> torch.Tensor:
+def refuse(batch: object) -> torch.Tensor:
     raise ParityFailed("a step that should be captured is not")
 
 
-def decode(m: Machine, terms: Sequence[Terms], steps: int = STEPS) -> Times:
+def decode(
+    m: Machine, terms: Sequence[Terms], *, steps: int = STEPS, lane: Lane | None = None
+) -> Times:
     """Wall time of the runner's step, sampling and its one synchronisation included."""
     at = m.context - steps - 8
     streams = m.streams(terms, max(4, at))
+    for stream in streams:
+        stream.lane = lane
     found = []
     for turn in range((steps if m.rig.on_gpu else 1) + 3):
         plan = decode_plan(streams)

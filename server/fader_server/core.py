@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from fader_adapters.spec import BASE, AdapterData, Blend, Digest, RowTerms, StepTerms, Upload
 
@@ -76,6 +76,19 @@ class TokenLogprob:
     top: TopLogprobs = ()
 
 
+LaneName = Literal["delta", "merged"]
+"""The base with its deltas, or weights that a blend was merged into."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """How a request came to run; later preemptions change nothing of it."""
+
+    queued: float
+    """Seconds from its submission."""
+    lane: LaneName
+
+
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
     """What one step did for one request. Exactly one event of a request has `finish` or `error`."""
@@ -90,8 +103,8 @@ class TokenEvent:
     """Prompt tokens found in the prefix cache; set on the first event with a token or `finish`."""
     finish: FinishReason | None = None
     error: Exception | None = None
-    queued: float | None = None
-    """Seconds from submission to admission; set on a request's first event after it."""
+    admitted: Admission | None = None
+    """Set on a request's first event after its admission."""
 
 
 Sink = Callable[[TokenEvent], None]
@@ -201,6 +214,23 @@ class Runner(Protocol):
 
     def run(self, plan: Plan) -> list[RowResult]:
         """Compute every row of the plan; one result per row, same order."""
+        ...
+
+
+class Launched(Protocol):
+    """A step under way on a device that computes by itself."""
+
+    def results(self) -> list[RowResult]:
+        """Wait for it, once: what `run` gives, or raises."""
+        ...
+
+
+@runtime_checkable
+class LaunchRunner(Runner, Protocol):
+    """A runner whose device computes while the caller goes on."""
+
+    def launch(self, plan: Plan) -> Launched:
+        """Begin a step and return soon: nothing here waits for the device."""
         ...
 
 

@@ -1,10 +1,7 @@
-"""One merge, from weights to a lane that is ready, on a thread that gives way to the engine's."""
+"""One merge, from weights to a lane that is ready, at a bounded share of a core."""
 
-import contextlib
-import os
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,37 +11,12 @@ from fader_server.api.merge_ports import MergeJob, MergeOrder
 from fader_server.api.ports import Lease
 from fader_server.errors import MergeLossy
 from fader_server.model.fidelity import Fidelity, measure
-from fader_server.model.loader import LoadedBase
+from fader_server.model.loaded import LoadedBase
 from fader_server.model.probe import ProbeModel
+from fader_server.pacing import Pace
 
-REST = 1.0
-"""Seconds of rest a second of work while requests run."""
 _MERGE_SHARE = 0.8
 """Of the progress figure; the rest is measuring."""
-
-
-class MergeCancelled(Exception):
-    """Nobody wants the lane any more."""
-
-
-class Pace:
-    """Bounds what a merge takes from running streams; the way to end it between two chunks."""
-
-    def __init__(self, busy: Callable[[], bool]) -> None:
-        self._busy = busy
-        self._cancelled = threading.Event()
-        self.worked = 0.0
-        """Seconds, without the rests."""
-
-    def cancel(self) -> None:
-        self._cancelled.set()
-
-    def __call__(self, seconds: float) -> None:
-        """After `seconds` of work. Raises MergeCancelled."""
-        self.worked += seconds
-        rest = seconds * REST if self._busy() else 0.0
-        if self._cancelled.wait(rest) if rest else self._cancelled.is_set():
-            raise MergeCancelled
 
 
 @dataclass(frozen=True)
@@ -82,12 +54,12 @@ class Job:
         )
 
     def run(self) -> Done:
-        """Merge and measure. Raises MergeLossy, MergeCancelled, AdapterError."""
+        """Merge and measure. Raises MergeLossy, Cancelled, AdapterError."""
         total = self.merger.weights
         merged = self.merger.run(lambda done: self._tell(_MERGE_SHARE * done / total), self.pace)
         self.told = replace(self.told, stage="measuring", progress=_MERGE_SHARE)
         probe = ProbeModel(self._base, self.pace)
-        fidelity = measure(probe, self._probe, self._changes, merged)
+        fidelity = measure(probe, self._probe, self._changes, merged, pause=self.pace)
         report = merged.report | {"rounding": self._rounding, "probe": fidelity.document()}
         self.told = replace(self.told, report=report)
         if self.order.form == "nf4" and fidelity.too_lossy and not self.order.force:
@@ -100,12 +72,6 @@ class Job:
 
     def _tell(self, progress: float) -> None:
         self.told = replace(self.told, progress=progress)
-
-
-def give_way() -> None:
-    """Let every other thread of the machine go first, from now on, where that can be said."""
-    with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def timed(job: Job) -> tuple[Done, float]:

@@ -19,7 +19,7 @@ from fader_server.errors import ConfigInvalid, FaderError, RequestInvalid
 from fader_server.launch import Background, Prepare
 from fader_server.mergepolicy import Policy
 from fader_server.merging import MergedLanes, Parts
-from fader_server.model.loader import LoadedBase
+from fader_server.model.loaded import LoadedBase
 from fader_server.settings import AUTO, BlendTerm
 
 PROBE_TOKENS = 256

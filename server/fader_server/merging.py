@@ -23,10 +23,11 @@ from fader_server.core import Lane
 from fader_server.engine.lanes import Lanes
 from fader_server.engine.loop import Engine
 from fader_server.errors import FaderError, MergeBusy, MergeLossy, MergeNoMemory, MergeNotFound
-from fader_server.mergejob import Done, Job, MergeCancelled, Pace, give_way, timed
-from fader_server.model.loader import LoadedBase
+from fader_server.mergejob import Done, Job, timed
+from fader_server.model.loaded import LoadedBase
 from fader_server.model.probe import probe_bytes
 from fader_server.model.runner import ModelRunner
+from fader_server.pacing import Cancelled, Pace
 
 _log = logging.getLogger(__name__)
 _CLOSE_SECONDS = 10.0
@@ -79,7 +80,7 @@ class MergedLanes:
         """Begin to merge in the background; see the port."""
         try:
             self._refuse_busy()
-            job = self._prepare(order, lease, busy=self._busy)
+            job = self._prepare(order, lease, busy=lambda: self._parts.engine.busy)
         except BaseException:
             lease.release()
             raise
@@ -126,9 +127,6 @@ class MergedLanes:
             job.pace.cancel()
             thread.join(_CLOSE_SECONDS)
 
-    def _busy(self) -> bool:
-        return self._parts.engine.stats().running > 0
-
     def _refuse_busy(self) -> None:
         with self._lock:
             job = self._job
@@ -172,13 +170,12 @@ class MergedLanes:
         thread.start()
 
     def _work(self, job: Job) -> None:
-        give_way()
         stage: MergeStage = "failed"
         reason = ""
         try:
             done, seconds = timed(job)
             self._parts.engine.call(partial(self._open, job, done, seconds)).result()
-        except MergeCancelled:
+        except Cancelled:
             _log.info("merge ended early", extra={"fields": {"blend": job.told.digest[:12]}})
         except MergeLossy as error:
             stage, reason = "refused", str(error)

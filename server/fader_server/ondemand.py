@@ -174,14 +174,14 @@ class OnDemand:
         return await asyncio.shield(flight)  # who asked first may leave; the others wait on
 
     async def _load(self, name: str) -> Exception | None:
-        parked = self._inner.order_of(name) is not None
-        if not parked and not await asyncio.to_thread(self._offers, name):
-            return self._refuse(name, SourceNotFound("no such source"))
-        if self._loads >= MAX_LOADS:
+        if self._loads >= MAX_LOADS:  # a look at a slow disk takes a thread, as a load does
             return Overloaded("Too many adapters are being loaded.", retry_after=2)
         self._loads += 1
         began = self._clock()
         try:
+            parked = self._inner.order_of(name) is not None
+            if not parked and not await asyncio.to_thread(self._offers, name):
+                return self._refuse(name, SourceNotFound("no such source"))
             if parked:
                 loaded = await self._inner.bring(name, make_room=self._make_room)
             else:

@@ -37,6 +37,8 @@ class Below(Adapters, Protocol):
 
     def evict(self, may_go: MayGo) -> str | None: ...
 
+    def names(self) -> frozenset[str]: ...
+
 
 @dataclass(frozen=True, slots=True)
 class _Parked:
@@ -56,7 +58,7 @@ class Parking:
     def __init__(self, inner: Below, *, fixed: frozenset[str], limit: int) -> None:
         """`fixed`: names that never leave memory, their sources cannot be read again.
 
-        `limit`: names in all, parked or not.
+        `limit`: names it remembers; those in memory have their own limit below.
         """
         self._inner = inner
         self._fixed = fixed
@@ -165,7 +167,8 @@ class Parking:
         return [found[name] for name in sorted(found)]
 
     def totals(self) -> AdapterTotals:
-        return replace(self._inner.totals(), adapters=len(self.list()))
+        names = self._inner.names().union(self._parked.copy())
+        return replace(self._inner.totals(), adapters=len(names))
 
     def acquire(self, terms: Sequence[NamedTerm]) -> Lease:
         return self._inner.acquire(terms)

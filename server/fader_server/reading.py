@@ -14,6 +14,7 @@ from typing import TypeVar
 from fader_adapters.errors import AdapterInvalid, SourceUnavailable, VersionConflict
 from fader_adapters.inspection import Inspector
 from fader_adapters.parse import ParsedAdapter
+from fader_adapters.pauses import Pause
 from fader_adapters.report import Health
 from fader_adapters.source import Found, RawAdapter
 from fader_adapters.sources import Sources
@@ -92,9 +93,9 @@ class Reader:
         """Every adapter directly under the roots. Raises OSError."""
         return self._sources.discover()
 
-    def check(self, raw: RawAdapter, order: LoadOrder) -> tuple[ParsedAdapter, Facts]:
+    def check(self, raw: RawAdapter, order: LoadOrder, pause: Pause) -> tuple[ParsedAdapter, Facts]:
         """Parse and compare with the base and the order. Raises AdapterError."""
-        parsed = self._inspector.read(raw)
+        parsed = self._inspector.read(raw, pause)
         if order.sha256 is not None and parsed.spec.version != order.sha256.lower():
             raise VersionConflict(
                 f"the source holds version {parsed.spec.version}, not the sha256 that was asked for"

@@ -16,6 +16,7 @@ from fader_adapters.inspection import Inspector
 from fader_adapters.leases import AdapterRef as StoreRef
 from fader_adapters.leases import Lease, Reservation
 from fader_adapters.parse import ParsedAdapter
+from fader_adapters.pauses import Pause
 from fader_adapters.pool import Pool
 from fader_adapters.records import AdapterStatus
 from fader_adapters.source import Found, RawAdapter
@@ -25,6 +26,7 @@ from fader_adapters.store import Store
 from fader_adapters.tiers import HostTier
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.ports import AdapterInfo, AdapterTotals, Loaded, LoadOrder
+from fader_server.pacing import Pace
 from fader_server.reading import Facts, Reader
 
 Forget = Callable[[Digest, Callable[[], None]], None]
@@ -51,12 +53,15 @@ class Registry:
         max_adapters: int,
         fetch_timeout: float,
         require_sha256: bool = False,
+        busy: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`busy`: whether requests run, so that loads should go slowly."""
         self._reader = Reader(
             inspector, sources, fetch_timeout=fetch_timeout, require_sha256=require_sha256
         )
         self._pool = pool
         self._forget = forget
+        self._busy = busy
         self._lock = threading.RLock()
         self._freed = threading.Condition(self._lock)
         self._evictions = 0
@@ -138,6 +143,11 @@ class Registry:
         with self._lock:
             return self._info(self._store.status(ref.name, ref.version))
 
+    def names(self) -> frozenset[str]:
+        """Every name in memory."""
+        with self._lock:
+            return frozenset(self._facts)
+
     def list(self) -> Sequence[AdapterInfo]:
         with self._lock:
             return [self._info(status) for status in self._store.list()]
@@ -157,22 +167,26 @@ class Registry:
     def _publish(
         self, raw: RawAdapter, order: LoadOrder, make_room: MakeRoom = lambda: False
     ) -> Loaded:
-        parsed, facts = self._reader.check(raw, order)
-        with self._filled(parsed, make_room) as reservation:
+        pace = Pace(self._busy)
+        parsed, facts = self._reader.check(raw, order, pace)
+        with self._filled(parsed, make_room, pace) as reservation:
             return self._name(reservation, order, facts, make_room)
 
     def _adopt(self, raw: RawAdapter, order: LoadOrder) -> None:
-        parsed, facts = self._reader.check(raw, order)
-        with self._filled(parsed, lambda: False) as reservation, self._lock:
+        pace = Pace(self._busy)
+        parsed, facts = self._reader.check(raw, order, pace)
+        with self._filled(parsed, lambda: False, pace) as reservation, self._lock:
             self._store.adopt(order.name, reservation)
             self._note(order.name, parsed.spec.version, facts)
 
     @contextmanager
-    def _filled(self, parsed: ParsedAdapter, make_room: MakeRoom) -> Iterator[Reservation]:
+    def _filled(
+        self, parsed: ParsedAdapter, make_room: MakeRoom, pause: Pause
+    ) -> Iterator[Reservation]:
         """Room with the weights in it, given back unless it was published or adopted."""
         reservation = self._reserve(parsed, make_room)
         try:
-            reservation.fill()
+            reservation.fill(pause)
             yield reservation
         finally:
             with self._lock:

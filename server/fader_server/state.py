@@ -34,13 +34,17 @@ def recipes_in(state: State) -> list[Recipe]:
 class RememberedAdapters:
     """Adapters whose run-time changes are written down, and the recipes' memory beside them."""
 
-    def __init__(self, inner: Adapters, file: StateFile, state: State) -> None:
+    def __init__(self, inner: Adapters, file: StateFile, state: State, *, base: str = "") -> None:
+        """`base`: the identity of the one that is served; another than the list's is told."""
+        if state.base and base and state.base != base:
+            _log.warning("the list in --state-dir was made beside another base")
         self._inner = inner
         self._file = file
-        self._state = state
+        self._state = replace(state, base=base or state.base)
         self._offered = {info.name for info in inner.list()}  # by flags and folders, at every start
         self._writer = ThreadPoolExecutor(1, "fader-state")  # one: writes keep their order
         self._last: Future[None] | None = None
+        self._written: State | None = None
 
     async def restore(self) -> None:
         """Bring back what was asked for before; what cannot be is reported and skipped."""
@@ -103,7 +107,8 @@ class RememberedAdapters:
         if name in self._offered or name in (source, PurePosixPath(source).name):
             self._remember(name, None)  # or the next start would bring it back
             return
-        kept = {other: wanted for other, wanted in self._state.adapters.items() if other != name}
+        kept = dict(self._state.adapters)
+        kept.pop(name, None)
         self._save(replace(self._state, adapters=kept, pins=self._state.pins - {name}))
 
     def pin(self, name: str, *, pinned: bool) -> AdapterInfo:
@@ -178,11 +183,16 @@ class RememberedAdapters:
 
     def _save(self, state: State) -> None:
         self._state = state
-        self._last = self._writer.submit(self._write, state)
+        self._last = self._writer.submit(self._write)
 
-    def _write(self, state: State) -> None:
+    def _write(self) -> None:
+        """The newest list: changes that came while the last one was written share a write."""
+        state = self._state
+        if state is self._written:
+            return
         try:
             self._file.write(state)
+            self._written = state
         except OSError as error:
             # The adapter serves; only a restart would not know of it.
             fields = {"reason": error.strerror}

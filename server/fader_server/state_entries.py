@@ -51,12 +51,14 @@ class State:
     recipes: Mapping[str, WantedRecipe] = field(default_factory=dict)
     versions: Mapping[str, Origin] = field(default_factory=dict)
     """By `name@version`: those that recipes name."""
+    base: str = ""
+    """The identity of the base that the list was made beside; empty in lists of older versions."""
     unread: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Entries that nobody understands, by section, kept as they are."""
 
 
 def as_json(state: State) -> dict[str, Any]:
-    """The state as sections of entries, each section sorted."""
+    """The state as sections of entries, each section sorted, and the base where it is known."""
     known: dict[str, dict[str, Any]] = {
         "adapters": {
             name: wanted
@@ -81,10 +83,11 @@ def as_json(state: State) -> dict[str, Any]:
             for ref, origin in state.versions.items()
         },
     }
-    return {
+    sections: dict[str, Any] = {
         section: dict(sorted({**state.unread.get(section, {}), **entries}.items()))
         for section, entries in known.items()
     }
+    return sections | ({"base": state.base} if state.base else {})
 
 
 def from_json(content: Mapping[str, Any]) -> State:
@@ -100,8 +103,9 @@ class _Reader:
         self._unread: dict[str, dict[str, Any]] = {}
 
     def state(self) -> State:
-        adapters = self._section("adapters", _adapter)
+        adapters, base = self._section("adapters", _adapter), self._content.get("base", "")
         return State(
+            base=base if isinstance(base, str) else "",
             adapters=adapters,
             pins=frozenset(self._section("pins", _pin)),
             recipes=self._section("recipes", _recipe),

@@ -37,7 +37,9 @@ from fader_server.metrics import Metrics
 from fader_server.model.device import choose_device, choose_dtype, free_bytes, set_threads
 from fader_server.model.kernels import choose_attention
 from fader_server.model.kv_cache import KVCache, bytes_per_block
-from fader_server.model.loader import LoadedBase, load_base
+from fader_server.model.launching import LaunchingRunner, PreparingRunner
+from fader_server.model.loaded import LoadedBase
+from fader_server.model.loader import load_base
 from fader_server.model.memory import MemoryPlan, plan_memory, workspace_bytes
 from fader_server.model.runner import ModelRunner
 from fader_server.model.sampler import Sampler
@@ -54,6 +56,8 @@ BLOCK_SIZE = 16
 _HOST_ARENAS = 4
 """Beside a GPU the host keeps so many times what its arena holds, unless told otherwise."""
 CHUNK_SIZE = 256
+_TOUCH_SECONDS = 2.0
+"""What a start may take longer so that the first blocks of the cache are there; see KVCache."""
 
 
 @contextmanager
@@ -108,12 +112,13 @@ def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> 
         max_adapters=config.max_adapters,
         fetch_timeout=config.fetch_timeout,
         require_sha256=config.require_sha256,
+        busy=lambda: engine.busy,
     )
     registry.claim(Claims(claims.names | {name}, claims.versions))
     given = frozenset(adapter.name for adapter in config.adapter)
     fixed = given if config.model else given | demo.adapter_dirs().keys()
     parking = Parking(registry, fixed=frozenset(fixed), limit=config.max_adapters)
-    model = BaseModel(name, base.installed.spec.fingerprint, plan.max_model_len, started)
+    model = BaseModel(name, base.installed.spec.identity, plan.max_model_len, started)
     offers = sources.offers if config.resolve_adapters else (lambda name: False)
     adapters = OnDemand(parking, offers=offers, told=metrics.loaded)
     parts = Parts(
@@ -213,7 +218,10 @@ def _runner(
     if isinstance(base.backend, NativeBackend):
         for tensor in (tables.arena, *(part for one in cache.layers() for part in (one.k, one.v))):
             in_huge_pages(tensor)
-    return ModelRunner(
+    if base.device.type == "cpu":
+        cache.touch(_TOUCH_SECONDS)
+    kind = LaunchingRunner if base.device.type == "cuda" else PreparingRunner
+    return kind(
         base,
         cache=cache,
         tables=tables,

@@ -125,7 +125,7 @@ def test_what_a_lane_needs_is_known_before(folder: Path, form):
         base.installed, base.backend, changes, spec, dtype=base.dtype, device=base.device
     )
     told: list[int] = []
-    merged = merger.run(told.append, lambda seconds: None)
+    merged = merger.run(told.append, lambda: None)
     assert 0.9 * merger.need.lane <= merged.nbytes <= merger.need.lane
     assert told == sorted(told)
     assert told[-1] == merger.weights

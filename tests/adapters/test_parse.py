@@ -9,6 +9,7 @@ from safetensors.torch import save
 
 from fader_adapters.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge
 from fader_adapters.limits import Limits
+from fader_adapters.parse import read_adapter
 from fader_adapters.source import RawAdapter
 from fader_adapters.spec import EXTENT_ALIGN, BaseSpec, LinearSpec
 from tests.adapters.peft_files import (
@@ -44,6 +45,22 @@ def test_the_layout_holds_a_row_major_and_b_rank_major():
         assert delta.a_offset % EXTENT_ALIGN == delta.b_offset % EXTENT_ALIGN == 0
         assert delta.scale == 2.0
     assert flat.isfinite().all()
+
+
+def test_reading_and_writing_pause_at_every_module_and_end_with_what_a_pause_raises():
+    calls: list[str] = []
+    parsed = read_adapter(make_raw(), BASE, dtype=torch.float32, pause=lambda: calls.append("r"))
+    modules = 3 * LAYERS
+    assert len(calls) >= 3 * modules
+    flat = torch.empty(parsed.spec.numel)
+    parsed.write(flat, lambda: calls.append("w"))
+    assert calls.count("w") == modules
+
+    def give_up() -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        read_adapter(make_raw(), BASE, dtype=torch.float32, pause=give_up)
 
 
 def test_gaps_of_alignment_are_zero():

@@ -1,11 +1,14 @@
 """The GPU suite without a GPU: every section runs, a wrong number leaves no figure."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +16,18 @@ import torch
 pytest.importorskip("triton", reason="the CUDA kernels need triton")
 
 from bench import gpu_suite
-from bench.gpu.section import Outcome, OutOfTime, ParityFailed, Result, Rig, Section, run_section
+from bench.gpu.section import (
+    BitsDiffer,
+    Outcome,
+    OutOfTime,
+    ParityFailed,
+    Result,
+    Rig,
+    Section,
+    gate,
+    run_section,
+)
 from bench.gpu.section import run_sections as run_here
-from bench.gpu.supervise import supervise
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted on the CPU")
 ROOT = Path(__file__).parents[2]
@@ -26,7 +38,7 @@ def rig() -> Rig:
     return Rig(torch.device("cpu"), torch.float32, small=True)
 
 
-QUICK = ("bandwidth", "parity nf4", "graphs", "decode", "swap")
+QUICK = ("bandwidth", "parity nf4", "parity modules", "graphs", "decode", "swap", "merged")
 
 
 @pytest.mark.parametrize(
@@ -88,54 +100,107 @@ def test_wrong_numbers_leave_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (outcome.state, outcome.figures) == ("failed", [])
 
 
-CHILD = """
-import sys, json
-from pathlib import Path
-told, names = Path(sys.argv[1]), sys.argv[2].split(",")
-for name in names:
-    with told.open("a") as file:
-        file.write(json.dumps({"begin": name}) + "\\n")
-    if name == "dies":
-        sys.exit(3)
-    if name == "hangs":
-        import time
-        time.sleep(600)
-    end = {"name": name, "state": "ok", "seconds": 0.0, "lost": name == "loses"}
-    with told.open("a") as file:
-        file.write(json.dumps({"end": end}) + "\\n")
-    if name == "loses":
-        sys.exit(0)
-"""
-
-
-def nothing(rig: Rig, result: Result) -> None:
-    pass
-
-
-def test_sections_after_one_that_dies_hangs_or_loses_the_device_still_run(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def planted(
+    names: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, total: float = 120.0
+) -> tuple[int, dict[str, dict[str, Any]], float]:
+    """Exit status, the JSON's sections by name, and seconds of a run of planted sections."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr("bench.gpu.supervise.GRACE", 1.0)
-    begun: list[list[str]] = []
-
-    def command(names: Sequence[str], told: Path) -> list[str]:
-        begun.append(list(names))
-        return [sys.executable, "-c", CHILD, str(told), ",".join(names)]
-
-    names = ["a", "dies", "b", "loses", "c", "hangs", "d"]
-    outcomes = supervise([Section(n, nothing, 0.5) for n in names], command, seconds=60)
-    assert [o.state for o in outcomes] == ["ok", "killed", "ok", "ok", "ok", "killed", "ok"]
-    assert [group[0] for group in begun] == ["a", "b", "c", "d"]
+    monkeypatch.setattr("bench.gpu.section.SLACK_OFF_GPU", 1.0)
+    monkeypatch.setattr(gpu_suite, "TOTAL_OFF_GPU", total)
+    told, began = tmp_path / "told.json", time.monotonic()
+    table = ["--table", "tests.bench.planted_sections"]
+    code = gpu_suite.main(["--dry", *table, "--only", ",".join(names), "--json", str(told)])
+    seconds = time.monotonic() - began
+    return code, {s["name"]: s for s in json.loads(told.read_text())["sections"]}, seconds
 
 
-def test_what_the_suites_time_does_not_reach_is_told() -> None:
-    outcomes = supervise([Section("late", nothing, 1.0)], lambda names, told: [], seconds=-1.0)
-    assert [o.state for o in outcomes] == ["out of time"]
+def test_a_crash_a_hang_and_an_overrun_cost_one_section_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("good", "raises", "absent", "crashes", "after", "hangs", "over it", "overruns", "last")
+    code, found, _ = planted(names, tmp_path, monkeypatch)
+    assert code == 1
+    assert {name: s["state"] for name, s in found.items()} == {
+        "good": "ok",
+        "raises": "failed",
+        "absent": "failed",
+        "crashes": "killed",
+        "after": "ok",
+        "hangs": "killed",
+        "over it": "unavailable",
+        "overruns": "out of time",
+        "last": "ok",
+    }
+    assert found["raises"]["error"] == "ValueError: planted"
+    assert "no_such_package" in found["absent"]["error"]
+    assert "its process died (3); last words" in found["crashes"]["error"]
+    assert "planted_sections.py" in found["hangs"]["error"], "where it hung"
+    assert found["overruns"]["figures"] == [{"turn": 1}], "what was measured before stays"
+    table = capsys.readouterr().out
+    for name, section in found.items():
+        assert name in table
+        assert section["error"] in table
+
+
+def test_sections_that_are_well_or_absent_are_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, found, _ = planted(("good", "unavailable"), tmp_path, monkeypatch)
+    assert (code, {s["state"] for s in found.values()}) == (0, {"ok", "unavailable"})
+
+
+def test_the_whole_ends_in_time_with_its_children_however_long_sections_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PLANTED_PID", str(tmp_path / "pid"))
+    monkeypatch.setattr("bench.gpu.supervise.REPLACE_SECONDS", 1.0)
+    total = 12.0 + gpu_suite.LAST_WORDS
+    names = ("hangs with a child", "last")
+    code, found, seconds = planted(names, tmp_path, monkeypatch, total=total)
+    assert code == 1
+    assert [s["state"] for s in found.values()] == ["out of time", "out of time"]
+    assert seconds < total + 6
+    state = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_budgets_fit_into_nine_minutes() -> None:
+    from bench.gpu import supervise
+
+    ending = supervise.DUMP_SECONDS + supervise.POLL + 5 + 5
+    assert gpu_suite.TOTAL_SECONDS + ending < 9 * 60
+    for section in gpu_suite.sections():
+        assert 0 < section.seconds < gpu_suite.TOTAL_SECONDS / 2
+
+
+def test_figures_follow_where_only_bits_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other_bits(rig: Rig, result: Result) -> None:
+        raise BitsDiffer("row 3")
+
+    result = Result()
+    gate(other_bits, rig(), result)
+    assert result.figures == [{"bits_differ": "row 3"}]
+    with pytest.raises(ParityFailed, match="wrong"):
+        gate(failing, rig(), result)
+
+
+def test_every_section_of_the_table_is_there() -> None:
+    import bench.gpu
+
+    for section in gpu_suite.sections():
+        closed = [cell.cell_contents for cell in section.run.__closure__ or ()]
+        module, name = sorted(closed, key=lambda word: not word.startswith(bench.gpu.__name__))
+        assert callable(getattr(importlib.import_module(module), name)), section.name
+        assert not section.needs or section.needs in {s.name for s in gpu_suite.sections()}
 
 
 def test_beginnings_and_ends_are_told_at_once(tmp_path: Path) -> None:
     told = tmp_path / "told"
-    run_here(rig(), [Section("good", nothing, 1.0), Section("bad", failing, 1.0)], told)
+    run_here(
+        rig(), [Section("good", lambda rig, result: None, 1.0), Section("bad", failing, 1.0)], told
+    )
     entries = [json.loads(line) for line in told.read_text().splitlines()]
     assert [next(iter(entry)) for entry in entries] == ["begin", "end", "begin", "end"]
     assert Outcome(**entries[3]["end"]).state == "failed"

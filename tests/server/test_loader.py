@@ -13,17 +13,17 @@ from safetensors.torch import load_file, save_file
 from fader_adapters.kernels.backend import choose
 from fader_server.errors import ConfigInvalid, ModelUnsupported
 from fader_server.model.checkpoint import quantize
-from fader_server.model.loader import LoadedBase, load_base
+from fader_server.model.loaded import LoadedBase
+from fader_server.model.loader import load_base
 from tests.support.families import CONFIGS, write_family
 from tests.support.oracle import nf4_oracle
 
 CPU = torch.device("cpu")
+ROPE = {"rope_type": "default", "rope_theta": 12345.0}
 
 
-def _load(source: Path | str) -> LoadedBase:
-    return load_base(
-        str(source), dtype=torch.float32, device=CPU, backend=choose(CPU, torch.float32)
-    )
+def _load(source: Path | str, dtype: torch.dtype = torch.float32) -> LoadedBase:
+    return load_base(str(source), dtype=dtype, device=CPU, backend=choose(CPU, dtype))
 
 
 def _weights(base: LoadedBase) -> dict[int, torch.Tensor]:
@@ -98,6 +98,46 @@ def test_fingerprints_tell_shapes_apart_and_nothing_else(llama, tmp_path):
     again = write_family("llama", tmp_path / "llama2", seed=9)
     prints = [_load(p).installed.spec.fingerprint for p in (llama, other, again)]
     assert prints[0] == prints[2] != prints[1]
+
+
+def _identity(path: Path, dtype: torch.dtype = torch.float32) -> str:
+    return _load(path, dtype).installed.spec.identity
+
+
+def test_the_identity_of_a_base_is_that_of_its_weights(llama, tmp_path):
+    """Whoever quantised them and whatever runs them; one weight or one number of the config is
+    enough to tell two apart."""
+    own = _identity(llama)
+    quantize(str(llama), tmp_path / "nf4", device=CPU)
+    same = [
+        llama,
+        tmp_path / "nf4",
+        Path(shutil.copytree(llama, tmp_path / "copy")),
+        _edited(llama, tmp_path / "stored", transformers_version="0", architectures=["Other"]),
+    ]
+    assert {_identity(path) for path in same} == {own}
+    assert _identity(llama, torch.bfloat16) == own
+    others = [
+        write_family("llama", tmp_path / "seed", seed=9),
+        _edited(llama, tmp_path / "theta", rope_parameters=ROPE),
+        _edited(llama, tmp_path / "eps", rms_norm_eps=0.5),
+        *(_nudged(llama, tmp_path / name, name) for name in (
+            "model.layers.1.mlp.down_proj.weight", "model.norm.weight", "model.embed_tokens.weight",
+        )),
+    ]  # fmt: skip
+    found = [_identity(path) for path in others]
+    assert len({own, *found}) == len(others) + 1
+
+
+def _nudged(source: Path, target: Path, name: str) -> Path:
+    """The same base with one weight of one tensor changed to another sign."""
+    shutil.copytree(source, target)
+    (path,) = target.glob("*.safetensors")
+    tensors = load_file(path)
+    flat = tensors[name].view(-1)
+    flat[flat.abs().argmax()] *= -1
+    save_file(tensors, path, metadata={"format": "pt"})
+    return target
 
 
 def test_nothing_at_the_path_is_a_mistake_of_the_user(tmp_path):

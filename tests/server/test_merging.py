@@ -16,8 +16,8 @@ from fader_server.api.merge_ports import MergeOrder, MergeStatus
 from fader_server.api.named_blends import Recipe
 from fader_server.core import Request, SamplingParams, TokenEvent
 from fader_server.errors import ConfigInvalid, MergeBusy, MergeNoMemory, MergeNotFound
-from fader_server.mergejob import MergeCancelled, Pace
 from fader_server.metrics import Metrics
+from fader_server.pacing import Cancelled, Pace
 from fader_server.recipes import RecipeBook
 from fader_server.world import open_world
 from tests.support.lanes import weights_hash
@@ -97,6 +97,13 @@ def answer(world, blend, **how):
     return Stream(world, blend, **how).result()
 
 
+def lane_of(world, blend) -> str:
+    stream = Stream(world, blend, tokens=2)
+    stream.result()
+    (admitted,) = [event.admitted for event in stream.events if event.admitted is not None]
+    return admitted.lane
+
+
 @pytest.fixture(scope="module")
 def shared():
     with opened() as world:
@@ -120,6 +127,7 @@ def test_a_lane_is_made_used_and_gone_without_a_trace(world):
     assert status.job is None
     assert status.lane.bytes > 0
     assert answer(world, {"polite": 1.0}) == others
+    assert (lane_of(world, PIRATE), lane_of(world, {"polite": 1.0})) == ("merged", "delta")
     counted = world.engine.stats().merged
     during = answer(world, PIRATE)
     assert world.engine.stats().merged == counted + len(during)
@@ -127,6 +135,7 @@ def test_a_lane_is_made_used_and_gone_without_a_trace(world):
     assert during != before, "a lane rounds differently: the same bits mean that it was not used"
     after = drop(world)
     assert after.lane is None
+    assert lane_of(world, PIRATE) == "delta"
     assert answer(world, PIRATE) == before
     assert answer(world, {"polite": 1.0}) == others
     assert weights_hash(world.merging._parts.base.installed) == weights
@@ -168,7 +177,7 @@ def test_4_bits_that_lose_too_much_are_refused_unless_forced(world, caplog):
 
 def test_a_second_order_is_refused_while_a_merge_is_under_way(world, monkeypatch):
     held = threading.Event()
-    monkeypatch.setattr(Pace, "__call__", lambda self, seconds: _hold(self, held))
+    monkeypatch.setattr(Pace, "__call__", lambda self: _hold(self, held))
     order(world, PIRATE)
     with pytest.raises(MergeBusy, match="merging, 0% done"):
         order(world, BLEND)
@@ -182,7 +191,7 @@ def test_a_second_order_is_refused_while_a_merge_is_under_way(world, monkeypatch
 def _hold(pace: Pace, held: threading.Event) -> None:
     while not held.wait(0.001):
         if pace._cancelled.is_set():
-            raise MergeCancelled
+            raise Cancelled
 
 
 def lease_digest(world, blend):
@@ -193,7 +202,7 @@ def lease_digest(world, blend):
 
 def test_a_merge_under_way_can_be_ended_and_the_open_lane_stays(world, monkeypatch):
     merged(world, PIRATE)
-    monkeypatch.setattr(Pace, "__call__", lambda self, seconds: _hold(self, threading.Event()))
+    monkeypatch.setattr(Pace, "__call__", lambda self: _hold(self, threading.Event()))
     assert order(world, BLEND).busy
     status = drop(world)
     assert not status.busy
@@ -269,7 +278,7 @@ def test_a_dropped_lane_serves_its_requests_to_their_end(world):
 
 
 def test_a_failure_of_the_merge_is_told_and_costs_nothing(world, monkeypatch, caplog):
-    def fail(self, seconds: float) -> None:
+    def fail(self) -> None:
         raise RuntimeError("broken")
 
     monkeypatch.setattr(Pace, "__call__", fail)
@@ -320,18 +329,3 @@ def test_a_probe_file_is_used_and_checked(tmp_path):
             probe.write_text(text)
         with pytest.raises(ConfigInvalid, match="--probe"), opened(probe=str(probe)):
             pass
-
-
-def test_a_merge_rests_as_long_as_it_works_while_requests_run(monkeypatch):
-    rests: list[float] = []
-    pace = Pace(lambda: True)
-    monkeypatch.setattr(pace._cancelled, "wait", lambda seconds: rests.append(seconds))
-    pace(0.25)
-    assert rests == [0.25]
-    idle = Pace(lambda: False)
-    monkeypatch.setattr(idle._cancelled, "wait", lambda seconds: rests.append(seconds))
-    idle(0.25)
-    assert rests == [0.25]
-    idle.cancel()
-    with pytest.raises(MergeCancelled):
-        idle(0.25)

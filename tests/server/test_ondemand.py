@@ -1,6 +1,7 @@
 """Loading on first use: one load for all who ask, bad names cost nothing, what is used stays."""
 
 import asyncio
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -51,6 +52,9 @@ class FakeLoader(FakeAdapters):
             if not make_room():
                 raise ArenaFull("no room")
         return await super().load(replace(order, source=order.source.removeprefix("/roots/")))
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self.infos)
 
     def evict(self, may_go: Callable[[str], bool]) -> str | None:
         for name in self.infos:
@@ -188,6 +192,28 @@ async def test_loads_at_one_time_are_bounded(monkeypatch):
     for lease in await asyncio.gather(*waiting):
         lease.release()
     await lease_all(adapters, "c")  # not remembered against it
+
+
+async def test_looks_at_a_slow_disk_are_bounded_too(monkeypatch):
+    monkeypatch.setattr(ondemand, "MAX_LOADS", 2)
+    slow = threading.Event()
+
+    def offers(name: str) -> bool:
+        slow.wait()
+        return False
+
+    parking = Parking(FakeLoader(), fixed=frozenset(), limit=100)
+    adapters = OnDemand(parking, offers=offers)
+    waiting = [asyncio.create_task(adapters.lease(terms(name))) for name in ("a", "b")]
+    for _ in range(10):  # turns of the loop: both have begun
+        await asyncio.sleep(0)
+    with pytest.raises(Overloaded):
+        await adapters.lease(terms("c"))
+    slow.set()
+    for one in await asyncio.gather(*waiting, return_exceptions=True):
+        assert isinstance(one, AdapterNotFound)
+    with pytest.raises(AdapterNotFound):
+        await adapters.lease(terms("c"))  # there is room to look again
 
 
 async def test_every_name_of_a_blend_is_loaded_and_one_failure_takes_no_lease():

@@ -36,7 +36,7 @@ def merge(
         dtype=world.base.dtype,
         device=world.base.device,
     )
-    return merger.run(lambda done: None, lambda seconds: None)
+    return merger.run(lambda done: None, lambda: None)
 
 
 @dataclass

@@ -1,13 +1,19 @@
-"""NF4 weights as bitsandbytes stores them, and the one function that reads them densely."""
+"""NF4 weights as bitsandbytes stores them, and the one function that reads them densely.
+
+bitsandbytes is imported by what needs it: its layout is known without it.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_blockwise, get_4bit_type
-from bitsandbytes.nn.modules import Params4bit
 
 from fader_adapters.errors import BaseUnsupported
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn.modules import Params4bit
 
 BLOCK = 64
 """Weights that share one absmax."""
@@ -42,7 +48,7 @@ class Nf4Weight:
         )
 
 
-def from_bitsandbytes(weight: Params4bit) -> Nf4Weight:
+def from_bitsandbytes(weight: "Params4bit") -> Nf4Weight:
     """Take over a Linear4bit's weight before its first forward; the packed bytes are not copied.
 
     bitsandbytes ≥ 0.50 repacks `weight.data` in place on some CPUs at the first eval forward, after
@@ -56,7 +62,7 @@ def from_bitsandbytes(weight: Params4bit) -> Nf4Weight:
     return from_state(weight.data, state)
 
 
-def from_state(packed: torch.Tensor, state: QuantState) -> Nf4Weight:
+def from_state(packed: torch.Tensor, state: "QuantState") -> Nf4Weight:
     """The same from the bytes and the quantisation state of a file. Raises BaseUnsupported."""
     if state.quant_type != "nf4":
         raise BaseUnsupported(f"expected NF4 weights, found {state.quant_type}; quantise with nf4")
@@ -70,6 +76,8 @@ def from_state(packed: torch.Tensor, state: QuantState) -> Nf4Weight:
     check_width(in_features)
     absmax = state.absmax
     if state.nested:
+        from bitsandbytes.functional import dequantize_blockwise
+
         assert state.offset is not None
         absmax = dequantize_blockwise(absmax, state.state2) + state.offset
     return Nf4Weight(
@@ -82,6 +90,8 @@ def from_state(packed: torch.Tensor, state: QuantState) -> Nf4Weight:
 
 def codes() -> torch.Tensor:
     """The 16 levels in ascending order, fp32."""
+    from bitsandbytes.functional import get_4bit_type
+
     return get_4bit_type("nf4", device="cpu").float()
 
 
@@ -96,6 +106,8 @@ def check_width(in_features: int) -> None:
 
 def dense(weight: Nf4Weight, dtype: torch.dtype) -> torch.Tensor:
     """W [out, in] in `dtype`: code · absmax in fp32, rounded once."""
+    import bitsandbytes  # noqa: F401 - registers its operators
+
     return torch.ops.bitsandbytes.dequantize_4bit.default(
         weight.packed,
         weight.absmax,

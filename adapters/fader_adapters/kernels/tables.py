@@ -5,7 +5,7 @@ import torch
 from fader_adapters.spec import AdapterSpec
 
 GROWTH = 64
-"""Slots added at a time; tables are a few bytes per slot and linear."""
+"""Slots at first; then their number doubles, so that one more slot costs the same on average."""
 
 
 class Tables:
@@ -66,11 +66,11 @@ class Tables:
         self.scale[slot].zero_()
 
     def _grow(self) -> None:
-        linears = self.rank.shape[1]
-        gap = torch.full((GROWTH, linears), -1, dtype=torch.int64)
+        more, linears = max(GROWTH, self.slots), self.rank.shape[1]
+        gap = torch.full((more, linears), -1, dtype=torch.int64)
         self.a_offset = torch.cat([self.a_offset, gap])
         self.b_offset = torch.cat([self.b_offset, gap])
         self.gain_offset = torch.cat([self.gain_offset, gap])
         self.bias_offset = torch.cat([self.bias_offset, gap])
-        self.rank = torch.cat([self.rank, torch.zeros((GROWTH, linears), dtype=torch.int32)])
-        self.scale = torch.cat([self.scale, torch.zeros((GROWTH, linears))])
+        self.rank = torch.cat([self.rank, torch.zeros((more, linears), dtype=torch.int32)])
+        self.scale = torch.cat([self.scale, torch.zeros((more, linears))])

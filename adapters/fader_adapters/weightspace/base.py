@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from bitsandbytes.nn.modules import Linear4bit
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -56,7 +55,9 @@ class Base:
         return tuple(linear for linear in self.spec.linears if linear.inside)
 
     def key(self, linear: LinearSpec) -> str:
-        """The key of a linear's weight. Raises CheckpointInvalid."""
+        """The key of a linear's weight; a tied head's is the table's. Raises CheckpointInvalid."""
+        if linear.role == "head" and self.spec.tied:
+            linear = next(item for item in self.spec.linears if item.role == "embedding")
         try:
             return self.names[f"{linear.path}.weight"]
         except KeyError:
@@ -180,6 +181,8 @@ def _names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
 
 def _quantisable(model: PreTrainedModel) -> frozenset[str]:
     """Turns the skeleton into bitsandbytes' own to see which linears it takes."""
+    from bitsandbytes.nn.modules import Linear4bit
+
     quantizer = Bnb4BitHfQuantizer(nf4_config(), pre_quantized=False)
     quantizer.preprocess_model(cast(Any, model), device_map=None)
     return frozenset(

@@ -57,6 +57,9 @@ def compress(
     spec = base or _common_base(raws)
     mixture = mix(raws, [item.gamma for item in blend], spec)
     touched = mixture.linears()
+    if mixture.biased():
+        path = spec.linears[mixture.biased()[0]].path
+        raise AdapterInvalid(f"{path!r} has lora_bias, expected adapters of weights alone")
     for index in touched:
         if spec.linears[index].role == "embedding":
             raise AdapterInvalid(

@@ -18,7 +18,7 @@ from fader_adapters.weightspace import disk, quantised, surroundings
 from fader_adapters.weightspace.base import CONFIG_FILE, Base, densely, open_base
 from fader_adapters.weightspace.loss import LinearLoss, Rows, measure, overall
 from fader_adapters.weightspace.manifest import Finished, Inputs, open_manifest
-from fader_adapters.weightspace.plan import Form, Piece, Shard, nests, plan
+from fader_adapters.weightspace.plan import Form, Piece, Shard, nests, plan, unties
 from fader_adapters.weightspace.progress import Progress, silent
 from fader_adapters.weightspace.terms import Ingredient, Mixture, mix, read_raw
 
@@ -59,13 +59,16 @@ def merge(
     base   a model directory, unquantised or in bitsandbytes' NF4; never written
     out    new or empty, or left by an interrupted run with the same inputs, which goes on
     form   bf16: everything in bf16; nf4: linears in NF4, the rest as in the base
+    What lora_bias adds goes into the linear's own bias. A tied base whose head or embedding is
+    adapted comes out untied, with both tables.
     The sum is formed in fp32 and rounded once. Raises AdapterError (which kinds: see errors.py) and
     OSError; an interrupted run leaves no file that could be taken for a whole checkpoint.
     """
     if out.resolve() == base.resolve():
         raise TargetTaken(f"{out} is the base itself; name a new directory")
     job = _open(base, blend, form)
-    shards = plan(job.base, job.mixture.linears(), form, shard_bytes=shard_bytes)
+    adapted = job.mixture.linears()
+    shards = plan(job.base, adapted, form, shard_bytes=shard_bytes, biased=job.mixture.biased())
     inputs = Inputs(_identity(job.base, progress), job.mixture.blend.digest, form, shard_bytes)
     with disk.sole_writer(out):
         manifest = open_manifest(out, inputs)
@@ -83,7 +86,7 @@ def merge(
             progress("merging", done, total)
         report = _report(job, [manifest.shards[shard.name] for shard in shards])
         disk.write_json(out / REPORT_FILE, report)
-        surroundings.write(job.base, out, form, shards)
+        surroundings.write(job.base, out, form, shards, untied=unties(job.base, adapted))
     return Merged(out, len(shards), kept, report)
 
 
@@ -136,6 +139,15 @@ def _write_piece(job: _Job, piece: Piece, writer: disk.ShardWriter) -> LinearLos
         dtype = stored.dtype if piece.fate == "copy" else torch.bfloat16
         pieces = (part.to(dtype) for part in checkpoint.chunks(piece.key))
         writer.add(piece.key, pieces, dtype=dtype, shape=stored.shape)
+        return None
+    if piece.fate == "bias":
+        assert piece.linear is not None
+        stored, change = checkpoint.tensors[piece.key], job.mixture.bias(piece.linear)
+        assert change is not None
+        bias = checkpoint.read(piece.key).float() + change.view(stored.shape)
+        quantised.require_finite(bias)
+        dtype = torch.bfloat16 if job.form == "bf16" else stored.dtype
+        writer.add(piece.key, [bias.to(dtype)], dtype=dtype, shape=stored.shape)
         return None
     if piece.linear is None:  # an NF4 weight that no adapter may target, such as an output head
         weight = nf4.dense(job.base.packed(piece.key).weight, torch.bfloat16)

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from fader_adapters.errors import CheckpointInvalid
+from fader_adapters.errors import BaseUnsupported, CheckpointInvalid
 from fader_adapters.kernels.nf4 import BLOCK
 from fader_adapters.weightspace import quantised
 from fader_adapters.weightspace.base import Base
@@ -14,15 +14,18 @@ Form = Literal["bf16", "nf4"]
 """What the linears of a merged checkpoint are in."""
 
 
+Fate = Literal["copy", "cast", "dense", "nf4", "bias"]
+"""As it is; cast to bf16; a linear written densely, or in NF4; a bias that changes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """One tensor of the base, or one NF4 weight with its components, and its fate."""
 
     key: str
-    fate: Literal["copy", "cast", "dense", "nf4"]
-    """As it is; cast to bf16; a linear written densely; a linear written in NF4."""
+    fate: "Fate"
     linear: int | None
-    """Index in BaseSpec.linears, where it is one."""
+    """Index in BaseSpec.linears, where it is one or its bias."""
     names: tuple[str, ...]
     """What will be written."""
     nbytes: int
@@ -41,14 +44,22 @@ class Shard:
         return [name for piece in self.pieces for name in piece.names]
 
 
-def plan(base: Base, adapted: Collection[int], form: Form, *, shard_bytes: int) -> list[Shard]:
+def plan(
+    base: Base,
+    adapted: Collection[int],
+    form: Form,
+    *,
+    shard_bytes: int,
+    biased: Collection[int] = (),
+) -> list[Shard]:
     """The shards in order. Deterministic: the same inputs, the same shards.
 
-    Raises CheckpointInvalid when a linear that must change is not stored by itself.
+    `biased`: linears whose bias changes. Raises CheckpointInvalid when a linear that must change
+    is not stored by itself, BaseUnsupported when it has no bias that could.
     """
     groups: list[list[Piece]] = []
     room = 0
-    for piece in _pieces(base, adapted, form):
+    for piece in _pieces(base, adapted, form, _bias_keys(base, biased)):
         if not groups or piece.nbytes > room:
             groups.append([])
             room = shard_bytes
@@ -62,7 +73,29 @@ def plan(base: Base, adapted: Collection[int], form: Form, *, shard_bytes: int) 
     ]
 
 
-def _pieces(base: Base, adapted: Collection[int], form: Form) -> Iterator[Piece]:
+def unties(base: Base, adapted: Collection[int]) -> bool:
+    """Whether head and embedding, one table in the base, are two in the output."""
+    return base.spec.tied and any(not base.spec.linears[index].inside for index in adapted)
+
+
+def _bias_keys(base: Base, biased: Collection[int]) -> dict[str, int]:
+    """Where the biases that change are stored."""
+    keys: dict[str, int] = {}
+    for index in biased:
+        path = base.spec.linears[index].path
+        key = base.names.get(f"{path}.bias")
+        if key is None:
+            raise BaseUnsupported(
+                f"{path!r} has no bias in the base, which the adapter's lora_bias could be added "
+                "to; serve it as an adapter"
+            )
+        keys[key] = index
+    return keys
+
+
+def _pieces(
+    base: Base, adapted: Collection[int], form: Form, biases: dict[str, int]
+) -> Iterator[Piece]:
     tensors = base.checkpoint.tensors
     linears = base.spec.linears
     must = {i for i, linear in enumerate(linears) if i in adapted or _fresh(base, i, form)}
@@ -78,12 +111,44 @@ def _pieces(base: Base, adapted: Collection[int], form: Form) -> Iterator[Piece]
         if base.is_packed(key)
         for part in quantised.COMPONENTS
     }
+    untied = _untied(base) if unties(base, adapted) else None
+    if untied is not None:
+        indices[untied.table] = untied.embedding
     for key, stored in sorted(tensors.items(), key=lambda i: (i[1].file.name, i[1].start)):
+        if key in biases:
+            yield Piece(key, "bias", biases[key], (key,), stored.nbytes)
+            continue
+        if untied is not None and key == untied.spare:
+            continue
         owner = inside.get(key, key)
         fate = _fate(base, owner, indices.get(owner), adapted, form)
         if owner != key and fate != "copy":
             continue  # written with its weight
         yield _piece(base, stored, fate, indices.get(owner))
+        if untied is not None and key == untied.table:
+            yield Piece(untied.name, "dense", untied.head, (untied.name,), 2 * stored.numel)
+
+
+@dataclass(frozen=True, slots=True)
+class _Untied:
+    """A tied base's one table, to be written as two."""
+
+    embedding: int
+    head: int
+    table: str
+    """Where it is stored."""
+    name: str
+    """Of the head's weight."""
+    spare: str | None
+    """Where the files hold the head once more; nobody reads that."""
+
+
+def _untied(base: Base) -> _Untied:
+    place = {linear.role: i for i, linear in enumerate(base.spec.linears)}
+    embedding, head = place["embedding"], place["head"]
+    name = f"{base.spec.linears[head].path}.weight"
+    table = base.key(base.spec.linears[embedding])
+    return _Untied(embedding, head, table, name, base.names.get(name))
 
 
 def _fresh(base: Base, linear: int, form: Form) -> bool:
@@ -92,9 +157,7 @@ def _fresh(base: Base, linear: int, form: Form) -> bool:
     return form == "nf4" and not base.in_nf4 and path in base.quantisable
 
 
-def _fate(
-    base: Base, key: str, linear: int | None, adapted: Collection[int], form: Form
-) -> Literal["copy", "cast", "dense", "nf4"]:
+def _fate(base: Base, key: str, linear: int | None, adapted: Collection[int], form: Form) -> Fate:
     packed = base.is_packed(key)
     if form == "bf16":
         if packed or linear in adapted:
@@ -111,9 +174,7 @@ def _fate(
     return "nf4" if packed else "dense"
 
 
-def _piece(
-    base: Base, stored: Stored, fate: Literal["copy", "cast", "dense", "nf4"], linear: int | None
-) -> Piece:
+def _piece(base: Base, stored: Stored, fate: Fate, linear: int | None) -> Piece:
     key, names = stored.key, (stored.key,)
     if fate == "copy":
         return Piece(key, fate, linear, names, stored.nbytes)

@@ -3,12 +3,15 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit
 
 from fader_adapters.errors import BaseUnsupported, CheckpointInvalid
 from fader_adapters.kernels import native, nf4
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
 STATE = "quant_state.bitsandbytes__nf4"
 COMPONENTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
@@ -22,7 +25,7 @@ class Packed:
 
     packed: torch.Tensor
     """uint8 [out·in/2, 1]"""
-    state: QuantState
+    state: "QuantState"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -43,6 +46,8 @@ class Packed:
 
 def load(packed: torch.Tensor, components: Mapping[str, torch.Tensor], *, key: str) -> Packed:
     """Put a weight of a file together. Raises CheckpointInvalid."""
+    from bitsandbytes.functional import QuantState
+
     try:
         state = QuantState.from_dict(dict(components), torch.device("cpu"))
     except (KeyError, ValueError, TypeError, AssertionError) as error:
@@ -59,6 +64,8 @@ def quantise(weight: torch.Tensor, *, dtype: torch.dtype, nested: bool) -> Packe
     nested  double quantisation of absmax
     Raises BaseUnsupported (width), CheckpointInvalid (NaN or Inf).
     """
+    from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit
+
     nf4.check_width(weight.shape[1])
     require_finite(weight)
     weight = weight.contiguous()

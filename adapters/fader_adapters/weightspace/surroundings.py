@@ -26,7 +26,7 @@ _COPIED = (
 )
 
 
-def write(base: Base, out: Path, form: Form, shards: list[Shard]) -> None:
+def write(base: Base, out: Path, form: Form, shards: list[Shard], *, untied: bool) -> None:
     """Everything but the shards, config.json last: without it nothing loads the directory."""
     if len(shards) > 1:
         disk.write_json(out / INDEX_FILE, _index(out, shards))
@@ -36,7 +36,8 @@ def write(base: Base, out: Path, form: Form, shards: list[Shard]) -> None:
                 target = out / file.relative_to(base.directory)
                 target.parent.mkdir(exist_ok=True)
                 disk.write_bytes(target, file.read_bytes())
-    disk.write_json(out / CONFIG_FILE, _config(base, form))
+    config = _config(base, form)
+    disk.write_json(out / CONFIG_FILE, _untie(config) if untied else config)
 
 
 def _index(out: Path, shards: list[Shard]) -> dict[str, Any]:
@@ -62,6 +63,15 @@ def _config(base: Base, form: Form) -> dict[str, Any]:
     if not base.in_nf4:
         config["quantization_config"] = nf4_config().to_dict()
     return config
+
+
+def _untie(config: dict[str, Any]) -> dict[str, Any]:
+    """The same for a head with a table of its own, also in the parts of a composite model."""
+    changed = {
+        key: _untie(value) if key.endswith("_config") and isinstance(value, dict) else value
+        for key, value in config.items()
+    }
+    return changed | {"tie_word_embeddings": False}
 
 
 def _in_bf16(config: dict[str, Any]) -> dict[str, Any]:

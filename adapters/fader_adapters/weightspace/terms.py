@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fader_adapters.errors import AdapterError, AdapterInvalid, BlendInvalid
+from fader_adapters.errors import AdapterError, BlendInvalid
 from fader_adapters.limits import Limits
 from fader_adapters.parse import ParsedAdapter, read_adapter
 from fader_adapters.source import LocalSources, RawAdapter
@@ -68,6 +68,7 @@ class Mixture:
     """γ and adapter; weights in fp32."""
     sources: dict[Digest, str]
     """Where each version came from."""
+    base: BaseSpec
 
     def linears(self) -> list[int]:
         """Indices of the adapted linears, in base order."""
@@ -89,6 +90,27 @@ class Mixture:
         size = float(total.a.norm()) * float(total.b.norm())
         return total if total.norm > _NOTHING * size else None
 
+    def biased(self) -> list[int]:
+        """Indices of the linears whose bias changes, in base order."""
+        return sorted(
+            {
+                delta.linear
+                for _, adapter in self.adapters
+                for delta, factors in zip(adapter.spec.deltas, adapter.factors, strict=True)
+                if factors.bias is not None
+            }
+        )
+
+    def bias(self, linear: int) -> torch.Tensor | None:
+        """What is added to the bias [out] of one linear, in fp32; None: nothing."""
+        parts = [
+            gamma * delta.scale * factors.bias.float()
+            for gamma, adapter in self.adapters
+            for delta, factors in zip(adapter.spec.deltas, adapter.factors, strict=True)
+            if delta.linear == linear and factors.bias is not None
+        ]
+        return torch.stack(parts).sum(dim=0) if parts else None
+
     def facts(self) -> list[dict[str, object]]:
         """For reports."""
         return [
@@ -101,7 +123,9 @@ class Mixture:
             for delta, factors in zip(adapter.spec.deltas, adapter.factors, strict=True):
                 if delta.linear == linear:
                     gain = None if factors.gain is None else gamma * factors.gain
-                    yield Sum(factors.a, factors.bt.T * (gamma * delta.scale), gain)
+                    # the module goes on to multiply W's output, and with it that of the sum
+                    scale = gamma * delta.scale / self.base.linears[linear].multiplier
+                    yield Sum(factors.a, factors.bt.T * scale, gain)
 
 
 def read_raw(ingredients: Sequence[Ingredient], limits: Limits | None = None) -> list[RawAdapter]:
@@ -127,7 +151,7 @@ def mix(
     terms = []
     for raw, gamma in zip(raws, gammas, strict=True):
         try:
-            parsed = _read(raw, base, weights, limits)
+            parsed = read_adapter(raw, base, dtype=torch.float32, limits=limits, weights=weights)
         except AdapterError as error:
             error.args = (f"{raw.origin}: {error}",)
             raise
@@ -137,20 +161,4 @@ def mix(
     blend = Blend.of(terms)
     if not blend:
         raise BlendInvalid("the blend is empty: name adapters with weights that are not 0")
-    return Mixture(blend, tuple(found[term.version] for term in blend.terms), sources)
-
-
-def _read(
-    raw: RawAdapter, base: BaseSpec, weights: BaseWeights | None, limits: Limits | None
-) -> ParsedAdapter:
-    parsed = read_adapter(raw, base, dtype=torch.float32, limits=limits, weights=weights)
-    if any(factors.bias is not None for factors in parsed.factors):
-        raise AdapterInvalid("lora_bias = true, expected an adapter that changes weights alone")
-    outside = [base.linears[delta.linear] for delta in parsed.spec.deltas]
-    for linear in outside:
-        if base.tied and not linear.inside:
-            raise AdapterInvalid(
-                f"{linear.path!r} is adapted, and the base ties its embedding and output head to "
-                "one table: the sum of both is no checkpoint of this model; serve it as an adapter"
-            )
-    return parsed
+    return Mixture(blend, tuple(found[term.version] for term in blend.terms), sources, base)

@@ -27,7 +27,7 @@ class BaseModel:
 
     name: str
     fingerprint: str
-    """sha256 of its shapes, BaseSpec.fingerprint."""
+    """sha256 of its shapes and weights, BaseSpec.identity."""
     max_model_len: int
     created: int
     """Unix seconds of the server's start."""

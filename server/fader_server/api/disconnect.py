@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, Never, TypeVar
 
 from starlette.types import Receive
 
@@ -11,24 +11,30 @@ from fader_server.api.errors import ClientGone
 T = TypeVar("T")
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def while_connected(
+    receive: Receive,
+    work: Coroutine[Any, Any, T],
+    *watches: Coroutine[Any, Any, Never],
+) -> T:
     """The work's result; cancels it and raises ClientGone when the client leaves first.
 
     Call after the body has been read: everything `receive` yields from then on is the end.
+    watches  end by raising, and end the work so
     """
     task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_gone(receive))
+    guards = [asyncio.ensure_future(watch) for watch in (_gone(receive), *watches)]
     try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, *guards}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ClientGone
+        raise next(error for guard in guards if guard.done() and (error := guard.exception()))
     finally:
-        for pending in (task, watch):
+        for pending in (task, *guards):
             pending.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)
+        await asyncio.gather(task, *guards, return_exceptions=True)
 
 
-async def _gone(receive: Receive) -> None:
+async def _gone(receive: Receive) -> Never:
     while (await receive())["type"] != "http.disconnect":
         pass
+    raise ClientGone

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from fader_server.api.choice import Choice, Delta
 from fader_server.api.errors import FirstTokenTimeout
-from fader_server.api.mailbox import Mailbox
+from fader_server.api.mailbox import Bell, Mailbox
 from fader_server.api.observe import CallRecord
 from fader_server.api.ports import Adapters, Engine, Lease, Tokenizer
 from fader_server.api.prepare import Preparer
@@ -58,6 +58,7 @@ class Generator:
         self._preparer = Preparer(tokenizer, max_model_len=max_model_len)
         self._patience = patience
         self._live: set[Generation] = set()
+        self._bell: Bell | None = None
         self._closed: Overloaded | None = None
 
     @property
@@ -89,9 +90,11 @@ class Generator:
         except BaseException:
             lease.release()
             raise
+        if self._bell is None:
+            self._bell = Bell(asyncio.get_running_loop())
         generation = Generation(
             self._engine, call, choices, lease, record=record, patience=self._patience,
-            on_close=self._live.discard,
+            bell=self._bell, on_close=self._live.discard,
         )  # fmt: skip
         self._live.add(generation)
         generation.submit()
@@ -122,18 +125,20 @@ class Generation:
         *,
         record: CallRecord,
         patience: Patience,
+        bell: Bell,
         on_close: Callable[["Generation"], None],
     ) -> None:
-        loop = asyncio.get_running_loop()
         self.call = call
         self.lease = lease
         self._engine = engine
         self._choices = {choice.request.id: choice for choice in choices}
         self._in_engine: set[str] = set()
         self._record = record
-        self._mailbox = Mailbox(loop)
-        self._first_by = loop.time() + patience.first_token
-        self._last_by = loop.time() + patience.total
+        self._mailbox = Mailbox(bell)
+        self._loop = asyncio.get_running_loop()
+        self._last_by = self._loop.time() + patience.total
+        first = min(patience.first_token, patience.total)
+        self._alarm = self._loop.call_later(first, self._expire)
         self._on_close = on_close
         self._closed = False
 
@@ -160,7 +165,7 @@ class Generation:
         while self._in_engine:
             gained: dict[int, Delta] = {}
             failure: Exception | None = None
-            for event in await self._take():
+            for event in await self._mailbox.take():
                 failure = failure or event.error
                 delta = self._follow(event)
                 gained[delta.index] = gained.get(delta.index, Delta(delta.index)).plus(delta)
@@ -174,22 +179,21 @@ class Generation:
                 raise failure
         self.close()
 
-    async def _take(self) -> list[TokenEvent]:
-        by = self._last_by if self._record.started else min(self._first_by, self._last_by)
-        try:
-            async with asyncio.timeout_at(by):
-                return await self._mailbox.take()
-        except TimeoutError:
-            if self._record.started or by == self._last_by:
-                raise RequestTimeout("The request did not finish in time.") from None
-            raise FirstTokenTimeout("The first token did not come in time.") from None
+    def _expire(self) -> None:
+        """The first token or the end is due."""
+        if self._loop.time() >= self._last_by:
+            self._mailbox.fail(RequestTimeout("The request did not finish in time."))
+        elif self._record.started:
+            self._alarm = self._loop.call_at(self._last_by, self._expire)
+        else:
+            self._mailbox.fail(FirstTokenTimeout("The first token did not come in time."))
 
     def _follow(self, event: TokenEvent) -> Delta:
         choice = self._choices[event.request_id]
         if event.request_id not in self._in_engine:
             return Delta(choice.index)
-        if event.queued is not None:
-            self._record.queued(event.queued)
+        if event.admitted is not None:
+            self._record.admitted(event.admitted)
         if event.error is not None:
             self._in_engine.discard(event.request_id)
             return Delta(choice.index)
@@ -217,6 +221,7 @@ class Generation:
         if self._closed:
             return
         self._closed = True
+        self._alarm.cancel()
         for id in self._in_engine:
             self._engine.abort(id)
         self._in_engine.clear()

@@ -1,6 +1,6 @@
-"""Carries events from the engine thread to one coroutine. Never blocks the engine, never drops.
+"""Carries events from the engine thread to coroutines. Never blocks the engine, never drops.
 
-Its length is bounded by what the call may generate; a slow reader finds many events at once.
+A mailbox holds no more than its call may generate; a slow reader finds many events at once.
 """
 
 import asyncio
@@ -9,11 +9,36 @@ from collections import deque
 from fader_server.core import TokenEvent
 
 
-class Mailbox:
-    """One call's inbox: any thread posts, one coroutine on `loop` reads."""
+class Bell:
+    """Wakes the mailboxes of one loop: one call across threads for all that a step fills."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self._filled: deque[asyncio.Event] = deque()
+        self._rung = False
+
+    def ring(self, ready: asyncio.Event) -> None:
+        """Set `ready` on the loop. From any thread; nothing once the loop has closed."""
+        self._filled.append(ready)
+        if self._rung:
+            return
+        self._rung = True
+        try:
+            self._loop.call_soon_threadsafe(self._wake)
+        except RuntimeError:  # the loop is closed: the server is gone
+            return
+
+    def _wake(self) -> None:
+        self._rung = False  # before draining: who rings from here on calls again
+        while self._filled:
+            self._filled.popleft().set()
+
+
+class Mailbox:
+    """One call's inbox: any thread posts, one coroutine on the bell's loop reads."""
+
+    def __init__(self, bell: Bell) -> None:
+        self._bell = bell
         self._events: deque[TokenEvent] = deque()
         self._ready = asyncio.Event()
         self._announced = False
@@ -22,13 +47,9 @@ class Mailbox:
     def post(self, event: TokenEvent) -> None:
         """From any thread. Events after the loop has closed are nobody's."""
         self._events.append(event)
-        if self._announced:
-            return
-        self._announced = True
-        try:
-            self._loop.call_soon_threadsafe(self._ready.set)
-        except RuntimeError:  # the loop is closed: the server is gone
-            return
+        if not self._announced:
+            self._announced = True
+            self._bell.ring(self._ready)
 
     def fail(self, error: Exception) -> None:
         """From the loop: the next `take` raises."""

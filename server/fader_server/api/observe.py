@@ -13,6 +13,7 @@ from fader_server.api.named_blends import Recipe, Recipes
 from fader_server.api.ports import Adapters, Engine, LeasedTerm
 from fader_server.api.resolve import exact
 from fader_server.api.traffic import BlendKey, Traffic, blend_key
+from fader_server.core import Admission, LaneName
 from fader_server.metrics import Metrics, by_tier, counter, gauge, lora_requests_info
 
 MERGE_STAGES = ("merging", "measuring", "failed", "refused")
@@ -38,6 +39,7 @@ class CallRecord:
     tokens: tuple[int, int, int] = (0, 0, 0)
     """Prompt, completion, cached."""
     outcome: str = ""
+    _lanes: set[LaneName] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.began = self.clock()
@@ -68,10 +70,16 @@ class CallRecord:
             self.metrics.inter_token.observe(now - self.last)
         self.last = now
 
-    def queued(self, seconds: float) -> None:
-        """One choice was admitted after this long."""
-        self.metrics.queue.observe(seconds)
-        self.queue = max(seconds, self.queue or 0.0)
+    def admitted(self, admission: Admission) -> None:
+        """One choice has begun to run."""
+        self.metrics.queue.observe(admission.queued)
+        self.queue = max(admission.queued, self.queue or 0.0)
+        self._lanes.add(admission.lane)
+
+    @property
+    def lane(self) -> str | None:
+        """The lanes of the choices that have begun, with commas between; None: none has."""
+        return ", ".join(sorted(self._lanes)) or None
 
     def used(self, prompt: int, completion: int, cached: int) -> None:
         self.tokens = (prompt, completion, cached)
@@ -98,6 +106,7 @@ class CallRecord:
         queue = None if self.queue is None else round(self.queue * 1000, 1)
         return {
             "adapter": self.adapter or None,
+            "lane": self.lane,
             "recipe": self.recipe and f"{self.recipe.name}@{self.recipe.digest[:12]}",
             "versions": [f"{term.name}@{term.version[:12]}" for term in self.terms],
             "weights": [exact(term.weight) for term in self.terms],

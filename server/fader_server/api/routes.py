@@ -62,6 +62,7 @@ async def _answer(
     headers = {"x-fader-blend": blend_header(generation.lease)}
     if call.stream:
         started = await start(generation, context.pace)
+        headers |= _lane(record)
         return EventStream(started, renderer, headers=headers, record=record, pace=context.pace)
     try:
         whole = await _collect(generation)
@@ -69,7 +70,12 @@ async def _answer(
         generation.close()
     record.end("ok")
     body = encode(renderer.whole(whole, generation.usage))
-    return Response(body, 200, headers, media_type="application/json")
+    return Response(body, 200, headers | _lane(record), media_type="application/json")
+
+
+def _lane(record: CallRecord) -> dict[str, str]:
+    """Nothing before a choice has begun: a stream that has to wait says it in its log line only."""
+    return {} if record.lane is None else {"x-fader-lane": record.lane}
 
 
 async def _collect(generation: Generation) -> list[Delta]:

@@ -4,12 +4,15 @@ Knows the framing and the order of chunks; what a chunk says is the renderer's b
 """
 
 import asyncio
+import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from typing import Never
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from fader_server.api.choice import Delta
 from fader_server.api.disconnect import while_connected
@@ -22,6 +25,7 @@ from fader_server.errors import FaderError
 _log = logging.getLogger(__name__)
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
+_now = time.monotonic
 HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
@@ -43,8 +47,8 @@ class Started:
 
     generation: Generation
     batches: AsyncIterator[list[Delta]]
-    pending: "asyncio.Task[list[Delta] | None]"
-    """The next batch, None at the end."""
+    first: "asyncio.Task[list[Delta] | None]"
+    """The first batch, None when there is none."""
 
 
 async def start(generation: Generation, pace: Pace) -> Started:
@@ -53,16 +57,16 @@ async def start(generation: Generation, pace: Pace) -> Started:
     An error up to here is raised, so that it is answered with a real HTTP status.
     """
     batches = generation.deltas()
-    pending = asyncio.ensure_future(_next(batches))
+    first = asyncio.ensure_future(_next(batches))
     try:
-        await asyncio.wait({pending}, timeout=pace.ping)
-        if pending.done():
-            pending.result()
+        await asyncio.wait({first}, timeout=pace.ping)
+        if first.done():
+            first.result()
     except BaseException:
-        pending.cancel()
+        first.cancel()
         generation.close()
         raise
-    return Started(generation, batches, pending)
+    return Started(generation, batches, first)
 
 
 async def _next(batches: AsyncIterator[list[Delta]]) -> list[Delta] | None:
@@ -87,25 +91,26 @@ class EventStream(Response):
         self._renderer = renderer
         self._record = record
         self._pace = pace
+        self._writing_since: float | None = _now()
+        self._written_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await while_connected(receive, self._pump(send))
+            await while_connected(receive, self._pump(send), self._watch(send))
             self._record.end("ok")
         except (ClientStalled, ClientGone) as error:
             # Returning with the answer unfinished makes the server cut the connection.
             self._record.end(outcome_of(error))
         finally:
-            self._started.pending.cancel()
+            self._started.first.cancel()
             self._started.generation.close()
             self._record.end("error")
 
     async def _pump(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await self._send(send, start)
         try:
             await self._send_batches(send)
-        except (ClientGone, ClientStalled):
-            raise
         except Exception as error:  # noqa: BLE001 - the status is sent: the stream must say it
             self._started.generation.close()
             self._record.end(outcome_of(error))
@@ -119,31 +124,44 @@ class EventStream(Response):
         call = self._started.generation.call
         choices = max(1, len(call.prompts)) * call.n
         opening = b"".join(event(chunk) for chunk in self._renderer.opening(choices))
-        while (batch := await self._next_batch(send)) is not None:
-            chunks = b"".join(event(self._renderer.chunk(delta)) for delta in batch)
+        batch = await self._started.first
+        while batch is not None:
+            chunks = b"".join([event(self._renderer.chunk(delta)) for delta in batch])
             await self._write(send, opening + chunks)
             opening = b""
+            batch = await anext(self._started.batches, None)
         if call.include_usage:
             usage = self._renderer.usage_chunk(self._started.generation.usage)
             await self._write(send, event(usage))
 
-    async def _next_batch(self, send: Send) -> list[Delta] | None:
-        pending = self._started.pending
-        while not pending.done():
-            await asyncio.wait({pending}, timeout=self._pace.ping)
-            if not pending.done():
-                await self._write(send, PING)
-        batch = pending.result()
-        if batch is not None:
-            self._started.pending = asyncio.ensure_future(_next(self._started.batches))
-        return batch
+    async def _watch(self, send: Send) -> Never:
+        """Ping while nothing is written; raise ClientStalled when a write takes too long.
+
+        One timer a stream instead of two a token.
+        """
+        ping, stall = self._pace.ping, self._pace.stall
+        while True:
+            now, since = _now(), self._writing_since
+            if since is not None:
+                due = since + stall
+                if now >= due:
+                    raise ClientStalled("The client left its stream unread for too long.")
+            else:
+                due = self._written_at + ping
+                if now >= due:
+                    with contextlib.suppress(TimeoutError):  # the next look raises
+                        await asyncio.wait_for(self._write(send, PING), stall)
+                    continue
+                due = min(due, now + stall)
+            await asyncio.sleep(due - now)
 
     async def _write(self, send: Send, body: bytes, *, more: bool = True) -> None:
-        try:
-            async with asyncio.timeout(self._pace.stall):
-                await send({"type": "http.response.body", "body": body, "more_body": more})
-        except TimeoutError:
-            raise ClientStalled("The client left its stream unread for too long.") from None
+        await self._send(send, {"type": "http.response.body", "body": body, "more_body": more})
+
+    async def _send(self, send: Send, message: Message) -> None:
+        self._writing_since = self._writing_since or _now()
+        await send(message)
+        self._writing_since, self._written_at = None, _now()
 
 
 def event(body: Json) -> bytes:

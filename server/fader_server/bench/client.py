@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
@@ -217,6 +217,30 @@ class BenchClient:
             async for data, at in _events(response, self.clock):
                 stream.take(data, at)
         return None
+
+
+class Reachable(Protocol):
+    """Options of a benchmark that runs against a server."""
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def timeout(self) -> float: ...
+    @property
+    def api_key(self) -> str | None: ...
+
+
+def client_of(
+    options: Reachable, *, transport: httpx.AsyncBaseTransport | None, clock: Clock
+) -> BenchClient:
+    """The connections of one run."""
+    return BenchClient(
+        options.url,
+        timeout=options.timeout,
+        api_key=options.api_key,
+        transport=transport,
+        clock=clock,
+    )
 
 
 async def _events(response: httpx.Response, clock: Clock) -> AsyncIterator[tuple[bytes, float]]:

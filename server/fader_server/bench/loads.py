@@ -35,6 +35,21 @@ async def load(client: BenchClient, name: str, source: str) -> Load:
     return Load(seconds, told["version"], told["bytes"], told["rank"])
 
 
+async def find(client: BenchClient, name: str) -> float:
+    """Seconds of a GET /v1/adapters/NAME. Raises ConfigInvalid unless it is there."""
+    began = client.clock()
+    await report(client, name)
+    return client.clock() - began
+
+
+async def report(client: BenchClient, name: str) -> dict[str, str]:
+    """GET /v1/adapters/NAME. Raises ConfigInvalid unless it is there."""
+    answer = await client.get(f"/v1/adapters/{name}")
+    if answer.status_code != 200:
+        raise ConfigInvalid(f"GET of {name!r} answered {answer.status_code}")
+    return answer.json()
+
+
 async def unload(client: BenchClient, name: str) -> None:
     """DELETE, whatever it answers: clearing up must not hide why a run ended."""
     try:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import httpx
 
-from fader_server.bench.client import Ask, BenchClient, Clock, Sample
+from fader_server.bench.client import Ask, BenchClient, Clock, Sample, client_of
 from fader_server.bench.discover import discover
 from fader_server.bench.figures import Repeat, measure
 from fader_server.bench.load import BackgroundLoad, closed_loop
@@ -31,13 +31,7 @@ async def run(
     sleep: Sleep = asyncio.sleep,
 ) -> Result:
     """Run everything. ConfigInvalid for what the user can mend, faults are in the result."""
-    async with BenchClient(
-        options.url,
-        timeout=options.timeout,
-        api_key=options.key,
-        transport=transport,
-        clock=clock,
-    ) as client:
+    async with client_of(options, transport=transport, clock=clock) as client:
         served = await discover(client, model=None, adapters=None, vocab=None)
         names = [options.adapter] if options.adapter else list(served.adapters[:1])
         others = [name for name in served.adapters if name not in names]

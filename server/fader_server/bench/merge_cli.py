@@ -61,7 +61,7 @@ def merge(
             idle=idle,
             timeout=timeout,
             seed=seed,
-            key=admin_key,
+            api_key=admin_key,
         )
         facts = machine_facts()
         result = asyncio.run(run(options))
@@ -85,7 +85,7 @@ def as_json(
 ) -> dict[str, Any]:
     """Everything a reader needs to judge or repeat the run; figures only if it had no fault."""
     settings = asdict(options)
-    settings.pop("key")
+    settings.pop("api_key")
     document: dict[str, Any] = {
         "format": "fader-bench-merge/1",
         "ok": result.ok,

@@ -32,7 +32,7 @@ class Options:
     """Only merge, once, without streams: for time and memory."""
     timeout: float = 600.0
     seed: int = 0
-    key: str | None = field(default=None, repr=False)
+    api_key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("requests", "prompt_tokens", "output_tokens", "concurrency", "repeats"):

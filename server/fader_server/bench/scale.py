@@ -4,21 +4,21 @@ Knows no terminal and no files. The serving load is `bench serve`'s, parity chec
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import httpx
 
-from fader_server.bench.client import Ask, BenchClient, Clock, Sample
+from fader_server.bench.client import Ask, BenchClient, Clock, Sample, client_of
 from fader_server.bench.discover import discover
-from fader_server.bench.loads import load, unload
+from fader_server.bench.loads import find, load, report, unload
 from fader_server.bench.popularity import Popularity
 from fader_server.bench.prompts import PromptSource
 from fader_server.bench.serve import Options, Result, run
 from fader_server.bench.stats import Summary, summarise
 from fader_server.errors import ConfigInvalid
 
-NAME = "bench-scale"
+NAME, TWIN = "bench-scale", "bench-scale-twin"
 LOOKUPS = 200
 FIRST_TOKENS = 9
 
@@ -51,6 +51,16 @@ class ScaleOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Put:
+    """Loads of content that was in one tier before. Times in milliseconds."""
+
+    put: Summary
+    """From sending the PUT to its answer."""
+    to_first_token: Summary
+    """And on to the first token of a request under the new name."""
+
+
+@dataclass(frozen=True, slots=True)
 class ScaleResult:
     """Figures are there when the load had no fault. Times in milliseconds."""
 
@@ -63,10 +73,10 @@ class ScaleResult:
     """GET of one name, drawn over all of them."""
     lookup_few: Summary
     """GET of one and the same name."""
-    put_to_first_token: Summary
-    """A load under a new name and then its first token; the sum."""
-    load_alone: Summary
-    """The PUT of it."""
+    puts: dict[str, Put]
+    """By the tier that the content was in: disk (nowhere else), host, device."""
+    rank: int
+    """Of what was put, the largest."""
     first_token: dict[str, Summary]
     """Of a request whose adapter was in that tier when it came, nothing else running."""
 
@@ -89,22 +99,16 @@ async def run_scale(
     clock: Clock = time.perf_counter,
 ) -> ScaleResult:
     """Measure everything. ConfigInvalid for what the user can mend."""
-    async with BenchClient(
-        options.url,
-        timeout=options.timeout,
-        api_key=options.api_key,
-        transport=transport,
-        clock=clock,
-    ) as client:
+    async with client_of(options, transport=transport, clock=clock) as client:
         served = await discover(client, model=None, adapters=options.names[:1], vocab=options.vocab)
         length = options.prompt_tokens
         prompts = PromptSource(served.vocabulary, length=length, key=f"scale:{time.time_ns()}")
         side = _Side(client, prompts)
         try:
             firsts = await side.first_tokens(options.names)
-            puts, sums = await side.puts(options.sources)
+            puts = await side.puts(options.sources)
         finally:
-            await unload(client, NAME)
+            await side.clear()
         found = await run(_serving(options), transport=transport, clock=clock)
         stride = max(1, len(options.names) // LOOKUPS)
         return ScaleResult(
@@ -113,8 +117,8 @@ async def run_scale(
             tiers=await side.tiers(),
             lookup=await side.lookups(options.names[::stride][:LOOKUPS]),
             lookup_few=await side.lookups(options.names[:1] * LOOKUPS),
-            put_to_first_token=sums,
-            load_alone=puts,
+            puts=puts,
+            rank=side.rank,
             first_token=firsts,
         )
 
@@ -143,39 +147,49 @@ class _Side:
     def __init__(self, client: BenchClient, prompts: PromptSource) -> None:
         self._client = client
         self._prompts = prompts
+        self.rank = 0
 
     async def first_tokens(self, names: Sequence[str]) -> dict[str, Summary]:
         """First tokens by the tier that the server said the adapter was in just before."""
         times: dict[str, list[float]] = {}
         step = max(1, len(names) // (4 * FIRST_TOKENS))
         for name in (*names[::step], *[names[0]] * FIRST_TOKENS):
-            tier = (await self._get(name))["tier"]
+            tier = (await report(self._client, name))["tier"]
             if len(times.setdefault(tier, [])) < FIRST_TOKENS:
                 times[tier].append(await self._first(name))
         found = {tier: summarise(values) for tier, values in times.items()}
         return {tier: summary for tier, summary in found.items() if summary is not None}
 
-    async def puts(self, sources: Sequence[str]) -> tuple[Summary, Summary]:
-        """(of the PUTs, with the first token after each), the sources in turn."""
-        alone, sums = [], []
+    async def puts(self, sources: Sequence[str]) -> dict[str, Put]:
+        """Content that is nowhere, then under a second name what was used, and what was not."""
+        times: dict[str, list[tuple[float, float]]] = {}
         for number in range(FIRST_TOKENS):
-            one = await load(self._client, NAME, sources[number % len(sources)])
-            alone.append(one.seconds * 1e3)
-            sums.append(alone[-1] + await self._first(NAME))
-        puts, whole = summarise(alone), summarise(sums)
-        assert puts is not None
-        assert whole is not None
-        return puts, whole
+            source = sources[number % len(sources)]
+            for used in (True, False):
+                await self.clear()
+                fresh = await self._put(NAME, source, ask=used)
+                if used:
+                    times.setdefault("disk", []).append(fresh)
+                tier = (await report(self._client, NAME))["tier"]
+                times.setdefault(tier, []).append(await self._put(TWIN, source, ask=True))
+        return {
+            tier: Put(_summary(put for put, _ in pairs), _summary(whole for _, whole in pairs))
+            for tier, pairs in times.items()
+        }
+
+    async def _put(self, name: str, source: str, *, ask: bool) -> tuple[float, float]:
+        """(of the PUT, with the first token after it)."""
+        one = await load(self._client, name, source)
+        self.rank = max(self.rank, one.rank)
+        put = one.seconds * 1e3
+        return put, put + (await self._first(name) if ask else 0.0)
+
+    async def clear(self) -> None:
+        for name in (NAME, TWIN):
+            await unload(self._client, name)
 
     async def lookups(self, names: Sequence[str]) -> Summary:
-        times = []
-        for name in names:
-            began = self._client.clock()
-            await self._get(name)
-            times.append((self._client.clock() - began) * 1e3)
-        found = summarise(times)
-        assert found is not None
-        return found
+        return _summary([await find(self._client, name) * 1e3 for name in names])
 
     async def tiers(self) -> dict[str, int]:
         answer = await self._client.get("/v1/adapters")
@@ -191,8 +205,8 @@ class _Side:
             raise ConfigInvalid(f"{name}: {sample.fault.kind}: {sample.fault.detail}")
         return (sample.token_times[0] - sample.due) * 1e3
 
-    async def _get(self, name: str) -> dict[str, str]:
-        answer = await self._client.get(f"/v1/adapters/{name}")
-        if answer.status_code != 200:
-            raise ConfigInvalid(f"GET of {name!r} answered {answer.status_code}")
-        return answer.json()
+
+def _summary(times: Iterable[float]) -> Summary:
+    found = summarise(times)
+    assert found is not None
+    return found

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from fader_server.bench.client import Ask, BenchClient, Clock, Fault, Sample
+from fader_server.bench.client import Ask, BenchClient, Clock, Fault, Sample, client_of
 from fader_server.bench.discover import Served, discover
 from fader_server.bench.figures import Repeat, measure
 from fader_server.bench.load import (
@@ -93,13 +93,7 @@ async def run(
     clock: Clock = time.perf_counter,
 ) -> Result:
     """Run every scenario. ConfigInvalid for what the user can mend, faults are in the result."""
-    async with BenchClient(
-        options.url,
-        timeout=options.timeout,
-        api_key=options.api_key,
-        transport=transport,
-        clock=clock,
-    ) as client:
+    async with client_of(options, transport=transport, clock=clock) as client:
         served = await discover(
             client, model=options.model, adapters=options.adapters, vocab=options.vocab
         )

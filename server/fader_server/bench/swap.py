@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import httpx
 
-from fader_server.bench.client import Ask, BenchClient, Clock, Fault, Sample
+from fader_server.bench.client import Ask, BenchClient, Clock, Fault, Sample, client_of
 from fader_server.bench.discover import Served, discover
 from fader_server.bench.loads import Load, load, unload
 from fader_server.bench.prompts import PromptSource
@@ -100,13 +100,7 @@ async def run_swap(
     clock: Clock = time.perf_counter,
 ) -> SwapResult:
     """Run all rounds. ConfigInvalid for what the user can mend, faults are in the result."""
-    async with BenchClient(
-        options.url,
-        timeout=options.timeout,
-        api_key=options.api_key,
-        transport=transport,
-        clock=clock,
-    ) as client:
+    async with client_of(options, transport=transport, clock=clock) as client:
         served = await discover(client, model=None, adapters=options.adapters, vocab=options.vocab)
         run = _Run(options, client, SwapResult(served))
         try:

@@ -9,8 +9,9 @@ import typer
 
 from fader_adapters.errors import AdapterError
 from fader_server.bench.cli import bench_app
-from fader_server.bench.live_cli import scale, swap
 from fader_server.bench.merge_cli import merge as bench_merge
+from fader_server.bench.scale_cli import scale
+from fader_server.bench.swap_cli import swap
 from fader_server.cli.adapters import adapters_app
 from fader_server.cli.compress import compress
 from fader_server.cli.extract import extract

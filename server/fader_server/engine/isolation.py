@@ -6,7 +6,16 @@ from dataclasses import dataclass, field
 from traceback import format_exc
 
 from fader_adapters.spec import Digest, RowTerms, StepTerms, Upload
-from fader_server.core import Plan, PlanRow, Request, RowResult, Runner, SamplingParams, Sequence
+from fader_server.core import (
+    Launched,
+    Plan,
+    PlanRow,
+    Request,
+    RowResult,
+    Runner,
+    SamplingParams,
+    Sequence,
+)
 from fader_server.engine.blocks import NULL_BLOCK
 from fader_server.errors import EngineFault
 
@@ -36,14 +45,23 @@ class StepOutcome:
     """What says that nothing will run on the device any more; rows may then be in no list."""
 
 
-def run_isolated(runner: Runner, plan: Plan) -> StepOutcome:
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """How a step begins that the device computes by itself, and what there is to do meanwhile."""
+
+    launch: Callable[[Plan], Launched]
+    meanwhile: Callable[[], None]
+    """Called once a step, whether it began or failed to; what it raises is no row's fault."""
+
+
+def run_isolated(runner: Runner, plan: Plan, *, overlap: Overlap | None = None) -> StepOutcome:
     """Run a plan; after an exception run its halves, down to the rows at fault.
 
     Running rows again is safe: keys and values land in the same places, and nothing is
     committed yet. Out of memory is nobody's fault: the newest row is left out instead.
     """
     outcome = StepOutcome()
-    _run(runner, plan, outcome)
+    _run(runner, plan, outcome, overlap)
     return outcome
 
 
@@ -112,18 +130,39 @@ def without(plan: Plan, dropped: set[int]) -> Plan | None:
     return Plan(tuple(plan.rows[i] for i in kept), terms)
 
 
-def _run(runner: Runner, plan: Plan, outcome: StepOutcome) -> None:
+def _run(runner: Runner, plan: Plan, outcome: StepOutcome, overlap: Overlap | None = None) -> None:
     failure: Exception | None = None
+    launched = None
+    if overlap is not None:
+        try:
+            launched = overlap.launch(plan)
+        except Exception as error:  # noqa: BLE001 - as below
+            failure = _told(plan, error)
+        overlap.meanwhile()
+    if failure is None:
+        failure = _finish(runner, plan, outcome, launched)
+    if failure is not None:
+        launched = None  # what it holds on the device goes before rows run again
+        _split(runner, plan, outcome, failure)
+
+
+def _finish(
+    runner: Runner, plan: Plan, outcome: StepOutcome, launched: Launched | None
+) -> Exception | None:
+    """The results of a step into `outcome`, or why there are none."""
     try:
-        results = runner.run(plan)
+        results = runner.run(plan) if launched is None else launched.results()
         if len(results) != len(plan.rows):
             raise EngineFault(f"expected {len(plan.rows)} results, got {len(results)}")
         outcome.done.append((plan, results))
     except Exception as error:  # noqa: BLE001 - whatever it is, it must cost only its rows
-        _log.warning("a step of %d rows failed\n%s", len(plan.rows), format_exc())
-        failure = _bare(error)
-    if failure is not None:
-        _split(runner, plan, outcome, failure)
+        return _told(plan, error)
+    return None
+
+
+def _told(plan: Plan, error: Exception) -> Exception:
+    _log.warning("a step of %d rows failed\n%s", len(plan.rows), format_exc())
+    return _bare(error)
 
 
 def _bare(error: Exception) -> Exception:

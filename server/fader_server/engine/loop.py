@@ -1,4 +1,8 @@
-"""The engine thread: plan, upload, run, commit. Moves token ids; knows nothing of text or HTTP."""
+"""The engine thread: plan, upload, run, commit. Moves token ids; knows nothing of text or HTTP.
+
+What others ask for runs between two steps, never beside one: an abort, a lane or a lost version
+meets no row under way.
+"""
 
 import logging
 import threading
@@ -145,6 +149,11 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
+    @property
+    def busy(self) -> bool:
+        """Whether requests run."""
+        return self._scheduler.running > 0
+
     def stats(self) -> EngineStats:
         """A snapshot, from any thread, without waiting for the engine's."""
         blocks, stepper = self._scheduler.blocks, self._stepper
@@ -242,6 +251,7 @@ class Engine:
         """Refuse everything from now on; end what is open with `end`."""
         with self._lock:
             self._closed = end
+        self._stepper.flush()  # what was decided before still counts
         while not self._inbound.empty():
             self._inbound.get()()
         for request_id in list(self._sinks):

@@ -1,16 +1,26 @@
 """One turn of the engine: plan, upload, run, commit, and what to do when one of them fails.
 
+Where the device computes by itself, a step's events are delivered while it computes the next one.
 Runs on whatever thread calls it; knows no queue, no sink and no other thread.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
 
 from fader_adapters.spec import Upload
-from fader_server.core import Plan, Request, RowResult, Runner, Sequence, TokenEvent
+from fader_server.core import (
+    Admission,
+    LaunchRunner,
+    Plan,
+    Request,
+    RowResult,
+    Runner,
+    Sequence,
+    TokenEvent,
+)
 from fader_server.engine.arrivals import AtOnce, Copies, arrived
-from fader_server.engine.isolation import probe, run_isolated, upload_isolated, without
+from fader_server.engine.isolation import Overlap, probe, run_isolated, upload_isolated, without
 from fader_server.engine.scheduler import Scheduler
 from fader_server.engine.stats import StepObserver
 from fader_server.errors import EngineFault
@@ -20,7 +30,10 @@ _OOM_PREEMPTIONS = 2
 
 
 class Stepper:
-    """Drives a scheduler and a runner; hands every event to `deliver`, in order."""
+    """Drives a scheduler and a runner; hands every event to `deliver`, in order.
+
+    A LaunchRunner's events wait for the next step to be under way, or for a turn without one.
+    """
 
     def __init__(
         self,
@@ -42,13 +55,18 @@ class Stepper:
         """Of the generated tokens, those of merged lanes."""
         self.seconds = 0.0
         self._runner = runner
+        self._overlap = (
+            Overlap(runner.launch, self.flush) if isinstance(runner, LaunchRunner) else None
+        )
+        self._later: deque[TokenEvent] = deque()
+        self._unobserved: list[tuple[float, int, int]] = []
         self._upload = upload
         self._deliver = deliver
         self._clock = clock
         self._observer = observer
         self._crowded: Counter[str] = Counter()
         self._since: dict[str, float] = {}
-        self._waited: dict[str, float] = {}
+        self._admitted: dict[str, Admission] = {}
 
     def add(self, request: Request, *, since: float | None = None) -> None:
         """Queue a request that was submitted at `since`. Raises what the scheduler's `add` does."""
@@ -56,8 +74,10 @@ class Stepper:
         self._since[request.id] = self._clock() if since is None else since
 
     def abort(self, request_id: str) -> None:
-        """End a request without an event, if it is open."""
+        """End a request without an event, if it is open; none of its own is delivered any more."""
         self._forget(request_id)
+        if self._later:
+            self._later = deque(e for e in self._later if e.request_id != request_id)
         self.scheduler.abort(request_id)
 
     def turn(self) -> bool:
@@ -67,6 +87,7 @@ class Stepper:
         for event in self.scheduler.take_refused():
             self._emit(event)
         if plan is None:
+            self.flush()
             if not self.scheduler.waiting:
                 self.progress_at = started
             return False
@@ -75,10 +96,20 @@ class Stepper:
         ready = self._bring_in(plan) if plan.uploads else plan
         if ready is not None:
             self._step(arrived(ready, self._copies), started)
+        else:
+            self.flush()
         return True
 
+    def flush(self) -> None:
+        """Deliver what was kept for the time in which a step is under way."""
+        while self._later:
+            self._deliver(self._later.popleft())
+        for told in self._unobserved:
+            self._observer.on_step(*told)
+        self._unobserved.clear()
+
     def _step(self, plan: Plan, started: float) -> None:
-        outcome = run_isolated(self._runner, plan)
+        outcome = run_isolated(self._runner, plan, overlap=self._overlap)
         if outcome.lost is not None:
             raise EngineFault("the device is lost") from outcome.lost
         for part, results in outcome.done:
@@ -101,7 +132,8 @@ class Stepper:
         for row in plan.rows:
             since = self._since.pop(row.sequence.request.id, None)
             if since is not None:
-                self._waited[row.sequence.request.id] = max(0.0, now - since)
+                lane = "delta" if row.lane is None else "merged"
+                self._admitted[row.sequence.request.id] = Admission(max(0.0, now - since), lane)
 
     def _count(self, done: list[tuple[Plan, list[RowResult]]], started: float) -> None:
         now = self._clock()
@@ -113,7 +145,9 @@ class Stepper:
         self.tokens += tokens
         if rows:
             self.progress_at = now
-        self._observer.on_step(now - started, rows, tokens)
+        self._unobserved.append((now - started, rows, tokens))
+        if self._overlap is None:
+            self.flush()
 
     def _bring_in(self, plan: Plan) -> Plan | None:
         """The plan without the rows whose adapters could not be copied to the device."""
@@ -150,13 +184,16 @@ class Stepper:
             self.generated += 1
         if event.error is not None:
             self.faults += 1
-        if event.request_id in self._waited:
-            event = replace(event, queued=self._waited.pop(event.request_id))
+        if event.request_id in self._admitted:
+            event = replace(event, admitted=self._admitted.pop(event.request_id))
         if event.finish is not None or event.error is not None:
             self._forget(event.request_id)
-        self._deliver(event)
+        if self._overlap is None:
+            self._deliver(event)
+        else:
+            self._later.append(event)
 
     def _forget(self, request_id: str) -> None:
         self._crowded.pop(request_id, None)
         self._since.pop(request_id, None)
-        self._waited.pop(request_id, None)
+        self._admitted.pop(request_id, None)

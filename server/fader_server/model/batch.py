@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from fader_adapters.spec import RowTerms, StepTerms
 from fader_server.core import Plan, PlanRow
+from fader_server.model.passage import packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,10 @@ class Batch:
     def from_plan(
         cls, plan: Plan, *, block_size: int, device: torch.device, least: int = 1
     ) -> "Batch":
-        """`least`: tokens and logits are padded to this many, see Backend.least_rows."""
+        """`least`: tokens and logits are padded to this many, see Backend.least_rows.
+
+        One copy to the device, in order on its current stream; the host does not wait.
+        """
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -83,26 +88,36 @@ class Batch:
             cu_tokens.append(len(ids))
         padding = [0] * max(0, least - len(ids))
         sampling, scored, index = _logits(plan.rows, cu_tokens, least)
+        arrays = (
+            np.array([ids + padding], np.int64),
+            np.array([positions + padding], np.int64),
+            np.array(slots, np.int64),
+            np.array(cu_tokens, np.int32),
+            np.array([r.context for r in rows], np.int32),
+            _block_tables(plan.rows, block_size),
+            np.array(index, np.int64),
+        )
+        tokens, places, written, starts, contexts, tables, wanted = packed(arrays, device)
         return cls(
-            input_ids=torch.tensor([ids + padding], device=device),
-            position_ids=torch.tensor([positions + padding], device=device),
-            slots=torch.tensor(slots, device=device),
-            cu_tokens=torch.tensor(cu_tokens, dtype=torch.int32, device=device),
-            contexts=torch.tensor([r.context for r in rows], dtype=torch.int32, device=device),
-            block_tables=_block_tables(plan.rows, block_size).to(device),
-            logit_index=torch.tensor(index, dtype=torch.int64, device=device),
+            input_ids=tokens,
+            position_ids=places,
+            slots=written,
+            cu_tokens=starts,
+            contexts=contexts,
+            block_tables=tables,
+            logit_index=wanted,
             rows=tuple(rows),
             sampling=sampling,
             scored=scored,
         )
 
 
-def _block_tables(rows: tuple[PlanRow, ...], block_size: int) -> torch.Tensor:
+def _block_tables(rows: tuple[PlanRow, ...], block_size: int) -> np.ndarray:
     used = [-(-(row.start + row.count) // block_size) for row in rows]
     width = max(used)
-    return torch.tensor(
+    return np.array(
         [row.sequence.blocks[:n] + [0] * (width - n) for row, n in zip(rows, used, strict=True)],
-        dtype=torch.int32,
+        np.int32,
     )
 
 

@@ -1,4 +1,12 @@
-"""RMS norms on a GPU whose bits do not depend on the number of rows; those of torch do."""
+"""Modules of a model on a GPU by fewer kernels: norms, rotary positions, gated activations.
+
+Their bits do not depend on the number of rows, which those of torch's norms do. What a module
+computes is found by asking it: its own output on a random input decides.
+"""
+
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import nn
@@ -6,7 +14,16 @@ from transformers import PreTrainedModel
 
 from fader_adapters.kernels.cuda.norm import rms_norm
 from fader_adapters.kernels.cuda.norm_configs import MAX_WIDTH, Form
+from fader_adapters.kernels.cuda.pointwise import gated, rotary
+from fader_adapters.kernels.cuda.pointwise_configs import ACTS, Act
 from fader_server.model.norm import TOLERANCE, replace_modules
+
+ROTARY = "apply_rotary_pos_emb"
+"""transformers' name for it in every family that turns halves of a head."""
+GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
+
+Rotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+"""(q, k, cos, sin) → q and k turned"""
 
 
 class CudaNorm(nn.Module):
@@ -23,9 +40,63 @@ class CudaNorm(nn.Module):
         return rms_norm(rows, self.weight.data, eps=self._eps, form=self._form).view(x.shape)
 
 
+class CudaGate(nn.Module):
+    """Stands where a model's gated feed-forward stood: down(act(gate(x))·up(x))."""
+
+    def __init__(self, own: nn.Module, act: Act) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
+            getattr(own, name) for name in GATED
+        )
+        self._act: Act = act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        rows = (part.reshape(-1, part.shape[-1]) for part in (gate, up))
+        return self.down_proj(gated(*rows, self._act).view(gate.shape))
+
+
+class CudaRotary:
+    """Stands where a model's function stood; what the kernel does not take goes the model's way."""
+
+    def __init__(self, own: Rotary) -> None:
+        self._own = own
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        *args: object,
+        **kwargs: object,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """q, k [1, heads, T, dim] and cos, sin [1, T, dim] → q, k turned, heads behind tokens."""
+        plain = not args and not kwargs and q.dim() == 4 and cos.dim() == 3
+        if not plain or q.shape[0] != 1 or cos.shape != (1, *q.shape[2:]):
+            return self._own(q, k, cos, sin, *args, **kwargs)
+        given = (q[0].transpose(0, 1), k[0].transpose(0, 1), cos[0], sin[0])
+        if any(t.stride(-1) != 1 or t.dtype != q.dtype for t in given) or q.shape[-1] % 2:
+            return self._own(q, k, cos, sin)
+        turned = rotary(*given)
+        return turned[0].transpose(0, 1)[None], turned[1].transpose(0, 1)[None]
+
+
 def use_cuda(model: PreTrainedModel) -> None:
     """Put them where they stand in for the model's own."""
     replace_modules(model, lambda m: _norm(m) if type(m).__name__.endswith("RMSNorm") else None)
+    dtype, device = model.dtype, model.device
+    replace_modules(model, lambda m: _gate(m, dtype=dtype, device=device))
+    found: dict[Rotary, CudaRotary | None] = {}
+    for module in model.modules():
+        own = _rotary_of(module)
+        if own is None:
+            continue
+        if own not in found:
+            found[own] = _rotary(own, dtype=dtype, device=device)
+        stand_in = found[own]
+        if stand_in is not None:
+            _rebind(module, stand_in)
 
 
 def _norm(module: nn.Module) -> CudaNorm | None:
@@ -46,3 +117,62 @@ def _norm(module: nn.Module) -> CudaNorm | None:
             if torch.allclose(found(x), expected, rtol=TOLERANCE[x.dtype], atol=1e-6):
                 return found
     return None
+
+
+def _gate(module: nn.Module, *, dtype: torch.dtype, device: torch.device) -> CudaGate | None:
+    """The activation that reproduces the module's own output on random rows."""
+    if not all(isinstance(getattr(module, name, None), nn.Module) for name in GATED):
+        return None
+    own: Any = module
+    width = getattr(own.gate_proj, "in_features", None)
+    if not isinstance(width, int) or dtype not in TOLERANCE:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, width, generator=generator).mul_(3.0).to(device, dtype)
+    with torch.inference_mode():
+        expected = module(x).float()
+        for act in ACTS:
+            found = CudaGate(module, act)
+            error = (found(x).float() - expected).norm() / expected.norm()
+            if error <= TOLERANCE[x.dtype]:
+                return found
+    return None
+
+
+def _rotary_of(module: nn.Module) -> Rotary | None:
+    """The function that the module's forward turns its queries and keys with."""
+    forward = type(module).forward
+    if not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names:
+        return None
+    return forward.__globals__.get(ROTARY)
+
+
+def _rotary(own: Rotary, *, dtype: torch.dtype, device: torch.device) -> CudaRotary | None:
+    if dtype not in TOLERANCE:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 3, 5, 64), (1, 2, 5, 64), (1, 5, 64), (1, 5, 64))
+    given = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    found = CudaRotary(own)
+    with torch.inference_mode():
+        try:
+            expected = own(*given)
+        except (TypeError, ValueError, RuntimeError):  # of another signature: it stays
+            return None
+        pairs = zip(found(*given), expected, strict=True)
+        same = all(torch.allclose(a, b, rtol=TOLERANCE[dtype], atol=1e-6) for a, b in pairs)
+    return found if same else None
+
+
+def _rebind(module: nn.Module, stand_in: CudaRotary) -> None:
+    """Give this one module a forward that calls `stand_in`; its class and others stay as they are.
+
+    A module without an instance attribute of that name runs its class's forward, so the copy goes
+    with the module.
+    """
+    own = type(module).forward
+    assert isinstance(own, FunctionType)
+    names = own.__globals__ | {ROTARY: stand_in}
+    copy = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+    copy.__kwdefaults__ = own.__kwdefaults__
+    module.forward = MethodType(copy, module)

@@ -4,11 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 from fader_adapters.changes import Changes
 from fader_adapters.lane import MergedLane
+from fader_adapters.pauses import Pause
 from fader_server.model.probe import BaseView, BlendView, LaneView, ProbeModel
 
+CHUNK_LOGITS = 1 << 16
+"""Compared at a time."""
 LEAST_KL = 0.02
 """Nats; what differs by less is not worth a refusal."""
 LOST_SHARE = 0.15
@@ -57,16 +61,21 @@ class Fidelity:
 
 
 def measure(
-    probe: ProbeModel, tokens: Sequence[int], changes: Changes, lane: MergedLane
+    probe: ProbeModel, tokens: Sequence[int], changes: Changes, lane: MergedLane, *, pause: Pause
 ) -> Fidelity:
     """Compare lane and base with the blend at every position of `tokens`, at least one."""
     sums = torch.zeros(4, dtype=torch.float64)
-    for blend, *others in probe.logits(tokens, [BlendView(changes), LaneView(lane), BaseView()]):
-        expected = torch.log_softmax(blend, -1)
-        weights, best = expected.exp(), blend.argmax(-1)
-        for i, other in enumerate(others):
-            given = torch.log_softmax(other, -1)
-            sums[2 * i] += (weights * (expected - given)).sum(dtype=torch.float64).cpu()
-            sums[2 * i + 1] += (other.argmax(-1) == best).sum().cpu()
+    views = [BlendView(changes), LaneView(lane), BaseView()]
+    for blend, *others in probe.logits(tokens, views):
+        step = max(1, CHUNK_LOGITS // blend.shape[1])
+        for start in range(0, len(blend), step):
+            rows = slice(start, start + step)
+            expected = torch.log_softmax(blend[rows], -1)
+            best = expected.argmax(-1)
+            for i, other in enumerate(others):
+                given = torch.log_softmax(other[rows], -1)
+                sums[2 * i] += F.kl_div(given, expected, reduction="sum", log_target=True).cpu()
+                sums[2 * i + 1] += (given.argmax(-1) == best).sum().cpu()
+                pause()
     kl, top1, base_kl, base_top1 = (sums / len(tokens)).tolist()
     return Fidelity(len(tokens), max(kl, 0.0), top1, max(base_kl, 0.0), base_top1)

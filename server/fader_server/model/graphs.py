@@ -22,7 +22,7 @@ from fader_server.model.cuda_attention import CudaAttention
 from fader_server.model.decode import Forward, decodes
 from fader_server.model.graph_inputs import GraphInputs
 from fader_server.model.kv_cache import KVCache
-from fader_server.model.loader import LoadedBase
+from fader_server.model.loaded import LoadedBase
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ def capture(
     graphs = DecodeGraphs(inputs, blank)
     started, free = time.perf_counter(), _free(base.device)
     try:
-        _warm(inputs, run, backend.blank(tables, None))
+        _warm(inputs, run, backend.blank(tables, None, vectors=True))
         warmed = time.perf_counter()
         graphs.capture(buckets, run=run, record=record or GraphRecorder(base.device))
     except RuntimeError as error:

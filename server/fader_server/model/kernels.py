@@ -13,7 +13,7 @@ from fader_server.model.attention import PagedAttention
 from fader_server.model.batch import Batch
 from fader_server.model.decode import DecodeInputs, DecodeReplays, Replays
 from fader_server.model.kv_cache import KVCache
-from fader_server.model.loader import LoadedBase
+from fader_server.model.loaded import LoadedBase
 from fader_server.model.torch_attention import TorchAttention
 
 log = logging.getLogger(__name__)

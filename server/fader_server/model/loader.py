@@ -3,11 +3,10 @@
 Knows module trees; knows nothing of files, requests or adapters.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from bitsandbytes.nn.modules import Params4bit
-from torch import nn
 from transformers import PreTrainedModel
 
 from fader_adapters.errors import BaseUnsupported
@@ -19,32 +18,12 @@ from fader_server.model import attention
 from fader_server.model.activation import replace_activations
 from fader_server.model.checkpoint import read_config, read_nf4
 from fader_server.model.head import replace_ends
-from fader_server.model.kv_cache import LayerShape
+from fader_server.model.identity import Identity
+from fader_server.model.loaded import LoadedBase
 from fader_server.model.norm import replace_norms
 from fader_server.model.recording import make_opaque
 from fader_server.model.rehearsal import rehearse
 from fader_server.model.rotary import longest
-
-
-@dataclass(frozen=True)
-class LoadedBase:
-    """A base ready to run: its model, its sites and the shapes its cache needs."""
-
-    model: PreTrainedModel
-    installed: Installed
-    layers: dict[nn.Module, LayerShape]
-    source: str
-    dtype: torch.dtype
-    device: torch.device
-    backend: Backend
-    max_positions: int
-    vocab_size: int
-
-    @property
-    def nbytes(self) -> int:
-        """Resident bytes of the base: NF4 weights, embeddings, norms and the output layer."""
-        rest = {p.data_ptr(): p.nbytes for p in self.model.parameters()}
-        return self.installed.nbytes + sum(rest.values())
 
 
 def load_base(
@@ -58,6 +37,7 @@ def load_base(
     config = read_config(source)
     attention.register()
     model = read_nf4(source, config, device=device, attn_implementation=attention.NAME)
+    identity = Identity(model)  # before anything is repacked or let go of
     for parameter in model.parameters():
         if not isinstance(parameter, Params4bit) and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -71,11 +51,13 @@ def load_base(
         from fader_server.model.cuda_modules import use_cuda  # imports triton
 
         use_cuda(model)
+    layers = rehearse(model, source, dtype=dtype)
+    spec = replace(installed.spec, weights=identity.digest())
     text = config.get_text_config(decoder=True)
     return LoadedBase(
         model=model,
-        installed=installed,
-        layers=rehearse(model, source),
+        installed=replace(installed, spec=spec),
+        layers=layers,
         source=source,
         dtype=dtype,
         device=device,

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fader_server.model.passage import to_device
+
 ONE = 2**44
 """Mass of the likeliest token; one 2^-44 as likely weighs nothing. V < 2^19 never overflows."""
 
@@ -116,6 +118,4 @@ def likeliest(x: Tensor, count: int) -> Tensor:
 
 
 def _column(values: np.ndarray, like: Tensor) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values)).to(like.device, non_blocking=True)[
-        :, None
-    ]
+    return to_device(np.ascontiguousarray(values), like.device)[:, None]

@@ -5,8 +5,7 @@ go on untouched. Slow and exact: fp32 products of decoded weights.
 """
 
 import copy
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -20,6 +19,7 @@ from fader_adapters.kernels.cpu import NativeBackend
 from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.lane import MergedLane
 from fader_adapters.layers import Site, SiteEmbedding, SiteHead, SiteLinear
+from fader_adapters.pauses import Pause
 from fader_adapters.spec import RowTerms, StepTerms
 from fader_server.core import Plan, PlanRow, Request, SamplingParams
 from fader_server.core import Sequence as Row
@@ -27,16 +27,13 @@ from fader_server.model.attention import StepAttention
 from fader_server.model.batch import Batch
 from fader_server.model.head import NativeEmbedding
 from fader_server.model.kv_cache import KVCache, bytes_per_block
-from fader_server.model.loader import LoadedBase
+from fader_server.model.loaded import LoadedBase
 from fader_server.model.torch_attention import TorchAttention
 
 BLOCK_SIZE = 16
 CHUNK_TOKENS = 32
-CHUNK_WEIGHTS = 1 << 20
+CHUNK_WEIGHTS = 1 << 17
 """Weights decoded at a time."""
-
-Pace = Callable[[float], None]
-"""Called after each piece of work with its seconds; may sleep, or raise to give up."""
 
 
 def probe_bytes(base: LoadedBase, tokens: int, views: int) -> int:
@@ -90,9 +87,9 @@ class LaneView(BaseView):
 class _Glass:
     """Where the copy's linears find the view of the forward that runs now."""
 
-    def __init__(self, pace: Pace) -> None:
+    def __init__(self, pause: Pause) -> None:
         self.view: View = BaseView()
-        self.pace = pace
+        self.pause = pause
 
 
 class _ProbeLinear(nn.Module):
@@ -109,7 +106,7 @@ class _ProbeLinear(nn.Module):
         weight = view.weight(self._site)
         rows = x.reshape(-1, self.in_features).float()
         stop = self._start + self.out_features
-        y = _product(rows, weight, self._start, stop, self._glass.pace)
+        y = _product(rows, weight, self._start, stop, self._glass.pause)
         change = view.change(self._linear)
         if change is not None:
             y = _changed(y, rows, change)
@@ -127,23 +124,22 @@ class _ProbeHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()
-        logits = _product(rows, self._linear, 0, self._linear.out_features, self._glass.pace)
+        logits = _product(rows, self._linear, 0, self._linear.out_features, self._glass.pause)
         if self._linear.bias is not None:
             logits += self._linear.bias.float()
         return logits.view(*x.shape[:-1], logits.shape[1])
 
 
 def _product(
-    x: torch.Tensor, weight: BaseLinear, start: int, stop: int, pace: Pace
+    x: torch.Tensor, weight: BaseLinear, start: int, stop: int, pause: Pause
 ) -> torch.Tensor:
     """x [T, in] times rows start..stop of a weight, decoded a few at a time, in fp32."""
     y = x.new_empty(x.shape[0], stop - start)
     step = max(PANEL, CHUNK_WEIGHTS // x.shape[1])
     for at in range(start, stop, step):
-        began = time.perf_counter()
         end = min(at + step, stop)
         y[:, at - start : end - start] = F.linear(x, weight.rows(at, end))
-        pace(time.perf_counter() - began)
+        pause()
     return y
 
 
@@ -158,9 +154,9 @@ def _changed(y: torch.Tensor, x: torch.Tensor, change: Change) -> torch.Tensor:
 class ProbeModel:
     """Forwards of one text on the caller's thread. Not for two threads at a time."""
 
-    def __init__(self, base: LoadedBase, pace: Pace) -> None:
+    def __init__(self, base: LoadedBase, pause: Pause) -> None:
         self._base = base
-        self._glass = _Glass(pace)
+        self._glass = _Glass(pause)
         memo: dict[int, object] = {id(p): p for p in base.model.parameters()}
         memo |= {id(b): b for b in base.model.buffers()}
         tape = native.Tape()  # nobody records what runs here

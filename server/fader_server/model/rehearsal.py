@@ -24,12 +24,17 @@ LENGTHS = (5, 6)
 WANTED = (4, 5, 6, 10)
 """Packed tokens whose logits are compared: the first ends, the second begins right behind it."""
 BOUND = {torch.float32: 0.01}
-BOUND_ROUNDED = 0.25
+BOUND_ROUNDED = 0.15
 """Largest distance of logits over their own spread, in fp32 and in 16-bit floats."""
 
 
-def rehearse(model: PreTrainedModel, source: str) -> dict[nn.Module, LayerShape]:
-    """The shape of every layer's cache. Raises ModelUnsupported, in one line."""
+def rehearse(
+    model: PreTrainedModel, source: str, *, dtype: torch.dtype
+) -> dict[nn.Module, LayerShape]:
+    """The shape of every layer's cache. Raises ModelUnsupported, in one line.
+
+    `dtype`: of the activations; some models give logits of another.
+    """
     vocab = int(model.config.get_text_config(decoder=True).vocab_size)
     ids = torch.tensor([(7919 * i + 11) % vocab for i in range(sum(LENGTHS))], device=model.device)
     parts = torch.split(ids, list(LENGTHS))
@@ -54,7 +59,7 @@ def rehearse(model: PreTrainedModel, source: str) -> dict[nn.Module, LayerShape]
     except Exception as error:  # a model whose forward wants something else than token ids
         raise ModelUnsupported(f"{source}: a first forward failed: {_reason(error)}") from error
     distance = _distance(packed, torch.cat(alone)[list(WANTED)])
-    bound = BOUND.get(packed.dtype, BOUND_ROUNDED)
+    bound = BOUND.get(dtype, BOUND_ROUNDED)
     if not distance <= bound:
         raise ModelUnsupported(
             f"{source}: {type(model).__name__} does not give in a shared batch what it gives alone "

@@ -1,7 +1,7 @@
 """Runs one plan on the device: batch, forward, sample. Decides nothing, keeps no requests."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 
 import torch
@@ -16,10 +16,12 @@ from fader_server.model.batch import Batch
 from fader_server.model.decode import Replays
 from fader_server.model.kernels import choose_replays
 from fader_server.model.kv_cache import KVCache
-from fader_server.model.loader import LoadedBase
-from fader_server.model.sampler import Sampler, prompt_logprobs
+from fader_server.model.loaded import LoadedBase
+from fader_server.model.sampler import Drawn, Sampler, prompt_logprobs
 
 HeadStep = Callable[[torch.Size], Step | None]
+Ready = Callable[[], Drawn]
+"""A forward that was put together: computes it, or sets the device to it, once."""
 
 
 def _padded(terms: StepTerms, padding: int) -> StepTerms:
@@ -37,6 +39,22 @@ class _Weights:
 
     bases: LaneBases | None
     replays: Replays | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Part:
+    """The rows of one forward."""
+
+    plan: Plan
+    places: Sequence[int]
+    """Where they stand in the step."""
+    weights: _Weights
+
+    @property
+    def replayed(self) -> bool:
+        """Whether a recorded step takes them: then beginning it costs the host next to nothing."""
+        replays = self.weights.replays
+        return replays is not None and replays.takes(self.plan)
 
 
 def apart(plan: Plan) -> Iterator[Plan]:
@@ -79,39 +97,66 @@ class ModelRunner:
 
     def run(self, plan: Plan) -> list[RowResult]:
         """Compute every row; one result a row, in order. KV writes are repeatable."""
+        results = [RowResult()] * len(plan.rows)
         with torch.inference_mode():
-            parts = apart(plan) if self._base.backend.apart else (plan,)
-            return [result for part in parts for result in self._run_lanes(part)]
+            for part in self._parts(plan):
+                for i, result in zip(part.places, self._begin(part)(), strict=True):
+                    results[i] = result
+        return results
 
-    def _run_lanes(self, plan: Plan) -> list[RowResult]:
-        """One forward for the rows of each lane, in the order of their first rows."""
-        if not self._lanes:
-            return self._run(plan, _Weights(None, self._replays))
+    def _parts(self, plan: Plan) -> Iterator[Part]:
+        """The forwards of a step: one for the rows of each lane, in the order of first rows."""
+        parts = apart(plan) if self._base.backend.apart else (plan,)
+        start = 0
+        for part in parts:
+            rows = range(start, start := start + len(part.rows))
+            if self._lanes:
+                yield from self._lane_parts(part, rows)
+            else:
+                yield Part(part, rows, _Weights(None, self._replays))
+
+    def _lane_parts(self, plan: Plan, rows: range) -> Iterator[Part]:
         places: dict[Lane | None, list[int]] = {}
         for i, row in enumerate(plan.rows):
             places.setdefault(row.lane, []).append(i)
-        results = [RowResult()] * len(plan.rows)
-        for lane, rows in places.items():
-            terms = StepTerms(tuple(plan.terms.rows[i] for i in rows))
-            part = Plan(tuple(plan.rows[i] for i in rows), terms)
+        for lane, own in places.items():
+            terms = StepTerms(tuple(plan.terms.rows[i] for i in own))
+            part = Plan(tuple(plan.rows[i] for i in own), terms)
             weights = _Weights(None, self._replays) if lane is None else self._lanes[lane]
-            for i, result in zip(rows, self._run(part, weights), strict=True):
-                results[i] = result
-        return results
+            yield Part(part, [rows[i] for i in own], weights)
 
-    def _run(self, plan: Plan, weights: _Weights) -> list[RowResult]:
-        state = self._base.installed.state
-        state.lane = weights.bases
-        try:
-            return self._computed(plan, weights.replays)
-        finally:
-            state.lane = None
+    def _begin(self, part: Part) -> Drawn:
+        """Queue a forward and its draw; what waits for them."""
+        return self._prepared(part)()
 
-    def _computed(self, plan: Plan, replays: Replays | None) -> list[RowResult]:
-        if replays is not None and replays.takes(plan):
-            step = self._base.backend.prepare(self._tables, plan.terms)
+    def _prepared(self, part: Part) -> Ready:
+        """Put a forward together; what queues it and its draw."""
+        replays = part.weights.replays
+        if replays is not None and replays.takes(part.plan):
+            compute = self._replay(part.plan, replays)
+        else:
+            compute = self._eager(part.plan)
+
+        def begin() -> Drawn:
+            state = self._base.installed.state
+            state.lane = part.weights.bases
+            try:
+                return compute()
+            finally:
+                state.lane = None
+
+        return begin
+
+    def _replay(self, plan: Plan, replays: Replays) -> Ready:
+        step = self._base.backend.prepare(self._tables, plan.terms)
+
+        def compute() -> Drawn:
             logits = replays.run(plan, step, lambda batch: self._rows(batch, step))
             return self._sampled(plan, tuple(range(len(plan.rows))), logits)
+
+        return compute
+
+    def _eager(self, plan: Plan) -> Ready:
         batch = Batch.from_plan(
             plan,
             block_size=self._cache.block_size,
@@ -120,8 +165,12 @@ class ModelRunner:
         )
         terms = _padded(plan.terms, batch.padding)
         step = self._base.backend.prepare(self._tables, terms)
-        logits = self._forward(batch, step, lambda _: self._head_step(plan, batch))
-        return self._results(plan, batch, logits)
+
+        def compute() -> Drawn:
+            logits = self._forward(batch, step, lambda _: self._head_step(plan, batch))
+            return self._results(plan, batch, logits)
+
+        return compute
 
     def _rows(self, batch: Batch, step: Step | None) -> torch.Tensor:
         """Every token's logits are wanted, in order: the head's rows are the step's."""
@@ -155,20 +204,30 @@ class ModelRunner:
             state.step = state.head = state.tokens = None
         return out.logits[0]
 
-    def _sampled(
-        self, plan: Plan, sampling: tuple[int, ...], logits: torch.Tensor
-    ) -> list[RowResult]:
+    def _sampled(self, plan: Plan, sampling: tuple[int, ...], logits: torch.Tensor) -> Drawn:
         """Results of every row; `sampling` are the rows that sample, in the order of `logits`."""
-        results = [RowResult() for _ in plan.rows]
         sequences = [plan.rows[i].sequence for i in sampling]
-        if sequences:
-            samples = self._sampler.sample(logits[: len(sequences)], sequences)
-            for i, sample in zip(sampling, samples, strict=True):
-                results[i] = sample
+        drawn = self._sampler.launch(logits[: len(sequences)], sequences)
+
+        def results() -> list[RowResult]:
+            found = [RowResult() for _ in plan.rows]
+            for i, sample in zip(sampling, drawn(), strict=True):
+                found[i] = sample
+            return found
+
         return results
 
-    def _results(self, plan: Plan, batch: Batch, logits: torch.Tensor) -> list[RowResult]:
-        results = self._sampled(plan, batch.sampling, logits)
+    def _results(self, plan: Plan, batch: Batch, logits: torch.Tensor) -> Drawn:
+        drawn = self._sampled(plan, batch.sampling, logits)
+        if not batch.scored:
+            return drawn
+        return lambda: self._scored(plan, batch, logits, drawn())
+
+    @torch.inference_mode()
+    def _scored(
+        self, plan: Plan, batch: Batch, logits: torch.Tensor, results: list[RowResult]
+    ) -> list[RowResult]:
+        """The results with the prompt logprobs that rows want."""
         at = len(batch.sampling)
         for i, start, count in batch.scored:
             sequence = plan.rows[i].sequence

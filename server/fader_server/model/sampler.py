@@ -4,7 +4,7 @@ A row's result depends on its own logits, parameters, seed and position only, bi
 integers (mass.py), randomness is a hash, and everything else is elementwise or a maximum.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fader_server.core import RowResult, Sequence, TokenLogprob
 from fader_server.model.mass import draw, edges, likeliest, log_total, masses
+from fader_server.model.passage import to_device, to_host
 from fader_server.model.sampling_state import (
     CountsTable,
     Shifts,
@@ -25,6 +26,9 @@ from fader_server.model.sampling_state import (
     truncates,
     uniform,
 )
+
+Drawn = Callable[[], list[RowResult]]
+"""Waits for the device and tells what it drew, one result a row; called once."""
 
 _CHUNK_ELEMENTS = 2**22
 """Logits worked on at a time for prompt logprobs: about 100 MB of temporaries."""
@@ -41,9 +45,13 @@ class Sampler:
         """Rows whose token counts are held."""
         return len(self._counts)
 
-    @torch.inference_mode()
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[RowResult]:
-        """One token per row.
+        """What `launch` leads to, waited for."""
+        return self.launch(logits, sequences)()
+
+    @torch.inference_mode()
+    def launch(self, logits: Tensor, sequences: list[Sequence]) -> Drawn:
+        """One token per row: the device's work is queued, the result waits for it.
 
         logits: [R, V], any float dtype, untouched; row i belongs to sequences[i]. Greedy takes the
         lowest id among equals. Order of edits: bias, repetition, presence and frequency, stop mask;
@@ -52,7 +60,7 @@ class Sampler:
         """
         assert logits.shape[0] == len(sequences)
         if not sequences:
-            return []
+            return list
         best, tokens = _largest(logits)
         finite = best.isfinite()
         touched = [
@@ -74,7 +82,7 @@ class Sampler:
             chosen, sound = _choose(x, rows)
             tokens = tokens.index_copy(0, index, chosen)
             finite = finite.index_copy(0, index, finite.index_select(0, index) & sound)
-        return _results(logits, sequences, tokens, finite)
+        return _drawn(logits, sequences, tokens, finite)
 
 
 def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,9 +184,7 @@ def _logprob(token: int, values: list[float], top_n: int) -> TokenLogprob:
     return TokenLogprob(token, values[0], tuple(zip(ids, values[1 + width :], strict=False)))
 
 
-def _results(
-    logits: Tensor, sequences: list[Sequence], tokens: Tensor, finite: Tensor
-) -> list[RowResult]:
+def _drawn(logits: Tensor, sequences: list[Sequence], tokens: Tensor, finite: Tensor) -> Drawn:
     """Everything to the host in one transfer, then plain values."""
     asked = [s.request.params.logprobs for s in sequences]
     scored = [row for row, count in enumerate(asked) if count is not None]
@@ -188,8 +194,14 @@ def _results(
         x = logits.index_select(0, index).float()
         top_n = max(count for count in asked if count is not None)
         parts.append(_score(x, tokens.index_select(0, index), top_n).flat().reshape(-1))
-    values: list[float] = torch.cat(parts).tolist()
-    size = len(sequences)
+    on_its_way = to_host(torch.cat(parts))
+    return lambda: _results(on_its_way(), asked)
+
+
+def _results(values: list[float], asked: list[int | None]) -> list[RowResult]:
+    """Of tokens, soundness and scores, one after the other; asked: top logprobs wanted by row."""
+    scored = [row for row, count in enumerate(asked) if count is not None]
+    size = len(asked)
     width = (len(values) - 2 * size) // max(1, len(scored))
     rows = _slices(values[2 * size :], width)
     results = []
@@ -209,5 +221,4 @@ def _slices(values: list[float], width: int) -> Iterator[list[float]]:
 
 
 def _upload(values: np.ndarray | list[int], like: Tensor) -> Tensor:
-    host = torch.from_numpy(np.ascontiguousarray(values))
-    return host.to(like.device, non_blocking=True)
+    return to_device(np.ascontiguousarray(values), like.device)

@@ -29,11 +29,12 @@ Compile = Callable[..., list[aot.Compiled]]
 
 
 @pytest.fixture(scope="session")
-def compiled(pytestconfig: pytest.Config) -> Compile:
-    """Compile modules' configurations, each request once a session, machine code kept between."""
-    cache = pytestconfig.cache
-    assert cache is not None
-    folder, results = cache.mkdir("aot"), {}
+def compiled(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Compile:
+    """Compile modules' configurations, each request once a session, machine code kept between
+    sessions where pytest has a cache."""
+    cache: pytest.Cache | None = getattr(pytestconfig, "cache", None)
+    folder = tmp_path_factory.mktemp("aot") if cache is None else cache.mkdir("aot")
+    results: dict[object, list[aot.Compiled]] = {}
 
     def run(modules: tuple[str, ...], pick: aot.Pick = "all") -> list[aot.Compiled]:
         if (modules, pick) not in results:

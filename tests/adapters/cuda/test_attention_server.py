@@ -10,7 +10,7 @@ from fader_server.model.attention import AttentionParams
 from fader_server.model.batch import AttentionRow, Batch
 from fader_server.model.cuda_attention import CudaAttention, fits
 from fader_server.model.kv_cache import LayerCache, LayerShape
-from fader_server.model.loader import LoadedBase
+from fader_server.model.loaded import LoadedBase
 from fader_server.model.torch_attention import TorchAttention
 from tests.adapters.cuda.attention_world import DEVICE, Shape, World, make_row
 from tests.server.parity.test_families import BOUND, Setting, check, mixed

@@ -17,7 +17,7 @@ from fader_server.model.attention import PagedAttention
 from fader_server.model.cuda_attention import CudaAttention
 from fader_server.model.graph_inputs import GraphInputs
 from fader_server.model.kernels import choose_attention
-from fader_server.model.loader import LoadedBase
+from fader_server.model.loaded import LoadedBase
 from tests.support import world as support
 from tests.support.families import COMMON, CONFIGS, write_family
 from tests.support.peft_adapters import write_adapter

@@ -7,7 +7,7 @@ import pytest
 from openai.types import Model
 
 from fader_server.api.edge import JsonFormatter
-from fader_server.core import Request, TokenEvent
+from fader_server.core import Admission, Request, TokenEvent
 from tests.server.api.api_fakes import World, build_world, digest
 from tests.server.api.conftest import asgi, listening
 
@@ -291,7 +291,7 @@ async def test_metrics_of_calls_and_the_gateway_contract(client, world: World):
 
 async def test_time_in_the_queue_is_measured_and_logged(worlds, caplog):
     def script(request: Request) -> Iterator[TokenEvent]:
-        yield TokenEvent(request.id, 97, queued=0.25)
+        yield TokenEvent(request.id, 97, admitted=Admission(0.25, "delta"))
         yield TokenEvent(request.id, 97, finish="length")
 
     world = worlds(script=script)
@@ -406,3 +406,44 @@ async def test_a_load_on_first_use_has_the_time_of_a_first_token(worlds):
         answer = await client.post("/v1/completions", json={"model": "tone", "prompt": "x"})
     assert answer.status_code == 504
     assert answer.json()["error"]["code"] == "first_token_timeout"
+
+
+@pytest.mark.parametrize(
+    ("lanes", "told"),
+    [(["merged"], "merged"), (["delta"], "delta"), (["merged", "delta"], "delta, merged")],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_says_which_lane_made_it(worlds, caplog, lanes, told, stream):
+    begun = iter(lanes)
+
+    def script(request: Request) -> Iterator[TokenEvent]:
+        yield TokenEvent(request.id, 97, admitted=Admission(0.0, next(begun)))
+        yield TokenEvent(request.id, 97, finish="length")
+
+    world = worlds(script=script)
+    body = {"model": "tone", "prompt": ["x"] * len(lanes), "stream": stream}
+    with caplog.at_level("INFO", "fader.request"):
+        async with asgi(world) as client:
+            answer = await client.post("/v1/completions", json=body)
+    (line,) = [record.fields for record in caplog.records if record.name == "fader.request"]
+    assert line["lane"] == told
+    if stream:  # its head is sent with the first token of any choice
+        assert answer.headers["x-fader-lane"] in {told, *lanes}
+    else:
+        assert answer.headers["x-fader-lane"] == told
+        assert set(answer.json()) == SCHEMA
+
+
+SCHEMA = {"id", "object", "created", "model", "system_fingerprint", "choices", "usage"}
+
+
+async def test_a_stream_that_has_not_begun_names_no_lane(worlds):
+    world = worlds(ping_interval=0.01)
+    world.engine.gate.clear()
+    async with asgi(world) as client:
+        task = asyncio.create_task(
+            client.post("/v1/completions", json={"model": "tone", "prompt": "x", "stream": True})
+        )
+        await asyncio.sleep(0.1)
+        world.engine.gate.set()
+        assert "x-fader-lane" not in (await task).headers

@@ -1,5 +1,8 @@
 """What comes back after a restart: adapters, pins, recipes and the versions that recipes name."""
 
+import asyncio
+import threading
+
 import pytest
 
 from fader_adapters.errors import AdapterInvalid, NameReserved
@@ -191,3 +194,40 @@ async def test_a_recipe_of_the_state_with_the_name_of_the_base_stops_the_start(t
     StateFile(tmp_path).write(State(recipes={"base": WantedRecipe((("tone", 1.0),), 1)}))
     with pytest.raises(ConfigInvalid, match="--served-model-name base"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize(("before", "now", "told"), [("a", "b", 1), ("a", "a", 0), ("", "b", 0)])
+async def test_a_list_that_was_made_beside_another_base_is_told(
+    tmp_path, caplog, before, now, told
+):
+    StateFile(tmp_path).write(State({"x": ONE}, base=before))
+    file = StateFile(tmp_path)
+    adapters = RememberedAdapters(FakeAdapters(), file, file.read(), base=now)
+    assert len([r for r in caplog.records if "another base" in r.message]) == told
+    await adapters.load(LoadOrder("a", "one"))
+    adapters.close()
+    assert StateFile(tmp_path).read().base == now
+
+
+async def test_changes_while_one_is_written_share_a_write_and_all_are_on_disk(
+    tmp_path, monkeypatch
+):
+    adapters, wrote, go = remembered(tmp_path), [], threading.Event()
+    write = StateFile.write
+
+    def slow(self: StateFile, state: State) -> None:
+        go.wait()
+        wrote.append(len(state.adapters))
+        write(self, state)
+
+    monkeypatch.setattr(StateFile, "write", slow)
+    names = [f"n{k}" for k in range(20)]
+    loads = [asyncio.create_task(adapters.load(LoadOrder(name, "one"))) for name in names]
+    for _ in range(100):  # turns of the loop: all have been noted
+        await asyncio.sleep(0)
+    assert not any(load.done() for load in loads)
+    go.set()
+    await asyncio.gather(*loads)
+    assert set(StateFile(tmp_path).read().adapters) == set(names)
+    assert len(wrote) <= 2
+    adapters.close()

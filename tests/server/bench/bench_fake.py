@@ -63,9 +63,17 @@ class FakeServer:
             if self.defect != "stale" or self.loads <= 2:
                 self.loaded[name] = body["source"]
             told = {"version": body["source"], "bytes": 8, "rank": 16}
-            return 200, [(0.02, json.dumps(told).encode())]
+            return 200, [(0.02 + self._slower, json.dumps(told).encode())]
         tier = "disk" if name.endswith("1") else "host"
-        return 200, [(0.001, json.dumps({"name": name, "tier": tier}).encode())]
+        return 200, [(0.001 + self._slower, json.dumps({"name": name, "tier": tier}).encode())]
+
+    def unload(self, path: str) -> None:
+        self.loaded.pop(path.removeprefix("/v1/adapters/"), None)
+
+    @property
+    def _slower(self) -> float:
+        """With the number of adapters."""
+        return len(self.loaded) * 0.01 if self.defect == "grows" else 0.0
 
     def _complete(self, body: dict) -> tuple[int, list[tuple[float, bytes]]]:
         defect = self.defect if self.bad_model in (None, body["model"]) else ""
@@ -149,6 +157,8 @@ class FakeTransport(httpx.AsyncBaseTransport):
         body = json.loads(request.content) if request.content else None
         model = (body or {}).get("model", "")
         self.server.enter(model)
+        if request.method == "DELETE":
+            self.server.unload(request.url.path)
         status, parts = self.server.answer(request.url.path, body)
         return httpx.Response(status, stream=_Body(self, parts, model))
 
@@ -166,6 +176,8 @@ def over_http(server: FakeServer) -> Iterator[str]:
         body = json.loads(data) if data else None
         model = (body or {}).get("model", "")
         server.enter(model)
+        if scope["method"] == "DELETE":
+            server.unload(scope["path"])
         status, parts = server.answer(scope["path"], body)
         headers = [(b"content-type", b"text/event-stream")]
         await send({"type": "http.response.start", "status": status, "headers": headers})

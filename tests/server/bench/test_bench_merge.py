@@ -153,7 +153,7 @@ def test_what_is_no_benchmark_is_refused(changes):
 
 async def test_the_document_has_the_bars_and_no_key():
     result = await run_fake(FakeMergeServer())
-    chosen = options(key="secret-key")
+    chosen = options(api_key="secret-key")
     document = as_json(chosen, result, client={"cpu": "x"}, command=["fader"], started="now")
     assert document["ok"] is True
     assert document["bars"]["merged_tpot"] == 1.01

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from fader_adapters.errors import AdapterTooLarge
 from fader_adapters.spec import AdapterData, AdapterSpec, Blend, Digest, Term, Upload
 from fader_server.core import (
+    Launched,
     Plan,
     PlanRow,
     Request,
@@ -212,6 +213,22 @@ class Device:
         return RowResult(token, TokenLogprob(token, 0.0), scored, finite)
 
 
+class Ahead(Device):
+    """A device that computes by itself: as late as it may, when its results are asked for."""
+
+    def launch(self, plan: Plan) -> Launched:
+        return _UnderWay(self, plan)
+
+
+@dataclass
+class _UnderWay:
+    device: Device
+    plan: Plan
+
+    def results(self) -> list[RowResult]:
+        return self.device.run(self.plan)
+
+
 def _draw(seed: int, contents: tuple[int, ...]) -> int:
     return hash((seed, contents)) % VOCAB
 
@@ -325,7 +342,9 @@ class World:
         max_model_len: int = 64,
         max_overtakes: int = 3,
         capacity: int = 3,
+        ahead: bool = False,
     ) -> None:
+        """`ahead`: the device computes by itself."""
         limits = Limits(
             max_rows=max_rows,
             chunk_size=chunk_size,
@@ -336,7 +355,7 @@ class World:
         self.now = 0.0
         self.blocks = BlockManager(blocks, block_size=block_size)
         self.pool = FakePool(capacity)
-        self.device = Device(blocks, block_size)
+        self.device = (Ahead if ahead else Device)(blocks, block_size)
         self.scheduler = Scheduler(limits, blocks=self.blocks, pool=self.pool)
         self.stepper = Stepper(
             self.scheduler,

@@ -18,6 +18,7 @@ from fader_adapters.errors import AdapterError, AdapterInvalid, SourceNotFound, 
 from fader_adapters.inspection import Inspector
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.parse import Factors, ParsedAdapter
+from fader_adapters.pauses import Pause, never
 from fader_adapters.pool import Pool
 from fader_adapters.report import AdapterReport, ModuleReport
 from fader_adapters.source import RawAdapter
@@ -33,6 +34,7 @@ from fader_server.engine.scheduler import Scheduler
 from fader_server.errors import FaderError
 from fader_server.registry import LockedLease, Registry
 from tests.server.engine.engine_world import (
+    Ahead,
     Device,
     Seen,
     check_answer,
@@ -104,7 +106,7 @@ class Disk:
 class Reader(Inspector):
     """Takes an adapter's origin for its content."""
 
-    def read(self, raw: RawAdapter) -> ParsedAdapter:
+    def read(self, raw: RawAdapter, pause: Pause = never) -> ParsedAdapter:
         return parsed(int(raw.origin))
 
 
@@ -142,6 +144,10 @@ class LiveDevice(Device):
         return super().run(plan)
 
 
+class LiveAhead(LiveDevice, Ahead):
+    """The same, computing by itself."""
+
+
 @dataclass
 class Call:
     """One HTTP call: its lease, what it saw, and the events on their way to it."""
@@ -155,7 +161,8 @@ class Call:
 class LiveWorld:
     """Everything between HTTP and the model, with its promises checked after every turn."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, *, ahead: bool = False) -> None:
+        """`ahead`: the device computes by itself."""
         self.rng = rng
         in_place = rng.random() < 0.3
         rows, chunk = rng.randint(1, 5), rng.choice([4, 8, 11])
@@ -177,7 +184,7 @@ class LiveWorld:
             max_model_len=32,
             max_overtakes=rng.randint(0, 3),
         )
-        self.device = LiveDevice(count, 4, tables, self.pool)
+        self.device = (LiveAhead if ahead else LiveDevice)(count, 4, tables, self.pool)
         self.scheduler = Scheduler(limits, blocks=BlockManager(count, block_size=4), pool=self.pool)
         self.engine = Engine(
             self.scheduler, self.device, self.device.upload, max_waiting=12, clock=lambda: 0.0
@@ -389,7 +396,7 @@ def _params(rng: random.Random) -> dict[str, object]:
 def live(seed: int) -> LiveWorld:
     """One world from its first load to the last release; raises on any broken promise."""
     rng = random.Random(seed)
-    world = LiveWorld(rng)
+    world = LiveWorld(rng, ahead=bool(seed % 2))
     calm = rng.random() < 0.5
     for name in rng.sample("abcd", rng.randint(1, 4)):
         world.load(name, rng.randint(1, len(RANKS)))

@@ -10,7 +10,8 @@ def _queued(world: World) -> dict[str, list[float | None]]:
     deliver = world.stepper._deliver
 
     def listen(event: TokenEvent) -> None:
-        told.setdefault(event.request_id, []).append(event.queued)
+        seconds = None if event.admitted is None else event.admitted.queued
+        told.setdefault(event.request_id, []).append(seconds)
         deliver(event)
 
     world.stepper._deliver = listen
@@ -61,4 +62,4 @@ def test_nothing_is_kept_of_requests_that_end_without_a_step():
     world.abort("waits")
     world.finish()
     assert not world.stepper._since
-    assert not world.stepper._waited
+    assert not world.stepper._admitted

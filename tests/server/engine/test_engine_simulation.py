@@ -15,7 +15,7 @@ NAMES = ("a", "b", "c", "d")
 SIZES = {version("a"): 1, version("b"): 1, version("c"): 2, version("d"): 4}  # d never fits
 
 
-def build(rng: random.Random) -> World:
+def build(rng: random.Random, *, ahead: bool = False) -> World:
     rows, chunk = rng.randint(1, 5), rng.choice([4, 8, 11])
     return World(
         blocks=rng.randint(9, 40),
@@ -25,6 +25,7 @@ def build(rng: random.Random) -> World:
         max_model_len=32,
         max_overtakes=rng.randint(0, 3),
         capacity=3,
+        ahead=ahead,
     )
 
 
@@ -68,7 +69,7 @@ def disturb(rng: random.Random, world: World) -> None:
 def live(seed: int) -> World:
     """One world, from its first request to the last event; raises on any broken promise."""
     rng = random.Random(seed)
-    world = build(rng)
+    world = build(rng, ahead=bool(seed % 2))
     for turn in range(rng.randint(1, 30)):
         for index in range(rng.choice([0, 0, 1, 1, 3])):
             with suppress(AdapterTooLarge):  # "d", refused at the door

@@ -164,9 +164,11 @@ class DeltaKernels:
         rows     a member of ROW_BUCKETS: launches and addresses of that bucket, for a capture;
                  None: those of a step with prefill rows, to have the kernels compiled
         vectors  launch what adapters with gains and biases need, too
-        The last prepared step is no longer valid. Allocates like `prepare`.
+        The last prepared step is no longer valid. Allocates like `prepare`, and has its kernel
+        compiled: no first adapter waits for that.
         """
         self.reserve(tables)
+        self._tables.refresh(tables)
         room = self._fixed
         if rows is None:
             room = self._roomy = self._roomy or self._room(LEAST, tables.rank.shape[1])
@@ -175,6 +177,8 @@ class DeltaKernels:
         room.rows = room.step = None
         buffers = room.buffers
         buffers.block.zero_()
+        assert self._shapes is not None
+        resolve(buffers, self._tables, self._shapes, entries=0)
         cells = buffers.capacity.decode_cells
         decode = PhaseLaunch("decode", buffers.decode, -(-(rows or 1) // LANES), cells)
         if rows is not None:

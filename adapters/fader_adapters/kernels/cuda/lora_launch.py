@@ -242,9 +242,12 @@ def resolve(
     *,
     entries: int,
 ) -> None:
-    """Look the step's entries up at every linear. shapes: (in, out) features [linears] int32."""
+    """Look the step's entries up at every linear; none: have the kernel compiled and loaded.
+
+    shapes: (in, out) features [linears] int32
+    """
     linears, capacity = buffers.left.shape
-    _resolve_kernel[(-(-entries // RESOLVE_BLOCK), linears)](
+    _resolve_kernel[(-(-max(1, entries) // RESOLVE_BLOCK), linears)](
         buffers.slot,
         buffers.chunk,
         tables.a_offset,

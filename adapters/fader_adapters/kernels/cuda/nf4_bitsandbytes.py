@@ -25,6 +25,8 @@ class BitsandbytesLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, in] → [T, out] in x's dtype."""
+        import bitsandbytes  # noqa: F401 - registers its operators
+
         if not x.shape[0]:
             return x.new_empty(0, self.out_features)
         return torch.ops.bitsandbytes.gemm_4bit.default(

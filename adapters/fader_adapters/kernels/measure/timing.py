@@ -1,6 +1,5 @@
 """Times methods in turn, so that a noisy moment falls on all of them. Knows no kernels."""
 
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -12,9 +11,9 @@ TURN = 2e-2
 its like is what counts, not one whose code and pages others have just pushed out."""
 LONGEST = 200
 """Calls a turn at most."""
-SETTLING = 0.5
-"""Share of a turn that runs before it unmeasured: until the threads of the one before, which wait
-by spinning, are asleep, and its own are spread over the cores."""
+SETTLING = 2e-2
+"""Seconds of calls before a turn, unmeasured: until the threads of the one before, which wait by
+spinning, are asleep, and its own are spread over the cores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +33,11 @@ class Timing:
 
 def interleave(case: str, methods: dict[str, Call], repeats: int) -> list[Timing]:
     """`repeats` (at least 2) rounds of a turn of each method, after some unmeasured calls."""
-    counts = {name: _calls(call) for name, call in methods.items()}
+    counts = {name: min(LONGEST, _calls_in(TURN, call)) for name, call in methods.items()}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(repeats):
         for name, call in methods.items():
-            _turn(call, math.ceil(SETTLING * counts[name]))
+            _calls_in(SETTLING, call)
             seconds[name].append(_turn(call, counts[name]) / counts[name])
     found = []
     for name, values in seconds.items():
@@ -55,7 +54,10 @@ def _turn(call: Call, count: int) -> float:
     return time.perf_counter() - start
 
 
-def _calls(call: Call) -> int:
-    """How many make a turn."""
-    call()
-    return min(LONGEST, math.ceil(TURN / max(_turn(call, 1), 1e-6)))
+def _calls_in(seconds: float, call: Call) -> int:
+    """How many calls it takes to fill them, at least one."""
+    end, count = time.perf_counter() + seconds, 0
+    while not count or time.perf_counter() < end:
+        call()
+        count += 1
+    return count

@@ -59,6 +59,17 @@ static int item_queries(const AttnRun &r, const AttnItem &it, float *acc, Query 
     return k;
 }
 
+// Ask for the keys and values of positions [from, to): a token's lie in lines far apart, which no hardware
+// prefetcher follows. Inline: GCC drops calls that only prefetch.
+template <class Ty>
+FADER_INLINE void fetch_tile(const fader_attn_t &a, const int32_t *table, const Ty *kc, const Ty *vc, int64_t from, int64_t to) {
+    const int64_t stride = a.kv_heads * a.dim;
+    for (int64_t p = from; p < to; p++) {
+        const int64_t at = (table[p / a.block_size] * (int64_t)a.block_size + p % a.block_size) * stride;
+        for (int64_t d = 0; d < a.dim; d += 64 / (int64_t)sizeof(Ty)) prefetch_far(kc + at + d), prefetch_far(vc + at + d);
+    }
+}
+
 // positions [from, to) of one item, from a clean start
 template <class Ty>
 static void walk(const AttnRun &r, const AttnItem &it, Query *q, int n, int64_t from, int64_t to, u32 *kt, float *s) {
@@ -73,7 +84,9 @@ static void walk(const AttnRun &r, const AttnItem &it, Query *q, int n, int64_t 
     }
     from = max64(from, q[0].lo / KT * KT);
     to = min64(to, q[n - 1].hi);
+    fetch_tile<Ty>(a, table, kc, vc, from, min64(to, from + KT));
     for (int64_t pos = from; pos < to; pos += KT) {
+        fetch_tile<Ty>(a, table, kc, vc, pos + KT, min64(to, pos + 2 * KT));
         const int tokens = (int)min64(KT, to - pos);
         const Ty *krow[KT], *vrow[KT];
         for (int t = 0; t < tokens; t++) {
@@ -82,8 +95,6 @@ static void walk(const AttnRun &r, const AttnItem &it, Query *q, int n, int64_t 
             vrow[t] = vc + at * stride;
         }
         transpose_tile((const u32 *const *)krow, tokens, words, kt);
-        for (int t = 0; t < tokens; t++)
-            for (int64_t d = 0; d < a.dim; d += 64 / (int64_t)sizeof(Ty)) prefetch(vrow[t] + d);
         scores<Ty>(q, n, words, kt, a.scale, a.softcap, s);
         for (int i = 0; i < n; i++) soften(q[i], pos, a.dim, s + i * KT);
         weigh<Ty>(q, n, s, vrow, pos, a.dim);

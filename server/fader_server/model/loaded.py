@@ -1,0 +1,32 @@
+"""A base that is ready to run. Imports no bitsandbytes: how it was read the loader knows."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fader_adapters.kernels.backend import Backend
+from fader_adapters.layers import Installed
+from fader_server.model.kv_cache import LayerShape
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A base ready to run: its model, its sites and the shapes its cache needs."""
+
+    model: PreTrainedModel
+    installed: Installed
+    layers: dict[nn.Module, LayerShape]
+    source: str
+    dtype: torch.dtype
+    device: torch.device
+    backend: Backend
+    max_positions: int
+    vocab_size: int
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes of the base: NF4 weights, embeddings, norms and the output layer."""
+        rest = {p.data_ptr(): p.nbytes for p in self.model.parameters()}
+        return self.installed.nbytes + sum(rest.values())
