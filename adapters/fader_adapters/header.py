@@ -13,6 +13,12 @@ ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 """The dtypes an adapter may use."""
 
 _WHAT = "the header of adapter_model.safetensors"
+_NOT_WEIGHTS = {
+    b"version https://git-lfs": "a Git LFS pointer (fetch with git lfs pull)",
+    b"<!doctype html": "a web page (a download that went wrong)",
+    b"<html": "a web page (a download that went wrong)",
+}
+"""How what often lies in the place of weights begins; read as a length it would be a huge one."""
 _MAX_NAME = 512
 _MAX_DIMS = 8
 
@@ -44,6 +50,9 @@ def read_header(weights: bytes, limits: Limits) -> tuple[TensorInfo, ...]:
         )
     if len(weights) < 8:
         raise AdapterInvalid("adapter_model.safetensors is shorter than its 8-byte length field")
+    for start, what in _NOT_WEIGHTS.items():
+        if weights[: len(start)].lower() == start:
+            raise AdapterInvalid(f"adapter_model.safetensors is {what}, not the weights")
     size = int.from_bytes(weights[:8], "little")
     if size > limits.header_bytes:
         raise AdapterTooLarge(f"{_WHAT} says {size} bytes, the limit is {limits.header_bytes}")

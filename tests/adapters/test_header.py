@@ -158,3 +158,18 @@ def test_any_header_is_refused_by_name_or_read_as_the_library_reads_it(header, s
     except SafetensorError as error:  # accepting more than the library is a defect
         pytest.fail(str(error))
     assert {i.name: i.shape for i in infos} == {k: tuple(t.shape) for k, t in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("lying", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html></html>", "a web page"),
+        (b"<HTML></HTML>", "a web page"),
+    ],
+)
+def test_what_often_lies_in_the_place_of_weights_is_told_by_name(lying: bytes, what: str):
+    with pytest.raises(AdapterInvalid, match=what):
+        read_header(lying, Limits())
+    with pytest.raises(AdapterTooLarge, match="the header"):  # anything else is a length
+        read_header(b"x" + lying, Limits())

@@ -9,7 +9,6 @@ import torch
 
 from fader_adapters.kernels.backend import choose
 from fader_server.errors import ModelUnsupported
-from fader_server.model import rehearsal
 from fader_server.model.loader import LoadedBase, load_base
 from fader_server.model.rehearsal import rehearse
 from tests.support.families import write_family
@@ -29,13 +28,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shifted(hidden: torch.Tensor) -> torch.Tensor:
     """A convolution over the step's tokens: each hears the one before it."""
-    return hidden + 0.5 * torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], dim=1)
+    return hidden + torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], dim=1)
 
 
 def counted(hidden: torch.Tensor) -> torch.Tensor:
     """Positions of the model's own counting."""
     place = torch.arange(hidden.shape[1], dtype=hidden.dtype).view(1, -1, 1)
-    return hidden * (1 + 0.1 * place)
+    return hidden * (1 + 0.3 * place)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -89,12 +88,3 @@ def test_a_longrope_base_ends_at_its_original_length_and_says_so(
     assert load(write_many(*MANY["phi3-longrope"], tmp_path / "long")).max_positions == 128
     assert "sequences end at 128 tokens, not 512" in caplog.text
     assert load(write_many(*MANY["llama-yarn"], tmp_path / "yarn")).max_positions == 512
-
-
-def test_wide_logits_of_rounded_activations_are_held_to_the_bound_of_these(
-    llama: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(rehearsal, "_distance", lambda ours, theirs: 0.05)
-    load(llama, torch.bfloat16)
-    with pytest.raises(ModelUnsupported, match=r"0\.05 of their spread"):
-        load(llama, torch.float32)

@@ -51,12 +51,13 @@ def load_base(
         from fader_server.model.cuda_modules import use_cuda  # imports triton
 
         use_cuda(model)
+    layers = rehearse(model, source, dtype=dtype)
     spec = replace(installed.spec, weights=identity.digest())
     text = config.get_text_config(decoder=True)
     return LoadedBase(
         model=model,
         installed=replace(installed, spec=spec),
-        layers=rehearse(model, source, dtype=dtype),
+        layers=layers,
         source=source,
         dtype=dtype,
         device=device,
