@@ -102,18 +102,19 @@ async def _serve(application: FastAPI, world: World, recipes: Recipes, sock: soc
         await world.adapters.restore()
     if world.prepare is not None:
         await world.prepare(world.adapters, recipes)
-    host, port = sock.getsockname()[:2]
-    _log.info("serving", extra={"fields": {"host": host, "port": port, "model": world.base.name}})
-    if sys.stdout.isatty():
-        greet(world, f"http://{host}:{port}")
-    tasks = [asyncio.create_task(_guarded(work)) for work in world.background]
-    try:
-        with _lasting():
+    with _lasting():
+        host, port = sock.getsockname()[:2]
+        fields = {"host": host, "port": port, "model": world.base.name}
+        _log.info("serving", extra={"fields": fields})
+        if sys.stdout.isatty():
+            greet(world, f"http://{host}:{port}")
+        tasks = [asyncio.create_task(_guarded(work)) for work in world.background]
+        try:
             await serve(application, sock)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fader_adapters.source import CONFIG_FILE
-from fader_server import demo
+from fader_server import demo, pacing
 from fader_server.engine import blocks
 from tests.server.served_world import QUESTION, Served, served
 
@@ -93,6 +93,12 @@ async def test_one_content_under_two_names_is_one_identity(root):
         assert one.fingerprint == two.fingerprint
         assert two.cached > 0
         assert one.scored == two.scored
+
+
+@pytest.fixture(autouse=True)
+def no_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads do not give way to streams, which are short here."""
+    monkeypatch.setattr(pacing, "REST", 0.0)
 
 
 class Stream:
