@@ -151,6 +151,7 @@ def test_sections_that_are_well_or_absent_are_no_fault(
     assert (code, {s["state"] for s in found.values()}) == (0, {"ok", "unavailable"})
 
 
+@pytest.mark.slow
 def test_the_whole_ends_in_time_with_its_children_however_long_sections_hang(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

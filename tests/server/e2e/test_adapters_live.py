@@ -76,7 +76,7 @@ def test_a_swap_moves_the_name_and_a_failed_one_leaves_the_old_version(server):
 
 def test_a_running_stream_finishes_on_its_version_while_the_name_moves_and_goes(server):
     def collect(into: dict[int, list], started: threading.Event) -> None:
-        body = QUESTION | {"model": "held", "stream": True, "n": 8, "max_tokens": 200}
+        body = QUESTION | {"model": "held", "stream": True, "n": 16, "max_tokens": 200}
         body |= {"ignore_eos": True, "logprobs": True}
         url = f"{server.url}/v1/chat/completions"
         with httpx.stream("POST", url, json=body, timeout=60) as response:
@@ -105,7 +105,7 @@ def test_a_running_stream_finishes_on_its_version_while_the_name_moves_and_goes(
             return choices
 
     quiet, disturbed = run(False), run(True)
-    assert [len(quiet[i]) for i in range(8)] == [200] * 8
+    assert [len(quiet[i]) for i in range(16)] == [200] * 16
     assert disturbed == quiet
     assert server.metric("fader_adapter_leases") == 0
 
