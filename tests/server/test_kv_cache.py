@@ -1,8 +1,11 @@
 """The paged cache's memory."""
 
+import math
+import mmap
 import resource
 import time
 
+import pytest
 import torch
 from torch import nn
 
@@ -12,11 +15,18 @@ PAGE = resource.getpagesize()
 SHAPE = LayerShape(2, 64, 64)
 
 
-def make(blocks: int = 10240) -> KVCache:
-    """One layer of two 40 MiB tensors, 4 KiB a block: too large for memory that is used again."""
-    place = torch.device("cpu")
-    shapes = {nn.Identity(): SHAPE}
-    return KVCache(shapes, blocks=blocks, block_size=16, dtype=torch.bfloat16, device=place)
+def make(blocks: int = 2048) -> KVCache:
+    """One layer of two 8 MiB tensors, 4 KiB a block, in memory that nobody has used before."""
+
+    def fresh(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", fresh)
+        place = torch.device("cpu")
+        shapes = {nn.Identity(): SHAPE}
+        return KVCache(shapes, blocks=blocks, block_size=16, dtype=torch.bfloat16, device=place)
 
 
 def faults_of_writing(cache: KVCache, blocks: slice) -> int:
