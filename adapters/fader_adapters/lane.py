@@ -15,7 +15,7 @@ from fader_adapters.kernels import native
 from fader_adapters.kernels.backend import Backend, BaseLinear
 from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.layers import Installed, Site
-from fader_adapters.merged_site import SCRATCH, LaneSpec, SiteWork, is_plain
+from fader_adapters.merged_site import LaneSpec, SiteWork, is_plain, scratch_bytes
 from fader_adapters.pauses import Pause
 from fader_adapters.weightspace.loss import LinearLoss, overall
 
@@ -97,7 +97,8 @@ class Merger:
     def need(self) -> Need:
         """What the lane holds, and at most beside it while it is made."""
         own = [self._bytes(site) for site in self._sites]
-        return Need(sum(own), max(own) + SCRATCH)
+        scratch = max(scratch_bytes(site.spec.in_features) for site in self._sites)
+        return Need(sum(own), max(own) + scratch)
 
     def run(self, told: Callable[[int], None], pause: Pause) -> MergedLane:
         """Merge every site; `told` hears the weights done so far. On one thread, the caller's.

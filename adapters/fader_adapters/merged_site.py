@@ -16,10 +16,22 @@ from fader_adapters.spec import Blend, Digest
 from fader_adapters.weightspace.loss import LinearLoss, joined, measure
 from fader_adapters.weightspace.plan import Form
 
-CHUNK = 1 << 16
-"""Weights worked on at a time: a few milliseconds, and the whole of the scratch memory."""
-SCRATCH = 6 * 4 * CHUNK
-"""Bytes of fp32 copies of one chunk."""
+CHUNK = 1 << 14
+"""Weights worked on at a time where that is not less than ROWS: half a millisecond."""
+ROWS = 32
+"""Fewer would decode a panel of the base several times."""
+_COPIES = 6 * 4
+"""Bytes a weight of a chunk: its copies in fp32."""
+
+
+def chunk_rows(width: int) -> int:
+    """Rows of `width` weights that are worked on at a time."""
+    return max(ROWS, CHUNK // width)
+
+
+def scratch_bytes(width: int) -> int:
+    """What one chunk takes beside the lane, at most."""
+    return _COPIES * width * chunk_rows(width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +86,7 @@ class SiteWork:
         out, width = self._base.out_features, self._base.in_features
         if not self._packs:
             self._plain = torch.empty(out, width, dtype=self._dtype, device=self._device)
-        step = max(1, CHUNK // width)
+        step = chunk_rows(width)
         begin = 0
         for linear, size in zip(self._site.spec.linears, self._site.spec.out_features, strict=True):
             change = self._changes.of(linear)

@@ -32,7 +32,7 @@ from fader_server.model.torch_attention import TorchAttention
 
 BLOCK_SIZE = 16
 CHUNK_TOKENS = 32
-CHUNK_WEIGHTS = 1 << 17
+CHUNK_WEIGHTS = 1 << 16
 """Weights decoded at a time."""
 
 
