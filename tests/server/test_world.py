@@ -97,7 +97,8 @@ def test_an_adapter_of_another_base_in_a_folder_is_skipped_aloud(tmp_path, caplo
         ({"max_batch_rows": "600"}, "--max-batch-rows|--max-step-tokens"),
     ],
 )
-def test_what_the_user_can_mend_is_told_in_one_line(flags, reason):
+def test_what_the_user_can_mend_is_told_in_one_line(flags, reason, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigInvalid, match=reason) as caught, _open(**flags):
         pass
     assert "\n" not in str(caught.value)

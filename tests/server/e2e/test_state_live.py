@@ -42,6 +42,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "root"
 
 
+@pytest.mark.slow
 def test_after_a_kill_the_next_server_has_adapters_pins_recipes_and_their_versions(root, capsys):
     state = root.parent / "state"
     flags = ["--state-dir", str(state)]
