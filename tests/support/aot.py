@@ -1,8 +1,8 @@
 """Compiles kernels for GPUs this machine does not have and reads what the compiler made of them.
 
-A configuration is (kernel, signature, constexprs, warps, stages[, archs]), as `shipped()` of a
-`*_configs` module lists them; ":16" after a type marks a multiple of 16, and pointers always are.
-The compiler runs in a process of its own, because Triton's interpreter is chosen at import.
+Configurations are what `shipped()` of a `*_configs` module lists; pointers are multiples of 16
+even where it does not say so. The compiler runs in a process of its own, because Triton's
+interpreter is chosen at import.
 """
 
 import importlib
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import fader_adapters.kernels.cuda as cuda
+from fader_adapters.kernels.cuda.shipped import Shipped
 
-ARCHS = (80, 90)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory one program may have."""
 
@@ -110,9 +110,8 @@ def main_loop(sass: str) -> dict[str, int]:
     return {name: body.count(name) for name in sorted(set(body))}
 
 
-def _compile(module: str, entry: Sequence[Any], arch: int) -> Compiled:
-    kernel, _, constexprs, warps, _ = entry[:5]
-    made = Compiled(module, kernel.__name__, constexprs, warps, arch)
+def _compile(module: str, entry: Shipped, arch: int) -> Compiled:
+    made = Compiled(module, entry.kernel.__name__, entry.constexprs, entry.num_warps, arch)
     try:
         shared, cubin = _cubin(entry, arch)
     except Exception as error:  # noqa: BLE001  (whatever the compiler raises is the result)
@@ -123,22 +122,22 @@ def _compile(module: str, entry: Sequence[Any], arch: int) -> Compiled:
     return Compiled(**asdict(made) | result)
 
 
-def _cubin(entry: Sequence[Any], arch: int) -> tuple[int, bytes]:
+def _cubin(entry: Shipped, arch: int) -> tuple[int, bytes]:
     """Shared memory and machine code of one configuration."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, signature, constexprs, warps, stages = entry[:5]
+    names = entry.kernel.arg_names
     types, attrs = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        kind, _, multiple = signature.get(name, "constexpr").partition(":")
+    for index, name in enumerate(names):
+        kind, _, multiple = entry.signature.get(name, "constexpr").partition(":")
         types[name] = kind
         if multiple or kind.startswith("*"):
             attrs[(index,)] = [["tt.divisibility", 16]]
-    constants = {(kernel.arg_names.index(name),): value for name, value in constexprs.items()}
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attrs)
-    options = {"num_warps": warps, "num_stages": stages}
+    constants = {(names.index(name),): value for name, value in entry.constexprs.items()}
+    source = ASTSource(fn=entry.kernel, signature=types, constexprs=constants, attrs=attrs)
+    options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages}
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return made.metadata.shared, made.asm["cubin"]
 
@@ -153,15 +152,15 @@ def _disassemble(cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _likeness(entry: Sequence[Any], pick: Pick) -> tuple[object, ...]:
+def _likeness(entry: Shipped, pick: Pick) -> tuple[object, ...]:
     """What of a configuration must differ from those picked before."""
-    kernel, signature, constexprs, warps, stages = entry[:5]
+    kernel, signature, constexprs, *launch, _ = entry
     if pick == "kernels":
         return (kernel.__name__,)
     if pick == "tiles":
         sizes = {k: v for k, v in constexprs.items() if not isinstance(v, bool)}
-        return kernel.__name__, repr(sizes), warps, stages
-    return kernel.__name__, repr((signature, constexprs)), warps, stages
+        return kernel.__name__, repr(sizes), *launch
+    return kernel.__name__, repr((signature, constexprs)), *launch
 
 
 def _worker() -> None:
@@ -169,7 +168,7 @@ def _worker() -> None:
     results, seen = [], set()
     for name in request["modules"]:
         for entry in importlib.import_module(name).shipped():
-            for arch in entry[5] if len(entry) > 5 else ARCHS:
+            for arch in entry.archs:
                 key = (name, arch, *_likeness(entry, request["pick"]))
                 if key not in seen:
                     seen.add(key)

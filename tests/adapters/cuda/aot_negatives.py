@@ -5,6 +5,7 @@ import triton.language as tl
 
 from fader_adapters.kernels.cuda import nf4_configs as configs
 from fader_adapters.kernels.cuda import nf4_kernels as kernels
+from fader_adapters.kernels.cuda.shipped import Shipped
 
 TABLE = tl.constexpr(16)
 
@@ -50,7 +51,7 @@ def select_tree(
     tl.store(out_ptr + token[None, :] * n + (column + row)[:, None], acc)
 
 
-def shipped() -> list[tuple]:
+def shipped() -> list[Shipped]:
     """A select tree, a tile that spills, a pipeline that does not fit, an argument left out."""
     gemm = next(e for e in configs.shipped() if e.kernel is kernels.nf4_gemm)
     tree = {
@@ -63,10 +64,11 @@ def shipped() -> list[tuple]:
     }
     spilling = configs.Launch(256, 64, 4, 2)
     too_big = configs.Launch(128, 128, 8, 14)
-    found: list[tuple] = [(select_tree, tree, {"BM": 16, "BN": 128}, 4, 4)]
+    found = [Shipped(select_tree, tree, {"BM": 16, "BN": 128}, 4, 4)]
     for launch in (spilling, too_big):
         constants = configs.gemm_constants(launch, bias=False, exact=False)
-        found.append((kernels.nf4_gemm, gemm.signature, constants, launch.warps, launch.stages))
+        sizes = (launch.warps, launch.stages)
+        found.append(Shipped(kernels.nf4_gemm, gemm.signature, constants, *sizes))
     incomplete = {k: v for k, v in tree.items() if k != "blocks"}
-    found.append((select_tree, incomplete, {"BM": 32, "BN": 128}, 4, 4))
+    found.append(Shipped(select_tree, incomplete, {"BM": 32, "BN": 128}, 4, 4))
     return found

@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("triton", reason="kernels are compiled with Triton, which is not installed")
 
+from fader_adapters.kernels.cuda.shipped import ARCHS
 from tests.support import aot
 
 NF4 = "fader_adapters.kernels.cuda.nf4_configs"
@@ -74,13 +75,13 @@ def test_the_modules_of_the_package_are_discovered() -> None:
 
 def test_each_kernel_compiles_without_spills_and_within_shared_memory(compiled: Compile) -> None:
     found = compiled(tuple(aot.config_modules()), pick="kernels")
-    assert {made.arch for made in found} == set(aot.ARCHS)
+    assert {made.arch for made in found} == set(ARCHS)
     assert {made.module for made in found} == set(aot.config_modules())
     assert [line for made in found for line in made.complaints] == []
 
 
 def test_a_spill_an_oversize_and_an_error_are_seen(compiled: Compile) -> None:
-    for arch in aot.ARCHS:
+    for arch in ARCHS:
         tree, spilling, too_big, broken = (m for m in compiled((NEGATIVES,)) if m.arch == arch)
         assert not tree.complaints
         assert "spilling stores" in spilling.complaints[0]
@@ -91,7 +92,7 @@ def test_a_spill_an_oversize_and_an_error_are_seen(compiled: Compile) -> None:
 def test_a_select_tree_and_a_waiting_load_are_seen(compiled: Compile) -> None:
     trees = [made for made in compiled((NEGATIVES,)) if made.kernel == "select_tree"]
     trees = [made for made in trees if not made.error]
-    assert len(trees) == len(over_budget(trees)) == len(waiting_loads(trees)) == len(aot.ARCHS)
+    assert len(trees) == len(over_budget(trees)) == len(waiting_loads(trees)) == len(ARCHS)
 
 
 def test_the_decode_loop_keeps_to_its_budget_and_never_waits(compiled: Compile) -> None:

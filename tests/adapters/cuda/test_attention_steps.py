@@ -179,16 +179,16 @@ def test_splits_cover_a_row_and_never_exceed_the_most_of_shorter_rows(
 
 def test_every_shipped_configuration_names_all_arguments_of_its_kernel() -> None:
     shipped = configs.shipped()
-    assert {entry[0].__name__ for entry in shipped} == {
+    assert {entry.kernel.__name__ for entry in shipped} == {
         "decode_kernel",
         "prefill_kernel",
         "reduce_kernel",
         "write_kernel",
     }
-    for function, signature, constants, warps, stages in shipped:
-        assert sorted([*signature, *constants]) == sorted(function.arg_names)
-        assert warps in (4, 8)
-        assert 1 <= stages <= 5
+    for entry in shipped:
+        assert sorted([*entry.signature, *entry.constexprs]) == sorted(entry.kernel.arg_names)
+        assert entry.num_warps in (4, 8)
+        assert 1 <= entry.num_stages <= 5
 
 
 def test_rows_of_a_world_are_drawn_anew_by_seed() -> None:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-ARCHS: Final = (80, 90)
+from fader_adapters.kernels.cuda.shipped import ARCHS, Shipped
+
 MAX_DIM: Final = 256
 MAX_GROUP: Final = 64
 """Query heads a KV head: they share one prefill tile."""
@@ -106,9 +107,6 @@ def most_splits(keys: int, *, dim: int, kv_heads: int) -> int:
     return min(max(-(-keys // least_split(dim)), 1), max_splits(kv_heads))
 
 
-Shipped = tuple[Any, dict[str, str], dict[str, Any], int, int]
-"""(kernel, signature of the arguments that are not constant, constants, num_warps, num_stages)"""
-
 _COMMON: Final = {
     "q": "*bf16",
     "k_cache": "*bf16",
@@ -149,7 +147,7 @@ def shipped(page: int = 16) -> list[Shipped]:
     found: dict[str, Shipped] = {}
     for arch in ARCHS:
         for entry in _entries(arch, page):
-            found.setdefault(repr((entry[0].__name__, *entry[2:])), entry)
+            found.setdefault(repr((entry.kernel.__name__, *entry[2:])), entry)
     return list(found.values())
 
 
@@ -173,7 +171,7 @@ def _entries(arch: int, page: int) -> Iterator[Shipped]:
 def _entry(kernel: Any, constants: dict[str, Any], warps: int, stages: int) -> Shipped:  # noqa: ANN401
     names = [name for name in kernel.arg_names if name not in constants]
     signature = {name: _COMMON.get(name, "i32") for name in names}
-    return kernel, signature, constants, warps, stages
+    return Shipped(kernel, signature, constants, warps, stages)
 
 
 def decode_constants(

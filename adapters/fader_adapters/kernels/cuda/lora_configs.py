@@ -6,8 +6,9 @@ rows, so a decode row is computed alike in every step.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
+from fader_adapters.kernels.cuda.shipped import Shipped
 from fader_adapters.kernels.cuda.tiles import LANES, TileShape
 
 Phase = Literal["decode", "prefill"]
@@ -114,18 +115,6 @@ def site_configs(arch: Arch, in_features: int, out_features: int) -> SiteConfigs
 def arch_of(major: int, minor: int) -> Arch:
     """The table for a compute capability; newer ones use the newest table."""
     return 90 if (major, minor) >= (9, 0) else 80
-
-
-class Shipped(NamedTuple):
-    """One compiled variant: what the ahead-of-time test builds."""
-
-    kernel: Any
-    signature: dict[str, str]
-    """Type of every argument by name, ":16" for multiples of 16; "constexpr" for the constants."""
-    constexprs: dict[str, int | bool]
-    num_warps: int
-    num_stages: int
-    archs: tuple[Arch, ...]
 
 
 def shrink_constants(config: ShrinkConfig, phase: Phase, *, exact: bool) -> dict[str, int | bool]:

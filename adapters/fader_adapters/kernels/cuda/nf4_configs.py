@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
+
+from fader_adapters.kernels.cuda.shipped import Shipped
 
 Method = Literal["triton", "bitsandbytes", "scratch"]
 
@@ -29,20 +31,6 @@ class Launch:
     bn: int
     warps: int
     stages: int
-
-
-class Shipped(NamedTuple):
-    """One compilation of a kernel that a server can run into.
-
-    signature is {argument: type} without the constants; ":16" marks a multiple of 16.
-    """
-
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    num_warps: int
-    num_stages: int
-    archs: tuple[int, ...] = (80, 90)
 
 
 LAUNCHES: Mapping[tuple[int, int], Launch] = {

@@ -1,6 +1,8 @@
 """Launch configurations of the RMS norm kernel; torch-free."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
+
+from fader_adapters.kernels.cuda.shipped import Shipped
 
 Form = Literal["scale", "about_one"]
 """scale: w·(x̂ in the input's dtype). about_one: (1 + w)·x̂ in fp32, rounded once."""
@@ -8,16 +10,6 @@ Form = Literal["scale", "about_one"]
 MAX_WIDTH = 16384
 WIDTHS = (64, 128, 256, 1024, 2048, 4096, 8192, MAX_WIDTH)
 """Padded widths that are compiled ahead of time."""
-
-
-class Shipped(NamedTuple):
-    """One compiled variant: what the ahead-of-time test builds."""
-
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    num_warps: int
-    num_stages: int
 
 
 def padded(width: int) -> int:

@@ -1,6 +1,8 @@
 """Launch configurations of the rotary and gate kernels; torch-free."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
+
+from fader_adapters.kernels.cuda.shipped import Shipped
 
 Act = Literal["silu", "gelu_tanh"]
 ACTS: tuple[Act, ...] = ("silu", "gelu_tanh")
@@ -12,16 +14,6 @@ VALUES = 1024
 """Pairs of values that a program of rotary_kernel turns, at least one head."""
 DIMS = (16, 32, 48, 64, 80, 96, 128, 192, 256)
 """Head sizes that are compiled ahead of time."""
-
-
-class Shipped(NamedTuple):
-    """One compiled variant: what the ahead-of-time test builds."""
-
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    num_warps: int
-    num_stages: int
 
 
 def rotary_constants(dim: int) -> dict[str, Any]:
