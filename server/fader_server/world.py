@@ -216,7 +216,7 @@ def _runner(
         device=base.device,
     )
     if isinstance(base.backend, NativeBackend):
-        for tensor in (tables.arena, *(part for one in cache.layers() for part in (one.k, one.v))):
+        for tensor in (tables.arena, *cache.tensors()):
             in_huge_pages(tensor)
     if base.device.type == "cpu":
         cache.touch(_TOUCH_SECONDS)

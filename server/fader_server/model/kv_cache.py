@@ -60,13 +60,17 @@ class KVCache:
     def layers(self) -> list[LayerCache]:
         return list(self._layers.values())
 
+    def tensors(self) -> list[torch.Tensor]:
+        """k and v of every layer."""
+        return [part for layer in self._layers.values() for part in (layer.k, layer.v)]
+
     def touch(self, seconds: float) -> None:
         """Write to the pages of host memory, first blocks first, before anything is in them.
 
         The first write to a page takes milliseconds where a machine gets its memory lazily, which
         no step should wait for. Ends early when it has taken so many `seconds`.
         """
-        parts = [part for layer in self.layers() for part in (layer.k, layer.v)]
+        parts = self.tensors()
         step = max(1, _TOUCHED * self.blocks * len(parts) // self.nbytes)
         end = time.monotonic() + seconds
         with ThreadPoolExecutor() as threads:
@@ -78,7 +82,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.k.nbytes + layer.v.nbytes for layer in self._layers.values())
+        return sum(part.nbytes for part in self.tensors())
 
 
 def _touch(tensor: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fader_server.core import Plan, RowResult
-from fader_server.model.runner import ModelRunner, Part, Ready
+from fader_server.model.runner import ModelRunner, Part, Ready, in_order
 from fader_server.model.sampler import Drawn
 
 
@@ -24,7 +24,7 @@ class LaunchingRunner(ModelRunner):
         and begin when the results are asked for."""
         with torch.inference_mode():
             parts = list(self._parts(plan))
-            begun = [self._begin(part) for part in parts[:1] if part.replayed]
+            begun = [self._begin(part) for part in parts[:1] if part.replays is not None]
         return LaunchedStep(self._begin, parts, begun)
 
 
@@ -40,11 +40,8 @@ class LaunchedStep:
         """Queue what is left of it, then wait for all of it."""
         with torch.inference_mode():
             drawn = [*self._begun, *map(self._begin, self._parts[len(self._begun) :])]
-        results = [RowResult()] * sum(len(part.places) for part in self._parts)
-        for part, wait in zip(self._parts, drawn, strict=True):
-            for i, result in zip(part.places, wait(), strict=True):
-                results[i] = result
-        return results
+        pairs = zip(self._parts, drawn, strict=True)
+        return in_order((part.places, wait()) for part, wait in pairs)
 
 
 class PreparingRunner(ModelRunner):
@@ -56,9 +53,6 @@ class PreparingRunner(ModelRunner):
         with torch.inference_mode():
             return PreparedStep([(part.places, self._prepared(part)) for part in self._parts(plan)])
 
-    def run(self, plan: Plan) -> list[RowResult]:
-        return self.launch(plan).results()
-
 
 class PreparedStep:
     """A step of which nothing has been computed yet."""
@@ -68,9 +62,5 @@ class PreparedStep:
 
     def results(self) -> list[RowResult]:
         """Compute it."""
-        results = [RowResult()] * sum(len(places) for places, _ in self._parts)
         with torch.inference_mode():
-            for places, compute in self._parts:
-                for i, result in zip(places, compute()(), strict=True):
-                    results[i] = result
-        return results
+            return in_order((places, compute()()) for places, compute in self._parts)

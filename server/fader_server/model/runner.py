@@ -1,7 +1,7 @@
 """Runs one plan on the device: batch, forward, sample. Decides nothing, keeps no requests."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 
 import torch
@@ -51,10 +51,10 @@ class Part:
     weights: _Weights
 
     @property
-    def replayed(self) -> bool:
-        """Whether a recorded step takes them: then beginning it costs the host next to nothing."""
+    def replays(self) -> Replays | None:
+        """The recorded steps that take them: then beginning one costs the host next to nothing."""
         replays = self.weights.replays
-        return replays is not None and replays.takes(self.plan)
+        return replays if replays is not None and replays.takes(self.plan) else None
 
 
 def apart(plan: Plan) -> Iterator[Plan]:
@@ -62,6 +62,12 @@ def apart(plan: Plan) -> Iterator[Plan]:
     for _, group in groupby(zip(plan.rows, plan.terms.rows, strict=True), lambda r: r[0].count > 1):
         rows, terms = zip(*group, strict=True)
         yield Plan(rows, StepTerms(terms))
+
+
+def in_order(found: Iterable[tuple[Sequence[int], Sequence[RowResult]]]) -> list[RowResult]:
+    """The results of a step from those of its forwards and the places of their rows."""
+    placed = {i: result for places, rows in found for i, result in zip(places, rows, strict=True)}
+    return [placed[i] for i in range(len(placed))]
 
 
 class ModelRunner:
@@ -97,12 +103,8 @@ class ModelRunner:
 
     def run(self, plan: Plan) -> list[RowResult]:
         """Compute every row; one result a row, in order. KV writes are repeatable."""
-        results = [RowResult()] * len(plan.rows)
         with torch.inference_mode():
-            for part in self._parts(plan):
-                for i, result in zip(part.places, self._begin(part)(), strict=True):
-                    results[i] = result
-        return results
+            return in_order((part.places, self._begin(part)()) for part in self._parts(plan))
 
     def _parts(self, plan: Plan) -> Iterator[Part]:
         """The forwards of a step: one for the rows of each lane, in the order of first rows."""
@@ -131,11 +133,8 @@ class ModelRunner:
 
     def _prepared(self, part: Part) -> Ready:
         """Put a forward together; what queues it and its draw."""
-        replays = part.weights.replays
-        if replays is not None and replays.takes(part.plan):
-            compute = self._replay(part.plan, replays)
-        else:
-            compute = self._eager(part.plan)
+        replays = part.replays
+        compute = self._eager(part.plan) if replays is None else self._replay(part.plan, replays)
 
         def begin() -> Drawn:
             state = self._base.installed.state
