@@ -6,8 +6,10 @@ import threading
 
 import torch
 
+from fader_adapters.errors import AdapterError
 from fader_adapters.parse import ParsedAdapter, read_adapter
 from fader_adapters.pauses import Pause, never
+from fader_adapters.refusals import Refusals
 from fader_adapters.report import BaseMatch, Health, kinds_of, verdict
 from fader_adapters.source import RawAdapter
 from fader_adapters.spec import BaseSpec, BaseWeights
@@ -24,11 +26,19 @@ class Inspector:
         self._dtype = dtype
         self._weights = weights
         self._norms: dict[int, float] = {}
+        self._refusals = Refusals()
         self._lock = threading.Lock()
 
     def read(self, raw: RawAdapter, pause: Pause = never) -> ParsedAdapter:
-        """Check an adapter against the base. Raises as `read_adapter` does."""
-        return read_adapter(raw, self._base, dtype=self._dtype, weights=self._weights, pause=pause)
+        """Check an adapter against the base. Raises as `read_adapter` does, for bytes that were
+        refused lately without reading them again."""
+        self._refusals.check(raw, pause)
+        dtype, weights = self._dtype, self._weights
+        try:
+            return read_adapter(raw, self._base, dtype=dtype, weights=weights, pause=pause)
+        except AdapterError as error:
+            self._refusals.note(raw, error, pause)
+            raise
 
     def health(self, parsed: ParsedAdapter) -> Health:
         """The report of an adapter that was read."""

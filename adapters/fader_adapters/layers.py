@@ -20,6 +20,7 @@ from fader_adapters.kernels.backend import (
     Step,
 )
 from fader_adapters.kernels.dense import DenseLinear, EmbeddingTable
+from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.spec import BaseSpec, SiteSpec
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -27,7 +28,6 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 PANEL_WEIGHTS = 1 << 20
 """Weights that are decoded at a time for those who ask for them by rows."""
-PANEL_ROWS = 32
 
 
 class StepState:
@@ -158,7 +158,7 @@ class Installed:
         """W [out, in] of one linear in fp32, a few rows at a time; see BaseWeights."""
         base, start = self._base(linear)
         spec = self.spec.linears[linear]
-        stop, step = start + spec.out_features, max(PANEL_ROWS, PANEL_WEIGHTS // spec.in_features)
+        stop, step = start + spec.out_features, max(PANEL, PANEL_WEIGHTS // spec.in_features)
         for at in range(start, stop, step):
             yield base.rows(at, min(stop, at + step))
 

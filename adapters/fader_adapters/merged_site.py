@@ -9,6 +9,7 @@ import torch
 from fader_adapters.changes import Change, Changes
 from fader_adapters.kernels import nf4
 from fader_adapters.kernels.backend import BaseLinear, Room
+from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.layers import Installed, Site
 from fader_adapters.pauses import Pause
 from fader_adapters.rounding import Keep, Rounding, directions, quantise
@@ -17,16 +18,14 @@ from fader_adapters.weightspace.loss import LinearLoss, joined, measure
 from fader_adapters.weightspace.plan import Form
 
 CHUNK = 1 << 14
-"""Weights worked on at a time where that is not less than ROWS: half a millisecond."""
-ROWS = 32
-"""Fewer would decode a panel of the base several times."""
+"""Weights worked on at a time where that is not less than a panel: half a millisecond."""
 _COPIES = 6 * 4
 """Bytes a weight of a chunk: its copies in fp32."""
 
 
 def chunk_rows(width: int) -> int:
     """Rows of `width` weights that are worked on at a time."""
-    return max(ROWS, CHUNK // width)
+    return max(PANEL, CHUNK // width)
 
 
 def scratch_bytes(width: int) -> int:

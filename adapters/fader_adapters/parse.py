@@ -10,6 +10,7 @@ import torch
 
 from fader_adapters.errors import AdapterInvalid, AdapterMismatch
 from fader_adapters.factors import Factors, Linear, Part, put_together
+from fader_adapters.hashing import absorb
 from fader_adapters.header import TensorInfo, read_header
 from fader_adapters.limits import Limits
 from fader_adapters.lora_config import LoraConfig, read_config
@@ -21,8 +22,6 @@ from fader_adapters.spec import AdapterSpec, BaseSpec, BaseWeights, Digest, Rank
 from fader_adapters.tensor_names import sort_tensors
 from fader_adapters.tokens import as_part
 
-_HASHED = 1 << 20
-"""Bytes that are hashed at a time, in less than a millisecond."""
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -253,7 +252,5 @@ def _version(weights: bytes, config: LoraConfig, modules: Iterable[Module], paus
     state = hashlib.sha256()
     for part in (effective, weights):
         state.update(len(part).to_bytes(8, "little"))
-        for start in range(0, len(part), _HASHED):
-            state.update(memoryview(part)[start : start + _HASHED])
-            pause()
+        absorb(state, part, pause)
     return Digest(state.hexdigest())

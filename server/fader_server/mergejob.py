@@ -59,7 +59,7 @@ class Job:
         merged = self.merger.run(lambda done: self._tell(_MERGE_SHARE * done / total), self.pace)
         self.told = replace(self.told, stage="measuring", progress=_MERGE_SHARE)
         probe = ProbeModel(self._base, self.pace)
-        fidelity = measure(probe, self._probe, self._changes, merged, pause=self.pace)
+        fidelity = measure(probe, self._probe, self._changes, merged)
         report = merged.report | {"rounding": self._rounding, "probe": fidelity.document()}
         self.told = replace(self.told, report=report)
         if self.order.form == "nf4" and fidelity.too_lossy and not self.order.force:

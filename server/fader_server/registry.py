@@ -16,7 +16,6 @@ from fader_adapters.inspection import Inspector
 from fader_adapters.leases import AdapterRef as StoreRef
 from fader_adapters.leases import Lease, Reservation
 from fader_adapters.parse import ParsedAdapter
-from fader_adapters.pauses import Pause
 from fader_adapters.pool import Pool
 from fader_adapters.records import AdapterStatus
 from fader_adapters.source import Found, RawAdapter
@@ -167,27 +166,25 @@ class Registry:
     def _publish(
         self, raw: RawAdapter, order: LoadOrder, make_room: MakeRoom = lambda: False
     ) -> Loaded:
-        pace = Pace(self._busy)
-        parsed, facts = self._reader.check(raw, order, pace)
-        with self._filled(parsed, make_room, pace) as reservation:
+        with self._filled(raw, order, make_room) as (reservation, facts):
             return self._name(reservation, order, facts, make_room)
 
     def _adopt(self, raw: RawAdapter, order: LoadOrder) -> None:
-        pace = Pace(self._busy)
-        parsed, facts = self._reader.check(raw, order, pace)
-        with self._filled(parsed, lambda: False, pace) as reservation, self._lock:
+        with self._filled(raw, order, lambda: False) as (reservation, facts), self._lock:
             self._store.adopt(order.name, reservation)
-            self._note(order.name, parsed.spec.version, facts)
+            self._note(order.name, reservation.version, facts)
 
     @contextmanager
     def _filled(
-        self, parsed: ParsedAdapter, make_room: MakeRoom, pause: Pause
-    ) -> Iterator[Reservation]:
-        """Room with the weights in it, given back unless it was published or adopted."""
+        self, raw: RawAdapter, order: LoadOrder, make_room: MakeRoom
+    ) -> Iterator[tuple[Reservation, Facts]]:
+        """Room with the checked weights in it, given back unless it was published or adopted."""
+        pace = Pace(self._busy)
+        parsed, facts = self._reader.check(raw, order, pace)
         reservation = self._reserve(parsed, make_room)
         try:
-            reservation.fill(pause)
-            yield reservation
+            reservation.fill(pace)
+            yield reservation, facts
         finally:
             with self._lock:
                 reservation.cancel()  # nothing, once it has an owner

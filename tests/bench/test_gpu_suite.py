@@ -38,7 +38,7 @@ def rig() -> Rig:
     return Rig(torch.device("cpu"), torch.float32, small=True)
 
 
-QUICK = ("bandwidth", "parity nf4", "graphs")
+QUICK = ("bandwidth", "parity nf4")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from fader_adapters.changes import Changes
 from fader_adapters.lane import MergedLane
-from fader_adapters.pauses import Pause
 from fader_server.model.probe import BaseView, BlendView, LaneView, ProbeModel
 
 CHUNK_LOGITS = 1 << 16
@@ -61,7 +60,7 @@ class Fidelity:
 
 
 def measure(
-    probe: ProbeModel, tokens: Sequence[int], changes: Changes, lane: MergedLane, *, pause: Pause
+    probe: ProbeModel, tokens: Sequence[int], changes: Changes, lane: MergedLane
 ) -> Fidelity:
     """Compare lane and base with the blend at every position of `tokens`, at least one."""
     sums = torch.zeros(4, dtype=torch.float64)
@@ -76,6 +75,6 @@ def measure(
                 given = torch.log_softmax(other[rows], -1)
                 sums[2 * i] += F.kl_div(given, expected, reduction="sum", log_target=True).cpu()
                 sums[2 * i + 1] += (given.argmax(-1) == best).sum().cpu()
-                pause()
+                probe.pause()
     kl, top1, base_kl, base_top1 = (sums / len(tokens)).tolist()
     return Fidelity(len(tokens), max(kl, 0.0), top1, max(base_kl, 0.0), base_top1)

@@ -155,6 +155,7 @@ class ProbeModel:
     """Forwards of one text on the caller's thread. Not for two threads at a time."""
 
     def __init__(self, base: LoadedBase, pause: Pause) -> None:
+        self.pause = pause
         self._base = base
         self._glass = _Glass(pause)
         memo: dict[int, object] = {id(p): p for p in base.model.parameters()}
