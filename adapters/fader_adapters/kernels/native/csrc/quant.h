@@ -28,19 +28,25 @@ FADER_INLINE void widen(const void *w, int64_t at, int64_t n, int dtype, float *
     for (int64_t i = 0; i < n; i++) to[i] = dtype == FADER_BF16 ? from_bf16(h[i]) : from_f16(h[i]);
 }
 
+#if FADER_ISA >= 2
+// how many of the 15 midpoints are below each value
+FADER_INLINE I codes_of(V x, V mid) {
+    I q = _mm512_setzero_si512();
+    for (int step = 8; step; step >>= 1) { // midpoint number q + step - 1 decides the bit
+        I probe = _mm512_add_epi32(q, _mm512_set1_epi32(step - 1));
+        __mmask16 up = _mm512_cmp_ps_mask(_mm512_permutexvar_ps(probe, mid), x, _CMP_LT_OQ);
+        q = _mm512_mask_add_epi32(q, up, q, _mm512_set1_epi32(step));
+    }
+    return q;
+}
+#endif
+
 // 64 scaled values -> 32 bytes
 FADER_INLINE void encode(const float *v, const float *mid, uint8_t *out) {
 #if FADER_ISA >= 2
     const V table = vload(mid);
-    const I one = _mm512_set1_epi32(1);
     for (int i = 0; i < BLOCK; i += W) {
-        V x = vload(v + i);
-        I q = _mm512_setzero_si512();
-        for (int step = 8; step; step >>= 1) { // midpoint number q + step - 1 decides the bit
-            I probe = _mm512_add_epi32(q, _mm512_set1_epi32(step - 1));
-            __mmask16 up = _mm512_cmp_ps_mask(_mm512_permutexvar_ps(probe, table), x, _CMP_LT_OQ);
-            q = _mm512_mask_add_epi32(q, up, q, _mm512_slli_epi32(one, (unsigned)__builtin_ctz((unsigned)step)));
-        }
+        I q = codes_of(vload(v + i), table);
         // lanes 2j, 2j+1 -> (even << 4) | odd
         I pair = _mm512_or_si512(_mm512_slli_epi64(q, 4), _mm512_srli_epi64(q, 32));
         _mm_storel_epi64((__m128i *)(out + i / 2), _mm512_cvtepi64_epi8(_mm512_and_si512(pair, _mm512_set1_epi64(255))));
