@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-SLICE = 5e-4
+SLICE = 2e-4
 """Seconds of work without a rest."""
 REST = 8.0
 """Seconds of rest a second of work while requests run."""

@@ -81,6 +81,7 @@ class _Run:
 
     async def _round(self, number: int, alone: dict[str, str]) -> None:
         """Every other round backwards, so that drift hits both sides alike."""
+        await self._drop()  # the lane that the round before made under load
         result, found = self._result, {}
         base, merged, other = result.served.base, result.adapter, result.other
         beside = [("base", base), ("merged", merged), ("delta beside", other)]
