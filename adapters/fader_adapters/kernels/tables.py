@@ -1,5 +1,7 @@
 """Where each slot's matrices and vectors lie in the arena. Filled by the pool, read by kernels."""
 
+from collections.abc import Iterable
+
 import torch
 
 from fader_adapters.spec import AdapterSpec
@@ -41,15 +43,21 @@ class Tables:
         while slot >= self.slots:
             self._grow()
         self._clear(slot)
-        for delta in spec.deltas:
-            self.a_offset[slot, delta.linear] = offset + delta.a_offset
-            self.b_offset[slot, delta.linear] = offset + delta.b_offset
-            if delta.gain_offset is not None:
-                self.gain_offset[slot, delta.linear] = offset + delta.gain_offset
-            if delta.bias_offset is not None:
-                self.bias_offset[slot, delta.linear] = offset + delta.bias_offset
-            self.rank[slot, delta.linear] = delta.rank
-            self.scale[slot, delta.linear] = delta.scale
+        deltas = spec.deltas
+        place = torch.tensor([delta.linear for delta in deltas], dtype=torch.int64)
+
+        def put(table: torch.Tensor, values: Iterable[float]) -> None:
+            table[slot, place] = torch.tensor(tuple(values), dtype=table.dtype)
+
+        def put_offsets(table: torch.Tensor, own: Iterable[int | None]) -> None:
+            put(table, (-1 if at is None else offset + at for at in own))
+
+        put_offsets(self.a_offset, (delta.a_offset for delta in deltas))
+        put_offsets(self.b_offset, (delta.b_offset for delta in deltas))
+        put_offsets(self.gain_offset, (delta.gain_offset for delta in deltas))
+        put_offsets(self.bias_offset, (delta.bias_offset for delta in deltas))
+        put(self.rank, (delta.rank for delta in deltas))
+        put(self.scale, (delta.scale for delta in deltas))
         self.generation += 1
 
     def retract(self, slot: int) -> None:
