@@ -52,8 +52,8 @@ def serve(family, dtype, *, replays=True):
 def test_replayed_steps_give_the_bits_of_the_models_code(family, dtype):
     plain, _ = serve(family, dtype, replays=False)
     replayed, runner = serve(family, dtype)
-    assert runner._replays._enabled
-    assert {1, 4} <= set(runner._replays._trusted)
+    assert runner._replays.decode._enabled
+    assert {1, 4} <= set(runner._replays.decode._trusted)
     assert replayed == plain
 
 
@@ -66,7 +66,7 @@ def llama(tmp_path_factory):
 
 def test_a_llama_decodes_in_few_native_runs(llama):
     _, runner = serve(llama, torch.float32)
-    assert all(replay.native_share > 0.9 for replay in runner._replays._trusted.values())
+    assert all(replay.native_share > 0.9 for replay in runner._replays.decode._trusted.values())
 
 
 def test_a_replay_with_other_bits_is_never_used(llama, monkeypatch):
@@ -74,8 +74,8 @@ def test_a_replay_with_other_bits_is_never_used(llama, monkeypatch):
     whole = Replay.__call__
     monkeypatch.setattr(Replay, "__call__", lambda self, plan: whole(self, plan) + 1.0)
     answers, runner = serve(llama, torch.float32)
-    assert not runner._replays._enabled
-    assert not runner._replays._trusted
+    assert not runner._replays.decode._enabled
+    assert not runner._replays.decode._trusted
     assert answers == plain
 
 
@@ -92,7 +92,7 @@ def test_a_step_that_reads_values_is_not_recorded(llama, monkeypatch):
 
     monkeypatch.setattr(Recorder, "record", reading)
     answers, runner = serve(llama, torch.float32)
-    assert not runner._replays._enabled
+    assert not runner._replays.decode._enabled
     assert answers == plain
 
 
@@ -119,6 +119,6 @@ def test_layout_reuses_room_and_never_overlaps_what_lives():
 
 def test_only_plain_decode_steps_are_taken(llama):
     _, runner = serve(llama, torch.float32)
-    replays = runner._replays
+    replays = runner._replays.decode
     assert isinstance(replays, DecodeReplays)
     assert 20 not in replays._trusted  # the prompts' own steps

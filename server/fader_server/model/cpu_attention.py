@@ -28,13 +28,12 @@ class NativeAttention:
     def write(
         self, k: torch.Tensor, v: torch.Tensor, cache: LayerCache, slots: torch.Tensor
     ) -> None:
-        heads_adjacent = k.shape[2] == k.stride(1) == v.stride(1)
         kernel = self._layers.get(cache.k.data_ptr())
-        if kernel is None or not heads_adjacent:
+        if kernel is None:
             cache.k.flatten(0, 1).index_copy_(0, slots, k)
             cache.v.flatten(0, 1).index_copy_(0, slots, v)
         else:
-            kernel[2].write(k, v, slots)
+            kernel[2].write(_heads_adjacent(k), _heads_adjacent(v), slots)
 
     def attend(
         self, q: torch.Tensor, cache: LayerCache, params: AttentionParams, step: object
@@ -64,3 +63,7 @@ class NativeAttention:
             )
             found = self._layers[cache.k.data_ptr()] = (params, heads, kernel)
         return found[2]
+
+
+def _heads_adjacent(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(1) == x.shape[2] else x.contiguous()

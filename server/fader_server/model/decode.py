@@ -23,14 +23,14 @@ Forward = Callable[[Batch], torch.Tensor]
 
 
 class Replays(Protocol):
-    """Decode steps that run in a quicker way than operator by operator."""
+    """Steps that run in a quicker way than operator by operator."""
 
     def takes(self, plan: Plan) -> bool:
         """Whether `run` knows a way for this plan."""
         ...
 
     def run(self, plan: Plan, step: Step | None, forward: Forward) -> torch.Tensor:
-        """Logits [rows, vocab], those of `forward`; valid until the next step."""
+        """Logits [rows that sample, vocab], those of `forward`; valid until the next step."""
         ...
 
     def sibling(self) -> "Replays":
@@ -110,13 +110,13 @@ class DecodeReplays:
         inputs: DecodeInputs,
         *,
         rows: int,
-        arena: Arena | None = None,
-        scratch: Workspace | None = None,
+        arena: Arena,
+        scratch: Workspace,
     ) -> None:
         self._tape = tape
         self._inputs = inputs
         self._rows = rows
-        self._arena, self._scratch = arena or Arena(), scratch or Workspace()
+        self._arena, self._scratch = arena, scratch
         self._trusted: dict[int, Replay] = {}
         self._candidates: dict[int, Replay] = {}
         self._enabled = True
@@ -146,7 +146,7 @@ class DecodeReplays:
         if candidate is None:
             return self._record(batch, forward)
         logits = forward(batch)
-        if _same_bits(candidate(step), logits):
+        if same_bits(candidate(step), logits):
             self._trusted[rows] = candidate
         else:
             self._give_up("a replay gave other bits than the model's code")
@@ -171,7 +171,8 @@ class DecodeReplays:
         log.info("decode steps run operator by operator: %s", reason)
 
 
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors hold the same bytes."""
     return a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
 
 

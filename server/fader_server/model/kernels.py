@@ -1,4 +1,4 @@
-"""Chooses the attention for a base and how its decode steps run, in one place."""
+"""Chooses the attention for a base and how its steps are run again, in one place."""
 
 import logging
 from collections.abc import Callable
@@ -7,6 +7,7 @@ import torch
 
 from fader_adapters.kernels.backend import Step
 from fader_adapters.kernels.cpu import NativeBackend
+from fader_adapters.kernels.native import Workspace
 from fader_adapters.kernels.tables import Tables
 from fader_server.model import cpu_attention
 from fader_server.model.attention import PagedAttention
@@ -14,6 +15,8 @@ from fader_server.model.batch import Batch
 from fader_server.model.decode import DecodeInputs, DecodeReplays, Replays
 from fader_server.model.kv_cache import KVCache
 from fader_server.model.loaded import LoadedBase
+from fader_server.model.prefill import NativeReplays, PrefillInputs, PrefillReplays
+from fader_server.model.replay import Arena
 from fader_server.model.torch_attention import TorchAttention
 
 log = logging.getLogger(__name__)
@@ -53,7 +56,7 @@ def choose_replays(
     tables: Tables,
     forward: Callable[[Batch, Step | None], torch.Tensor],
 ) -> Replays | None:
-    """Recorded decode steps, or CUDA graphs, where linears and attention are both kernels."""
+    """Recorded steps, or CUDA graphs, where linears and attention are both kernels."""
     if base.device.type == "cuda" and base.backend.name == "cuda":
         from fader_server.model import graphs  # imports triton
 
@@ -62,7 +65,19 @@ def choose_replays(
         return None
     if not isinstance(attention, cpu_attention.NativeAttention):
         return None
-    inputs = DecodeInputs(
-        rows=REPLAYED_ROWS, blocks_per_row=cache.blocks, block_size=cache.block_size
+    size, tape = cache.block_size, base.backend.tape
+    arena, scratch = Arena(), Workspace()
+    decode = DecodeReplays(
+        tape,
+        DecodeInputs(rows=REPLAYED_ROWS, blocks_per_row=cache.blocks, block_size=size),
+        rows=REPLAYED_ROWS,
+        arena=arena,
+        scratch=scratch,
     )
-    return DecodeReplays(base.backend.tape, inputs, rows=REPLAYED_ROWS)
+    inputs = PrefillInputs(block_size=size)
+    return NativeReplays(
+        decode,
+        PrefillReplays(
+            tape, inputs, forward=forward, block_size=size, arena=arena, scratch=scratch
+        ),
+    )

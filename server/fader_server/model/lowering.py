@@ -1,17 +1,23 @@
 """Turns torch operators into native calls where one does the very same. Knows both vocabularies."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fader_adapters.kernels.native import Call, Kind, Map, Op
-from fader_server.model.recording import TorchCall
+from fader_server.model.recording import Recording, TorchCall
 
 CODES = {torch.float32: 0, torch.bfloat16: 1}
 BINARY = {"aten::add": Map.ADD, "aten::sub": Map.SUB, "aten::mul": Map.MUL}
 COPIES = frozenset({"aten::clone", "aten::_to_copy", "aten::contiguous"})
 MAX_DIMS = 4
+
+
+def lowered(recording: Recording) -> Iterator[Call | TorchCall]:
+    """Its calls, native ones in the place of torch operators where there are such."""
+    for call in recording.calls:
+        yield from [call] if isinstance(call, Call) else lower(call) or [call]
 
 
 def lower(call: TorchCall) -> list[Call] | None:

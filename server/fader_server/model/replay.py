@@ -3,7 +3,7 @@
 Knows memory and order; what is recorded, and when, is others' business.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from fader_adapters.kernels.native import Call, Op, Program, StepInputs, StepPlan, Workspace
-from fader_server.model.lowering import lower
+from fader_server.model.lowering import lowered
 from fader_server.model.recording import Recording, TorchCall, address, tensors_of
 
 ALIGN = 64
@@ -83,11 +83,15 @@ class Replay:
     def __init__(
         self, recording: Recording, inputs: StepInputs, *, arena: Arena, scratch: Workspace
     ) -> None:
-        self._offsets, size = _lay_out(recording)
+        numbers, used = numbered(recording.calls, recording.made)
+        sizes = [rounded(recording.made[storage]) for storage in numbers]
+        size, starts = laid_out(used, sizes, numbers.get(address(recording.result)))
+        self._offsets = dict(zip(numbers, starts, strict=True))
         self._memory = arena.take(size)
+        self._inputs, self._step = inputs, inputs.step()
         self._keep = [t for c in recording.calls for t in _inputs(c, recording)]
         self._parts = [
-            part if isinstance(part, TorchStep) else Program(part, inputs, scratch)
+            part if isinstance(part, TorchStep) else Program(part, scratch)
             for part in self._grouped(recording)
         ]
         self._kept_calls = [c.keep for c in recording.calls if isinstance(c, Call)]
@@ -101,24 +105,23 @@ class Replay:
 
     def __call__(self, plan: StepPlan | None) -> torch.Tensor:
         """The forward's result; it stands until the next replay of any size."""
+        self._step.plan = None if plan is None else plan.pointer
         for part in self._parts:
             if isinstance(part, Program):
-                part(plan)
+                part(self._step)
             else:
                 part()
         return self._result
 
     def _grouped(self, recording: Recording) -> Iterator[TorchStep | list[Op]]:
         run: list[Op] = []
-        for call in recording.calls:
-            lowered = [call] if isinstance(call, Call) else lower(call)
-            if lowered is not None:
-                run += [self._placed(one) for one in lowered]
+        for call in lowered(recording):
+            if isinstance(call, Call):
+                run.append(self._placed(call))
                 continue
             if run:
                 yield run
             run = []
-            assert isinstance(call, TorchCall)
             args, kwargs, out = tree_map(self._moved_leaf, (call.args, call.kwargs, call.out))
             yield TorchStep(call.function, args, kwargs, [] if call.in_place else tensors_of(out))
         if run:
@@ -149,39 +152,45 @@ class Replay:
         return whole.as_strided(tensor.shape, tensor.stride(), start)
 
 
-def _tensors(call: Call | TorchCall) -> list[torch.Tensor]:
-    if isinstance(call, TorchCall):
-        return call.tensors
-    return [t for t in (call.x, call.y, call.out) if t is not None]
-
-
 def _inputs(call: Call | TorchCall, recording: Recording) -> list[torch.Tensor]:
-    return [t for t in _tensors(call) if address(t) not in recording.made]
+    return [t for t in call.tensors if address(t) not in recording.made]
 
 
-def _lay_out(recording: Recording) -> tuple[dict[int, int], int]:
-    """Offset of every storage the forward made, by its address, and the bytes they need."""
+def numbered(
+    calls: Iterable[Call | TorchCall], made: Collection[int]
+) -> tuple[dict[int, int], list[list[int]]]:
+    """Numbers of the storages in `made`, by address, as they appear; those that each call uses."""
+    numbers: dict[int, int] = {}
+    used = [
+        [numbers.setdefault(address(t), len(numbers)) for t in call.tensors if address(t) in made]
+        for call in calls
+    ]
+    return numbers, used
+
+
+def laid_out(
+    used: Sequence[Sequence[int]], sizes: Sequence[int], result: int | None
+) -> tuple[int, list[int]]:
+    """Bytes in all, and where each storage begins; `used` names those of each call in order."""
     first: dict[int, int] = {}
     last: dict[int, int] = {}
-    for i, call in enumerate(recording.calls):
-        for tensor in _tensors(call):
-            first.setdefault(address(tensor), i)
-            last[address(tensor)] = i
-    last[address(recording.result)] = len(recording.calls)
-    starts: dict[int, list[int]] = {}
-    ends: dict[int, list[int]] = {}
-    for storage in recording.made:
-        if storage in first:
-            starts.setdefault(first[storage], []).append(storage)
-            ends.setdefault(last[storage], []).append(storage)
-    layout, offsets = Layout(), {}
-    for i in range(len(recording.calls)):
-        for storage in starts.get(i, ()):
-            offsets[storage] = layout.take(_rounded(recording.made[storage]))
-        for storage in ends.get(i, ()):
-            layout.give(offsets[storage], _rounded(recording.made[storage]))
-    return offsets, layout.size
+    for i, storages in enumerate(used):
+        for storage in storages:
+            first.setdefault(storage, i)
+            last[storage] = i
+    if result is not None:
+        last[result] = len(used)
+    layout, starts = Layout(), [0] * len(sizes)
+    for i, storages in enumerate(used):
+        for storage in dict.fromkeys(storages):
+            if first[storage] == i:
+                starts[storage] = layout.take(sizes[storage])
+        for storage in dict.fromkeys(storages):
+            if last[storage] == i:
+                layout.give(starts[storage], sizes[storage])
+    return layout.size, starts
 
 
-def _rounded(size: int) -> int:
+def rounded(size: int) -> int:
+    """Bytes that a storage takes."""
     return -(-size // ALIGN) * ALIGN

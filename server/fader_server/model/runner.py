@@ -13,7 +13,7 @@ from fader_adapters.spec import RowTerms, StepTerms
 from fader_server.core import Lane, Plan, RowResult
 from fader_server.model.attention import PagedAttention, StepAttention
 from fader_server.model.batch import Batch
-from fader_server.model.decode import Replays
+from fader_server.model.decode import Replays, decodes
 from fader_server.model.kernels import choose_replays
 from fader_server.model.kv_cache import KVCache
 from fader_server.model.loaded import LoadedBase
@@ -134,6 +134,8 @@ class ModelRunner:
     def _prepared(self, part: Part) -> Ready:
         """Put a forward together; what queues it and its draw."""
         replays = part.replays
+        if replays is not None and not decodes(part.plan) and self._adapts_head(part.plan):
+            replays = None  # a recorded output layer that is not for all tokens is the base's
         compute = self._eager(part.plan) if replays is None else self._replay(part.plan, replays)
 
         def begin() -> Drawn:
@@ -149,9 +151,14 @@ class ModelRunner:
     def _replay(self, plan: Plan, replays: Replays) -> Ready:
         step = self._base.backend.prepare(self._tables, plan.terms)
 
+        head = step if decodes(plan) else None
+        sampling = tuple(i for i, row in enumerate(plan.rows) if row.samples)
+
+        def forward(batch: Batch) -> torch.Tensor:
+            return self._forward(batch, step, lambda _: head)
+
         def compute() -> Drawn:
-            logits = replays.run(plan, step, lambda batch: self._rows(batch, step))
-            return self._sampled(plan, tuple(range(len(plan.rows))), logits)
+            return self._sampled(plan, sampling, replays.run(plan, step, forward))
 
         return compute
 
@@ -177,15 +184,18 @@ class ModelRunner:
 
     def _head_step(self, plan: Plan, batch: Batch) -> Step | None:
         """The delta work of the rows whose logits are wanted; None where nobody adapts the head."""
-        head = self._base.installed.head
-        slots = sorted({slot for row in plan.terms.rows for slot, _ in row.terms})
-        if head is None or not slots:
-            return None
-        (index,) = head.spec.linears
-        if not bool(self._tables.rank[slots, index].any()):
+        if not self._adapts_head(plan):
             return None
         terms = batch.logit_terms(plan.terms)
         return self._base.backend.prepare(self._tables, terms)
+
+    def _adapts_head(self, plan: Plan) -> bool:
+        head = self._base.installed.head
+        slots = sorted({slot for row in plan.terms.rows for slot, _ in row.terms})
+        if head is None or not slots:
+            return False
+        (index,) = head.spec.linears
+        return bool(self._tables.rank[slots, index].any())
 
     def _forward(self, batch: Batch, step: Step | None, head: HeadStep) -> torch.Tensor:
         """[len(batch.logit_index), vocab]"""

@@ -154,7 +154,7 @@ def test_decode_steps_of_a_lane_are_replayed_like_the_bases(llama: Setting):
         world.run(_asks())
     weights = world.runner._lanes[opened.lane]
     assert 6 in weights.replays._trusted
-    assert 6 not in world.runner._replays._trusted
+    assert 6 not in world.runner._replays.decode._trusted
 
 
 def test_prefix_blocks_of_the_two_lanes_never_meet(llama: Setting, monkeypatch):

@@ -11,7 +11,7 @@ from fader_adapters.kernels.native.norm import rms_norm
 from fader_adapters.kernels.native.ops import Call, Kind, Map, Op, Tape
 from fader_adapters.kernels.native.panels import Nf4Panels, PanelStore, in_huge_pages
 from fader_adapters.kernels.native.plain import PlainPanels
-from fader_adapters.kernels.native.program import Program, StepInputs
+from fader_adapters.kernels.native.program import Program, StepInputs, words_of
 from fader_adapters.kernels.native.quantise import (
     BLOCK,
     NESTED_BLOCK,
@@ -69,4 +69,5 @@ __all__ = [
     "set_isa",
     "set_threads",
     "threads",
+    "words_of",
 ]

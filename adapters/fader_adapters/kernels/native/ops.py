@@ -71,6 +71,10 @@ class Call:
     out: Tensor | None
     keep: object
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.x, self.y, self.out) if t is not None]
+
 
 class Tape:
     """Where native calls tell what they did, while somebody records a step."""

@@ -4,17 +4,19 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from fader_adapters.kernels.native.library import library
 from fader_adapters.kernels.native.ops import Op, Step
-from fader_adapters.kernels.native.step import StepPlan
 from fader_adapters.kernels.native.workspace import Workspace
+
+WORDS = ctypes.sizeof(Op) // 8
 
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """What differs from one run of a program to the next, at fixed addresses.
+    """What differs from one run of a program to the next.
 
     q_start int32 [R+1], context int32 [R], block_tables int32 [R, columns], slots int64 [T].
     """
@@ -24,40 +26,51 @@ class StepInputs:
     block_tables: Tensor
     slots: Tensor
 
+    def step(self) -> Step:
+        """Their addresses; the tensors must outlive it."""
+        return Step(
+            tokens=self.slots.shape[0],
+            rows=self.context.shape[0],
+            q_start=self.q_start.data_ptr(),
+            context=self.context.data_ptr(),
+            block_tables=self.block_tables.data_ptr(),
+            max_blocks=self.block_tables.shape[1],
+            slots=self.slots.data_ptr(),
+        )
+
 
 class Program:
-    """A run of native calls whose tensors stay where they are. Call it once a step."""
+    """Native calls in order, as one block of words."""
 
-    def __init__(self, ops: Sequence[Op], inputs: StepInputs, workspace: Workspace) -> None:
+    def __init__(self, ops: Sequence[Op], workspace: Workspace) -> None:
         self._ops = (Op * len(ops))(*ops)
-        self._keep = inputs
         self._workspace = workspace
-        self._step = Step(
-            tokens=inputs.slots.shape[0],
-            rows=inputs.context.shape[0],
-            q_start=inputs.q_start.data_ptr(),
-            context=inputs.context.data_ptr(),
-            block_tables=inputs.block_tables.data_ptr(),
-            max_blocks=inputs.block_tables.shape[1],
-            slots=inputs.slots.data_ptr(),
-        )
         self._next = ctypes.c_int64()
+        self.words = words_of(self._ops)
+        """int64 [calls, WORDS]: the calls' fields and addresses, as `Op` lays them out. What is
+        written here holds from the next call on."""
 
     def __len__(self) -> int:
         return len(self._ops)
 
-    def __call__(self, plan: StepPlan | None) -> None:
-        """Raises: ValueError when a kernel refuses its arguments, a block number for example."""
-        self._step.plan = None if plan is None else plan.pointer
-        self._next.value = 0
+    def __call__(self, step: Step, begin: int = 0, end: int | None = None) -> None:
+        """Run calls begin..end. Raises: ValueError when a kernel refuses its arguments, a block
+        number for example."""
+        count = len(self) if end is None else end
+        self._next.value = begin
         try:
             self._workspace.call(
                 library().fader_run,
                 "a recorded step",
                 ctypes.addressof(self._ops),
-                len(self._ops),
+                count,
                 ctypes.byref(self._next),
-                ctypes.addressof(self._step),
+                ctypes.addressof(step),
             )
         except ValueError as error:
-            raise ValueError(f"call {self._next.value} of {len(self._ops)}: {error}") from None
+            raise ValueError(f"call {self._next.value} of {count}: {error}") from None
+
+
+def words_of(ops: "ctypes.Array[Op]") -> np.ndarray:
+    """int64 [calls, WORDS], the same memory."""
+    return np.frombuffer(memoryview(ops).cast("B"), np.int64).reshape(len(ops), WORDS)

@@ -172,6 +172,7 @@ class Site:
         if self._tape is not None:
             op = Op(kind=Kind.SITE, dtype=CODES[x.dtype], out_dtype=CODES[dtype], what=self._ref)
             op.x_stride, op.out_stride = checks.row_stride(x), checks.row_stride(out)
+            op.size[0] = tokens
             self._tape.note(op, x, out=out, keep=self)
         return out
 
@@ -214,6 +215,7 @@ class Lookup(Site):
         if self._tape is not None:
             op = Op(kind=Kind.LOOKUP, out_dtype=code, what=self._ref)
             op.out_stride = stride
+            op.size[0] = y.shape[0]
             self._tape.note(op, ids, out=y, keep=self)
 
 

@@ -141,13 +141,14 @@ int fader_write_kv(const fader_attn_t *a, int64_t T, const void *k, int64_t k_st
 enum { FADER_OP_SITE, FADER_OP_NORM, FADER_OP_WRITE_KV, FADER_OP_ATTEND, FADER_OP_GATHER, FADER_OP_MAP, FADER_OP_LOOKUP };
 enum { FADER_MAP_COPY, FADER_MAP_NEG, FADER_MAP_ADD, FADER_MAP_SUB, FADER_MAP_MUL, FADER_MAP_SILU, FADER_MAP_GELU_TANH };
 typedef struct {
-    int32_t kind, map, dtype, out_dtype; /* NORM: map is about_one; GATHER: whether rows are panels */
+    int32_t kind, map, dtype, out_dtype; /* map: NORM: about_one; GATHER: rows are panels; SITE: base only */
     const void *what;                    /* fader_site_t, fader_attn_t, or the weight of NORM */
     const void *x, *y; /* WRITE_KV: k, v; GATHER: rows [n,k], int64 index [size[0]]; LOOKUP: int64 ids, - */
     void *out;
     const float *bias;
     int64_t n, k, x_stride, y_stride, out_stride;
-    int64_t size[4], x_step[4], y_step[4], out_step[4]; /* MAP; innermost x and out steps 1, y 0 or 1 */
+    int64_t size[4], x_step[4], y_step[4], out_step[4]; /* MAP; innermost x and out steps 1, y 0 or 1;
+                                                           SITE, LOOKUP, NORM: size[0] rows */
     float scalar;                                       /* NORM: eps */
     int32_t pad;
 } fader_op_t;

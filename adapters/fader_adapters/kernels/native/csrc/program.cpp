@@ -22,8 +22,8 @@ static int attend(const fader_op_t &o, const fader_step_t &s, void *scratch, int
 static int run_one(const fader_op_t &o, const fader_step_t &s, void *scratch, int64_t bytes, int64_t *need, int nt) {
     switch (o.kind) {
     case FADER_OP_SITE:
-        return fader_site((const fader_site_t *)o.what, s.plan, s.tokens, o.x, o.dtype, o.x_stride, o.out, o.out_dtype,
-                          o.out_stride, scratch, bytes, need, nt);
+        return fader_site((const fader_site_t *)o.what, o.map ? 0 : s.plan, o.size[0], o.x, o.dtype, o.x_stride, o.out,
+                          o.out_dtype, o.out_stride, scratch, bytes, need, nt);
     case FADER_OP_NORM:
         return fader_rms_norm(o.size[0], o.k, o.x, o.x_stride, o.what, o.dtype, o.map, o.scalar, o.out, nt);
     case FADER_OP_WRITE_KV:
@@ -31,7 +31,7 @@ static int run_one(const fader_op_t &o, const fader_step_t &s, void *scratch, in
     case FADER_OP_GATHER: return gather(o);
     case FADER_OP_MAP: return fader_map(&o);
     case FADER_OP_LOOKUP:
-        return fader_lookup((const fader_site_t *)o.what, s.plan, s.tokens, (const int64_t *)o.x, o.out, o.out_dtype,
+        return fader_lookup((const fader_site_t *)o.what, s.plan, o.size[0], (const int64_t *)o.x, o.out, o.out_dtype,
                             o.out_stride, scratch, bytes, need, nt);
     }
     return FADER_E_ARG;

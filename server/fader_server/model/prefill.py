@@ -1,0 +1,167 @@
+"""Steps with prompts on the native backend: recorded at a few small sizes, then replayed at any.
+
+As with decode steps, a replay is trusted after it gave bit for bit what the model's own code gives.
+"""
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from fader_adapters.kernels.backend import Step
+from fader_adapters.kernels.native import StepInputs, StepPlan, Tape, Workspace
+from fader_server.core import Plan
+from fader_server.model.batch import AttentionRow, Batch
+from fader_server.model.decode import DecodeReplays, Forward, decodes, same_bits
+from fader_server.model.recording import Recorder, Recording
+from fader_server.model.replay import Arena
+from fader_server.model.shaped import ShapedReplay
+from fader_server.model.sizes import SIZES, Size
+
+log = logging.getLogger(__name__)
+
+MOST = Size(1 << 14, 1 << 12)
+"""Larger steps run operator by operator."""
+PROOFS = 2
+"""Steps on which a replay has to give the model's bits."""
+
+
+class PrefillInputs:
+    """The model's inputs at addresses that never change."""
+
+    def __init__(self, *, block_size: int) -> None:
+        self._block_size = block_size
+        self._ids = torch.zeros(1, MOST.tokens, dtype=torch.int64)
+        self._positions = torch.zeros(1, MOST.tokens, dtype=torch.int64)
+        self._index = torch.zeros(MOST.logits, dtype=torch.int64)
+
+    def fill(self, batch: Batch) -> tuple[Size, StepInputs]:
+        """Write a batch's tokens, positions and wanted logits; the rest is taken from it."""
+        size = Size(batch.tokens, batch.logit_index.shape[0])
+        self._ids[:, : size.tokens] = batch.input_ids
+        self._positions[:, : size.tokens] = batch.position_ids
+        self._index[: size.logits] = batch.logit_index
+        return size, StepInputs(batch.cu_tokens, batch.contexts, batch.block_tables, batch.slots)
+
+    def blank(self, size: Size) -> Batch:
+        """Two rows of nothing: their keys and values are written nowhere."""
+        first, second = size.tokens - 2, 2
+        for row in (self._positions[0, :first], self._positions[0, first : size.tokens]):
+            row.copy_(torch.arange(row.shape[0]))
+        self._ids[:, : size.tokens] = 0
+        self._index[: size.logits] = torch.arange(size.logits)
+        blocks = -(-first // self._block_size)
+        return Batch(
+            input_ids=self._ids[:, : size.tokens],
+            position_ids=self._positions[:, : size.tokens],
+            slots=torch.full((size.tokens,), -1),
+            cu_tokens=torch.tensor([0, first, size.tokens], dtype=torch.int32),
+            contexts=torch.tensor([first, second], dtype=torch.int32),
+            block_tables=torch.zeros(2, blocks, dtype=torch.int32),
+            logit_index=self._index[: size.logits],
+            rows=(AttentionRow(0, first, first), AttentionRow(first, second, second)),
+            sampling=tuple(range(size.logits)),
+            scored=(),
+        )
+
+
+class PrefillReplays:
+    """One replay for every step with a prompt; what it cannot take goes the usual way."""
+
+    def __init__(
+        self,
+        tape: Tape,
+        inputs: PrefillInputs,
+        *,
+        forward: Callable[[Batch, Step | None], torch.Tensor],
+        block_size: int,
+        arena: Arena,
+        scratch: Workspace,
+    ) -> None:
+        """forward: the model's own, of the base where there is no Step."""
+        self._tape, self._inputs, self._forward = tape, inputs, forward
+        self._block_size = block_size
+        self._arena, self._scratch = arena, scratch
+        self._recordings: list[Recording] = []
+        self._replay: ShapedReplay | None = None
+        self._proofs = 0
+        self._enabled = True
+
+    def sibling(self) -> "PrefillReplays":
+        """An empty one for other weights, in the same memory: one of them runs at a time."""
+        other = PrefillReplays(
+            self._tape,
+            self._inputs,
+            forward=self._forward,
+            block_size=self._block_size,
+            arena=self._arena,
+            scratch=self._scratch,
+        )
+        other._enabled = self._enabled
+        return other
+
+    def takes(self, plan: Plan) -> bool:
+        """Whether the step holds more than decode rows, and wants no logits but those to sample."""
+        return (
+            self._enabled
+            and not decodes(plan)
+            and not any(row.wants_prompt_logprobs for row in plan.rows)
+            and sum(row.count for row in plan.rows) <= MOST.tokens
+            and len(plan.rows) <= MOST.logits
+        )
+
+    def run(self, plan: Plan, step: Step | None, forward: Forward) -> torch.Tensor:
+        """Logits [rows that sample, vocab], those of `forward`; valid until the next step."""
+        assert step is None or isinstance(step, StepPlan)
+        device = torch.device("cpu")
+        batch = Batch.from_plan(plan, block_size=self._block_size, device=device)
+        if self._replay is None:
+            logits = forward(batch)  # before the first recording: attention binds its caches here
+            self._record()
+            return logits
+        if self._proofs >= PROOFS:
+            return self._replay(*self._inputs.fill(batch), step)
+        logits = forward(batch).clone()
+        if same_bits(self._replay(*self._inputs.fill(batch), step), logits):
+            self._proofs += 1
+        else:
+            self._give_up("a replay gave other bits than the model's code")
+        return logits
+
+    def _record(self) -> None:
+        """One size a step: nobody waits long."""
+        batch = self._inputs.blank(SIZES[len(self._recordings)])
+        try:
+            recorder = Recorder(self._tape)
+            self._recordings.append(recorder.record(lambda: self._forward(batch, None)))
+            if len(self._recordings) == len(SIZES):
+                arena, scratch = self._arena, self._scratch
+                self._replay = ShapedReplay(self._recordings, arena=arena, scratch=scratch)
+                self._recordings = []
+        except Exception as reason:  # noqa: BLE001 - whatever it is, the usual way is left
+            self._give_up(str(reason))
+
+    def _give_up(self, reason: str) -> None:
+        self._enabled = False
+        self._replay, self._recordings = None, []
+        log.info("steps with prompts run operator by operator: %s", reason)
+
+
+class NativeReplays:
+    """Both kinds of steps, each in its own way."""
+
+    def __init__(self, decode: DecodeReplays, prefill: PrefillReplays) -> None:
+        self.decode, self.prefill = decode, prefill
+
+    def sibling(self) -> "NativeReplays":
+        """See Replays."""
+        return NativeReplays(self.decode.sibling(), self.prefill.sibling())
+
+    def takes(self, plan: Plan) -> bool:
+        """See Replays."""
+        return self.decode.takes(plan) or self.prefill.takes(plan)
+
+    def run(self, plan: Plan, step: Step | None, forward: Forward) -> torch.Tensor:
+        """See Replays."""
+        way = self.decode if self.decode.takes(plan) else self.prefill
+        return way.run(plan, step, forward)
