@@ -1,0 +1,168 @@
+"""Steps with prompts: replays of any size give the bits of the model's own code, or are not used."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+
+from fader_adapters.kernels import native
+from fader_server.model.prefill import PROOFS
+from fader_server.model.recording import Unrepeatable
+from fader_server.model.shaped import ShapedReplay
+from fader_server.model.sizes import SIZES, Linear, Size
+from tests.support.families import CONFIGS, outside, write_family
+from tests.support.peft_adapters import write_adapter
+from tests.support.world import Ask, TinyWorld, greedy
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
+
+BLENDS: list[Mapping[str, float]] = [{}, {"a": 1.0}, {"b": 0.5}, {"a": 0.7, "b": -0.4}]
+WARM = len(SIZES) + PROOFS
+"""Steps with prompts before replays are trusted."""
+
+
+def write(name, folder):
+    source = write_family(name, folder / "base")
+    kinds = {"a": {}, "b": {"target_modules": outside(name), "use_dora": True}}
+    return source, [
+        write_adapter(source, folder / own, rank=8, seed=i, **config)
+        for i, (own, config) in enumerate(kinds.items())
+    ]
+
+
+@pytest.fixture(scope="module", params=sorted(CONFIGS))
+def family(request, tmp_path_factory):
+    return write(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return write("llama", tmp_path_factory.mktemp("one"))
+
+
+def open_world(family, dtype=torch.float32, *, replays=True):
+    source, adapters = family
+    world = TinyWorld(source, dtype=dtype)
+    for name, path in zip("ab", adapters, strict=True):
+        world.load(name, path)
+    if not replays:
+        world.runner._replays = None
+    return world
+
+
+def ask(length: int, blend: Mapping[str, float], *, start: int = 5, **kwargs) -> Ask:
+    return Ask(list(range(start, start + length)), blend, greedy(6, logprobs=2, **kwargs))
+
+
+def answered(world, asks):
+    return [(a.tokens, [entry.logprob for entry in a.logprobs]) for a in world.run(asks)]
+
+
+def warm(world):
+    return [answered(world, [ask(20 + 3 * turn, {}, start=60 + turn)]) for turn in range(WARM)]
+
+
+def serve(world):
+    """Prompts of many lengths, alone and packed, beside rows that decode."""
+    answers = warm(world)
+    for turn, rows in enumerate((1, 3, 4)):
+        asks = [ask(7 + 31 * i + turn, blend) for i, blend in enumerate(BLENDS[:rows])]
+        answers.append(answered(world, asks))
+    return answers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replayed_steps_give_the_bits_of_the_models_code(family, dtype):
+    world = open_world(family, dtype)
+    replayed = serve(world)
+    assert world.runner._replays.prefill._enabled
+    assert world.runner._replays.prefill._proofs == PROOFS
+    assert replayed == serve(open_world(family, dtype, replays=False))
+
+
+def test_once_trusted_the_models_code_runs_no_more(llama, monkeypatch):
+    expected = serve(open_world(llama, replays=False))
+    world = open_world(llama)
+    assert serve(world) == expected
+    ran = []
+    forward = world.runner._forward
+    monkeypatch.setattr(world.runner, "_forward", lambda *a: (ran.append(a), forward(*a))[1])
+    again = [ask(83, BLENDS[1], start=9)]  # a length that nobody had
+    assert answered(world, again) == answered(open_world(llama, replays=False), again)
+    assert not ran
+    world.run([Ask(list(range(9)), {}, greedy(2, prompt_logprobs=0))])
+    assert ran, "logits of a prompt are not recorded"
+
+
+def test_nothing_is_read_that_this_step_did_not_write(llama):
+    world = open_world(llama)
+    serve(world)
+    asks = [ask(11 + 40 * i, blend) for i, blend in enumerate(BLENDS)]
+    expected = answered(world, asks)
+    replay, call = world.runner._replays.prefill._replay, ShapedReplay.__call__
+
+    def poisoned(size, inputs, plan):
+        replay._memory.fill_(0xFF)
+        return call(replay, size, inputs, plan)
+
+    world.runner._replays.prefill._replay = poisoned
+    fresh = [ask(11 + 40 * i, blend, start=90) for i, blend in enumerate(BLENDS)]
+    assert answered(world, fresh) == answered(open_world(llama, replays=False), fresh)
+    assert answered(world, asks) == expected
+
+
+def test_a_replay_with_other_bits_is_never_used(llama, monkeypatch):
+    whole = ShapedReplay.__call__
+    monkeypatch.setattr(ShapedReplay, "__call__", lambda self, *a: whole(self, *a) + 1.0)
+    world = open_world(llama)
+    answers = serve(world)
+    assert not world.runner._replays.prefill._enabled
+    assert world.runner._replays.prefill._replay is None
+    assert answers == serve(open_world(llama, replays=False))
+
+
+@pytest.mark.parametrize("reason", ["reads a value", "no such thing"])
+def test_what_cannot_be_recorded_goes_the_usual_way(llama, reason):
+    world = open_world(llama)
+    own = world.runner._replays.prefill
+    forward = own._forward
+
+    def hindered(batch, step):
+        if reason == "no such thing":
+            raise RuntimeError(reason)
+        torch.ones(1).sum().item()
+        return forward(batch, step)
+
+    own._forward = hindered
+    answers = serve(world)
+    assert not own._enabled
+    assert answers == serve(open_world(llama, replays=False))
+
+
+def test_a_line_goes_through_three_sizes_or_there_is_none():
+    def seen(of):
+        return [of(*size) for size in SIZES]
+
+    line = Linear.through(seen(lambda tokens, logits: [3, 64 * tokens, 7 + 5 * logits]))
+    assert line.of(Size(100, 9)).tolist() == [3, 6400, 52]
+    assert not line.fixed
+    assert Linear.through(seen(lambda tokens, logits: [3, 4])).fixed
+    with pytest.raises(Unrepeatable, match="not linearly"):
+        Linear.through(seen(lambda tokens, logits: [tokens // 3]))
+    with pytest.raises(Unrepeatable, match="other dimensions"):
+        Linear.through(seen(lambda tokens, logits: np.zeros(tokens)))
+
+
+def test_other_operators_at_other_sizes_are_no_replay(llama):
+    world = open_world(llama)
+    own = world.runner._replays.prefill
+    model = world.base.model
+    layer = model.model.norm
+    inner = layer.forward
+    layer.forward = lambda x: inner(x) + 0.0 if x.shape[1] == SIZES[1].tokens else inner(x)
+    try:
+        warm(world)
+        assert not own._enabled
+    finally:
+        layer.forward = inner
