@@ -1,4 +1,4 @@
-"""Steps with prompts: replays of any size give the bits of the model's own code, or are not used."""
+"""Steps with prompts: replays of any size give the bits of the model's code, or are not used."""
 
 from collections.abc import Mapping
 
