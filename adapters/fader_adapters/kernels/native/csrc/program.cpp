@@ -1,6 +1,30 @@
 // Runs a recorded step: the calls of one forward, in order, without leaving native code between them. Knows
 // the order and the addresses; what a call computes is the kernels' business.
 #include "common.h"
+#include "team.h"
+
+enum { MAP_ITEM = 1 << 14 }; // elements of an elementwise call that a thread takes at a time, about
+
+static int map(const fader_op_t &o, int nt) {
+    int cut = 0; // the outermost dimension that can be cut
+    while (cut < 3 && o.size[cut] == 1) cut++;
+    int64_t inside = 1;
+    for (int d = cut + 1; d < 4; d++) inside *= o.size[d];
+    const int64_t rows = max64(1, MAP_ITEM / max64(1, inside)), items = ceil_div(o.size[cut], rows);
+    if (nt < 2 || items < 2) return fader_map(&o);
+    const int64_t wide = o.dtype == FADER_BF16 ? 2 : 4, out_wide = o.out_dtype == FADER_BF16 ? 2 : 4;
+    int status = 0;
+    share(nt, items, [&](int64_t item, int) {
+        fader_op_t part = o;
+        const int64_t first = item * rows;
+        part.size[cut] = min64(rows, o.size[cut] - first);
+        part.x = (const char *)o.x + first * o.x_step[cut] * wide;
+        if (o.y) part.y = (const char *)o.y + first * o.y_step[cut] * wide;
+        part.out = (char *)o.out + first * o.out_step[cut] * out_wide;
+        if (const int given = fader_map(&part)) __atomic_store_n(&status, given, __ATOMIC_RELAXED);
+    });
+    return status;
+}
 
 static int gather(const fader_op_t &o) {
     if (o.map) return fader_panel_rows(o.n, o.k, o.x, o.dtype, (const int64_t *)o.y, o.size[0], o.out);
@@ -29,7 +53,7 @@ static int run_one(const fader_op_t &o, const fader_step_t &s, void *scratch, in
     case FADER_OP_WRITE_KV:
     case FADER_OP_ATTEND: return attend(o, s, scratch, bytes, need, nt);
     case FADER_OP_GATHER: return gather(o);
-    case FADER_OP_MAP: return fader_map(&o);
+    case FADER_OP_MAP: return map(o, nt);
     case FADER_OP_LOOKUP:
         return fader_lookup((const fader_site_t *)o.what, s.plan, o.size[0], (const int64_t *)o.x, o.out, o.out_dtype,
                             o.out_stride, scratch, bytes, need, nt);
