@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from fader_adapters.kernels import native
-from fader_server.model.prefill import PROOFS
 from fader_server.model.recording import Unrepeatable
 from fader_server.model.shaped import ShapedReplay
 from fader_server.model.sizes import SIZES, Linear, Size
@@ -18,8 +17,8 @@ from tests.support.world import Ask, TinyWorld, greedy
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
 
 BLENDS: list[Mapping[str, float]] = [{}, {"a": 1.0}, {"b": 0.5}, {"a": 0.7, "b": -0.4}]
-WARM = len(SIZES) + PROOFS
-"""Steps with prompts before replays are trusted."""
+WARM = len(SIZES) + 2
+"""Steps with prompts before the first replays are trusted, and one more."""
 
 
 def write(name, folder):
@@ -66,6 +65,10 @@ def warm(world):
 def serve(world):
     """Prompts of many lengths, alone and packed, beside rows that decode."""
     answers = warm(world)
+    for turn in range(2):  # proven, then replayed
+        answers.append(answered(world, [ask(100, BLENDS[1], start=200 + turn)]))
+        pair = [ask(80 + 9 * i, BLENDS[i], start=300 + 20 * turn + i) for i in range(2)]
+        answers.append(answered(world, pair))
     for turn, rows in enumerate((1, 3, 4)):
         asks = [ask(7 + 31 * i + turn, blend) for i, blend in enumerate(BLENDS[:rows])]
         answers.append(answered(world, asks))
@@ -77,7 +80,7 @@ def test_replayed_steps_give_the_bits_of_the_models_code(family, dtype):
     world = open_world(family, dtype)
     replayed = serve(world)
     assert world.runner._replays.prefill._enabled
-    assert world.runner._replays.prefill._proofs == PROOFS
+    assert world.runner._replays.prefill._trusted >= {5, 6, 7, 8}
     assert replayed == serve(open_world(family, dtype, replays=False))
 
 
@@ -89,6 +92,7 @@ def test_once_trusted_the_models_code_runs_no_more(llama, monkeypatch):
     forward = world.runner._forward
     monkeypatch.setattr(world.runner, "_forward", lambda *a: (ran.append(a), forward(*a))[1])
     again = [ask(83, BLENDS[1], start=9)]  # a length that nobody had
+    assert (83).bit_length() in world.runner._replays.prefill._trusted
     assert answered(world, again) == answered(open_world(llama, replays=False), again)
     assert not ran
     world.run([Ask(list(range(9)), {}, greedy(2, prompt_logprobs=0))])
@@ -110,6 +114,22 @@ def test_nothing_is_read_that_this_step_did_not_write(llama):
     fresh = [ask(11 + 40 * i, blend, start=90) for i, blend in enumerate(BLENDS)]
     assert answered(world, fresh) == answered(open_world(llama, replays=False), fresh)
     assert answered(world, asks) == expected
+
+
+def test_longer_steps_are_proven_anew(llama, monkeypatch):
+    world = open_world(llama)
+    warm(world)
+    own = world.runner._replays.prefill
+    assert own._trusted == {5, 6}
+    whole = ShapedReplay.__call__
+
+    def other_when_long(self, size, *rest):
+        return whole(self, size, *rest) + (1.0 if size.tokens > 100 else 0.0)
+
+    monkeypatch.setattr(ShapedReplay, "__call__", other_when_long)
+    asks = [ask(120, BLENDS[1], start=9)]
+    assert answered(world, asks) == answered(open_world(llama, replays=False), asks)
+    assert not own._enabled
 
 
 def test_a_replay_with_other_bits_is_never_used(llama, monkeypatch):

@@ -1,6 +1,7 @@
 """Steps with prompts on the native backend: recorded at a few small sizes, then replayed at any.
 
-As with decode steps, a replay is trusted after it gave bit for bit what the model's own code gives.
+As with decode steps, a replay is trusted after it gave bit for bit what the model's own code gives;
+for tokens up to each power of two anew, for code may go another way when there are many.
 """
 
 import logging
@@ -22,8 +23,6 @@ log = logging.getLogger(__name__)
 
 MOST = Size(1 << 14, 1 << 12)
 """Larger steps run operator by operator."""
-PROOFS = 2
-"""Steps on which a replay has to give the model's bits."""
 
 
 class PrefillInputs:
@@ -84,7 +83,8 @@ class PrefillReplays:
         self._arena, self._scratch = arena, scratch
         self._recordings: list[Recording] = []
         self._replay: ShapedReplay | None = None
-        self._proofs = 0
+        self._trusted: set[int] = set()
+        """Numbers of bits of the tokens of steps that gave the model's bits."""
         self._enabled = True
 
     def sibling(self) -> "PrefillReplays":
@@ -119,11 +119,12 @@ class PrefillReplays:
             logits = forward(batch)  # before the first recording: attention binds its caches here
             self._record()
             return logits
-        if self._proofs >= PROOFS:
+        bits = batch.tokens.bit_length()
+        if bits in self._trusted:
             return self._replay(*self._inputs.fill(batch), step)
         logits = forward(batch).clone()
         if same_bits(self._replay(*self._inputs.fill(batch), step), logits):
-            self._proofs += 1
+            self._trusted.add(bits)
         else:
             self._give_up("a replay gave other bits than the model's code")
         return logits
@@ -144,6 +145,7 @@ class PrefillReplays:
     def _give_up(self, reason: str) -> None:
         self._enabled = False
         self._replay, self._recordings = None, []
+        self._trusted.clear()
         log.info("steps with prompts run operator by operator: %s", reason)
 
 
