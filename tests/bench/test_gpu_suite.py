@@ -116,6 +116,7 @@ def planted(
     return code, {s["name"]: s for s in json.loads(told.read_text())["sections"]}, seconds
 
 
+@pytest.mark.slow
 def test_a_crash_a_hang_and_an_overrun_cost_one_section_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -132,6 +132,26 @@ def test_longer_steps_are_proven_anew(llama, monkeypatch):
     assert not own._enabled
 
 
+def test_streams_wait_for_no_recording_and_no_proof(llama, monkeypatch):
+    world = open_world(llama)
+    own = world.runner._replays.prefill
+    run, seen = own.run, []
+
+    def watched(plan, step, forward):
+        before = len(own._recordings), own._replay, set(own._trusted)
+        logits = run(plan, step, forward)
+        after = len(own._recordings), own._replay, set(own._trusted)
+        seen.append((any(row.count == 1 for row in plan.rows), before != after))
+        return logits
+
+    monkeypatch.setattr(own, "run", watched)
+    for turn in range(WARM):  # the second prompt's last chunks come while the first one decodes
+        world.run([ask(9, {}, start=40 + turn), ask(400, {}, start=60 + turn)])
+    assert (True, False) in seen
+    assert (True, True) not in seen
+    assert (False, True) in seen
+
+
 def test_a_replay_with_other_bits_is_never_used(llama, monkeypatch):
     whole = ShapedReplay.__call__
     monkeypatch.setattr(ShapedReplay, "__call__", lambda self, *a: whole(self, *a) + 1.0)

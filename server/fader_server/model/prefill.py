@@ -1,7 +1,8 @@
 """Steps with prompts on the native backend: recorded at a few small sizes, then replayed at any.
 
 As with decode steps, a replay is trusted after it gave bit for bit what the model's own code gives;
-for tokens up to each power of two anew, for code may go another way when there are many.
+for tokens up to each power of two anew, for code may go another way when there are many. Neither
+recordings nor proofs are made where streams would wait for them.
 """
 
 import logging
@@ -115,13 +116,15 @@ class PrefillReplays:
         assert step is None or isinstance(step, StepPlan)
         device = torch.device("cpu")
         batch = Batch.from_plan(plan, block_size=self._block_size, device=device)
+        bits = batch.tokens.bit_length()
+        if self._replay is not None and bits in self._trusted:
+            return self._replay(*self._inputs.fill(batch), step)
+        if any(row.count == 1 for row in plan.rows):
+            return forward(batch)  # somebody's next token is in this step
         if self._replay is None:
             logits = forward(batch)  # before the first recording: attention binds its caches here
             self._record()
             return logits
-        bits = batch.tokens.bit_length()
-        if bits in self._trusted:
-            return self._replay(*self._inputs.fill(batch), step)
         logits = forward(batch).clone()
         if same_bits(self._replay(*self._inputs.fill(batch), step), logits):
             self._trusted.add(bits)
@@ -130,7 +133,7 @@ class PrefillReplays:
         return logits
 
     def _record(self) -> None:
-        """One size a step: nobody waits long."""
+        """One size a step."""
         batch = self._inputs.blank(SIZES[len(self._recordings)])
         try:
             recorder = Recorder(self._tape)

@@ -79,6 +79,7 @@ def start(setting: Setting, patch: pytest.MonkeyPatch, record: graphs.Record | N
     return setting.world()
 
 
+@pytest.mark.slow
 def test_no_request_waits_for_a_compiler(
     setting: Setting, monkeypatch: pytest.MonkeyPatch, compilations: Compilations
 ) -> None:
@@ -124,6 +125,7 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 def test_a_captured_step_never_waits_for_the_device(
     setting: Setting, monkeypatch: pytest.MonkeyPatch, compilations: Compilations
 ) -> None:

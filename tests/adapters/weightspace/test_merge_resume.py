@@ -48,7 +48,7 @@ class Camera:
         return wrapped
 
 
-@pytest.mark.parametrize("form", ["nf4", "bf16"])
+@pytest.mark.parametrize("form", ["nf4", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_killed_at_any_write_it_goes_on_to_the_same_bytes(files, tmp_path, monkeypatch, form):
     made = files("llama")
     out, shots = tmp_path / "out", tmp_path / "shots"

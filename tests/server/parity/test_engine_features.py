@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -103,9 +104,23 @@ def _sampled(seed: int) -> SamplingParams:
     return SamplingParams(temperature=1.0, top_p=0.9, seed=seed, max_tokens=8, logprobs=0)
 
 
-@pytest.mark.parametrize("params", [greedy(10), _sampled(11)], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PARAMS = {"greedy": greedy(10), "sampled": _sampled(11)}
+SETTINGS = product(("auto", "reference"), DTYPES, PARAMS)
+QUICK = {("auto", "bf16", "sampled"), ("auto", "fp32", "greedy"), ("reference", "bf16", "greedy")}
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "params"),
+    [
+        pytest.param(
+            *(backend, DTYPES[dtype], PARAMS[params]),
+            id=f"{backend}-{dtype}-{params}",
+            marks=[] if (backend, dtype, params) in QUICK else pytest.mark.slow,
+        )
+        for backend, dtype, params in SETTINGS
+    ],
+)
 def test_a_request_is_bitwise_the_same_alone_and_in_twenty_random_batches(
     llama: Setting, params, dtype, backend
 ):

@@ -153,7 +153,7 @@ def test_decode_steps_of_a_lane_are_replayed_like_the_bases(llama: Setting):
     for _ in range(3):
         world.run(_asks())
     weights = world.runner._lanes[opened.lane]
-    assert 6 in weights.replays._trusted
+    assert 6 in weights.replays.decode._trusted
     assert 6 not in world.runner._replays.decode._trusted
 
 
