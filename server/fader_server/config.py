@@ -115,6 +115,9 @@ class ServeConfig:
     max_batch_rows: int = define(64, "requests in one step", parse=_COUNT)
     max_step_tokens: int = define(512, "tokens in one step", parse=_COUNT)
     threads: int | None = define(None, "CPU threads of the engine", parse=_COUNT)
+    warm_up: float = define(
+        2.0, "seconds of made-up steps before the first request, 0: none", parse=_SECONDS
+    )
     api_key: tuple[str, ...] = define(
         (), "key for user routes (repeatable)", parse=kinds.key, metavar="KEY", secret=True
     )

@@ -29,6 +29,7 @@ from fader_server.engine.blocks import BlockManager
 from fader_server.engine.limits import Limits
 from fader_server.engine.loop import Engine
 from fader_server.engine.scheduler import Scheduler
+from fader_server.engine.warmup import warm_up
 from fader_server.errors import ConfigInvalid
 from fader_server.launch import Background, World
 from fader_server.mergestart import lane_of, open_merging, policy_of, probe_tokens, room_to_keep
@@ -132,6 +133,9 @@ def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> 
     )
     # the engine first: it lets go of what makes room for the next
     with engine, open_merging(config, parts) as lanes:
+        if config.warm_up:
+            steps = partial(warm_up, runner, scheduler.blocks, scheduler.limits)
+            engine.call(partial(steps, vocab=base.vocab_size, seconds=config.warm_up)).result()
         seen = _load_adapters(config, registry, parking, base_name=name)
         background = _background(config, adapters, sources, seen=seen, base_name=name)
         yield World(

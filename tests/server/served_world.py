@@ -86,6 +86,7 @@ class Said:
 @contextlib.asynccontextmanager
 async def served(root: Path, state_dir: Path | None = None, **flags: str) -> AsyncIterator[Served]:
     """Open, restore and close as `fader serve` does, without its process and its socket."""
+    flags = {"warm_up": "0"} | flags
     settings = config.load(
         flags | {"adapter_dir": [str(root)], "threads": "1", "kv_cache": "8MiB"}, {}
     )

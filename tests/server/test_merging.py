@@ -34,7 +34,8 @@ BLEND = {"pirate": 0.7, "polite": 0.5}
 @contextlib.contextmanager
 def opened(**flags: object):
     """A world as `fader serve` has it when it begins to serve."""
-    with open_world(config.load(flags | {"threads": "1"}, {}), Metrics()) as world:
+    flags |= {"warm_up": "0", "threads": "1"}
+    with open_world(config.load(flags, {}), Metrics()) as world:
         if world.prepare is not None:
             book = RecipeBook(world.adapters, base=world.base.name, most=8, recipes=[WARM])
             asyncio.run(world.prepare(world.adapters, book))

@@ -43,7 +43,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(**flags: object):
-    return open_world(config.load(flags | {"threads": "1", "kv_cache": "4MiB"}, {}), Metrics())
+    flags |= {"warm_up": "0", "threads": "1", "kv_cache": "4MiB"}
+    return open_world(config.load(flags, {}), Metrics())
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from tests.support.peft_adapters import write_adapter
 
 
 def _open(**flags: object):
-    return open_world(config.load(flags | {"threads": "1"}, {}), Metrics())
+    return open_world(config.load({"warm_up": "0"} | flags | {"threads": "1"}, {}), Metrics())
 
 
 def _generate(world, adapter: str | None) -> list[int]:
@@ -48,6 +48,17 @@ def test_without_a_model_the_demo_is_served_with_its_adapters():
         assert world.base.name == demo.SERVED_NAME
         assert {info.name for info in world.adapters.list()} == set(demo.adapter_dirs())
         assert _generate(world, None) != _generate(world, "shout")
+
+
+@pytest.mark.parametrize("seconds", ["60", "0"])
+def test_a_start_warms_up_when_it_may_and_leaves_no_trace(seconds, caplog):
+    with caplog.at_level(logging.INFO), _open(warm_up=seconds) as world:
+        stats = world.engine.stats()
+        assert (stats.steps, stats.generated, stats.kv_used, stats.kv_cached) == (0, 0, 0, 0)
+        assert _generate(world, "shout")
+    told = [r.fields for r in caplog.records if r.message == "warmed up"]
+    assert bool(told) == (seconds == "60")
+    assert not told or (told[0]["steps"] > 64 and 0 < told[0]["seconds"] < 60)
 
 
 def test_the_memory_plan_is_told_once_in_bytes(caplog):

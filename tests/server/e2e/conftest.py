@@ -59,7 +59,7 @@ class Running:
 def start(root: Path, *flags: str, **variables: str) -> Running:
     """Start `fader serve` on a free port and wait until it says where it listens."""
     command = [sys.executable, "-m", "fader_server", "serve", "--port", "0"]
-    command += ["--adapter-dir", str(root), "--drain-grace", "0", *flags]
+    command += ["--adapter-dir", str(root), "--drain-grace", "0", "--warm-up", "0", *flags]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
     environment |= variables
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
@@ -89,6 +89,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     root = tmp_path_factory.mktemp("adapters")
     for name in ("shout", "german"):
         shutil.copytree(demo.adapter_dirs()[name], root / f"copy-of-{name}")
-    with start(root) as running:
+    with start(root, "--warm-up", "1") as running:
         yield running
         assert running.terminate() == 0

@@ -1,0 +1,46 @@
+"""A server that warmed up at start records nothing under its first requests."""
+
+import pytest
+
+from fader_adapters.kernels import native
+from fader_server.engine.warmup import warm_up
+from fader_server.model.recording import Recorder
+from tests.support.families import write_family
+from tests.support.world import Ask, TinyWorld, greedy
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return write_family("llama", tmp_path_factory.mktemp("base"))
+
+
+def serve(world):
+    asks = [Ask(list(range(5, 25 + 40 * i)), {}, greedy(6, logprobs=2)) for i in range(3)]
+    return [(a.tokens, [entry.logprob for entry in a.logprobs]) for a in world.run(asks)]
+
+
+def warmed(source, **others):
+    world = TinyWorld(source, **others)
+    limits, vocab = world.scheduler.limits, world.base.vocab_size
+    warm_up(world.runner, world.blocks, limits, vocab=vocab, seconds=60.0)
+    return world
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_no_request_waits_for_a_recording(llama, warm, monkeypatch):
+    world = warmed(llama) if warm else TinyWorld(llama)
+    recorded, record = [], Recorder.record
+    monkeypatch.setattr(Recorder, "record", lambda *a: (recorded.append(a), record(*a))[1])
+    ran, forward = [], world.runner._forward
+    monkeypatch.setattr(world.runner, "_forward", lambda *a: (ran.append(a), forward(*a))[1])
+    serve(world)
+    assert bool(recorded) == bool(ran) == (not warm)
+
+
+def test_answers_are_those_of_a_server_that_did_not(llama):
+    world = warmed(llama, blocks=600)
+    assert world.runner._replays.prefill._enabled
+    assert world.runner._replays.decode._enabled
+    assert serve(world) == serve(TinyWorld(llama))
