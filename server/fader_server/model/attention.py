@@ -51,6 +51,19 @@ class AttentionParams:
     """Keys a query sees, itself included; None: all."""
     softcap: float | None
 
+    def weights(self, products: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+        """Of the values, in the dtype of `products` (q·k, [..., queries, keys]).
+
+        distance: query position − key position, broadcast against them; negative: the future.
+        """
+        scores = products * self.scale
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        allowed = distance >= 0
+        if self.window is not None:
+            allowed = allowed & (distance < self.window)
+        return torch.softmax(scores.masked_fill(~allowed, float("-inf")), dim=-1)
+
 
 class PagedAttention(Protocol):
     """Attention over a paged cache on one kind of device."""
@@ -136,13 +149,8 @@ def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: AttentionParams
 ) -> torch.Tensor:
     """One short sequence, [1, heads, n, d] each, in fp32."""
-    scores = q @ k.transpose(-1, -2) * params.scale
-    if params.softcap is not None:
-        scores = params.softcap * torch.tanh(scores / params.softcap)
     place = torch.arange(q.shape[2], device=q.device)
-    distance = place[:, None] - place
-    allowed = (distance >= 0) & (distance < (params.window or len(place)))
-    return torch.softmax(scores.masked_fill(~allowed, float("-inf")), dim=-1) @ v
+    return params.weights(q @ k.transpose(-1, -2), place[:, None] - place) @ v
 
 
 def fader_attention(
@@ -178,7 +186,7 @@ def fader_attention(
             f"{type(module).__name__} attends with {', '.join(unknown)}, unknown to Fader"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    params = AttentionParams(float(scale), sliding_window, softcap)
+    params = AttentionParams(float(scale), sliding_window or None, softcap)
     return fader_step.run(module, query, key, value, params), None
 
 

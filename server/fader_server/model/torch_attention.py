@@ -84,14 +84,8 @@ def _attend(
     batch, count, heads, width = q.shape
     kv_heads = k.shape[2]
     grouped = q.view(batch, count, kv_heads, heads // kv_heads, width)
-    scores = torch.einsum("bnkgd,blkd->bkgnl", grouped, k) * params.scale
-    if params.softcap is not None:
-        scores = params.softcap * torch.tanh(scores / params.softcap)
-    allowed = distance >= 0
-    if params.window is not None:
-        allowed &= distance < params.window
-    scores = scores.masked_fill(~allowed[:, None, None], float("-inf"))
-    weights = torch.softmax(scores, dim=-1)
+    products = torch.einsum("bnkgd,blkd->bkgnl", grouped, k)
+    weights = params.weights(products, distance[:, None, None])
     return torch.einsum("bkgnl,blkd->bnkgd", weights, v).reshape(batch, count, heads, -1)
 
 
