@@ -66,7 +66,7 @@ class _Run:
             await self._check(alone, "beside the lane")
         for number in range(0 if self._options.idle else self._options.repeats):
             await self._round(number, alone)
-            if self._result.ok:
+            if self._result.ok and number < self._options.busy_merges:
                 await self._under_load()
             await self._check(alone, "after a merge")
             if not self._result.ok:

@@ -28,7 +28,10 @@ def merge(
     prompt_tokens: Annotated[int, typer.Option(help="Exact prompt length.")] = 32,
     output_tokens: Annotated[int, typer.Option(help="Exact output length.")] = 64,
     concurrency: Annotated[int, typer.Option(help="Requests in flight.")] = 1,
-    repeat: Annotated[int, typer.Option(help="Rounds of everything.")] = 3,
+    repeat: Annotated[int, typer.Option(help="Rounds of all loads.")] = 3,
+    busy_merges: Annotated[
+        int, typer.Option(help="Rounds that end with a merge while streams run.")
+    ] = 3,
     steady: Annotated[float, typer.Option(help="Seconds of streams before each merge.")] = 3.0,
     idle: Annotated[bool, typer.Option(help="Only one merge, without streams.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds a request may take.")] = 600.0,
@@ -57,6 +60,7 @@ def merge(
             output_tokens=output_tokens,
             concurrency=concurrency,
             repeats=repeat,
+            busy_merges=busy_merges,
             steady_seconds=steady,
             idle=idle,
             timeout=timeout,

@@ -26,6 +26,8 @@ class Options:
     output_tokens: int = 64
     concurrency: int = 1
     repeats: int = 3
+    busy_merges: int = 3
+    """So many of the rounds end with a merge while streams run."""
     steady_seconds: float = 3.0
     """Of streams without a merge, before each merge under load."""
     idle: bool = False
@@ -38,6 +40,8 @@ class Options:
         for name in ("requests", "prompt_tokens", "output_tokens", "concurrency", "repeats"):
             if getattr(self, name) < 1:
                 raise ConfigInvalid(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.busy_merges < 0:
+            raise ConfigInvalid(f"busy_merges must be 0 or more, got {self.busy_merges}")
         if self.output_tokens < 2:
             raise ConfigInvalid("output_tokens must be at least 2: times are between tokens")
 
@@ -64,7 +68,7 @@ class Result:
     """One a repeat: base, merged and delta beside the lane, delta without it."""
     merges: list[Merge] = field(default_factory=list)
     gaps: list[tuple[Summary, Summary]] = field(default_factory=list)
-    """Inter-token times in ms without and during a merge, one pair a repeat."""
+    """Inter-token times in ms without and during a merge, one pair a merge under streams."""
     report: dict[str, Any] = field(default_factory=dict)
     """The last lane's loss report, without its linears."""
 
@@ -80,12 +84,16 @@ class Result:
         def over(one: str, other: str) -> Spread:
             return spread(_tpot(found[one]) / _tpot(found[other]) for found in self.rounds)
 
-        return {
+        ratios = {
             "merged_tpot": over("merged", "base"),
             "delta_tpot": over("delta beside", "delta alone"),
-            "merging_p99": spread(during.p99 / before.p99 for before, during in self.gaps),
-            "merging_p50": spread(during.p50 / before.p50 for before, during in self.gaps),
         }
+        if self.gaps:
+            ratios |= {
+                "merging_p99": spread(during.p99 / before.p99 for before, during in self.gaps),
+                "merging_p50": spread(during.p50 / before.p50 for before, during in self.gaps),
+            }
+        return ratios
 
 
 def _tpot(repeat: Repeat) -> float:

@@ -145,7 +145,9 @@ async def test_a_server_that_refuses_to_merge_is_told():
         await run_fake(FakeMergeServer(refuse=507))
 
 
-@pytest.mark.parametrize("changes", [{"requests": 0}, {"output_tokens": 1}, {"repeats": 0}])
+@pytest.mark.parametrize(
+    "changes", [{"requests": 0}, {"output_tokens": 1}, {"repeats": 0}, {"busy_merges": -1}]
+)
 def test_what_is_no_benchmark_is_refused(changes):
     with pytest.raises(ConfigInvalid):
         options(**changes)
@@ -159,6 +161,16 @@ async def test_the_document_has_the_bars_and_no_key():
     assert document["bars"]["merged_tpot"] == 1.01
     assert set(document["ratios"]) == {"merged_tpot", "delta_tpot", "merging_p99", "merging_p50"}
     assert "secret-key" not in json.dumps(document)
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 3])
+async def test_as_many_rounds_as_asked_for_end_with_a_merge_under_streams(wanted):
+    result = await run_fake(FakeMergeServer(), options(repeats=3, busy_merges=wanted))
+    assert result.ok
+    assert len(result.rounds) == 3
+    assert sum(merge.busy for merge in result.merges) == len(result.gaps) == wanted
+    assert ("merging_p99" in result.ratios()) == bool(wanted)
+    assert "merged_tpot" in result.ratios()
 
 
 async def test_an_idle_run_only_merges():
