@@ -17,6 +17,7 @@ from fader_server.core import Plan, Request, SamplingParams
 from fader_server.engine.blocks import BlockManager
 from fader_server.engine.limits import Limits
 from fader_server.engine.scheduler import Scheduler
+from fader_server.engine.warmup import warm_up
 from fader_server.model.kernels import choose_attention
 from fader_server.model.kv_cache import KVCache
 from fader_server.model.loaded import LoadedBase
@@ -25,6 +26,8 @@ from fader_server.model.sampler import Sampler
 
 BLOCK = 16
 CHUNK = 256
+WARM_SECONDS = 60.0
+"""Enough for every size of step that is measured here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,8 @@ class Rig:
         self._limits = Limits(rows, rows + CHUNK, CHUNK, length)
         self._blocks = rows * per_row + 1
         self._scheduler = self._fresh()
+        blocks = self._scheduler.blocks
+        warm_up(self._runner, blocks, self._limits, vocab=base.vocab_size, seconds=WARM_SECONDS)
 
     def _fresh(self) -> Scheduler:
         """A scheduler without requests or cached prefixes."""
