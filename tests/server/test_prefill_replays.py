@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from fader_adapters.kernels import native
+from fader_server.model import shaped
 from fader_server.model.recording import Unrepeatable
 from fader_server.model.shaped import ShapedReplay
 from fader_server.model.sizes import SIZES, Linear, Size
 from tests.support.families import CONFIGS, outside, write_family
+from tests.support.many_families import MANY, write_many
 from tests.support.peft_adapters import write_adapter
 from tests.support.world import Ask, TinyWorld, greedy
 
@@ -43,7 +45,7 @@ def llama(tmp_path_factory):
 def open_world(family, dtype=torch.float32, *, replays=True):
     source, adapters = family
     world = TinyWorld(source, dtype=dtype)
-    for name, path in zip("ab", adapters, strict=True):
+    for name, path in zip("ab", adapters, strict=False):
         world.load(name, path)
     if not replays:
         world.runner._replays = None
@@ -97,6 +99,29 @@ def test_once_trusted_the_models_code_runs_no_more(llama, monkeypatch):
     assert not ran
     world.run([Ask(list(range(9)), {}, greedy(2, prompt_logprobs=0))])
     assert ran, "logits of a prompt are not recorded"
+
+
+@pytest.mark.parametrize("name", ["mixtral", "opt"])
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_numbers_among_an_operators_arguments_follow_the_size(name, wrong, tmp_path, monkeypatch):
+    source = write_many(*MANY[name], tmp_path / "base")
+    asks = [[ask(length, {}), ask(2 * length + 1, {})] for length in (20, 21, 33, 37, 61)]
+    plain = open_world((source, []), replays=False)
+    expected = [warm(plain), *(answered(plain, own) for own in asks)]
+    leaf = shaped._leaf
+    numbers = []
+
+    def spoilt(own, *rest):
+        if not isinstance(own, Linear):
+            return leaf(own, *rest)
+        numbers.append(own)
+        return leaf(own, *rest) + wrong
+
+    monkeypatch.setattr(shaped, "_leaf", spoilt)
+    world = open_world((source, []))
+    assert [warm(world), *(answered(world, own) for own in asks)] == expected
+    assert numbers
+    assert world.runner._replays.prefill._enabled == (not wrong)
 
 
 def test_nothing_is_read_that_this_step_did_not_write(llama):

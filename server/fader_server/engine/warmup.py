@@ -5,7 +5,7 @@ Knows blocks and token ids as integers, as the scheduler does; the runner learns
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from itertools import count
 
@@ -16,7 +16,7 @@ from fader_server.engine.limits import Limits
 
 _log = logging.getLogger(__name__)
 
-_SMALLEST = 2
+_SMALLEST = 3
 """Tokens of the first prompts: more than a decode row has."""
 _TIMES = 3
 """So often they come before any other."""
@@ -56,8 +56,17 @@ def warm_up(
     return ran
 
 
+def _sizes(most: int) -> Iterator[int]:
+    """A number of tokens for every number of bits up to that of `most`.
+
+    Odd ones between two powers of two: what is right for them is right for no round number only.
+    """
+    for bits in range(_SMALLEST.bit_length(), most.bit_length() + 1):
+        yield min((1 << bits + 1) // 3 | 1, most)
+
+
 def _steps(blocks: BlockManager, limits: Limits, vocab: int) -> Generator[Plan]:
-    """Prompts of 2, 4, 8 … tokens; after each, decode steps of up to a quarter as many rows.
+    """Prompts of each size; after each, decode steps of up to a quarter as many rows.
 
     Ends early where the cache has no more blocks.
     """
@@ -94,8 +103,7 @@ def _steps(blocks: BlockManager, limits: Limits, vocab: int) -> Generator[Plan]:
     try:
         for _ in range(_TIMES):
             yield from prompt(_SMALLEST)
-        tokens = _SMALLEST
-        while tokens <= limits.max_step_tokens:
+        for tokens in _sizes(limits.max_step_tokens):
             yield from prompt(tokens)
             while len(decoding) < min(tokens // 4, limits.max_rows):
                 row = taking(_SMALLEST + 7 * len(decoding) % _POSITIONS + 1)
@@ -105,7 +113,6 @@ def _steps(blocks: BlockManager, limits: Limits, vocab: int) -> Generator[Plan]:
                 decoding.append(row)
                 for _ in range(_TWICE):
                     yield _plan((one, len(one.tokens) - 1, 1) for one in decoding)
-            tokens *= 2
     finally:
         releasing(0)
 

@@ -146,10 +146,11 @@ class DecodeReplays:
         if candidate is None:
             return self._record(batch, forward)
         logits = forward(batch)
-        if same_bits(candidate(step), logits):
-            self._trusted[rows] = candidate
+        reason = refuted(lambda: candidate(step), logits)
+        if reason:
+            self._give_up(reason)
         else:
-            self._give_up("a replay gave other bits than the model's code")
+            self._trusted[rows] = candidate
         return logits
 
     def _record(self, batch: Batch, forward: Forward) -> torch.Tensor:
@@ -169,6 +170,15 @@ class DecodeReplays:
         self._trusted.clear()
         self._candidates.clear()
         log.info("decode steps run operator by operator: %s", reason)
+
+
+def refuted(replay: Callable[[], torch.Tensor], logits: torch.Tensor) -> str:
+    """Why a replay is not to be trusted; empty where it gives the logits of the model's code."""
+    try:
+        same = same_bits(replay(), logits)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the model's code has answered
+        return f"a replay failed: {error}"
+    return "" if same else "a replay gave other bits than the model's code"
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

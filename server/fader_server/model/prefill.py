@@ -14,7 +14,7 @@ from fader_adapters.kernels.backend import Step
 from fader_adapters.kernels.native import StepInputs, StepPlan, Tape, Workspace
 from fader_server.core import Plan
 from fader_server.model.batch import AttentionRow, Batch
-from fader_server.model.decode import DecodeReplays, Forward, decodes, same_bits
+from fader_server.model.decode import DecodeReplays, Forward, decodes, refuted
 from fader_server.model.recording import Recorder, Recording
 from fader_server.model.replay import Arena
 from fader_server.model.shaped import ShapedReplay
@@ -125,11 +125,12 @@ class PrefillReplays:
             logits = forward(batch)  # before the first recording: attention binds its caches here
             self._record()
             return logits
-        logits = forward(batch).clone()
-        if same_bits(self._replay(*self._inputs.fill(batch), step), logits):
-            self._trusted.add(bits)
+        logits, replay = forward(batch).clone(), self._replay
+        reason = refuted(lambda: replay(*self._inputs.fill(batch), step), logits)
+        if reason:
+            self._give_up(reason)
         else:
-            self._give_up("a replay gave other bits than the model's code")
+            self._trusted.add(bits)
         return logits
 
     def _record(self) -> None:

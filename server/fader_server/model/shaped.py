@@ -77,17 +77,23 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class _TorchPlaces:
-    """A torch operator with its tensors' places."""
+    """A torch operator with its tensors' places, and numbers that depend on the size."""
 
     call: TorchCall
     leaves: tuple[object, ...]
     spec: Any
 
     def at(self, size: Size, memory: torch.Tensor, starts: np.ndarray) -> TorchStep:
-        leaves = [x.at(size, memory, starts) if isinstance(x, _Place) else x for x in self.leaves]
+        leaves = [_leaf(x, size, memory, starts) for x in self.leaves]
         args, kwargs, out = tree_unflatten(leaves, self.spec)
         outs = [t for t in tree_flatten(out)[0] if isinstance(t, torch.Tensor)]
         return TorchStep(self.call.function, args, kwargs, [] if self.call.in_place else outs)
+
+
+def _leaf(leaf: object, size: Size, memory: torch.Tensor, starts: np.ndarray) -> object:
+    if isinstance(leaf, _Place):
+        return leaf.at(size, memory, starts)
+    return int(leaf.of(size)) if isinstance(leaf, Linear) else leaf
 
 
 class ShapedReplay:
@@ -174,10 +180,14 @@ def _torch_places(same: Sequence[TorchCall], told: Sequence[_Told]) -> _TorchPla
     for own in zip(*(found for found, _ in flat), strict=True):
         if all(isinstance(leaf, torch.Tensor) for leaf in own):
             leaves.append(_place(own, told))
-        elif any(isinstance(leaf, torch.Tensor) or leaf != own[0] for leaf in own):
+        elif any(isinstance(leaf, torch.Tensor) for leaf in own):
             raise Unrepeatable(f"{same[0].function} takes other values at other sizes")
-        else:
+        elif all(leaf == own[0] for leaf in own):
             leaves.append(own[0])
+        elif all(type(leaf) is int for leaf in own):
+            leaves.append(Linear.through(own))
+        else:
+            raise Unrepeatable(f"{same[0].function} takes other values at other sizes")
     return _TorchPlaces(same[0], tuple(leaves), spec)
 
 

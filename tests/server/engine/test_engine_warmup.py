@@ -53,12 +53,12 @@ def shapes(plans) -> list[tuple[int, ...]]:
     return [tuple(row.count for row in plan.rows) for plan in plans]
 
 
-def test_prompts_of_every_power_of_two_and_decode_steps_of_every_number_of_rows():
+def test_prompts_of_every_number_of_bits_and_decode_steps_of_every_number_of_rows():
     runner = Recorded()
     assert run(runner) == len(runner.plans)
     made = shapes(runner.plans)
-    assert made[:4] == [(2,)] * 4
-    for prompt in ((4,), (8,), (16,), (32,), (32, 32)):
+    assert made[:4] == [(3,)] * 4
+    for prompt in ((5,), (11,), (21,), (32, 11), (32, 32, 21)):
         assert prompt in made
     for rows in range(1, LIMITS.max_rows + 1):
         assert made.count((1,) * rows) == 2
@@ -66,11 +66,21 @@ def test_prompts_of_every_power_of_two_and_decode_steps_of_every_number_of_rows(
     assert max(map(sum, made)) <= LIMITS.max_step_tokens
 
 
+@pytest.mark.parametrize("most", [64, 86, 100, 127])
+def test_the_largest_steps_have_a_prompt_of_their_number_of_bits(most):
+    runner = Recorded()
+    limits = Limits(max_rows=6, max_step_tokens=most, chunk_size=32, max_model_len=64)
+    run(runner, limits=limits)
+    sizes = {sum(shape) for shape in shapes(runner.plans) if max(shape) > 1}
+    assert {size.bit_length() for size in sizes} == set(range(2, 8))
+    assert max(sizes) == min(most, 85)
+
+
 def test_small_steps_come_first():
     runner = Recorded()
     run(runner)
     made = shapes(runner.plans)
-    assert made.index((8,)) < made.index((1,) * 2) < made.index((16,)) < made.index((1,) * 3)
+    assert made.index((11,)) < made.index((1,) * 2) < made.index((21,)) < made.index((1,) * 3)
 
 
 def test_rows_are_such_as_the_scheduler_makes():
