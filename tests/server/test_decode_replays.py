@@ -1,7 +1,5 @@
 """Decode steps: a replay gives the bits of the model's own code, or is not used."""
 
-from collections.abc import Mapping
-
 import pytest
 import torch
 
@@ -9,43 +7,29 @@ from fader_adapters.kernels import native
 from fader_server.model.decode import DecodeReplays
 from fader_server.model.recording import Recorder, Unrepeatable
 from fader_server.model.replay import Layout, Replay
-from tests.support.families import CONFIGS, outside, write_family
+from tests.support.families import CONFIGS, write_family
 from tests.support.peft_adapters import write_adapter
-from tests.support.world import Ask, TinyWorld, greedy
+from tests.support.replays import BLENDS, answered, opened, write
+from tests.support.world import Ask, greedy
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
-
-BLENDS: list[Mapping[str, float]] = [{}, {"a": 1.0}, {"b": 0.5}, {"a": 0.7, "b": -0.4}]
 
 
 @pytest.fixture(scope="module", params=sorted(CONFIGS))
 def family(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    source = write_family(request.param, folder / "base")
-    kinds = {"a": {}, "b": {"target_modules": outside(request.param), "use_dora": True}}
-    adapters = [
-        write_adapter(source, folder / name, rank=8, seed=i, **config)
-        for i, (name, config) in enumerate(kinds.items())
-    ]
-    return source, adapters
+    return write(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def serve(family, dtype, *, replays=True):
-    source, adapters = family
-    world = TinyWorld(source, dtype=dtype)
-    for name, path in zip("ab", adapters, strict=True):
-        world.load(name, path)
-    if not replays:
-        world.runner._replays = None
-    answers = []
+    world, answers = opened(family, dtype, replays=replays), []
     for count in (1, 4):  # rows of a decode step, twice: recorded, compared, then replayed
         for turn in range(2):
             asks = [
                 Ask(list(range(5 + turn, 25 + 3 * i)), blend, greedy(8 + turn, logprobs=2))
                 for i, blend in enumerate(BLENDS[:count])
             ]
-            answers += world.run(asks)
-    return [(a.tokens, [entry.logprob for entry in a.logprobs]) for a in answers], world.runner
+            answers += answered(world, asks)
+    return answers, world.runner
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,25 +11,15 @@ from fader_server.model import shaped
 from fader_server.model.recording import Unrepeatable
 from fader_server.model.shaped import ShapedReplay
 from fader_server.model.sizes import SIZES, Linear, Size
-from tests.support.families import CONFIGS, outside, write_family
+from tests.support.families import CONFIGS
 from tests.support.many_families import MANY, write_many
-from tests.support.peft_adapters import write_adapter
-from tests.support.world import Ask, TinyWorld, greedy
+from tests.support.replays import BLENDS, answered, opened, write
+from tests.support.world import Ask, greedy
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
 
-BLENDS: list[Mapping[str, float]] = [{}, {"a": 1.0}, {"b": 0.5}, {"a": 0.7, "b": -0.4}]
 WARM = len(SIZES) + 2
 """Steps with prompts before the first replays are trusted, and one more."""
-
-
-def write(name, folder):
-    source = write_family(name, folder / "base")
-    kinds = {"a": {}, "b": {"target_modules": outside(name), "use_dora": True}}
-    return source, [
-        write_adapter(source, folder / own, rank=8, seed=i, **config)
-        for i, (own, config) in enumerate(kinds.items())
-    ]
 
 
 @pytest.fixture(scope="module", params=sorted(CONFIGS))
@@ -42,22 +32,8 @@ def llama(tmp_path_factory):
     return write("llama", tmp_path_factory.mktemp("one"))
 
 
-def open_world(family, dtype=torch.float32, *, replays=True):
-    source, adapters = family
-    world = TinyWorld(source, dtype=dtype)
-    for name, path in zip("ab", adapters, strict=False):
-        world.load(name, path)
-    if not replays:
-        world.runner._replays = None
-    return world
-
-
 def ask(length: int, blend: Mapping[str, float], *, start: int = 5, **kwargs) -> Ask:
     return Ask(list(range(start, start + length)), blend, greedy(6, logprobs=2, **kwargs))
-
-
-def answered(world, asks):
-    return [(a.tokens, [entry.logprob for entry in a.logprobs]) for a in world.run(asks)]
 
 
 def warm(world):
@@ -79,23 +55,23 @@ def serve(world):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_replayed_steps_give_the_bits_of_the_models_code(family, dtype):
-    world = open_world(family, dtype)
+    world = opened(family, dtype)
     replayed = serve(world)
     assert world.runner._replays.prefill._enabled
     assert world.runner._replays.prefill._trusted >= {5, 6, 7, 8}
-    assert replayed == serve(open_world(family, dtype, replays=False))
+    assert replayed == serve(opened(family, dtype, replays=False))
 
 
 def test_once_trusted_the_models_code_runs_no_more(llama, monkeypatch):
-    expected = serve(open_world(llama, replays=False))
-    world = open_world(llama)
+    expected = serve(opened(llama, replays=False))
+    world = opened(llama)
     assert serve(world) == expected
     ran = []
     forward = world.runner._forward
     monkeypatch.setattr(world.runner, "_forward", lambda *a: (ran.append(a), forward(*a))[1])
     again = [ask(83, BLENDS[1], start=9)]  # a length that nobody had
     assert (83).bit_length() in world.runner._replays.prefill._trusted
-    assert answered(world, again) == answered(open_world(llama, replays=False), again)
+    assert answered(world, again) == answered(opened(llama, replays=False), again)
     assert not ran
     world.run([Ask(list(range(9)), {}, greedy(2, prompt_logprobs=0))])
     assert ran, "logits of a prompt are not recorded"
@@ -106,7 +82,7 @@ def test_once_trusted_the_models_code_runs_no_more(llama, monkeypatch):
 def test_numbers_among_an_operators_arguments_follow_the_size(name, wrong, tmp_path, monkeypatch):
     source = write_many(*MANY[name], tmp_path / "base")
     asks = [[ask(length, {}), ask(2 * length + 1, {})] for length in (20, 21, 33, 37, 61)]
-    plain = open_world((source, []), replays=False)
+    plain = opened((source, []), replays=False)
     expected = [warm(plain), *(answered(plain, own) for own in asks)]
     leaf = shaped._leaf
     numbers = []
@@ -118,14 +94,14 @@ def test_numbers_among_an_operators_arguments_follow_the_size(name, wrong, tmp_p
         return leaf(own, *rest) + wrong
 
     monkeypatch.setattr(shaped, "_leaf", spoilt)
-    world = open_world((source, []))
+    world = opened((source, []))
     assert [warm(world), *(answered(world, own) for own in asks)] == expected
     assert numbers
     assert world.runner._replays.prefill._enabled == (not wrong)
 
 
 def test_nothing_is_read_that_this_step_did_not_write(llama):
-    world = open_world(llama)
+    world = opened(llama)
     serve(world)
     asks = [ask(11 + 40 * i, blend) for i, blend in enumerate(BLENDS)]
     expected = answered(world, asks)
@@ -137,12 +113,12 @@ def test_nothing_is_read_that_this_step_did_not_write(llama):
 
     world.runner._replays.prefill._replay = poisoned
     fresh = [ask(11 + 40 * i, blend, start=90) for i, blend in enumerate(BLENDS)]
-    assert answered(world, fresh) == answered(open_world(llama, replays=False), fresh)
+    assert answered(world, fresh) == answered(opened(llama, replays=False), fresh)
     assert answered(world, asks) == expected
 
 
 def test_longer_steps_are_proven_anew(llama, monkeypatch):
-    world = open_world(llama)
+    world = opened(llama)
     warm(world)
     own = world.runner._replays.prefill
     assert own._trusted == {5, 6}
@@ -153,12 +129,12 @@ def test_longer_steps_are_proven_anew(llama, monkeypatch):
 
     monkeypatch.setattr(ShapedReplay, "__call__", other_when_long)
     asks = [ask(120, BLENDS[1], start=9)]
-    assert answered(world, asks) == answered(open_world(llama, replays=False), asks)
+    assert answered(world, asks) == answered(opened(llama, replays=False), asks)
     assert not own._enabled
 
 
 def test_streams_wait_for_no_recording_and_no_proof(llama, monkeypatch):
-    world = open_world(llama)
+    world = opened(llama)
     own = world.runner._replays.prefill
     run, seen = own.run, []
 
@@ -180,16 +156,16 @@ def test_streams_wait_for_no_recording_and_no_proof(llama, monkeypatch):
 def test_a_replay_with_other_bits_is_never_used(llama, monkeypatch):
     whole = ShapedReplay.__call__
     monkeypatch.setattr(ShapedReplay, "__call__", lambda self, *a: whole(self, *a) + 1.0)
-    world = open_world(llama)
+    world = opened(llama)
     answers = serve(world)
     assert not world.runner._replays.prefill._enabled
     assert world.runner._replays.prefill._replay is None
-    assert answers == serve(open_world(llama, replays=False))
+    assert answers == serve(opened(llama, replays=False))
 
 
 @pytest.mark.parametrize("reason", ["reads a value", "no such thing"])
 def test_what_cannot_be_recorded_goes_the_usual_way(llama, reason):
-    world = open_world(llama)
+    world = opened(llama)
     own = world.runner._replays.prefill
     forward = own._forward
 
@@ -202,7 +178,7 @@ def test_what_cannot_be_recorded_goes_the_usual_way(llama, reason):
     own._forward = hindered
     answers = serve(world)
     assert not own._enabled
-    assert answers == serve(open_world(llama, replays=False))
+    assert answers == serve(opened(llama, replays=False))
 
 
 def test_a_line_goes_through_three_sizes_or_there_is_none():
@@ -220,7 +196,7 @@ def test_a_line_goes_through_three_sizes_or_there_is_none():
 
 
 def test_other_operators_at_other_sizes_are_no_replay(llama):
-    world = open_world(llama)
+    world = opened(llama)
     own = world.runner._replays.prefill
     model = world.base.model
     layer = model.model.norm

@@ -6,6 +6,7 @@ from fader_adapters.kernels import native
 from fader_server.engine.warmup import warm_up
 from fader_server.model.recording import Recorder
 from tests.support.families import write_family
+from tests.support.replays import answered
 from tests.support.world import Ask, TinyWorld, greedy
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
@@ -18,7 +19,7 @@ def llama(tmp_path_factory):
 
 def serve(world):
     asks = [Ask(list(range(5, 25 + 40 * i)), {}, greedy(6, logprobs=2)) for i in range(3)]
-    return [(a.tokens, [entry.logprob for entry in a.logprobs]) for a in world.run(asks)]
+    return answered(world, asks)
 
 
 def warmed(source, **others):

@@ -180,14 +180,12 @@ def _torch_places(same: Sequence[TorchCall], told: Sequence[_Told]) -> _TorchPla
     for own in zip(*(found for found, _ in flat), strict=True):
         if all(isinstance(leaf, torch.Tensor) for leaf in own):
             leaves.append(_place(own, told))
-        elif any(isinstance(leaf, torch.Tensor) for leaf in own):
-            raise Unrepeatable(f"{same[0].function} takes other values at other sizes")
-        elif all(leaf == own[0] for leaf in own):
-            leaves.append(own[0])
-        elif all(type(leaf) is int for leaf in own):
+        elif all(type(leaf) is int for leaf in own) and len(set(own)) > 1:
             leaves.append(Linear.through(own))
-        else:
+        elif any(isinstance(leaf, torch.Tensor) or leaf != own[0] for leaf in own):
             raise Unrepeatable(f"{same[0].function} takes other values at other sizes")
+        else:
+            leaves.append(own[0])
     return _TorchPlaces(same[0], tuple(leaves), spec)
 
 
