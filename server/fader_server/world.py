@@ -133,9 +133,12 @@ def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> 
     )
     # the engine first: it lets go of what makes room for the next
     with engine, open_merging(config, parts) as lanes:
-        if config.warm_up:
-            steps = partial(warm_up, runner, scheduler.blocks, scheduler.limits)
-            engine.call(partial(steps, vocab=base.vocab_size, seconds=config.warm_up)).result()
+        if config.warm_up and runner.learns:
+            blocks, limits, vocab = scheduler.blocks, scheduler.limits, base.vocab_size
+            seconds = config.warm_up
+            engine.call(
+                partial(warm_up, runner, blocks, limits, vocab=vocab, seconds=seconds)
+            ).result()
         seen = _load_adapters(config, registry, parking, base_name=name)
         background = _background(config, adapters, sources, seen=seen, base_name=name)
         yield World(

@@ -40,6 +40,11 @@ def test_no_request_waits_for_a_recording(llama, warm, monkeypatch):
     assert bool(recorded) == bool(ran) == (not warm)
 
 
+def test_a_backend_that_records_nothing_learns_nothing(llama):
+    assert TinyWorld(llama).runner.learns
+    assert not TinyWorld(llama, backend="reference").runner.learns
+
+
 def test_answers_are_those_of_a_server_that_did_not(llama):
     world = warmed(llama, blocks=600)
     assert world.runner._replays.prefill._enabled

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fader_adapters.errors import AdapterMismatch, AdapterTooLarge
+from fader_adapters.kernels import native
 from fader_server import config, demo
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.core import Request, SamplingParams, TokenEvent
@@ -50,7 +51,10 @@ def test_without_a_model_the_demo_is_served_with_its_adapters():
         assert _generate(world, None) != _generate(world, "shout")
 
 
-@pytest.mark.parametrize("seconds", ["60", "0"])
+RECORDS = pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
+
+
+@pytest.mark.parametrize("seconds", [pytest.param("60", marks=RECORDS), "0"])
 def test_a_start_warms_up_when_it_may_and_leaves_no_trace(seconds, caplog):
     with caplog.at_level(logging.INFO), _open(warm_up=seconds) as world:
         stats = world.engine.stats()

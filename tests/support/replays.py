@@ -18,7 +18,7 @@ Answers = list[tuple[list[int], list[float]]]
 
 
 def write(name: str, folder: Path) -> Written:
-    """A family's base, an adapter of its linears and one with DoRA of its ends."""
+    """A family's base, an adapter, and one with DoRA of embedding, head and a linear a layer."""
     source = write_family(name, folder / "base")
     kinds = {"a": {}, "b": {"target_modules": outside(name), "use_dora": True}}
     return source, [

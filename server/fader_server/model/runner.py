@@ -17,6 +17,7 @@ from fader_server.model.decode import Replays, decodes
 from fader_server.model.kernels import choose_replays
 from fader_server.model.kv_cache import KVCache
 from fader_server.model.loaded import LoadedBase
+from fader_server.model.prefill import NativeReplays
 from fader_server.model.sampler import Drawn, Sampler, prompt_logprobs
 
 HeadStep = Callable[[torch.Size], Step | None]
@@ -91,6 +92,11 @@ class ModelRunner:
             base, cache=cache, attention=attention, tables=tables, forward=self._rows
         )
         self._lanes: dict[Lane, _Weights] = {}
+
+    @property
+    def learns(self) -> bool:
+        """Whether steps are recorded as they come, so that later ones are quicker."""
+        return isinstance(self._replays, NativeReplays)
 
     def add_lane(self, lane: Lane, bases: LaneBases) -> None:
         """Rows of this lane may come from now on."""
