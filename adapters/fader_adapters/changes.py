@@ -20,12 +20,24 @@ class Change:
     bias: torch.Tensor | None
     """[out]"""
 
+    def to(self, device: torch.device) -> "Change":
+        """The same on `device`; itself where it is there already."""
+        if self.delta.a.device == device:
+            return self
+        gain, bias = (None if v is None else v.to(device) for v in (self.gain, self.bias))
+        return Change(Sum(self.delta.a.to(device), self.delta.b.to(device)), gain, bias)
+
     def of_weight(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         """(1 + gain) ∘ W + Δ for the rows of W [n, in] from `start` on."""
         stop = start + rows.shape[0]
         gain = self.gain
         merged = rows.clone() if gain is None else rows * (1 + gain[start:stop, None])
         return merged.addmm_(self.delta.b[start:stop], self.delta.a)
+
+    def of_lookup(self, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """(1 + gain) ∘ y + Δ[:, id] for what an embedding gives for `ids` [n]: y [n, out]."""
+        merged = rows.clone() if self.gain is None else rows * (1 + self.gain)
+        return merged.addmm_(self.delta.a[:, ids].T, self.delta.b.T)
 
 
 class Changes:
@@ -44,6 +56,13 @@ class Changes:
     def linears(self) -> set[int]:
         """Indices of the linears that a term touches."""
         return {delta.linear for _, data in self._terms for delta in data.spec.deltas}
+
+    def factor_bytes(self, linear: int) -> int:
+        """What `of` takes for one linear, at most: every factor in fp32, and all side by side."""
+        found = (data.spec.by_linear.get(linear) for _, data in self._terms)
+        rank = sum(delta.rank for delta in found if delta is not None)
+        spec = self._base.linears[linear]
+        return 2 * torch.float32.itemsize * rank * (spec.in_features + spec.out_features)
 
     def biases(self) -> set[int]:
         """Indices of the linears whose bias changes."""

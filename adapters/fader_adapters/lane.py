@@ -3,7 +3,7 @@
 Knows sites and kernels; nothing of requests. The base's own weights are only read.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,25 +14,21 @@ from fader_adapters.errors import BlendInvalid
 from fader_adapters.kernels import native
 from fader_adapters.kernels.backend import Backend, BaseLinear
 from fader_adapters.kernels.native.panels import PANEL
-from fader_adapters.layers import Installed, Site
-from fader_adapters.merged_site import LaneSpec, SiteWork, is_plain, scratch_bytes
+from fader_adapters.layers import Installed, LaneWeights, Site
+from fader_adapters.merged_site import LaneSpec, SiteWork, scratch_bytes, weight_dtype
+from fader_adapters.merged_table import TableWork
 from fader_adapters.pauses import Pause
 from fader_adapters.weightspace.loss import LinearLoss, overall
 
 
 @dataclass(frozen=True, eq=False)
 class MergedLane:
-    """Weights for every site that a term touches; the others run the base's."""
+    """Weights for all that a term touches; the rest runs the base's."""
 
     spec: LaneSpec
-    bases: Mapping[Site, BaseLinear]
+    weights: LaneWeights
     losses: tuple[LinearLoss, ...]
     """One an adapted linear, in base order."""
-
-    @property
-    def nbytes(self) -> int:
-        """Resident bytes beside the base's."""
-        return sum(base.nbytes for base in self.bases.values())
 
     @property
     def report(self) -> dict[str, Any]:
@@ -68,8 +64,7 @@ class Merger:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """dtype: of the activations. Raises BlendInvalid when no linear would change, or the output
-        head or the embedding would: a lane shares the base's."""
+        """dtype: of the activations. Raises BlendInvalid when nothing would change."""
         self.spec = spec
         self._installed = installed
         self._backend = backend
@@ -77,61 +72,91 @@ class Merger:
         self._dtype = dtype
         self._device = device
         touched = changes.linears()
-        ends = [i for i in sorted(touched) if not installed.spec.linears[i].inside]
-        if ends:
-            paths = ", ".join(installed.spec.linears[i].path for i in ends)
-            raise BlendInvalid(
-                f"the blend adapts {paths}, and a merged lane shares these with the base (they are "
-                "not in 4 bits, and may be one weight): serve it unmerged, or merge it offline"
-            )
-        self._sites = [s for s in installed.sites if touched.intersection(s.spec.linears)]
-        if not self._sites:
+        head = () if installed.head is None else (installed.head,)
+        every = (*installed.sites, *head)
+        self._sites = [s for s in every if touched.intersection(s.spec.linears)]
+        linears = installed.spec.linears
+        self._embedding = next((i for i in touched if linears[i].role == "embedding"), None)
+        if not touched:
             raise BlendInvalid("the blend changes no linear of the base: there is nothing to merge")
 
     @property
     def weights(self) -> int:
         """Weights to work on: what progress is counted in."""
-        return sum(_size(site) for site in self._sites)
+        linears = self._installed.spec.linears
+        merged = [i for site in self._sites for i in site.spec.linears]
+        if self._embedding is not None:
+            merged.append(self._embedding)
+        return sum(linears[i].weights for i in merged)
 
     @property
     def need(self) -> Need:
         """What the lane holds, and at most beside it while it is made."""
         own = [self._bytes(site) for site in self._sites]
-        scratch = max(scratch_bytes(site.spec.in_features) for site in self._sites)
-        return Need(sum(own), max(own) + scratch)
+        scratch = max(own, default=0)
+        widths = [site.spec.in_features for site in self._sites]
+        if self._embedding is not None:
+            linear, table = self._installed.spec.linears[self._embedding], self._installed.table
+            assert table is not None
+            own.append(linear.weights * table.plain_dtype.itemsize)
+            widths.append(linear.out_features)
+        factors = max(map(self._changes.factor_bytes, self._changes.linears()))
+        return Need(sum(own), scratch + factors + max(map(scratch_bytes, widths)))
 
     def run(self, told: Callable[[int], None], pause: Pause) -> MergedLane:
-        """Merge every site; `told` hears the weights done so far. On one thread, the caller's.
+        """Merge all that changes; `told` hears the weights done so far. On one thread, the
+        caller's.
 
-        Raises AdapterInvalid when a merged weight is not finite, and whatever `pause` raises.
+        Raises CheckpointInvalid when a merged weight is not finite, and whatever `pause` raises.
         """
         room = self._backend.room()
         bases: dict[Site, BaseLinear] = {}
         losses: list[LinearLoss] = []
+        table = None
         done = 0
+
+        def work(chunks: Iterable[int]) -> None:
+            nonlocal done
+            for count in chunks:
+                done += count
+                told(done)
+
         with native.alone(), torch.inference_mode():
             for site in self._sites:
-                work = SiteWork(
-                    site,
-                    self._changes,
-                    self.spec,
-                    self._installed,
-                    dtype=self._dtype,
-                    device=self._device,
-                )
-                for count in work.chunks(pause):
-                    done += count
-                    told(done)
-                bases[site] = work.finish(room)
-                losses += work.losses
-        return MergedLane(self.spec, bases, tuple(losses))
+                merged = self._site_work(site)
+                work(merged.chunks(pause))
+                bases[site] = merged.finish(room)
+                losses += merged.losses
+            if self._embedding is not None:
+                rows = self._table_work(self._embedding)
+                work(rows.chunks(pause))
+                table, loss = rows.finish()
+                losses.append(loss)
+        places = {linear.path: i for i, linear in enumerate(self._installed.spec.linears)}
+        losses.sort(key=lambda loss: places[loss.path])
+        return MergedLane(self.spec, LaneWeights(bases, table), tuple(losses))
+
+    def _site_work(self, site: Site) -> SiteWork:
+        return SiteWork(
+            site,
+            self._changes,
+            self.spec,
+            self._installed,
+            dtype=self._dtype,
+            device=self._device,
+        )
+
+    def _table_work(self, linear: int) -> TableWork:
+        table, change = self._installed.table, self._changes.of(linear)
+        assert table is not None
+        assert change is not None
+        spec = self._installed.spec.linears[linear]
+        return TableWork(table, spec, change, device=self._device)
 
     def _bytes(self, site: Site) -> int:
-        if self.spec.form == "nf4" and not is_plain(site.kernel.base):
-            return site.kernel.base.nbytes
+        base = site.kernel.base
+        dtype = weight_dtype(base, self.spec.form, self._dtype)
+        if dtype is None:
+            return base.nbytes
         rows = -(-sum(site.spec.out_features) // PANEL) * PANEL
-        return rows * site.spec.in_features * self._dtype.itemsize
-
-
-def _size(site: Site) -> int:
-    return site.spec.in_features * sum(site.spec.out_features)
+        return rows * site.spec.in_features * dtype.itemsize

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -30,13 +31,28 @@ PANEL_WEIGHTS = 1 << 20
 """Weights that are decoded at a time for those who ask for them by rows."""
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class LaneWeights:
+    """Other weights to run instead of the base's, without any delta; what is not here is shared."""
+
+    bases: Mapping["Site", BaseLinear]
+    table: torch.Tensor | None = None
+    """[tokens, width] what the embedding gives for each token."""
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes."""
+        table = 0 if self.table is None else self.table.nbytes
+        return table + sum(base.nbytes for base in self.bases.values())
+
+
 class StepState:
     """The work of the forward that runs now; every site of a model reads the same one."""
 
     def __init__(self) -> None:
         self.step: Step | None = None
-        self.lane: Mapping[Site, BaseLinear] | None = None
-        """Other weights to run instead of the sites' own, without any delta; None: the base's."""
+        self.lane: LaneWeights | None = None
+        """None: the base's own weights."""
         self.head: Callable[[torch.Size], Step | None] | None = None
         """The same for the rows the output head is given, by the shape of what it is given."""
         self.tokens: int | None = None
@@ -57,7 +73,7 @@ class Site:
     ) -> None:
         """`head`: it sees the rows whose logits are wanted, not all tokens of the step."""
         self.spec = spec
-        self._head = head
+        self.head = head
         self.kernel = kernel
         self._state = state
         self._starts = [sum(spec.out_features[:i]) for i in range(len(spec.out_features))]
@@ -76,13 +92,10 @@ class Site:
             return y
         rows = x.reshape(-1, self.spec.in_features)
         tokens = self._state.tokens
-        if tokens is not None and rows.shape[0] != tokens and not self._head:
+        if tokens is not None and rows.shape[0] != tokens and not self.head:
             raise BaseUnsupported(f"a linear was given {rows.shape[0]} of {tokens} tokens")
-        merged = None if lane is None else lane.get(self)
-        if merged is None:
-            y = self.kernel(rows, self._state.at(x, head=self._head))
-        else:
-            y = merged(rows)
+        merged = None if lane is None else lane.bases.get(self)
+        y = self.kernel(rows, self._state.at(x, head=self.head)) if merged is None else merged(rows)
         if len(self._starts) == 1:
             return y.view(*x.shape[:-1], y.shape[-1])
         parts = torch.split(
@@ -133,6 +146,9 @@ class SiteEmbedding(nn.Module):
         return getattr(self.inner, "weight", None)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        lane = self._state.lane
+        if lane is not None and lane.table is not None:
+            return F.embedding(ids, lane.table)
         y = self.inner(ids)
         self._kernel(y.view(-1, y.shape[-1]), ids.reshape(-1), self._state.step)
         return y
@@ -211,7 +227,7 @@ def install(model: PreTrainedModel, backend: Backend, *, name: str = "") -> Inst
             inner = model.get_submodule(item.path)
             assert isinstance(inner, nn.Embedding)
             assert isinstance(inner.weight, nn.Parameter)
-            table = EmbeddingTable(inner.weight)
+            table = EmbeddingTable(inner.weight, inner)
             _put(model, item.path, SiteEmbedding(inner, backend.bind_lookup(site_spec), state))
     return Installed(spec, tuple(sites), state, head, table)
 

@@ -16,6 +16,7 @@ from fader_adapters.rounding import Keep, Rounding, directions, quantise
 from fader_adapters.spec import Blend, Digest
 from fader_adapters.weightspace.loss import LinearLoss, joined, measure
 from fader_adapters.weightspace.plan import Form
+from fader_adapters.weightspace.quantised import require_finite
 
 CHUNK = 1 << 14
 """Weights worked on at a time where that is not less than a panel: a fifth of a millisecond."""
@@ -50,9 +51,14 @@ class LaneSpec:
         return Digest(hashlib.sha256(told.encode()).hexdigest())
 
 
-def is_plain(base: BaseLinear) -> bool:
-    """Whether it holds an unquantised weight, which stays one in a lane of either form."""
-    return isinstance(getattr(base, "weight", None), torch.Tensor)
+def weight_dtype(base: BaseLinear, form: Form, dtype: torch.dtype) -> torch.dtype | None:
+    """Of the merged weight, `dtype` being the activations'; None: NF4.
+
+    An unquantised weight stays one in a lane of either form.
+    """
+    if base.plain_dtype is not None:
+        return base.plain_dtype
+    return None if form == "nf4" else dtype
 
 
 class SiteWork:
@@ -76,7 +82,8 @@ class SiteWork:
         self._linears = installed.spec.linears
         self._dtype = dtype
         self._device = device
-        self._packs = spec.form == "nf4" and not is_plain(self._base)
+        self._plain_dtype = weight_dtype(self._base, spec.form, dtype)
+        self._packs = self._plain_dtype is None
         self._packed: list[nf4.Nf4Weight] = []
         self._plain = torch.empty(0)
 
@@ -84,7 +91,7 @@ class SiteWork:
         """Work through the rows; yields the weights of each chunk once it is done."""
         out, width = self._base.out_features, self._base.in_features
         if not self._packs:
-            self._plain = torch.empty(out, width, dtype=self._dtype, device=self._device)
+            self._plain = torch.empty(out, width, dtype=self._plain_dtype, device=self._device)
         step = chunk_rows(width)
         begin = 0
         for linear, size in zip(self._site.spec.linears, self._site.spec.out_features, strict=True):
@@ -114,16 +121,19 @@ class SiteWork:
             packed = quantise(wanted, kept)
             self._packed.append(_moved(packed, self._device))
             return nf4.dense(packed, torch.float32)
-        rounded = wanted.to(self._dtype)
+        rounded = wanted.to(self._plain.dtype)
         self._plain[start : start + len(rounded)] = rounded.to(self._device)
-        return rounded.float()
+        made = rounded.float()
+        require_finite(made)
+        return made
 
     def finish(self, room: Room) -> BaseLinear:
         """All rows as one base linear."""
         bias = self._bias()
         if self._packs:
             return room.nf4([nf4.stack(self._packed)], bias)
-        return room.plain(self._plain, bias)
+        make = room.head if self._site.head else room.plain
+        return make(self._plain, bias)
 
     def _bias(self) -> torch.Tensor | None:
         """The base's, unless a term adds to it; then in the activations' dtype."""

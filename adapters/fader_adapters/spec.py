@@ -115,6 +115,11 @@ class LinearSpec:
     """Rows of each linear that is packed into this one, in the order of PACKED."""
 
     @property
+    def weights(self) -> int:
+        """Elements of W."""
+        return self.in_features * self.out_features
+
+    @property
     def inside(self) -> bool:
         """Not the head, no embedding: what "all-linear" means."""
         return self.role == "linear"

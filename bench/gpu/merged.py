@@ -26,7 +26,7 @@ from fader_adapters.kernels.backend import BaseLinear
 from fader_adapters.kernels.cuda.backend import CudaBackend
 from fader_adapters.kernels.cuda.lora import DeltaKernels, delta
 from fader_adapters.kernels.tables import Tables
-from fader_adapters.layers import Installed, Site, StepState
+from fader_adapters.layers import Installed, LaneWeights, Site, StepState
 from fader_adapters.merged_site import LaneSpec, SiteWork
 from fader_adapters.spec import (
     AdapterSpec,
@@ -208,17 +208,10 @@ def _measure_steps(rig: Rig, result: Result) -> None:
     if m.graphs is None:
         raise Unavailable(f"the model was not captured: {m.told}")
     (slot,) = m.add_adapters(1, 4 if rig.small else RANK)
-    room = m.base.backend.room()
     for form in FORMS:
         rig.check_time()
         lane = Lane(Digest("1" * 64), Digest("2" * 64))
-        bases = {
-            site: room.plain(site.kernel.base.dense(rig.dtype), None)
-            if form == "bf16"
-            else site.kernel.base
-            for site in m.base.installed.sites
-        }
-        m.runner.add_lane(lane, bases)
+        m.runner.add_lane(lane, _copy(m) if form == "bf16" else _shared(m))
         try:
             _check_lane(rig, m, lane, form)
             for rows in (2,) if rig.small else (1, 8, 32):
@@ -242,6 +235,24 @@ def _measure_steps(rig: Rig, result: Result) -> None:
     m.drop_adapters()
 
 
+def _shared(m: Machine) -> LaneWeights:
+    """The base's own weights."""
+    return LaneWeights({site: site.kernel.base for site in m.base.installed.sites})
+
+
+def _copy(m: Machine) -> LaneWeights:
+    """The base's weights unquantised, output head and embedding too."""
+    base, installed = m.base, m.base.installed
+    room = base.backend.room()
+    bases = {site: room.plain(site.kernel.base.dense(base.dtype), None) for site in installed.sites}
+    if (head := installed.head) is not None:
+        bases[head] = room.head(head.kernel.base.dense(base.dtype).clone(), None)
+    table = None
+    if installed.table is not None:
+        table = installed.table.lookup(torch.arange(base.vocab_size, device=base.device))
+    return LaneWeights(bases, table)
+
+
 def _check_lane(rig: Rig, m: Machine, lane: Lane, form: Form) -> None:
     """Logits of a lane over the base's own weights are the base's: the same bits in NF4."""
     rows = 2 if rig.small else 8
@@ -259,7 +270,7 @@ def _check_lane(rig: Rig, m: Machine, lane: Lane, form: Form) -> None:
 def _lane_logits(m: Machine, lane: Lane, plan: Plan) -> torch.Tensor:
     weights, state = m.runner._lanes[lane], m.base.installed.state
     assert weights.replays is not None
-    state.lane = weights.bases
+    state.lane = weights.lane
     try:
         with torch.inference_mode():
             m.base.backend.prepare(m.tables, plan.terms)

@@ -201,15 +201,15 @@ class MergedLanes:
             digest=lane.blend,
             key=lane.key,
             form=merged.spec.form,
-            bytes=merged.nbytes,
+            bytes=merged.weights.nbytes,
             seconds=seconds,
             created=int(time.time()),
             report=done.report,
         )
         with self._lock:
-            self._held[lane] = merged.nbytes
+            self._held[lane] = merged.weights.nbytes
             self._lane = (lane, info)
-        parts.runner.add_lane(lane, merged.bases)
+        parts.runner.add_lane(lane, merged.weights)
         parts.lanes.replace(lane, partial(self._gone, lane))
         fields = {
             "blend": lane.blend[:12],

@@ -50,7 +50,7 @@ class Opened:
 def publish(world: TinyWorld, merged: MergedLane, *, stands_for: Blend | None = None) -> Opened:
     """`stands_for`: whose requests run in it, if not those of the blend it was made of."""
     opened = Opened(Lane((stands_for or merged.spec.blend).digest, merged.spec.key))
-    world.runner.add_lane(opened.lane, merged.bases)
+    world.runner.add_lane(opened.lane, merged.weights)
 
     def gone() -> None:
         opened.gone.append(world.runner.drop_lane(opened.lane))
@@ -62,16 +62,22 @@ def publish(world: TinyWorld, merged: MergedLane, *, stands_for: Blend | None = 
 def weights_hash(installed: Installed) -> str:
     """sha256 of every base weight as it lies in memory."""
     state = hashlib.sha256()
-    for site in installed.sites:
+    for site in (*installed.sites, *([] if installed.head is None else [installed.head])):
         base = site.kernel.base
         panels = getattr(base, "panels", None)
         tensors = (
-            [panels.panels, panels.scales]
+            [panels.panels, *([panels.scales] if hasattr(panels, "scales") else [])]
             if panels is not None
             else [base.weight.packed, base.weight.absmax]
             if hasattr(base.weight, "packed")
             else [base.weight]
         )
         for tensor in tensors:
-            state.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            state.update(_bytes(tensor))
+    if installed.table is not None:
+        state.update(_bytes(installed.table.dense(torch.float32)))
     return state.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor):
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()

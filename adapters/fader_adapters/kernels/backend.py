@@ -27,6 +27,11 @@ class BaseLinear(Protocol):
     """b [out]"""
 
     @property
+    def plain_dtype(self) -> torch.dtype | None:
+        """The weight's, where it is not quantised; None: NF4."""
+        ...
+
+    @property
     def nbytes(self) -> int:
         """Resident bytes of the weight."""
         ...
@@ -68,6 +73,10 @@ class Room(Protocol):
 
     def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> BaseLinear:
         """A weight [out, in] in the activations' dtype as a base linear, copied or taken over."""
+        ...
+
+    def head(self, weight: torch.Tensor, bias: torch.Tensor | None) -> BaseLinear:
+        """The same for the output head's: its logits are as fine as those of the base's head."""
         ...
 
     def nf4(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> BaseLinear:

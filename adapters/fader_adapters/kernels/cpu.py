@@ -44,6 +44,10 @@ class PanelLinear:
         self.site = Site(panels, bias=bias, workspace=scratch, tape=tape)
 
     @property
+    def plain_dtype(self) -> torch.dtype | None:
+        return self.panels.dtype if isinstance(self.panels, PlainPanels) else None
+
+    @property
     def nbytes(self) -> int:
         return self.panels.nbytes
 
@@ -56,6 +60,14 @@ class PanelLinear:
     def rows(self, start: int, stop: int) -> torch.Tensor:
         first = start // PANEL * PANEL
         return self.panels.rows(first, stop).dense(torch.float32, alone=True)[start - first :]
+
+
+class PanelHead(PanelLinear):
+    """The output head's plain weight: fp32 logits."""
+
+    def __call__(self, x: torch.Tensor, step: StepPlan | None = None) -> torch.Tensor:
+        logits = torch.empty(x.shape[0], self.out_features, dtype=torch.float32)
+        return self.site(x, step, out=logits)
 
 
 class NativeRoom:
@@ -71,6 +83,12 @@ class NativeRoom:
             return DenseLinear(weight, bias)
         panels = PlainPanels.pack(weight, store=self._store)
         return PanelLinear(panels, bias, scratch=self._scratch, tape=self._tape)
+
+    def head(self, weight: torch.Tensor, bias: torch.Tensor | None) -> "BaseLinear":
+        if weight.shape[1] % BLOCK:
+            return DenseLinear(weight, bias)
+        panels = PlainPanels.pack(weight, store=self._store)
+        return PanelHead(panels, bias, scratch=self._scratch, tape=self._tape)
 
     def nf4(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> PanelLinear:
         panels = _panels(weights, self._store)
@@ -121,20 +139,19 @@ class NativeSite:
 class NativeHead:
     """The output head's site over plain panels: fp32 logits, deltas included."""
 
-    def __init__(self, site: SiteSpec, base: PanelLinear) -> None:
+    def __init__(self, site: SiteSpec, base: PanelHead) -> None:
         self.base: BaseLinear = base
         self.panels = base.panels
-        self._site = base.site
+        self._head = base
         (self._index,) = site.linears
 
     def bind(self, tables: Tables) -> None:
         own = slice(self._index, self._index + 1)
-        self._site.bind(_views(tables, own, ((0, self._site.n),)))
+        self._head.site.bind(_views(tables, own, ((0, self._head.out_features),)))
 
     def __call__(self, x: torch.Tensor, step: object | None) -> torch.Tensor:
         assert step is None or isinstance(step, StepPlan)
-        logits = torch.empty(x.shape[0], self._site.n, dtype=torch.float32)
-        return self._site(x, step, out=logits)
+        return self._head(x, step)
 
 
 class NativeLookup:
@@ -190,11 +207,6 @@ class NativeBackend:
     def room(self) -> NativeRoom:
         return NativeRoom(scratch=self._scratch, tape=self.tape)
 
-    def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PanelLinear:
-        """The same over a copy of an unquantised weight [n, k], k % 64 == 0, of x's dtype."""
-        panels = PlainPanels.pack(weight.contiguous(), store=self._store)
-        return PanelLinear(panels, bias, scratch=self._scratch, tape=self.tape)
-
     def bind(self, site: SiteSpec, base: "BaseLinear") -> NativeSite:
         """The members' indices must follow one another."""
         kernel = NativeSite(site, base, scratch=self._scratch, tape=self.tape)
@@ -204,9 +216,11 @@ class NativeBackend:
     def bind_head(
         self, site: SiteSpec, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> NativeHead:
-        """The output head for servers, which want few rows of logits a step; weight as `plain`
-        takes it."""
-        kernel = NativeHead(site, self.plain(weight, bias))
+        """The output head for servers, which want few rows of logits a step, over a copy of its
+        weight [n, k], k % 64 == 0, of x's dtype."""
+        panels = PlainPanels.pack(weight.contiguous(), store=self._store)
+        base = PanelHead(panels, bias, scratch=self._scratch, tape=self.tape)
+        kernel = NativeHead(site, base)
         self._sites.append(kernel)
         return kernel
 

@@ -1,5 +1,6 @@
 """Plain weights as a base: unquantised linears and heads, and the table of an embedding."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -13,6 +14,10 @@ class DenseLinear:
         self.weight = weight
         self.bias = bias
         self.out_features, self.in_features = weight.shape
+
+    @property
+    def plain_dtype(self) -> torch.dtype:
+        return self.weight.dtype
 
     @property
     def nbytes(self) -> int:
@@ -31,17 +36,29 @@ class DenseLinear:
 class Rows(Protocol):
     """A table that gives rows: int64 indices -> [..., width]."""
 
+    @property
+    def dtype(self) -> torch.dtype: ...
+
     def take(self, index: torch.Tensor) -> torch.Tensor: ...
 
 
 class EmbeddingTable:
     """A lookup as a base: W [out, in] is the table [tokens, width] transposed, x is one-hot."""
 
-    def __init__(self, weight: torch.nn.Parameter) -> None:
+    def __init__(
+        self, weight: torch.nn.Parameter, lookup: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
         self.source: torch.nn.Parameter | Rows = weight
         """The model's own table, wherever its values are by now, or what took its place."""
+        self.lookup = lookup
+        """What the embedding gives, any scale of its own included: ids [n] → [n, out]. Any thread
+        may ask."""
         self.bias: torch.Tensor | None = None
         self.in_features, self.out_features = weight.shape
+
+    @property
+    def plain_dtype(self) -> torch.dtype:
+        return self.source.dtype
 
     @property
     def nbytes(self) -> int:

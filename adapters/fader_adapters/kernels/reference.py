@@ -34,6 +34,10 @@ class DecodedLinear:
         self.in_features = weight.in_features
 
     @property
+    def plain_dtype(self) -> None:
+        return None
+
+    @property
     def nbytes(self) -> int:
         return self.weight.nbytes
 
@@ -59,6 +63,8 @@ class TorchRoom:
 
     def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> DenseLinear:
         return DenseLinear(weight, bias)
+
+    head = plain
 
     def nf4(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> DecodedLinear:
         return DecodedLinear(stack(weights), bias)

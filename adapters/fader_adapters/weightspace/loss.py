@@ -32,13 +32,18 @@ class LinearLoss:
 
     @property
     def relative_error(self) -> float:
-        """‖W' − (W + Δ)‖ / ‖Δ‖; 0: the delta is there exactly."""
-        return self.error_norm / self.delta_norm
+        """‖W' − (W + Δ)‖ / ‖Δ‖; 0: the delta is there exactly, or too small to change W."""
+        return self.error_norm / self.delta_norm if self.delta_norm else 0.0
+
+    @property
+    def survival(self) -> float:
+        """The share of Δ that is there; 1 where there is nothing to lose."""
+        return self.carried / self.delta_norm**2 if self.delta_norm**2 else 1.0
 
     def document(self) -> dict[str, Any]:
         """For reports and manifests."""
-        survival = self.carried / self.delta_norm**2
-        return asdict(self) | {"relative_error": self.relative_error, "survival": survival}
+        ratios = {"relative_error": self.relative_error, "survival": self.survival}
+        return asdict(self) | ratios
 
     @staticmethod
     def of_document(document: dict[str, Any]) -> "LinearLoss":
@@ -93,17 +98,10 @@ def joined(parts: Iterable[LinearLoss]) -> LinearLoss:
 def overall(losses: Iterable[LinearLoss]) -> dict[str, Any]:
     """All linears together as if they were one."""
     losses = tuple(losses)
-    delta = math.hypot(*(loss.delta_norm for loss in losses))
-    error = math.hypot(*(loss.error_norm for loss in losses))
-    return {
-        "linears": len(losses),
-        "weight_norm": math.hypot(*(loss.weight_norm for loss in losses)),
-        "delta_norm": delta,
-        "error_norm": error,
-        "relative_error": error / delta,
-        "survival": sum(loss.carried for loss in losses) / delta**2,
-        "worst_relative_error": max(loss.relative_error for loss in losses),
-    }
+    told = joined(losses).document()
+    del told["path"], told["rank"], told["carried"]
+    worst = max(loss.relative_error for loss in losses)
+    return {"linears": len(losses), **told, "worst_relative_error": worst}
 
 
 def _square(values: torch.Tensor) -> float:

@@ -64,7 +64,7 @@ def measure(
 ) -> Fidelity:
     """Compare lane and base with the blend at every position of `tokens`, at least one."""
     sums = torch.zeros(4, dtype=torch.float64)
-    views = [BlendView(changes), LaneView(lane), BaseView()]
+    views = [BlendView(changes, probe.device), LaneView(lane), BaseView()]
     for blend, *others in probe.logits(tokens, views):
         step = max(1, CHUNK_LOGITS // blend.shape[1])
         for start in range(0, len(blend), step):

@@ -17,15 +17,15 @@ PROBES = 257
 class NativeEmbedding(nn.Module):
     """Stands where the input embedding stood: ids → rows of panels [..., hidden], scaled."""
 
-    def __init__(self, panels: PlainPanels, scale: torch.Tensor | None, tape: Tape) -> None:
+    def __init__(self, panels: PlainPanels, scale: torch.Tensor | None, tape: Tape | None) -> None:
         super().__init__()
         self._panels = panels
         self._tape = tape
         self.scale = scale
         """One element; None: the rows as they are."""
 
-    def copied(self, tape: Tape) -> "NativeEmbedding":
-        """The same over the same panels, told to another tape."""
+    def copied(self, tape: Tape | None) -> "NativeEmbedding":
+        """The same over the same panels, told to another tape or to none."""
         return NativeEmbedding(self._panels, self.scale, tape)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -57,6 +57,7 @@ def replace_ends(
             ours.inner = stand_in
             assert installed.table is not None
             installed.table.source = panels
+            installed.table.lookup = stand_in.copied(None)
     site.kernel = kernel
     head.weight = nn.Parameter(panels.panels, requires_grad=False)
 

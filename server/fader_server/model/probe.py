@@ -16,6 +16,7 @@ from fader_adapters.changes import Change, Changes
 from fader_adapters.kernels import native
 from fader_adapters.kernels.backend import BaseLinear
 from fader_adapters.kernels.cpu import NativeBackend
+from fader_adapters.kernels.dense import EmbeddingTable
 from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.lane import MergedLane
 from fader_adapters.layers import Site, SiteEmbedding, SiteHead, SiteLinear
@@ -25,7 +26,6 @@ from fader_server.core import Plan, PlanRow, Request, SamplingParams
 from fader_server.core import Sequence as Row
 from fader_server.model.attention import StepAttention
 from fader_server.model.batch import Batch
-from fader_server.model.head import NativeEmbedding
 from fader_server.model.kv_cache import KVCache, bytes_per_block
 from fader_server.model.loaded import LoadedBase
 from fader_server.model.torch_attention import TorchAttention
@@ -49,6 +49,11 @@ class View(Protocol):
 
     def weight(self, site: Site) -> BaseLinear: ...
 
+    @property
+    def table(self) -> torch.Tensor | None:
+        """[tokens, width] what the embedding gives, if not what the base's does."""
+        ...
+
     def change(self, linear: int) -> Change | None:
         """What happens to a linear beside its weight."""
         ...
@@ -60,6 +65,10 @@ class BaseView:
     def weight(self, site: Site) -> BaseLinear:
         return site.kernel.base
 
+    @property
+    def table(self) -> torch.Tensor | None:
+        return None
+
     def change(self, linear: int) -> Change | None:
         return None
 
@@ -67,21 +76,27 @@ class BaseView:
 class BlendView(BaseView):
     """The base with a blend beside it, as the delta lane computes it."""
 
-    def __init__(self, changes: Changes) -> None:
+    def __init__(self, changes: Changes, device: torch.device) -> None:
         self._changes = changes
+        self._device = device
 
     def change(self, linear: int) -> Change | None:
-        return self._changes.of(linear)
+        change = self._changes.of(linear)
+        return None if change is None else change.to(self._device)
 
 
 class LaneView(BaseView):
     """A merged lane."""
 
     def __init__(self, lane: MergedLane) -> None:
-        self._bases = lane.bases
+        self._weights = lane.weights
 
     def weight(self, site: Site) -> BaseLinear:
-        return self._bases.get(site, site.kernel.base)
+        return self._weights.bases.get(site, site.kernel.base)
+
+    @property
+    def table(self) -> torch.Tensor | None:
+        return self._weights.table
 
 
 class _Glass:
@@ -112,22 +127,34 @@ class _ProbeLinear(nn.Module):
             y = _changed(y, rows, change)
         if weight.bias is not None:
             y += weight.bias[self._start : stop].float()
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return self._given(y, x).view(*x.shape[:-1], self.out_features)
+
+    def _given(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return y.to(x.dtype)
 
 
-class _ProbeHead(nn.Module):
-    """The output head, which no lane changes: fp32 logits."""
+class _ProbeHead(_ProbeLinear):
+    """The output head: fp32 logits."""
 
-    def __init__(self, head: SiteHead, glass: _Glass) -> None:
+    def _given(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return y
+
+
+class _ProbeEmbedding(nn.Module):
+    def __init__(self, table: EmbeddingTable, linear: int, glass: _Glass) -> None:
         super().__init__()
-        self._linear, self._glass = head.site.kernel.base, glass
+        self._base, self._linear, self._glass = table, linear, glass
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1]).float()
-        logits = _product(rows, self._linear, 0, self._linear.out_features, self._glass.pause)
-        if self._linear.bias is not None:
-            logits += self._linear.bias.float()
-        return logits.view(*x.shape[:-1], logits.shape[1])
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        view = self._glass.view
+        if view.table is not None:
+            return F.embedding(ids, view.table)
+        y = self._base.lookup(ids)
+        change = view.change(self._linear)
+        if change is None:
+            return y
+        rows = y.reshape(-1, y.shape[-1]).float()
+        return change.of_lookup(rows, ids.reshape(-1)).to(y.dtype).view_as(y)
 
 
 def _product(
@@ -160,18 +187,15 @@ class ProbeModel:
         self._glass = _Glass(pause)
         memo: dict[int, object] = {id(p): p for p in base.model.parameters()}
         memo |= {id(b): b for b in base.model.buffers()}
-        tape = native.Tape()  # nobody records what runs here
         if isinstance(base.backend, NativeBackend):
-            memo[id(base.backend.tape)] = tape
+            memo[id(base.backend.tape)] = native.Tape()  # nobody records what runs here
         for module in base.model.modules():
             if isinstance(module, SiteHead):
                 memo[id(module)] = _ProbeHead(module, self._glass)
             elif isinstance(module, SiteLinear):
                 memo[id(module)] = _ProbeLinear(module, self._glass)
             elif isinstance(module, SiteEmbedding):
-                inner = module.inner
-                own = isinstance(inner, NativeEmbedding)
-                memo[id(module)] = inner.copied(tape) if own else inner
+                memo[id(module)] = self._embedding()
         self._model = copy.deepcopy(base.model, memo)
         for module in self._model.modules():
             module.__dict__.pop("forward", None)  # put there for the original's recordings
@@ -179,6 +203,16 @@ class ProbeModel:
             found: shape for module, shape in base.layers.items()
             if isinstance(found := memo[id(module)], nn.Module)
         }  # fmt: skip
+
+    @property
+    def device(self) -> torch.device:
+        return self._base.device
+
+    def _embedding(self) -> _ProbeEmbedding:
+        installed = self._base.installed
+        assert installed.table is not None
+        roles = [linear.role for linear in installed.spec.linears]
+        return _ProbeEmbedding(installed.table, roles.index("embedding"), self._glass)
 
     def logits(self, tokens: Sequence[int], views: Sequence[View]) -> Iterator[list[torch.Tensor]]:
         """For every chunk of positions [n, vocab] under each view, in the text's order."""

@@ -1,14 +1,14 @@
 """Runs one plan on the device: batch, forward, sample. Decides nothing, keeps no requests."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 
 import torch
 
-from fader_adapters.kernels.backend import BaseLinear, Step
+from fader_adapters.kernels.backend import Step
 from fader_adapters.kernels.tables import Tables
-from fader_adapters.layers import Site
+from fader_adapters.layers import LaneWeights
 from fader_adapters.spec import RowTerms, StepTerms
 from fader_server.core import Lane, Plan, RowResult
 from fader_server.model.attention import PagedAttention, StepAttention
@@ -30,15 +30,11 @@ def _padded(terms: StepTerms, padding: int) -> StepTerms:
     return StepTerms((*terms.rows, RowTerms(padding))) if padding else terms
 
 
-LaneBases = Mapping[Site, BaseLinear]
-"""Weights of the sites that a lane changes."""
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Weights:
     """What one forward runs over, and its decode steps as they were recorded."""
 
-    bases: LaneBases | None
+    lane: LaneWeights | None
     replays: Replays | None
 
 
@@ -98,10 +94,10 @@ class ModelRunner:
         """Whether steps are recorded as they come, so that later ones are quicker."""
         return isinstance(self._replays, NativeReplays)
 
-    def add_lane(self, lane: Lane, bases: LaneBases) -> None:
+    def add_lane(self, lane: Lane, weights: LaneWeights) -> None:
         """Rows of this lane may come from now on."""
         replays = None if self._replays is None else self._replays.sibling()
-        self._lanes[lane] = _Weights(bases, replays)
+        self._lanes[lane] = _Weights(weights, replays)
 
     def drop_lane(self, lane: Lane) -> object:
         """No row of this lane comes any more. Whoever lets go of the result frees the memory."""
@@ -146,7 +142,7 @@ class ModelRunner:
 
         def begin() -> Drawn:
             state = self._base.installed.state
-            state.lane = part.weights.bases
+            state.lane = part.weights.lane
             try:
                 return compute()
             finally:

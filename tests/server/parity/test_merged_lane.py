@@ -215,7 +215,7 @@ def _submit(world: TinyWorld, asks: list[Ask], answers: dict[str, Answer]):
 def test_the_weights_go_with_the_last_request_of_a_closed_lane(llama: Setting):
     world = llama.world()
     opened = publish(world, merge(world, BLEND, form="nf4"))
-    base = next(iter(world.runner._lanes[opened.lane].bases.values()))
+    base = next(iter(world.runner._lanes[opened.lane].lane.bases.values()))
     alive = weakref.ref(base)
     del base
     answers: dict[str, Answer] = {}

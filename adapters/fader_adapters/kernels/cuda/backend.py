@@ -58,6 +58,8 @@ class CudaRoom:
     def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> FixedRows:
         return FixedRows(DenseLinear(weight, bias), weight, self._scratch)
 
+    head = plain
+
     def nf4(
         self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None
     ) -> nf4.Nf4Linear | nf4.BitsandbytesLinear:

@@ -23,6 +23,10 @@ class FixedRows:
         self._scratch = scratch
 
     @property
+    def plain_dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
     def nbytes(self) -> int:
         return self.inner.nbytes
 

@@ -87,6 +87,10 @@ class Nf4Linear:
         return -(-self.tiles.blocks // self._split_blocks)
 
     @property
+    def plain_dtype(self) -> None:
+        return None
+
+    @property
     def nbytes(self) -> int:
         return self.tiles.nbytes + (0 if self.bias is None else self.bias.nbytes)
 

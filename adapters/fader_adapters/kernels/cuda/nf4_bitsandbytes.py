@@ -20,6 +20,10 @@ class BitsandbytesLinear:
         self.in_features = self._weight.in_features
 
     @property
+    def plain_dtype(self) -> None:
+        return None
+
+    @property
     def nbytes(self) -> int:
         return self._weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 

@@ -1,0 +1,59 @@
+"""The embedding on its way into a merged lane: what it gives for every token, with the delta."""
+
+from collections.abc import Iterator
+
+import torch
+
+from fader_adapters.changes import Change
+from fader_adapters.kernels.dense import EmbeddingTable
+from fader_adapters.merged_site import chunk_rows
+from fader_adapters.pauses import Pause
+from fader_adapters.spec import LinearSpec
+from fader_adapters.weightspace.loss import LinearLoss, joined, measure
+from fader_adapters.weightspace.quantised import require_finite
+
+
+class TableWork:
+    """Chunks of tokens in, one table out, in the dtype of the base's."""
+
+    def __init__(
+        self,
+        base: EmbeddingTable,
+        linear: LinearSpec,
+        change: Change,
+        *,
+        device: torch.device,
+    ) -> None:
+        self._base = base
+        self._linear = linear
+        self._change = change
+        shape = (linear.in_features, linear.out_features)
+        self._table = torch.empty(shape, dtype=base.plain_dtype, device=device)
+        self._parts: list[LinearLoss] = []
+
+    def chunks(self, pause: Pause) -> Iterator[int]:
+        """Work through the tokens; yields the weights of each chunk once it is done."""
+        tokens, width = self._table.shape
+        for ids in torch.arange(tokens).split(chunk_rows(width)):
+            given = self._base.lookup(ids.to(self._table.device)).float().cpu()
+            wanted = self._change.of_lookup(given, ids)
+            rounded = wanted.to(self._table.dtype)
+            self._table[ids[0] : ids[-1] + 1] = rounded.to(self._table.device)
+            made = rounded.float()
+            require_finite(made)
+            self._parts.append(self._loss(given, wanted, made))
+            pause()
+            yield given.numel()
+
+    def _loss(self, given: torch.Tensor, wanted: torch.Tensor, made: torch.Tensor) -> LinearLoss:
+        def before(start: int, stop: int) -> torch.Tensor:
+            return given[start:stop]
+
+        path, rank = self._linear.path, self._change.delta.rank
+        return measure(
+            path, rank, wanted, before=before, served=before, after=lambda a, b: made[a:b]
+        )
+
+    def finish(self) -> tuple[torch.Tensor, LinearLoss]:
+        """[tokens, width], and what rounding it cost."""
+        return self._table, joined(self._parts)
