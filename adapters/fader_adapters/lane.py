@@ -3,7 +3,7 @@
 Knows sites and kernels; nothing of requests. The base's own weights are only read.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,23 +115,20 @@ class Merger:
         table = None
         done = 0
 
-        def work(chunks: Iterable[int]) -> None:
+        def count(weights: int) -> None:
             nonlocal done
-            for count in chunks:
-                done += count
-                told(done)
+            done += weights
+            told(done)
 
         with native.alone(), torch.inference_mode():
             for site in self._sites:
-                merged = self._site_work(site)
-                work(merged.chunks(pause))
-                bases[site] = merged.finish(room)
-                losses += merged.losses
+                work = self._site_work(site)
+                bases[site] = work.run(room, pause, count)
+                losses += work.losses
             if self._embedding is not None:
                 rows = self._table_work(self._embedding)
-                work(rows.chunks(pause))
-                table, loss = rows.finish()
-                losses.append(loss)
+                table = rows.run(pause, count)
+                losses.append(rows.loss)
         places = {linear.path: i for i, linear in enumerate(self._installed.spec.linears)}
         losses.sort(key=lambda loss: places[loss.path])
         return MergedLane(self.spec, LaneWeights(bases, table), tuple(losses))

@@ -1,8 +1,10 @@
 """One site on its way into a merged lane: rows of W in, rounded rows of W + Δ out."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -17,6 +19,11 @@ from fader_adapters.spec import Blend, Digest
 from fader_adapters.weightspace.loss import LinearLoss, joined, measure
 from fader_adapters.weightspace.plan import Form
 from fader_adapters.weightspace.quantised import require_finite
+
+Made = TypeVar("Made")
+Make = Callable[[torch.Tensor, Keep | None], tuple[Made, torch.Tensor]]
+"""Rows of W + Δ in fp32, and what is to be kept of Δ → the rows in their form, on the device, and
+what they are now, in fp32."""
 
 CHUNK = 1 << 14
 """Weights worked on at a time where that is not less than a panel: a fifth of a millisecond."""
@@ -82,22 +89,33 @@ class SiteWork:
         self._linears = installed.spec.linears
         self._dtype = dtype
         self._device = device
-        self._plain_dtype = weight_dtype(self._base, spec.form, dtype)
-        self._packs = self._plain_dtype is None
-        self._packed: list[nf4.Nf4Weight] = []
-        self._plain = torch.empty(0)
 
-    def chunks(self, pause: Pause) -> Iterator[int]:
-        """Work through the rows; yields the weights of each chunk once it is done."""
-        out, width = self._base.out_features, self._base.in_features
-        if not self._packs:
-            self._plain = torch.empty(out, width, dtype=self._plain_dtype, device=self._device)
+    def run(self, room: Room, pause: Pause, told: Callable[[int], None]) -> BaseLinear:
+        """Merge all rows; `told` hears the weights of each chunk once it is done. Raises
+        CheckpointInvalid (NaN or Inf)."""
+        shape = (self._base.out_features, self._base.in_features)
+        bias = self._bias()
+        dtype = weight_dtype(self._base, self._spec.form, self._dtype)
+        if dtype is None:
+            keep = self._spec.rounding == "keep"
+            return room.nf4(self._chunks(self._pack, pause, told, keep=keep), shape, bias)
+        make = room.head if self._site.head else room.plain
+        return make(self._chunks(partial(self._round, dtype), pause, told), shape, bias)
+
+    def _chunks(
+        self,
+        make: Make[Made],
+        pause: Pause,
+        told: Callable[[int], None],
+        *,
+        keep: bool = False,
+    ) -> Iterator[Made]:
+        width, begin = self._base.in_features, 0
         step = chunk_rows(width)
-        begin = 0
         for linear, size in zip(self._site.spec.linears, self._site.spec.out_features, strict=True):
             change = self._changes.of(linear)
             basis = None
-            if change is not None and self._packs and self._spec.rounding == "keep":
+            if change is not None and keep:
                 basis = directions(change.delta.a)
             parts: list[LinearLoss] = []
             for start in range(begin, begin + size, step):
@@ -105,35 +123,28 @@ class SiteWork:
                 given = self._base.rows(start, stop).cpu()
                 wanted = given if change is None else change.of_weight(given, start - begin)
                 kept = None if basis is None else Keep.of(basis, given, wanted)
-                made = self._round(wanted, start, kept)
+                made, values = make(wanted, kept)
+                yield made
                 if change is not None:
                     path, rank = self._linears[linear].path, change.delta.rank
-                    parts.append(_loss(path, rank, given, wanted, made))
+                    parts.append(_loss(path, rank, given, wanted, values))
                 pause()
-                yield (stop - start) * width
+                told((stop - start) * width)
             if parts:
                 self.losses.append(joined(parts))
             begin += size
 
-    def _round(self, wanted: torch.Tensor, start: int, kept: Keep | None) -> torch.Tensor:
-        """Keep the rows in their form; returns what they are now, in fp32."""
-        if self._packs:
-            packed = quantise(wanted, kept)
-            self._packed.append(_moved(packed, self._device))
-            return nf4.dense(packed, torch.float32)
-        rounded = wanted.to(self._plain.dtype)
-        self._plain[start : start + len(rounded)] = rounded.to(self._device)
-        made = rounded.float()
-        require_finite(made)
-        return made
+    def _pack(self, wanted: torch.Tensor, kept: Keep | None) -> tuple[nf4.Nf4Weight, torch.Tensor]:
+        packed = quantise(wanted, kept)
+        return _moved(packed, self._device), nf4.dense(packed, torch.float32)
 
-    def finish(self, room: Room) -> BaseLinear:
-        """All rows as one base linear."""
-        bias = self._bias()
-        if self._packs:
-            return room.nf4([nf4.stack(self._packed)], bias)
-        make = room.head if self._site.head else room.plain
-        return make(self._plain, bias)
+    def _round(
+        self, dtype: torch.dtype, wanted: torch.Tensor, kept: Keep | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rounded = wanted.to(dtype)
+        values = rounded.float()
+        require_finite(values)
+        return rounded.to(self._device), values
 
     def _bias(self) -> torch.Tensor | None:
         """The base's, unless a term adds to it; then in the activations' dtype."""

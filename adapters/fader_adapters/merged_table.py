@@ -1,6 +1,6 @@
 """The embedding on its way into a merged lane: what it gives for every token, with the delta."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 
@@ -31,21 +31,28 @@ class TableWork:
         self._table = torch.empty(shape, dtype=base.plain_dtype, device=device)
         self._parts: list[LinearLoss] = []
 
-    def chunks(self, pause: Pause) -> Iterator[int]:
-        """Work through the tokens; yields the weights of each chunk once it is done."""
-        tokens, width = self._table.shape
-        for ids in torch.arange(tokens).split(chunk_rows(width)):
-            given = self._base.lookup(ids.to(self._table.device)).float().cpu()
+    def run(self, pause: Pause, told: Callable[[int], None]) -> torch.Tensor:
+        """[tokens, width]; `told` hears the weights of each chunk once it is done. Raises
+        CheckpointInvalid (NaN or Inf)."""
+        table = self._table
+        for ids in torch.arange(len(table)).split(chunk_rows(table.shape[1])):
+            given = self._base.lookup(ids.to(table.device)).float().cpu()
             wanted = self._change.of_lookup(given, ids)
-            rounded = wanted.to(self._table.dtype)
-            self._table[ids[0] : ids[-1] + 1] = rounded.to(self._table.device)
+            rounded = wanted.to(table.dtype)
+            table[ids[0] : ids[-1] + 1] = rounded.to(table.device)
             made = rounded.float()
             require_finite(made)
-            self._parts.append(self._loss(given, wanted, made))
+            self._parts.append(self._part(given, wanted, made))
             pause()
-            yield given.numel()
+            told(given.numel())
+        return table
 
-    def _loss(self, given: torch.Tensor, wanted: torch.Tensor, made: torch.Tensor) -> LinearLoss:
+    @property
+    def loss(self) -> LinearLoss:
+        """What rounding cost, once it is done."""
+        return joined(self._parts)
+
+    def _part(self, given: torch.Tensor, wanted: torch.Tensor, made: torch.Tensor) -> LinearLoss:
         def before(start: int, stop: int) -> torch.Tensor:
             return given[start:stop]
 
@@ -53,7 +60,3 @@ class TableWork:
         return measure(
             path, rank, wanted, before=before, served=before, after=lambda a, b: made[a:b]
         )
-
-    def finish(self) -> tuple[torch.Tensor, LinearLoss]:
-        """[tokens, width], and what rounding it cost."""
-        return self._table, joined(self._parts)

@@ -135,9 +135,7 @@ class _Small:
         work = SiteWork(
             site, self.changes, spec, self.installed, dtype=self.rig.dtype, device=self.rig.device
         )
-        for _ in work.chunks(lambda: None):
-            self.rig.check_time()
-        return work.finish(self.backend.room())
+        return work.run(self.backend.room(), self.rig.check_time, lambda count: None)
 
 
 def _measure_site(rig: Rig, result: Result, name: str, width: int, outs: tuple[int, ...]) -> None:
@@ -149,9 +147,9 @@ def _measure_site(rig: Rig, result: Result, name: str, width: int, outs: tuple[i
     room, count = backend.room(), turns(out * width * 9 // 16, rig)
     own = [backend.linear([nf4_weight(out, width, rig)], None) for _ in range(count)]
     merged: dict[str, Sequence[BaseLinear]] = {
-        "nf4": [room.nf4([nf4_weight(out, width, rig)], None) for _ in range(count)],
+        "nf4": [room.nf4([nf4_weight(out, width, rig)], (out, width), None) for _ in range(count)],
         "bf16": [
-            room.plain(linear.dense(rig.dtype), None)
+            room.plain([linear.dense(rig.dtype)], (out, width), None)
             for linear in own[: turns(2 * out * width, rig)]
         ],
     }
@@ -244,9 +242,11 @@ def _copy(m: Machine) -> LaneWeights:
     """The base's weights unquantised, output head and embedding too."""
     base, installed = m.base, m.base.installed
     room = base.backend.room()
-    bases = {site: room.plain(site.kernel.base.dense(base.dtype), None) for site in installed.sites}
-    if (head := installed.head) is not None:
-        bases[head] = room.head(head.kernel.base.dense(base.dtype).clone(), None)
+    bases: dict[Site, BaseLinear] = {}
+    for site in (*installed.sites, *([] if installed.head is None else [installed.head])):
+        own = site.kernel.base
+        make = room.head if site.head else room.plain
+        bases[site] = make([own.dense(base.dtype)], (own.out_features, own.in_features), None)
     table = None
     if installed.table is not None:
         table = installed.table.lookup(torch.arange(base.vocab_size, device=base.device))

@@ -154,6 +154,18 @@ def test_the_loss_is_that_of_the_dense_weights(world: TinyWorld):
 
 
 @pytest.mark.parametrize("form", ["nf4", "bf16"])
+def test_the_product_of_some_rows_is_that_of_their_weights(world: TinyWorld, form):
+    for base in merge(world, BLEND, form=form).weights.bases.values():
+        x = torch.randn(3, base.in_features)
+        wanted = x.double() @ base.dense(torch.float32).double().T
+        for start, stop in ((0, base.out_features), (5, 40), (32, 64), (7, 8)):
+            given = base.product(x, start, stop)
+            assert given.dtype == torch.float32
+            assert float((given - wanted[:, start:stop]).abs().max()) < 1e-5
+        assert float((base.product(x, 0, 32) - wanted[:, 1:33]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("form", ["nf4", "bf16"])
 def test_a_delta_too_small_to_change_its_weight_loses_nothing(tmp_path: Path, form):
     source = write_family("llama", tmp_path / "base")
     tiny = write_adapter(source, tmp_path / "tiny", rank=4, seed=1) / "adapter_model.safetensors"

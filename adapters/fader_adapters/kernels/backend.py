@@ -2,7 +2,7 @@
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -46,6 +46,11 @@ class BaseLinear(Protocol):
         """W[start:stop] in fp32 [stop − start, in], on the caller's thread alone."""
         ...
 
+    def product(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """x·W[start:stop]ᵀ in fp32 [T, stop − start], without bias, on the caller's thread
+        alone."""
+        ...
+
 
 Step = object
 """A step's delta metadata on the device, made once by a backend and read by its sites only."""
@@ -71,16 +76,23 @@ class SiteKernel(Protocol):
 class Room(Protocol):
     """Where the weights of one merged lane lie: apart from the base's, freed when none is used."""
 
-    def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> BaseLinear:
-        """A weight [out, in] in the activations' dtype as a base linear, copied or taken over."""
+    def plain(
+        self, rows: Iterable[torch.Tensor], shape: tuple[int, int], bias: torch.Tensor | None
+    ) -> BaseLinear:
+        """A weight [out, in] = shape as a base linear, of x's dtype. Its rows come in order, some
+        at a time; each part is stored before the next is asked for. On any thread."""
         ...
 
-    def head(self, weight: torch.Tensor, bias: torch.Tensor | None) -> BaseLinear:
+    def head(
+        self, rows: Iterable[torch.Tensor], shape: tuple[int, int], bias: torch.Tensor | None
+    ) -> BaseLinear:
         """The same for the output head's: its logits are as fine as those of the base's head."""
         ...
 
-    def nf4(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> BaseLinear:
-        """As `Backend.linear`, with the same kernels, on any thread."""
+    def nf4(
+        self, rows: Iterable[Nf4Weight], shape: tuple[int, int], bias: torch.Tensor | None
+    ) -> BaseLinear:
+        """The same as `Backend.linear`, with the same kernels."""
         ...
 
 

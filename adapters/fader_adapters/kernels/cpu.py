@@ -1,11 +1,12 @@
 """The native CPU backend: NF4 panels and one call a site. Knows the C library, not models."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 
-from fader_adapters.kernels.dense import DenseLinear
+from fader_adapters.kernels.dense import DenseLinear, filled
 from fader_adapters.kernels.native import (
     Lookup,
     Nf4Panels,
@@ -16,6 +17,8 @@ from fader_adapters.kernels.native import (
     StepPlan,
     Tape,
     Workspace,
+    alone,
+    gemm,
 )
 from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight
@@ -61,6 +64,11 @@ class PanelLinear:
         first = start // PANEL * PANEL
         return self.panels.rows(first, stop).dense(torch.float32, alone=True)[start - first :]
 
+    def product(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        first = start // PANEL * PANEL
+        with alone():
+            return gemm(x, self.panels.rows(first, stop))[:, start - first :]
+
 
 class PanelHead(PanelLinear):
     """The output head's plain weight: fp32 logits."""
@@ -78,26 +86,37 @@ class NativeRoom:
         self._scratch = scratch
         self._tape = tape
 
-    def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> "BaseLinear":
-        if weight.shape[1] % BLOCK:
-            return DenseLinear(weight, bias)
-        panels = PlainPanels.pack(weight, store=self._store)
+    def plain(
+        self, rows: Iterable[torch.Tensor], shape: tuple[int, int], bias: torch.Tensor | None
+    ) -> "BaseLinear":
+        return self._plain(PanelLinear, rows, shape, bias)
+
+    def head(
+        self, rows: Iterable[torch.Tensor], shape: tuple[int, int], bias: torch.Tensor | None
+    ) -> "BaseLinear":
+        return self._plain(PanelHead, rows, shape, bias)
+
+    def _plain(
+        self,
+        kind: type[PanelLinear],
+        rows: Iterable[torch.Tensor],
+        shape: tuple[int, int],
+        bias: torch.Tensor | None,
+    ) -> "BaseLinear":
+        if shape[1] % BLOCK:
+            return DenseLinear(filled(rows, shape), bias)
+        parts = iter(rows)
+        first = next(parts)
+        panels = PlainPanels.blank(*shape, first.dtype, store=self._store)
+        panels.fill(chain([first], parts))
+        return kind(panels, bias, scratch=self._scratch, tape=self._tape)
+
+    def nf4(
+        self, rows: Iterable[Nf4Weight], shape: tuple[int, int], bias: torch.Tensor | None
+    ) -> PanelLinear:
+        panels = Nf4Panels.blank(*shape, store=self._store)
+        panels.fill((w.packed, w.absmax, w.out_features) for w in rows)
         return PanelLinear(panels, bias, scratch=self._scratch, tape=self._tape)
-
-    def head(self, weight: torch.Tensor, bias: torch.Tensor | None) -> "BaseLinear":
-        if weight.shape[1] % BLOCK:
-            return DenseLinear(weight, bias)
-        panels = PlainPanels.pack(weight, store=self._store)
-        return PanelHead(panels, bias, scratch=self._scratch, tape=self._tape)
-
-    def nf4(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> PanelLinear:
-        panels = _panels(weights, self._store)
-        return PanelLinear(panels, bias, scratch=self._scratch, tape=self._tape)
-
-
-def _panels(weights: Sequence[Nf4Weight], store: PanelStore) -> Nf4Panels:
-    parts = [(w.packed, w.absmax, w.out_features) for w in weights]
-    return Nf4Panels.stack(parts, weights[0].in_features, store=store)
 
 
 class NativeSite:
@@ -201,7 +220,8 @@ class NativeBackend:
         self._ranks: torch.Tensor | None = None
 
     def linear(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> PanelLinear:
-        panels = _panels(weights, self._store)
+        parts = [(w.packed, w.absmax, w.out_features) for w in weights]
+        panels = Nf4Panels.stack(parts, weights[0].in_features, store=self._store)
         return PanelLinear(panels, bias, scratch=self._scratch, tape=self.tape)
 
     def room(self) -> NativeRoom:

@@ -1,13 +1,37 @@
 """Plain weights as a base: unquantised linears and heads, and the table of an embedding."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
 from torch.nn import functional as F
 
 
-class DenseLinear:
+def filled(parts: Iterable[torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+    """One weight [out, in] from its rows, some at a time; each part is done with before the next
+    is asked for."""
+    whole, at = None, 0
+    for part in parts:
+        whole = part.new_empty(shape) if whole is None else whole
+        whole[at : at + len(part)] = part
+        at += len(part)
+    assert whole is not None
+    assert at == len(whole)
+    return whole
+
+
+class ByRows:
+    """Products of some rows of W over those rows in fp32."""
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """W[start:stop] in fp32."""
+        raise NotImplementedError
+
+    def product(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        return F.linear(x.float(), self.rows(start, stop))
+
+
+class DenseLinear(ByRows):
     """W [out, in] in the model's own dtype; shares the model's storage."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -42,7 +66,7 @@ class Rows(Protocol):
     def take(self, index: torch.Tensor) -> torch.Tensor: ...
 
 
-class EmbeddingTable:
+class EmbeddingTable(ByRows):
     """A lookup as a base: W [out, in] is the table [tokens, width] transposed, x is one-hot."""
 
     def __init__(

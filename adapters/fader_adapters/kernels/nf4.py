@@ -3,7 +3,7 @@
 bitsandbytes is imported by what needs it: its layout is known without it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -116,6 +116,24 @@ def dense(weight: Nf4Weight, dtype: torch.dtype) -> torch.Tensor:
         [weight.out_features, weight.in_features],
         dtype,
     )
+
+
+def filled(parts: Iterable[Nf4Weight], shape: tuple[int, int]) -> Nf4Weight:
+    """One weight [out, in] from its rows, some at a time; each part is done with before the next
+    is asked for."""
+    (out, width), at = shape, 0
+    whole = None
+    for part in parts:
+        if whole is None:
+            packed = part.packed.new_empty(out * width // 2)
+            whole = Nf4Weight(packed, part.absmax.new_empty(out * width // BLOCK), out, width)
+        there = whole.rows(at, at + part.out_features)
+        there.packed.copy_(part.packed)
+        there.absmax.copy_(part.absmax)
+        at += part.out_features
+    assert whole is not None
+    assert at == out
+    return whole
 
 
 def stack(weights: Sequence[Nf4Weight]) -> Nf4Weight:

@@ -1,13 +1,14 @@
 """The specification in plain torch: NF4 by decoding, deltas as masked dense products."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
 
-from fader_adapters.kernels.dense import DenseLinear
+from fader_adapters.kernels import nf4
+from fader_adapters.kernels.dense import ByRows, DenseLinear, filled
 from fader_adapters.kernels.nf4 import Nf4Weight, dense, stack
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import RowTerms, SiteSpec, StepTerms
@@ -23,7 +24,7 @@ LEAST_ROWS = 4
 """torch's fp32 products on CPUs give a row the same bits in any company from this many rows on."""
 
 
-class DecodedLinear:
+class DecodedLinear(ByRows):
     """An NF4 weight decoded in chunks of rows at every call; resident at 0.5625 byte a weight."""
 
     def __init__(self, weight: Nf4Weight, bias: torch.Tensor | None, *, chunk: int = CHUNK) -> None:
@@ -61,13 +62,17 @@ class DecodedLinear:
 class TorchRoom:
     """Merged weights as plain tensors: their memory is torch's."""
 
-    def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> DenseLinear:
-        return DenseLinear(weight, bias)
+    def plain(
+        self, rows: Iterable[torch.Tensor], shape: tuple[int, int], bias: torch.Tensor | None
+    ) -> DenseLinear:
+        return DenseLinear(filled(rows, shape), bias)
 
     head = plain
 
-    def nf4(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> DecodedLinear:
-        return DecodedLinear(stack(weights), bias)
+    def nf4(
+        self, rows: Iterable[Nf4Weight], shape: tuple[int, int], bias: torch.Tensor | None
+    ) -> DecodedLinear:
+        return DecodedLinear(nf4.filled(rows, shape), bias)
 
 
 @dataclass(frozen=True)

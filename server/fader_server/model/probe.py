@@ -1,7 +1,7 @@
 """Logits of a text under other weights, on any thread: what a merge is measured with.
 
 A copy of the base's modules that shares its weights and nothing else, so that the engine's steps
-go on untouched. Slow and exact: fp32 products of decoded weights.
+go on untouched. On one thread, with fp32 sums: in the kernels that serve where they can do that.
 """
 
 import copy
@@ -32,8 +32,8 @@ from fader_server.model.torch_attention import TorchAttention
 
 BLOCK_SIZE = 16
 CHUNK_TOKENS = 32
-CHUNK_WEIGHTS = 1 << 16
-"""Weights decoded at a time."""
+CHUNK_WEIGHTS = 1 << 19
+"""Weights multiplied at a time: a fifth of a millisecond."""
 
 
 def probe_bytes(base: LoadedBase, tokens: int, views: int) -> int:
@@ -119,12 +119,12 @@ class _ProbeLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         view = self._glass.view
         weight = view.weight(self._site)
-        rows = x.reshape(-1, self.in_features).float()
+        rows = x.reshape(-1, self.in_features)
         stop = self._start + self.out_features
         y = _product(rows, weight, self._start, stop, self._glass.pause)
         change = view.change(self._linear)
         if change is not None:
-            y = _changed(y, rows, change)
+            y = _changed(y, rows.float(), change)
         if weight.bias is not None:
             y += weight.bias[self._start : stop].float()
         return self._given(y, x).view(*x.shape[:-1], self.out_features)
@@ -160,12 +160,12 @@ class _ProbeEmbedding(nn.Module):
 def _product(
     x: torch.Tensor, weight: BaseLinear, start: int, stop: int, pause: Pause
 ) -> torch.Tensor:
-    """x [T, in] times rows start..stop of a weight, decoded a few at a time, in fp32."""
-    y = x.new_empty(x.shape[0], stop - start)
+    """x [T, in] times rows start..stop of a weight, a few at a time, in fp32."""
+    y = x.new_empty(x.shape[0], stop - start, dtype=torch.float32)
     step = max(PANEL, CHUNK_WEIGHTS // x.shape[1])
     for at in range(start, stop, step):
         end = min(at + step, stop)
-        y[:, at - start : end - start] = F.linear(x, weight.rows(at, end))
+        y[:, at - start : end - start] = weight.product(x, at, end)
         pause()
     return y
 

@@ -101,6 +101,40 @@ def test_stacked_weights_equal_the_parts_side_by_side(level: str) -> None:
         assert torch.equal(native.gemm(x, one), torch.cat(apart, dim=1))
 
 
+SPLITS = [(100,), (32, 64, 4), (5, 27, 60, 8), (33, 31, 36), (1,) * 100]
+"""Rows of the parts that one weight is written from."""
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=len)
+def test_weights_written_some_rows_at_a_time_are_the_same(built: None, split) -> None:
+    q, plain = native.quantise_nf4(w := torch.randn(100, 128)), w.bfloat16()
+    assert q.absmax is not None
+    packed, absmax = q.packed.reshape(100, -1), q.absmax.reshape(100, -1)
+    whole = native.Nf4Panels.from_bnb(packed, absmax, 100, 128)
+    panels, plains = native.Nf4Panels.blank(100, 128), native.PlainPanels.blank(100, 128, BF16)
+    asked: list[int] = []
+
+    def parts():
+        at = 0
+        for rows in split:
+            asked.append(at)
+            part = packed[at : at + rows].clone(), absmax[at : at + rows].clone()
+            yield (*part, rows)
+            if (at + rows) % 32 == 0:  # stored before the next is asked for
+                part[0].zero_()
+            at += rows
+
+    panels.fill(parts())
+    plains.fill(plain.split(split))
+    assert asked == [sum(split[:i]) for i in range(len(split))]
+    assert torch.equal(panels.dense(F32), whole.dense(F32))
+    assert torch.equal(plains.dense(), plain)
+    ones = torch.ones(101, 128, dtype=BF16)
+    for wrong in ((*split, 1), split[:-1]):
+        with pytest.raises(ValueError, match="parts must have 100 rows in all"):
+            native.PlainPanels.blank(100, 128, BF16).fill(ones[: sum(wrong)].split(wrong))
+
+
 def test_resident_size_is_at_most_060_bytes_a_weight(built: None) -> None:
     w = panels(256, 512)
     assert w.nbytes <= 0.60 * 256 * 512

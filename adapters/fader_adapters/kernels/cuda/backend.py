@@ -1,6 +1,6 @@
 """The CUDA backend: Triton linears over NF4 and batched deltas. Knows sites, not models."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,8 +11,9 @@ from fader_adapters.kernels.cuda.lora import DeltaKernels, DeltaSite, LoraStep, 
 from fader_adapters.kernels.cuda.lora_configs import Arch, arch_of
 from fader_adapters.kernels.cuda.lora_launch import lookup_delta
 from fader_adapters.kernels.cuda.nf4_codes import CODES
-from fader_adapters.kernels.dense import DenseLinear
+from fader_adapters.kernels.dense import DenseLinear, filled
 from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight
+from fader_adapters.kernels.nf4 import filled as nf4_filled
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import SiteSpec, StepTerms
 
@@ -55,15 +56,18 @@ class CudaRoom:
     def __init__(self, scratch: nf4.Scratch) -> None:
         self._scratch = scratch
 
-    def plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> FixedRows:
+    def plain(
+        self, rows: Iterable[torch.Tensor], shape: tuple[int, int], bias: torch.Tensor | None
+    ) -> FixedRows:
+        weight = filled(rows, shape)
         return FixedRows(DenseLinear(weight, bias), weight, self._scratch)
 
     head = plain
 
     def nf4(
-        self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None
+        self, rows: Iterable[Nf4Weight], shape: tuple[int, int], bias: torch.Tensor | None
     ) -> nf4.Nf4Linear | nf4.BitsandbytesLinear:
-        return nf4.linear(weights, bias, self._scratch)
+        return nf4.linear([nf4_filled(rows, shape)], bias, self._scratch)
 
 
 class CudaBackend:

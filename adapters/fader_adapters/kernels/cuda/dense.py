@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
+from fader_adapters.kernels.dense import ByRows
+
 if TYPE_CHECKING:
     from fader_adapters.kernels.backend import BaseLinear
     from fader_adapters.kernels.cuda.nf4 import Scratch
@@ -13,7 +15,7 @@ ROWS = 64
 """Rows of one product, whatever a step holds: the vendor's GEMM cuts its sums by their number."""
 
 
-class FixedRows:
+class FixedRows(ByRows):
     """A DenseLinear whose rows get the same bits in any company while a backend leads the steps."""
 
     def __init__(self, inner: "BaseLinear", weight: torch.Tensor, scratch: "Scratch") -> None:

@@ -12,6 +12,7 @@ from fader_adapters.kernels.cuda.nf4_bitsandbytes import BitsandbytesLinear
 from fader_adapters.kernels.cuda.nf4_codes import CODES, table_words
 from fader_adapters.kernels.cuda.nf4_kernels import nf4_dense, nf4_gemm, nf4_sum
 from fader_adapters.kernels.cuda.nf4_tiles import TILE, Nf4Tiles, tile
+from fader_adapters.kernels.dense import ByRows
 from fader_adapters.kernels.nf4 import Nf4Weight
 
 _WORDS = {f"w{i}": word for i, word in enumerate(table_words())}
@@ -58,7 +59,7 @@ class Scratch:
         return self._buffer[: rows * width * dtype.itemsize].view(dtype).view(rows, width)
 
 
-class Nf4Linear:
+class Nf4Linear(ByRows):
     """W in tiles, 0.5625 byte a weight: x·Wᵀ + b by the fused kernel, or through the scratch.
 
     Rows of bf16 (on a CPU, in Triton's interpreter, of fp32) go to the fused kernel or to chunks of

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import torch
 
+from fader_adapters.kernels.dense import ByRows
 from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight, dense, stack
 
 
-class BitsandbytesLinear:
+class BitsandbytesLinear(ByRows):
     """W in bitsandbytes' own bytes and its own choice of kernels, on machines ours do not know.
 
     A row's bits depend on the number of rows here: bitsandbytes changes kernels with it.

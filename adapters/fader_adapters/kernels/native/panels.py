@@ -1,8 +1,9 @@
 """NF4 weights in the layout the kernels stream: panels of 32 columns. Knows weights; no
 adapters, no rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from fader_adapters.kernels.native.quantise import BLOCK, packed_bytes
 from fader_adapters.kernels.native.threads import threads
 
 PANEL = 32
+
+Part = TypeVar("Part")
 
 
 def in_huge_pages(tensor: Tensor) -> None:
@@ -42,6 +45,30 @@ class PanelStore:
         out = self._left[skip : skip + size]
         self._left = self._left[skip + size :]
         return out
+
+
+def whole_panels(
+    parts: Iterable[Part], rows_of: Callable[[Part], int], n: int
+) -> Iterator[list[Part]]:
+    """The parts of n rows in groups, each of which but the last fills panels of its own. Raises:
+    ValueError (other than n rows)."""
+    done, group, rows = 0, [], 0
+    for part in parts:
+        group.append(part)
+        rows += rows_of(part)
+        if done + rows > n:
+            raise ValueError(f"parts must have {n} rows in all, got more")
+        if rows % PANEL == 0 or done + rows == n:
+            yield group
+            done, group, rows = done + rows, [], 0
+    if done != n:
+        raise ValueError(f"parts must have {n} rows in all, got {done + rows}")
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor, int]:
+    packed = torch.cat([packed.reshape(-1) for packed, _, _ in parts])
+    absmax = torch.cat([absmax.reshape(-1) for _, absmax, _ in parts])
+    return packed, absmax, sum(n for _, _, n in parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,36 +103,43 @@ class Nf4Panels:
         """
         if not parts:
             raise ValueError("parts must not be empty")
+        total = sum(checks.positive("n", n) for _, _, n in parts)
+        panels = Nf4Panels.blank(total, k, store=store)
+        panels.fill(parts)
+        return panels
+
+    @staticmethod
+    def blank(n: int, k: int, *, store: PanelStore | None = None) -> "Nf4Panels":
+        """Panels that nothing was written to yet. Raises: TypeError, ValueError."""
         checks.positive("k", k)
         if k % BLOCK:
             raise ValueError(f"k must be a multiple of {BLOCK}, got {k}")
-        for packed, absmax, n in parts:
-            packed_bytes(packed, absmax, checks.positive("n", n) * k)
-        if len(parts) > 1 and any(n % PANEL for _, _, n in parts[:-1]):
-            # a part that ends inside a panel: join the rows first
-            joined = torch.cat([packed.reshape(-1) for packed, _, _ in parts])
-            scale = torch.cat([absmax.reshape(-1) for _, absmax, _ in parts])
-            parts = [(joined, scale, sum(n for _, _, n in parts))]
-        total = sum(n for _, _, n in parts)
-        count = -(-total // PANEL)
+        count = -(-checks.positive("n", n) // PANEL)
         store = store or PanelStore(0)
         panels = store.take(count * k // 2 * PANEL).view(count, k // 2, PANEL)
         scales = store.take(count * k // BLOCK * PANEL * 4).view(torch.float32)
-        scales = scales.view(count, k // BLOCK, PANEL)
+        return Nf4Panels(panels, scales.view(count, k // BLOCK, PANEL), n, k)
+
+    def fill(self, parts: Iterable[tuple[Tensor, Tensor, int]]) -> None:
+        """Write all rows, as `stack` takes them; each part is done with before the next is asked
+        for, one that ends inside a panel with those that complete it. Raises: TypeError,
+        ValueError."""
         at = 0
-        for packed, absmax, n in parts:
+        for group in whole_panels(parts, lambda part: part[2], self.n):
+            packed, absmax, rows = group[0] if len(group) == 1 else _joined(group)
+            packed_bytes(packed, absmax, rows * self.k)
+            first = at // PANEL
             code = library().fader_repack(
-                n,
-                k,
+                rows,
+                self.k,
                 packed.data_ptr(),
                 absmax.data_ptr(),
-                panels[at:].data_ptr(),
-                scales[at:].data_ptr(),
+                self.panels[first:].data_ptr(),
+                self.scales[first:].data_ptr(),
                 threads(),
             )
             check(code, "Nf4Panels")
-            at += n // PANEL
-        return Nf4Panels(panels, scales, total, k)
+            at += rows
 
     @property
     def nbytes(self) -> int:

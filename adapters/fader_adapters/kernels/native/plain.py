@@ -1,6 +1,7 @@
 """Unquantised weights in the layout the kernels stream: panels of 32 columns. Knows weights; no
 adapters, no rows of a step."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from fader_adapters.kernels.native import checks
 from fader_adapters.kernels.native.library import CODES, check, library
 from fader_adapters.kernels.native.ops import Kind, Op, Tape
-from fader_adapters.kernels.native.panels import PANEL, PanelStore
+from fader_adapters.kernels.native.panels import PANEL, PanelStore, whole_panels
 from fader_adapters.kernels.native.quantise import BLOCK
 from fader_adapters.kernels.native.threads import threads
 
@@ -29,16 +30,34 @@ class PlainPanels:
         ValueError."""
         checks.tensor("weight", weight, checks.FLOATS, shape=(None, None))
         n, k = weight.shape
+        panels = PlainPanels.blank(n, k, weight.dtype, store=store)
+        panels.fill([weight])
+        return panels
+
+    @staticmethod
+    def blank(
+        n: int, k: int, dtype: torch.dtype, *, store: PanelStore | None = None
+    ) -> "PlainPanels":
+        """Panels that nothing was written to yet. Raises: ValueError."""
         if not n or not k or k % BLOCK:
             raise ValueError(f"weight must be [n, k] with k a multiple of {BLOCK}, got {[n, k]}")
         count = -(-n // PANEL)
-        room = (store or PanelStore(0)).take(count * PANEL * k * weight.itemsize)
-        panels = room.view(weight.dtype).view(count, k, PANEL)
-        code = library().fader_pack(
-            n, k, weight.data_ptr(), CODES[weight.dtype], panels.data_ptr(), threads()
-        )
-        check(code, "pack")
-        return PlainPanels(panels, n, k)
+        room = (store or PanelStore(0)).take(count * PANEL * k * dtype.itemsize)
+        return PlainPanels(room.view(dtype).view(count, k, PANEL), n, k)
+
+    def fill(self, parts: Iterable[Tensor]) -> None:
+        """Write all rows, some contiguous [m, k] at a time, as Nf4Panels.fill does. Raises:
+        TypeError, ValueError."""
+        at = 0
+        for group in whole_panels(parts, len, self.n):
+            rows = group[0] if len(group) == 1 else torch.cat(group)
+            checks.tensor("weight", rows, (self.dtype,), shape=(None, self.k))
+            panels = self.panels[at // PANEL :]
+            code = library().fader_pack(
+                len(rows), self.k, rows.data_ptr(), CODES[self.dtype], panels.data_ptr(), threads()
+            )
+            check(code, "pack")
+            at += len(rows)
 
     @property
     def dtype(self) -> torch.dtype:
