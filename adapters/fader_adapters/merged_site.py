@@ -122,9 +122,11 @@ class SiteWork:
                 stop = min(start + step, begin + size)
                 given = self._base.rows(start, stop).cpu()
                 wanted = given if change is None else change.of_weight(given, start - begin)
+                pause()
                 kept = None if basis is None else Keep.of(basis, given, wanted)
                 made, values = make(wanted, kept)
                 yield made
+                pause()
                 if change is not None:
                     path, rank = self._linears[linear].path, change.delta.rank
                     parts.append(_loss(path, rank, given, wanted, values))

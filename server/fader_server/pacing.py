@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 SLICE = 2e-4
 """Seconds of work without a rest."""
-REST = 12.0
+REST = 8.0
 """Seconds of rest a second of work while requests run."""
 
 

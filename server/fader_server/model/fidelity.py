@@ -10,7 +10,7 @@ from fader_adapters.changes import Changes
 from fader_adapters.lane import MergedLane
 from fader_server.model.probe import BaseView, BlendView, LaneView, ProbeModel
 
-CHUNK_LOGITS = 1 << 16
+CHUNK_LOGITS = 1 << 15
 """Compared at a time."""
 LEAST_KL = 0.02
 """Nats; what differs by less is not worth a refusal."""

@@ -48,6 +48,14 @@ def choose_attention(
     return TorchAttention(block_size)
 
 
+def attention_alone(base: LoadedBase, *, block_size: int) -> PagedAttention:
+    """For the forwards of a thread of its own: shares nothing with the engine's."""
+    native = isinstance(base.backend, NativeBackend)
+    if native and all(map(cpu_attention.fits, base.layers.values())):
+        return cpu_attention.NativeAttention()
+    return TorchAttention(block_size)
+
+
 def choose_replays(
     base: LoadedBase,
     *,

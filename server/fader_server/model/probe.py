@@ -24,11 +24,11 @@ from fader_adapters.pauses import Pause
 from fader_adapters.spec import RowTerms, StepTerms
 from fader_server.core import Plan, PlanRow, Request, SamplingParams
 from fader_server.core import Sequence as Row
-from fader_server.model.attention import StepAttention
+from fader_server.model.attention import PagedAttention, StepAttention
 from fader_server.model.batch import Batch
+from fader_server.model.kernels import attention_alone
 from fader_server.model.kv_cache import KVCache, bytes_per_block
 from fader_server.model.loaded import LoadedBase
-from fader_server.model.torch_attention import TorchAttention
 
 BLOCK_SIZE = 16
 CHUNK_TOKENS = 32
@@ -118,6 +118,7 @@ class _ProbeLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         view = self._glass.view
+        self._glass.pause()  # after what the model did before
         weight = view.weight(self._site)
         rows = x.reshape(-1, self.in_features)
         stop = self._start + self.out_features
@@ -217,10 +218,11 @@ class ProbeModel:
     def logits(self, tokens: Sequence[int], views: Sequence[View]) -> Iterator[list[torch.Tensor]]:
         """For every chunk of positions [n, vocab] under each view, in the text's order."""
         caches = [self._cache(len(tokens)) for _ in views]
+        attention = attention_alone(self._base, block_size=BLOCK_SIZE)
         for start in range(0, len(tokens), CHUNK_TOKENS):
             count = min(CHUNK_TOKENS, len(tokens) - start)
             yield [
-                self._forward(tokens, start, count, view, cache)
+                self._forward(tokens, start, count, view, cache, attention)
                 for view, cache in zip(views, caches, strict=True)
             ]
 
@@ -235,7 +237,13 @@ class ProbeModel:
         )
 
     def _forward(
-        self, tokens: Sequence[int], start: int, count: int, view: View, cache: KVCache
+        self,
+        tokens: Sequence[int],
+        start: int,
+        count: int,
+        view: View,
+        cache: KVCache,
+        attention: PagedAttention,
     ) -> torch.Tensor:
         params = SamplingParams(prompt_logprobs=0)
         row = Row(Request("probe", tuple(tokens), params), [*tokens, 0])
@@ -249,6 +257,6 @@ class ProbeModel:
                 position_ids=batch.position_ids,
                 use_cache=False,
                 logits_to_keep=torch.arange(count, device=self._base.device),
-                fader_step=StepAttention(TorchAttention(BLOCK_SIZE), cache, batch),
+                fader_step=StepAttention(attention, cache, batch),
             )
         return out.logits[0].float()
