@@ -1,19 +1,23 @@
 """Merged lanes of blends that adapt the output head or the embedding, tied or not."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
 import torch
 
 from fader_adapters.lane import MergedLane, Merger
 from fader_adapters.merged_site import LaneSpec
+from fader_adapters.spec import Blend
 from fader_server.model.fidelity import measure
 from fader_server.model.probe import BaseView, BlendView, LaneView, ProbeModel
 from tests.server.parity.test_families import BOUND, check, difference, prompts
 from tests.server.parity.test_kinds import BACKENDS, Setting, asks, world
 from tests.support.dense import DenseOracle
 from tests.support.lanes import changes_of, merge, publish, weights_hash
+from tests.support.many_families import MANY, write_many
 from tests.support.oracle import Oracle
+from tests.support.peft_adapters import write_adapter
 from tests.support.world import Answer, Ask, TinyWorld, greedy
 
 BOTH = {"head": 0.5, "embedding": -0.8, "plain": 1.0}
@@ -115,6 +119,48 @@ def test_only_what_is_adapted_leaves_the_base(exact: Setting, backend):
     assert weights_hash(installed) == before
     found.base.model.get_output_embeddings().weight.data.view(-1)[0] += 1
     assert weights_hash(installed) != before
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[] if f == "opt" else pytest.mark.slow) for f in sorted(MANY)]
+)
+def test_a_lane_of_every_linear_and_both_ends_in_many_families(family: str, tmp_path: Path):
+    base = write_many(*MANY[family], tmp_path / "base")
+    found = TinyWorld(base)
+    linears = found.base.installed.spec.linears
+    assert [item.role for item in linears if not item.inside] == ["embedding", "head"]
+    experts = any("experts" in name for name, _ in found.base.model.named_modules())
+    # PEFT turns the names of an MLP of experts into parameters, which are no linears
+    paths = [item.path for item in linears if not (experts and ".mlp." in item.path)]
+    targets = "|".join(path.replace(".", "[.]") for path in paths)
+    made = write_adapter(
+        base, tmp_path / "a", rank=4, seed=1, target_modules=f"(.*[.])?({targets})"
+    )
+    found.load("a", made)
+    mixed = asks([{"a": 0.8}], count=4)
+    delta = found.run(mixed)
+    publish(found, merge(found, {"a": 0.8}, form="bf16"))
+    lane = found.run(mixed)
+    assert _farthest(delta, lane) < BOUND[torch.float32]
+    publish(found, merge(found, {"a": 0.7}, form="bf16"), stands_for=_blend(found, {"a": 0.8}))
+    assert _farthest(delta, found.run(mixed)) > 10 * BOUND[torch.float32]
+    publish(found, merge(found, {"a": 0.8}, form="nf4"))
+    again = [_facts(found.run(mixed)) for _ in range(3)]  # recorded, compared, replayed
+    assert again[0] == again[1] == again[2]
+
+
+def _blend(found: TinyWorld, blend: Mapping[str, float]) -> Blend:
+    return changes_of(found, blend).blend
+
+
+def _farthest(one: list[Answer], other: list[Answer]) -> float:
+    """Largest difference of a prompt's logprobs."""
+    pairs = [
+        (x.logprob, y.logprob)
+        for a, b in zip(one, other, strict=True)
+        for x, y in zip(a.prompt_logprobs, b.prompt_logprobs, strict=True)
+    ]
+    return max(abs(x - y) for x, y in pairs)
 
 
 def _facts(answers: list[Answer]) -> list[object]:
