@@ -23,7 +23,10 @@ from tests.support.world import Answer, Ask, TinyWorld, greedy
 BOTH = {"head": 0.5, "embedding": -0.8, "plain": 1.0}
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3", "phi3", "gpt2"])
+FAMILIES = ["llama", "gemma3", *(pytest.param(f, marks=pytest.mark.slow) for f in ("phi3", "gpt2"))]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def exact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return Setting(request.param, tmp_path_factory.mktemp(request.param), torch.float32)
 
