@@ -72,9 +72,7 @@ class Merger:
         self._dtype = dtype
         self._device = device
         touched = changes.linears()
-        head = () if installed.head is None else (installed.head,)
-        every = (*installed.sites, *head)
-        self._sites = [s for s in every if touched.intersection(s.spec.linears)]
+        self._sites = [s for s in installed.every_site if touched.intersection(s.spec.linears)]
         linears = installed.spec.linears
         self._embedding = next((i for i in touched if linears[i].role == "embedding"), None)
         if not touched:

@@ -51,10 +51,10 @@ class StepState:
 
     def __init__(self) -> None:
         self.step: Step | None = None
-        self.lane: LaneWeights | None = None
-        """None: the base's own weights."""
         self.head: Callable[[torch.Size], Step | None] | None = None
         """The same for the rows the output head is given, by the shape of what it is given."""
+        self.lane: LaneWeights | None = None
+        """None: the base's own weights."""
         self.tokens: int | None = None
         """Of the forward that runs now; a linear that is given others is refused. None: unknown."""
 
@@ -166,6 +166,11 @@ class Installed:
     table: EmbeddingTable | None = None
 
     @property
+    def every_site(self) -> tuple[Site, ...]:
+        """The head's too, where it is one."""
+        return self.sites if self.head is None else (*self.sites, self.head)
+
+    @property
     def nbytes(self) -> int:
         """Resident bytes of every linear's base weight; head and embedding are the model's own."""
         return sum(site.kernel.base.nbytes for site in self.sites)
@@ -183,8 +188,7 @@ class Installed:
         if self.spec.linears[linear].role == "embedding":
             assert self.table is not None
             return self.table, 0
-        sites = self.sites if self.head is None else (*self.sites, self.head)
-        site = next(site for site in sites if linear in site.spec.linears)
+        site = next(site for site in self.every_site if linear in site.spec.linears)
         place = site.spec.linears.index(linear)
         return site.kernel.base, sum(site.spec.out_features[:place])
 

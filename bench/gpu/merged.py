@@ -243,7 +243,7 @@ def _copy(m: Machine) -> LaneWeights:
     base, installed = m.base, m.base.installed
     room = base.backend.room()
     bases: dict[Site, BaseLinear] = {}
-    for site in (*installed.sites, *([] if installed.head is None else [installed.head])):
+    for site in installed.every_site:
         own = site.kernel.base
         make = room.head if site.head else room.plain
         bases[site] = make([own.dense(base.dtype)], (own.out_features, own.in_features), None)

@@ -62,7 +62,7 @@ def publish(world: TinyWorld, merged: MergedLane, *, stands_for: Blend | None = 
 def weights_hash(installed: Installed) -> str:
     """sha256 of every base weight as it lies in memory."""
     state = hashlib.sha256()
-    for site in (*installed.sites, *([] if installed.head is None else [installed.head])):
+    for site in installed.every_site:
         base = site.kernel.base
         panels = getattr(base, "panels", None)
         tensors = (
