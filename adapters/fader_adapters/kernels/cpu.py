@@ -78,6 +78,19 @@ class PanelHead(PanelLinear):
         return self.site(x, step, out=logits)
 
 
+def in_place_of(
+    pairs: Iterable[tuple["BaseLinear", "BaseLinear"]],
+) -> dict[int, Site] | None:
+    """For (base, merged) linears: the sites to call in recorded steps, by the addresses of those
+    that were. None where one of them is not made of panels."""
+    sites: dict[int, Site] = {}
+    for base, merged in pairs:
+        if not isinstance(base, PanelLinear) or not isinstance(merged, PanelLinear):
+            return None
+        sites[base.site.address] = merged.site
+    return sites
+
+
 class NativeRoom:
     """Panels and plain weights in huge pages of their own."""
 

@@ -4,13 +4,15 @@ A replay is trusted after it gave, on another step, bit for bit what the model's
 """
 
 import logging
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
 from fader_adapters.kernels.backend import Step
-from fader_adapters.kernels.native import StepInputs, StepPlan, Tape, Workspace
+from fader_adapters.kernels.native import Site, StepInputs, StepPlan, Tape, Workspace
+from fader_adapters.layers import LaneWeights
 from fader_server.core import Plan
 from fader_server.model.batch import AttentionRow, Batch
 from fader_server.model.recording import Recorder, Unrepeatable
@@ -18,6 +20,7 @@ from fader_server.model.replay import Arena, Replay
 
 log = logging.getLogger(__name__)
 
+Own = TypeVar("Own")
 Forward = Callable[[Batch], torch.Tensor]
 """The model's own forward: logits [rows, vocab]."""
 
@@ -33,8 +36,8 @@ class Replays(Protocol):
         """Logits [rows that sample, vocab], those of `forward`; valid until the next step."""
         ...
 
-    def sibling(self) -> "Replays":
-        """An empty set for other weights, in the same memory: one of them runs at a time."""
+    def sibling(self, lane: LaneWeights) -> "Replays":
+        """A set for a lane's weights, in the same memory: one of them runs at a time."""
         ...
 
 
@@ -120,13 +123,19 @@ class DecodeReplays:
         self._trusted: dict[int, Replay] = {}
         self._candidates: dict[int, Replay] = {}
         self._enabled = True
+        self._elder: Elder[DecodeReplays] | None = None
 
-    def sibling(self) -> "DecodeReplays":
-        """An empty set for other weights, in the same memory: one of them runs at a time."""
+    def sibling(self, sites: Mapping[int, Site] | None) -> "DecodeReplays":
+        """A set over other sites, in the same memory: one of them runs at a time.
+
+        With `sites`, whatever replay this one trusts by then does for the other too once one of
+        them has given the right bits there: they differ in addresses alone. None: an empty set.
+        """
         other = DecodeReplays(
             self._tape, self._inputs, rows=self._rows, arena=self._arena, scratch=self._scratch
         )
         other._enabled = self._enabled
+        other._elder = None if sites is None else Elder(self, sites)
         return other
 
     def takes(self, plan: Plan) -> bool:
@@ -138,6 +147,7 @@ class DecodeReplays:
         assert step is None or isinstance(step, StepPlan)
         rows = len(plan.rows)
         self._inputs.fill(plan)
+        self._inherit(rows)
         trusted = self._trusted.get(rows)
         if trusted is not None:
             return trusted(step)
@@ -149,9 +159,20 @@ class DecodeReplays:
         reason = refuted(lambda: candidate(step), logits)
         if reason:
             self._give_up(reason)
-        else:
-            self._trusted[rows] = candidate
+            return forward(batch)  # and the keys and values that it wrote are the model's again
+        self._trusted[rows] = candidate
+        if self._elder is not None and candidate.inherited:
+            self._elder.proven = True
         return logits
+
+    def _inherit(self, rows: int) -> None:
+        elder = self._elder
+        if elder is None or rows in self._trusted or rows in self._candidates:
+            return
+        theirs = elder.replays._trusted.get(rows)
+        if theirs is not None:
+            ours = self._trusted if elder.proven else self._candidates
+            ours[rows] = theirs.over(elder.sites)
 
     def _record(self, batch: Batch, forward: Forward) -> torch.Tensor:
         rows = len(batch.rows)
@@ -170,6 +191,17 @@ class DecodeReplays:
         self._trusted.clear()
         self._candidates.clear()
         log.info("decode steps run operator by operator: %s", reason)
+
+
+@dataclass
+class Elder(Generic[Own]):
+    """Replays of the base, for those of a lane that run the same calls over other sites."""
+
+    replays: Own
+    sites: Mapping[int, Site]
+    """By the address of each of the base's that gives way."""
+    proven: bool = False
+    """Whether one of them gave the bits of the model's own code."""
 
 
 def refuted(replay: Callable[[], torch.Tensor], logits: torch.Tensor) -> str:

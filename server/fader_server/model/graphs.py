@@ -15,6 +15,7 @@ from fader_adapters.kernels.backend import Step
 from fader_adapters.kernels.cuda.backend import CudaBackend
 from fader_adapters.kernels.cuda.lora import ROW_BUCKETS, LoraStep
 from fader_adapters.kernels.tables import Tables
+from fader_adapters.layers import LaneWeights
 from fader_server.core import Plan
 from fader_server.model.attention import PagedAttention
 from fader_server.model.batch import Batch
@@ -102,8 +103,8 @@ class DecodeGraphs:
             for kind in KINDS:
                 self._graphs[bucket, kind] = capture(bucket, kind)
 
-    def sibling(self) -> "DecodeGraphs":
-        """The same for other weights: each bucket is captured when a step first asks for it."""
+    def sibling(self, lane: LaneWeights) -> "DecodeGraphs":
+        """The same for a lane's weights: each bucket is captured when a step first asks for it."""
         other = DecodeGraphs(self._inputs, self._blank)
         other._logits, other._buckets = self._logits, self._buckets
         other._capture = self._capture

@@ -6,15 +6,17 @@ recordings nor proofs are made where streams would wait for them.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
 from fader_adapters.kernels.backend import Step
-from fader_adapters.kernels.native import StepInputs, StepPlan, Tape, Workspace
+from fader_adapters.kernels.cpu import in_place_of
+from fader_adapters.kernels.native import Site, StepInputs, StepPlan, Tape, Workspace
+from fader_adapters.layers import LaneWeights
 from fader_server.core import Plan
 from fader_server.model.batch import AttentionRow, Batch
-from fader_server.model.decode import DecodeReplays, Forward, decodes, refuted
+from fader_server.model.decode import DecodeReplays, Elder, Forward, decodes, refuted
 from fader_server.model.recording import Recorder, Recording
 from fader_server.model.replay import Arena
 from fader_server.model.shaped import ShapedReplay
@@ -87,9 +89,10 @@ class PrefillReplays:
         self._trusted: set[int] = set()
         """Numbers of bits of the tokens of steps that gave the model's bits."""
         self._enabled = True
+        self._elder: Elder[PrefillReplays] | None = None
 
-    def sibling(self) -> "PrefillReplays":
-        """An empty one for other weights, in the same memory: one of them runs at a time."""
+    def sibling(self, sites: Mapping[int, Site] | None) -> "PrefillReplays":
+        """One over other sites, in the same memory, as DecodeReplays.sibling."""
         other = PrefillReplays(
             self._tape,
             self._inputs,
@@ -99,6 +102,7 @@ class PrefillReplays:
             scratch=self._scratch,
         )
         other._enabled = self._enabled
+        other._elder = None if sites is None else Elder(self, sites)
         return other
 
     def takes(self, plan: Plan) -> bool:
@@ -117,6 +121,7 @@ class PrefillReplays:
         device = torch.device("cpu")
         batch = Batch.from_plan(plan, block_size=self._block_size, device=device)
         bits = batch.tokens.bit_length()
+        self._inherit(bits)
         if self._replay is not None and bits in self._trusted:
             return self._replay(*self._inputs.fill(batch), step)
         if any(row.count == 1 for row in plan.rows):
@@ -129,12 +134,25 @@ class PrefillReplays:
         reason = refuted(lambda: replay(*self._inputs.fill(batch), step), logits)
         if reason:
             self._give_up(reason)
-        else:
-            self._trusted.add(bits)
+            return forward(batch)  # and the keys and values that it wrote are the model's again
+        self._trusted.add(bits)
+        if self._elder is not None:
+            self._elder.proven = True
         return logits
+
+    def _inherit(self, bits: int) -> None:
+        elder = self._elder
+        theirs = None if elder is None else elder.replays._replay
+        if elder is None or theirs is None:
+            return
+        if self._replay is None:
+            self._replay = theirs.over(elder.sites)
+        if elder.proven and bits in elder.replays._trusted:
+            self._trusted.add(bits)
 
     def _record(self) -> None:
         """One size a step."""
+        self._elder = None
         batch = self._inputs.blank(SIZES[len(self._recordings)])
         try:
             recorder = Recorder(self._tape)
@@ -159,9 +177,11 @@ class NativeReplays:
     def __init__(self, decode: DecodeReplays, prefill: PrefillReplays) -> None:
         self.decode, self.prefill = decode, prefill
 
-    def sibling(self) -> "NativeReplays":
+    def sibling(self, lane: LaneWeights) -> "NativeReplays":
         """See Replays."""
-        return NativeReplays(self.decode.sibling(), self.prefill.sibling())
+        pairs = [(site.kernel.base, merged) for site, merged in lane.bases.items()]
+        sites = in_place_of(pairs) if lane.table is None else None
+        return NativeReplays(self.decode.sibling(sites), self.prefill.sibling(sites))
 
     def takes(self, plan: Plan) -> bool:
         """See Replays."""

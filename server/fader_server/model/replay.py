@@ -3,14 +3,15 @@
 Knows memory and order; what is recorded, and when, is others' business.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
 
-from fader_adapters.kernels.native import Call, Op, Program, StepInputs, StepPlan, Workspace
+from fader_adapters.kernels.native import Call, Op, Program, Site, StepInputs, StepPlan, Workspace
 from fader_server.model.lowering import lowered
 from fader_server.model.recording import Recording, TorchCall, address, tensors_of
 
@@ -94,8 +95,21 @@ class Replay:
             part if isinstance(part, TorchStep) else Program(part, scratch)
             for part in self._grouped(recording)
         ]
+        self._sites: Mapping[int, Site] = {}  # kept: calls name them by address
         self._kept_calls = [c.keep for c in recording.calls if isinstance(c, Call)]
         self._result = self._moved(recording.result)
+
+    def over(self, sites: Mapping[int, Site]) -> "Replay":
+        """The same over other sites, by the address of each that is to give way."""
+        other = copy.copy(self)
+        other._parts = [p.over(sites) if isinstance(p, Program) else p for p in self._parts]
+        other._sites = sites
+        return other
+
+    @property
+    def inherited(self) -> bool:
+        """Whether it is another one over other sites."""
+        return bool(self._sites)
 
     @property
     def native_share(self) -> float:

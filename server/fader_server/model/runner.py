@@ -96,7 +96,7 @@ class ModelRunner:
 
     def add_lane(self, lane: Lane, weights: LaneWeights) -> None:
         """Rows of this lane may come from now on."""
-        replays = None if self._replays is None else self._replays.sibling()
+        replays = None if self._replays is None else self._replays.sibling(weights)
         self._lanes[lane] = _Weights(weights, replays)
 
     def drop_lane(self, lane: Lane) -> object:

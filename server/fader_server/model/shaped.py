@@ -4,7 +4,8 @@ Sizes are the tokens of a step and the logits that are wanted of it. Knows memor
 is recorded, and when, is others' business.
 """
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from fader_adapters.kernels.native import (
     Kind,
     Op,
     Program,
+    Site,
     StepInputs,
     StepPlan,
     Workspace,
@@ -35,6 +37,7 @@ def _word(name: str) -> int:
 _ADDRESSES = tuple(map(_word, ("x", "y", "out")))
 _KINDS = tuple(map(_word, ("kind", "dtype", "what", "bias", "scalar")))
 _ROWS = _word("size")
+_WHAT = _word("what")
 STEP = Size(64, 8)
 """What room grows by."""
 
@@ -127,6 +130,16 @@ class ShapedReplay:
                 self._parts += [*([last] if last else []), (end - 1, end)]
         self._words, self._storages = _words(natives, told)
         self._program = Program([calls[0].op for calls in natives], scratch)
+        self._sites: Mapping[int, Site] = {}  # kept: calls name them by address
+
+    def over(self, sites: Mapping[int, Site]) -> "ShapedReplay":
+        """The same over other sites, by the address of each that is to give way."""
+        other = copy.copy(self)
+        other._program = self._program.over(sites)
+        other._words = self._words._replace(at=self._words.at.copy())
+        other._words.at[:, _WHAT] = other._program.words[:, _WHAT]
+        other._sites = sites
+        return other
 
     def __call__(self, size: Size, inputs: StepInputs, plan: StepPlan | None) -> torch.Tensor:
         """The forward's result, valid until the next replay of anything in the same arena."""

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from fader_adapters.leases import AdapterRef
 from fader_server.core import Request
 from fader_server.engine import blocks as blocks_module
 from fader_server.engine.limits import Limits
+from fader_server.model import prefill
 from tests.server.parity.test_families import BOUND, SCALE, Setting, difference, prompts
 from tests.server.parity.test_kinds import BIAS, DORA
 from tests.support.dense import DenseOracle
-from tests.support.families import write_family
+from tests.support.families import VOCAB, write_family
 from tests.support.lanes import changes_of, merge, publish
 from tests.support.oracle import Oracle
 from tests.support.peft_adapters import write_adapter
@@ -31,7 +33,10 @@ def exact(request, tmp_path_factory) -> Setting:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    return Setting("llama", tmp_path_factory.mktemp("llama"), torch.bfloat16)
+    setting = Setting("llama", tmp_path_factory.mktemp("llama"), torch.bfloat16)
+    head = setting.source.parent / "head"
+    write_adapter(setting.source, head, rank=4, seed=5, target_modules=["q_proj", "lm_head"])
+    return setting
 
 
 def _asks(blend=BLEND, count: int = 6, tokens: int = 6) -> list[Ask]:
@@ -155,6 +160,79 @@ def test_decode_steps_of_a_lane_are_replayed_like_the_bases(llama: Setting):
     weights = world.runner._lanes[opened.lane]
     assert 6 in weights.replays.decode._trusted
     assert 6 not in world.runner._replays.decode._trusted
+
+
+def _eager_steps(world: TinyWorld, monkeypatch) -> list[int]:
+    """Tokens of every forward of the model's own code from now on."""
+    seen: list[int] = []
+    real = world.runner._forward
+
+    def forward(batch, step, head):
+        seen.append(batch.tokens)
+        return real(batch, step, head)
+
+    monkeypatch.setattr(world.runner, "_forward", forward)
+    return seen
+
+
+COUNTS = (6, 5, 3)
+
+
+def _fresh(count: int, blend: Mapping[str, float], seed: int) -> list[Ask]:
+    """Prompts that no cache knows, none of a single token."""
+    g = torch.Generator().manual_seed(100 * seed + count)
+    return [
+        Ask(torch.randint(3, VOCAB, (20 + i,), generator=g).tolist(), blend, greedy(6))
+        for i in range(count)
+    ]
+
+
+def _warmed(world: TinyWorld) -> TinyWorld:
+    for seed in range(4):  # recorded, compared, replayed
+        for count in COUNTS:
+            world.run(_fresh(count, {}, seed))
+    return world
+
+
+@pytest.mark.parametrize("blend", [BLEND, {"head": 1.0}], ids=["inside", "head"])
+@pytest.mark.parametrize("form", ["nf4", "bf16"])
+def test_a_lane_takes_over_what_the_base_recorded(llama: Setting, form, blend, monkeypatch):
+    heir, plain = _warmed(_with_head(llama)), _with_head(llama)
+    plain.runner._replays = None
+    eager = _eager_steps(heir, monkeypatch)
+    for world in (heir, plain):
+        publish(world, merge(world, blend, form=form))
+    for count in COUNTS:
+        asks = _fresh(count, blend, 9)
+        assert _facts(heir.run(asks)) == _facts(plain.run(asks))
+    assert [tokens for tokens in eager if tokens <= 6] == [6], "one proof for all numbers of rows"
+    assert [tokens for tokens in eager if tokens > 6] == [135], "and one for all prompts"
+
+
+def _with_head(llama: Setting) -> TinyWorld:
+    world = llama.world()
+    world.load("head", llama.source.parent / "head")
+    return world
+
+
+def test_a_lane_over_the_wrong_sites_is_noticed(llama: Setting, monkeypatch):
+    world, plain = _warmed(llama.world()), llama.world()
+    plain.runner._replays = None
+    real = prefill.in_place_of
+
+    def wrong(pairs):
+        sites = real(pairs)
+        addresses = list(sites)
+        return sites | {addresses[0]: sites[addresses[4]]}  # a later layer's of the same shape
+
+    monkeypatch.setattr(prefill, "in_place_of", wrong)
+    lanes = [publish(w, merge(w, BLEND, form="nf4")) for w in (world, plain)]
+    for seed in (7, 8, 9):
+        asks = _fresh(6, BLEND, seed)
+        assert _facts(world.run(asks)) == _facts(plain.run(asks))
+    replays = world.runner._lanes[lanes[0].lane].replays
+    assert not replays.decode._enabled
+    assert not replays.prefill._enabled
 
 
 def test_prefix_blocks_of_the_two_lanes_never_meet(llama: Setting, monkeypatch):

@@ -1,14 +1,15 @@
 """Native calls recorded in order, run by one call. Knows no models and no torch operators."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from fader_adapters.kernels.native.library import library
-from fader_adapters.kernels.native.ops import Op, Step
+from fader_adapters.kernels.native.ops import Kind, Op, Step
+from fader_adapters.kernels.native.site import Site
 from fader_adapters.kernels.native.workspace import Workspace
 
 WORDS = ctypes.sizeof(Op) // 8
@@ -49,6 +50,14 @@ class Program:
         self.words = words_of(self._ops)
         """int64 [calls, WORDS]: the calls' fields and addresses, as `Op` lays them out. What is
         written here holds from the next call on."""
+
+    def over(self, sites: Mapping[int, Site]) -> "Program":
+        """The same calls over other sites, by the address of each that is to give way."""
+        ops = [Op.from_buffer_copy(op) for op in self._ops]
+        for op in ops:
+            if op.kind == Kind.SITE and op.what in sites:
+                op.what = sites[op.what].address
+        return Program(ops, self._workspace)
 
     def __len__(self) -> int:
         return len(self._ops)

@@ -113,6 +113,11 @@ class Site:
         if tables is not None:
             self.bind(tables)
 
+    @property
+    def address(self) -> int:
+        """What recorded calls name it by."""
+        return self._ref
+
     def bind(self, tables: SiteTables) -> None:
         """Read deltas from `tables` from now on; the site's own address stays. Raises:
         ValueError."""
