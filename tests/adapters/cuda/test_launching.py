@@ -67,6 +67,7 @@ def mixed(plan: Plan) -> bool:
     return {row.count == 1 for row in plan.rows if row.samples} == {True, False}
 
 
+@pytest.mark.slow
 def test_a_mixed_step_is_queued_whole_before_anything_is_waited_for(
     setting: Setting, monkeypatch: pytest.MonkeyPatch, order: list[str]
 ) -> None:
@@ -83,6 +84,7 @@ def test_a_mixed_step_is_queued_whole_before_anything_is_waited_for(
     assert after == ["copy", "copy", "wait", "wait"]
 
 
+@pytest.mark.slow
 def test_only_a_replay_begins_before_results_are_asked_for(
     setting: Setting, monkeypatch: pytest.MonkeyPatch, order: list[str]
 ) -> None:

@@ -191,6 +191,7 @@ def over_http(server: FakeServer) -> Iterator[str]:
     # asyncio switches Nagle off only where the socket names its protocol; bind_socket() does not.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
+    listener.listen()  # who connects before the thread runs waits
     runner = uvicorn.Server(config)
     thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
