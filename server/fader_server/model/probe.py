@@ -163,7 +163,7 @@ def _product(
 ) -> torch.Tensor:
     """x [T, in] times rows start..stop of a weight, a few at a time, in fp32."""
     y = x.new_empty(x.shape[0], stop - start, dtype=torch.float32)
-    step = max(PANEL, CHUNK_WEIGHTS // x.shape[1])
+    step = max(1, CHUNK_WEIGHTS // x.shape[1] // PANEL) * PANEL
     for at in range(start, stop, step):
         end = min(at + step, stop)
         y[:, at - start : end - start] = weight.product(x, at, end)
