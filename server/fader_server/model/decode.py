@@ -125,18 +125,23 @@ class DecodeReplays:
         self._enabled = True
         self._elder: Elder[DecodeReplays] | None = None
 
-    def sibling(self, sites: Mapping[int, Site] | None) -> "DecodeReplays":
+    def sibling(self, moved: "Moved | None") -> "DecodeReplays":
         """A set over other sites, in the same memory: one of them runs at a time.
 
-        With `sites`, whatever replay this one trusts by then does for the other too once one of
-        them has given the right bits there: they differ in addresses alone. None: an empty set.
+        Whatever replay this one trusts by then does for the other too once one of them has given
+        the right bits there: they differ in addresses alone. None: an empty set.
         """
         other = DecodeReplays(
             self._tape, self._inputs, rows=self._rows, arena=self._arena, scratch=self._scratch
         )
         other._enabled = self._enabled
-        other._elder = None if sites is None else Elder(self, sites)
+        other._elder = None if moved is None else Elder(self, moved)
         return other
+
+    @property
+    def enabled(self) -> bool:
+        """Whether no replay has been refuted so far."""
+        return self._enabled
 
     def takes(self, plan: Plan) -> bool:
         """Whether every row of the step is one token that samples."""
@@ -162,7 +167,7 @@ class DecodeReplays:
             return forward(batch)  # and the keys and values that it wrote are the model's again
         self._trusted[rows] = candidate
         if self._elder is not None and candidate.inherited:
-            self._elder.proven = True
+            self._elder.moved.proven = True
         return logits
 
     def _inherit(self, rows: int) -> None:
@@ -171,8 +176,8 @@ class DecodeReplays:
             return
         theirs = elder.replays._trusted.get(rows)
         if theirs is not None:
-            ours = self._trusted if elder.proven else self._candidates
-            ours[rows] = theirs.over(elder.sites)
+            ours = self._trusted if elder.moved.proven else self._candidates
+            ours[rows] = theirs.over(elder.moved.sites)
 
     def _record(self, batch: Batch, forward: Forward) -> torch.Tensor:
         rows = len(batch.rows)
@@ -194,14 +199,21 @@ class DecodeReplays:
 
 
 @dataclass
+class Moved:
+    """What a lane's calls name instead of the base's sites; of both kinds of steps."""
+
+    sites: Mapping[int, Site]
+    """By the address of each of the base's that gives way."""
+    proven: bool = False
+    """Whether a decode step over them gave the bits of the model's own code."""
+
+
+@dataclass(frozen=True)
 class Elder(Generic[Own]):
     """Replays of the base, for those of a lane that run the same calls over other sites."""
 
     replays: Own
-    sites: Mapping[int, Site]
-    """By the address of each of the base's that gives way."""
-    proven: bool = False
-    """Whether one of them gave the bits of the model's own code."""
+    moved: Moved
 
 
 def refuted(replay: Callable[[], torch.Tensor], logits: torch.Tensor) -> str:

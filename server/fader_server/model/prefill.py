@@ -6,17 +6,17 @@ recordings nor proofs are made where streams would wait for them.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 
 from fader_adapters.kernels.backend import Step
 from fader_adapters.kernels.cpu import in_place_of
-from fader_adapters.kernels.native import Site, StepInputs, StepPlan, Tape, Workspace
+from fader_adapters.kernels.native import StepInputs, StepPlan, Tape, Workspace
 from fader_adapters.layers import LaneWeights
 from fader_server.core import Plan
 from fader_server.model.batch import AttentionRow, Batch
-from fader_server.model.decode import DecodeReplays, Elder, Forward, decodes, refuted
+from fader_server.model.decode import DecodeReplays, Elder, Forward, Moved, decodes, refuted
 from fader_server.model.recording import Recorder, Recording
 from fader_server.model.replay import Arena
 from fader_server.model.shaped import ShapedReplay
@@ -91,8 +91,11 @@ class PrefillReplays:
         self._enabled = True
         self._elder: Elder[PrefillReplays] | None = None
 
-    def sibling(self, sites: Mapping[int, Site] | None) -> "PrefillReplays":
-        """One over other sites, in the same memory, as DecodeReplays.sibling."""
+    def sibling(self, moved: Moved | None) -> "PrefillReplays":
+        """One over other sites, in the same memory, as DecodeReplays.sibling.
+
+        It waits for a decode step to prove them, which costs less than a step with a prompt.
+        """
         other = PrefillReplays(
             self._tape,
             self._inputs,
@@ -102,7 +105,7 @@ class PrefillReplays:
             scratch=self._scratch,
         )
         other._enabled = self._enabled
-        other._elder = None if sites is None else Elder(self, sites)
+        other._elder = None if moved is None else Elder(self, moved)
         return other
 
     def takes(self, plan: Plan) -> bool:
@@ -124,8 +127,9 @@ class PrefillReplays:
         self._inherit(bits)
         if self._replay is not None and bits in self._trusted:
             return self._replay(*self._inputs.fill(batch), step)
-        if any(row.count == 1 for row in plan.rows):
-            return forward(batch)  # somebody's next token is in this step
+        unproven = self._replay is not None and self._elder and not self._elder.moved.proven
+        if unproven or any(row.count == 1 for row in plan.rows):
+            return forward(batch)  # not now: somebody's next token is in this step
         if self._replay is None:
             logits = forward(batch)  # before the first recording: attention binds its caches here
             self._record()
@@ -136,8 +140,6 @@ class PrefillReplays:
             self._give_up(reason)
             return forward(batch)  # and the keys and values that it wrote are the model's again
         self._trusted.add(bits)
-        if self._elder is not None:
-            self._elder.proven = True
         return logits
 
     def _inherit(self, bits: int) -> None:
@@ -146,8 +148,8 @@ class PrefillReplays:
         if elder is None or theirs is None:
             return
         if self._replay is None:
-            self._replay = theirs.over(elder.sites)
-        if elder.proven and bits in elder.replays._trusted:
+            self._replay = theirs.over(elder.moved.sites)
+        if elder.moved.proven and bits in elder.replays._trusted:
             self._trusted.add(bits)
 
     def _record(self) -> None:
@@ -180,8 +182,9 @@ class NativeReplays:
     def sibling(self, lane: LaneWeights) -> "NativeReplays":
         """See Replays."""
         pairs = [(site.kernel.base, merged) for site, merged in lane.bases.items()]
-        sites = in_place_of(pairs) if lane.table is None else None
-        return NativeReplays(self.decode.sibling(sites), self.prefill.sibling(sites))
+        sites = in_place_of(pairs) if lane.table is None and self.decode.enabled else None
+        moved = None if sites is None else Moved(sites)
+        return NativeReplays(self.decode.sibling(moved), self.prefill.sibling(moved))
 
     def takes(self, plan: Plan) -> bool:
         """See Replays."""

@@ -206,7 +206,7 @@ def test_a_lane_takes_over_what_the_base_recorded(llama: Setting, form, blend, m
         asks = _fresh(count, blend, 9)
         assert _facts(heir.run(asks)) == _facts(plain.run(asks))
     assert [tokens for tokens in eager if tokens <= 6] == [6], "one proof for all numbers of rows"
-    assert [tokens for tokens in eager if tokens > 6] == [135], "and one for all prompts"
+    assert [tokens for tokens in eager if tokens > 6] == [135], "prompts wait for it"
 
 
 def _with_head(llama: Setting) -> TinyWorld:
@@ -231,8 +231,8 @@ def test_a_lane_over_the_wrong_sites_is_noticed(llama: Setting, monkeypatch):
         asks = _fresh(6, BLEND, seed)
         assert _facts(world.run(asks)) == _facts(plain.run(asks))
     replays = world.runner._lanes[lanes[0].lane].replays
-    assert not replays.decode._enabled
-    assert not replays.prefill._enabled
+    assert not replays.decode.enabled
+    assert not replays.prefill._trusted, "what was refuted for one kind is used for none"
 
 
 def test_prefix_blocks_of_the_two_lanes_never_meet(llama: Setting, monkeypatch):
