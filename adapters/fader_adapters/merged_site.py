@@ -129,7 +129,7 @@ class SiteWork:
                 pause()
                 if change is not None:
                     path, rank = self._linears[linear].path, change.delta.rank
-                    parts.append(_loss(path, rank, given, wanted, values))
+                    parts.append(loss_of(path, rank, given, wanted, values))
                 pause()
                 told((stop - start) * width)
             if parts:
@@ -143,10 +143,7 @@ class SiteWork:
     def _round(
         self, dtype: torch.dtype, wanted: torch.Tensor, kept: Keep | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rounded = wanted.to(dtype)
-        values = rounded.float()
-        require_finite(values)
-        return rounded.to(self._device), values
+        return rounded(wanted, dtype, self._device)
 
     def _bias(self) -> torch.Tensor | None:
         """The base's, unless a term adds to it; then in the activations' dtype."""
@@ -173,9 +170,22 @@ def _added(change: Change | None, size: int) -> torch.Tensor:
     return change.bias
 
 
-def _loss(
+def rounded(
+    wanted: torch.Tensor, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights in `dtype` on `device`, and what they are now, in fp32. Raises CheckpointInvalid (NaN
+    or Inf)."""
+    kept = wanted.to(dtype)
+    values = kept.float()
+    require_finite(values)
+    return kept.to(device), values
+
+
+def loss_of(
     path: str, rank: int, given: torch.Tensor, wanted: torch.Tensor, made: torch.Tensor
 ) -> LinearLoss:
+    """Of some rows: W, W + Δ and W', in fp32."""
+
     def before(start: int, stop: int) -> torch.Tensor:
         return given[start:stop]
 

@@ -6,11 +6,10 @@ import torch
 
 from fader_adapters.changes import Change
 from fader_adapters.kernels.dense import EmbeddingTable
-from fader_adapters.merged_site import chunk_rows
+from fader_adapters.merged_site import chunk_rows, loss_of, rounded
 from fader_adapters.pauses import Pause
 from fader_adapters.spec import LinearSpec
-from fader_adapters.weightspace.loss import LinearLoss, joined, measure
-from fader_adapters.weightspace.quantised import require_finite
+from fader_adapters.weightspace.loss import LinearLoss, joined
 
 
 class TableWork:
@@ -34,15 +33,13 @@ class TableWork:
     def run(self, pause: Pause, told: Callable[[int], None]) -> torch.Tensor:
         """[tokens, width]; `told` hears the weights of each chunk once it is done. Raises
         CheckpointInvalid (NaN or Inf)."""
-        table = self._table
+        table, rank = self._table, self._change.delta.rank
         for ids in torch.arange(len(table)).split(chunk_rows(table.shape[1])):
             given = self._base.lookup(ids.to(table.device)).float().cpu()
             wanted = self._change.of_lookup(given, ids)
-            rounded = wanted.to(table.dtype)
-            table[ids[0] : ids[-1] + 1] = rounded.to(table.device)
-            made = rounded.float()
-            require_finite(made)
-            self._parts.append(self._part(given, wanted, made))
+            kept, made = rounded(wanted, table.dtype, table.device)
+            table[ids[0] : ids[-1] + 1] = kept
+            self._parts.append(loss_of(self._linear.path, rank, given, wanted, made))
             pause()
             told(given.numel())
         return table
@@ -51,12 +48,3 @@ class TableWork:
     def loss(self) -> LinearLoss:
         """What rounding cost, once it is done."""
         return joined(self._parts)
-
-    def _part(self, given: torch.Tensor, wanted: torch.Tensor, made: torch.Tensor) -> LinearLoss:
-        def before(start: int, stop: int) -> torch.Tensor:
-            return given[start:stop]
-
-        path, rank = self._linear.path, self._change.delta.rank
-        return measure(
-            path, rank, wanted, before=before, served=before, after=lambda a, b: made[a:b]
-        )

@@ -1,5 +1,6 @@
 """Plain weights as a base: unquantised linears and heads, and the table of an embedding."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -20,12 +21,12 @@ def filled(parts: Iterable[torch.Tensor], shape: tuple[int, int]) -> torch.Tenso
     return whole
 
 
-class ByRows:
+class ByRows(ABC):
     """Products of some rows of W over those rows in fp32."""
 
+    @abstractmethod
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """W[start:stop] in fp32."""
-        raise NotImplementedError
 
     def product(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         return F.linear(x.float(), self.rows(start, stop))

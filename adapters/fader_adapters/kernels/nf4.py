@@ -140,9 +140,4 @@ def stack(weights: Sequence[Nf4Weight]) -> Nf4Weight:
     """One weight whose rows are those of `weights` in order; all must share in_features."""
     if len(weights) == 1:
         return weights[0]
-    return Nf4Weight(
-        torch.cat([w.packed for w in weights]),
-        torch.cat([w.absmax for w in weights]),
-        sum(w.out_features for w in weights),
-        weights[0].in_features,
-    )
+    return filled(weights, (sum(w.out_features for w in weights), weights[0].in_features))

@@ -7,7 +7,7 @@ import torch
 
 from fader_adapters.kernels.backend import Step
 from fader_adapters.kernels.cpu import NativeBackend
-from fader_adapters.kernels.native import Workspace
+from fader_adapters.kernels.native import Tape, Workspace
 from fader_adapters.kernels.tables import Tables
 from fader_server.model import cpu_attention
 from fader_server.model.attention import PagedAttention
@@ -32,27 +32,28 @@ def choose_attention(
 
     max_rows, max_context: what a step may hold; None: the base's own positions.
     """
-    shapes = base.layers.values()
     if base.backend.name == "cuda":
         from fader_server.model import cuda_attention  # imports triton
 
-        if all(cuda_attention.fits(shape) for shape in shapes):
+        if all(map(cuda_attention.fits, base.layers.values())):
             return cuda_attention.CudaAttention(
                 max_rows=max_rows,
                 max_context=max_context or base.max_positions,
                 device=base.device,
             )
         log.warning("attention runs in plain torch: a head size is no multiple of 16 up to 256")
-    elif isinstance(base.backend, NativeBackend) and all(map(cpu_attention.fits, shapes)):
-        return cpu_attention.NativeAttention(base.backend.tape)
-    return TorchAttention(block_size)
+    tape = base.backend.tape if isinstance(base.backend, NativeBackend) else None
+    return attention_alone(base, block_size=block_size, tape=tape)
 
 
-def attention_alone(base: LoadedBase, *, block_size: int) -> PagedAttention:
-    """For the forwards of a thread of its own: shares nothing with the engine's."""
+def attention_alone(
+    base: LoadedBase, *, block_size: int, tape: Tape | None = None
+) -> PagedAttention:
+    """The CPU's kernels where every head fits them, else plain torch. Without the engine's tape it
+    is for forwards of another thread."""
     native = isinstance(base.backend, NativeBackend)
     if native and all(map(cpu_attention.fits, base.layers.values())):
-        return cpu_attention.NativeAttention()
+        return cpu_attention.NativeAttention(tape)
     return TorchAttention(block_size)
 
 
