@@ -103,7 +103,7 @@ class Nf4Linear(ByRows):
         way = self._scratch.way
         rows = {"rows": x.shape[0], "fused": 1, "pieces": configs.FUSED_ROWS + 1}[way]
         method = configs.method(self._arch, self.out_features, self.in_features, rows)
-        fusible = x.dtype == (torch.bfloat16 if x.is_cuda else torch.float32)
+        fusible = x.dtype == (torch.float32 if interpreted(x) else torch.bfloat16)
         if fusible and method != "scratch":
             return self.fused(x, out)
         if way == "rows":
@@ -145,7 +145,7 @@ class Nf4Linear(ByRows):
             split_blocks=self._split_blocks,
             x_stride=x.stride(0) if rows > 1 else self.in_features,
             **_WORDS,
-            **configs.gemm_constants(config, bias=bias is not None, exact=not x.is_cuda),
+            **configs.gemm_constants(config, bias=bias is not None, exact=interpreted(x)),
             **_options(config.warps, config.stages),
         )
 
@@ -231,6 +231,11 @@ def dequantise(tiles: Nf4Tiles, out: torch.Tensor, table: torch.Tensor, *, first
         **configs.dense_constants(),
         **_options(configs.SMALL_WARPS, 1),
     )
+
+
+def interpreted(x: torch.Tensor) -> bool:
+    """Whether kernels over `x` run in Triton's interpreter, which multiplies in fp32 only."""
+    return not x.is_cuda
 
 
 def _arch(device: torch.device) -> int:
