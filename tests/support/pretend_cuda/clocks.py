@@ -48,9 +48,10 @@ class Clocks:
 
     def ordered(self, stream: int, number: int, behind: int) -> bool:
         """Whether some work is done before whatever comes next on the stream `behind`."""
-        return stream == behind or max(
-            self._known[behind].get(stream, 0), self._host.get(stream, 0)
-        ) >= number
+        return (
+            stream == behind
+            or max(self._known[behind].get(stream, 0), self._host.get(stream, 0)) >= number
+        )
 
     def everything(self) -> Mark:
         """All work on every stream."""

@@ -8,7 +8,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from tests.support.pretend_cuda import operators as ops
-from tests.support.pretend_cuda.memory import span
 from tests.support.pretend_cuda.tensor import Pretend
 
 if TYPE_CHECKING:
@@ -200,7 +199,9 @@ class _Call:
         single = source.dim() == 0 and target is not None  # torch hands one number to a kernel
         waits = not single and not (pinned and unwaited)
         if waits:
-            owner.wait_for_stream("copy from pinned memory" if pinned else "copy of pageable memory")
+            owner.wait_for_stream(
+                "copy from pinned memory" if pinned else "copy of pageable memory"
+            )
         if target is None:
             target = owner.wrap(self.func(source, **self.kwargs))
             fill: Callable[[], Any] | None = None

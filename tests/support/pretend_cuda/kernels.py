@@ -36,7 +36,7 @@ class Trace:
         """(start of the storage, whether written) → bytes"""
 
     def note(self, pointers: np.ndarray, mask: np.ndarray, size: int, *, write: bool) -> None:
-        at = pointers[mask] if mask.shape == pointers.shape else pointers.reshape(-1)[mask.ravel()]
+        at = pointers.reshape(-1)[np.broadcast_to(mask, pointers.shape).reshape(-1).astype(bool)]
         if not at.size:
             return
         low, high = int(at.min()), int(at.max()) + size
@@ -162,5 +162,3 @@ def span_of_storage(tensor: torch.Tensor) -> Range:
     """All bytes of what a tensor stands on."""
     storage = tensor.untyped_storage()
     return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-
-

@@ -18,14 +18,15 @@ class Pretend(torch.Tensor):
 
     @staticmethod
     def __new__(cls, elem: torch.Tensor, home: Allocation) -> "Pretend":
-        made = torch.Tensor._make_wrapper_subclass(
-            cls,
-            elem.shape,
-            strides=elem.stride(),
-            storage_offset=elem.storage_offset(),
-            dtype=elem.dtype,
-            device="cuda:0",
-        )
+        with torch.inference_mode(False):  # torch wants views of what is no inference tensor so
+            made = torch.Tensor._make_wrapper_subclass(
+                cls,
+                elem.shape,
+                strides=elem.stride(),
+                storage_offset=elem.storage_offset(),
+                dtype=elem.dtype,
+                device="cuda:0",
+            )
         made.elem, made.home = elem, home
         return made
 
@@ -38,7 +39,7 @@ class Pretend(torch.Tensor):
 
     @property
     def data(self) -> torch.Tensor:
-        return self.detach()
+        return Pretend(self.elem, self.home)
 
     @data.setter
     def data(self, other: torch.Tensor) -> None:
