@@ -1,5 +1,6 @@
 """The pretended device notices what a GPU would not forgive, and lets pass what it would."""
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -228,11 +229,14 @@ def test_pinned_memory_that_nobody_holds_is_the_allocators(device: PretendDevice
 
 
 def test_what_is_still_under_way_at_the_end_is_checked() -> None:
-    with pytest.raises(PretendFault, match="written before the copy"), pretend():
-        host = torch.zeros(3, pin_memory=True)
-        there = host.to(CUDA, non_blocking=True)
-        host[0] = 1
-    del there
+    device = pretend()
+    device.__enter__()
+    host = torch.zeros(3, pin_memory=True)
+    host.to(CUDA, non_blocking=True)
+    host[0] = 1
+    with pytest.raises(PretendFault, match="written before the copy"):
+        device.__exit__(None, None, None)
+    assert not torch.cuda.is_available()
 
 
 def test_streams_that_share_memory_without_an_event_are_noticed(device: PretendDevice) -> None:
@@ -318,6 +322,18 @@ def test_a_launch_touches_the_bytes_it_loads_and_stores(device: PretendDevice) -
     with pytest.raises(PretendFault, match="reads 16 bytes that doubled on stream 1 wrote"):
         out + 1
     side.synchronize()
+
+
+def test_other_threads_see_it_and_share_its_default_stream(device: PretendDevice) -> None:
+    x, found = torch.ones(3, device=CUDA), []
+
+    def work() -> None:
+        found.append((x + torch.tensor([1.0, 2.0, 3.0], device="cuda")).tolist())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [[2, 3, 4]]
 
 
 def test_the_device_is_gone_afterwards() -> None:

@@ -64,10 +64,15 @@ def test_every_kind_of_adapter_gives_the_references_answers(
 
 SAMPLED: list[dict] = [
     {"temperature": 0.8, "seed": 3, "top_k": 7, "top_p": 0.9, "logprobs": 2},
-    {"temperature": 1.3, "seed": 4, "min_p": 0.1, "presence_penalty": 0.5, "repetition_penalty": 1.2},
+    {"seed": 4, "min_p": 0.1, "presence_penalty": 0.5, "repetition_penalty": 1.2},
     {"temperature": 0.0, "logit_bias": ((9, 4.0), (11, -3.0)), "frequency_penalty": 0.7},
-    {"temperature": 0.0, "stop_token_ids": (7, 9), "min_tokens": 2, "prompt_logprobs": 1, "logprobs": 0},
-]  # fmt: skip
+    {
+        "temperature": 0.0,
+        "stop_token_ids": frozenset((7, 9)),
+        "min_tokens": 2,
+        "prompt_logprobs": 1,
+    },
+]
 
 
 def test_every_way_to_sample_gives_the_references_tokens(

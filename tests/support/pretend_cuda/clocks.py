@@ -1,4 +1,4 @@
-"""Which work on a device is sure to be done before which: a vector clock a stream, one for the host.
+"""Which work on a device is sure to be done before which: a vector clock a stream, and the host's.
 
 Integers only; knows no tensors. Work is named by its stream and its number there.
 """

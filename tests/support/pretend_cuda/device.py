@@ -126,7 +126,7 @@ class PretendDevice:
         run = threading.Thread.run
 
         def shown(thread: threading.Thread) -> None:
-            with DeviceMode(device):
+            with _seen_by(device):
                 run(thread)
 
         patch.setattr(threading.Thread, "run", shown)
@@ -176,12 +176,20 @@ def pretend(**given: int) -> Iterator[PretendDevice]:
     for what was under way, or given back too early."""
     guard.register()
     device = PretendDevice(**given)
+    with pytest.MonkeyPatch.context() as patch:
+        device.install(patch)
+        with _seen_by(device):
+            yield device
+        device.check()
+
+
+@contextmanager
+def _seen_by(device: PretendDevice) -> Iterator[None]:
+    """The device sees every operator of this thread. torch.tensor makes its tensor on the CPU and
+    brings it over by one."""
     torch._C._set_only_lift_cpu_tensors(True)  # pyright: ignore
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            device.install(patch)
-            with DeviceMode(device):
-                yield device
-            device.check()
+        with DeviceMode(device):
+            yield
     finally:
         torch._C._set_only_lift_cpu_tensors(False)  # pyright: ignore

@@ -49,6 +49,7 @@ class _Call:
         self.args, self.kwargs = args, kwargs
         self.inputs = list(ops.tensors_in(args, kwargs))
         self.ours = [t for t in self.inputs if isinstance(t, Pretend)]
+        self.targets = ops.written(func, args, kwargs)
 
     def __call__(self) -> Any:
         where = self.kwargs.get("device")
@@ -78,16 +79,17 @@ class _Call:
     def _on_device(self) -> Any:
         owner = self.owner
         args, kwargs = tree_map_only(Pretend, lambda t: t.elem, (self.args, self.kwargs))
-        targets = [t for t in ops.written(self.func, self.args, self.kwargs)]
+        if self.name == "histc":  # a GPU's counts integers, too
+            dtype = args[0].dtype
+            self.func = lambda x, *rest, **more: torch.histc(x.float(), *rest, **more).to(dtype)
+        targets = self.targets
         known = {t.elem.untyped_storage().data_ptr() for t in self.ours}
         capture = owner.current.capture
         outside = [
             t for t in targets if isinstance(t, Pretend) and t.home.capture is not owner.graph
         ]
-        if capture is not None and outside:
-            result = self._unrun()  # a capture changes nothing
-        else:
-            result = self.func(*args, **kwargs)
+        unrun = capture is not None and outside  # a capture changes nothing
+        result = self._unrun() if unrun else self.func(*args, **kwargs)
         fresh = [
             t for t in ops.tensors_in(result)
             if t.untyped_storage().data_ptr() not in known or not t.numel()
@@ -102,7 +104,7 @@ class _Call:
         return wrapped
 
     def _unrun(self) -> Any:
-        targets = [t.elem for t in ops.written(self.func, self.args, self.kwargs)]  # pyright: ignore
+        targets = [t.elem for t in self.targets]  # pyright: ignore
         count = len(self.func._schema.returns)
         return None if not count else targets[0] if count == 1 else tuple(targets)
 

@@ -65,7 +65,7 @@ class Memory:
     def touch(
         self, allocation: Allocation, what: Range, *, work: tuple[int, int], write: bool, name: str
     ) -> None:
-        """`work`, a stream and its number there, reads or writes some bytes. Raises PretendFault."""
+        """`work`, a stream and its number there, reads or writes bytes. Raises PretendFault."""
         stream, number = work
         for (other, their, wrote), (at, before) in allocation.accesses.items():
             if (

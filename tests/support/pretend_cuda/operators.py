@@ -21,7 +21,6 @@ WAITS = {
     "unique_dim",
     "unique_consecutive",
     "bincount",
-    "histc",
     "_linalg_check_errors",
 }
 """Their results, or their sizes, are known on the host when they return."""

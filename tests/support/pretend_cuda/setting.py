@@ -1,4 +1,4 @@
-"""What worlds on the pretended device are made of, and their answers compared with the reference's."""
+"""What worlds on the pretended device are made of; their answers beside the reference's."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
