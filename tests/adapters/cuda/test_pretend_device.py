@@ -1,5 +1,6 @@
 """The pretended device notices what a GPU would not forgive, and lets pass what it would."""
 
+import contextlib
 import threading
 from collections.abc import Iterator
 
@@ -21,6 +22,7 @@ CAPTURING = "not permitted when stream is capturing"
 def device() -> Iterator[PretendDevice]:
     with pretend() as found:
         yield found
+        found.notices.told.clear()
 
 
 @pytest.fixture(params=[False, True], ids=["grad", "inference"])
@@ -322,6 +324,14 @@ def test_a_launch_touches_the_bytes_it_loads_and_stores(device: PretendDevice) -
     with pytest.raises(PretendFault, match="reads 16 bytes that doubled on stream 1 wrote"):
         out + 1
     side.synchronize()
+
+
+def test_what_somebody_caught_is_told_at_the_end() -> None:
+    device = pretend()
+    with contextlib.suppress(RuntimeError):
+        device.__enter__() and torch.ones(2, device=CUDA) + torch.ones(2)
+    with pytest.raises(PretendFault, match="noticed on the way: Expected all tensors"):
+        device.__exit__(None, None, None)
 
 
 def test_other_threads_see_it_and_share_its_default_stream(device: PretendDevice) -> None:

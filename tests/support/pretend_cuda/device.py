@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from tests.support.pretend_cuda import guard
 from tests.support.pretend_cuda.clocks import Clocks, Mark
 from tests.support.pretend_cuda.dispatch import DeviceMode
-from tests.support.pretend_cuda.faults import CAPTURING
+from tests.support.pretend_cuda.faults import CAPTURING, Notices, PretendFault
 from tests.support.pretend_cuda.graphs import Graph, Recording
 from tests.support.pretend_cuda.host import Host
 from tests.support.pretend_cuda.memory import Memory, span
@@ -32,9 +32,9 @@ class PretendDevice:
     def __init__(self, *, patience: int = 1, total: int = 4 << 30) -> None:
         self.patience, self.total = patience, total
         self.lock = threading.RLock()
-        self.clocks = Clocks()
-        self.memory = Memory(self.clocks)
-        self.host = Host(self.clocks)
+        self.clocks, self.notices = Clocks(), Notices()
+        self.memory = Memory(self.clocks, self.notices)
+        self.host = Host(self.clocks, self.notices)
         self.waits: Counter[str] = Counter()
         """How often the host waited for the device, by what it called."""
         self.replays = 0
@@ -172,8 +172,11 @@ def unavailable() -> str:
 
 @contextmanager
 def pretend(**given: int) -> Iterator[PretendDevice]:
-    """A device under torch, for this thread and those it starts. Raises PretendFault at the end
-    for what was under way, or given back too early."""
+    """A device under torch, for this thread and those it starts.
+
+    Raises PretendFault at the end for what was under way, or given back too early, and for what
+    was noticed before; a test that plants a fault empties `notices.told`.
+    """
     guard.register()
     device = PretendDevice(**given)
     with pytest.MonkeyPatch.context() as patch:
@@ -181,6 +184,8 @@ def pretend(**given: int) -> Iterator[PretendDevice]:
         with _seen_by(device):
             yield device
         device.check()
+        if device.notices.told:
+            raise PretendFault(f"noticed on the way: {device.notices.told[0]}")
 
 
 @contextmanager

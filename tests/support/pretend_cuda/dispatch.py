@@ -62,7 +62,8 @@ class _Call:
         if not self.ours and (device is None or device.type != "cuda"):
             return self._on_host()
         self.owner.check()
-        ops.check_devices(self.name, self.args, self.kwargs)
+        if ops.mismatched(self.name, self.args, self.kwargs):
+            raise self.owner.notices.error(ops.MISMATCH.format(name=self.name))
         if self.ours and ops.makes_wait(self.name, self.args, self.kwargs):
             self.owner.wait_for_stream(self.name)
         if device is not None:

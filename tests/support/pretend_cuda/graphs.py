@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tests.support.pretend_cuda.faults import PretendFault
 from tests.support.pretend_cuda.memory import Allocation
 from tests.support.pretend_cuda.streams import OnStream, Stream
 
@@ -88,7 +87,9 @@ class Graph:
         with owner.lock, owner.plainly(), torch.inference_mode():
             for node in self.nodes:
                 if any(use() is None for use in node.uses):
-                    raise PretendFault(f"{node.name} in a graph uses memory that was given back")
+                    raise owner.notices.fault(
+                        f"{node.name} in a graph uses memory that was given back"
+                    )
                 node.run()
         self.replays += 1
         owner.replays += 1

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tests.support.pretend_cuda.clocks import Clocks
-from tests.support.pretend_cuda.faults import PretendFault
+from tests.support.pretend_cuda.faults import Notices
 
 RUBBISH = 0x5A
 
@@ -39,8 +39,8 @@ class Copy:
 class Host:
     """All pinned memory of a process."""
 
-    def __init__(self, clocks: Clocks) -> None:
-        self._clocks = clocks
+    def __init__(self, clocks: Clocks, notices: Notices) -> None:
+        self._clocks, self._notices = clocks, notices
         self._blocks: dict[int, ref[np.ndarray]] = {}
         self._copies: list[Copy] = []
         self.pinned = 0
@@ -90,7 +90,7 @@ class Host:
             there = copy.there
             if not copy.incoming and there is not None and not np.array_equal(there, copy.bytes):
                 self._copies.remove(copy)
-                raise PretendFault(
+                raise self._notices.fault(
                     f"{copy.bytes.size} bytes of pinned memory were written before the copy of "
                     f"them to the device (stream {copy.work[0]}) had ended"
                 )
@@ -107,7 +107,7 @@ class Host:
         for copy in self._copies:
             overlaps = copy.start < stop and start < copy.start + copy.bytes.size
             if copy.incoming and copy.block() is block and overlaps:
-                raise PretendFault(
+                raise self._notices.fault(
                     f"{what} reads pinned memory before the copy from the device (stream "
                     f"{copy.work[0]}) has ended"
                 )

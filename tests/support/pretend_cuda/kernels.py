@@ -145,7 +145,7 @@ class Launches:
             work()
         except interpreter.InterpreterError as error:
             if "illegal memory access" in str(error):
-                raise RuntimeError(f"{name}: {error}") from error
+                raise owner.notices.error(f"{name}: {error}") from error
             raise
         finally:
             self._trace = None

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from tests.support.pretend_cuda.clocks import Clocks
-from tests.support.pretend_cuda.faults import PretendFault
+from tests.support.pretend_cuda.faults import Notices
 
 Range = tuple[int, int]
 """Bytes [start, stop) by address."""
@@ -39,8 +39,8 @@ class Allocation:
 class Memory:
     """Every allocation of a device."""
 
-    def __init__(self, clocks: Clocks) -> None:
-        self._clocks = clocks
+    def __init__(self, clocks: Clocks, notices: Notices) -> None:
+        self._clocks, self._notices = clocks, notices
         self._found: WeakValueDictionary[int, Allocation] = WeakValueDictionary()
         self.faults: list[str] = []
         """Of memory that was given back; there is nobody to raise them to at once."""
@@ -76,7 +76,7 @@ class Memory:
                 and not self._clocks.ordered(their, at, stream)
             ):
                 verbs = ("writes" if write else "reads", "wrote" if wrote else "read")
-                raise PretendFault(
+                raise self._notices.fault(
                     f"{name} on stream {stream} {verbs[0]} {what[1] - what[0]} bytes that {before} "
                     f"on stream {their} {verbs[1]}, with no event between them"
                 )
@@ -103,7 +103,7 @@ class Memory:
     def check(self) -> None:
         """Raise what nobody could be told yet. PretendFault."""
         if self.faults:
-            raise PretendFault(self.faults.pop(0))
+            raise self._notices.fault(self.faults.pop(0))
 
 
 def span(elem: torch.Tensor) -> Range:

@@ -82,16 +82,18 @@ def makes_wait(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
     return any(not isinstance(place, Pretend) and place.dim() > 0 for place in places)
 
 
-def check_devices(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise RuntimeError, as torch does, where operands lie in two places."""
+def mismatched(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether operands lie in two places where torch wants one."""
     operands = list(tensors_in(args, kwargs))
     if name in INDEXING:
         operands = [args[0], *tensors_in(args[2:])]
     if not any(isinstance(operand, Pretend) for operand in operands):
-        return
-    for operand in operands:
-        if isinstance(operand, Pretend) or (operand.dim() == 0 and name not in NO_SCALARS):
-            continue
-        if name == "where" and operand is not args[0] and operand.dim() == 0:
-            continue
-        raise RuntimeError(MISMATCH.format(name=name))
+        return False
+
+    def fits(operand: torch.Tensor) -> bool:
+        if isinstance(operand, Pretend):
+            return True
+        scalars = name not in NO_SCALARS or (name == "where" and operand is not args[0])
+        return operand.dim() == 0 and scalars
+
+    return not all(map(fits, operands))

@@ -50,6 +50,9 @@ class Pretend(torch.Tensor):
     def data_ptr(self) -> int:
         return self.elem.data_ptr()
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.elem.untyped_storage()
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
