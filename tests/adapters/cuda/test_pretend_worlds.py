@@ -88,6 +88,7 @@ def test_every_way_to_sample_gives_the_references_tokens(
     check(setting, world, asks)
 
 
+@pytest.mark.slow
 def test_a_prefix_that_is_found_again_gives_the_references_answers(
     setting: Setting, world: PretendWorld
 ) -> None:
