@@ -19,6 +19,7 @@ from tests.support.pretend_cuda.world import CUDA
 pytestmark = [
     pytest.mark.skipif(bool(unavailable()), reason=unavailable()),
     pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
 ]
 SECTIONS = ("bandwidth", "parity nf4", "parity lora", "parity attention", "parity modules")
 OVER_A_MODEL = ("graphs", "swap")

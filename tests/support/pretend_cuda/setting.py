@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import LlamaConfig, PretrainedConfig
@@ -16,7 +17,7 @@ from tests.support.pretend_cuda.device import PretendDevice, pretend
 from tests.support.pretend_cuda.world import LIMITS, PretendWorld
 from tests.support.world import Answer, Ask, TinyWorld
 
-SMALL = COMMON | {
+SMALL: dict[str, Any] = COMMON | {
     "vocab_size": 160,
     "hidden_size": 64,
     "intermediate_size": 128,
