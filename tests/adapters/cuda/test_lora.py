@@ -11,15 +11,15 @@ if torch.cuda.is_available():
     pytest.skip("with a GPU tests/gpu checks these kernels", allow_module_level=True)
 
 from fader_adapters.errors import BaseUnsupported, KernelUnavailable
-from fader_adapters.kernels.cuda import lora_launch
+from fader_adapters.kernels.cuda import lora_calls
 from fader_adapters.kernels.cuda.lora import DeltaKernels, DeltaSite, LoraStep, delta
-from fader_adapters.kernels.cuda.lora_configs import (
+from fader_adapters.kernels.cuda.lora_configs import shipped
+from fader_adapters.kernels.cuda.lora_tables import (
     EXPAND,
     SHRINK,
     ExpandConfig,
     ShrinkConfig,
     SiteConfigs,
-    shipped,
     site_configs,
 )
 from fader_adapters.spec import RowTerms, SiteSpec, StepTerms
@@ -364,7 +364,7 @@ class _Recorder:
 def test_whatever_can_be_launched_is_listed_as_shipped(arch, monkeypatch):
     launched = []
     for name in ("shrink", "expand", "resolve"):
-        monkeypatch.setattr(lora_launch, f"_{name}_kernel", _Recorder(name, launched))
+        monkeypatch.setattr(lora_calls, f"_{name}_kernel", _Recorder(name, launched))
     sites = [(64, (64,)), (4096, (4096, 1024, 1024)), (14336, (4096,)), (4096, (14336, 14336))]
     for shape in sites:
         kernels = DeltaKernels(CPU, torch.bfloat16, arch=arch)

@@ -6,7 +6,10 @@ import torch
 
 from fader_adapters.errors import BaseUnsupported, KernelUnavailable
 from fader_adapters.kernels.cuda.lora_buffers import DeviceTables, StepBuffers
-from fader_adapters.kernels.cuda.lora_configs import (
+from fader_adapters.kernels.cuda.lora_calls import resolve
+from fader_adapters.kernels.cuda.lora_launch import delta
+from fader_adapters.kernels.cuda.lora_step import MAX_MEMBERS, DeltaSite, LoraStep, PhaseLaunch
+from fader_adapters.kernels.cuda.lora_tables import (
     DECODE_TILE,
     PREFILL_TILE,
     TILE,
@@ -15,14 +18,6 @@ from fader_adapters.kernels.cuda.lora_configs import (
     arch_of,
     site_configs,
     unsplit,
-)
-from fader_adapters.kernels.cuda.lora_launch import (
-    MAX_MEMBERS,
-    DeltaSite,
-    LoraStep,
-    PhaseLaunch,
-    delta,
-    resolve,
 )
 from fader_adapters.kernels.cuda.step_layout import Capacity, StepLayout
 from fader_adapters.kernels.cuda.tiles import CHUNK, LANES, StepTiles, TileBuilder
@@ -182,7 +177,7 @@ class DeltaKernels:
         cells = buffers.capacity.decode_cells
         decode = PhaseLaunch("decode", buffers.decode, -(-(rows or 1) // LANES), cells)
         if rows is not None:
-            return LoraStep(rows, rows, (decode,), buffers, tables.arena, vectors)
+            return LoraStep(rows, rows, (decode,), buffers, tables.arena, vectors, covers=True)
         prefill = PhaseLaunch("prefill", buffers.prefill, 1, buffers.capacity.prefill_cells)
         return LoraStep(0, None, (decode, prefill), buffers, tables.arena, vectors)
 
@@ -228,10 +223,10 @@ class DeltaKernels:
             bucket = next(rows for rows in ROW_BUCKETS if rows >= tiles.tokens)
             cells = buffers.capacity.decode_cells
             launch = PhaseLaunch("decode", buffers.decode, -(-bucket // LANES), cells)
-            return LoraStep(tiles.tokens, bucket, (launch,), buffers, arena, vectors)
+            return LoraStep(tiles.tokens, bucket, (launch,), buffers, arena, vectors, tiles.covers)
         both = (
             PhaseLaunch("decode", buffers.decode, tiles.decode.tiles, tiles.decode.cells),
             PhaseLaunch("prefill", buffers.prefill, tiles.prefill.tiles, tiles.prefill.cells),
         )
         launches = tuple(launch for launch in both if launch.tiles)
-        return LoraStep(tiles.tokens, None, launches, buffers, arena, vectors)
+        return LoraStep(tiles.tokens, None, launches, buffers, arena, vectors, tiles.covers)

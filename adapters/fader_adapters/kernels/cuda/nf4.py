@@ -100,13 +100,9 @@ class Nf4Linear(ByRows):
         out = torch.empty(x.shape[0], self.out_features, dtype=x.dtype, device=x.device)
         if not x.shape[0]:
             return out
-        way = self._scratch.way
-        rows = {"rows": x.shape[0], "fused": 1, "pieces": configs.FUSED_ROWS + 1}[way]
-        method = configs.method(self._arch, self.out_features, self.in_features, rows)
-        fusible = x.dtype == (torch.bfloat16 if x.is_cuda else torch.float32)
-        if fusible and method != "scratch":
+        if self._fuses(x):
             return self.fused(x, out)
-        if way == "rows":
+        if self._scratch.way == "rows":
             return self.through_scratch(x, out)
         padded = -(-x.shape[0] // PIECE) * PIECE
         whole = x.new_zeros(padded, x.shape[1])
@@ -114,17 +110,35 @@ class Nf4Linear(ByRows):
         products = torch.empty(padded, self.out_features, dtype=x.dtype, device=x.device)
         return self.through_scratch(whole, products, piece=PIECE)[: x.shape[0]]
 
+    def _fuses(self, x: torch.Tensor) -> bool:
+        """Whether the fused kernel multiplies x."""
+        rows = {"rows": x.shape[0], "fused": 1, "pieces": configs.FUSED_ROWS + 1}[self._scratch.way]
+        method = configs.method(self._arch, self.out_features, self.in_features, rows)
+        return method != "scratch" and x.dtype == (torch.bfloat16 if x.is_cuda else torch.float32)
+
     def fused(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Write x·Wᵀ + b to `out` [T, out], contiguous, by the fused kernel: bf16; fp32 on CPU."""
         assert out.is_contiguous()
-        if self.splits == 1:
+        planes = self._planes(x)
+        if planes is None:
             self._gemm(x, out, self.bias)
-            return out
-        rows, n = out.shape
-        planes = torch.empty(self.splits, rows, n, dtype=torch.float32, device=x.device)
-        self._gemm(x, planes, None)
-        add_planes(planes, self.bias, out)
+        else:
+            add_planes(planes, self.bias, out)
         return out
+
+    def planes(self, x: torch.Tensor) -> torch.Tensor | None:
+        """What `add_planes` makes the result of: float32 [splits, T, out] without bias, for a
+        caller with more to add. None where x [T, in] goes another way, or in one part.
+        """
+        return self._planes(x) if x.shape[0] and self._fuses(x) else None
+
+    def _planes(self, x: torch.Tensor) -> torch.Tensor | None:
+        if self.splits == 1:
+            return None
+        shape = (self.splits, x.shape[0], self.out_features)
+        planes = torch.empty(shape, dtype=torch.float32, device=x.device)
+        self._gemm(x, planes, None)
+        return planes
 
     def _gemm(self, x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None) -> None:
         if x.stride(1) != 1:
