@@ -173,7 +173,7 @@ def vectors(
     bias: torch.Tensor | None,
 ) -> None:
     """parts: [1, T, Σ out], a result with `bias` inside, or [P, T, Σ out], its planes without."""
-    constants = vectors_constants(launch.phase, planes=len(parts), bias=bias is not None)
+    constants = vectors_constants(launch.phase, bias=bias is not None)
     buffers, at = step.buffers, launch.buffers
     _vectors_kernel[(_blocks(site, int(constants["BLOCK_N"])), launch.tiles)](
         parts,
@@ -189,6 +189,7 @@ def vectors(
         buffers.scale_at,
         *_widths(site),
         parts.stride(1),
+        len(parts),
         parts.stride(0),
         site.linear,
         buffers.left.shape[1],

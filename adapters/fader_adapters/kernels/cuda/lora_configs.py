@@ -63,12 +63,11 @@ def join_constants(
     return own | {"PLANES": planes, "HAS_BIAS": bias}
 
 
-def vectors_constants(phase: Phase, *, planes: int, bias: bool) -> dict[str, int | bool]:
-    """The constants of `vectors`; planes: 1 for a finished result; bias: whether it holds one."""
+def vectors_constants(phase: Phase, *, bias: bool) -> dict[str, int | bool]:
+    """The constants of `vectors`; bias: whether the result holds the base's."""
     return {
         "ROWS": TILE[phase].rows,
         "BLOCK_N": VECTOR_COLUMNS[phase],
-        "PLANES": planes,
         "LANES": LANES,
         "HAS_BIAS": bias,
     }
@@ -96,13 +95,12 @@ def shipped() -> list[Shipped]:
         signature = _signature(pick, _SHRINK | {"ids": "*i64:16"}, constants)
         found.append(Shipped(pick, signature, constants, PICK_WARPS, 1, archs=both))
         for bias in (False, True):
-            constants = vectors_constants(phase, planes=1, bias=bias)
+            constants = vectors_constants(phase, bias=bias)
             signature = _signature(vectors, _VECTORS, constants)
             found.append(Shipped(vectors, signature, constants, *launch, archs=both))
-    for planes in range(2, nf4_configs.MOST_SPLITS + 1):
-        constants = vectors_constants("decode", planes=planes, bias=False)
-        signature = _signature(vectors, _VECTORS | {"y": "*fp32:16"}, constants)
-        found.append(Shipped(vectors, signature, constants, *launch, archs=both))
+    constants = vectors_constants("decode", bias=False)
+    signature = _signature(vectors, _VECTORS | {"y": "*fp32:16"}, constants)
+    found.append(Shipped(vectors, signature, constants, *launch, archs=both))
     for arch, phase in SHRINK:
         shrinks = dict.fromkeys(config for _, config in SHRINK[arch, phase])
         for shrink in shrinks:
@@ -195,7 +193,8 @@ def _joined(found: Iterable[Shipped]) -> list[Shipped]:
     """Each variant once, with every architecture that launches it."""
     joined: dict[object, Shipped] = {}
     for entry in found:
-        key = (entry.kernel.__name__, *entry.constexprs.items(), *entry[3:5])
+        types = entry.signature.items()
+        key = (entry.kernel.__name__, *types, *entry.constexprs.items(), *entry[3:5])
         before = joined.get(key)
         archs = entry.archs if before is None else (*before.archs, *entry.archs)
         joined[key] = entry._replace(archs=archs)

@@ -10,7 +10,7 @@ import triton.language as tl
 from fader_adapters.kernels.cuda.lora_places import member_of
 
 
-@triton.jit(do_not_specialize=["plane", "linear", "capacity"])
+@triton.jit(do_not_specialize=["planes", "plane", "linear", "capacity"])
 def vectors(
     y: tl.tensor,
     own: tl.tensor,
@@ -28,18 +28,18 @@ def vectors(
     width_2: int,
     width_3: int,
     y_stride: int,
+    planes: int,
     plane: tl.tensor,
     linear: tl.tensor,
     capacity: tl.tensor,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PLANES: tl.constexpr,
     LANES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ) -> None:
     """y[token] += G∘(y − own) + Σ_e γ·s·biasB, G = Σ_e γ·gain, over a slot's first entries.
 
-    Of a result that still lies in PLANES planes, `plane` elements apart and without the base's
+    Of a result that still lies in `planes` parts, `plane` elements apart and without the base's
     bias, each is scaled and the first is shifted.
 
     Grid (Σ ⌈width_i/BLOCK_N⌉, tiles); programs past the tiles in use return.
@@ -78,14 +78,11 @@ def vectors(
             touched = touched | used.to(tl.int32)
     changed = (touched != 0)[:, None] & inside[None, :]
     y_at = y + tl.where(present, token, 0).to(tl.int64)[:, None] * y_stride + (column + n)[None, :]
-    for part in tl.static_range(PLANES):  # pyright: ignore[reportGeneralTypeIssues]
+    for part in tl.range(0, planes, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
         part_at = y_at + part * plane.to(tl.int64)
         base = tl.load(part_at, mask=changed, other=0.0).to(tl.float32)
         plain = base
         if HAS_BIAS:
             held = tl.load(own + column + n, mask=inside, other=0.0).to(tl.float32)
             plain = base - held[None, :]
-        result = base + gain * plain
-        if part == 0:
-            result += shift
-        tl.store(part_at, result, mask=changed)
+        tl.store(part_at, base + gain * plain + tl.where(part == 0, shift, 0.0), mask=changed)
