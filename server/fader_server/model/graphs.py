@@ -127,9 +127,20 @@ class DecodeGraphs:
 
         A step whose deltas do not fit the captured buffers runs operator by operator.
         """
+        return self._run(plan, step, forward, None)
+
+    def run_ahead(
+        self, plan: Plan, step: Step | None, forward: Forward, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """The same; tokens [rows] int64 on the device are those of the rows."""
+        return self._run(plan, step, forward, tokens)
+
+    def _run(
+        self, plan: Plan, step: Step | None, forward: Forward, tokens: torch.Tensor | None
+    ) -> torch.Tensor:
         rows = len(plan.rows)
         bucket = min(size for size in self._buckets if size >= rows)
-        self._inputs.fill(plan, bucket)
+        self._inputs.fill(plan, bucket, tokens)
         assert step is None or isinstance(step, LoraStep)
         if step is not None and step.bucket != bucket:
             return forward(self._inputs.batch(bucket))[:rows]

@@ -142,8 +142,10 @@ def poisoned(patch: pytest.MonkeyPatch, kept: Callable[[int], int]) -> None:
     """After every fill the rows from `kept(bucket)` on hold what no step may read or write."""
     fill = GraphInputs.fill
 
-    def spoil(self: GraphInputs, plan: Plan, bucket: int) -> None:
-        fill(self, plan, bucket)
+    def spoil(
+        self: GraphInputs, plan: Plan, bucket: int, tokens: torch.Tensor | None = None
+    ) -> None:
+        fill(self, plan, bucket, tokens)
         rest = slice(kept(bucket), None)
         self._ids[rest] = 1 << 40
         self._positions[rest] = 1 << 40
