@@ -1,6 +1,7 @@
 """Base linears over NF4 on a GPU: who multiplies is chosen once, at construction, by shape and
 machine. Knows weights and rows, not sites, deltas or steps."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -80,7 +81,14 @@ class Nf4Linear(ByRows):
         self.in_features = self.tiles.in_features
         self._scratch = scratch
         self._arch = _arch(self.tiles.codes.device) or 80
+        self._launch: configs.Launch | None = None
         self._split_blocks = configs.split_blocks(self._arch, self.out_features, self.in_features)
+
+    def relaunched(self, *, splits: int, launch: configs.Launch) -> "Nf4Linear":
+        """The same weight by another fused launch than the tables choose, to measure it."""
+        other = copy.copy(self)
+        other._launch, other._split_blocks = launch, -(-self.tiles.blocks // splits)
+        return other
 
     @property
     def splits(self) -> int:
@@ -144,7 +152,7 @@ class Nf4Linear(ByRows):
         if x.stride(1) != 1:
             x = x.contiguous()
         rows, tiles = x.shape[0], self.tiles
-        config = configs.launch(self._arch, rows)
+        config = self._launch or configs.launch(self._arch, rows)
         grid = (-(-tiles.out_features // config.bn), self.splits, -(-rows // config.bm))
         nf4_gemm[grid](
             x,
