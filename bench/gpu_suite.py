@@ -59,6 +59,7 @@ def sections() -> "tuple[Section, ...]":
         section("nf4", "figures", "measure_nf4", 60),
         section("lora", "deltas", "measure_lora", 60),
         section("sweep", "sweep", "sweep_nf4", 80),
+        section("sweep prefill", "sweep", "sweep_prefill", 25),
         section("merged", "merged", "measure_merged", 60, "graphs"),
         section("peft", "peers", "measure_peft", 80),
         section("server", "programs", "measure_server", 120),

@@ -1,6 +1,6 @@
-"""Other launches of the fused NF4 product than those of the tables: what they would gain."""
+"""Other ways of NF4 products than those of the tables and constants: what they would gain."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -14,6 +14,8 @@ from fader_adapters.kernels.cuda import nf4
 from fader_adapters.kernels.cuda.nf4_configs import LEAST_SPLIT_BLOCKS, Launch
 
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+SCRATCHES = (24, 48, 96, 256)
+"""MiB"""
 PIPELINES = ((4, 4), (4, 6), (8, 4), (2, 6))
 """(warps, stages)"""
 
@@ -57,6 +59,36 @@ def sweep_nf4(rig: Rig, result: Result) -> None:
         best = min(by_choice, key=lambda choice: sum(by_choice[choice]))
         mean = sum(by_choice[best]) / len(by_choice[best])
         result.add(f"sweep {name}, all rows: {best}, {mean:.2f}× of shipped")
+
+
+def sweep_prefill(rig: Rig, result: Result) -> None:
+    """Products of prompts by the bytes of the scratch, and by the fused kernel, beside bf16."""
+    gate(check_nf4, rig, result)
+    totals: dict[str, float] = {}
+    for name, (width, outs) in zip(SITE_NAMES, shape_of(rig).sites, strict=True):
+        weight = nf4_weight(sum(outs), width, rig)
+        for rows in (20,) if rig.small else (256, 512):
+            x = torch.randn(rows, width, device=rig.device).to(rig.dtype)
+            dense = nf4.Nf4Linear([weight], None, nf4.Scratch(rig.device)).dense(rig.dtype)
+            want = x @ dense.T
+            ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+                "bf16": lambda x, dense=dense: x @ dense.T
+            }
+            for megabytes in (0, *SCRATCHES):
+                scratch = nf4.Scratch(rig.device, max(megabytes << 20, 1 << 21))
+                scratch.way = "pieces" if megabytes else "fused"
+                told = f"{megabytes} MiB" if megabytes else "fused"
+                ways[told] = nf4.Nf4Linear([weight], None, scratch)
+            for told, product in ways.items():
+                rig.check_time()
+                demand(rms(product(x), want), 3 * limit(rig), f"{name} of {rows} rows, {told}")
+                median = captured(rig, [lambda p=product, x=x: p(x)], repeats=10).median
+                key = f"{rows} rows, {told}"
+                totals[key] = totals.get(key, 0.0) + median
+                result.add(site=name, rows=rows, way=told, median_ms=round(median, 5))
+    for key, total in totals.items():
+        bf16 = totals[f"{key.split(',')[0]}, bf16"]
+        result.add(f"a layer's linears, {key}: {total:.3f} ms, {bf16 / total:.2f} of bf16's speed")
 
 
 def _choices(rig: Rig, width: int) -> Iterator[tuple[int, int, int]]:

@@ -27,6 +27,9 @@ by the number of rows, whichever is quicker."""
 PIECE = 256
 """Rows of one product over dequantised weights; missing ones are padded."""
 
+SCRATCH_BYTES = 256 << 20
+"""A whole weight of most bases: fewer launches and wider products than by parts of it."""
+
 
 class Scratch:
     """The buffer that dequantised weights pass through, one for all linears of a backend.
@@ -35,7 +38,7 @@ class Scratch:
     follow one another on one stream.
     """
 
-    def __init__(self, device: torch.device, nbytes: int = 64 << 20) -> None:
+    def __init__(self, device: torch.device, nbytes: int = SCRATCH_BYTES) -> None:
         self.table = torch.tensor(CODES, dtype=torch.float32, device=device)
         """[16] fp32, the codes."""
         self.way: Way = "rows"
