@@ -5,11 +5,12 @@ needs Python's lock and the second what leaves it to others. Decides nothing.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 
 import torch
 
 from fader_server.core import Plan, RowResult
-from fader_server.model.decode import LeadingReplays
+from fader_server.model.decode import LeadingReplays, decodes
 from fader_server.model.runner import ModelRunner, Part, Ready, in_order
 from fader_server.model.sampler import Drawn
 from fader_server.model.sampling_state import penalises
@@ -22,11 +23,11 @@ class LaunchingRunner(ModelRunner):
         return self.launch(plan).results()
 
     def launch(self, plan: Plan) -> "LaunchedStep":
-        """Begin the step's first forward where it is a replay; the others cost the host their time,
-        and begin when the results are asked for."""
+        """Begin the step's first forwards as long as they are replays; the others cost the host
+        their time, and begin when the results are asked for."""
         with torch.inference_mode():
             parts = list(self._parts(plan))
-            begun = [self._begin(part) for part in parts[:1] if part.replays is not None]
+            begun = self.begin(takewhile(lambda part: part.replays is not None, parts))
         return LaunchedStep(self, parts, begun)
 
     def go_on(self, plan: Plan, tokens: torch.Tensor) -> "LaunchedStep":
@@ -55,7 +56,7 @@ class LaunchedStep:
             return False
         (part,) = self._parts
         known = not any(penalises(row.sequence.request.params) for row in part.plan.rows)
-        return known and isinstance(part.weights.replays, LeadingReplays)
+        return known and decodes(part.plan) and isinstance(part.weights.replays, LeadingReplays)
 
     def ahead(self, plan: Plan) -> "LaunchedStep":
         (drawn,) = self._begun

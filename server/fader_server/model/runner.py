@@ -192,8 +192,10 @@ class ModelRunner:
         return compute
 
     def _rows(self, batch: Batch, step: Step | None) -> torch.Tensor:
-        """Every token's logits are wanted, in order: the head's rows are the step's."""
-        return self._forward(batch, step, lambda _: step)
+        """Where every token's logits are wanted, in order, the head's rows are the step's; it is
+        the base's elsewhere."""
+        head = step if len(batch.logit_index) == batch.tokens else None
+        return self._forward(batch, step, lambda _: head)
 
     def _head_step(self, plan: Plan, batch: Batch) -> Step | None:
         """The delta work of the rows whose logits are wanted; None where nobody adapts the head."""

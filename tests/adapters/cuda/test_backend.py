@@ -68,12 +68,16 @@ def told(answers: list[Answer]) -> Told:
     return [(a.tokens, [entry.logprob for entry in a.logprobs]) for a in answers]
 
 
-def use_cuda(patch: pytest.MonkeyPatch, entries: int = 8) -> None:
+def use_cuda(patch: pytest.MonkeyPatch, entries: int = 8, *, prompts: int = 0) -> None:
+    """prompts: tokens of captured steps of prompts, which take the interpreter their time."""
+
     def choose(device: torch.device, dtype: torch.dtype, name: str) -> Backend:
         return CudaBackend(device, dtype, entries=entries)
 
     def attention(base: LoadedBase, *, block_size: int) -> PagedAttention:
-        return choose_attention(base, block_size=block_size, max_rows=4, max_context=64)
+        return choose_attention(
+            base, block_size=block_size, max_rows=4, max_context=64, max_tokens=prompts
+        )
 
     patch.setattr(support, "choose", choose)
     patch.setattr(support, "choose_attention", attention)

@@ -126,19 +126,27 @@ def test_a_row_has_the_same_bits_alone_in_company_and_beyond_the_fixed_room() ->
         assert torch.equal(alone[0], together[row])
 
 
-def test_padding_of_a_bucket_is_not_written() -> None:
+def test_padding_of_a_bucket_is_the_bases_and_none_is_written_past_the_rows_there_are() -> None:
     run, terms = Run(), MIXES["distinct and the base"]
     step = run.backend.prepare(run.world.tables, terms)
     assert step is not None
     assert (step.tokens, step.bucket) == (7, 8)
-    x, out = torch.randn(8, IN), torch.full((8, sum(OUTS)), 7.0)
+    x, out = torch.randn(8, IN), torch.full((9, sum(OUTS)), 7.0)
     assert isinstance(run.site.base, nf4.Nf4Linear)
     planes = run.site.base.planes(x)
     assert planes is not None
     shrink(x, run.site._bound, step)
-    join(planes, out, run.site._bound, step, run.bias)
-    assert (out[7] == 7.0).all()
+    join(planes, out[:8], run.site._bound, step, run.bias)
+    assert torch.equal(out[:8], run(x, terms))
+    assert torch.equal(out[7], run(x, singles(*[()] * 8))[7])
+    assert (out[8] == 7.0).all()
+    out.fill_(7.0)
+    planes = run.site.base.planes(x[:7])
+    assert planes is not None
+    shrink(x[:7], run.site._bound, step)
+    join(planes, out[:7], run.site._bound, step, run.bias)
     assert torch.equal(out[:7], run(x[:7], terms))
+    assert (out[7:] == 7.0).all()
 
 
 def test_longer_rows_and_weights_in_one_part_end_the_other_way(kernels: list[str]) -> None:

@@ -156,6 +156,14 @@ def test_every_row_of_a_step_of_single_tokens_has_one_lane(terms):
     assert all(lists[:used]), "tiles without entries come last"
 
 
+def test_padding_has_lanes_behind_the_rows_of_the_step():
+    terms = StepTerms((RowTerms(1), RowTerms(1, ((0, 1.0),)), RowTerms(1)))
+    step = BUILDER.build(terms, CHUNKS, padded=5)
+    assert step.decode.tokens[0].tolist()[:6] == [1, 0, 2, -5, -6, -1]
+    assert told(step) == wanted(terms)
+    assert BUILDER.build(terms, CHUNKS).decode.tokens[0].tolist()[:4] == [1, 0, 2, -1]
+
+
 @pytest.mark.parametrize("tokens", [0, 2, 70])
 def test_beside_a_longer_row_those_without_terms_have_no_lane(tokens):
     rows = (RowTerms(1, ((0, 1.0),)), RowTerms(1), RowTerms(tokens))

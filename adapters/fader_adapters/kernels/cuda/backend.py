@@ -151,10 +151,21 @@ class CudaBackend:
         self._scratch.way = "fused" if all(r.tokens == 1 for r in terms.rows) else "pieces"
         return self._deltas.prepare(tables, terms)
 
-    def blank(self, tables: Tables, rows: int | None, *, vectors: bool = False) -> LoraStep:
+    def blank(
+        self,
+        tables: Tables,
+        rows: int | None,
+        *,
+        vectors: bool = False,
+        prompt: int | None = None,
+    ) -> LoraStep:
         """A step that adds nothing, to capture or compile with; see DeltaKernels.blank."""
         self._scratch.way = "pieces" if rows is None else "fused"
-        return self._deltas.blank(tables, rows, vectors=vectors)
+        return self._deltas.blank(tables, rows, vectors=vectors, prompt=prompt)
+
+    def reserve_prompts(self, tables: Tables, buckets: Sequence[int]) -> None:
+        """Buffers of steps of prompts that may be captured; see DeltaKernels.reserve_prompts."""
+        self._deltas.reserve_prompts(tables, buckets)
 
 
 def obstacle(device: torch.device, dtype: torch.dtype) -> str:

@@ -183,7 +183,7 @@ def join(
     fp32, rounded once; without the last sum where a row used no entry: the bits of `nf4_sum`.
 
     Grid (Σ ⌈width_i/BLOCK_N⌉, tiles); programs past the tiles in use return. Every row of a tile
-    is written, so the tiles must hold every row of the step; rows past those are left as they are.
+    is written, so the tiles must hold every row of the step; rows of padding are the base's.
     out      [rows, columns] contiguous, columns = Σ width_i
     planes   [PLANES, rows, columns] float32, of nf4_gemm
     own      [columns] the base's own bias; read only when HAS_BIAS
@@ -199,8 +199,10 @@ def join(
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tl.load(tokens + tile * ROWS + tl.arange(0, ROWS))
     present = token >= 0
-    at = tl.where(present, token, 0).to(tl.int64)[:, None] * columns + (column + n)[None, :]
-    written = present[:, None] & (n < width)[None, :]
+    place = tl.where(present, token, -2 - token)
+    there = (token != -1) & (place < rows)
+    at = tl.where(there, place, 0).to(tl.int64)[:, None] * columns + (column + n)[None, :]
+    written = there[:, None] & (n < width)[None, :]
     base = tl.load(planes + at, mask=written, other=0.0)
     for split in tl.static_range(1, PLANES):  # pyright: ignore[reportGeneralTypeIssues]
         base += tl.load(

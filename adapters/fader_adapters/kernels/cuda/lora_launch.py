@@ -52,8 +52,8 @@ def join(
     """The other half of `delta`, into a result that still lies in planes, with their sum.
 
     planes  [P, T, Σ out of the members] float32, of a fused product without bias; overwritten
-    out     [T, Σ out] contiguous, written: every row of the step, rows without terms with the bits
-            that `nf4.add_planes` gives; rows past the step's (a bucket's padding) are left alone
+    out     [T, Σ out] contiguous, written: rows without terms, and those of a bucket's padding,
+            with the bits that `nf4.add_planes` gives
     bias    [Σ out], the base's own, contiguous
     Only for a step that `covers`.
     """

@@ -52,3 +52,6 @@ class LoraStep:
     """Whether a row may use an adapter with a gain or a bias: one launch more a phase."""
     covers: bool = False
     """Whether every row is of one token and has a lane: `join` may write them all."""
+    prompt: int | None = None
+    """Tokens bucket of a step of prompts that may be captured or replayed, as `bucket` is of one of
+    decode rows."""

@@ -38,7 +38,8 @@ class Merged(NamedTuple):
 class Phase:
     """The tiles of one kind, decode or prefill, of a step.
 
-    tokens  [tiles, rows]  place of each tile row in the step, -1 where the tile is not full
+    tokens  [tiles, rows]  place of each tile row in the step, -1 where the tile is not full, and
+                           -2 - place for a row of padding behind the step's own
     first   [tiles]        first entry of the tile's list
     last    [tiles]        one past the last
     cell    [tiles]        first cell of the tile in the scratch: one cell an entry, lists rounded
@@ -63,7 +64,7 @@ class StepTiles:
 
     slot, chunk  [entries]         adapter slot and index of 16 of its ranks
     gamma        [entries, LANES]  γ of the tile's rows at this entry, 0 where a row does not use it
-    covers       whether every row of the step has a lane in a decode tile
+    covers       whether every row of the step, padding too, has a lane in a decode tile
     """
 
     decode: Phase
@@ -96,10 +97,12 @@ class TileBuilder:
         self.decode = decode
         self.prefill = prefill
 
-    def build(self, terms: StepTerms, chunks: Sequence[int]) -> StepTiles:
-        """Tiles of one step. `chunks[slot]` is the number of 16-rank chunks of a slot's largest
-        rank, 0 for a slot that adapts nothing. Rows whose terms have no chunk get no tile, but for
-        those of a step that has only rows of one token.
+    def build(self, terms: StepTerms, chunks: Sequence[int], *, padded: int = 0) -> StepTiles:
+        """Tiles of one step; one that has only rows of one token is padded to `padded` rows.
+
+        `chunks[slot]` is the number of 16-rank chunks of a slot's largest rank, 0 for a slot that
+        adapts nothing. Rows whose terms have no chunk get no tile, but for those of a step that has
+        only rows of one token.
         """
         singles: list[tuple[int, RowTerms]] = []
         longs: list[tuple[int, RowTerms]] = []
@@ -115,6 +118,7 @@ class TileBuilder:
         covers = all(row.tokens == 1 for row in terms.rows)
         if covers and singles:
             singles += plain
+            singles += [(-2 - at, _PLAIN) for at in range(start, padded)]
         entries = _Entries(chunks)
         decode = _Cutter(self.decode)
         for i in range(0, len(singles), LANES):
