@@ -322,7 +322,7 @@ def test_a_decode_step_too_large_for_the_fixed_room_runs_outside_it():
 
 def test_steps_of_few_prompts_live_at_fixed_addresses_once_room_is_reserved():
     made = rig(sites=SITES[:1])
-    assert made.prepare(StepTerms((RowTerms(70, ((0, 1.0),)),))).prompt is None
+    assert made.prepare(StepTerms((RowTerms(71, ((0, 1.0),)),))).prompt is None
     made.kernels.reserve_prompts(made.world.tables, (128, 256))
     blank = made.kernels.blank(made.world.tables, None, prompt=256)
     seen = set()
