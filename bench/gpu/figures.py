@@ -1,25 +1,25 @@
-"""Figures of kernels: NF4 products by rows against their peers, deltas by what a step holds."""
+"""Figures of the copy bandwidth and of NF4 products, by rows, against their peers."""
 
 from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
 
-from bench.gpu.parity import check_lora, check_nf4, demand, limit
+from bench.gpu.parity import check_nf4, demand, limit
 from bench.gpu.section import ParityFailed, Result, Rig, gate
-from bench.gpu.shapes import LLAMA_8B, SITE_NAMES, SMALL, Shape
+from bench.gpu.shapes import LLAMA_8B, SITE_NAMES, SMALL, SPLIT, Shape
 from bench.gpu.timing import Times, bandwidth, captured, turns
-from bench.gpu.weights import base_of, nf4_weight, publish_adapters, rms
+from bench.gpu.weights import nf4_weight, rms
 from fader_adapters.kernels.cuda import nf4
-from fader_adapters.kernels.cuda.lora import DeltaKernels, delta
 from fader_adapters.kernels.nf4 import Nf4Weight, dense
-from fader_adapters.spec import RowTerms, StepTerms
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 def shape_of(rig: Rig) -> Shape:
-    return SMALL if rig.small else LLAMA_8B
+    if not rig.small:
+        return LLAMA_8B
+    return SPLIT if rig.on_gpu else SMALL
 
 
 def measure_bandwidth(rig: Rig, result: Result) -> None:
@@ -117,81 +117,3 @@ def _bitsandbytes(weight: Nf4Weight, rig: Rig) -> bool:
     except Exception:  # noqa: BLE001 - whatever keeps it from running, it is no peer here
         return False
     return rig.on_gpu
-
-
-def measure_lora(rig: Rig, result: Result) -> None:
-    """A decoder layer's four sites with deltas over the same without, by rank, rows and blends."""
-    gate(check_lora, rig, result)
-    layers = 1 if rig.small else 8
-    shape = shape_of(rig)
-    base, sites = base_of(shape.sites * layers)
-    scratch = nf4.Scratch(rig.device)
-    linears = [
-        nf4.Nf4Linear([nf4_weight(sum(s.out_features), s.in_features, rig)], None, scratch)
-        for s in sites
-    ]
-    arch = None if rig.on_gpu else 80
-    entries = 16 if rig.small else 2048
-    for rank, rows, distinct, terms in _loads(rig):
-        rig.check_time()
-        slots = max(distinct, terms)
-        tables = publish_adapters(base, (rank,) * slots, rig)
-        kernels = DeltaKernels(rig.device, rig.dtype, arch=arch, entries=entries)
-        bound = [kernels.bind(site) for site in sites]
-        step = kernels.prepare(
-            tables,
-            StepTerms(
-                tuple(
-                    RowTerms(1, tuple(((i + j) % slots, 0.5 + j) for j in range(terms)))
-                    for i in range(rows)
-                )
-            ),
-        )
-        assert step is not None
-        inputs = [torch.randn(rows, s.in_features, device=rig.device).to(rig.dtype) for s in sites]
-
-        def plain(inputs: list[torch.Tensor] = inputs) -> None:
-            for linear, x in zip(linears, inputs, strict=True):
-                linear(x)
-
-        def adapted(
-            inputs: list[torch.Tensor] = inputs,
-            bound: list = bound,
-            step: object = step,
-        ) -> None:
-            for linear, site, x in zip(linears, bound, inputs, strict=True):
-                y = linear(x)
-                delta(y, x, site, step)  # pyright: ignore[reportArgumentType]
-
-        without, with_deltas = captured(rig, [plain]), captured(rig, [adapted])
-        ratio = with_deltas.median / without.median
-        result.add(
-            f"deltas r={rank} rows={rows} adapters={distinct} terms={terms}: {ratio:.3f}× base",
-            rank=rank,
-            rows=rows,
-            distinct=distinct,
-            terms=terms,
-            bucket=step.bucket,
-            ratio=round(ratio, 4),
-            **without.facts("base"),
-            **with_deltas.facts("adapted"),
-        )
-
-
-def _loads(rig: Rig) -> tuple[tuple[int, int, int, int], ...]:
-    """(rank, rows, distinct adapters, terms a row)"""
-    if rig.small:
-        return ((8, 2, 2, 1), (8, 2, 2, 2))
-    return (
-        (16, 1, 1, 1),
-        (16, 8, 8, 1),
-        (16, 32, 1, 1),
-        (16, 32, 8, 1),
-        (16, 32, 32, 1),
-        (16, 32, 32, 2),
-        (16, 32, 8, 2),
-        (8, 32, 32, 1),
-        (64, 32, 8, 1),
-        (64, 1, 1, 1),
-        (16, 64, 64, 1),
-    )

@@ -37,8 +37,9 @@ class Machine:
     """Model, cache, arena and runner; adapters are written straight into the arena."""
 
     def __init__(
-        self, rig: Rig, shape: Shape, *, rows: int, context: int, arena: int, merged: bool = False
+        self, rig: Rig, shape: Shape, *, rows: int, context: int, arena: int, prompts: int = 0
     ) -> None:
+        """prompts: tokens of captured steps of prompts, 0 for none."""
         self.rig, self.shape, self.rows, self.context = rig, shape, rows, context
         self.base = random_base(rig, shape)
         self.spec = self.base.installed.spec
@@ -55,7 +56,9 @@ class Machine:
         for layer in self.cache.layers():
             fill(layer.k[1:], 1.0)
             fill(layer.v[1:], 1.0)
-        self.attention = CudaAttention(max_rows=rows, max_context=context, device=rig.device)
+        self.attention = CudaAttention(
+            max_rows=rows, max_context=context, max_tokens=prompts, device=rig.device
+        )
         told = _Told()
         graphs.log.addHandler(told)
         graphs.log.setLevel(logging.INFO)

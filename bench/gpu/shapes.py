@@ -1,6 +1,6 @@
 """The shapes sections measure, and their bytes. Integers only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -34,5 +34,7 @@ class Shape:
 
 LLAMA_8B = Shape(4096, 32, 32, 8, 128, 14336, 128256)
 SMALL = Shape(128, 1, 4, 2, 32, 192, 512)
+SPLIT = replace(SMALL, inter=1024)
+"""Wide enough that a product comes in planes; slow in Triton's interpreter."""
 
 SITE_NAMES = ("q/k/v", "o", "gate/up", "down")

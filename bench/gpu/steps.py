@@ -27,7 +27,10 @@ def machine(rig: Rig) -> Machine:
         linears = sum(w + o for w, outs in shape.sites for o in outs) * shape.layers
         arena = (3 if rig.small else 40) * 24 * linears
         try:
-            rig.kept["machine"] = Machine(rig, shape, rows=rows, context=context, arena=arena)
+            prompts = 16 if rig.small else 1024
+            rig.kept["machine"] = Machine(
+                rig, shape, rows=rows, context=context, arena=arena, prompts=prompts
+            )
         except Exception as error:
             rig.kept["no machine"] = f"{type(error).__name__}: {error}"[:200]
             raise
@@ -198,35 +201,4 @@ def measure_adapters(rig: Rig, result: Result) -> None:
         load="base rows, adapters resident",
         ratio=round(ratio, 4),
     )
-    m.drop_adapters()
-
-
-def measure_prefill(rig: Rig, result: Result) -> None:
-    """A prompt in one step, on the base and with an adapter."""
-    m = machine(rig)
-    (slot,) = m.add_adapters(1, 4 if rig.small else 16)
-    for tokens in (20,) if rig.small else (128, 256, 512, 1024):
-        for own in ((), ((slot, 1.0),)):
-            rig.check_time()
-            plan = m.prompt(0, tokens, own)
-            m.runner.run(plan)
-            found = []
-            for _ in range(10 if rig.on_gpu else 1):
-                started = time.perf_counter()
-                m.runner.run(plan)
-                found.append((time.perf_counter() - started) * 1e3)
-            times = Times.of(found)
-            flops = (
-                2
-                * tokens
-                * sum(s.spec.in_features * sum(s.spec.out_features) for s in m.base.installed.sites)
-            )
-            result.add(
-                f"prompt of {tokens}{' with an adapter' if own else ''}: {times.median:.1f} ms, "
-                f"{flops / times.median / 1e9:.0f} TFLOP/s in its linears",
-                tokens=tokens,
-                adapter=bool(own),
-                linear_tflops=round(flops / times.median / 1e9, 2),
-                **times.facts("prompt"),
-            )
     m.drop_adapters()

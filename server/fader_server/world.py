@@ -237,6 +237,7 @@ def _runner(
             block_size=BLOCK_SIZE,
             max_rows=config.max_batch_rows,
             max_context=plan.max_model_len,
+            max_tokens=config.max_step_tokens,
         ),
         sampler=Sampler(),
     )

@@ -88,14 +88,14 @@ def test_a_section_past_its_budget_ends_with_its_figures() -> None:
 
 
 def test_wrong_numbers_leave_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.gpu import figures
+    from bench.gpu import deltas, figures
 
     def wrong(rig: Rig, result: Result) -> None:
         raise ParityFailed("wrong")
 
     monkeypatch.setattr(figures, "check_nf4", wrong)
-    monkeypatch.setattr(figures, "check_lora", wrong)
-    for run in (figures.measure_nf4, figures.measure_lora):
+    monkeypatch.setattr(deltas, "check_lora", wrong)
+    for run in (figures.measure_nf4, deltas.measure_lora):
         outcome = run_section(rig(), Section("figures", run, 1.0))
         assert (outcome.state, outcome.figures) == ("failed", [])
 

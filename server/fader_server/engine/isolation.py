@@ -50,8 +50,8 @@ class Overlap:
     """How a step begins that the device computes by itself, and what there is to do meanwhile."""
 
     launch: Callable[[Plan], Launched]
-    meanwhile: Callable[[], None]
-    """Called once a step, whether it began or failed to; what it raises is no row's fault."""
+    meanwhile: Callable[[Plan, Launched | None], None]
+    """Called once a step, with what began or None; what it raises is no row's fault."""
 
 
 def run_isolated(runner: Runner, plan: Plan, *, overlap: Overlap | None = None) -> StepOutcome:
@@ -138,7 +138,7 @@ def _run(runner: Runner, plan: Plan, outcome: StepOutcome, overlap: Overlap | No
             launched = overlap.launch(plan)
         except Exception as error:  # noqa: BLE001 - as below
             failure = _told(plan, error)
-        overlap.meanwhile()
+        overlap.meanwhile(plan, launched)
     if failure is None:
         failure = _finish(runner, plan, outcome, launched)
     if failure is not None:

@@ -1,7 +1,7 @@
 """The engine thread: plan, upload, run, commit. Moves token ids; knows nothing of text or HTTP.
 
 What others ask for runs between two steps, never beside one: an abort, a lane or a lost version
-meets no row under way.
+meets no row under way. No step begins ahead of its turn while somebody has asked.
 """
 
 import logging
@@ -187,8 +187,7 @@ class Engine:
         try:
             while not self._stopping:
                 self._beat_at = self._clock()
-                self._obey()
-                self._idle = not self._stepper.turn()
+                self._idle = not self._turn()
                 if self._drains and not self._sinks:
                     self._end_drains()
         except Exception as error:  # noqa: BLE001 - the thread's border: nobody may be left waiting
@@ -199,6 +198,12 @@ class Engine:
             self._on_fatal(error)
         else:
             self._close(end)
+
+    def _turn(self) -> bool:
+        """What others asked for, then a step; False when there was none to do."""
+        if not self._stepper.under_way:
+            self._obey()
+        return self._stepper.turn(onward=self._inbound.empty)
 
     def _obey(self) -> None:
         """Run what other threads asked for; wait for it when there is nothing else to do."""

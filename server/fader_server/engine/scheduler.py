@@ -17,6 +17,7 @@ from fader_server.core import (
     TokenEvent,
 )
 from fader_server.engine.blocks import BlockManager
+from fader_server.engine.following import following
 from fader_server.engine.lanes import Lanes
 from fader_server.engine.limits import Limits, check_request
 from fader_server.engine.outcome import outcome
@@ -96,7 +97,8 @@ class Scheduler:
         return refused
 
     def plan(self) -> Plan | None:
-        """The next step, or None when nothing can run now. Commit it before the next plan."""
+        """The next step, or None when nothing can run now. Commit it, and what `ahead` gave after
+        it, before the next plan."""
         rows: list[PlanRow] = []
         terms: list[RowTerms] = []
         self._refuse_misplaced()
@@ -116,10 +118,14 @@ class Scheduler:
             uploads.extend(self._prefetch())
         return Plan(tuple(rows), StepTerms(tuple(terms)), tuple(uploads))
 
+    def ahead(self, plan: Plan) -> Plan | None:
+        """The step after `plan`, before that is committed; None where it cannot be told yet."""
+        return following(plan, roster=self._roster, blocks=self.blocks, limits=self.limits)
+
     def commit(self, plan: Plan, results: list[RowResult]) -> list[TokenEvent]:
         """Take the results of a plan, or of some of its rows, in; one result per row.
 
-        Rows whose sequence was aborted or preempted since the plan are skipped.
+        Rows whose sequence ended, was aborted or preempted since the plan are skipped.
         """
         assert len(plan.rows) == len(results), "one result per row"
         events: list[TokenEvent] = []

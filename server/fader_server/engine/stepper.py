@@ -1,16 +1,20 @@
 """One turn of the engine: plan, upload, run, commit, and what to do when one of them fails.
 
-Where the device computes by itself, a step's events are delivered while it computes the next one.
-Runs on whatever thread calls it; knows no queue, no sink and no other thread.
+Where the device computes by itself, a step's events are delivered while it computes the next one,
+and that one may begin before the last one's tokens are known. Runs on whatever thread calls it;
+knows no queue, no sink and no other thread.
 """
 
+import logging
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from traceback import format_exc
 
 from fader_adapters.spec import Upload
 from fader_server.core import (
     Admission,
+    Launched,
     LaunchRunner,
     Plan,
     Request,
@@ -25,8 +29,22 @@ from fader_server.engine.scheduler import Scheduler
 from fader_server.engine.stats import StepObserver
 from fader_server.errors import EngineFault
 
+_log = logging.getLogger(__name__)
+
 _OOM_PREEMPTIONS = 2
 """So often may a request be the newest of a step that ran out of memory before it fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that began before the one in front of it was committed."""
+
+    plan: Plan
+    launched: Launched
+
+
+def _always() -> bool:
+    return True
 
 
 class Stepper:
@@ -56,8 +74,10 @@ class Stepper:
         self.seconds = 0.0
         self._runner = runner
         self._overlap = (
-            Overlap(runner.launch, self.flush) if isinstance(runner, LaunchRunner) else None
+            Overlap(self._launch, self._meanwhile) if isinstance(runner, LaunchRunner) else None
         )
+        self._flight: _Flight | None = None
+        self._onward: Callable[[], bool] = _always
         self._later: deque[TokenEvent] = deque()
         self._unobserved: list[tuple[float, int, int]] = []
         self._upload = upload
@@ -80,9 +100,23 @@ class Stepper:
             self._later = deque(e for e in self._later if e.request_id != request_id)
         self.scheduler.abort(request_id)
 
-    def turn(self) -> bool:
-        """One step; False when there was none to do. Raises EngineFault on a broken device."""
+    @property
+    def under_way(self) -> bool:
+        """Whether the next turn's step has begun: nothing may happen to its rows before that."""
+        return self._flight is not None
+
+    def turn(self, *, onward: Callable[[], bool] = _always) -> bool:
+        """One step; False when there was none to do. Raises EngineFault on a broken device.
+
+        onward  asked once this step is under way: whether the next may begin, too
+        """
         started = self._clock()
+        self._onward = onward
+        flight = self._flight
+        if flight is not None and any(row.sequence.blocks for row in flight.plan.rows):
+            self._step(flight.plan, started)
+            return True
+        self._flight = None
         plan = self.scheduler.plan()
         for event in self.scheduler.take_refused():
             self._emit(event)
@@ -108,8 +142,29 @@ class Stepper:
             self._observer.on_step(*told)
         self._unobserved.clear()
 
+    def _launch(self, plan: Plan) -> Launched:
+        """The step, which may have begun a turn ago."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            return flight.launched
+        assert isinstance(self._runner, LaunchRunner)
+        return self._runner.launch(plan)
+
+    def _meanwhile(self, plan: Plan, launched: Launched | None) -> None:
+        """While a step is under way: begin the next, tell of the last."""
+        if launched is not None and launched.leads and self._onward():
+            following = self.scheduler.ahead(plan)
+            if following is not None:
+                try:
+                    self._flight = _Flight(following, launched.ahead(following))
+                except Exception:  # noqa: BLE001 - it costs nobody anything: its turn comes
+                    _log.warning("a step could not begin ahead of its turn\n%s", format_exc())
+        self.flush()
+
     def _step(self, plan: Plan, started: float) -> None:
         outcome = run_isolated(self._runner, plan, overlap=self._overlap)
+        if outcome.failed or outcome.crowded or outcome.lost is not None:
+            self._flight = None  # it began from tokens that nobody will see
         if outcome.lost is not None:
             raise EngineFault("the device is lost") from outcome.lost
         for part, results in outcome.done:

@@ -19,13 +19,16 @@ def fits(shape: LayerShape) -> bool:
 class CudaAttention:
     """PagedAttention over caches in device memory.
 
-    max_rows, max_context: what a step may hold; partial sums for so many rows of so many keys are
-    reserved when a layer first attends, so nothing moves once every layer has.
+    max_rows, max_context, max_tokens: what a step may hold; partial sums for so many rows of so
+    many keys are reserved when a layer first attends, so nothing moves once every layer has.
     """
 
-    def __init__(self, *, max_rows: int, max_context: int, device: torch.device) -> None:
+    def __init__(
+        self, *, max_rows: int, max_context: int, device: torch.device, max_tokens: int = 512
+    ) -> None:
         self.max_rows = max_rows
         self.max_context = max_context
+        self.max_tokens = max_tokens
         self._scratch = Scratch(device)
         self._layers: dict[int, tuple[AttentionParams, int, Kernel]] = {}
 
@@ -57,7 +60,9 @@ class CudaAttention:
         self, q: torch.Tensor, cache: LayerCache, params: AttentionParams, step: object
     ) -> torch.Tensor:
         assert isinstance(step, AttentionStep)
-        return self._kernel(cache, params, q.shape[1])(q, step)
+        # tokens of padding belong to no row, and no kernel answers them
+        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if step.prefills else None
+        return self._kernel(cache, params, q.shape[1])(q, step, out=out)
 
     def _kernel(self, cache: LayerCache, params: AttentionParams, heads: int) -> Kernel:
         """Bound to the layer's cache at its first call; a layer attends in one way only."""

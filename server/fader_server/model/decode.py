@@ -6,7 +6,7 @@ A replay is trusted after it gave, on another step, bit for bit what the model's
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -38,6 +38,17 @@ class Replays(Protocol):
 
     def sibling(self, lane: LaneWeights) -> "Replays":
         """A set for a lane's weights, in the same memory: one of them runs at a time."""
+        ...
+
+
+@runtime_checkable
+class LeadingReplays(Replays, Protocol):
+    """Decode steps that can be queued before the host knows their tokens."""
+
+    def run_ahead(
+        self, plan: Plan, step: Step | None, forward: Forward, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """As `run` for rows of one token each, which only the device knows: tokens [rows] int64."""
         ...
 
 

@@ -58,15 +58,19 @@ class GraphInputs:
         self._words.open().reshape(4, rows)[2] = -1
         self._words.send(0, 4 * rows)
 
-    def fill(self, plan: Plan, bucket: int) -> None:
-        """Send the plan's rows, one token each, and padding up to `bucket` rows."""
+    def fill(self, plan: Plan, bucket: int, tokens: torch.Tensor | None = None) -> None:
+        """Send the plan's rows, one token each, and padding up to `bucket` rows.
+
+        tokens  [rows] int64, on the device: those that the rows' sequences do not hold yet
+        """
         rows, size = plan.rows, self._block_size
         n = len(rows)
         starts = [row.start for row in rows]
         blocks = [row.sequence.blocks for row in rows]
         words = self._words.open().reshape(4, self._rows)
         words[:2, n:bucket] = 0
-        words[0, :n] = [row.sequence.tokens[row.start] for row in rows]
+        if tokens is None:
+            words[0, :n] = [row.sequence.tokens[row.start] for row in rows]
         words[1, :n] = starts
         words[2, n:bucket] = -1
         words[2, :n] = [
@@ -76,6 +80,8 @@ class GraphInputs:
         contexts[n:bucket] = 0
         contexts[:n] = [at + 1 for at in starts]
         self._words.send(0, 4 * self._rows)
+        if tokens is not None:
+            self._ids[:n].copy_(tokens)
         self._send_blocks([own[: at // size + 1] for own, at in zip(blocks, starts, strict=True)])
 
     def _send_blocks(self, blocks: Sequence[list[int]]) -> None:

@@ -1,4 +1,5 @@
-"""Decode steps as CUDA graphs: one a bucket of rows and kind of deltas, captured at start.
+"""Decode steps as CUDA graphs: one a bucket of rows and kind of deltas, captured at start, and
+those of prompts beside them.
 
 Whatever changes between steps reaches a graph through buffers at fixed addresses. Knows plans and
 batches; how a run is captured is the recorder's business.
@@ -7,7 +8,7 @@ batches; how a run is captured is the recorder's business.
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -22,29 +23,16 @@ from fader_server.model.batch import Batch
 from fader_server.model.cuda_attention import CudaAttention
 from fader_server.model.decode import Forward, decodes
 from fader_server.model.graph_inputs import GraphInputs
+from fader_server.model.graph_kinds import KINDS, Kind, Record, Run, RunBatch, kind_of
 from fader_server.model.kv_cache import KVCache
 from fader_server.model.loaded import LoadedBase
+from fader_server.model.prompt_graphs import PromptGraphs, PromptInputs
+from fader_server.model.prompt_graphs import buckets as prompt_buckets
 
 log = logging.getLogger(__name__)
 
-Run = Callable[[], None]
-Record = Callable[[Run], Run]
-"""Takes work over fixed buffers; gives what does the same work again on whatever they then hold."""
-RunBatch = Callable[[Batch, Step | None], torch.Tensor]
-
 WARM_TOKENS = (100, 300)
 """Prompts run once at start, so that no request waits for a compiler: fused and dequantised."""
-
-
-Kind = Literal["base", "deltas", "vectors"]
-"""What a step's rows add to the base: nothing, low-rank deltas, or those with gains and biases."""
-KINDS: tuple[Kind, ...] = ("base", "deltas", "vectors")
-
-
-def _kind(step: LoraStep | None) -> Kind:
-    if step is None:
-        return "base"
-    return "vectors" if step.vectors else "deltas"
 
 
 class GraphRecorder:
@@ -71,7 +59,8 @@ class GraphRecorder:
 
 
 class DecodeGraphs:
-    """Decode steps of up to the largest bucket of rows; steps it cannot take go the usual way."""
+    """Decode steps of up to the largest bucket of rows, and steps of prompts where those were
+    captured, too; steps it cannot take go the usual way."""
 
     def __init__(self, inputs: GraphInputs, blank: Callable[[int, Kind], Step | None]) -> None:
         """`blank`: a step of a kind that adds nothing to so many rows, over real ones' buffers."""
@@ -81,6 +70,7 @@ class DecodeGraphs:
         self._logits = torch.empty(0)
         self._buckets: list[int] = []
         self._capture: Callable[[int, Kind], Run] | None = None
+        self.prompts: PromptGraphs | None = None
 
     @property
     def captured(self) -> Sequence[tuple[int, Kind]]:
@@ -104,7 +94,8 @@ class DecodeGraphs:
                 self._graphs[bucket, kind] = capture(bucket, kind)
 
     def sibling(self, lane: LaneWeights) -> "DecodeGraphs":
-        """The same for a lane's weights: each bucket is captured when a step first asks for it."""
+        """The same for a lane's weights, without prompts: each bucket is captured when a step first
+        asks for it."""
         other = DecodeGraphs(self._inputs, self._blank)
         other._logits, other._buckets = self._logits, self._buckets
         other._capture = self._capture
@@ -119,21 +110,37 @@ class DecodeGraphs:
         return work
 
     def takes(self, plan: Plan) -> bool:
-        """Whether every row of the step is one token that samples, and a bucket holds them."""
-        return len(plan.rows) <= self._logits.shape[0] and decodes(plan)
+        """Whether every row of the step is one token that samples, or none is, and a bucket holds
+        them."""
+        if decodes(plan):
+            return len(plan.rows) <= self._logits.shape[0]
+        return self.prompts is not None and self.prompts.takes(plan)
 
     def run(self, plan: Plan, step: Step | None, forward: Forward) -> torch.Tensor:
         """Logits [rows, vocab], those of `forward`; valid until the next step.
 
         A step whose deltas do not fit the captured buffers runs operator by operator.
         """
+        if self.prompts is not None and not decodes(plan):
+            return self.prompts.run(plan, step, forward)
+        return self._run(plan, step, forward, None)
+
+    def run_ahead(
+        self, plan: Plan, step: Step | None, forward: Forward, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """The same; tokens [rows] int64 on the device are those of the rows."""
+        return self._run(plan, step, forward, tokens)
+
+    def _run(
+        self, plan: Plan, step: Step | None, forward: Forward, tokens: torch.Tensor | None
+    ) -> torch.Tensor:
         rows = len(plan.rows)
         bucket = min(size for size in self._buckets if size >= rows)
-        self._inputs.fill(plan, bucket)
+        self._inputs.fill(plan, bucket, tokens)
         assert step is None or isinstance(step, LoraStep)
         if step is not None and step.bucket != bucket:
             return forward(self._inputs.batch(bucket))[:rows]
-        kind = _kind(step)
+        kind = kind_of(step)
         if (bucket, kind) not in self._graphs:
             assert self._capture is not None
             self._graphs[bucket, kind] = self._capture(bucket, kind)
@@ -170,24 +177,64 @@ def capture(
         step = backend.blank(tables, rows, vectors=kind == "vectors")
         return None if kind == "base" else step
 
-    graphs = DecodeGraphs(inputs, blank)
+    graphs, record = DecodeGraphs(inputs, blank), record or GraphRecorder(base.device)
     started, free = time.perf_counter(), _free(base.device)
     try:
         _warm(inputs, run, backend.blank(tables, None, vectors=True))
         warmed = time.perf_counter()
-        graphs.capture(buckets, run=run, record=record or GraphRecorder(base.device))
+        graphs.capture(buckets, run=run, record=record)
     except RuntimeError as error:
-        line = str(error).strip().splitlines()[0]
-        log.warning("decode steps run without CUDA graphs: %s", line)
+        log.warning("decode steps run without CUDA graphs: %s", _first_line(error))
         return None
+    sizes = prompt_buckets(attention.max_tokens)
+    try:
+        if sizes:
+            graphs.prompts = _capture_prompts(
+                backend, attention, cache=cache, tables=tables, run=run, record=record, sizes=sizes
+            )
+    except RuntimeError as error:
+        log.warning("steps of prompts run without CUDA graphs: %s", _first_line(error))
+    prompts = graphs.prompts
     fields = {
-        "graphs": len(graphs.captured),
+        "graphs": len(graphs.captured) + (0 if prompts is None else len(prompts.captured)),
         "compile_seconds": round(warmed - started, 2),
         "capture_seconds": round(time.perf_counter() - warmed, 2),
         "bytes": max(0, free - _free(base.device)),
     }
     log.info("decode graphs", extra={"fields": fields})
     return graphs
+
+
+def _capture_prompts(
+    backend: CudaBackend,
+    attention: CudaAttention,
+    *,
+    cache: KVCache,
+    tables: Tables,
+    run: RunBatch,
+    record: Record,
+    sizes: Sequence[int],
+) -> PromptGraphs:
+    backend.reserve_prompts(tables, sizes)
+    prompts = PromptGraphs(
+        PromptInputs(
+            tokens=sizes[-1],
+            context=attention.max_context,
+            block_size=cache.block_size,
+            device=cache.device,
+        )
+    )
+
+    def blank(tokens: int, kind: Kind) -> Step | None:
+        step = backend.blank(tables, None, vectors=kind == "vectors", prompt=tokens)
+        return None if kind == "base" else step
+
+    prompts.capture(sizes, blank, run=run, record=record)
+    return prompts
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
 
 
 @torch.inference_mode()

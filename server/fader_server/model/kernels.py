@@ -26,11 +26,16 @@ REPLAYED_ROWS = 64
 
 
 def choose_attention(
-    base: LoadedBase, *, block_size: int, max_rows: int = 64, max_context: int | None = None
+    base: LoadedBase,
+    *,
+    block_size: int,
+    max_rows: int = 64,
+    max_context: int | None = None,
+    max_tokens: int = 512,
 ) -> PagedAttention:
     """The kernels of the base's backend where every head fits them, else plain torch.
 
-    max_rows, max_context: what a step may hold; None: the base's own positions.
+    max_rows, max_context, max_tokens: what a step may hold; None: the base's own positions.
     """
     if base.backend.name == "cuda":
         from fader_server.model import cuda_attention  # imports triton
@@ -39,6 +44,7 @@ def choose_attention(
             return cuda_attention.CudaAttention(
                 max_rows=max_rows,
                 max_context=max_context or base.max_positions,
+                max_tokens=max_tokens,
                 device=base.device,
             )
         log.warning("attention runs in plain torch: a head size is no multiple of 16 up to 256")

@@ -45,6 +45,7 @@ class KVCache:
     ) -> None:
         self.blocks = blocks
         self.block_size = block_size
+        self.device = device
         self._layers: dict[nn.Module, LayerCache] = {}
         for module, shape in shapes.items():
             place = (blocks, block_size, shape.kv_heads)

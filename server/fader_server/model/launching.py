@@ -4,13 +4,16 @@ On a device that computes by itself the first half sets it to work; on a CPU the
 needs Python's lock and the second what leaves it to others. Decides nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 
 import torch
 
 from fader_server.core import Plan, RowResult
+from fader_server.model.decode import LeadingReplays, decodes
 from fader_server.model.runner import ModelRunner, Part, Ready, in_order
 from fader_server.model.sampler import Drawn
+from fader_server.model.sampling_state import penalises
 
 
 class LaunchingRunner(ModelRunner):
@@ -20,28 +23,50 @@ class LaunchingRunner(ModelRunner):
         return self.launch(plan).results()
 
     def launch(self, plan: Plan) -> "LaunchedStep":
-        """Begin the step's first forward where it is a replay; the others cost the host their time,
-        and begin when the results are asked for."""
+        """Begin the step's first forwards as long as they are replays; the others cost the host
+        their time, and begin when the results are asked for."""
         with torch.inference_mode():
             parts = list(self._parts(plan))
-            begun = [self._begin(part) for part in parts[:1] if part.replays is not None]
-        return LaunchedStep(self._begin, parts, begun)
+            begun = self.begin(takewhile(lambda part: part.replays is not None, parts))
+        return LaunchedStep(self, parts, begun)
+
+    def go_on(self, plan: Plan, tokens: torch.Tensor) -> "LaunchedStep":
+        """Begin a decode step of one forward whose tokens [rows] int64 only the device knows."""
+        with torch.inference_mode():
+            (part,) = self._parts(plan)
+            return LaunchedStep(self, [part], [self._prepared(part, tokens)()])
+
+    def begin(self, parts: Iterable[Part]) -> list[Drawn]:
+        """Queue forwards and their draws."""
+        with torch.inference_mode():
+            return [self._begin(part) for part in parts]
 
 
 class LaunchedStep:
     """A step of which something may already be under way."""
 
-    def __init__(
-        self, begin: Callable[[Part], Drawn], parts: list[Part], begun: list[Drawn]
-    ) -> None:
-        self._begin, self._parts, self._begun = begin, parts, begun
+    def __init__(self, runner: LaunchingRunner, parts: list[Part], begun: list[Drawn]) -> None:
+        self._runner, self._parts, self._begun = runner, parts, begun
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is a captured decode step of one forward, and no row's next token depends on
+        what the host counts of its last ones."""
+        if len(self._parts) != 1 or not self._begun:
+            return False
+        (part,) = self._parts
+        known = not any(penalises(row.sequence.request.params) for row in part.plan.rows)
+        return known and decodes(part.plan) and isinstance(part.weights.replays, LeadingReplays)
+
+    def ahead(self, plan: Plan) -> "LaunchedStep":
+        (drawn,) = self._begun
+        return self._runner.go_on(plan, drawn.tokens)
 
     def results(self) -> list[RowResult]:
         """Queue what is left of it, then wait for all of it."""
-        with torch.inference_mode():
-            drawn = [*self._begun, *map(self._begin, self._parts[len(self._begun) :])]
+        drawn = [*self._begun, *self._runner.begin(self._parts[len(self._begun) :])]
         pairs = zip(self._parts, drawn, strict=True)
-        return in_order((part.places, wait()) for part, wait in pairs)
+        return in_order((part.places, one.wait()) for part, one in pairs)
 
 
 class PreparingRunner(ModelRunner):
@@ -57,10 +82,15 @@ class PreparingRunner(ModelRunner):
 class PreparedStep:
     """A step of which nothing has been computed yet."""
 
+    leads = False
+
     def __init__(self, parts: list[tuple[Sequence[int], Ready]]) -> None:
         self._parts = parts
+
+    def ahead(self, plan: Plan) -> "PreparedStep":
+        raise NotImplementedError("tokens that are not computed lead nowhere")
 
     def results(self) -> list[RowResult]:
         """Compute it."""
         with torch.inference_mode():
-            return in_order((places, compute()()) for places, compute in self._parts)
+            return in_order((places, compute().wait()) for places, compute in self._parts)

@@ -13,7 +13,7 @@ from fader_adapters.spec import RowTerms, StepTerms
 from fader_server.core import Lane, Plan, RowResult
 from fader_server.model.attention import PagedAttention, StepAttention
 from fader_server.model.batch import Batch
-from fader_server.model.decode import Replays, decodes
+from fader_server.model.decode import LeadingReplays, Replays, decodes
 from fader_server.model.kernels import choose_replays
 from fader_server.model.kv_cache import KVCache
 from fader_server.model.loaded import LoadedBase
@@ -106,7 +106,7 @@ class ModelRunner:
     def run(self, plan: Plan) -> list[RowResult]:
         """Compute every row; one result a row, in order. KV writes are repeatable."""
         with torch.inference_mode():
-            return in_order((part.places, self._begin(part)()) for part in self._parts(plan))
+            return in_order((part.places, self._begin(part).wait()) for part in self._parts(plan))
 
     def _parts(self, plan: Plan) -> Iterator[Part]:
         """The forwards of a step: one for the rows of each lane, in the order of first rows."""
@@ -133,12 +133,19 @@ class ModelRunner:
         """Queue a forward and its draw; what waits for them."""
         return self._prepared(part)()
 
-    def _prepared(self, part: Part) -> Ready:
-        """Put a forward together; what queues it and its draw."""
+    def _prepared(self, part: Part, tokens: torch.Tensor | None = None) -> Ready:
+        """Put a forward together; what queues it and its draw.
+
+        tokens  [rows] int64, on the device: those of a decode step's rows, seen by nobody yet
+        """
         replays = part.replays
         if replays is not None and not decodes(part.plan) and self._adapts_head(part.plan):
             replays = None  # a recorded output layer that is not for all tokens is the base's
-        compute = self._eager(part.plan) if replays is None else self._replay(part.plan, replays)
+        if replays is None:
+            assert tokens is None
+            compute = self._eager(part.plan)
+        else:
+            compute = self._replay(part.plan, replays, tokens)
 
         def begin() -> Drawn:
             state = self._base.installed.state
@@ -150,7 +157,7 @@ class ModelRunner:
 
         return begin
 
-    def _replay(self, plan: Plan, replays: Replays) -> Ready:
+    def _replay(self, plan: Plan, replays: Replays, tokens: torch.Tensor | None) -> Ready:
         step = self._base.backend.prepare(self._tables, plan.terms)
 
         head = step if decodes(plan) else None
@@ -160,7 +167,11 @@ class ModelRunner:
             return self._forward(batch, step, lambda _: head)
 
         def compute() -> Drawn:
-            return self._sampled(plan, sampling, replays.run(plan, step, forward))
+            if tokens is None:
+                return self._sampled(plan, sampling, replays.run(plan, step, forward))
+            assert isinstance(replays, LeadingReplays)
+            logits = replays.run_ahead(plan, step, forward, tokens)
+            return self._sampled(plan, sampling, logits, unseen=1)
 
         return compute
 
@@ -181,8 +192,10 @@ class ModelRunner:
         return compute
 
     def _rows(self, batch: Batch, step: Step | None) -> torch.Tensor:
-        """Every token's logits are wanted, in order: the head's rows are the step's."""
-        return self._forward(batch, step, lambda _: step)
+        """Where every token's logits are wanted, in order, the head's rows are the step's; it is
+        the base's elsewhere."""
+        head = step if len(batch.logit_index) == batch.tokens else None
+        return self._forward(batch, step, lambda _: head)
 
     def _head_step(self, plan: Plan, batch: Batch) -> Step | None:
         """The delta work of the rows whose logits are wanted; None where nobody adapts the head."""
@@ -215,24 +228,26 @@ class ModelRunner:
             state.step = state.head = state.tokens = None
         return out.logits[0]
 
-    def _sampled(self, plan: Plan, sampling: tuple[int, ...], logits: torch.Tensor) -> Drawn:
+    def _sampled(
+        self, plan: Plan, sampling: tuple[int, ...], logits: torch.Tensor, *, unseen: int = 0
+    ) -> Drawn:
         """Results of every row; `sampling` are the rows that sample, in the order of `logits`."""
         sequences = [plan.rows[i].sequence for i in sampling]
-        drawn = self._sampler.launch(logits[: len(sequences)], sequences)
+        drawn = self._sampler.launch(logits[: len(sequences)], sequences, unseen=unseen)
 
         def results() -> list[RowResult]:
             found = [RowResult() for _ in plan.rows]
-            for i, sample in zip(sampling, drawn(), strict=True):
+            for i, sample in zip(sampling, drawn.wait(), strict=True):
                 found[i] = sample
             return found
 
-        return results
+        return Drawn(drawn.tokens, results)
 
     def _results(self, plan: Plan, batch: Batch, logits: torch.Tensor) -> Drawn:
         drawn = self._sampled(plan, batch.sampling, logits)
         if not batch.scored:
             return drawn
-        return lambda: self._scored(plan, batch, logits, drawn())
+        return Drawn(drawn.tokens, lambda: self._scored(plan, batch, logits, drawn.wait()))
 
     @torch.inference_mode()
     def _scored(

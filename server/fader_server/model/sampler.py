@@ -27,8 +27,16 @@ from fader_server.model.sampling_state import (
     uniform,
 )
 
-Drawn = Callable[[], list[RowResult]]
-"""Waits for the device and tells what it drew, one result a row; called once."""
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drawn:
+    """What the device was told to draw."""
+
+    tokens: Tensor
+    """[R] int64 on the device, one of each row that samples, in order."""
+    wait: Callable[[], list[RowResult]]
+    """Waits for the device and tells, one result a row; called once."""
+
 
 _CHUNK_ELEMENTS = 2**22
 """Logits worked on at a time for prompt logprobs: about 100 MB of temporaries."""
@@ -47,11 +55,14 @@ class Sampler:
 
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[RowResult]:
         """What `launch` leads to, waited for."""
-        return self.launch(logits, sequences)()
+        return self.launch(logits, sequences).wait()
 
     @torch.inference_mode()
-    def launch(self, logits: Tensor, sequences: list[Sequence]) -> Drawn:
+    def launch(self, logits: Tensor, sequences: list[Sequence], *, unseen: int = 0) -> Drawn:
         """One token per row: the device's work is queued, the result waits for it.
+
+        unseen: tokens of every row that were drawn and are not in its sequence yet. A row that
+        `penalises` must have none.
 
         logits: [R, V], any float dtype, untouched; row i belongs to sequences[i]. Greedy takes the
         lowest id among equals. Order of edits: bias, repetition, presence and frequency, stop mask;
@@ -60,13 +71,14 @@ class Sampler:
         """
         assert logits.shape[0] == len(sequences)
         if not sequences:
-            return list
+            return Drawn(logits.new_empty(0, dtype=torch.int64), list)
+        assert not (unseen and any(penalises(s.request.params) for s in sequences))
         best, tokens = _largest(logits)
         finite = best.isfinite()
         touched = [
             row
             for row, sequence in enumerate(sequences)
-            if sequence.request.params.temperature > 0 or edits(sequence)
+            if sequence.request.params.temperature > 0 or edits(sequence, unseen)
         ]
         rows = [sequences[row] for row in touched]
         counted = [row for row, seq in enumerate(rows) if penalises(seq.request.params)]
@@ -78,8 +90,8 @@ class Sampler:
             if counted:
                 pairs = penalties(counted, [rows[row] for row in counted], counts)
                 _penalise(x, pairs.row, pairs.token, pairs.repetition, pairs.subtract)
-            _add(x, stop_masks(rows, logits.shape[1]))
-            chosen, sound = _choose(x, rows)
+            _add(x, stop_masks(rows, logits.shape[1], unseen))
+            chosen, sound = _choose(x, rows, unseen)
             tokens = tokens.index_copy(0, index, chosen)
             finite = finite.index_copy(0, index, finite.index_select(0, index) & sound)
         return _drawn(logits, sequences, tokens, finite)
@@ -126,7 +138,7 @@ def _add(x: Tensor, shifts: Shifts | None) -> None:
         x[at] = x[at] + _upload(shifts.value, x)
 
 
-def _choose(x: Tensor, sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
+def _choose(x: Tensor, sequences: list[Sequence], unseen: int) -> tuple[Tensor, Tensor]:
     """Token [R] of every row of x [R, V] float32, and whether the row has a finite maximum [R]."""
     best, chosen = x.max(-1)
     drawn = [row for row, seq in enumerate(sequences) if seq.request.params.temperature > 0]
@@ -134,11 +146,11 @@ def _choose(x: Tensor, sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
         index = _upload(drawn, x)
         rows = [sequences[row] for row in drawn]
         shifted = x.index_select(0, index).sub_(best.index_select(0, index)[:, None])
-        chosen = chosen.index_copy(0, index, _draw(shifted, rows))
+        chosen = chosen.index_copy(0, index, _draw(shifted, rows, unseen))
     return chosen, best.isfinite()
 
 
-def _draw(shifted: Tensor, sequences: list[Sequence]) -> Tensor:
+def _draw(shifted: Tensor, sequences: list[Sequence], unseen: int) -> Tensor:
     """A token per row of shifted [R, V] (row maximum 0, overwritten) under its own parameters."""
     params = [sequence.request.params for sequence in sequences]
     heat = np.array([p.temperature for p in params], np.float32)
@@ -149,7 +161,7 @@ def _draw(shifted: Tensor, sequences: list[Sequence]) -> Tensor:
         kept = mass if len(cut) == len(params) else mass.index_select(0, index)
         kept.masked_fill_(kept < edges(kept, limits([params[row] for row in cut])), 0)
         mass = kept if kept is mass else mass.index_copy_(0, index, kept)
-    numbers = [uniform(s.request.params.seed, s.output_len) for s in sequences]
+    numbers = [uniform(s.request.params.seed, s.output_len + unseen) for s in sequences]
     return draw(mass, _upload(np.array(numbers, np.float64), mass)[:, None])
 
 
@@ -195,7 +207,7 @@ def _drawn(logits: Tensor, sequences: list[Sequence], tokens: Tensor, finite: Te
         top_n = max(count for count in asked if count is not None)
         parts.append(_score(x, tokens.index_select(0, index), top_n).flat().reshape(-1))
     on_its_way = to_host(torch.cat(parts))
-    return lambda: _results(on_its_way(), asked)
+    return Drawn(tokens, lambda: _results(on_its_way(), asked))
 
 
 def _results(values: list[float], asked: list[int | None]) -> list[RowResult]:

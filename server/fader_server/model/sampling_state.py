@@ -33,16 +33,16 @@ def penalises(params: SamplingParams) -> bool:
     )
 
 
-def masks_stops(sequence: Sequence) -> bool:
-    """Whether stop tokens are still forbidden."""
+def masks_stops(sequence: Sequence, unseen: int = 0) -> bool:
+    """Whether stop tokens are still forbidden, after `unseen` tokens that it does not hold yet."""
     params = sequence.request.params
-    return sequence.output_len < params.min_tokens and bool(params.stop_token_ids)
+    return sequence.output_len + unseen < params.min_tokens and bool(params.stop_token_ids)
 
 
-def edits(sequence: Sequence) -> bool:
+def edits(sequence: Sequence, unseen: int = 0) -> bool:
     """Whether the row's logits must be changed before a token is chosen."""
     params = sequence.request.params
-    return bool(params.logit_bias) or penalises(params) or masks_stops(sequence)
+    return bool(params.logit_bias) or penalises(params) or masks_stops(sequence, unseen)
 
 
 def truncates(params: SamplingParams) -> bool:
@@ -163,11 +163,11 @@ def biases(sequences: list[Sequence]) -> Shifts | None:
     return _shifts(sequences, lambda sequence: dict(sequence.request.params.logit_bias))
 
 
-def stop_masks(sequences: list[Sequence], vocab: int) -> Shifts | None:
+def stop_masks(sequences: list[Sequence], vocab: int, unseen: int = 0) -> Shifts | None:
     """The stop tokens still forbidden; one beyond the vocabulary needs no mask."""
 
     def masked(sequence: Sequence) -> dict[int, float]:
-        if not masks_stops(sequence):
+        if not masks_stops(sequence, unseen):
             return {}
         ids = sequence.request.params.stop_token_ids
         return {token: -np.inf for token in ids if token < vocab}

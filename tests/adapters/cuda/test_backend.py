@@ -68,12 +68,16 @@ def told(answers: list[Answer]) -> Told:
     return [(a.tokens, [entry.logprob for entry in a.logprobs]) for a in answers]
 
 
-def use_cuda(patch: pytest.MonkeyPatch, entries: int = 8) -> None:
+def use_cuda(patch: pytest.MonkeyPatch, entries: int = 8, *, prompts: int = 0) -> None:
+    """prompts: tokens of captured steps of prompts, which take the interpreter their time."""
+
     def choose(device: torch.device, dtype: torch.dtype, name: str) -> Backend:
         return CudaBackend(device, dtype, entries=entries)
 
     def attention(base: LoadedBase, *, block_size: int) -> PagedAttention:
-        return choose_attention(base, block_size=block_size, max_rows=4, max_context=64)
+        return choose_attention(
+            base, block_size=block_size, max_rows=4, max_context=64, max_tokens=prompts
+        )
 
     patch.setattr(support, "choose", choose)
     patch.setattr(support, "choose_attention", attention)
@@ -142,8 +146,10 @@ def poisoned(patch: pytest.MonkeyPatch, kept: Callable[[int], int]) -> None:
     """After every fill the rows from `kept(bucket)` on hold what no step may read or write."""
     fill = GraphInputs.fill
 
-    def spoil(self: GraphInputs, plan: Plan, bucket: int) -> None:
-        fill(self, plan, bucket)
+    def spoil(
+        self: GraphInputs, plan: Plan, bucket: int, tokens: torch.Tensor | None = None
+    ) -> None:
+        fill(self, plan, bucket, tokens)
         rest = slice(kept(bucket), None)
         self._ids[rest] = 1 << 40
         self._positions[rest] = 1 << 40

@@ -11,15 +11,15 @@ if torch.cuda.is_available():
     pytest.skip("with a GPU tests/gpu checks these kernels", allow_module_level=True)
 
 from fader_adapters.errors import BaseUnsupported, KernelUnavailable
-from fader_adapters.kernels.cuda import lora_launch
+from fader_adapters.kernels.cuda import lora_calls
 from fader_adapters.kernels.cuda.lora import DeltaKernels, DeltaSite, LoraStep, delta
-from fader_adapters.kernels.cuda.lora_configs import (
+from fader_adapters.kernels.cuda.lora_configs import shipped
+from fader_adapters.kernels.cuda.lora_tables import (
     EXPAND,
     SHRINK,
     ExpandConfig,
     ShrinkConfig,
     SiteConfigs,
-    shipped,
     site_configs,
 )
 from fader_adapters.spec import RowTerms, SiteSpec, StepTerms
@@ -301,7 +301,7 @@ def test_the_same_rows_again_are_not_built_again(shared, monkeypatch):
     decode, mixed = steps()["all distinct"], steps()["blends and prefill"]
     built = shared.prepare(decode), shared.prepare(mixed)
 
-    def fail(*_):
+    def fail(*_, **__):
         raise AssertionError
 
     monkeypatch.setattr(shared.kernels._builder, "build", fail)
@@ -318,6 +318,41 @@ def test_a_decode_step_too_large_for_the_fixed_room_runs_outside_it():
     for terms, bucket in ((small, 1), (deep, None), (wide, None), (small, 1)):
         assert made.prepare(terms).bucket == bucket
         assert error(made, terms, 0) < TOLERANCE
+
+
+def test_steps_of_few_prompts_live_at_fixed_addresses_once_room_is_reserved():
+    made = rig(sites=SITES[:1])
+    assert made.prepare(StepTerms((RowTerms(71, ((0, 1.0),)),))).prompt is None
+    made.kernels.reserve_prompts(made.world.tables, (128, 256))
+    blank = made.kernels.blank(made.world.tables, None, prompt=256)
+    seen = set()
+    for rows, bucket in (((70,), 128), ((2, 9, 30), 128), ((130, 3), 256), ((64,) * 4, 256)):
+        terms = StepTerms(tuple(RowTerms(n, ((i % 6, 1.0),)) for i, n in enumerate(rows)))
+        step = made.prepare(terms)
+        assert (step.prompt, step.bucket, step.covers) == (bucket, None, False)
+        assert error(made, terms, 0) < TOLERANCE
+        tensors = (step.buffers.block, step.buffers.z, step.buffers.gamma, step.buffers.b_at)
+        (launch,) = step.launches
+        grids = (launch.tiles, launch.cells) if bucket == 256 else ()
+        seen.add((*(t.data_ptr() for t in tensors), *grids))
+        if bucket == 256:
+            assert grids == (blank.launches[0].tiles, blank.launches[0].cells)
+    assert len(seen) == 2
+    mine = ((0, 0.5), (1, -0.7))
+    for rows in ((257,), (2,) * 40, (70, 1), (1,)):
+        terms = StepTerms(tuple(RowTerms(n, mine) for n in rows))
+        assert made.prepare(terms).prompt is None
+        assert error(made, terms, 0) < TOLERANCE
+
+
+def test_a_prompt_has_the_same_bits_in_either_room():
+    made, terms = rig(sites=SITES[:1]), StepTerms((RowTerms(70, COMPANY[1]), RowTerms(9)))
+    x, y = made.operands(terms, 0)
+    before = made.run(terms, 0, x, y)
+    made.kernels.reserve_prompts(made.world.tables, (128,))
+    made.world.tables.generation += 1
+    assert made.prepare(terms).prompt == 128
+    assert torch.equal(made.run(terms, 0, x, y), before)
 
 
 def test_the_second_room_grows_with_its_steps():
@@ -364,7 +399,7 @@ class _Recorder:
 def test_whatever_can_be_launched_is_listed_as_shipped(arch, monkeypatch):
     launched = []
     for name in ("shrink", "expand", "resolve"):
-        monkeypatch.setattr(lora_launch, f"_{name}_kernel", _Recorder(name, launched))
+        monkeypatch.setattr(lora_calls, f"_{name}_kernel", _Recorder(name, launched))
     sites = [(64, (64,)), (4096, (4096, 1024, 1024)), (14336, (4096,)), (4096, (14336, 14336))]
     for shape in sites:
         kernels = DeltaKernels(CPU, torch.bfloat16, arch=arch)

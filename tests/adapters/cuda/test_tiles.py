@@ -36,7 +36,7 @@ def steps(terms):
 
 
 def told(step: StepTiles) -> dict[int, list[tuple[int, int, float]]]:
-    """What each token of the step is told to add: (slot, chunk, γ) in list order."""
+    """What each token that is told to add something is: (slot, chunk, γ) in list order."""
     found: dict[int, list[tuple[int, int, float]]] = {}
     for phase in (step.decode, step.prefill):
         for tile in range(phase.tiles):
@@ -49,7 +49,7 @@ def told(step: StepTiles) -> dict[int, list[tuple[int, int, float]]]:
                     for e in range(phase.first[tile], phase.last[tile])
                     if step.gamma[e, i % LANES] != 0
                 ]
-    return found
+    return {token: entries for token, entries in found.items() if entries}
 
 
 def wanted(terms: StepTerms) -> dict[int, list[tuple[int, int, float]]]:
@@ -112,7 +112,7 @@ def test_cells_are_whole_groups_in_ascending_order(terms):
         for begin, end, first, last in zip(
             phase.cell.tolist(), ends, phase.first.tolist(), phase.last.tolist(), strict=True
         ):
-            assert last > first
+            assert last >= first
             assert begin % shape.group == 0
             assert 0 <= end - begin - (last - first) < shape.group
 
@@ -138,6 +138,40 @@ def test_rows_that_add_nothing_get_no_tile():
     assert (step.entries, step.decode.tiles, step.prefill.tiles, step.tokens) == (0, 0, 0, 9)
 
 
+single = st.builds(RowTerms, st.just(1), blends)
+
+
+@given(st.lists(single, min_size=1, max_size=70).map(lambda rows: StepTerms(tuple(rows))))
+def test_every_row_of_a_step_of_single_tokens_has_one_lane(terms):
+    step = BUILDER.build(terms, CHUNKS)
+    assert step.covers
+    if not step.entries:
+        assert not step.decode.tiles
+        return
+    lanes = step.decode.tokens[step.decode.tokens >= 0]
+    assert sorted(lanes.tolist()) == list(range(len(terms.rows)))
+    assert step.decode.tiles == -(-len(terms.rows) // LANES)
+    lists = (step.decode.last - step.decode.first).tolist()
+    used = sum(map(bool, lists))
+    assert all(lists[:used]), "tiles without entries come last"
+
+
+def test_padding_has_lanes_behind_the_rows_of_the_step():
+    terms = StepTerms((RowTerms(1), RowTerms(1, ((0, 1.0),)), RowTerms(1)))
+    step = BUILDER.build(terms, CHUNKS, padded=5)
+    assert step.decode.tokens[0].tolist()[:6] == [1, 0, 2, -5, -6, -1]
+    assert told(step) == wanted(terms)
+    assert BUILDER.build(terms, CHUNKS).decode.tokens[0].tolist()[:4] == [1, 0, 2, -1]
+
+
+@pytest.mark.parametrize("tokens", [0, 2, 70])
+def test_beside_a_longer_row_those_without_terms_have_no_lane(tokens):
+    rows = (RowTerms(1, ((0, 1.0),)), RowTerms(1), RowTerms(tokens))
+    step = BUILDER.build(StepTerms(rows), CHUNKS)
+    assert not step.covers
+    assert step.decode.tokens[step.decode.tokens >= 0].tolist() == [0]
+
+
 def read(block: np.ndarray, layout: StepLayout, step: StepTiles) -> StepTiles:
     """The step that a block holds; `step` gives the sizes only."""
 
@@ -156,6 +190,7 @@ def read(block: np.ndarray, layout: StepLayout, step: StepTiles) -> StepTiles:
         block[layout.chunk : layout.chunk + entries],
         block[layout.gamma : layout.gamma + entries * LANES].view(np.float32).reshape(-1, LANES),
         step.tokens,
+        step.covers,
     )
 
 

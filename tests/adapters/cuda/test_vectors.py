@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="the CUDA kernels need triton")
 
-from fader_adapters.kernels.cuda import lora_launch
+from fader_adapters.kernels.cuda import lora_calls
 from fader_adapters.kernels.cuda.backend import CudaBackend
 from fader_adapters.kernels.cuda.lora import LoraStep
 from fader_adapters.kernels.nf4 import dense
@@ -96,7 +96,7 @@ def test_steps_without_vectors_launch_nothing_for_them(monkeypatch: pytest.Monke
     def refuse(*given: object) -> None:
         raise AssertionError("launched")
 
-    monkeypatch.setattr(lora_launch, "_vectors", refuse)
+    monkeypatch.setattr(lora_calls, "vectors", refuse)
     run = Run(make_world(RANKS, torch.float32, vectors=True))
     neither = StepTerms((RowTerms(1, ((2, 1.0),)), RowTerms(1, ((4, 0.5),))))
     close(run(inputs(neither), neither), run.expected(inputs(neither), neither))

@@ -7,7 +7,7 @@ wrong weight changes the tokens, and `expected` knows the right ones without any
 """
 
 import hashlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -214,19 +214,88 @@ class Device:
 
 
 class Ahead(Device):
-    """A device that computes by itself: as late as it may, when its results are asked for."""
+    """A device that computes by itself, from what it was told when a step began: in that order and
+    as late as it may, when results are asked for. Copies of adapters wait for what began before.
+    """
+
+    def __init__(self, blocks: int, block_size: int) -> None:
+        super().__init__(blocks, block_size)
+        self.queue: deque[_UnderWay] = deque()
+        self.led = 0
+        """Steps that began before the tokens of the step in front were known."""
 
     def launch(self, plan: Plan) -> Launched:
-        return _UnderWay(self, plan)
+        return self.queued(_UnderWay(self, _copy(plan)))
+
+    def queued(self, step: "_UnderWay") -> "_UnderWay":
+        self.queue.append(step)
+        return step
+
+    def upload(self, uploads: tuple[Upload, ...]) -> None:
+        self.compute(None)
+        super().upload(uploads)
+
+    def run(self, plan: Plan) -> list[RowResult]:
+        self.compute(None)
+        return super().run(plan)
+
+    def execute(self, plan: Plan) -> list[RowResult]:
+        """What the device does of a step."""
+        return Device.run(self, plan)
+
+    def compute(self, last: "_UnderWay | None") -> None:
+        """Everything up to this step; all there is for None."""
+        while self.queue and (last is None or last.found is None):
+            self.queue.popleft().compute()
 
 
-@dataclass
+@dataclass(eq=False)
 class _UnderWay:
-    device: Device
+    device: Ahead
     plan: Plan
+    before: "_UnderWay | None" = None
+    found: list[RowResult] | Exception | None = None
+
+    leads = True
+
+    def ahead(self, plan: Plan) -> "_UnderWay":
+        assert [row.sequence.request.id for row in plan.rows] == [
+            row.sequence.request.id for row in self.plan.rows
+        ]
+        assert self.found is None, "its tokens are known"
+        self.device.led += 1
+        copy = _copy(plan)
+        for row in copy.rows:
+            assert row.start == len(row.sequence.tokens)
+        return self.device.queued(_UnderWay(self.device, copy, self))
+
+    def compute(self) -> None:
+        before = self.before
+        if before is not None:
+            drawn = before.found if isinstance(before.found, list) else [RowResult(0)] * 99
+            for row, result in zip(self.plan.rows, drawn, strict=False):
+                row.sequence.tokens.append(result.token or 0)
+        try:
+            self.found = self.device.execute(self.plan)
+        except Exception as error:  # noqa: BLE001 - kept for whoever waits
+            self.found = error
 
     def results(self) -> list[RowResult]:
-        return self.device.run(self.plan)
+        self.device.compute(self)
+        if isinstance(self.found, Exception):
+            raise self.found
+        assert self.found is not None
+        return self.found
+
+
+def _copy(plan: Plan) -> Plan:
+    """What the device is told of a plan: whatever the sequences become, it knows this."""
+    rows = []
+    for row in plan.rows:
+        own = row.sequence
+        told = Sequence(own.request, list(own.tokens), row.start, list(own.blocks))
+        rows.append(PlanRow(told, row.start, row.count, row.samples))
+    return Plan(tuple(rows), plan.terms)
 
 
 def _draw(seed: int, contents: tuple[int, ...]) -> int:

@@ -139,13 +139,24 @@ class LiveDevice(Device):
         return int(version(f"content {int(content)}")[:12], 16)
 
     def run(self, plan):
+        self.let_others()
+        return super().run(plan)
+
+    def let_others(self) -> None:
         meanwhile, self.meanwhile = self.meanwhile, lambda: None
         meanwhile()
-        return super().run(plan)
 
 
 class LiveAhead(LiveDevice, Ahead):
     """The same, computing by itself."""
+
+    def upload(self, uploads: tuple[Upload, ...]) -> None:
+        self.compute(None)
+        super().upload(uploads)
+
+    def execute(self, plan):
+        self.let_others()
+        return super().execute(plan)
 
 
 @dataclass
@@ -285,9 +296,8 @@ class LiveWorld:
         """One turn of the engine's loop; a device that fails on everything ends it."""
         if self.crashed:
             return False
-        self.engine._obey()
         try:
-            return self.engine._stepper.turn()
+            return self.engine._turn()
         except FaderError as error:
             self.crashed = True
             self.engine._close(error)

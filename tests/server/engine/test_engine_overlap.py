@@ -41,6 +41,8 @@ class Step:
     def __init__(self, device: RecordedAhead, plan: Plan) -> None:
         self.device, self.plan = device, plan
 
+    leads = False
+
     def results(self) -> list[RowResult]:
         self.device.order.append("wait")
         return Device.run(self.device, self.plan)

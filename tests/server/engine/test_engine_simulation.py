@@ -9,7 +9,7 @@ from fader_adapters.errors import AdapterTooLarge
 from fader_server.core import Sequence
 from fader_server.engine.blocks import BlockManager
 from fader_server.engine.roster import Roster
-from tests.server.engine.engine_world import FakePool, World, blend_of, request, version
+from tests.server.engine.engine_world import Ahead, FakePool, World, blend_of, request, version
 
 NAMES = ("a", "b", "c", "d")
 SIZES = {version("a"): 1, version("b"): 1, version("c"): 2, version("d"): 4}  # d never fits
@@ -88,6 +88,7 @@ def test_no_world_breaks_a_promise():
     assert {"stop", "length", "EngineFault", "NumericFault"} == set(ends)
     assert sum(w.scheduler.preemptions for w in worlds) > 20
     assert sum(s.cached > 0 for s in seen) > 20
+    assert sum(w.device.led for w in worlds if isinstance(w.device, Ahead)) > 200
 
 
 @pytest.mark.slow

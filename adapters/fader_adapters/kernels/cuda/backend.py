@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from fader_adapters.kernels.cuda import nf4
+from fader_adapters.kernels.cuda.beside import Beside
 from fader_adapters.kernels.cuda.dense import FixedRows
-from fader_adapters.kernels.cuda.lora import DeltaKernels, DeltaSite, LoraStep, delta
-from fader_adapters.kernels.cuda.lora_configs import Arch, arch_of
-from fader_adapters.kernels.cuda.lora_launch import lookup_delta
+from fader_adapters.kernels.cuda.lora import DeltaKernels, DeltaSite, LoraStep
+from fader_adapters.kernels.cuda.lora_launch import add, delta, join, lookup_delta, shrink
+from fader_adapters.kernels.cuda.lora_tables import Arch, arch_of
 from fader_adapters.kernels.cuda.nf4_codes import CODES
 from fader_adapters.kernels.dense import DenseLinear, filled
 from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight
@@ -24,17 +25,37 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class CudaSite:
-    """One site: its base, then the deltas of all members added in place, two launches."""
+    """One site: its base and the deltas of all members.
 
-    def __init__(self, bound: DeltaSite, base: "BaseLinear") -> None:
+    In a step of one-token rows what the deltas need of x is computed beside the base's product,
+    and what is left of both is added up by one kernel wherever that product lies in planes.
+    """
+
+    def __init__(self, bound: DeltaSite, base: "BaseLinear", beside: Beside) -> None:
         self.base = base
         self._bound = bound
+        self._beside = beside
 
     def __call__(self, x: torch.Tensor, step: object | None) -> torch.Tensor:
-        y = self.base(x)
-        if step is not None:
-            assert isinstance(step, LoraStep)
-            delta(y, x, self._bound, step, self.base.bias)
+        base, bound = self.base, self._bound
+        if step is None:
+            return base(x)
+        assert isinstance(step, LoraStep)
+        if len(step.launches) > 1:
+            y = base(x)
+            delta(y, x, bound, step, base.bias)
+            return y
+        with self._beside():
+            shrink(x, bound, step)
+        planes = base.planes(x) if step.covers and isinstance(base, nf4.Nf4Linear) else None
+        if planes is None:
+            y = base(x)
+            self._beside.join()
+            add(y, bound, step, base.bias)
+            return y
+        y = torch.empty(planes.shape[1:], dtype=x.dtype, device=x.device)
+        self._beside.join()
+        join(planes, y, bound, step, base.bias)
         return y
 
 
@@ -99,6 +120,7 @@ class CudaBackend:
             arch = arch_of(*(torch.cuda.get_device_capability(device) if capable else (8, 0)))
         self._scratch = nf4.Scratch(device)
         self._deltas = DeltaKernels(device, dtype, arch=arch, entries=entries)
+        self._beside = Beside(device)
 
     @property
     def nbytes(self) -> int:
@@ -116,7 +138,7 @@ class CudaBackend:
     def bind(self, site: SiteSpec, base: "BaseLinear") -> CudaSite:
         if isinstance(base, DenseLinear):
             base = FixedRows(base, base.weight, self._scratch)
-        return CudaSite(self._deltas.bind(site), base)
+        return CudaSite(self._deltas.bind(site), base, self._beside)
 
     def bind_lookup(self, site: SiteSpec) -> CudaLookup:
         return CudaLookup(self._deltas.bind_lookup(site))
@@ -129,10 +151,21 @@ class CudaBackend:
         self._scratch.way = "fused" if all(r.tokens == 1 for r in terms.rows) else "pieces"
         return self._deltas.prepare(tables, terms)
 
-    def blank(self, tables: Tables, rows: int | None, *, vectors: bool = False) -> LoraStep:
+    def blank(
+        self,
+        tables: Tables,
+        rows: int | None,
+        *,
+        vectors: bool = False,
+        prompt: int | None = None,
+    ) -> LoraStep:
         """A step that adds nothing, to capture or compile with; see DeltaKernels.blank."""
         self._scratch.way = "pieces" if rows is None else "fused"
-        return self._deltas.blank(tables, rows, vectors=vectors)
+        return self._deltas.blank(tables, rows, vectors=vectors, prompt=prompt)
+
+    def reserve_prompts(self, tables: Tables, buckets: Sequence[int]) -> None:
+        """Buffers of steps of prompts that may be captured; see DeltaKernels.reserve_prompts."""
+        self._deltas.reserve_prompts(tables, buckets)
 
 
 def obstacle(device: torch.device, dtype: torch.dtype) -> str:

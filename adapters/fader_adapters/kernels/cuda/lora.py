@@ -1,12 +1,22 @@
 """The batched delta on a GPU: which buffers a step lives in. Knows tables and rows, not models."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
 from fader_adapters.errors import BaseUnsupported, KernelUnavailable
 from fader_adapters.kernels.cuda.lora_buffers import DeviceTables, StepBuffers
-from fader_adapters.kernels.cuda.lora_configs import (
+from fader_adapters.kernels.cuda.lora_calls import resolve
+from fader_adapters.kernels.cuda.lora_launch import delta
+from fader_adapters.kernels.cuda.lora_rooms import (
+    LEAST,
+    Room,
+    decode_capacity,
+    prompt_capacity,
+    prompt_tiles,
+)
+from fader_adapters.kernels.cuda.lora_step import MAX_MEMBERS, DeltaSite, LoraStep, PhaseLaunch
+from fader_adapters.kernels.cuda.lora_tables import (
     DECODE_TILE,
     PREFILL_TILE,
     TILE,
@@ -16,35 +26,15 @@ from fader_adapters.kernels.cuda.lora_configs import (
     site_configs,
     unsplit,
 )
-from fader_adapters.kernels.cuda.lora_launch import (
-    MAX_MEMBERS,
-    DeltaSite,
-    LoraStep,
-    PhaseLaunch,
-    delta,
-    resolve,
-)
 from fader_adapters.kernels.cuda.step_layout import Capacity, StepLayout
 from fader_adapters.kernels.cuda.tiles import CHUNK, LANES, StepTiles, TileBuilder
 from fader_adapters.kernels.tables import Tables
-from fader_adapters.spec import RowTerms, SiteSpec, StepTerms
+from fader_adapters.spec import SiteSpec, StepTerms
 
 __all__ = ["ROW_BUCKETS", "DeltaKernels", "DeltaSite", "LoraStep", "delta"]
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 """Rows of a decode step that may be captured, padded up to the next of these."""
-
-LEAST = Capacity(4, 32, 256, 256, 256)
-"""Room of the second set of buffers at first."""
-
-
-@dataclass(slots=True)
-class _Room:
-    """Buffers and what they hold now."""
-
-    buffers: StepBuffers
-    rows: tuple[RowTerms, ...] | None = None
-    step: LoraStep | None = None
 
 
 class DeltaKernels:
@@ -52,8 +42,9 @@ class DeltaKernels:
 
     `bind` all sites first, then `prepare` once a step and `delta` at every site, all on one
     stream. Decode steps of at most `decode_rows` rows and `entries` 16-rank chunks live in buffers
-    with fixed addresses, made by `reserve` (or the first `prepare`); all others live in a second
-    set that `prepare` allocates and grows as needed.
+    with fixed addresses, made by `reserve` (or the first `prepare`), and so do those of few prompts
+    after `reserve_prompts`; all others live in a last set that `prepare` allocates and grows as
+    needed.
 
     dtype    of activations and arena: bfloat16, float16 or float32
     arch     80 or 90; the device's own by default
@@ -83,13 +74,19 @@ class DeltaKernels:
         self._builder = TileBuilder(DECODE_TILE, PREFILL_TILE)
         self._tables = DeviceTables(device)
         self._shapes: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._fixed: _Room | None = None
-        self._roomy: _Room | None = None
+        self._fixed: Room | None = None
+        self._prompts: Room | None = None
+        self._prompt_buckets: Sequence[int] = ()
+        self._roomy: Room | None = None
+
+    @property
+    def _rooms(self) -> list[Room]:
+        return [room for room in (self._fixed, self._prompts, self._roomy) if room is not None]
 
     @property
     def nbytes(self) -> int:
         """Resident bytes of the step buffers."""
-        return sum(room.buffers.nbytes for room in (self._fixed, self._roomy) if room)
+        return sum(room.buffers.nbytes for room in self._rooms)
 
     def bind(self, site: SiteSpec, configs: SiteConfigs | None = None) -> DeltaSite:
         """Take a site in, before the first `reserve`; `configs` replaces the tables' choice.
@@ -121,13 +118,20 @@ class DeltaKernels:
     def reserve(self, tables: Tables) -> int:
         """Allocate the fixed buffers, once, before any capture; the bytes they take."""
         if self._fixed is None:
-            tiles = -(-self._decode_rows // LANES)
-            cells = self._entries + tiles * (DECODE_TILE.group - 1)
-            cells = -(-cells // DECODE_TILE.group) * DECODE_TILE.group
             linears = tables.rank.shape[1]
             self._shapes = self._linear_shapes(linears)
-            self._fixed = self._room(Capacity(tiles, 0, self._entries, cells, 0), linears)
+            self._fixed = self._room(decode_capacity(self._decode_rows, self._entries), linears)
         return self._fixed.buffers.nbytes
+
+    def reserve_prompts(self, tables: Tables, buckets: Sequence[int]) -> None:
+        """Allocate the fixed buffers of prompts, once, before any capture of those.
+
+        buckets  tokens of such a step, padded up to the next of these, ascending
+        """
+        self.reserve(tables)
+        if self._prompts is None and buckets:
+            self._prompts = self._room(prompt_capacity(buckets[-1]), tables.rank.shape[1])
+            self._prompt_buckets = buckets
 
     def prepare(self, tables: Tables, terms: StepTerms) -> LoraStep | None:
         """Bring a step's metadata to the device; None when no row has anything to add.
@@ -139,13 +143,14 @@ class DeltaKernels:
             return None
         self.reserve(tables)
         if self._tables.refresh(tables):
-            for room in (self._fixed, self._roomy):
-                if room is not None:
-                    room.rows = None
-        for room in (self._fixed, self._roomy):
-            if room is not None and room.rows == terms.rows:
+            for room in self._rooms:
+                room.rows = None
+        for room in self._rooms:
+            if room.rows == terms.rows:
                 return room.step
-        tiles = self._builder.build(terms, self._tables.chunks)
+        tiles = self._builder.build(
+            terms, self._tables.chunks, padded=_bucket(len(terms.rows), self._decode_rows)
+        )
         if not tiles.entries:
             return None
         room = self._room_for(tiles, tables.rank.shape[1])
@@ -158,11 +163,19 @@ class DeltaKernels:
         room.step = self._step(tiles, room, tables.arena, vectors=vectors)
         return room.step
 
-    def blank(self, tables: Tables, rows: int | None, *, vectors: bool = False) -> LoraStep:
+    def blank(
+        self,
+        tables: Tables,
+        rows: int | None,
+        *,
+        vectors: bool = False,
+        prompt: int | None = None,
+    ) -> LoraStep:
         """A step that adds nothing, over the buffers that real steps use.
 
         rows     a member of ROW_BUCKETS: launches and addresses of that bucket, for a capture;
                  None: those of a step with prefill rows, to have the kernels compiled
+        prompt   with rows None a bucket of `reserve_prompts`: its launches and addresses
         vectors  launch what adapters with gains and biases need, too
         The last prepared step is no longer valid. Allocates like `prepare`, and has its kernel
         compiled: no first adapter waits for that.
@@ -170,7 +183,9 @@ class DeltaKernels:
         self.reserve(tables)
         self._tables.refresh(tables)
         room = self._fixed
-        if rows is None:
+        if prompt is not None:
+            room = self._prompts
+        elif rows is None:
             room = self._roomy = self._roomy or self._room(LEAST, tables.rank.shape[1])
         assert room is not None
         assert rows is None or rows in ROW_BUCKETS
@@ -179,18 +194,24 @@ class DeltaKernels:
         buffers.block.zero_()
         assert self._shapes is not None
         resolve(buffers, self._tables, self._shapes, entries=0)
+        if prompt is not None:
+            return self._prompt_step(0, prompt, buffers, tables.arena, vectors=vectors)
         cells = buffers.capacity.decode_cells
         decode = PhaseLaunch("decode", buffers.decode, -(-(rows or 1) // LANES), cells)
         if rows is not None:
-            return LoraStep(rows, rows, (decode,), buffers, tables.arena, vectors)
+            return LoraStep(rows, rows, (decode,), buffers, tables.arena, vectors, covers=True)
         prefill = PhaseLaunch("prefill", buffers.prefill, 1, buffers.capacity.prefill_cells)
         return LoraStep(0, None, (decode, prefill), buffers, tables.arena, vectors)
 
-    def _room_for(self, tiles: StepTiles, linears: int) -> _Room:
+    def _room_for(self, tiles: StepTiles, linears: int) -> Room:
         assert self._fixed is not None
         fits = self._fixed.buffers.capacity.holds(tiles) and tiles.tokens <= self._decode_rows
         if fits:
             return self._fixed
+        bucket, prompts = self._prompt_bucket(tiles.tokens), self._prompts
+        few = bool(bucket) and tiles.prefill.tiles <= prompt_tiles(bucket)
+        if prompts is not None and few and prompts.buffers.capacity.holds(tiles):
+            return prompts
         if self._roomy is None:
             self._roomy = self._room(LEAST.grown(tiles), linears)
         elif not self._roomy.buffers.capacity.holds(tiles):
@@ -199,7 +220,7 @@ class DeltaKernels:
             self._roomy = self._room(grown, linears)
         return self._roomy
 
-    def _room(self, capacity: Capacity, linears: int) -> _Room:
+    def _room(self, capacity: Capacity, linears: int) -> Room:
         scratch = 0
         for site in self._sites:
             for phase, shape in TILE.items():
@@ -207,7 +228,7 @@ class DeltaKernels:
                 planes = len(site.widths) * site.configs.shrink[phase].splits
                 scratch = max(scratch, planes * cells * shape.rows * CHUNK)
         layout = StepLayout(capacity, PREFILL_TILE.rows)
-        return _Room(StepBuffers(layout, DECODE_TILE.rows, linears, scratch, self._device))
+        return Room(StepBuffers(layout, DECODE_TILE.rows, linears, scratch, self._device))
 
     def _linear_shapes(self, linears: int) -> tuple[torch.Tensor, torch.Tensor]:
         width, out = [0] * linears, [0] * linears
@@ -221,17 +242,42 @@ class DeltaKernels:
         )
 
     def _step(
-        self, tiles: StepTiles, room: _Room, arena: torch.Tensor, *, vectors: bool
+        self, tiles: StepTiles, room: Room, arena: torch.Tensor, *, vectors: bool
     ) -> LoraStep:
         buffers = room.buffers
         if room is self._fixed:
-            bucket = next(rows for rows in ROW_BUCKETS if rows >= tiles.tokens)
+            bucket = _bucket(tiles.tokens, self._decode_rows)
             cells = buffers.capacity.decode_cells
             launch = PhaseLaunch("decode", buffers.decode, -(-bucket // LANES), cells)
-            return LoraStep(tiles.tokens, bucket, (launch,), buffers, arena, vectors)
+            return LoraStep(tiles.tokens, bucket, (launch,), buffers, arena, vectors, tiles.covers)
+        if room is self._prompts:
+            bucket = self._prompt_bucket(tiles.tokens)
+            return self._prompt_step(tiles.tokens, bucket, buffers, arena, vectors=vectors)
         both = (
             PhaseLaunch("decode", buffers.decode, tiles.decode.tiles, tiles.decode.cells),
             PhaseLaunch("prefill", buffers.prefill, tiles.prefill.tiles, tiles.prefill.cells),
         )
         launches = tuple(launch for launch in both if launch.tiles)
-        return LoraStep(tiles.tokens, None, launches, buffers, arena, vectors)
+        return LoraStep(tiles.tokens, None, launches, buffers, arena, vectors, tiles.covers)
+
+    def _prompt_bucket(self, tokens: int) -> int:
+        """0: none is large enough."""
+        return next((size for size in self._prompt_buckets if size >= tokens), 0)
+
+    def _prompt_step(
+        self,
+        tokens: int,
+        bucket: int,
+        buffers: StepBuffers,
+        arena: torch.Tensor,
+        *,
+        vectors: bool,
+    ) -> LoraStep:
+        cells = buffers.capacity.prefill_cells
+        launch = PhaseLaunch("prefill", buffers.prefill, prompt_tiles(bucket), cells)
+        return LoraStep(tokens, None, (launch,), buffers, arena, vectors, prompt=bucket)
+
+
+def _bucket(rows: int, most: int) -> int:
+    """Rows that a decode step is padded to: as many as it has beyond the largest bucket."""
+    return next((size for size in ROW_BUCKETS if rows <= size <= most), rows)

@@ -1,23 +1,21 @@
-"""Launch configurations of the delta kernels: small frozen tables, no tuning at run time.
+"""The compile-time arguments of the delta kernels, and every variant that can be launched."""
 
-A configuration depends on the architecture, the phase and the site's shape, never on the number of
-rows, so a decode row is computed alike in every step.
-"""
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
-
+from fader_adapters.kernels.cuda import nf4_configs
+from fader_adapters.kernels.cuda.lora_tables import (
+    EXPAND,
+    SHRINK,
+    TILE,
+    Arch,
+    ExpandConfig,
+    Phase,
+    ShrinkConfig,
+    site_configs,
+)
 from fader_adapters.kernels.cuda.shipped import Shipped
-from fader_adapters.kernels.cuda.tiles import LANES, TileShape
-
-Phase = Literal["decode", "prefill"]
-Arch = Literal[80, 90]
-T = TypeVar("T")
-
-DECODE_TILE = TileShape(rows=LANES, group=2)
-PREFILL_TILE = TileShape(rows=64, group=4)
-TILE: Mapping[Phase, TileShape] = {"decode": DECODE_TILE, "prefill": PREFILL_TILE}
+from fader_adapters.kernels.cuda.tiles import LANES
 
 RESOLVE_BLOCK = 128
 """Entries a program of `resolve` looks up."""
@@ -30,91 +28,6 @@ VECTOR_COLUMNS: Mapping[Phase, int] = {"decode": 128, "prefill": 64}
 VECTORS_WARPS, VECTORS_STAGES = 4, 1
 
 PICK_PROGRAMS, PICK_WARPS = 64, 4
-
-
-@dataclass(frozen=True, slots=True)
-class ShrinkConfig:
-    """x·Aᵀ: `splits` planes along the input, at most `programs` programs a plane and member."""
-
-    block_k: int
-    splits: int
-    programs: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True, slots=True)
-class ExpandConfig:
-    """z·B: blocks of `block_n` columns."""
-
-    block_n: int
-    warps: int
-    stages: int
-
-
-SHRINK: Mapping[tuple[Arch, Phase], tuple[tuple[int, ShrinkConfig], ...]] = {
-    (80, "decode"): (
-        (8192, ShrinkConfig(128, 8, 32, 4, 4)),
-        (1024, ShrinkConfig(128, 4, 32, 4, 4)),
-        (0, ShrinkConfig(64, 1, 32, 4, 3)),
-    ),
-    (90, "decode"): (
-        (8192, ShrinkConfig(128, 8, 32, 4, 4)),
-        (1024, ShrinkConfig(128, 4, 32, 4, 4)),
-        (0, ShrinkConfig(64, 1, 32, 4, 3)),
-    ),
-    (80, "prefill"): (
-        (2048, ShrinkConfig(64, 4, 128, 4, 3)),
-        (0, ShrinkConfig(64, 1, 256, 4, 3)),
-    ),
-    (90, "prefill"): (
-        (2048, ShrinkConfig(128, 4, 128, 4, 3)),
-        (0, ShrinkConfig(64, 1, 256, 4, 3)),
-    ),
-}
-"""Rows of (least input width, configuration), widest first."""
-
-EXPAND: Mapping[tuple[Arch, Phase], tuple[tuple[int, ExpandConfig], ...]] = {
-    (80, "decode"): (
-        (16384, ExpandConfig(128, 4, 5)),
-        (8192, ExpandConfig(64, 4, 6)),
-        (0, ExpandConfig(32, 4, 6)),
-    ),
-    (90, "decode"): (
-        (16384, ExpandConfig(128, 4, 5)),
-        (8192, ExpandConfig(64, 4, 6)),
-        (0, ExpandConfig(32, 4, 6)),
-    ),
-    (80, "prefill"): ((0, ExpandConfig(128, 4, 3)),),
-    # 64 columns until a GPU run clears 128 (wrong code was seen there elsewhere, vLLM #48590)
-    (90, "prefill"): ((0, ExpandConfig(64, 4, 3)),),
-}
-"""Rows of (least output width of the site, configuration), widest first."""
-
-
-def _choose(table: Sequence[tuple[int, T]], width: int) -> T:
-    return next(config for least, config in table if width >= least)
-
-
-@dataclass(frozen=True, slots=True)
-class SiteConfigs:
-    """What one site launches in each phase."""
-
-    shrink: Mapping[Phase, ShrinkConfig]
-    expand: Mapping[Phase, ExpandConfig]
-
-
-def site_configs(arch: Arch, in_features: int, out_features: int) -> SiteConfigs:
-    """The tables' choice for a site; `out_features` is the sum over its members."""
-    return SiteConfigs(
-        {phase: _choose(SHRINK[arch, phase], in_features) for phase in TILE},
-        {phase: _choose(EXPAND[arch, phase], out_features) for phase in TILE},
-    )
-
-
-def arch_of(major: int, minor: int) -> Arch:
-    """The table for a compute capability; newer ones use the newest table."""
-    return 90 if (major, minor) >= (9, 0) else 80
 
 
 def shrink_constants(config: ShrinkConfig, phase: Phase, *, exact: bool) -> dict[str, int | bool]:
@@ -142,11 +55,22 @@ def expand_constants(
     }
 
 
+def join_constants(
+    config: ExpandConfig, *, planes: int, splits: int, bias: bool, exact: bool
+) -> dict[str, int | bool]:
+    """The constants of `join`; planes: of the base's product; bias: whether the base has one."""
+    own = expand_constants(config, "decode", splits=splits, exact=exact)
+    return own | {"PLANES": planes, "HAS_BIAS": bias}
+
+
 def vectors_constants(phase: Phase, *, bias: bool) -> dict[str, int | bool]:
-    """The constants of `vectors`; bias: whether the base has one."""
-    rows = TILE[phase].rows
-    columns = VECTOR_COLUMNS[phase]
-    return {"ROWS": rows, "BLOCK_N": columns, "LANES": LANES, "HAS_BIAS": bias}
+    """The constants of `vectors`; bias: whether the result holds the base's."""
+    return {
+        "ROWS": TILE[phase].rows,
+        "BLOCK_N": VECTOR_COLUMNS[phase],
+        "LANES": LANES,
+        "HAS_BIAS": bias,
+    }
 
 
 def pick_constants(phase: Phase) -> dict[str, int | bool]:
@@ -154,16 +78,9 @@ def pick_constants(phase: Phase) -> dict[str, int | bool]:
     return {"ROWS": TILE[phase].rows, "GROUP": TILE[phase].group}
 
 
-def unsplit(configs: SiteConfigs) -> SiteConfigs:
-    """The same with one plane of `shrink`, as `pick` writes."""
-    shrink: dict[Phase, ShrinkConfig] = {
-        phase: replace(config, splits=1) for phase, config in configs.shrink.items()
-    }
-    return SiteConfigs(shrink, configs.expand)
-
-
 def shipped() -> list[Shipped]:
     """Every bf16 variant that a table can launch, each once. Imports triton."""
+    from fader_adapters.kernels.cuda import lora_expand as expands
     from fader_adapters.kernels.cuda import lora_kernels as kernels
     from fader_adapters.kernels.cuda.lora_lookup import pick
     from fader_adapters.kernels.cuda.lora_vectors import vectors
@@ -181,6 +98,9 @@ def shipped() -> list[Shipped]:
             constants = vectors_constants(phase, bias=bias)
             signature = _signature(vectors, _VECTORS, constants)
             found.append(Shipped(vectors, signature, constants, *launch, archs=both))
+    constants = vectors_constants("decode", bias=False)
+    signature = _signature(vectors, _VECTORS | {"y": "*fp32:16"}, constants)
+    found.append(Shipped(vectors, signature, constants, *launch, archs=both))
     for arch, phase in SHRINK:
         shrinks = dict.fromkeys(config for _, config in SHRINK[arch, phase])
         for shrink in shrinks:
@@ -191,10 +111,34 @@ def shipped() -> list[Shipped]:
         for splits in dict.fromkeys(config.splits for config in shrinks):
             for _, expand in EXPAND[arch, phase]:
                 constants = expand_constants(expand, phase, splits=splits, exact=False)
-                signature = _signature(kernels.expand, _EXPAND, constants)
+                signature = _signature(expands.expand, _EXPAND, constants)
                 launch = (expand.warps, expand.stages)
-                found.append(Shipped(kernels.expand, signature, constants, *launch, archs=(arch,)))
+                found.append(Shipped(expands.expand, signature, constants, *launch, archs=(arch,)))
+    for arch in both:
+        for planes, splits, expand in _joins(arch):
+            for bias in (False, True):
+                constants = join_constants(
+                    expand, planes=planes, splits=splits, bias=bias, exact=False
+                )
+                signature = _signature(expands.join, _JOIN, constants)
+                launch = (expand.warps, expand.stages)
+                found.append(Shipped(expands.join, signature, constants, *launch, archs=(arch,)))
     return _joined(found)
+
+
+def _joins(arch: Arch) -> Iterator[tuple[int, int, ExpandConfig]]:
+    """(planes of the product, of `shrink`, configuration) that some shape leads to.
+
+    Widths that lie between two of these are cut like one of them.
+    """
+    seen = set()
+    for blocks in (8, 16, 24, 32, 40, 48, 56, 64, 128):
+        for tiles in range(1, nf4_configs.MULTIPROCESSORS[arch] + 1):
+            n, k = tiles * nf4_configs.TILE_ROWS, blocks * nf4_configs.BLOCK_COLUMNS
+            planes = -(-blocks // nf4_configs.split_blocks(arch, n, k))
+            configs = site_configs(arch, k, n)
+            seen.add((planes, configs.shrink["decode"].splits, configs.expand["decode"]))
+    yield from (entry for entry in sorted(seen, key=repr) if entry[0] > 1)
 
 
 _PHASE = dict.fromkeys(("tokens", "first", "last", "cell", "header"), "*i32:16")
@@ -227,6 +171,12 @@ _EXPAND = _PHASE | {
     **dict.fromkeys(("width_0", "width_1", "width_2", "width_3"), "i32:16"),
 }
 
+_JOIN = _EXPAND | {
+    "out": "*bf16:16",
+    "planes": "*fp32:16",
+    "own": "*bf16:16",
+    "columns": "i32:16",
+}
 _VECTORS = _EXPAND | {"own": "*bf16:16"} | dict.fromkeys(("gain_at", "bias_at"), "*i64:16")
 
 
@@ -243,7 +193,8 @@ def _joined(found: Iterable[Shipped]) -> list[Shipped]:
     """Each variant once, with every architecture that launches it."""
     joined: dict[object, Shipped] = {}
     for entry in found:
-        key = (entry.kernel.__name__, *entry.constexprs.items(), *entry[3:5])
+        types = entry.signature.items()
+        key = (entry.kernel.__name__, *types, *entry.constexprs.items(), *entry[3:5])
         before = joined.get(key)
         archs = entry.archs if before is None else (*before.archs, *entry.archs)
         joined[key] = entry._replace(archs=archs)

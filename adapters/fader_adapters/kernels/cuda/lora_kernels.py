@@ -1,4 +1,4 @@
-"""The batched delta in Triton: resolve, shrink, expand. Knows tiles and offsets, no models.
+"""The batched delta in Triton: resolve, shrink. Knows tiles and offsets, no models.
 
 y[t] += Σ_e γ[t,e]·s[e]·(x[t]·A_eᵀ)·B_e over the 16-rank entries e of the tile that holds row t
 (after Punica's shrink and expand; Chen et al. 2023). Every number that changes between steps is
@@ -9,7 +9,7 @@ ranks, in list order, and an entry with coefficient 0 is never read for the row 
 import triton
 import triton.language as tl
 
-from fader_adapters.kernels.cuda.lora_places import member_of, tile_of
+from fader_adapters.kernels.cuda.lora_places import tile_of
 
 CHUNK = tl.constexpr(16)
 
@@ -151,84 +151,3 @@ def shrink(
             to = (plane + here + column // CHUNK) * (ROWS * CHUNK) + column % CHUNK
             filled = present[:, None] & (ranks > 0)[None, :]
             tl.store(z + to[None, :] + lane[:, None] * CHUNK, acc, mask=filled)
-
-
-@triton.jit(do_not_specialize=["linear", "capacity", "cells"])
-def expand(
-    y: tl.tensor,
-    arena: tl.tensor,
-    z: tl.tensor,
-    header: tl.tensor,
-    tokens: tl.tensor,
-    first: tl.tensor,
-    last: tl.tensor,
-    cell: tl.tensor,
-    gamma: tl.tensor,
-    b_at: tl.tensor,
-    left: tl.tensor,
-    scale_at: tl.tensor,
-    width_0: int,
-    width_1: int,
-    width_2: int,
-    width_3: int,
-    y_stride: int,
-    linear: tl.tensor,
-    capacity: tl.tensor,
-    cells: tl.tensor,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
-    LANES: tl.constexpr,
-    F32: tl.constexpr,
-) -> None:
-    """y[token] += Σ_e coefficient·(Σ_split z)·B_e, rounded once; rows without terms stay untouched.
-
-    Grid (Σ ⌈width_i/BLOCK_N⌉, tiles); programs past the tiles in use return.
-    y        [T, Σ width_i] row stride y_stride; width_i: columns of member i, 0 when absent
-    z        [members, SPLITS, cells, ROWS, 16] float32 from `shrink`, planes summed in order
-    gamma    [entries, LANES] float32
-    b_at, left, scale_at  [linears, capacity] as `resolve` leaves them
-    The rest as in `shrink`.
-    """
-    tile = tl.program_id(1)
-    if tile >= tl.load(header):
-        return
-    member, block, column, width = member_of(  # pyright: ignore[reportGeneralTypeIssues]
-        tl.program_id(0), width_0, width_1, width_2, width_3, BLOCK_N
-    )
-    table = (linear + member).to(tl.int64) * capacity
-    lane = tl.arange(0, ROWS)
-    rank = tl.arange(0, CHUNK)
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = n < width
-    token = tl.load(tokens + tile * ROWS + lane)
-    present = token >= 0
-    begin = tl.load(first + tile)
-    plane = cells.to(tl.int64) * (ROWS * CHUNK)
-    z_at = z + member * SPLITS * plane + tl.load(cell + tile).to(tl.int64) * (ROWS * CHUNK)
-    z_at = z_at + lane[:, None] * CHUNK + rank[None, :]
-    b_inside = rank[:, None].to(tl.int64) * width + n[None, :]
-    acc = tl.full((ROWS, BLOCK_N), 0, tl.float32)
-    touched = tl.full((ROWS,), 0, tl.int32)
-    for entry in tl.range(begin, tl.load(last + tile)):  # pyright: ignore[reportGeneralTypeIssues]
-        live = rank < tl.load(left + table + entry)
-        coefficient = tl.load(gamma + entry * LANES + lane % LANES)
-        coefficient = coefficient * tl.load(scale_at + table + entry)
-        used = present & (coefficient != 0)
-        wanted = used[:, None]
-        here = z_at + (entry - begin) * (ROWS * CHUNK)
-        total = tl.load(here, mask=wanted, other=0.0)
-        for split in tl.static_range(1, SPLITS):  # pyright: ignore[reportGeneralTypeIssues]
-            total += tl.load(here + split * plane, mask=wanted, other=0.0)
-        total = tl.where(wanted & live[None, :], total * coefficient[:, None], 0.0)
-        b_row = tl.multiple_of(tl.load(b_at + table + entry), 16)
-        b = tl.load(arena + b_row + b_inside, mask=live[:, None] & inside[None, :], other=0.0)
-        if F32:
-            acc = tl.dot(total, b, acc, input_precision="ieee")
-        else:
-            acc = tl.dot(total.to(b.dtype), b, acc)
-        touched = touched | used.to(tl.int32)
-    y_at = y + tl.where(present, token, 0).to(tl.int64)[:, None] * y_stride + (column + n)[None, :]
-    changed = (touched != 0)[:, None] & inside[None, :]
-    base = tl.load(y_at, mask=changed, other=0.0).to(tl.float32)
-    tl.store(y_at, base + acc, mask=changed)

@@ -10,7 +10,7 @@ import triton.language as tl
 from fader_adapters.kernels.cuda.lora_places import member_of
 
 
-@triton.jit(do_not_specialize=["linear", "capacity"])
+@triton.jit(do_not_specialize=["planes", "plane", "linear", "capacity"])
 def vectors(
     y: tl.tensor,
     own: tl.tensor,
@@ -28,6 +28,8 @@ def vectors(
     width_2: int,
     width_3: int,
     y_stride: int,
+    planes: int,
+    plane: tl.tensor,
     linear: tl.tensor,
     capacity: tl.tensor,
     ROWS: tl.constexpr,
@@ -36,6 +38,9 @@ def vectors(
     HAS_BIAS: tl.constexpr,
 ) -> None:
     """y[token] += G∘(y − own) + Σ_e γ·s·biasB, G = Σ_e γ·gain, over a slot's first entries.
+
+    Of a result that still lies in `planes` parts, `plane` elements apart and without the base's
+    bias, each is scaled and the first is shifted.
 
     Grid (Σ ⌈width_i/BLOCK_N⌉, tiles); programs past the tiles in use return.
     y        [T, Σ width_i] row stride y_stride: the base's result; width_i: 0 when absent
@@ -73,9 +78,11 @@ def vectors(
             touched = touched | used.to(tl.int32)
     changed = (touched != 0)[:, None] & inside[None, :]
     y_at = y + tl.where(present, token, 0).to(tl.int64)[:, None] * y_stride + (column + n)[None, :]
-    base = tl.load(y_at, mask=changed, other=0.0).to(tl.float32)
-    plain = base
-    if HAS_BIAS:
-        held = tl.load(own + column + n, mask=inside, other=0.0).to(tl.float32)
-        plain = base - held[None, :]
-    tl.store(y_at, base + gain * plain + shift, mask=changed)
+    for part in tl.range(0, planes, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
+        part_at = y_at + part * plane.to(tl.int64)
+        base = tl.load(part_at, mask=changed, other=0.0).to(tl.float32)
+        plain = base
+        if HAS_BIAS:
+            held = tl.load(own + column + n, mask=inside, other=0.0).to(tl.float32)
+            plain = base - held[None, :]
+        tl.store(part_at, base + gain * plain + tl.where(part == 0, shift, 0.0), mask=changed)

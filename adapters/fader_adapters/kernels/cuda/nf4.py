@@ -1,6 +1,7 @@
 """Base linears over NF4 on a GPU: who multiplies is chosen once, at construction, by shape and
 machine. Knows weights and rows, not sites, deltas or steps."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -26,6 +27,9 @@ by the number of rows, whichever is quicker."""
 PIECE = 256
 """Rows of one product over dequantised weights; missing ones are padded."""
 
+SCRATCH_BYTES = 256 << 20
+"""A whole weight of most bases: fewer launches and wider products than by parts of it."""
+
 
 class Scratch:
     """The buffer that dequantised weights pass through, one for all linears of a backend.
@@ -34,7 +38,7 @@ class Scratch:
     follow one another on one stream.
     """
 
-    def __init__(self, device: torch.device, nbytes: int = 64 << 20) -> None:
+    def __init__(self, device: torch.device, nbytes: int = SCRATCH_BYTES) -> None:
         self.table = torch.tensor(CODES, dtype=torch.float32, device=device)
         """[16] fp32, the codes."""
         self.way: Way = "rows"
@@ -80,7 +84,14 @@ class Nf4Linear(ByRows):
         self.in_features = self.tiles.in_features
         self._scratch = scratch
         self._arch = _arch(self.tiles.codes.device) or 80
+        self._launch: configs.Launch | None = None
         self._split_blocks = configs.split_blocks(self._arch, self.out_features, self.in_features)
+
+    def relaunched(self, *, splits: int, launch: configs.Launch) -> "Nf4Linear":
+        """The same weight by another fused launch than the tables choose, to measure it."""
+        other = copy.copy(self)
+        other._launch, other._split_blocks = launch, -(-self.tiles.blocks // splits)
+        return other
 
     @property
     def splits(self) -> int:
@@ -100,13 +111,9 @@ class Nf4Linear(ByRows):
         out = torch.empty(x.shape[0], self.out_features, dtype=x.dtype, device=x.device)
         if not x.shape[0]:
             return out
-        way = self._scratch.way
-        rows = {"rows": x.shape[0], "fused": 1, "pieces": configs.FUSED_ROWS + 1}[way]
-        method = configs.method(self._arch, self.out_features, self.in_features, rows)
-        fusible = x.dtype == (torch.float32 if interpreted(x) else torch.bfloat16)
-        if fusible and method != "scratch":
+        if self._fuses(x):
             return self.fused(x, out)
-        if way == "rows":
+        if self._scratch.way == "rows":
             return self.through_scratch(x, out)
         padded = -(-x.shape[0] // PIECE) * PIECE
         whole = x.new_zeros(padded, x.shape[1])
@@ -114,23 +121,42 @@ class Nf4Linear(ByRows):
         products = torch.empty(padded, self.out_features, dtype=x.dtype, device=x.device)
         return self.through_scratch(whole, products, piece=PIECE)[: x.shape[0]]
 
+    def _fuses(self, x: torch.Tensor) -> bool:
+        """Whether the fused kernel multiplies x."""
+        rows = {"rows": x.shape[0], "fused": 1, "pieces": configs.FUSED_ROWS + 1}[self._scratch.way]
+        method = configs.method(self._arch, self.out_features, self.in_features, rows)
+        fusible = torch.float32 if interpreted(x) else torch.bfloat16
+        return method != "scratch" and x.dtype == fusible
+
     def fused(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Write x·Wᵀ + b to `out` [T, out], contiguous, by the fused kernel: bf16; fp32 on CPU."""
         assert out.is_contiguous()
-        if self.splits == 1:
+        planes = self._planes(x)
+        if planes is None:
             self._gemm(x, out, self.bias)
-            return out
-        rows, n = out.shape
-        planes = torch.empty(self.splits, rows, n, dtype=torch.float32, device=x.device)
-        self._gemm(x, planes, None)
-        add_planes(planes, self.bias, out)
+        else:
+            add_planes(planes, self.bias, out)
         return out
+
+    def planes(self, x: torch.Tensor) -> torch.Tensor | None:
+        """What `add_planes` makes the result of: float32 [splits, T, out] without bias, for a
+        caller with more to add. None where x [T, in] goes another way, or in one part.
+        """
+        return self._planes(x) if x.shape[0] and self._fuses(x) else None
+
+    def _planes(self, x: torch.Tensor) -> torch.Tensor | None:
+        if self.splits == 1:
+            return None
+        shape = (self.splits, x.shape[0], self.out_features)
+        planes = torch.empty(shape, dtype=torch.float32, device=x.device)
+        self._gemm(x, planes, None)
+        return planes
 
     def _gemm(self, x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None) -> None:
         if x.stride(1) != 1:
             x = x.contiguous()
         rows, tiles = x.shape[0], self.tiles
-        config = configs.launch(self._arch, rows)
+        config = self._launch or configs.launch(self._arch, rows)
         grid = (-(-tiles.out_features // config.bn), self.splits, -(-rows // config.bm))
         nf4_gemm[grid](
             x,

@@ -52,6 +52,12 @@ depend on the card a server happens to run on."""
 
 LEAST_SPLIT_BLOCKS = 8
 MOST_SPLITS = 8
+TILE_ROWS, BLOCK_COLUMNS = 128, 64
+"""Of W that a program takes at a time."""
+AT_ONCE = 2
+"""Programs that a multiprocessor needs to hide what each of them waits for."""
+PLANE_COST = 0.02
+"""Of a product, for each plane that is written and read."""
 
 METHODS: Mapping[tuple[int, int, int], Method] = {}
 """(arch, n, k) → the method of up to FUSED_ROWS rows, where it is not the default."""
@@ -82,20 +88,26 @@ def launch(arch: int, rows: int) -> Launch:
     return LAUNCHES[arch, bucket]
 
 
-def split_blocks(arch: int, n: int, k: int) -> int:
-    """Blocks of 64 columns that one split covers; all of k where n alone fills the machine.
+def splits(arch: int, n: int, k: int) -> int:
+    """Parts that k is cut into, each summed by programs of its own; 1 where n fills the machine.
 
-    Depends on the shape only, so that a row's sums are cut alike in every step.
+    The number that leaves the busiest multiprocessor with the least work. Depends on the shape
+    only, so that a row's sums are cut alike in every step.
     """
-    blocks, tiles = k // 64, -(-n // 128)
-    splits = 1
-    while (
-        splits < MOST_SPLITS
-        and 2 * splits * tiles <= 2 * MULTIPROCESSORS[arch]
-        and blocks >= 2 * splits * LEAST_SPLIT_BLOCKS
-    ):
-        splits *= 2
-    return -(-blocks // splits)
+    tiles, most = -(-n // TILE_ROWS), k // BLOCK_COLUMNS // LEAST_SPLIT_BLOCKS
+    if tiles >= MULTIPROCESSORS[arch] or most < 2:
+        return 1
+
+    def work(count: int) -> float:
+        programs = -(-count * tiles // MULTIPROCESSORS[arch])
+        return max(AT_ONCE, programs) / count * (1 + PLANE_COST * count)
+
+    return min(range(1, min(most, MOST_SPLITS) + 1), key=work)
+
+
+def split_blocks(arch: int, n: int, k: int) -> int:
+    """Blocks of 64 columns that one split covers; the last may cover fewer."""
+    return -(-(k // BLOCK_COLUMNS) // splits(arch, n, k))
 
 
 def gemm_constants(config: Launch, *, bias: bool, exact: bool) -> dict[str, Any]:
@@ -109,9 +121,9 @@ def gemm_constants(config: Launch, *, bias: bool, exact: bool) -> dict[str, Any]
     }
 
 
-def sum_constants(splits: int, *, bias: bool) -> dict[str, Any]:
+def sum_constants(planes: int, *, bias: bool) -> dict[str, Any]:
     """The constants of nf4_sum."""
-    return {"SPLITS": splits, "HAS_BIAS": bias, "BLOCK": SUM_COLUMNS}
+    return {"SPLITS": planes, "HAS_BIAS": bias, "BLOCK": SUM_COLUMNS}
 
 
 def dense_constants() -> dict[str, Any]:
@@ -130,9 +142,9 @@ def shipped() -> list[Shipped]:
             constants = gemm_constants(config, bias=bias, exact=False)
             entry = (kernels.nf4_gemm, signature, constants, config.warps, config.stages, (arch,))
             found.append(Shipped(*entry))
-    for splits in (2, 4, MOST_SPLITS):
+    for planes in range(2, MOST_SPLITS + 1):
         for bias in (False, True):
-            constants = sum_constants(splits, bias=bias)
+            constants = sum_constants(planes, bias=bias)
             found.append(Shipped(kernels.nf4_sum, _SUM, constants, SMALL_WARPS, 1))
     for out in ("bf16", "fp16", "fp32"):
         signature = _DENSE | {"out_ptr": f"*{out}:16"}

@@ -5,10 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fader_adapters.kernels.cuda.nf4_configs import TILE_ROWS as TILE
 from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight, check_width, stack
-
-TILE = 128
-"""Rows of one tile."""
 
 HALF = BLOCK // 2
 """Bytes of one row of a tile."""

@@ -2,7 +2,8 @@
 
 A list is a common supersequence of its rows' terms, so every row meets its own terms in its own
 order, whatever else is in the tile. Rows of one token share tiles, sorted by blend; longer rows
-(prefill) are cut into tiles of their own that share one list.
+(prefill) are cut into tiles of their own that share one list. In a step of one-token rows alone
+those without terms have lanes too, behind the others: a kernel may then write every row.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ CHUNK = 16
 LANES = 16
 """Rows of a decode tile, and coefficients of an entry; lane of a tile's row i is i mod 16."""
 
+_PLAIN = RowTerms(1)
+
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
@@ -35,7 +38,8 @@ class Merged(NamedTuple):
 class Phase:
     """The tiles of one kind, decode or prefill, of a step.
 
-    tokens  [tiles, rows]  place of each tile row in the step, -1 where the tile is not full
+    tokens  [tiles, rows]  place of each tile row in the step, -1 where the tile is not full, and
+                           -2 - place for a row of padding behind the step's own
     first   [tiles]        first entry of the tile's list
     last    [tiles]        one past the last
     cell    [tiles]        first cell of the tile in the scratch: one cell an entry, lists rounded
@@ -60,6 +64,7 @@ class StepTiles:
 
     slot, chunk  [entries]         adapter slot and index of 16 of its ranks
     gamma        [entries, LANES]  γ of the tile's rows at this entry, 0 where a row does not use it
+    covers       whether every row of the step, padding too, has a lane in a decode tile
     """
 
     decode: Phase
@@ -68,6 +73,7 @@ class StepTiles:
     chunk: Ints
     gamma: Floats
     tokens: int
+    covers: bool
 
     @property
     def entries(self) -> int:
@@ -91,18 +97,28 @@ class TileBuilder:
         self.decode = decode
         self.prefill = prefill
 
-    def build(self, terms: StepTerms, chunks: Sequence[int]) -> StepTiles:
-        """Tiles of one step. `chunks[slot]` is the number of 16-rank chunks of a slot's largest
-        rank, 0 for a slot that adapts nothing. Rows whose terms have no chunk get no tile.
+    def build(self, terms: StepTerms, chunks: Sequence[int], *, padded: int = 0) -> StepTiles:
+        """Tiles of one step; one that has only rows of one token is padded to `padded` rows.
+
+        `chunks[slot]` is the number of 16-rank chunks of a slot's largest rank, 0 for a slot that
+        adapts nothing. Rows whose terms have no chunk get no tile, but for those of a step that has
+        only rows of one token.
         """
         singles: list[tuple[int, RowTerms]] = []
         longs: list[tuple[int, RowTerms]] = []
+        plain: list[tuple[int, RowTerms]] = []
         start = 0
         for row in terms.rows:
             if row.tokens and any(chunks[slot] for slot, _ in row.terms):
                 (singles if row.tokens == 1 else longs).append((start, row))
+            else:
+                plain.append((start, _PLAIN))
             start += row.tokens
         singles.sort(key=lambda at: (_slots(at[1]), at[0]))
+        covers = all(row.tokens == 1 for row in terms.rows)
+        if covers and singles:
+            singles += plain
+            singles += [(-2 - at, _PLAIN) for at in range(start, padded)]
         entries = _Entries(chunks)
         decode = _Cutter(self.decode)
         for i in range(0, len(singles), LANES):
@@ -121,6 +137,7 @@ class TileBuilder:
             np.array(entries.chunk, np.int32),
             np.array(entries.gamma, np.float32).reshape(-1, LANES),
             start,
+            covers,
         )
 
 

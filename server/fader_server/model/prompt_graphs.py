@@ -1,0 +1,167 @@
+"""Steps of prompts as CUDA graphs: one a bucket of tokens and kind of deltas, captured at start.
+
+A prompt's own work on a GPU is short beside what a model's code costs the host. Knows plans and
+batches; how a run is captured is the recorder's business.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from fader_adapters.kernels.backend import Step
+from fader_adapters.kernels.cuda.lora import LoraStep
+from fader_adapters.kernels.cuda.lora_rooms import PROMPT_ROWS
+from fader_adapters.kernels.cuda.nf4 import PIECE
+from fader_server.core import Plan
+from fader_server.model.batch import AttentionRow, Batch
+from fader_server.model.decode import Forward
+from fader_server.model.graph_inputs import Mirror
+from fader_server.model.graph_kinds import KINDS, Kind, Record, Run, RunBatch, kind_of
+
+MOST_TOKENS = 2048
+"""Of a captured step: a longer one keeps the device busy while the host prepares what follows."""
+
+
+def buckets(step_tokens: int) -> list[int]:
+    """Tokens of captured steps, ascending: whole pieces of a product over dequantised weights, to
+    which fewer tokens would be padded anyway. None for steps of no tokens."""
+    most = min(MOST_TOKENS, -(-step_tokens // PIECE) * PIECE)
+    sizes = [PIECE] if most else []
+    while sizes and sizes[-1] < most:
+        sizes.append(min(2 * sizes[-1], most))
+    return sizes
+
+
+class PromptInputs:
+    """One step of up to PROMPT_ROWS prompts of up to `tokens` tokens at fixed addresses.
+
+    Padding tokens belong to no row: slot −1, so they store nothing, and nothing reads what they
+    attend to. Padding rows have no tokens and no keys.
+    """
+
+    def __init__(self, *, tokens: int, context: int, block_size: int, device: torch.device) -> None:
+        """Allocates, on the host too."""
+        self._tokens, self._context, self._block_size = tokens, context, block_size
+        self._columns = -(-context // block_size)
+        self._words = Mirror(3 * tokens + PROMPT_ROWS, torch.int64, device)
+        places = (PROMPT_ROWS + 4) // 4 * 4  # the arrays behind begin at multiples of 16 bytes
+        self._places = Mirror(2 * places + PROMPT_ROWS * self._columns, torch.int32, device)
+        words, integers = self._words.device, self._places.device
+        self._ids, self._positions, self._slots = words[: 3 * tokens].view(3, tokens)
+        self._index = words[3 * tokens :]
+        self._starts = integers[: PROMPT_ROWS + 1]
+        self._contexts = integers[places : places + PROMPT_ROWS]
+        self._tables = integers[2 * places :].view(PROMPT_ROWS, self._columns)
+        self._offset = places
+        self._words.open()[2 * tokens : 3 * tokens] = -1
+        self._words.send(0, len(words))
+
+    def fill(self, plan: Plan, bucket: int) -> None:
+        """Send the plan's rows, and padding up to `bucket` tokens."""
+        size, tokens, words = self._block_size, self._tokens, self._words.open()
+        ids, positions, slots = words[: 3 * tokens].reshape(3, tokens)
+        index = words[3 * tokens :]
+        integers = self._places.open()
+        starts, contexts = integers[: PROMPT_ROWS + 1], integers[self._offset :][:PROMPT_ROWS]
+        tables = integers[2 * self._offset :].reshape(PROMPT_ROWS, self._columns)
+        contexts[:] = index[:] = at = sampled = 0
+        starts[0] = 0
+        for i, row in enumerate(plan.rows):
+            stop, end = row.start + row.count, at + row.count
+            ids[at:end] = row.sequence.tokens[row.start : stop]
+            places = np.arange(row.start, stop)
+            positions[at:end] = places
+            used = -(-stop // size)
+            own = np.asarray(row.sequence.blocks[:used])
+            slots[at:end] = own[places // size] * size + places % size
+            tables[i, :used] = own
+            contexts[i] = stop
+            starts[i + 1] = at = end
+            if row.samples:
+                index[sampled] = end - 1
+                sampled += 1
+        starts[len(plan.rows) + 1 :] = at
+        ids[at:bucket] = positions[at:bucket] = 0
+        slots[at:bucket] = -1
+        self._words.send(0, len(words))
+        self._places.send(0, len(integers))
+
+    def batch(self, bucket: int) -> Batch:
+        """The first `bucket` tokens as the model's forward takes them; no number ever changes."""
+        return Batch(
+            input_ids=self._ids[None, :bucket],
+            position_ids=self._positions[None, :bucket],
+            slots=self._slots[:bucket],
+            cu_tokens=self._starts,
+            contexts=self._contexts,
+            block_tables=self._tables,
+            logit_index=self._index,
+            rows=tuple(AttentionRow(0, bucket, self._context) for _ in range(PROMPT_ROWS)),
+            sampling=tuple(range(PROMPT_ROWS)),
+            scored=(),
+        )
+
+
+class PromptGraphs:
+    """Steps of few prompts, of up to the largest bucket of tokens."""
+
+    def __init__(self, inputs: PromptInputs) -> None:
+        self._inputs = inputs
+        self._graphs: dict[tuple[int, Kind], Run] = {}
+        self._logits = torch.empty(0)
+        self._buckets: list[int] = []
+
+    @property
+    def captured(self) -> Sequence[tuple[int, Kind]]:
+        """(tokens, kind) of every graph."""
+        return sorted(self._graphs)
+
+    @torch.inference_mode()
+    def capture(
+        self,
+        sizes: Sequence[int],
+        blank: Callable[[int, Kind], Step | None],
+        *,
+        run: RunBatch,
+        record: Record,
+    ) -> None:
+        """Capture every bucket, the largest first. blank: a step of a kind that adds nothing to so
+        many tokens, over the buffers of real ones."""
+        for bucket in sorted(sizes, reverse=True):
+            batch = self._inputs.batch(bucket)
+            for kind in KINDS:
+                step = blank(bucket, kind)
+                if not self._logits.numel():
+                    self._logits = torch.empty_like(run(batch, None))
+                self._graphs[bucket, kind] = record(self._work(run, batch, step))
+        self._buckets = sorted(sizes)
+
+    def _work(self, run: RunBatch, batch: Batch, step: Step | None) -> Run:
+        def work() -> None:
+            self._logits.copy_(run(batch, step))
+
+        return work
+
+    def takes(self, plan: Plan) -> bool:
+        """Whether every row is more than one token of a prompt without scores, and a bucket holds
+        them."""
+        return (
+            len(plan.rows) <= PROMPT_ROWS
+            and plan.tokens <= max(self._buckets, default=0)
+            and all(row.count > 1 and not row.wants_prompt_logprobs for row in plan.rows)
+        )
+
+    def run(self, plan: Plan, step: Step | None, forward: Forward) -> torch.Tensor:
+        """Logits [rows that sample, vocab], those of `forward`; valid until the next step.
+
+        A step whose deltas do not fit the captured buffers runs operator by operator.
+        """
+        bucket = next(size for size in self._buckets if size >= plan.tokens)
+        self._inputs.fill(plan, bucket)
+        samples = sum(row.samples for row in plan.rows)
+        assert step is None or isinstance(step, LoraStep)
+        if step is not None and step.prompt != bucket:
+            return forward(self._inputs.batch(bucket))[:samples]
+        self._graphs[bucket, kind_of(step)]()
+        return self._logits[:samples]
