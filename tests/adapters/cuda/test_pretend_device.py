@@ -180,6 +180,33 @@ def test_forks_in_a_capture_must_be_joined_and_depend_on_nothing_outside(
         captured(lambda: torch.cuda.current_stream().wait_event(event), warm=False)
 
 
+@pytest.mark.parametrize("waits", [True, False])
+def test_forks_of_a_graph_that_share_memory_unordered_are_noticed(
+    device: PretendDevice, waits: bool
+) -> None:
+    x, out, side = torch.ones(3, device=CUDA), torch.zeros(3, device=CUDA), torch.cuda.Stream()
+
+    def work() -> None:
+        current = torch.cuda.current_stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            x.add_(1)
+        if waits:
+            current.wait_stream(side)
+        out.copy_(x)
+        current.wait_stream(side)
+
+    graph = captured(work, warm=False)
+    for _ in range(2 if waits else 0):
+        graph.replay()
+    if waits:
+        assert out.tolist() == [3, 3, 3]
+        return
+    with pytest.raises(PretendFault, match="copy_ on stream 0 reads"):
+        graph.replay()
+    torch.cuda.synchronize()
+
+
 def test_pinned_memory_that_is_read_too_early_is_noticed_and_rubbish(
     device: PretendDevice,
 ) -> None:

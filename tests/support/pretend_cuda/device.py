@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # looks at some of the functions that are replaced here when it is imported
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.support.pretend_cuda import guard

@@ -27,6 +27,8 @@ class Node:
     """Does it again, on the current stream."""
     uses: tuple["weakref.ref[Allocation]", ...]
     """What it reads and writes that is not the graph's own memory."""
+    stream: Stream | None
+    """A fork that it runs on; None: the stream of the replay."""
 
 
 class Capture:
@@ -46,8 +48,18 @@ class Capture:
         stream.capture = self
 
     def note(self, name: str, run: Callable[[], None], uses: list[Allocation]) -> None:
+        """Work of the calling thread's stream."""
         outside = tuple(weakref.ref(a) for a in uses if a.capture is not self._graph)
-        self._graph.nodes.append(Node(name, run, outside))
+        stream = self._streams[0].owner.current
+        self._graph.nodes.append(Node(name, run, outside, self._fork(stream)))
+
+    def note_order(self, stream: Stream, run: Callable[[Stream], None]) -> None:
+        """An event that is recorded or waited for on a stream."""
+        owner, fork = stream.owner, self._fork(stream)
+        self._graph.nodes.append(Node("event", lambda: run(owner.current), (), fork))
+
+    def _fork(self, stream: Stream) -> Stream | None:
+        return None if stream is self._streams[0] else stream
 
     def end(self) -> None:
         """Raises RuntimeError where a fork was not joined."""
@@ -90,7 +102,8 @@ class Graph:
                     raise owner.notices.fault(
                         f"{node.name} in a graph uses memory that was given back"
                     )
-                node.run()
+                with OnStream(owner.own, node.stream):
+                    node.run()
         self.replays += 1
         owner.replays += 1
 

@@ -3,6 +3,8 @@
 import threading
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tests.support.pretend_cuda.clocks import Mark
 from tests.support.pretend_cuda.faults import CAPTURING
 
@@ -16,6 +18,7 @@ class Stream:
 
     def __init__(self, owner: "PretendDevice", number: int) -> None:
         self.owner, self.number = owner, number
+        self.device = torch.device("cuda", 0)
         self.capture: Capture | None = None
 
     def wait_stream(self, other: "Stream") -> None:
@@ -35,6 +38,10 @@ class Stream:
             raise RuntimeError(
                 "CUDA error: dependency created on uncaptured work in another stream\n"
                 "Search for `cudaErrorStreamCaptureIsolation' in the documentation"
+            )
+        if self.capture is not None:
+            self.capture.note_order(
+                self, lambda on: on.owner.clocks.wait(on.number, event.mark or {})
             )
         with self.owner.lock:
             self.owner.clocks.wait(self.number, event.mark)
@@ -61,9 +68,14 @@ class Event:
     def record(self, stream: Stream | None = None) -> None:
         stream = stream or self._owner.current
         self.capture = stream.capture
+        if self.capture is not None:
+            self.capture.note_order(stream, self._mark)
+        self._mark(stream)
+        self._asked = 0
+
+    def _mark(self, stream: Stream) -> None:
         with self._owner.lock:
             self.mark = self._owner.clocks.mark(stream.number)
-        self._asked = 0
 
     def wait(self, stream: Stream | None = None) -> None:
         (stream or self._owner.current).wait_event(self)
