@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, PretrainedConfig
 
+from fader_adapters.kernels.cuda import nf4
 from fader_adapters.kernels.cuda.backend import CudaBackend
-from fader_server.model import graphs
+from fader_server.model import graphs, prompt_graphs
 from tests.support.families import COMMON, CONFIGS, write_family
 from tests.support.peft_adapters import write_adapter
 from tests.support.pretend_cuda.base import read_bases
@@ -25,6 +26,8 @@ SMALL: dict[str, Any] = COMMON | {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
+PIECE = 48
+"""Rows of one product over dequantised weights: here all that a step has."""
 ADAPTERS: dict[str, dict] = {
     "a": {"rank": 8},
     "b": {"rank": 20},
@@ -70,6 +73,8 @@ def on_device(**given: int) -> Iterator[PretendDevice]:
     with pretend(**given) as found, pytest.MonkeyPatch.context() as patch:
         read_bases(found, patch)
         patch.setattr(graphs, "WARM_TOKENS", (20,))
+        for module in (nf4, prompt_graphs):
+            patch.setattr(module, "PIECE", PIECE)
         patch.setitem(CudaBackend.__init__.__kwdefaults__, "entries", 12)
         yield found
 

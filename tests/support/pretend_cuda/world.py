@@ -51,6 +51,7 @@ class PretendWorld(TinyWorld):
                 block_size=16,
                 max_rows=limits.max_rows,
                 max_context=limits.max_model_len,
+                max_tokens=limits.max_step_tokens,
             ),
             sampler=Sampler(),
         )
