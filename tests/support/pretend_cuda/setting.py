@@ -7,14 +7,18 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, PretrainedConfig
 
+from fader_adapters.kernels.cuda import nf4
 from fader_adapters.kernels.cuda.backend import CudaBackend
-from fader_server.model import graphs
+from fader_server.model import graphs, prompt_graphs
 from tests.support.families import COMMON, CONFIGS, write_family
 from tests.support.peft_adapters import write_adapter
 from tests.support.pretend_cuda.base import read_bases
 from tests.support.pretend_cuda.device import PretendDevice, pretend
 from tests.support.pretend_cuda.world import LIMITS, PretendWorld
 from tests.support.world import Answer, Ask, TinyWorld
+
+PIECE = 24
+"""Tokens of the smallest captured step of prompts, for the interpreter's sake."""
 
 SMALL = COMMON | {
     "vocab_size": 160,
@@ -69,6 +73,8 @@ def on_device(**given: int) -> Iterator[PretendDevice]:
     with pretend(**given) as found, pytest.MonkeyPatch.context() as patch:
         read_bases(found, patch)
         patch.setattr(graphs, "WARM_TOKENS", (20,))
+        for module in (nf4, prompt_graphs):
+            patch.setattr(module, "PIECE", PIECE)
         patch.setitem(CudaBackend.__init__.__kwdefaults__, "entries", 12)
         yield found
 

@@ -3,6 +3,8 @@
 import threading
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tests.support.pretend_cuda.clocks import Mark
 from tests.support.pretend_cuda.faults import CAPTURING
 
@@ -16,6 +18,7 @@ class Stream:
 
     def __init__(self, owner: "PretendDevice", number: int) -> None:
         self.owner, self.number = owner, number
+        self.device = torch.device("cuda", 0)
         self.capture: Capture | None = None
 
     def wait_stream(self, other: "Stream") -> None:
