@@ -146,7 +146,7 @@ def _check_copy(
     for panel in weights.panels(span.linear):
         rows = copy[at : at + panel.shape[0]]
         at += panel.shape[0]
-        if not torch.equal(rows.to(dtype), panel.to(dtype)):
+        if not torch.equal(rows.to(dtype), panel.to(dtype).cpu()):
             raise AdapterMismatch(
                 f"tensor {info.name[:160]!r} differs from the base's own weight: it was trained "
                 f"or belongs to another base; where it was not trained, {remedy}"

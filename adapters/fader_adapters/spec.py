@@ -207,7 +207,8 @@ class BaseWeights(Protocol):
     """The base's own weights, for what only they decide. May be asked on any thread."""
 
     def panels(self, linear: int) -> "Iterator[torch.Tensor]":
-        """W [out, in] of one linear in fp32, a few rows at a time, in order; never all at once."""
+        """W [out, in] of one linear in fp32, a few rows at a time, in order; never all at once. On
+        the base's device."""
         ...
 
 

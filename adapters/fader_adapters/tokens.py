@@ -119,14 +119,15 @@ def _vocabulary(place: Place) -> int:
 
 
 def _own(place: Place, index: torch.Tensor, weights: BaseWeights) -> torch.Tensor:
-    """The base's rows of these tokens, [tokens, width] in fp32."""
+    """The base's rows of these tokens, [tokens, width] in fp32, on the host."""
     (span,) = place.spans
     if place.role == "embedding":
-        return torch.cat([panel[:, index] for panel in weights.panels(span.linear)]).t()
+        panels = weights.panels(span.linear)
+        return torch.cat([panel[:, index.to(panel.device)].cpu() for panel in panels]).t()
     own = torch.empty(len(index), place.in_features)
     at = 0
     for panel in weights.panels(span.linear):
         here = (index >= at) & (index < at + len(panel))
-        own[here] = panel[index[here] - at]
+        own[here] = panel[(index[here] - at).to(panel.device)].cpu()
         at += len(panel)
     return own

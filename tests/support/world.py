@@ -13,7 +13,6 @@ from fader_adapters.parse import read_adapter
 from fader_adapters.pool import Pool
 from fader_adapters.source import LocalSources
 from fader_adapters.store import Store
-from fader_adapters.tiers import ArenaTier
 from fader_server.core import Plan, Request, SamplingParams, TokenEvent, TokenLogprob
 from fader_server.engine.blocks import BlockManager
 from fader_server.engine.limits import Limits
@@ -23,6 +22,7 @@ from fader_server.model.kv_cache import KVCache
 from fader_server.model.loader import load_base
 from fader_server.model.runner import ModelRunner
 from fader_server.model.sampler import Sampler
+from fader_server.world import host_tier
 
 CPU = torch.device("cpu")
 
@@ -51,36 +51,43 @@ class TinyWorld:
         limits: Limits | None = None,
         blocks: int = 256,
         poison: bool = True,
+        device: torch.device = CPU,
+        arena: int = 1 << 22,
     ) -> None:
+        """arena: its elements."""
         self.base = load_base(
-            str(source), dtype=dtype, device=CPU, backend=choose(CPU, dtype, backend)
+            str(source), dtype=dtype, device=device, backend=choose(device, dtype, backend)
         )
-        arena = torch.full((1 << 22,), float("nan"), dtype=dtype)
-        self.tables = Tables(arena, len(self.base.installed.spec.linears))
-        self.pool = Pool(self.tables, in_place=True)
-        self.store = Store(ArenaTier(arena), on_retired=self._retired)
+        weights = torch.full((arena,), float("nan"), dtype=dtype, device=device)
+        self.tables = Tables(weights, len(self.base.installed.spec.linears))
+        self.pool = Pool(self.tables, in_place=device.type == "cpu")
+        self.store = Store(host_tier(weights, None), on_retired=self._retired)
         self.blocks = BlockManager(blocks, block_size=16)
         self.cache = KVCache(
-            self.base.layers, blocks=blocks, block_size=16, dtype=dtype, device=CPU
+            self.base.layers, blocks=blocks, block_size=16, dtype=dtype, device=device
         )
         if poison:  # whatever is read before it was written shows
             for layer in self.cache.layers():
                 layer.k[1:].fill_(float("nan"))
                 layer.v[1:].fill_(float("nan"))
-        self.runner = ModelRunner(
+        limits = limits or Limits(max_rows=32, max_step_tokens=288, max_model_len=512)
+        self.runner = self._runner(limits)
+        self.scheduler = Scheduler(
+            limits,
+            blocks=self.blocks,
+            pool=self.pool,
+        )
+        self.plans: list[Plan] = []
+        self._next = 0
+
+    def _runner(self, limits: Limits) -> ModelRunner:
+        return ModelRunner(
             self.base,
             cache=self.cache,
             tables=self.tables,
             attention=choose_attention(self.base, block_size=16),
             sampler=Sampler(),
         )
-        self.scheduler = Scheduler(
-            limits or Limits(max_rows=32, max_step_tokens=288, max_model_len=512),
-            blocks=self.blocks,
-            pool=self.pool,
-        )
-        self.plans: list[Plan] = []
-        self._next = 0
 
     def load(self, name: str, path: Path) -> None:
         raw = LocalSources(()).fetch_trusted(path)

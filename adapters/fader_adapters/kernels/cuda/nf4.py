@@ -125,7 +125,9 @@ class Nf4Linear(ByRows):
         """Whether the fused kernel multiplies x."""
         rows = {"rows": x.shape[0], "fused": 1, "pieces": configs.FUSED_ROWS + 1}[self._scratch.way]
         method = configs.method(self._arch, self.out_features, self.in_features, rows)
-        return method != "scratch" and x.dtype == (torch.bfloat16 if x.is_cuda else torch.float32)
+        return method != "scratch" and x.dtype == (
+            torch.float32 if interpreted(x) else torch.bfloat16
+        )
 
     def fused(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Write x·Wᵀ + b to `out` [T, out], contiguous, by the fused kernel: bf16; fp32 on CPU."""
@@ -170,7 +172,7 @@ class Nf4Linear(ByRows):
             split_blocks=self._split_blocks,
             x_stride=x.stride(0) if rows > 1 else self.in_features,
             **_WORDS,
-            **configs.gemm_constants(config, bias=bias is not None, exact=not x.is_cuda),
+            **configs.gemm_constants(config, bias=bias is not None, exact=interpreted(x)),
             **_options(config.warps, config.stages),
         )
 
@@ -256,6 +258,11 @@ def dequantise(tiles: Nf4Tiles, out: torch.Tensor, table: torch.Tensor, *, first
         **configs.dense_constants(),
         **_options(configs.SMALL_WARPS, 1),
     )
+
+
+def interpreted(x: torch.Tensor) -> bool:
+    """Whether kernels over `x` run in Triton's interpreter, which multiplies in fp32 only."""
+    return not x.is_cuda
 
 
 def _arch(device: torch.device) -> int:
