@@ -44,9 +44,9 @@ def measure_swap(rig: Rig, result: Result) -> None:
                 rig.check_time()
             swaps.append((time.perf_counter() - started) * 1e3)
         alone = Times.of(swaps)
-        streams = m.streams([()] * rows, m.context - 70 if rig.on_gpu else 4)
+        streams = m.streams([()] * rows, 4 if rig.small else m.context - 70)
         gaps: dict[bool, list[float]] = {False: [], True: []}
-        for step in range(60 if rig.on_gpu else 4):
+        for step in range(4 if rig.small else 60):
             plan, swapping = decode_plan(streams), step % 3 == 2
             started = time.perf_counter()
             if swapping and not pool.late():

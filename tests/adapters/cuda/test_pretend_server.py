@@ -13,9 +13,8 @@ from transformers import LlamaConfig
 pytest.importorskip("triton", reason="the CUDA kernels need triton")
 
 from fader_adapters.kernels.cuda.backend import CudaBackend
-from fader_adapters.leases import AdapterRef
 from fader_server import demo
-from fader_server.api.blends import NamedTerm
+from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.merge_ports import MergeOrder
 from fader_server.model import graphs
 from fader_server.model.launching import LaunchingRunner

@@ -151,6 +151,12 @@ class PretendDevice:
         }.items():
             patch.setattr(cuda, name, stand_in)
         patch.setattr(torch.version, "cuda", "0.0")
+        alike = torch._has_compatible_shallow_copy_type
+        patch.setattr(
+            torch,
+            "_has_compatible_shallow_copy_type",
+            lambda a, b: isinstance(a, Pretend) == isinstance(b, Pretend) and alike(a, b),
+        )
         for name in ("tolist", "numpy"):
             patch.setattr(torch.Tensor, name, self._reading(name), raising=False)
 

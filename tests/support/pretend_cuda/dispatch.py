@@ -1,6 +1,7 @@
 """One operator of torch on the pretended device: checked, ordered, computed on the CPU, wrapped."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -209,7 +210,7 @@ class _Call:
             target = owner.wrap(self.func(source, **self.kwargs))
             fill: Callable[[], Any] | None = None
         else:
-            fill = _filling(target.elem, source)
+            fill = partial(target.elem.copy_, source)
         self._arrive(source, target, fill, pinned=pinned and not waits)
         return target
 
@@ -229,7 +230,7 @@ class _Call:
             if fill is not None:
                 fill()
             return
-        refill = fill or _filling(elem, source)
+        refill = fill or partial(elem.copy_, source)
 
         def again() -> None:
             order()
@@ -237,10 +238,6 @@ class _Call:
 
         owner.clocks.work(owner.current.number)
         capture.note("copy to the device", again, [target.home])
-
-
-def _filling(target: torch.Tensor, source: torch.Tensor) -> Callable[[], Any]:
-    return lambda: target.copy_(source)
 
 
 def poison(elem: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import LlamaConfig, PretrainedConfig
@@ -20,7 +21,7 @@ from tests.support.world import Answer, Ask, TinyWorld
 PIECE = 24
 """Tokens of the smallest captured step of prompts, for the interpreter's sake."""
 
-SMALL = COMMON | {
+SMALL: dict[str, Any] = COMMON | {
     "vocab_size": 160,
     "hidden_size": 64,
     "intermediate_size": 128,

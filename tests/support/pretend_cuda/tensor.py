@@ -25,7 +25,7 @@ class Pretend(torch.Tensor):
                 strides=elem.stride(),
                 storage_offset=elem.storage_offset(),
                 dtype=elem.dtype,
-                device="cuda:0",
+                device=torch.device("cuda", 0),
             )
         made.elem, made.home = elem, home
         return made
