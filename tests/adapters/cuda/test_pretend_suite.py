@@ -21,8 +21,15 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
 ]
-SECTIONS = ("bandwidth", "parity nf4", "parity lora", "parity attention", "parity modules")
-OVER_A_MODEL = ("graphs", "swap")
+SECTIONS = (
+    "bandwidth",
+    "parity nf4",
+    "parity lora",
+    "parity join",
+    "parity attention",
+    "parity modules",
+)
+OVER_A_MODEL = ("graphs", "ahead", "prompts", "swap")
 
 
 @pytest.fixture

@@ -18,6 +18,9 @@ from tests.support.pretend_cuda.device import PretendDevice, pretend
 from tests.support.pretend_cuda.world import LIMITS, PretendWorld
 from tests.support.world import Answer, Ask, TinyWorld
 
+PIECE = 24
+"""Tokens of the smallest captured step of prompts, for the interpreter's sake."""
+
 SMALL: dict[str, Any] = COMMON | {
     "vocab_size": 160,
     "hidden_size": 64,
@@ -26,8 +29,6 @@ SMALL: dict[str, Any] = COMMON | {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
-PIECE = 48
-"""Rows of one product over dequantised weights: here all that a step has."""
 ADAPTERS: dict[str, dict] = {
     "a": {"rank": 8},
     "b": {"rank": 20},

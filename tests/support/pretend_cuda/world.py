@@ -10,7 +10,7 @@ from fader_server.engine.limits import Limits
 from fader_server.engine.stats import Unobserved
 from fader_server.engine.stepper import Stepper
 from fader_server.model.kernels import choose_attention
-from fader_server.model.launching import LaunchingRunner
+from fader_server.model.launching import LaunchedStep, LaunchingRunner
 from fader_server.model.runner import ModelRunner
 from fader_server.model.sampler import Sampler
 from tests.support.world import Answer, TinyWorld, _note
@@ -25,6 +25,8 @@ class PretendWorld(TinyWorld):
     def __init__(
         self, source: Path, *, limits: Limits = LIMITS, blocks: int = 40, arena: int = 1 << 18
     ) -> None:
+        self.led = 0
+        """Steps that began before the tokens of the step in front were known."""
         super().__init__(source, limits=limits, blocks=blocks, device=CUDA, arena=arena)
         self._answers: dict[str, Answer] = {}
         self.stepper = Stepper(
@@ -55,13 +57,18 @@ class PretendWorld(TinyWorld):
             ),
             sampler=Sampler(),
         )
-        launch = runner.launch
+        launch, go_on = runner.launch, runner.go_on
 
-        def noted(plan: Plan):
+        def noted(plan: Plan) -> LaunchedStep:
             self.plans.append(plan)
             return launch(plan)
 
-        runner.launch = noted
+        def went_on(plan: Plan, tokens: torch.Tensor) -> LaunchedStep:
+            self.plans.append(plan)
+            self.led += 1
+            return go_on(plan, tokens)
+
+        runner.launch, runner.go_on = noted, went_on
         return runner
 
     def _deliver(self, event: TokenEvent) -> None:

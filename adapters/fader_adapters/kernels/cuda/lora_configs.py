@@ -22,7 +22,7 @@ RESOLVE_BLOCK = 128
 
 RESOLVE_WARPS, RESOLVE_STAGES = 4, 2
 
-VECTOR_COLUMNS: Mapping[Phase, int] = {"decode": 128, "prefill": 64}
+VECTOR_COLUMNS: Mapping[Phase, int] = {"decode": 64, "prefill": 32}
 """Columns of a program of `vectors`."""
 
 VECTORS_WARPS, VECTORS_STAGES = 4, 1

@@ -203,14 +203,6 @@ def join(
     there = (token != -1) & (place < rows)
     at = tl.where(there, place, 0).to(tl.int64)[:, None] * columns + (column + n)[None, :]
     written = there[:, None] & (n < width)[None, :]
-    base = tl.load(planes + at, mask=written, other=0.0)
-    for split in tl.static_range(1, PLANES):  # pyright: ignore[reportGeneralTypeIssues]
-        base += tl.load(
-            planes + split * (rows.to(tl.int64) * columns) + at, mask=written, other=0.0
-        )
-    if HAS_BIAS:
-        held = tl.load(own + column + n, mask=n < width, other=0.0)
-        base += held.to(tl.float32)[None, :]
     plane = cells.to(tl.int64) * (ROWS * CHUNK)
     acc, touched = tile_sum(  # pyright: ignore[reportGeneralTypeIssues]
         arena,
@@ -231,5 +223,12 @@ def join(
         LANES,
         F32,
     )
+    part = rows.to(tl.int64) * columns
+    base = tl.load(planes + at, mask=written, other=0.0)
+    for split in tl.static_range(1, PLANES):  # pyright: ignore[reportGeneralTypeIssues]
+        base += tl.load(planes + split * part + at, mask=written, other=0.0)
+    if HAS_BIAS:
+        held = tl.load(own + column + n, mask=n < width, other=0.0)
+        base += held.to(tl.float32)[None, :]
     result = tl.where((touched != 0)[:, None], base + acc, base)
     tl.store(out + at, result, mask=written)

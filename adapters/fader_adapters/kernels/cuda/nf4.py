@@ -125,8 +125,9 @@ class Nf4Linear(ByRows):
         """Whether the fused kernel multiplies x."""
         rows = {"rows": x.shape[0], "fused": 1, "pieces": configs.FUSED_ROWS + 1}[self._scratch.way]
         method = configs.method(self._arch, self.out_features, self.in_features, rows)
-        fusible = torch.float32 if interpreted(x) else torch.bfloat16
-        return method != "scratch" and x.dtype == fusible
+        return method != "scratch" and x.dtype == (
+            torch.float32 if interpreted(x) else torch.bfloat16
+        )
 
     def fused(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Write x·Wᵀ + b to `out` [T, out], contiguous, by the fused kernel: bf16; fp32 on CPU."""
