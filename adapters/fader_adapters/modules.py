@@ -89,7 +89,8 @@ def _check_targets(
     if stranger is not None:
         raise AdapterMismatch(
             f"target_modules names {stranger[:160]!r}, the base has no such linear; "
-            "the adapter was made for another base"
+            "the adapter was made for another base, or its list names more than it was trained on: "
+            "take the name out of target_modules then"
         )
     try:
         selected: set[str] = set()
