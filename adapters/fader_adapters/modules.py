@@ -84,7 +84,7 @@ def _check_targets(
     `tied`: whichever of head and embedding is selected, PEFT adapts both and names the embedding.
     """
     targets = config.targets
-    theirs = {view.their_path(path): place for path, place in view.places.items()}
+    theirs = view.theirs_too
     stranger = targets.unmatched(theirs)
     if stranger is not None:
         raise AdapterMismatch(
