@@ -56,6 +56,10 @@ _REMEDY = {
     "layer_replication": "the base's layers are shared and cannot be replicated",
 }
 
+_UNKNOWN = (
+    "this field is not implemented; set it to null only if it changes nothing once training is over"
+)
+
 _HARMLESS_INIT = frozenset({"eva", "gaussian", "mica", "orthogonal"})
 _BASE_CHANGING_INIT = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
@@ -71,7 +75,7 @@ def require_known(fields: dict[str, Any]) -> None:
             or value in ({}, [], "")
         ):
             continue
-        remedy = _REMEDY.get(key, "this field is not implemented; set it to null")
+        remedy = _REMEDY.get(key, _UNKNOWN)
         raise AdapterInvalid(
             f"adapter_config.json: {key[:80]!r} = {_shown(value)}, expected null or false: {remedy}"
         )

@@ -11,8 +11,10 @@ from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from fader_adapters.errors import BaseUnsupported
+from fader_adapters.kernels.nf4 import BLOCK
 from fader_adapters.spec import BaseSpec, Digest, LinearSpec
 
 _PACKS_IN_ORDER = frozenset({"phi3", "phi4_multimodal", "glm", "glm4"})
@@ -54,6 +56,22 @@ def linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if module is not head and type(module) in _PLAIN:
             yield path, module
+
+
+def kept_plain(model: PreTrainedModel) -> list[str] | None:
+    """What bitsandbytes' quantiser is to leave alone (llm_int8_skip_modules), None: its own choice.
+
+    Beside that choice the linears outside the text decoder whose rows NF4's blocks would straddle:
+    those of towers for pictures or sound, which no text passes through.
+    """
+    decoder = model.get_decoder()
+    inside = set() if decoder is model else {id(module) for module in decoder.modules()}
+    odd = [
+        path
+        for path, module in linears(model)
+        if inside and id(module) not in inside and _shape(module)[0] % BLOCK
+    ]
+    return [*get_keys_to_not_convert(model), *odd] if odd else None
 
 
 def plain_head(model: PreTrainedModel) -> nn.Linear | None:

@@ -70,9 +70,9 @@ class LoraConfig:
 def read_config(data: bytes, limits: Limits) -> LoraConfig:
     """Check and read adapter_config.json. Raises AdapterInvalid, AdapterTooLarge."""
     fields = load_object(data, "adapter_config.json")
-    require_known(fields)
-    if fields.get("peft_type") != "LORA":
+    if fields.get("peft_type") != "LORA":  # first: another kind has other fields too
         raise invalid("peft_type", fields.get("peft_type"), '"LORA"')
+    require_known(fields)
     if fields.get("task_type") not in (None, "CAUSAL_LM"):
         raise invalid("task_type", fields["task_type"], '"CAUSAL_LM" or null')
     if fields.get("bias") not in (None, "none"):

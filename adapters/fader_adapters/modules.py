@@ -84,12 +84,13 @@ def _check_targets(
     `tied`: whichever of head and embedding is selected, PEFT adapts both and names the embedding.
     """
     targets = config.targets
-    theirs = {view.their_path(path): place for path, place in view.places.items()}
+    theirs = view.theirs_too
     stranger = targets.unmatched(theirs)
     if stranger is not None:
         raise AdapterMismatch(
             f"target_modules names {stranger[:160]!r}, the base has no such linear; "
-            "the adapter was made for another base"
+            "the adapter was made for another base, or its list names more than it was trained on: "
+            "take the name out of target_modules then"
         )
     try:
         selected: set[str] = set()

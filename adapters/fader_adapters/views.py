@@ -54,6 +54,19 @@ class View:
             return self.places.get(path)
         return self.places.get(self.ours + path.removeprefix(self.theirs))
 
+    @property
+    def theirs_too(self) -> Mapping[str, Place]:
+        """The places that the adapter's model has as well, by its paths.
+
+        Under another prefix it is another class of model: a text model has no tower for pictures.
+        """
+        same = self.theirs == self.ours
+        return {
+            self.their_path(path): place
+            for path, place in self.places.items()
+            if same or place.role != "linear" or path.startswith(self.ours)
+        }
+
     def their_path(self, ours: str) -> str:
         """A base path as the adapter's model would name it."""
         if ours.startswith(self.ours):

@@ -79,6 +79,16 @@ def test_configs_that_are_not_implemented_exactly_are_invalid(name):
         read(make_raw(make_config(**BAD_CONFIGS[name])))
 
 
+def test_another_kind_of_adapter_is_named_as_such_whatever_fields_it_has():
+    with pytest.raises(AdapterInvalid, match="'peft_type' = 'IA3', expected \"LORA\""):
+        read(make_raw(make_config(peft_type="IA3", feedforward_modules=["down_proj"])))
+
+
+def test_advice_on_an_unknown_field_does_not_make_a_wrong_adapter_load():
+    with pytest.raises(AdapterInvalid, match="null only if it changes nothing once training"):
+        read(make_raw(make_config(kasa_config={"beta": 1e-4})))
+
+
 def test_initialisations_that_change_the_base_name_the_remedy():
     with pytest.raises(AdapterInvalid, match="path_initial_model_for_weight_conversion"):
         read(make_raw(make_config(init_lora_weights="pissa")))

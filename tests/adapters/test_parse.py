@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -262,8 +263,20 @@ def test_wrong_tensors_are_refused_by_name(name):
 
 
 def test_a_target_the_base_does_not_have_is_a_mismatch():
-    with pytest.raises(AdapterMismatch, match="c_attn"):
+    with pytest.raises(AdapterMismatch, match=r"'c_attn'.*take the name out of target_modules"):
         read(make_raw(make_config(target_modules=["q_proj", "v_proj", "down_proj", "c_attn"])))
+
+
+def test_an_adapter_of_the_text_model_fits_a_base_that_also_has_a_tower():
+    text = make_base("model.language_model.")
+    tower = LinearSpec("model.vision_tower.layers.0.self_attn.q_proj", 64, 64, 0)
+    base = replace(text, linears=(tower, *text.linears))
+    assert read(make_raw(), base).report.matched == 9  # made for model.layers…
+    whole = make_raw(tensors=make_tensors(base))
+    assert read(whole, base).report.matched == 10
+    without = make_raw(tensors=make_tensors(text))  # its model had the tower
+    with pytest.raises(AdapterInvalid, match=r"vision_tower.*partial"):
+        read(without, base)
 
 
 def test_values_that_overflow_the_arena_dtype_are_refused_after_the_cast():

@@ -179,6 +179,17 @@ def test_a_template_that_fails_fails_the_request(template):
         tokenizer.encode_chat(ask("x"))
 
 
+def test_of_several_templates_the_default_speaks_and_without_one_the_base_is_refused():
+    message = [{"role": "user", "content": "hello"}]
+    one = Tokenizer(hf("byte_level", "{{ messages[0].content }}"), max_model_len=99)
+    both = hf("byte_level")
+    both.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "tools"}
+    assert Tokenizer(both, max_model_len=99).encode_chat(message) == one.encode_chat(message)
+    both.chat_template = {"rag": "documents", "tool_use": "tools"}
+    with pytest.raises(ModelUnsupported, match="expected one default chat template"):
+        Tokenizer(both, max_model_len=99)
+
+
 def test_a_base_without_a_template_says_what_to_do():
     with pytest.raises(RequestInvalid, match="/v1/completions"):
         Tokenizer(hf("byte_level"), max_model_len=64).encode_chat(ask("x"))

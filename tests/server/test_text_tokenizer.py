@@ -112,6 +112,22 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
         Tokenizer.load(str(tmp_path), max_model_len=64)
 
 
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", '{"version": "1.0", "added_tokens": [], "model": {"type": "Novel"}}'),
+        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1"),
+        ("tokenizer_config.json", "[]"),
+    ],
+)
+def test_tokenizer_files_nobody_can_read_are_refused_in_one_line(tmp_path, file, text):
+    hf("byte_level").save_pretrained(tmp_path)
+    assert Tokenizer.load(str(tmp_path), max_model_len=100)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ModelUnsupported, match=r"\Acannot load the tokenizer of .+\Z"):
+        Tokenizer.load(str(tmp_path), max_model_len=100)
+
+
 def test_a_template_file_travels_with_the_base(tmp_path):
     hf("byte_level", TEMPLATES["chatml"]).save_pretrained(tmp_path)
     assert Tokenizer.load(str(tmp_path), max_model_len=64).has_chat_template

@@ -108,6 +108,13 @@ MANY: dict[str, tuple[str, Mapping[str, Any]]] = {
     "olmoe": ("olmoe", MOE),
     "opt": ("opt", {"word_embed_proj_dim": 64, "do_layer_norm_before": False}),
     "phi": ("phi", {"qk_layernorm": True, "partial_rotary_factor": 0.5}),
+    "qwen2-yarn": (  # as the cards of Qwen tell to write it
+        "qwen2",
+        {
+            **_rope("yarn", factor=4.0, original_max_position_embeddings=128),
+            "max_position_embeddings": 128,
+        },
+    ),
     "qwen2-moe": ("qwen2_moe", {**MOE, "mlp_only_layers": [0]}),
     "qwen3-moe": ("qwen3_moe", {**MOE, "norm_topk_prob": True}),
     "seed-oss": ("seed_oss", {"attention_bias": True, "attention_out_bias": True}),

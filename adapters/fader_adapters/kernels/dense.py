@@ -67,6 +67,20 @@ class Rows(Protocol):
     def take(self, index: torch.Tensor) -> torch.Tensor: ...
 
 
+class ByToken:
+    """Stands for the weight of a packed table where a model reads that by itself: weight[i, :]."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+
+    def __getitem__(self, key: tuple[int, slice]) -> torch.Tensor:
+        """[width] of one token. Raises TypeError for anything else."""
+        token, columns = key
+        if not isinstance(token, int) or columns != slice(None):
+            raise TypeError(f"a packed table gives whole rows, not [{token}, {columns}]")
+        return self._rows.take(torch.tensor([token]))[0]
+
+
 class EmbeddingTable(ByRows):
     """A lookup as a base: W [out, in] is the table [tokens, width] transposed, x is one-hot."""
 
@@ -84,6 +98,11 @@ class EmbeddingTable(ByRows):
     @property
     def plain_dtype(self) -> torch.dtype:
         return self.source.dtype
+
+    @property
+    def weight(self) -> "torch.Tensor | ByToken":
+        """For a model that reads rows of its table by itself."""
+        return self.source if isinstance(self.source, torch.Tensor) else ByToken(self.source)
 
     @property
     def nbytes(self) -> int:

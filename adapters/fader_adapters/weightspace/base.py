@@ -15,7 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from fader_adapters.describe import describe
+from fader_adapters.describe import describe, kept_plain
 from fader_adapters.errors import AdapterInvalid, BaseUnsupported, CheckpointInvalid, SourceNotFound
 from fader_adapters.kernels import nf4
 from fader_adapters.spec import BaseSpec, LinearSpec
@@ -39,6 +39,8 @@ class Base:
     """The model's own name of a tensor → its key in the files; what is stored fused is not here."""
     quantisable: frozenset[str]
     """Paths of the linears that bitsandbytes quantises."""
+    kept_plain: list[str] | None = None
+    """What its configuration names as left alone; None: its own choice."""
 
     @property
     def directory(self) -> Path:
@@ -130,7 +132,9 @@ def open_base(directory: Path) -> Base:
     config = _config(directory)
     model = _skeleton(directory)
     spec = describe(model, name=str(directory))
-    return Base(checkpoint, spec, config, _names(model, checkpoint), _quantisable(model))
+    kept = kept_plain(model)
+    names = _names(model, checkpoint)
+    return Base(checkpoint, spec, config, names, _quantisable(model, kept), kept)
 
 
 def _config(directory: Path) -> dict[str, Any]:
@@ -179,22 +183,23 @@ def _names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
     return names
 
 
-def _quantisable(model: PreTrainedModel) -> frozenset[str]:
+def _quantisable(model: PreTrainedModel, kept: list[str] | None) -> frozenset[str]:
     """Turns the skeleton into bitsandbytes' own to see which linears it takes."""
     from bitsandbytes.nn.modules import Linear4bit
 
-    quantizer = Bnb4BitHfQuantizer(nf4_config(), pre_quantized=False)
+    quantizer = Bnb4BitHfQuantizer(nf4_config(kept), pre_quantized=False)
     quantizer.preprocess_model(cast(Any, model), device_map=None)
     return frozenset(
         path for path, module in model.named_modules() if isinstance(module, Linear4bit)
     )
 
 
-def nf4_config() -> BitsAndBytesConfig:
-    """NF4 with double quantisation, as `fader quantize` writes it."""
+def nf4_config(kept: list[str] | None) -> BitsAndBytesConfig:
+    """NF4 with double quantisation, as `fader quantize` writes it; `kept`: see `kept_plain`."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=kept,
     )

@@ -61,7 +61,7 @@ def _config(base: Base, form: Form) -> dict[str, Any]:
             config.setdefault("dtype", "bfloat16")
         return _in_bf16(config)
     if not base.in_nf4:
-        config["quantization_config"] = nf4_config().to_dict()
+        config["quantization_config"] = nf4_config(base.kept_plain).to_dict()
     return config
 
 

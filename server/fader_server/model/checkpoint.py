@@ -6,6 +6,7 @@ Knows transformers' loading and files; knows nothing of Fader's linears.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from fader_adapters.describe import kept_plain
 from fader_adapters.errors import BaseUnsupported
 from fader_adapters.kernels import native
 from fader_adapters.kernels.nf4 import check_width
@@ -70,7 +72,7 @@ def read_config(source: str) -> PretrainedConfig:
         )
     text = config.get_text_config(decoder=True)
     for name in _OTHER_ATTENTION:
-        if getattr(text, name, None):
+        if getattr(text, name, None) not in (None, False, 0, "vision"):
             raise ModelUnsupported(f"{source}: {name} is set, an attention Fader does not have")
     _check_quantization(source, config)
     return config
@@ -110,6 +112,7 @@ def read_nf4(
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=None if ready else _kept_plain(config),
     )
     if not ready and device.type == "cpu" and native.available():
         use_native_kernel(nf4)
@@ -156,6 +159,14 @@ def read_nf4(
             except BaseUnsupported as error:
                 raise ModelUnsupported(f"{source}: {path}: {error}") from error
     return model
+
+
+def _kept_plain(config: PretrainedConfig) -> list[str] | None:
+    """See `kept_plain`; only a model with parts beside its text decoder is built to look at."""
+    if config.get_text_config(decoder=True) is config:
+        return None
+    with torch.device("meta"), quiet_libraries():
+        return kept_plain(AutoModelForCausalLM.from_config(deepcopy(config)))
 
 
 def quantize(source: str, target: Path, *, device: torch.device) -> None:

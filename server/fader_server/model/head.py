@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fader_adapters.kernels.cpu import NativeBackend
+from fader_adapters.kernels.dense import ByToken
 from fader_adapters.kernels.native import PlainPanels, Tape
 from fader_adapters.kernels.native.panels import BLOCK
 from fader_adapters.layers import Installed, SiteEmbedding, SiteHead
@@ -27,6 +28,11 @@ class NativeEmbedding(nn.Module):
     def copied(self, tape: Tape | None) -> "NativeEmbedding":
         """The same over the same panels, told to another tape or to none."""
         return NativeEmbedding(self._panels, self.scale, tape)
+
+    @property
+    def weight(self) -> ByToken:
+        """For a model that reads rows of its table by itself."""
+        return ByToken(self._panels)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         rows = self._panels.take(input_ids.contiguous(), tape=self._tape)

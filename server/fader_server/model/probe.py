@@ -16,7 +16,7 @@ from fader_adapters.changes import Change, Changes
 from fader_adapters.kernels import native
 from fader_adapters.kernels.backend import BaseLinear
 from fader_adapters.kernels.cpu import NativeBackend
-from fader_adapters.kernels.dense import EmbeddingTable
+from fader_adapters.kernels.dense import ByToken, EmbeddingTable
 from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.lane import MergedLane
 from fader_adapters.layers import Site, SiteEmbedding, SiteHead, SiteLinear
@@ -145,6 +145,10 @@ class _ProbeEmbedding(nn.Module):
     def __init__(self, table: EmbeddingTable, linear: int, glass: _Glass) -> None:
         super().__init__()
         self._base, self._linear, self._glass = table, linear, glass
+
+    @property
+    def weight(self) -> torch.Tensor | ByToken:
+        return self._base.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         view = self._glass.view

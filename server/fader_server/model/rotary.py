@@ -15,9 +15,11 @@ def longest(text: PretrainedConfig, source: str) -> int:
     """Tokens of the longest sequence whose every position has one meaning.
 
     Rotary embeddings of the kind longrope turn all keys of a sequence otherwise once it is longer
-    than its original length: those that are cached would be of the other kind.
+    than its original length: those that are cached would be of the other kind. Those of the kind
+    yarn reach their factor times the original length, also where only they were written into the
+    config, as the cards of Qwen tell.
     """
-    positions = int(getattr(text, "max_position_embeddings", None) or DEFAULT)
+    positions = max(int(getattr(text, "max_position_embeddings", None) or DEFAULT), _yarn(text))
     original = min((_original(rope, text) or positions for rope in _longropes(text)), default=0)
     if not 0 < original < positions:
         return positions
@@ -28,6 +30,15 @@ def longest(text: PretrainedConfig, source: str) -> int:
         positions,
     )
     return original
+
+
+def _yarn(text: PretrainedConfig) -> int:
+    """Positions that a yarn of all layers stretches to, 0 without one that tells its original."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    if rope.get("rope_type") != "yarn" or not original or not factor:
+        return 0
+    return int(original * factor)
 
 
 def _longropes(text: PretrainedConfig) -> list[dict[str, Any]]:

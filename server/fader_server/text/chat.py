@@ -29,10 +29,14 @@ class ChatEncoder:
     """Safe to use from several threads: nothing changes after construction."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, backend: tokenizers.Tokenizer) -> None:
-        """Raises ModelUnsupported when the tokenizer's control tokens cannot be told from text."""
+        """Raises ModelUnsupported when the tokenizer's control tokens cannot be told from text, or
+        when it has several templates and none of them is the default."""
         self._tokenizer = tokenizer
         self._backend = backend
-        self._template = str(tokenizer.get_chat_template())
+        try:
+            self._template = str(tokenizer.get_chat_template())
+        except ValueError as error:
+            raise ModelUnsupported(f"expected one default chat template: {error}") from error
         added = backend.get_added_tokens_decoder().values()
         special = {t.content for t in added if t.special}
         # Not special, yet structure when the template writes it: <tool_response>. The assistant's

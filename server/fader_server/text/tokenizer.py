@@ -55,8 +55,9 @@ class Tokenizer:
             tokenizer = AutoTokenizer.from_pretrained(
                 source, revision=revision, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ModelUnsupported(f"cannot load the tokenizer of {source}: {error}") from error
+        except Exception as error:  # whatever a file on disk can cause; the library raises no less
+            told = str(error).strip().splitlines() or [type(error).__name__]
+            raise ModelUnsupported(f"cannot load the tokenizer of {source}: {told[0]}") from error
         eos_ids = _config_eos(source, revision)
         return cls(tokenizer, max_model_len=max_model_len, eos_ids=eos_ids)
 

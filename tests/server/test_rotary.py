@@ -1,0 +1,35 @@
+"""How long a base's sequences may be, told by its rotary embeddings."""
+
+import pytest
+from transformers import LlamaConfig, Qwen2Config
+
+from fader_server.model.rotary import longest
+
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+def test_yarn_that_was_written_into_a_config_stretches_its_positions():
+    config = Qwen2Config(max_position_embeddings=128, rope_scaling=YARN)
+    assert longest(config, "base") == 512
+    already = Qwen2Config(max_position_embeddings=1024, rope_scaling=YARN)
+    assert longest(already, "base") == 1024
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        None,
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "linear", "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+    ],
+)
+def test_other_kinds_end_where_the_config_says(rope):
+    config = LlamaConfig(max_position_embeddings=128, rope_scaling=rope)
+    assert longest(config, "base") == 128
