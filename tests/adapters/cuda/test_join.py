@@ -85,7 +85,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return launched
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bias", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MIXES)
 def test_every_mix_equals_fp64_by_two_kernels_behind_the_product(
     name: str, bias: bool, kernels: list[str]

@@ -55,6 +55,7 @@ def test_mixed_batches_of_blends_give_the_references_answers(
     assert device.replays > before
 
 
+@pytest.mark.slow
 def test_every_kind_of_adapter_gives_the_references_answers(
     setting: Setting, world: PretendWorld
 ) -> None:
@@ -75,6 +76,7 @@ SAMPLED: list[dict] = [
 ]
 
 
+@pytest.mark.slow
 def test_every_way_to_sample_gives_the_references_tokens(
     setting: Setting, world: PretendWorld
 ) -> None:

@@ -78,6 +78,7 @@ def test_captured_prompts_give_the_bits_of_those_run_operator_by_operator(
     assert len({tokens for tokens, _ in ran}) > 1
 
 
+@pytest.mark.slow
 def test_what_a_bucket_holds_beyond_its_step_is_never_read(
     setting: Setting, plain: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +119,7 @@ def test_more_prompts_than_a_bucket_has_rows_and_scored_ones_go_the_usual_way(
     assert ran == [(4, "base")]
 
 
+@pytest.mark.slow
 def test_more_deltas_than_a_bucket_holds_run_operator_by_operator(
     setting: Setting, plain: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +138,7 @@ def test_more_deltas_than_a_bucket_holds_run_operator_by_operator(
     assert told(world.run(given()[2:])) == plain[2:]
 
 
+@pytest.mark.slow
 def test_prompts_that_cannot_be_captured_leave_decode_steps_theirs(
     setting: Setting, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

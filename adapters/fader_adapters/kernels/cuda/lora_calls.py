@@ -21,7 +21,7 @@ from fader_adapters.kernels.cuda.lora_configs import (
     vectors_constants,
 )
 from fader_adapters.kernels.cuda.lora_step import MAX_MEMBERS, DeltaSite, LoraStep, PhaseLaunch
-from fader_adapters.kernels.cuda.lora_tables import TILE
+from fader_adapters.kernels.cuda.lora_tables import JOIN, TILE
 
 # A launch passes torch tensors and compile options, which a kernel's own signature does not show.
 _resolve_kernel: Any = lora_kernels.resolve
@@ -129,16 +129,14 @@ def join(
     bias: torch.Tensor | None,
 ) -> None:
     """z and planes [P, T, Σ out] float32 into out [T, Σ out]."""
-    config = site.configs.expand[launch.phase]
     constants = join_constants(
-        config,
         planes=len(planes),
         splits=site.configs.shrink[launch.phase].splits,
         bias=bias is not None,
         exact=out.dtype == torch.float32,
     )
     buffers, at = step.buffers, launch.buffers
-    _join_kernel[(_blocks(site, config.block_n), launch.tiles)](
+    _join_kernel[(_blocks(site, JOIN.block_n), launch.tiles)](
         out,
         planes,
         out if bias is None else bias,
@@ -160,8 +158,8 @@ def join(
         buffers.left.shape[1],
         at.cells,
         **constants,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        num_warps=JOIN.warps,
+        num_stages=JOIN.stages,
     )
 
 

@@ -1,11 +1,12 @@
 """The compile-time arguments of the delta kernels, and every variant that can be launched."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fader_adapters.kernels.cuda import nf4_configs
 from fader_adapters.kernels.cuda.lora_tables import (
     EXPAND,
+    JOIN,
     SHRINK,
     TILE,
     Arch,
@@ -55,11 +56,9 @@ def expand_constants(
     }
 
 
-def join_constants(
-    config: ExpandConfig, *, planes: int, splits: int, bias: bool, exact: bool
-) -> dict[str, int | bool]:
+def join_constants(*, planes: int, splits: int, bias: bool, exact: bool) -> dict[str, int | bool]:
     """The constants of `join`; planes: of the base's product; bias: whether the base has one."""
-    own = expand_constants(config, "decode", splits=splits, exact=exact)
+    own = expand_constants(JOIN, "decode", splits=splits, exact=exact)
     return own | {"PLANES": planes, "HAS_BIAS": bias}
 
 
@@ -115,30 +114,25 @@ def shipped() -> list[Shipped]:
                 launch = (expand.warps, expand.stages)
                 found.append(Shipped(expands.expand, signature, constants, *launch, archs=(arch,)))
     for arch in both:
-        for planes, splits, expand in _joins(arch):
+        for planes, splits in _joins(arch):
             for bias in (False, True):
-                constants = join_constants(
-                    expand, planes=planes, splits=splits, bias=bias, exact=False
-                )
+                constants = join_constants(planes=planes, splits=splits, bias=bias, exact=False)
                 signature = _signature(expands.join, _JOIN, constants)
-                launch = (expand.warps, expand.stages)
+                launch = (JOIN.warps, JOIN.stages)
                 found.append(Shipped(expands.join, signature, constants, *launch, archs=(arch,)))
     return _joined(found)
 
 
-def _joins(arch: Arch) -> Iterator[tuple[int, int, ExpandConfig]]:
-    """(planes of the product, of `shrink`, configuration) that some shape leads to.
-
-    Widths that lie between two of these are cut like one of them.
-    """
+def _joins(arch: Arch) -> list[tuple[int, int]]:
+    """(planes of the product, of `shrink`) that some shape leads to: widths that lie between two of
+    these are cut like one of them."""
     seen = set()
     for blocks in (8, 16, 24, 32, 40, 48, 56, 64, 128):
         for tiles in range(1, nf4_configs.MULTIPROCESSORS[arch] + 1):
             n, k = tiles * nf4_configs.TILE_ROWS, blocks * nf4_configs.BLOCK_COLUMNS
             planes = -(-blocks // nf4_configs.split_blocks(arch, n, k))
-            configs = site_configs(arch, k, n)
-            seen.add((planes, configs.shrink["decode"].splits, configs.expand["decode"]))
-    yield from (entry for entry in sorted(seen, key=repr) if entry[0] > 1)
+            seen.add((planes, site_configs(arch, k, n).shrink["decode"].splits))
+    return sorted(entry for entry in seen if entry[0] > 1)
 
 
 _PHASE = dict.fromkeys(("tokens", "first", "last", "cell", "header"), "*i32:16")

@@ -79,6 +79,11 @@ EXPAND: Mapping[tuple[Arch, Phase], tuple[tuple[int, ExpandConfig], ...]] = {
 """Rows of (least output width of the site, configuration), widest first."""
 
 
+JOIN = ExpandConfig(32, 4, 6)
+"""Of the kernel that also sums the base's planes, at any width: what it holds of those leaves no
+registers for more columns."""
+
+
 def _choose(table: Sequence[tuple[int, T]], width: int) -> T:
     return next(config for least, config in table if width >= least)
 
