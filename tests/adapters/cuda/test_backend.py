@@ -160,6 +160,7 @@ def poisoned(patch: pytest.MonkeyPatch, kept: Callable[[int], int]) -> None:
     patch.setattr(GraphInputs, "fill", spoil)
 
 
+@pytest.mark.slow
 def test_captured_steps_give_the_bits_of_steps_run_operator_by_operator(
     setting: Setting, plain: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +202,7 @@ def test_a_read_of_a_poisoned_row_would_be_noticed(
         setting.world().run(asks(1))
 
 
+@pytest.mark.slow
 def test_a_step_with_more_deltas_than_were_captured_runs_operator_by_operator(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ def lane_in(world: TinyWorld):
     return publish(world, merge(world, BLEND, form="nf4"))
 
 
+@pytest.mark.slow
 def test_a_lane_gives_the_references_tokens_through_graphs_of_its_own(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:

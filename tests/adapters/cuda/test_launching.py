@@ -145,6 +145,7 @@ PARAMS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_steps_that_go_on_by_tokens_the_host_has_not_seen_give_the_same(
     setting: Setting, monkeypatch: pytest.MonkeyPatch, order: list[str]
 ) -> None:

@@ -47,7 +47,7 @@ def test_memory_is_poisoned() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rows", [1, 7, 63, 133])
+@pytest.mark.parametrize("rows", [1, 7, 63, pytest.param(133, marks=pytest.mark.slow)])
 def test_product_matches_float64(shape: tuple[int, int], rows: int, scratch: nf4.Scratch) -> None:
     weight, x, bias = random_weight(*shape), torch.randn(rows, shape[1]), torch.randn(shape[0])
     for added in (bias, None):

@@ -102,6 +102,7 @@ def test_a_prefix_that_is_found_again_gives_the_references_answers(
     assert answer.cached == 32
 
 
+@pytest.mark.slow
 def test_a_decode_step_waits_once_and_for_its_own_copy_alone(
     world: PretendWorld, device: PretendDevice
 ) -> None:

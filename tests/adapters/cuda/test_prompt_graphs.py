@@ -64,6 +64,7 @@ def started(
     return setting.world(), ran
 
 
+@pytest.mark.slow
 def test_captured_prompts_give_the_bits_of_those_run_operator_by_operator(
     setting: Setting, plain: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +105,7 @@ def test_what_a_bucket_holds_beyond_its_step_is_never_read(
     assert told(world.run(given())) != plain
 
 
+@pytest.mark.slow
 def test_more_prompts_than_a_bucket_has_rows_and_scored_ones_go_the_usual_way(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,7 +50,7 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bias", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MIXES)
 def test_every_mix_equals_fp64_and_the_base_bias_has_no_gain(name: str, bias: bool) -> None:
     run, terms = Run(make_world(RANKS, torch.float32, vectors=True), bias=bias), MIXES[name]
