@@ -95,6 +95,33 @@ def test_a_drained_process_exits_with_0():
         assert process.wait(20) == 0
 
 
+START = """
+import os, signal, sys, time
+from contextlib import contextmanager
+from fader_server import config
+from fader_server.launch import run
+
+@contextmanager
+def slow_world(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+    yield
+
+run(config.load({"port": "0"}, {}), slow_world, version="0")
+"""
+
+
+def test_a_signal_ends_a_start_through_a_handler():
+    """The first process of a container gets only signals that it handles."""
+    ended = subprocess.run(
+        [sys.executable, "-c", START],
+        timeout=25,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert ended.returncode == 128 + signal.SIGTERM  # without a handler −15, and as pid 1 none
+
+
 async def test_a_dead_engine_ends_the_server_with_an_error(worlds):
     world = worlds(drain_grace=0.0)
     with bind(world.app.state.context.config) as sock:
