@@ -100,7 +100,7 @@ def test_an_adapter_of_another_base_in_a_folder_is_skipped_aloud(tmp_path, caplo
     ("flags", "reason"),
     [
         ({"model": "no-such-folder"}, "no model at"),
-        ({"model": "/no/such/folder"}, "MODEL /no/such/folder: no such folder"),
+        ({"model": "/no/such/folder"}, "no model at '/no/such/folder': no such folder"),
         ({"adapter": ["x=/no/such/adapter"]}, "--adapter x: .*/no/such/adapter"),
         ({"adapter_dir": ["/no/such/root"]}, "--adapter-dir /no/such/root"),
         ({"served_model_name": "shout"}, "--served-model-name shout"),
