@@ -3,15 +3,12 @@
 import asyncio
 import gc
 import logging
-import signal
 import socket
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from types import FrameType
-from typing import NoReturn
 
 from fastapi import FastAPI
 from rich.console import Console
@@ -69,7 +66,6 @@ def run(config: ServeConfig, open_world: OpenWorld, *, version: str) -> None:
     file = StateFile(config.state_dir) if config.state_dir is not None else None
     metrics = Metrics()
     with ExitStack() as stack:
-        stack.enter_context(_terminable())
         if file is not None:
             stack.enter_context(file.locked())
         state = file.read() if file is not None else State()
@@ -99,24 +95,6 @@ def run(config: ServeConfig, open_world: OpenWorld, *, version: str) -> None:
         )
         asyncio.run(_serve(application, world, named, sock))
     _log.info("ended")
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends a start, until the server has its own answer to it: a drain.
-
-    Without a handler the kernel keeps the signal from a container's first process: the server would
-    go on to start, and never know.
-    """
-
-    def end(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 async def _serve(application: FastAPI, world: World, recipes: Recipes, sock: socket.socket) -> None:

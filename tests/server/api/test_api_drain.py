@@ -97,17 +97,16 @@ def test_a_drained_process_exits_with_0():
 
 START = """
 import os, signal, sys, time
-from contextlib import contextmanager
-from fader_server import config
-from fader_server.launch import run
+from fader_server import cli
 
-@contextmanager
-def slow_world(*_):
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(30)
-    yield
+class Slow:
+    def find_spec(self, name, *_):
+        if name == "fader_server.launch":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(20)
 
-run(config.load({"port": "0"}, {}), slow_world, version="0")
+sys.meta_path.insert(0, Slow())
+sys.exit(cli.main(["serve"]))
 """
 
 
