@@ -89,7 +89,7 @@ def check_version(name: str, current: str, expected: str | None) -> None:
         return
     if VERSION_PREFIX.fullmatch(expected) and current.startswith(expected):
         return
-    raise VersionConflict(
-        f"expected {name!r} {f'at version {expected[:64]}' if expected else 'to be free'}, "
-        f"it is {f'at {current}' if current else 'not loaded'}; read it again"
-    )
+    wanted = f"at version {expected[:64]}" if expected else "to be free"
+    advice = "read it again" if expected else "swap it, or choose another name"
+    found = f"at {current}" if current else "not loaded"
+    raise VersionConflict(f"expected {name!r} {wanted}, it is {found}; {advice}")

@@ -81,6 +81,12 @@ def bounded_protocol(*, header_seconds: float, max_connections: int) -> type[H11
                 self.transport.write(self.conn.send(event) or b"")
             self.transport.close()
 
+        def _unsupported_upgrade_warning(self) -> None:
+            """The answer is HTTP/1.1, as every client expects that asks for h2c in passing.
+
+            uvicorn would advise an install whose parser lifts the bound on request heads.
+            """
+
         def connection_lost(self, exc: Exception | None) -> None:
             self._disarm()
             super().connection_lost(exc)

@@ -35,6 +35,7 @@ from fader_server.launch import Background, World
 from fader_server.mergestart import lane_of, open_merging, policy_of, probe_tokens, room_to_keep
 from fader_server.merging import Parts
 from fader_server.metrics import Metrics
+from fader_server.model.checkpoint import check_folder
 from fader_server.model.device import choose_device, choose_dtype, free_bytes, set_threads
 from fader_server.model.kernels import choose_attention
 from fader_server.model.kv_cache import KVCache, bytes_per_block
@@ -154,8 +155,8 @@ def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> 
 
 def _check_named(config: ServeConfig, base_name: str) -> None:
     """What is named wrongly is told before the base takes its time to load."""
-    if config.model.startswith(("/", "./", "../", "~")) and not Path(config.model).is_dir():
-        raise ConfigInvalid(f"MODEL {config.model}: no such folder; give a folder or a Hub id")
+    if config.model:
+        check_folder(config.model)
     if not config.model and base_name in demo.adapter_dirs():
         raise ConfigInvalid(f"--served-model-name {base_name}: a demo adapter has this name")
     for given in config.adapter:

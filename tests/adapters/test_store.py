@@ -246,7 +246,7 @@ def test_a_refused_publish_changes_nothing(world):
 
 def test_compare_and_swap(world):
     old = world.load("tone", P[0], if_version="")
-    with pytest.raises(VersionConflict, match="free"):
+    with pytest.raises(VersionConflict, match=r"to be free.*swap it"):
         world.load("tone", P[1], if_version="")
     with pytest.raises(VersionConflict):
         world.load("other", P[1], if_version=old.version)

@@ -18,6 +18,7 @@ from fader_server.cli import main
         (["serve", "--adapter", "x"], "--adapter"),
         (["serve", "--no-such-flag"], "--no-such-flag"),
         (["nonsense"], "nonsense"),
+        (["bench"], "Missing command"),
         (["serve", "--config", "/nowhere.toml"], "/nowhere.toml"),
     ],
 )

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from fader_adapters.kernels.backend import choose
+from fader_server import demo
 from fader_server.errors import ConfigInvalid, ModelUnsupported
 from fader_server.model.checkpoint import quantize
 from fader_server.model.loaded import LoadedBase
@@ -143,6 +144,13 @@ def _nudged(source: Path, target: Path, name: str) -> Path:
 def test_nothing_at_the_path_is_a_mistake_of_the_user(tmp_path):
     with pytest.raises(ConfigInvalid, match="no model at"):
         _load(tmp_path / "missing")
+
+
+def test_a_folder_that_is_no_base_is_told_from_one_that_is_an_adapter(tmp_path):
+    with pytest.raises(ConfigInvalid, match=r"has no config\.json"):
+        _load(tmp_path)
+    with pytest.raises(ConfigInvalid, match="holds an adapter, expected a base"):
+        _load(demo.adapter_dirs()["shout"])
 
 
 def _edited(source: Path, target: Path, **changes: object) -> Path:

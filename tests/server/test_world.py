@@ -73,6 +73,20 @@ def test_the_memory_plan_is_told_once_in_bytes(caplog):
     assert plan["total_bytes"] == sum(plan[k] for k in plan if k.endswith("_bytes")) / 2
 
 
+def test_gateways_are_told_what_the_arena_can_hold_not_what_is_there():
+    """One that reads max_lora takes a server with as many running adapters for a full one."""
+    found = {}
+    for arena in ("2MiB", "8MiB"):
+        with _open(arena=arena) as world:
+            infos = world.adapters.list()
+            each = sum(info.bytes for info in infos) / len(infos)
+            found[arena] = world.adapters.totals().slots * each / (1 << 20)
+            for info in infos:
+                world.adapters.unload(info.name)
+            assert world.adapters.totals().slots == 1
+    assert found == {"2MiB": pytest.approx(2, abs=0.2), "8MiB": pytest.approx(8, abs=0.2)}
+
+
 def test_an_adapter_of_another_base_stops_the_start_when_it_was_named(tmp_path):
     base = write_family("llama", tmp_path / "base")
     other = write_adapter(base, tmp_path / "other", rank=4, seed=1)
@@ -100,7 +114,7 @@ def test_an_adapter_of_another_base_in_a_folder_is_skipped_aloud(tmp_path, caplo
     ("flags", "reason"),
     [
         ({"model": "no-such-folder"}, "no model at"),
-        ({"model": "/no/such/folder"}, "MODEL /no/such/folder: no such folder"),
+        ({"model": "/no/such/folder"}, "no model at '/no/such/folder': no such folder"),
         ({"adapter": ["x=/no/such/adapter"]}, "--adapter x: .*/no/such/adapter"),
         ({"adapter_dir": ["/no/such/root"]}, "--adapter-dir /no/such/root"),
         ({"served_model_name": "shout"}, "--served-model-name shout"),

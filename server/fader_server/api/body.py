@@ -21,11 +21,13 @@ async def read_json(request: Request, *, limit: int, seconds: float) -> dict[str
     """The request's body as an object without duplicate keys, NaN or Infinity.
 
     Raises BodyTooLarge above `limit` bytes, BodyTooSlow after `seconds`, UnsupportedMedia
-    unless the content type is JSON, RequestInvalid for everything else that is wrong.
+    unless it is JSON that nothing compresses, RequestInvalid for everything else that is wrong.
     """
     media = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media != "application/json":
         raise UnsupportedMedia("the content type must be application/json")
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise UnsupportedMedia("the body is compressed; send it without content-encoding")
     try:
         async with asyncio.timeout(seconds):
             raw = await _read(request, limit)

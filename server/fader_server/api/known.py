@@ -11,15 +11,21 @@ _IGNORED = frozenset((
     "user", "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_key",
     "safety_identifier", "reasoning_effort", "verbosity", "prediction", "audio",
     "web_search_options", "skip_special_tokens", "spaces_between_special_tokens",
-    "add_special_tokens", "prompt_logprobs", "length_penalty", "use_beam_search", "request_id",
-    "priority", "return_token_ids", "truncate_prompt_tokens", "detokenize",
+    "add_special_tokens", "prompt_logprobs", "length_penalty", "request_id", "priority",
+    "return_token_ids", "truncate_prompt_tokens", "detokenize",
 ))
+UNSERVED_FIELDS = (
+    "response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+    "structured_outputs", "json_schema", "grammar", "regex", "ebnf", "bad_words",
+    "allowed_token_ids", "use_beam_search", "include_stop_str_in_output",
+)
+"""They change what an answer may be: without them it would be another, and look right."""
 _COMPLETION = frozenset(("prompt", "echo", "best_of", "suffix"))
 _CHAT = frozenset((
     "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice",
-    "response_format", "functions", "function_call", "modalities", "chat_template",
-    "chat_template_kwargs",
+    "functions", "function_call", "modalities", "chat_template", "chat_template_kwargs",
+    "continue_final_message", "add_generation_prompt",
 ))
 # fmt: on
-COMPLETION_FIELDS = _SHARED | _IGNORED | _COMPLETION
-CHAT_FIELDS = _SHARED | _IGNORED | _CHAT
+COMPLETION_FIELDS = _SHARED | _IGNORED | frozenset(UNSERVED_FIELDS) | _COMPLETION
+CHAT_FIELDS = _SHARED | _IGNORED | frozenset(UNSERVED_FIELDS) | _CHAT

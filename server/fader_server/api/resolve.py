@@ -91,7 +91,9 @@ async def lease_target(target: Target, adapters: Adapters) -> Lease:
         if target.recipe is not None:
             raise RecipeIncomplete(told_missing(target.recipe, adapters)) from None
         if target.spelled:
-            raise ModelNotFound("An adapter of the blend does not exist.") from None
+            missing = _not_loaded(target.terms, adapters)
+            told = f"; not loaded: {missing}" if missing else ""
+            raise ModelNotFound(f"An adapter of the blend does not exist{told}.") from None
         raise ModelNotFound(f"The model `{target.model}` does not exist.") from None
 
 
@@ -105,11 +107,15 @@ def version_of(ref: AdapterRef, adapters: Adapters) -> str | None:
 
 def told_missing(recipe: Recipe, adapters: Adapters) -> str:
     """One sentence for a client: which terms no loaded adapter answers to."""
-    refs = [term.ref for term in recipe.terms]
-    missing = ", ".join(str(ref) for ref in refs if version_of(ref, adapters) is None)
+    missing = _not_loaded(recipe.terms, adapters)
     return (
         f"The recipe `{recipe.name}` cannot be used: {missing or 'an adapter of it'} is not loaded."
     )
+
+
+def _not_loaded(terms: tuple[NamedTerm, ...], adapters: Adapters) -> str:
+    refs = [term.ref for term in terms]
+    return ", ".join(str(ref) for ref in refs if version_of(ref, adapters) is None)
 
 
 def refuse_recipes(terms: tuple[NamedTerm, ...], recipes: FindRecipe) -> None:

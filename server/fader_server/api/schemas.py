@@ -9,7 +9,7 @@ from typing import Any
 from fader_server.api.blends import NamedTerm, read_blend
 from fader_server.api.choosing import Choosing, Limits, is_token_ids, read_choosing
 from fader_server.api.fields import Fields, is_text
-from fader_server.api.known import CHAT_FIELDS, COMPLETION_FIELDS
+from fader_server.api.known import CHAT_FIELDS, COMPLETION_FIELDS, UNSERVED_FIELDS
 from fader_server.api.messages import Message, read_messages
 from fader_server.errors import RequestInvalid
 
@@ -54,6 +54,7 @@ def read_completion(body: dict[str, Any], limits: Limits) -> Call:
     n = fields.integer("n", 1, low=1, high=limits.max_n)
     fields.only("best_of", lambda v: v == n and type(v) is int, "is not supported beyond n")
     fields.only("suffix", lambda v: False, "is not supported")
+    _refuse_unserved(fields)
     return _call(
         fields, limits, ignored, prompts=prompts, messages=(), n=n, max_tokens=most,
         logprobs=logprobs, echo=echo,
@@ -75,7 +76,8 @@ def read_chat(body: dict[str, Any], limits: Limits) -> Call:
         logprobs = top or 0
     elif top is not None:
         fields.refuse("top_logprobs", "needs logprobs to be true")
-    _refuse_unimplemented(fields)
+    _refuse_unserved(fields)
+    _refuse_of_chat(fields)
     n = fields.integer("n", 1, low=1, high=limits.max_n)
     return _call(
         fields, limits, ignored, prompts=(), messages=messages, n=n, max_tokens=most,
@@ -83,14 +85,22 @@ def read_chat(body: dict[str, Any], limits: Limits) -> Call:
     )  # fmt: skip
 
 
-def _refuse_unimplemented(fields: Fields) -> None:
-    missing = "is not supported by this server"
-    fields.only("tools", lambda v: v == [], missing)
-    fields.only("functions", lambda v: v == [], missing)
-    fields.only("tool_choice", lambda v: v in ("none", "auto"), missing)
-    fields.only("function_call", lambda v: v in ("none", "auto"), missing)
-    fields.only("response_format", lambda v: v == {"type": "text"}, missing)
-    fields.only("modalities", lambda v: v == ["text"], missing)
+_MISSING = "is not supported by this server"
+
+
+def _refuse_unserved(fields: Fields) -> None:
+    for name in UNSERVED_FIELDS:
+        fields.only(name, lambda v: v in (False, "", [], {}, {"type": "text"}), _MISSING)
+
+
+def _refuse_of_chat(fields: Fields) -> None:
+    fields.only("tools", lambda v: v == [], _MISSING)
+    fields.only("functions", lambda v: v == [], _MISSING)
+    fields.only("tool_choice", lambda v: v in ("none", "auto"), _MISSING)
+    fields.only("function_call", lambda v: v in ("none", "auto"), _MISSING)
+    fields.only("modalities", lambda v: v == ["text"], _MISSING)
+    fields.only("continue_final_message", lambda v: v is False, _MISSING)
+    fields.only("add_generation_prompt", lambda v: v is True, "is always true here")
     fields.only("chat_template", lambda v: False, "may not come from a request")
     fields.only("chat_template_kwargs", lambda v: v == {}, "may not come from a request")
 

@@ -16,9 +16,7 @@ from fader_server.bench.report import as_json, show
 from fader_server.bench.serve import Options, run
 from fader_server.errors import ConfigInvalid
 
-bench_app = typer.Typer(
-    help="Measure a running server, or this machine's kernels.", no_args_is_help=True
-)
+bench_app = typer.Typer(help="Measure a running server, or this machine's kernels.")
 
 
 @bench_app.callback()

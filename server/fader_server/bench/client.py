@@ -131,8 +131,9 @@ class BenchClient:
         headers = {"accept-encoding": "identity"}
         if api_key:
             headers["authorization"] = f"Bearer {api_key}"
+        self.url = url.rstrip("/").removesuffix("/v1")  # clients of OpenAI's API name it with /v1
         self._http = httpx.AsyncClient(
-            base_url=url.rstrip("/"),
+            base_url=self.url,
             headers=headers,
             transport=transport,
             timeout=httpx.Timeout(None),

@@ -39,7 +39,10 @@ async def discover(
     try:
         response = await client.get("/v1/models")
     except httpx.HTTPError as error:
-        raise ConfigInvalid(f"no server answers: {type(error).__name__}: {error}") from None
+        raise ConfigInvalid(
+            f"no server answers at {client.url} ({error or type(error).__name__}); "
+            "is one running there? --url names another"
+        ) from None
     if response.status_code != 200:
         raise ConfigInvalid(
             f"GET /v1/models answered {response.status_code}: {response.text[:200]}"

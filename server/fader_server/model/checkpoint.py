@@ -48,7 +48,11 @@ _OTHER_ATTENTION = (
 
 
 def read_config(source: str) -> PretrainedConfig:
-    """The base's config, refused when it needs code of its own or is not a causal decoder."""
+    """The base's config, refused when it needs code of its own or is not a causal decoder.
+
+    Raises ConfigInvalid when there is no model, ModelUnsupported.
+    """
+    check_folder(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -76,6 +80,23 @@ def read_config(source: str) -> PretrainedConfig:
             raise ModelUnsupported(f"{source}: {name} is set, an attention Fader does not have")
     _check_quantization(source, config)
     return config
+
+
+def check_folder(source: str) -> None:
+    """What a path says at a glance, before it is taken for a Hub id. Raises ConfigInvalid."""
+    folder = Path(source)
+    if not folder.is_dir():
+        if source.startswith(("/", "./", "../", "~")):
+            raise ConfigInvalid(
+                f"no model at {source!r}: no such folder; give a folder or a Hub id"
+            )
+    elif not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ConfigInvalid(
+                f"{source} holds an adapter, expected a base; name the base it was trained on "
+                "here, and this folder as an adapter of it"
+            )
+        raise ConfigInvalid(f"{source} has no config.json; give the folder of a transformers model")
 
 
 def local_copy(source: str) -> Path:

@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import gzip
 import json
 import time
 
@@ -67,6 +68,19 @@ async def test_other_content_types_are_refused(client, media):
     check_envelope(answer)
 
 
+@pytest.mark.parametrize(("encoding", "status"), [("gzip", 415), ("br", 415), ("identity", 200)])
+async def test_a_compressed_body_is_refused_as_what_it_is(client, encoding, status):
+    body = json.dumps(GOOD["/v1/completions"]).encode()
+    answer = await client.post(
+        "/v1/completions",
+        content=gzip.compress(body) if status == 415 else body,
+        headers={"content-type": "application/json", "content-encoding": encoding},
+    )
+    assert answer.status_code == status
+    if status == 415:
+        assert "content-encoding" in check_envelope(answer)["message"]
+
+
 NAN = float("nan")
 BAD = [
     *[("model", v) for v in (None, "", 1, True, [], "x" * 600)],
@@ -102,6 +116,9 @@ BAD = [
       [{"name": "../x", "weight": 1}], [{"name": "tone", "weight": 10**400}],
       [{"name": "tone", "weight": 1}, {"name": "tone", "weight": 2}],
       [{"name": "tone@12", "weight": 1}], [{"name": None, "weight": 1}])],
+    ("response_format", {"type": "json_object"}), ("guided_choice", ["yes", "no"]),
+    ("structured_outputs", {"choice": ["yes"]}), ("grammar", "root ::= x"), ("bad_words", ["x"]),
+    ("use_beam_search", True), ("include_stop_str_in_output", True),
     *[("lora", v) for v in ([{"id": 0, "scale": 1}], [{"id": "tone", "name": "tone", "scale": 1}])],
 ]  # fmt: skip
 
@@ -126,7 +143,8 @@ CHAT_BAD = [
     ("top_logprobs", 1), ("logprobs", 1), ("top_logprobs", 21), ("tools", [{"type": "function"}]),
     ("tool_choice", "required"), ("response_format", {"type": "json_object"}),
     ("chat_template", "x"), ("chat_template_kwargs", {"a": 1}), ("max_completion_tokens", 0),
-    ("functions", [{}]),
+    ("functions", [{}]), ("guided_json", {"type": "object"}), ("guided_regex", "a+"),
+    ("continue_final_message", True), ("add_generation_prompt", False),
 ]  # fmt: skip
 
 
@@ -146,6 +164,8 @@ async def test_bad_chat_fields_are_named(client, field, value):
         {"user": "u", "metadata": {}, "store": False, "service_tier": "auto"},
         {"parallel_tool_calls": True, "something_new": 1, "stream_options": None},
         {"best_of": 1, "n": 1, "logprobs": 0, "max_tokens": 16.0, "stop": []},
+        {"use_beam_search": False, "guided_json": None, "bad_words": [], "structured_outputs": {}},
+        {"response_format": {"type": "text"}, "include_stop_str_in_output": False, "grammar": ""},
         {"seed": -(2**63), "temperature": 0, "top_k": -1, "logit_bias": {}},
     ],
 )
@@ -235,6 +255,18 @@ async def raw(port: int, *parts: bytes) -> bytes:
         return b""
     finally:
         writer.close()
+
+
+@pytest.mark.parametrize("wanted", ["h2c", "websocket"])
+async def test_an_upgrade_nobody_needs_is_passed_over_in_silence(world: World, caplog, wanted):
+    """Java's client asks for h2c in every request; uvicorn's advice then is an unsafe install."""
+    ask = f"GET /health HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: {wanted}\r\n\r\n"
+    async with listening(world) as port:
+        with caplog.at_level("WARNING"):
+            answer = await raw(port, ask.encode(), b"no HTTP at all\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200")
+    told = [record.getMessage() for record in caplog.records if record.name == "uvicorn.error"]
+    assert told == ["Invalid HTTP request received."]  # what is wrong is still told
 
 
 async def test_slow_and_broken_requests_end(worlds):

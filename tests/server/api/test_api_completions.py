@@ -244,6 +244,16 @@ async def test_unknown_models_are_not_found(client, world: World, model):
     assert world.engine.seen == []
 
 
+async def test_a_blend_with_strangers_names_them_and_nobody_else(client, world: World):
+    blend = [{"name": name, "weight": 1} for name in ("tone", "nope", "domain@000000000000")]
+    body = {"model": "base", "prompt": "x", "adapters": blend}
+    answer = await client.post("/v1/completions", json=body)
+    assert answer.status_code == 404
+    message = answer.json()["error"]["message"]
+    assert message.endswith("not loaded: nope, domain@000000000000.")
+    assert world.engine.seen == []
+
+
 async def test_blend_beside_an_adapter_is_refused(client):
     body = {"model": "tone", "prompt": "x", "adapters": [{"name": "domain", "weight": 1}]}
     answer = await client.post("/v1/completions", json=body)

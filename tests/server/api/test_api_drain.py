@@ -95,6 +95,32 @@ def test_a_drained_process_exits_with_0():
         assert process.wait(20) == 0
 
 
+START = """
+import os, signal, sys, time
+from fader_server import cli
+
+class Slow:
+    def find_spec(self, name, *_):
+        if name == "fader_server.launch":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(20)
+
+sys.meta_path.insert(0, Slow())
+sys.exit(cli.main(["serve"]))
+"""
+
+
+def test_a_signal_ends_a_start_through_a_handler():
+    """The first process of a container gets only signals that it handles."""
+    ended = subprocess.run(
+        [sys.executable, "-c", START],
+        timeout=25,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert ended.returncode == 128 + signal.SIGTERM  # without a handler −15, and as pid 1 none
+
+
 async def test_a_dead_engine_ends_the_server_with_an_error(worlds):
     world = worlds(drain_grace=0.0)
     with bind(world.app.state.context.config) as sock:

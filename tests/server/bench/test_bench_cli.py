@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fader_server.bench.cli import bench_app
+from fader_server.bench.client import BenchClient
 from fader_server.bench.command import add_parser
 from fader_server.bench.machine import safe_command
 from tests.server.bench.bench_fake import FakeServer, over_http
@@ -87,7 +88,13 @@ def test_no_server_at_all_ends_in_two():
         pass
     result = invoke(url)
     assert result.exit_code == 2
-    assert "no server answers" in result.output
+    assert f"no server answers at {url}" in result.output
+    assert "--url" in result.output
+
+
+def test_an_address_with_v1_is_the_same_server():
+    assert BenchClient("http://a:1/v1/", timeout=1).url == "http://a:1"
+    assert BenchClient("http://a:1/v1x", timeout=1).url == "http://a:1/v1x"
 
 
 def test_keys_do_not_reach_the_recorded_command():
