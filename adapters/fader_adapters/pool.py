@@ -60,6 +60,11 @@ class Pool:
         return len(self._residents)
 
     @property
+    def total_bytes(self) -> int:
+        """Of the arena."""
+        return self._tables.arena.numel() * self._tables.arena.itemsize
+
+    @property
     def resident_bytes(self) -> int:
         """Of the versions on the device. Any thread."""
         return self._resident_numel * self._tables.arena.itemsize

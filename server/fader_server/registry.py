@@ -153,6 +153,7 @@ class Registry:
 
     def totals(self) -> AdapterTotals:
         with self._lock:
+            each = self._store.used_bytes // max(1, self._store.versions)
             return AdapterTotals(
                 adapters=len(self._facts),
                 leases=self._store.leases,
@@ -160,7 +161,7 @@ class Registry:
                 device_bytes=self._pool.resident_bytes,
                 host_evictions=self._evictions,
                 device_evictions=self._pool.evictions,
-                slots=self._pool.resident,
+                slots=self._pool.total_bytes // each if each else 1,
             )
 
     def _publish(

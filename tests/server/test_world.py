@@ -3,6 +3,7 @@
 import logging
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,23 @@ def test_the_memory_plan_is_told_once_in_bytes(caplog):
     assert plan["arena_bytes"] == 8 << 20
     assert 3 << 20 < plan["kv_cache_bytes"] <= 4 << 20
     assert plan["total_bytes"] == sum(plan[k] for k in plan if k.endswith("_bytes")) / 2
+
+
+def test_gateways_are_told_what_the_arena_can_hold_not_what_is_there():
+    """One that reads max_lora takes a server with as many running adapters for a full one."""
+    found = {}
+    for arena in ("2MiB", "8MiB"):
+        with _open(arena=arena) as world:
+            infos = world.adapters.list()
+            each = sum(info.bytes for info in infos) / len(infos)
+            found[arena] = world.adapters.totals().slots * each / (1 << 20)
+            for info in infos:
+                world.adapters.unload(info.name)
+            patience = time.monotonic() + 10
+            while world.adapters.totals().host_bytes and time.monotonic() < patience:
+                time.sleep(0.01)  # the engine lets go of them between steps
+            assert world.adapters.totals().slots == 1
+    assert found == {"2MiB": pytest.approx(2, abs=0.2), "8MiB": pytest.approx(8, abs=0.2)}
 
 
 def test_an_adapter_of_another_base_stops_the_start_when_it_was_named(tmp_path):

@@ -201,7 +201,7 @@ def gauges(
             CounterMetricFamily("fader_adapter_evictions", "Evicted adapters.", labels=["tier"]),
             totals.host_evictions, totals.device_evictions,
         )  # fmt: skip
-        yield lora_requests_info(running, waiting, totals.slots or totals.adapters)
+        yield lora_requests_info(running, waiting, totals.slots)
         yield gauge("vllm:num_requests_running", "Requests in the batch.", stats.running)
         yield gauge("vllm:num_requests_waiting", "Requests in the queue.", stats.waiting)
         yield gauge("vllm:kv_cache_usage_perc", "Share of KV blocks used, 0 to 1.", full)

@@ -217,7 +217,7 @@ class AdapterTotals:
     host_evictions: int = 0
     device_evictions: int = 0
     slots: int = 0
-    """Adapters the device can hold at once."""
+    """Adapters the device can hold at once, when they are as large as those there are."""
 
 
 class Adapters(Protocol):
