@@ -407,7 +407,7 @@ class World:
 def build_world(**changes: Any) -> World:
     script, merging = changes.pop("script", None), changes.pop("merging", None)
     engine, adapters, metrics = FakeEngine(script), FakeAdapters(), Metrics()
-    config = ServeConfig(**changes)
+    config = ServeConfig(**{"port": 0, **changes})
     recipes = RecipeBook(adapters, base="base", most=config.max_recipes)
     application = app.build(
         config,

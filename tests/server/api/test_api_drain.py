@@ -71,7 +71,7 @@ SCRIPT = """
 import asyncio, sys
 from tests.server.api.api_fakes import build_world
 from fader_server.serving import bind, serve
-world = build_world(drain_grace=0.0, port=0)
+world = build_world(drain_grace=0.0)
 with bind(world.app.state.context.config) as sock:
     print(sock.getsockname()[1], flush=True)
     asyncio.run(serve(world.app, sock))
