@@ -29,7 +29,7 @@ SECTIONS = (
     "parity attention",
     "parity modules",
 )
-OVER_A_MODEL = ("graphs", "ahead", "prompts", "swap")
+OVER_A_MODEL = ("graphs", "ahead", "swap")
 
 
 @pytest.fixture
