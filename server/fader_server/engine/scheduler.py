@@ -149,7 +149,7 @@ class Scheduler:
     def _refuse_misplaced(self) -> None:
         """A pinned version that moved must never answer for another: fail its requests."""
         in_place = self._roster.in_place
-        for sequence in [s for s in self._roster.running if s.terms.terms and not in_place(s)]:
+        for sequence in [s for s in self._roster.running if not in_place(s)]:
             fault = EngineFault("an adapter of this request left the device while it ran")
             self._refused += self.fail(sequence.request.id, fault)
 

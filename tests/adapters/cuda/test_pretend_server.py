@@ -121,9 +121,3 @@ async def merge(
     lane = merging.status().lane
     assert lane is not None
     assert lane.form == form
-
-
-@pytest.fixture(autouse=True)
-def without_captured_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the worlds are; here the interpreter would take longer than a start may."""
-    monkeypatch.setattr("fader_server.model.prompt_graphs.MOST_TOKENS", 0)

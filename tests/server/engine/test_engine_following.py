@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from fader_server.core import Plan, TokenEvent
+from fader_server.core import Lane, Plan, TokenEvent
 from fader_server.engine.blocks import BlockManager
 from fader_server.engine.limits import Limits
 from fader_server.engine.loop import Engine
@@ -20,6 +20,7 @@ from tests.server.engine.engine_world import (
     check_answer,
     expected,
     request,
+    version,
 )
 
 
@@ -150,6 +151,21 @@ def test_none_is_known_when_an_adapter_is_not_where_it_was() -> None:
     assert own.scheduler.ahead(plan) is not None
     own.pool.slots = {version: slot + 1 for version, slot in own.pool.slots.items()}
     assert own.scheduler.ahead(plan) is None
+
+
+def test_a_row_of_a_merged_lane_goes_on_like_any_other() -> None:
+    """Its adapters are in the lane's weights: nothing of it can be out of place."""
+    own = World()
+    blend = blend_of(("x", 1.0))
+    own.scheduler.lanes.replace(Lane(blend.digest, version("lane")))
+    own.submit(request("a", range(3), blend=blend))
+    own.submit(request("b", range(3), blend=blend_of(("y", 1.0))))
+    own.turn()
+    plan = planned(own)
+    assert [row.lane is not None for row in plan.rows] == [True, False]
+    after = own.scheduler.ahead(plan)
+    assert after is not None
+    assert [row.lane for row in after.rows] == [row.lane for row in plan.rows]
 
 
 def test_none_begins_when_somebody_asks_for_something_else() -> None:
