@@ -7,9 +7,9 @@ from bench.gpu.model import Machine, Terms, advance, decode_plan
 from bench.gpu.section import ParityFailed, Result, Rig, Unavailable
 from bench.gpu.steps import decode, demand_graphs, floor_ms, machine
 from bench.gpu.timing import Times
-from fader_adapters.spec import StepTerms
-from fader_server.core import Launched, Plan, PlanRow
+from fader_server.core import Launched
 from fader_server.core import Sequence as Stream
+from fader_server.engine.following import one_on
 
 STEPS = 40
 WARM = 3
@@ -67,12 +67,12 @@ def _onward(m: Machine, streams: Sequence[Stream], steps: int) -> Times:
     """Milliseconds between results; the streams get the tokens."""
     plan = decode_plan(streams)
     launched: Launched = m.runner.launch(plan)
-    assert launched.leads
     found, last = [], time.perf_counter()
     for step in range(steps):
         ahead = None
         if step < steps - 1:
-            plan = _after(plan)
+            plan = one_on(plan)
+            assert launched.ahead is not None
             ahead = launched.ahead(plan)
         advance(streams, [r.token for r in launched.results()])
         now = time.perf_counter()
@@ -82,8 +82,3 @@ def _onward(m: Machine, streams: Sequence[Stream], steps: int) -> Times:
         if ahead is not None:
             launched = ahead
     return Times.of(found)
-
-
-def _after(plan: Plan) -> Plan:
-    rows = tuple(PlanRow(row.sequence, row.start + 1, 1, True) for row in plan.rows)
-    return Plan(rows, StepTerms(plan.terms.rows))

@@ -221,16 +221,12 @@ class Launched(Protocol):
     """A step under way on a device that computes by itself."""
 
     @property
-    def leads(self) -> bool:
-        """Whether `ahead` can begin the next step."""
-        ...
+    def ahead(self) -> "Callable[[Plan], Launched] | None":
+        """Begins the step after this one, before anybody has seen its tokens, once, and returns
+        soon; None where the device cannot.
 
-    def ahead(self, plan: Plan) -> "Launched":
-        """Begin the step after this one, before anybody has seen its tokens, and return soon.
-
-        `plan`: the same rows in the same order, each by the one token that it samples now. What
-        they compute may be thrown away; nothing that this step wrote is changed. Only where it
-        `leads`, and once.
+        Its plan: the same rows in the same order, each by the one token that it samples now. What
+        they compute may be thrown away; nothing that this step wrote is changed.
         """
         ...
 

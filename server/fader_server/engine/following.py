@@ -23,7 +23,13 @@ def following(plan: Plan, *, roster: Roster, blocks: BlockManager, limits: Limit
         full = row.start + 1 == len(sequence.blocks) * blocks.block_size
         if full and not blocks.grow(sequence):
             return None
-    return Plan(tuple(PlanRow(row.sequence, row.start + 1, 1, True) for row in rows), plan.terms)
+    return one_on(plan)
+
+
+def one_on(plan: Plan) -> Plan:
+    """The plan of decode rows whose every row stands one token further."""
+    rows = tuple(PlanRow(row.sequence, row.start + 1, 1, True) for row in plan.rows)
+    return Plan(rows, plan.terms)
 
 
 def _goes_on(row: PlanRow, limits: Limits) -> bool:

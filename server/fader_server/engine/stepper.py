@@ -152,11 +152,12 @@ class Stepper:
 
     def _meanwhile(self, plan: Plan, launched: Launched | None) -> None:
         """While a step is under way: begin the next, tell of the last."""
-        if launched is not None and launched.leads and self._onward():
+        begin = None if launched is None else launched.ahead
+        if begin is not None and self._onward():
             following = self.scheduler.ahead(plan)
             if following is not None:
                 try:
-                    self._flight = _Flight(following, launched.ahead(following))
+                    self._flight = _Flight(following, begin(following))
                 except Exception:  # noqa: BLE001 - it costs nobody anything: its turn comes
                     _log.warning("a step could not begin ahead of its turn\n%s", format_exc())
         self.flush()

@@ -4,7 +4,7 @@ On a device that computes by itself the first half sets it to work; on a CPU the
 needs Python's lock and the second what leaves it to others. Decides nothing.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import takewhile
 
 import torch
@@ -49,18 +49,17 @@ class LaunchedStep:
         self._runner, self._parts, self._begun = runner, parts, begun
 
     @property
-    def leads(self) -> bool:
-        """Whether it is a captured decode step of one forward, and no row's next token depends on
-        what the host counts of its last ones."""
+    def ahead(self) -> "Callable[[Plan], LaunchedStep] | None":
+        """After a captured decode step of one forward, where no row's next token depends on what
+        the host counts of its last ones."""
         if len(self._parts) != 1 or not self._begun:
-            return False
-        (part,) = self._parts
-        known = not any(penalises(row.sequence.request.params) for row in part.plan.rows)
-        return known and decodes(part.plan) and isinstance(part.weights.replays, LeadingReplays)
-
-    def ahead(self, plan: Plan) -> "LaunchedStep":
-        (drawn,) = self._begun
-        return self._runner.go_on(plan, drawn.tokens)
+            return None
+        (part,), (drawn,) = self._parts, self._begun
+        if not decodes(part.plan) or not isinstance(part.replays, LeadingReplays):
+            return None
+        if any(penalises(row.sequence.request.params) for row in part.plan.rows):
+            return None
+        return lambda plan: self._runner.go_on(plan, drawn.tokens)
 
     def results(self) -> list[RowResult]:
         """Queue what is left of it, then wait for all of it."""
@@ -82,13 +81,10 @@ class PreparingRunner(ModelRunner):
 class PreparedStep:
     """A step of which nothing has been computed yet."""
 
-    leads = False
+    ahead = None
 
     def __init__(self, parts: list[tuple[Sequence[int], Ready]]) -> None:
         self._parts = parts
-
-    def ahead(self, plan: Plan) -> "PreparedStep":
-        raise NotImplementedError("tokens that are not computed lead nowhere")
 
     def results(self) -> list[RowResult]:
         """Compute it."""

@@ -256,8 +256,6 @@ class _UnderWay:
     before: "_UnderWay | None" = None
     found: list[RowResult] | Exception | None = None
 
-    leads = True
-
     def ahead(self, plan: Plan) -> "_UnderWay":
         assert [row.sequence.request.id for row in plan.rows] == [
             row.sequence.request.id for row in self.plan.rows

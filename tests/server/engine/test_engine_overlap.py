@@ -41,7 +41,7 @@ class Step:
     def __init__(self, device: RecordedAhead, plan: Plan) -> None:
         self.device, self.plan = device, plan
 
-    leads = False
+    ahead = None
 
     def results(self) -> list[RowResult]:
         self.device.order.append("wait")
