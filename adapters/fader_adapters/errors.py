@@ -91,3 +91,9 @@ class DeltaEmpty(AdapterError):
 
 class TargetTaken(AdapterError):
     """The output directory holds something else, or another run writes it."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, without its advice."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

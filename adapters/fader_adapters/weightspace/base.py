@@ -16,7 +16,13 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from fader_adapters.describe import describe, kept_plain
-from fader_adapters.errors import AdapterInvalid, BaseUnsupported, CheckpointInvalid, SourceNotFound
+from fader_adapters.errors import (
+    AdapterInvalid,
+    BaseUnsupported,
+    CheckpointInvalid,
+    SourceNotFound,
+    first_line,
+)
 from fader_adapters.kernels import nf4
 from fader_adapters.spec import BaseSpec, LinearSpec
 from fader_adapters.strict_json import load_object
@@ -165,8 +171,7 @@ def _skeleton(directory: Path) -> PreTrainedModel:
             warnings.simplefilter("ignore")
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointInvalid(f"{directory}: {told[0]}") from error
+        raise CheckpointInvalid(f"{directory}: {first_line(error)}") from error
 
 
 def _names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:

@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from fader_adapters.describe import kept_plain
-from fader_adapters.errors import BaseUnsupported
+from fader_adapters.errors import BaseUnsupported, first_line
 from fader_adapters.kernels import native
 from fader_adapters.kernels.nf4 import check_width
 from fader_server.errors import ConfigInvalid, ModelUnsupported
@@ -219,9 +219,3 @@ def quiet_libraries() -> Iterator[None]:
         yield
     finally:
         transformers.logging.set_verbosity(before)
-
-
-def first_line(error: BaseException) -> str:
-    """What a library's error says, without its advice."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

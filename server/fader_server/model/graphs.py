@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fader_adapters.errors import first_line
 from fader_adapters.kernels.backend import Step
 from fader_adapters.kernels.cuda.backend import CudaBackend
 from fader_adapters.kernels.cuda.lora import ROW_BUCKETS, LoraStep
@@ -184,7 +185,7 @@ def capture(
         warmed = time.perf_counter()
         graphs.capture(buckets, run=run, record=record)
     except RuntimeError as error:
-        log.warning("decode steps run without CUDA graphs: %s", _first_line(error))
+        log.warning("decode steps run without CUDA graphs: %s", first_line(error))
         return None
     sizes = prompt_buckets(attention.max_tokens)
     try:
@@ -193,7 +194,7 @@ def capture(
                 backend, attention, cache=cache, tables=tables, run=run, record=record, sizes=sizes
             )
     except RuntimeError as error:
-        log.warning("steps of prompts run without CUDA graphs: %s", _first_line(error))
+        log.warning("steps of prompts run without CUDA graphs: %s", first_line(error))
     prompts = graphs.prompts
     fields = {
         "graphs": len(graphs.captured) + (0 if prompts is None else len(prompts.captured)),
@@ -231,10 +232,6 @@ def _capture_prompts(
 
     prompts.capture(sizes, blank, run=run, record=record)
     return prompts
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 @torch.inference_mode()

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fader_adapters.errors import first_line
 from fader_adapters.layers import SiteHead, SiteLinear
 from fader_server.errors import ModelUnsupported
 from fader_server.model import attention
-from fader_server.model.checkpoint import first_line
 from fader_server.model.kv_cache import LayerShape
 
 LENGTHS = (5, 6)

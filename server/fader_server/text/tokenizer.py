@@ -7,6 +7,7 @@ from typing import Any
 import tokenizers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from fader_adapters.errors import first_line
 from fader_server.errors import ModelUnsupported, RequestInvalid
 from fader_server.text.chat import ChatEncoder, characters
 from fader_server.text.detokenizer import Detokenizer
@@ -56,8 +57,9 @@ class Tokenizer:
                 source, revision=revision, trust_remote_code=False
             )
         except Exception as error:  # whatever a file on disk can cause; the library raises no less
-            told = str(error).strip().splitlines() or [type(error).__name__]
-            raise ModelUnsupported(f"cannot load the tokenizer of {source}: {told[0]}") from error
+            raise ModelUnsupported(
+                f"cannot load the tokenizer of {source}: {first_line(error)}"
+            ) from error
         eos_ids = _config_eos(source, revision)
         return cls(tokenizer, max_model_len=max_model_len, eos_ids=eos_ids)
 
