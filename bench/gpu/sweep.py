@@ -1,10 +1,10 @@
 """Other ways of NF4 products than those of the tables and constants: what they would gain."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
-from bench.gpu.figures import shape_of
+from bench.gpu.figures import Product, shape_of
 from bench.gpu.parity import check_nf4, demand, limit
 from bench.gpu.section import Result, Rig, gate
 from bench.gpu.shapes import SITE_NAMES
@@ -12,6 +12,7 @@ from bench.gpu.timing import captured, turns
 from bench.gpu.weights import nf4_weight, rms
 from fader_adapters.kernels.cuda import nf4
 from fader_adapters.kernels.cuda.nf4_configs import LEAST_SPLIT_BLOCKS, Launch
+from fader_adapters.kernels.nf4 import Nf4Weight
 
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 SCRATCHES = (24, 48, 96, 256)
@@ -66,19 +67,10 @@ def sweep_prefill(rig: Rig, result: Result) -> None:
     gate(check_nf4, rig, result)
     totals: dict[str, float] = {}
     for name, (width, outs) in zip(SITE_NAMES, shape_of(rig).sites, strict=True):
-        weight = nf4_weight(sum(outs), width, rig)
+        ways = _ways(nf4_weight(sum(outs), width, rig), rig)
         for rows in (20,) if rig.small else (256, 512):
             x = torch.randn(rows, width, device=rig.device).to(rig.dtype)
-            dense = nf4.Nf4Linear([weight], None, nf4.Scratch(rig.device)).dense(rig.dtype)
-            want = x @ dense.T
-            ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-                "bf16": lambda x, dense=dense: x @ dense.T
-            }
-            for megabytes in (0, *SCRATCHES):
-                scratch = nf4.Scratch(rig.device, max(megabytes << 20, 1 << 21))
-                scratch.way = "pieces" if megabytes else "fused"
-                told = f"{megabytes} MiB" if megabytes else "fused"
-                ways[told] = nf4.Nf4Linear([weight], None, scratch)
+            want = ways["bf16"](x)
             for told, product in ways.items():
                 rig.check_time()
                 demand(rms(product(x), want), 3 * limit(rig), f"{name} of {rows} rows, {told}")
@@ -89,6 +81,20 @@ def sweep_prefill(rig: Rig, result: Result) -> None:
     for key, total in totals.items():
         bf16 = totals[f"{key.split(',')[0]}, bf16"]
         result.add(f"a layer's linears, {key}: {total:.3f} ms, {bf16 / total:.2f} of bf16's speed")
+
+
+def _ways(weight: Nf4Weight, rig: Rig) -> dict[str, Product]:
+    """One weight in bf16, by the fused kernel, and through scratches of each size."""
+
+    def linear(way: nf4.Way, nbytes: int) -> nf4.Nf4Linear:
+        scratch = nf4.Scratch(rig.device, nbytes)
+        scratch.way = way
+        return nf4.Nf4Linear([weight], None, scratch)
+
+    fused = linear("fused", SCRATCHES[0] << 20)
+    dense = fused.dense(rig.dtype)
+    pieces = {f"{size} MiB": linear("pieces", size << 20) for size in SCRATCHES}
+    return {"bf16": lambda x: x @ dense.T, "fused": fused, **pieces}
 
 
 def _choices(rig: Rig, width: int) -> Iterator[tuple[int, int, int]]:

@@ -9,11 +9,9 @@ from fader_adapters.weightspace import base as weightspace
 from fader_server.errors import ModelUnsupported
 from fader_server.model import checkpoint
 from fader_server.model.checkpoint import quantize, read_config
-from tests.server.parity.test_families import BOUND, check, difference
-from tests.server.parity.test_many_families import adapters, asks
+from tests.server.parity.test_many_families import asks, equals_peft
 from tests.support.composites import COMPOSITES, ODD, write_composite
-from tests.support.oracle import Oracle
-from tests.support.world import Ask, TinyWorld
+from tests.support.world import TinyWorld
 
 
 @pytest.mark.parametrize("name", sorted(COMPOSITES))
@@ -22,15 +20,7 @@ def test_mixed_batch_over_text_and_tower_linears_equals_peft(name: str, tmp_path
     world = TinyWorld(source)
     towers = [item for item in world.base.installed.spec.linears if "vision_tower" in item.path]
     assert ODD in {item.in_features for item in towers}
-    given = adapters(source, tmp_path, world)
-    for adapter, path in given.items():
-        world.load(adapter, path)
-    oracle = Oracle(source, torch.float32, given)
-    questions = asks(world.base.max_positions)
-    answers = world.run(questions)
-    check(oracle, questions, answers, BOUND[torch.float32])
-    other = Ask(questions[1].prompt, {"r8": 0.8}, questions[1].params)  # would be noticed
-    assert difference(oracle, other, answers[1], 1.0) > 10 * BOUND[torch.float32]
+    equals_peft(source, tmp_path, world)
 
 
 def test_quantised_composite_is_the_same_base(tmp_path: Path):

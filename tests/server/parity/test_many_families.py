@@ -53,6 +53,19 @@ def adapters(base: Path, folder: Path, world: TinyWorld) -> dict[str, Path]:
     }
 
 
+def equals_peft(base: Path, folder: Path, world: TinyWorld) -> None:
+    """Mixed batches of two adapters over `world`'s base against PEFT; a wrong weight is noticed."""
+    given = adapters(base, folder, world)
+    for name, path in given.items():
+        world.load(name, path)
+    oracle = Oracle(base, torch.float32, given)
+    questions = asks(world.base.max_positions)
+    answers = world.run(questions)
+    check(oracle, questions, answers, BOUND[torch.float32])
+    other = Ask(questions[1].prompt, {"r8": 0.8}, questions[1].params)
+    assert difference(oracle, other, answers[1], 1.0) > 10 * BOUND[torch.float32]
+
+
 @pytest.mark.parametrize(
     "family",
     [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in sorted(MANY)],
@@ -60,12 +73,4 @@ def adapters(base: Path, folder: Path, world: TinyWorld) -> dict[str, Path]:
 def test_mixed_batch_past_windows_and_original_lengths_equals_peft(family: str, tmp_path: Path):
     base = write_many(*MANY[family], tmp_path / "base")
     world = TinyWorld(base, limits=Limits(max_rows=32, max_step_tokens=288, max_model_len=512))
-    given = adapters(base, tmp_path, world)
-    for name, path in given.items():
-        world.load(name, path)
-    oracle = Oracle(base, torch.float32, given)
-    questions = asks(world.base.max_positions)
-    answers = world.run(questions)
-    check(oracle, questions, answers, BOUND[torch.float32])
-    other = Ask(questions[1].prompt, {"r8": 0.8}, questions[1].params)  # would be noticed
-    assert difference(oracle, other, answers[1], 1.0) > 10 * BOUND[torch.float32]
+    equals_peft(base, tmp_path, world)
