@@ -5,6 +5,7 @@ batches; how a run is captured is the recorder's business.
 """
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,11 @@ from fader_server.model.batch import AttentionRow, Batch
 from fader_server.model.decode import Forward
 from fader_server.model.graph_inputs import Mirror
 from fader_server.model.graph_kinds import KINDS, Kind, Record, Run, RunBatch, kind_of
+
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
+_PLACES = -(-(PROMPT_ROWS + 1) // 4) * 4
+"""Room for an integer a row and one more, in whole 16 bytes: kernels are compiled for it."""
 
 MOST_TOKENS = 2048
 """Of a captured step: a longer one keeps the device busy while the host prepares what follows."""
@@ -45,26 +51,28 @@ class PromptInputs:
         self._tokens, self._context, self._block_size = tokens, context, block_size
         self._columns = -(-context // block_size)
         self._words = Mirror(3 * tokens + PROMPT_ROWS, torch.int64, device)
-        places = (PROMPT_ROWS + 4) // 4 * 4  # the arrays behind begin at multiples of 16 bytes
-        self._places = Mirror(2 * places + PROMPT_ROWS * self._columns, torch.int32, device)
-        words, integers = self._words.device, self._places.device
-        self._ids, self._positions, self._slots = words[: 3 * tokens].view(3, tokens)
-        self._index = words[3 * tokens :]
-        self._starts = integers[: PROMPT_ROWS + 1]
-        self._contexts = integers[places : places + PROMPT_ROWS]
-        self._tables = integers[2 * places :].view(PROMPT_ROWS, self._columns)
-        self._offset = places
-        self._words.open()[2 * tokens : 3 * tokens] = -1
-        self._words.send(0, len(words))
+        self._integers = Mirror(2 * _PLACES + PROMPT_ROWS * self._columns, torch.int32, device)
+        self._ids, self._positions, self._slots, self._index = self._of_words(self._words.device)
+        self._starts, self._contexts, self._tables = self._of_integers(self._integers.device)
+        self._of_words(self._words.open())[2][:] = -1
+        self._words.send(0, len(self._words.device))
+
+    def _of_words(self, words: Array) -> tuple[Array, Array, Array, Array]:
+        """ids, positions, slots [tokens] and the places whose logits are wanted [PROMPT_ROWS]."""
+        n = self._tokens
+        return words[:n], words[n : 2 * n], words[2 * n : 3 * n], words[3 * n :]
+
+    def _of_integers(self, integers: Array) -> tuple[Array, Array, Array]:
+        """cu_tokens [PROMPT_ROWS + 1], contexts [PROMPT_ROWS], block tables [PROMPT_ROWS, columns],
+        each at a multiple of 16 bytes."""
+        tables = integers[2 * _PLACES :].reshape(PROMPT_ROWS, self._columns)
+        return integers[: PROMPT_ROWS + 1], integers[_PLACES:][:PROMPT_ROWS], tables
 
     def fill(self, plan: Plan, bucket: int) -> None:
         """Send the plan's rows, and padding up to `bucket` tokens."""
-        size, tokens, words = self._block_size, self._tokens, self._words.open()
-        ids, positions, slots = words[: 3 * tokens].reshape(3, tokens)
-        index = words[3 * tokens :]
-        integers = self._places.open()
-        starts, contexts = integers[: PROMPT_ROWS + 1], integers[self._offset :][:PROMPT_ROWS]
-        tables = integers[2 * self._offset :].reshape(PROMPT_ROWS, self._columns)
+        size, words, integers = self._block_size, self._words.open(), self._integers.open()
+        ids, positions, slots, index = self._of_words(words)
+        starts, contexts, tables = self._of_integers(integers)
         contexts[:] = index[:] = at = sampled = 0
         starts[0] = 0
         for i, row in enumerate(plan.rows):
@@ -85,7 +93,7 @@ class PromptInputs:
         ids[at:bucket] = positions[at:bucket] = 0
         slots[at:bucket] = -1
         self._words.send(0, len(words))
-        self._places.send(0, len(integers))
+        self._integers.send(0, len(integers))
 
     def batch(self, bucket: int) -> Batch:
         """The first `bucket` tokens as the model's forward takes them; no number ever changes."""
