@@ -227,7 +227,7 @@ def _capture_prompts(
     )
 
     def blank(tokens: int, kind: Kind) -> Step | None:
-        step = backend.blank(tables, None, vectors=kind == "vectors", prompt=tokens)
+        step = backend.blank_prompt(tables, tokens, vectors=kind == "vectors")
         return None if kind == "base" else step
 
     prompts.capture(sizes, blank, run=run, record=record)

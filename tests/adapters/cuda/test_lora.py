@@ -324,7 +324,7 @@ def test_steps_of_few_prompts_live_at_fixed_addresses_once_room_is_reserved():
     made = rig(sites=SITES[:1])
     assert made.prepare(StepTerms((RowTerms(71, ((0, 1.0),)),))).prompt is None
     made.kernels.reserve_prompts(made.world.tables, (128, 256))
-    blank = made.kernels.blank(made.world.tables, None, prompt=256)
+    blank = made.kernels.blank_prompt(made.world.tables, 256)
     seen = set()
     for rows, bucket in (((70,), 128), ((2, 9, 30), 128), ((130, 3), 256), ((64,) * 4, 256)):
         terms = StepTerms(tuple(RowTerms(n, ((i % 6, 1.0),)) for i, n in enumerate(rows)))

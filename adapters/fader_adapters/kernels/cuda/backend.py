@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fader_adapters.errors import first_line
 from fader_adapters.kernels.cuda import nf4
 from fader_adapters.kernels.cuda.beside import Beside
 from fader_adapters.kernels.cuda.dense import FixedRows
@@ -151,17 +152,15 @@ class CudaBackend:
         self._scratch.way = "fused" if all(r.tokens == 1 for r in terms.rows) else "pieces"
         return self._deltas.prepare(tables, terms)
 
-    def blank(
-        self,
-        tables: Tables,
-        rows: int | None,
-        *,
-        vectors: bool = False,
-        prompt: int | None = None,
-    ) -> LoraStep:
+    def blank(self, tables: Tables, rows: int | None, *, vectors: bool = False) -> LoraStep:
         """A step that adds nothing, to capture or compile with; see DeltaKernels.blank."""
         self._scratch.way = "pieces" if rows is None else "fused"
-        return self._deltas.blank(tables, rows, vectors=vectors, prompt=prompt)
+        return self._deltas.blank(tables, rows, vectors=vectors)
+
+    def blank_prompt(self, tables: Tables, tokens: int, *, vectors: bool = False) -> LoraStep:
+        """The same for a step of prompts; see DeltaKernels.blank_prompt."""
+        self._scratch.way = "pieces"
+        return self._deltas.blank_prompt(tables, tokens, vectors=vectors)
 
     def reserve_prompts(self, tables: Tables, buckets: Sequence[int]) -> None:
         """Buffers of steps of prompts that may be captured; see DeltaKernels.reserve_prompts."""
@@ -181,8 +180,7 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str:
     try:
         sound = _trial(device)
     except Exception as error:  # noqa: BLE001 - whatever a driver, compiler or library raises
-        told = str(error).strip().splitlines()
-        line = told[0] if told else type(error).__name__
+        line = first_line(error)
         return f"triton cannot compile or run a kernel ({line}); it needs gcc and Python's headers"
     return "" if sound else "a first kernel gave wrong numbers; check driver and triton versions"
 

@@ -163,45 +163,44 @@ class DeltaKernels:
         room.step = self._step(tiles, room, tables.arena, vectors=vectors)
         return room.step
 
-    def blank(
-        self,
-        tables: Tables,
-        rows: int | None,
-        *,
-        vectors: bool = False,
-        prompt: int | None = None,
-    ) -> LoraStep:
+    def blank(self, tables: Tables, rows: int | None, *, vectors: bool = False) -> LoraStep:
         """A step that adds nothing, over the buffers that real steps use.
 
         rows     a member of ROW_BUCKETS: launches and addresses of that bucket, for a capture;
                  None: those of a step with prefill rows, to have the kernels compiled
-        prompt   with rows None a bucket of `reserve_prompts`: its launches and addresses
         vectors  launch what adapters with gains and biases need, too
         The last prepared step is no longer valid. Allocates like `prepare`, and has its kernel
         compiled: no first adapter waits for that.
         """
         self.reserve(tables)
-        self._tables.refresh(tables)
         room = self._fixed
-        if prompt is not None:
-            room = self._prompts
-        elif rows is None:
+        if rows is None:
             room = self._roomy = self._roomy or self._room(LEAST, tables.rank.shape[1])
         assert room is not None
         assert rows is None or rows in ROW_BUCKETS
-        room.rows = room.step = None
-        buffers = room.buffers
-        buffers.block.zero_()
-        assert self._shapes is not None
-        resolve(buffers, self._tables, self._shapes, entries=0)
-        if prompt is not None:
-            return self._prompt_step(0, prompt, buffers, tables.arena, vectors=vectors)
+        buffers = self._emptied(room, tables)
         cells = buffers.capacity.decode_cells
         decode = PhaseLaunch("decode", buffers.decode, -(-(rows or 1) // LANES), cells)
         if rows is not None:
             return LoraStep(rows, rows, (decode,), buffers, tables.arena, vectors, covers=True)
         prefill = PhaseLaunch("prefill", buffers.prefill, 1, buffers.capacity.prefill_cells)
         return LoraStep(0, None, (decode, prefill), buffers, tables.arena, vectors)
+
+    def blank_prompt(self, tables: Tables, tokens: int, *, vectors: bool = False) -> LoraStep:
+        """The same of a bucket of `reserve_prompts`, which comes first."""
+        assert self._prompts is not None
+        assert tokens in self._prompt_buckets
+        buffers = self._emptied(self._prompts, tables)
+        return self._prompt_step(0, tokens, buffers, tables.arena, vectors=vectors)
+
+    def _emptied(self, room: Room, tables: Tables) -> StepBuffers:
+        """The room's buffers, with nothing to add in them."""
+        self._tables.refresh(tables)
+        room.rows = room.step = None
+        room.buffers.block.zero_()
+        assert self._shapes is not None
+        resolve(room.buffers, self._tables, self._shapes, entries=0)
+        return room.buffers
 
     def _room_for(self, tiles: StepTiles, linears: int) -> Room:
         assert self._fixed is not None

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from fader_adapters.kernels.cuda import lora_expand, lora_kernels, lora_lookup, lora_vectors
-from fader_adapters.kernels.cuda.lora_buffers import DeviceTables, StepBuffers
+from fader_adapters.kernels.cuda.lora_buffers import DeviceTables, PhaseBuffers, StepBuffers
 from fader_adapters.kernels.cuda.lora_configs import (
     PICK_PROGRAMS,
     PICK_WARPS,
@@ -39,19 +39,11 @@ def pick(ids: torch.Tensor, site: DeltaSite, step: LoraStep, launch: PhaseLaunch
     programs = min(PICK_PROGRAMS, launch.cells // TILE[launch.phase].group)
     _pick_kernel[(programs,)](
         ids,
-        step.arena,
-        buffers.z,
-        at.header,
-        at.tokens,
-        at.first,
-        at.last,
-        at.cell,
+        *_listed(step, at),
         buffers.a_at,
         buffers.left,
         site.in_features,
-        site.linear,
-        buffers.left.shape[1],
-        at.cells,
+        *_placed(site, step, at),
         **pick_constants(launch.phase),
         num_warps=PICK_WARPS,
         num_stages=1,
@@ -69,20 +61,12 @@ def shrink(x: torch.Tensor, site: DeltaSite, step: LoraStep, launch: PhaseLaunch
     programs = min(config.programs, launch.cells // TILE[launch.phase].group)
     _shrink_kernel[(programs, config.splits, len(site.widths))](
         x,
-        step.arena,
-        buffers.z,
-        at.header,
-        at.tokens,
-        at.first,
-        at.last,
-        at.cell,
+        *_listed(step, at),
         buffers.a_at,
         buffers.left,
         site.in_features,
         x.stride(0),
-        site.linear,
-        buffers.left.shape[1],
-        at.cells,
+        *_placed(site, step, at),
         **shrink_constants(config, launch.phase, exact=x.dtype == torch.float32),
         num_warps=config.warps,
         num_stages=config.stages,
@@ -95,25 +79,14 @@ def expand(y: torch.Tensor, site: DeltaSite, step: LoraStep, launch: PhaseLaunch
     splits = site.configs.shrink[launch.phase].splits
     exact = y.dtype == torch.float32
     constants = expand_constants(config, launch.phase, splits=splits, exact=exact)
-    buffers, at = step.buffers, launch.buffers
+    at = launch.buffers
     _expand_kernel[(_blocks(site, config.block_n), launch.tiles)](
         y,
-        step.arena,
-        buffers.z,
-        at.header,
-        at.tokens,
-        at.first,
-        at.last,
-        at.cell,
-        buffers.gamma,
-        buffers.b_at,
-        buffers.left,
-        buffers.scale_at,
+        *_listed(step, at),
+        *_weighed(step),
         *_widths(site),
         y.stride(0),
-        site.linear,
-        buffers.left.shape[1],
-        at.cells,
+        *_placed(site, step, at),
         **constants,
         num_warps=config.warps,
         num_stages=config.stages,
@@ -135,28 +108,17 @@ def join(
         bias=bias is not None,
         exact=out.dtype == torch.float32,
     )
-    buffers, at = step.buffers, launch.buffers
+    at = launch.buffers
     _join_kernel[(_blocks(site, JOIN.block_n), launch.tiles)](
         out,
         planes,
         out if bias is None else bias,
-        step.arena,
-        buffers.z,
-        at.header,
-        at.tokens,
-        at.first,
-        at.last,
-        at.cell,
-        buffers.gamma,
-        buffers.b_at,
-        buffers.left,
-        buffers.scale_at,
+        *_listed(step, at),
+        *_weighed(step),
         *_widths(site),
         out.shape[1],
         out.shape[0],
-        site.linear,
-        buffers.left.shape[1],
-        at.cells,
+        *_placed(site, step, at),
         **constants,
         num_warps=JOIN.warps,
         num_stages=JOIN.stages,
@@ -195,6 +157,22 @@ def vectors(
         num_warps=VECTORS_WARPS,
         num_stages=VECTORS_STAGES,
     )
+
+
+def _listed(step: LoraStep, at: PhaseBuffers) -> tuple[torch.Tensor, ...]:
+    """arena, z, header, tokens, first, last, cell: what every kernel over tiles begins with."""
+    return step.arena, step.buffers.z, at.header, at.tokens, at.first, at.last, at.cell
+
+
+def _weighed(step: LoraStep) -> tuple[torch.Tensor, ...]:
+    """gamma, b_at, left, scale_at: what the second half multiplies with."""
+    buffers = step.buffers
+    return buffers.gamma, buffers.b_at, buffers.left, buffers.scale_at
+
+
+def _placed(site: DeltaSite, step: LoraStep, at: PhaseBuffers) -> tuple[int, int, int]:
+    """linear, capacity, cells: what places are counted by."""
+    return site.linear, step.buffers.left.shape[1], at.cells
 
 
 def _blocks(site: DeltaSite, columns: int) -> int:
