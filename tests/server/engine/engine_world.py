@@ -1,24 +1,19 @@
 """A world to run the engine in: a pool and a device in plain integers that notice every mistake.
 
-The device keeps keys and values as hash chains: a position's content depends on every token
-before it and on the versions that stood in the row's slots. A token depends on all contents
-read through the row's blocks. So a stale, foreign, unwritten or shared block, a wrong slot or a
-wrong weight changes the tokens, and `expected` knows the right ones without any engine.
+What a wrong block, slot or weight changes are the tokens, see engine_device, and `expected` knows
+the right ones without any engine.
 """
 
 import hashlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from fader_adapters.errors import AdapterTooLarge
 from fader_adapters.spec import AdapterData, AdapterSpec, Blend, Digest, Term, Upload
 from fader_server.core import (
-    Launched,
     Plan,
-    PlanRow,
     Request,
-    RowResult,
     SamplingParams,
     Sequence,
     TokenEvent,
@@ -29,12 +24,7 @@ from fader_server.engine.limits import Limits
 from fader_server.engine.scheduler import Scheduler
 from fader_server.engine.stats import Unobserved
 from fader_server.engine.stepper import Stepper
-
-VOCAB = 50
-
-
-class OutOfMemoryError(RuntimeError):
-    """Named as torch names its own."""
+from tests.server.engine.engine_device import Ahead, Device, draw
 
 
 @dataclass(frozen=True)
@@ -148,158 +138,6 @@ class FakePool:
         self.leaving.discard(v)
 
 
-class Device:
-    """The runner: see the module's docstring."""
-
-    def __init__(self, blocks: int, block_size: int) -> None:
-        self.size = block_size
-        self.kv = [[-1 - b * block_size - o for o in range(block_size)] for b in range(blocks)]
-        self.arena: dict[int, int] = {}
-        self.culprits: set[str] = set()
-        self.nan: set[str] = set()
-        self.bad_uploads: set[Digest] = set()
-        self.out_of_memory_above = 10**9
-        """Tokens a step may have."""
-        self.broken = False
-        self.plans: list[Plan] = []
-        self.runs = 0
-
-    def upload(self, uploads: tuple[Upload, ...]) -> None:
-        for one in uploads:
-            if one.data.spec.version in self.bad_uploads:
-                raise RuntimeError("injected")
-            self.arena[one.slot] = int(one.data.spec.version[:12], 16)
-
-    def content(self, slot: int) -> int:
-        """What stands in a slot: the first digits of a version."""
-        return self.arena[slot]
-
-    def run(self, plan: Plan) -> list[RowResult]:
-        self.runs += 1
-        if self.broken:
-            raise RuntimeError("device lost")
-        if plan.tokens > self.out_of_memory_above:
-            raise OutOfMemoryError("injected")
-        if any(row.sequence.request.id in self.culprits for row in plan.rows):
-            raise RuntimeError("injected")
-        self.plans.append(plan)
-        before = [self._read(row.sequence, row.start - 1) for row in plan.rows]
-        for row, terms, content in zip(plan.rows, plan.terms.rows, before, strict=True):
-            assert terms.tokens == row.count
-            key = tuple((self.content(slot), gamma) for slot, gamma in terms.terms)
-            for at in range(row.start, row.start + row.count):
-                content = hash((content, row.sequence.tokens[at], key))
-                block = row.sequence.blocks[at // self.size]
-                self.kv[block][at % self.size] = content
-        return [self._result(row) for row in plan.rows]
-
-    def _read(self, sequence: Sequence, at: int) -> int:
-        return self.kv[sequence.blocks[at // self.size]][at % self.size] if at >= 0 else 0
-
-    def _result(self, row: PlanRow) -> RowResult:
-        sequence, end = row.sequence, row.start + row.count
-        scored = ()
-        if row.wants_prompt_logprobs:
-            last = min(end, sequence.prompt_len - 1)
-            scored = tuple(
-                TokenLogprob(sequence.tokens[p + 1], float(self._read(sequence, p)))
-                for p in range(row.start, last)
-            )
-        if not row.samples:
-            return RowResult(prompt_logprobs=scored)
-        contents = tuple(self._read(sequence, p) for p in range(end))
-        token = _draw(sequence.request.params.seed, contents)
-        finite = sequence.request.id not in self.nan
-        return RowResult(token, TokenLogprob(token, 0.0), scored, finite)
-
-
-class Ahead(Device):
-    """A device that computes by itself, from what it was told when a step began: in that order and
-    as late as it may, when results are asked for. Copies of adapters wait for what began before.
-    """
-
-    def __init__(self, blocks: int, block_size: int) -> None:
-        super().__init__(blocks, block_size)
-        self.queue: deque[_UnderWay] = deque()
-        self.led = 0
-        """Steps that began before the tokens of the step in front were known."""
-
-    def launch(self, plan: Plan) -> Launched:
-        return self.queued(_UnderWay(self, _copy(plan)))
-
-    def queued(self, step: "_UnderWay") -> "_UnderWay":
-        self.queue.append(step)
-        return step
-
-    def upload(self, uploads: tuple[Upload, ...]) -> None:
-        self.compute(None)
-        super().upload(uploads)
-
-    def run(self, plan: Plan) -> list[RowResult]:
-        self.compute(None)
-        return super().run(plan)
-
-    def execute(self, plan: Plan) -> list[RowResult]:
-        """What the device does of a step."""
-        return Device.run(self, plan)
-
-    def compute(self, last: "_UnderWay | None") -> None:
-        """Everything up to this step; all there is for None."""
-        while self.queue and (last is None or last.found is None):
-            self.queue.popleft().compute()
-
-
-@dataclass(eq=False)
-class _UnderWay:
-    device: Ahead
-    plan: Plan
-    before: "_UnderWay | None" = None
-    found: list[RowResult] | Exception | None = None
-
-    def ahead(self, plan: Plan) -> "_UnderWay":
-        assert [row.sequence.request.id for row in plan.rows] == [
-            row.sequence.request.id for row in self.plan.rows
-        ]
-        assert self.found is None, "its tokens are known"
-        self.device.led += 1
-        copy = _copy(plan)
-        for row in copy.rows:
-            assert row.start == len(row.sequence.tokens)
-        return self.device.queued(_UnderWay(self.device, copy, self))
-
-    def compute(self) -> None:
-        before = self.before
-        if before is not None:
-            drawn = before.found if isinstance(before.found, list) else [RowResult(0)] * 99
-            for row, result in zip(self.plan.rows, drawn, strict=False):
-                row.sequence.tokens.append(result.token or 0)
-        try:
-            self.found = self.device.execute(self.plan)
-        except Exception as error:  # noqa: BLE001 - kept for whoever waits
-            self.found = error
-
-    def results(self) -> list[RowResult]:
-        self.device.compute(self)
-        if isinstance(self.found, Exception):
-            raise self.found
-        assert self.found is not None
-        return self.found
-
-
-def _copy(plan: Plan) -> Plan:
-    """What the device is told of a plan: whatever the sequences become, it knows this."""
-    rows = []
-    for row in plan.rows:
-        own = row.sequence
-        told = Sequence(own.request, list(own.tokens), row.start, list(own.blocks))
-        rows.append(PlanRow(told, row.start, row.count, row.samples))
-    return Plan(tuple(rows), plan.terms)
-
-
-def _draw(seed: int, contents: tuple[int, ...]) -> int:
-    return hash((seed, contents)) % VOCAB
-
-
 def _contents(request: Request, tokens: list[int]) -> tuple[int, ...]:
     key = tuple((int(t.version[:12], 16), t.gamma) for t in request.blend.terms)
     contents, content = [], 0
@@ -314,7 +152,7 @@ def expected(request: Request) -> list[int]:
     params, tokens = request.params, list(request.prompt)
     output: list[int] = []
     while len(output) < params.max_tokens:
-        token = _draw(params.seed, _contents(request, tokens))
+        token = draw(params.seed, _contents(request, tokens))
         tokens.append(token)
         output.append(token)
         if len(output) > params.min_tokens and token in params.stop_token_ids:

@@ -33,14 +33,8 @@ from fader_server.engine.loop import Engine
 from fader_server.engine.scheduler import Scheduler
 from fader_server.errors import FaderError
 from fader_server.registry import LockedLease, Registry
-from tests.server.engine.engine_world import (
-    Ahead,
-    Device,
-    Seen,
-    check_answer,
-    check_blocks,
-    version,
-)
+from tests.server.engine.engine_device import Ahead, Device
+from tests.server.engine.engine_world import Seen, check_answer, check_blocks, version
 
 WIDTH = 32
 UNIT = 2 * WIDTH

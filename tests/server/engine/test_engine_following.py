@@ -11,11 +11,10 @@ from fader_server.engine.limits import Limits
 from fader_server.engine.loop import Engine
 from fader_server.engine.scheduler import Scheduler
 from fader_server.errors import EngineFault, NumericFault
+from tests.server.engine.engine_device import Ahead, UnderWay
 from tests.server.engine.engine_world import (
-    Ahead,
     FakePool,
     World,
-    _UnderWay,
     blend_of,
     check_answer,
     expected,
@@ -77,7 +76,7 @@ def test_a_wrong_token_would_show() -> None:
     decoding(own, "a", max_tokens=8)
     assert own.stepper._flight is not None
     step = own.stepper._flight.launched
-    assert isinstance(step, _UnderWay)
+    assert isinstance(step, UnderWay)
     step.before = None
     step.plan.rows[0].sequence.tokens.append(49)
     with pytest.raises(AssertionError):
@@ -216,7 +215,7 @@ def test_a_step_that_cannot_begin_ahead_comes_in_its_turn(
     def fail(step: object, plan: Plan) -> None:
         raise RuntimeError("injected")
 
-    monkeypatch.setattr("tests.server.engine.engine_world._UnderWay.ahead", fail)
+    monkeypatch.setattr("tests.server.engine.engine_device.UnderWay.ahead", fail)
     own.finish()
     assert own.seen["a"].finish == "length"
     assert "ahead of its turn" in caplog.text

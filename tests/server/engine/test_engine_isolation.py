@@ -7,14 +7,8 @@ from fader_adapters.errors import AdapterTooLarge
 from fader_server.core import Plan
 from fader_server.engine.isolation import is_out_of_memory, run_isolated
 from fader_server.errors import EngineFault
-from tests.server.engine.engine_world import (
-    OutOfMemoryError,
-    World,
-    blend_of,
-    expected,
-    request,
-    version,
-)
+from tests.server.engine.engine_device import OutOfMemoryError
+from tests.server.engine.engine_world import World, blend_of, expected, request, version
 
 
 def crowd(world: World, count: int = 6) -> None:

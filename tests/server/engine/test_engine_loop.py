@@ -10,15 +10,8 @@ from fader_server.engine.limits import Limits
 from fader_server.engine.loop import Engine
 from fader_server.engine.scheduler import Scheduler
 from fader_server.errors import ContextTooLong, EngineFault, Overloaded, RequestInvalid
-from tests.server.engine.engine_world import (
-    Device,
-    FakePool,
-    Seen,
-    blend_of,
-    expected,
-    request,
-    version,
-)
+from tests.server.engine.engine_device import Device
+from tests.server.engine.engine_world import FakePool, Seen, blend_of, expected, request, version
 
 WAIT = 30.0
 """Seconds until a test that hangs fails."""

@@ -10,7 +10,8 @@ from fader_server.engine.limits import Limits
 from fader_server.engine.scheduler import Scheduler
 from fader_server.engine.stepper import Stepper
 from fader_server.errors import EngineFault
-from tests.server.engine.engine_world import Device, FakePool, Seen, World, expected, request
+from tests.server.engine.engine_device import Device
+from tests.server.engine.engine_world import FakePool, Seen, World, expected, request
 
 
 class Recorded(Device):

@@ -9,7 +9,8 @@ from fader_adapters.errors import AdapterTooLarge
 from fader_server.core import Sequence
 from fader_server.engine.blocks import BlockManager
 from fader_server.engine.roster import Roster
-from tests.server.engine.engine_world import Ahead, FakePool, World, blend_of, request, version
+from tests.server.engine.engine_device import Ahead
+from tests.server.engine.engine_world import FakePool, World, blend_of, request, version
 
 NAMES = ("a", "b", "c", "d")
 SIZES = {version("a"): 1, version("b"): 1, version("c"): 2, version("d"): 4}  # d never fits
