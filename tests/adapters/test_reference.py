@@ -86,3 +86,15 @@ def test_a_weight_decoded_in_chunks_equals_the_whole(rows):
     x, bias = torch.randn(5, IN), torch.randn(sum(OUTS))
     whole = x @ dense(world.weight, torch.float32).T + bias
     torch.testing.assert_close(DecodedLinear(world.weight, bias, chunk=rows * IN)(x), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", steps())
+def test_a_row_alone_has_the_bits_it_has_in_company(name, dtype):
+    world, terms = make_world(RANKS, dtype), steps()[name]
+    x = _input(terms, dtype)
+    together = _run(world, x, terms)
+    start = 0
+    for row in terms.rows:
+        rows = slice(start, start := start + row.tokens)
+        assert torch.equal(_run(world, x[rows], StepTerms((row,))), together[rows])

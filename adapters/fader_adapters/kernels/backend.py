@@ -100,8 +100,6 @@ class Backend(Protocol):
     """Base linears and batched deltas on one kind of device."""
 
     name: str
-    least_rows: int
-    """A row's bits do not depend on the number of rows of a call from this many on."""
     apart: bool
     """Rows of one token and longer ones must run in steps of their own, or their bits would."""
 

@@ -222,7 +222,6 @@ class NativeBackend:
     """fp32 and bf16 on any x86-64, with the widest instructions the machine has."""
 
     name = "native"
-    least_rows = 1
     apart = False
 
     def __init__(self) -> None:

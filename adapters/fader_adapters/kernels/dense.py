@@ -7,6 +7,23 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
+BLOCK = 32
+"""Rows of a product on a CPU: its libraries sum in another order for another number of rows."""
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x·Wᵀ + b, [n, in] and [out, in] → [n, out]; on a CPU a row has the same bits in any company.
+
+    Every product there has the same shape, whoever takes part.
+    """
+    if not x.is_cpu:
+        return F.linear(x, weight, bias)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    for rows, out in zip(x.split(BLOCK), y.split(BLOCK), strict=True):
+        some = F.pad(rows, (0, 0, 0, BLOCK - rows.shape[0]))
+        out.copy_(F.linear(some, weight, bias)[: rows.shape[0]])
+    return y
+
 
 def filled(parts: Iterable[torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
     """One weight [out, in] from its rows, some at a time; each part is done with before the next
@@ -29,7 +46,7 @@ class ByRows(ABC):
         """W[start:stop] in fp32."""
 
     def product(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        return F.linear(x.float(), self.rows(start, stop))
+        return linear(x.float(), self.rows(start, stop))
 
 
 class DenseLinear(ByRows):
@@ -49,7 +66,7 @@ class DenseLinear(ByRows):
         return self.weight.nbytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         return self.weight.to(dtype)

@@ -1,27 +1,22 @@
-"""The specification in plain torch: NF4 by decoding, deltas as masked dense products."""
+"""The specification in plain torch: NF4 by decoding, deltas one slot after the other."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional as F
 
 from fader_adapters.kernels import nf4
-from fader_adapters.kernels.dense import ByRows, DenseLinear, filled
+from fader_adapters.kernels.dense import ByRows, DenseLinear, filled, linear
 from fader_adapters.kernels.nf4 import Nf4Weight, dense, stack
 from fader_adapters.kernels.tables import Tables
-from fader_adapters.spec import RowTerms, SiteSpec, StepTerms
+from fader_adapters.spec import SiteSpec, StepTerms
 
 if TYPE_CHECKING:
     from fader_adapters.kernels.backend import BaseLinear
 
 CHUNK = 4 << 20
 """Weights decoded at a time: a scratch that stays in cache and below the page-fault cliff."""
-
-
-LEAST_ROWS = 4
-"""torch's fp32 products on CPUs give a row the same bits in any company from this many rows on."""
 
 
 class DecodedLinear(ByRows):
@@ -44,12 +39,12 @@ class DecodedLinear(ByRows):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._rows >= self.out_features:
-            return F.linear(x, dense(self.weight, x.dtype), self.bias)
+            return linear(x, dense(self.weight, x.dtype), self.bias)
         y = x.new_empty(x.shape[0], self.out_features)
         for start in range(0, self.out_features, self._rows):
             stop = min(start + self._rows, self.out_features)
             bias = None if self.bias is None else self.bias[start:stop]
-            y[:, start:stop] = F.linear(x, dense(self.weight.rows(start, stop), x.dtype), bias)
+            y[:, start:stop] = linear(x, dense(self.weight.rows(start, stop), x.dtype), bias)
         return y
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
@@ -76,107 +71,90 @@ class TorchRoom:
 
 
 @dataclass(frozen=True)
-class Tile:
-    """Consecutive tokens of a step that are computed against one list of slots."""
+class Share:
+    """One slot's tokens in a step."""
 
-    start: int
-    stop: int
-    slots: tuple[int, ...]
+    slot: int
+    tokens: torch.Tensor
+    """[n] int64"""
     gamma: torch.Tensor
-    """[tokens, slots] float32, 0 where a token does not use the slot."""
+    """[n, 1] float32, none of them 0."""
 
 
 @dataclass(frozen=True)
 class Operands:
-    """What several slots have at one linear, in fp32; A and B stacked along the rank."""
+    """What one slot has at one linear, in fp32."""
 
     a: torch.Tensor
-    """[R, in]"""
+    """[r, in]"""
     b: torch.Tensor
-    """[R, out]"""
-    owner: torch.Tensor
-    """[R] index into the tile's slots."""
-    scale: torch.Tensor
-    """[R]"""
-    vectors: tuple[tuple[int, torch.Tensor | None, torch.Tensor | None], ...]
-    """(slot's place, gain [out], scale · bias [out]) of every slot that has one of them."""
+    """[out, r]"""
+    scale: float
+    gain: torch.Tensor | None
+    """[out]"""
+    shift: torch.Tensor | None
+    """[out] scale · bias."""
 
 
 class ReferenceStep:
-    """Tiles of one step and the operands gathered for them so far."""
+    """The slots of one step, in order, and the operands brought for them so far."""
 
-    def __init__(self, tiles: list[Tile], gather: "Gather") -> None:
-        self.tiles = tiles
-        self.gather = gather
+    def __init__(self, shares: list[Share], operands: "KeptOperands") -> None:
+        self.shares = shares
+        self._operands = operands
+
+    def at(self, member: int, shape: tuple[int, int]) -> list[tuple[Share, Operands]]:
+        """The slots that touch a linear of shape (in, out)."""
+        found = ((s, self._operands.get(s.slot, member, shape)) for s in self.shares)
+        return [(share, operands) for share, operands in found if operands is not None]
 
 
-class Gather:
-    """Stacked operands per (slots, linear), kept while the tables and the slots in use stay."""
+class KeptOperands:
+    """Operands per (slot, linear), kept while the tables and the slots in use stay."""
 
     def __init__(self, tables: Tables) -> None:
         self.tables = tables
         self.generation = tables.generation
-        self._kept: dict[tuple[tuple[int, ...], int], Operands | None] = {}
+        self._kept: dict[tuple[int, int], Operands | None] = {}
 
-    def keep_only(self, used: set[tuple[int, ...]]) -> None:
-        self._kept = {key: value for key, value in self._kept.items() if key[0] in used}
+    def keep_only(self, slots: set[int]) -> None:
+        self._kept = {key: value for key, value in self._kept.items() if key[0] in slots}
 
-    def operands(
-        self, slots: tuple[int, ...], linear: int, shape: tuple[int, int]
-    ) -> Operands | None:
-        """None when no slot touches this linear. shape is (in, out)."""
-        key = (slots, linear)
+    def get(self, slot: int, member: int, shape: tuple[int, int]) -> Operands | None:
+        """None when the slot changes nothing at this linear. shape is (in, out)."""
+        key = (slot, member)
         if key not in self._kept:
-            self._kept[key] = self._stack(slots, linear, *shape)
+            self._kept[key] = self._bring(slot, member, *shape)
         return self._kept[key]
 
-    def _stack(self, slots: tuple[int, ...], linear: int, width: int, out: int) -> Operands | None:
+    def _bring(self, slot: int, member: int, width: int, out: int) -> Operands | None:
         t = self.tables
-        parts_a, parts_b, ranks, vectors = [], [], [], []
-        for place, slot in enumerate(slots):
-            rank = int(t.rank[slot, linear])
-            ranks.append(rank)
-            if rank:
-                a, b = int(t.a_offset[slot, linear]), int(t.b_offset[slot, linear])
-                parts_a.append(t.arena[a : a + rank * width].view(rank, width))
-                parts_b.append(t.arena[b : b + rank * out].view(rank, out))
-                gain, bias = self._vectors(slot, linear, out)
-                if gain is not None or bias is not None:
-                    vectors.append((place, gain, bias))
-        if not parts_a:
+        rank, scale = int(t.rank[slot, member]), float(t.scale[slot, member])
+        if not rank or not scale:
             return None
-        device = t.arena.device
-        repeats = torch.tensor(ranks)
-        owner = torch.repeat_interleave(torch.arange(len(slots)), repeats)
-        return Operands(
-            torch.cat(parts_a).float(),
-            torch.cat(parts_b).float(),
-            owner.to(device),
-            t.scale[list(slots), linear][owner].to(device),
-            tuple(vectors),
-        )
+        gain = self._floats(t.gain_offset[slot, member], out)
+        bias = self._floats(t.bias_offset[slot, member], out)
+        a = self._floats(t.a_offset[slot, member], rank * width)
+        b = self._floats(t.b_offset[slot, member], rank * out)
+        assert a is not None
+        assert b is not None
+        b = b.view(rank, out).T.contiguous()
+        return Operands(a.view(rank, width), b, scale, gain, None if bias is None else bias * scale)
 
-    def _vectors(
-        self, slot: int, linear: int, out: int
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Gain and scale · bias [out] of one slot, None where it has none."""
-        t = self.tables
-        gain, bias = int(t.gain_offset[slot, linear]), int(t.bias_offset[slot, linear])
-        return (
-            None if gain < 0 else t.arena[gain : gain + out].float(),
-            None if bias < 0 else t.arena[bias : bias + out].float() * t.scale[slot, linear].item(),
-        )
+    def _floats(self, offset: torch.Tensor, count: int) -> torch.Tensor | None:
+        """[count] of the arena from an offset on; None where it is negative: there are none."""
+        at = int(offset)
+        return None if at < 0 else self.tables.arena[at : at + count].float()
 
 
 class ReferenceBackend:
     """Runs anywhere torch runs. Every other backend is tested against it."""
 
     name = "reference"
-    least_rows = LEAST_ROWS
     apart = False
 
     def __init__(self) -> None:
-        self._gather: Gather | None = None
+        self._operands: KeptOperands | None = None
 
     def linear(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> DecodedLinear:
         return DecodedLinear(stack(weights), bias)
@@ -187,12 +165,15 @@ class ReferenceBackend:
     def prepare(self, tables: Tables, terms: StepTerms) -> ReferenceStep | None:
         if terms.idle:
             return None
-        tiles = [tile for tile in _tiles(terms, tables.arena.device) if tile.slots]
-        gather = self._gather
-        if gather is None or gather.tables is not tables or gather.generation != tables.generation:
-            gather = self._gather = Gather(tables)
-        gather.keep_only({tile.slots for tile in tiles})
-        return ReferenceStep(tiles, gather)
+        operands = self._operands
+        if operands is None or (operands.tables, operands.generation) != (
+            tables,
+            tables.generation,
+        ):
+            operands = self._operands = KeptOperands(tables)
+        shares = _shares(terms, tables.arena.device)
+        operands.keep_only({share.slot for share in shares})
+        return ReferenceStep(shares, operands)
 
     def bind(self, site: SiteSpec, base: "BaseLinear") -> "ReferenceSite":
         return ReferenceSite(site, base)
@@ -213,16 +194,15 @@ class ReferenceSite:
         if step is None:
             return y
         assert isinstance(step, ReferenceStep)
-        for tile in step.tiles:
-            rows = _padded(x[tile.start : tile.stop].float())
-            column = 0
-            for linear, out in zip(self.site.linears, self.site.out_features, strict=True):
-                parts = step.gather.operands(tile.slots, linear, (self.site.in_features, out))
-                if parts is not None:
-                    part = y[tile.start : tile.stop, column : column + out]
-                    own = None if self.base.bias is None else self.base.bias[column : column + out]
-                    part.copy_(_add_delta(part, rows @ parts.a.T, parts, tile.gamma, own))
-                column += out
+        column = 0
+        for member, out in zip(self.site.linears, self.site.out_features, strict=True):
+            found = [
+                (share, operands, linear(x[share.tokens].float(), operands.a))
+                for share, operands in step.at(member, (self.site.in_features, out))
+            ]
+            bias = None if self.base.bias is None else self.base.bias[column : column + out]
+            _add(y[:, column : column + out], found, bias)
+            column += out
         return y
 
 
@@ -236,75 +216,53 @@ class ReferenceLookup:
         if step is None:
             return
         assert isinstance(step, ReferenceStep)
-        (linear,), (out,) = self.site.linears, self.site.out_features
-        for tile in step.tiles:
-            parts = step.gather.operands(tile.slots, linear, (self.site.in_features, out))
-            if parts is not None:
-                part = y[tile.start : tile.stop]
-                z = _padded(parts.a[:, ids[tile.start : tile.stop]].T)
-                part.copy_(_add_delta(part, z, parts, tile.gamma, None))
+        (member,), (out,) = self.site.linears, self.site.out_features
+        found = [
+            (share, operands, operands.a[:, ids[share.tokens]].T)
+            for share, operands in step.at(member, (self.site.in_features, out))
+        ]
+        _add(y, found, None)
 
 
-def _padded(rows: torch.Tensor) -> torch.Tensor:
-    """At least as many rows as give each the same bits in any company."""
-    return F.pad(rows, (0, 0, 0, max(0, LEAST_ROWS - rows.shape[0])))
+def _add(
+    y: torch.Tensor, found: list[tuple[Share, Operands, torch.Tensor]], bias: torch.Tensor | None
+) -> None:
+    """y += G∘(y − bias) + Σ γ·s·(z·B + biasB), z = x·Aᵀ, G = Σ γ·gain, in fp32, rounded once.
 
-
-def _add_delta(
-    y: torch.Tensor,
-    z: torch.Tensor,
-    parts: Operands,
-    gamma: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """y + G∘(y − bias) + (z ∘ γ·s)·B + γ·s·biasB, z = x·Aᵀ, G = Σ γ·gain, in fp32, rounded once.
-
-    A zero coefficient selects, it never multiplies. `bias` is the base's own.
+    found  slots with their z [tokens of the slot, r]; other tokens keep their bits
+    bias   the base's own
     """
-    tokens = y.shape[0]
-    coefficient = _padded(gamma)[:, parts.owner] * parts.scale  # [tokens, R]
-    used = coefficient != 0
-    z = torch.where(used, z * coefficient, 0.0)
-    total = y.float() + (z @ parts.b)[:tokens]
-    for place, gain, shift in parts.vectors:
-        own = gamma[:, place : place + 1]
-        if gain is not None:
-            plain = y.float() if bias is None else y.float() - bias.float()
-            total += torch.where(own != 0, own * gain * plain, 0.0)
-        if shift is not None:
-            total += torch.where(own != 0, own * shift, 0.0)
-    touched = used.any(dim=1, keepdim=True)[:tokens]
-    return torch.where(touched, total.to(y.dtype), y)
+    if not found:
+        return
+    base = y.float()
+    plain = base if bias is None else base - bias.float()
+    total = base.clone()
+    for share, operands, z in found:
+        delta = linear(z * (share.gamma * operands.scale), operands.b)
+        if operands.gain is not None:
+            delta += share.gamma * operands.gain * plain[share.tokens]
+        if operands.shift is not None:
+            delta += share.gamma * operands.shift
+        total[share.tokens] += delta
+    touched = torch.cat([share.tokens for share, _, _ in found]).unique()
+    y[touched] = total[touched].to(y.dtype)
 
 
-def _tiles(terms: StepTerms, device: torch.device) -> list[Tile]:
-    """Each row of many tokens is a tile of its own; consecutive single-token rows share one."""
-    tiles: list[Tile] = []
+def _shares(terms: StepTerms, device: torch.device) -> list[Share]:
+    tokens: dict[int, list[int]] = {}
+    gamma: dict[int, list[float]] = {}
     start = 0
-    shared: list[RowTerms] = []
-    for row in (*terms.rows, RowTerms(0)):
-        if row.tokens == 1:
-            shared.append(row)
-            continue
-        if shared:
-            tiles.append(_tile(start, shared, device))
-            start += len(shared)
-            shared = []
-        if row.tokens:
-            tiles.append(_tile(start, [row], device))
-            start += row.tokens
-    return tiles
-
-
-def _tile(start: int, rows: Sequence[RowTerms], device: torch.device) -> Tile:
-    slots = tuple(sorted({slot for row in rows for slot, _ in row.terms}))
-    place = {slot: i for i, slot in enumerate(slots)}
-    gamma = [[0.0] * len(slots) for _ in rows]
-    for weights, row in zip(gamma, rows, strict=True):
+    for row in terms.rows:
         for slot, value in row.terms:
-            weights[place[slot]] = value
-    table = torch.tensor(gamma, dtype=torch.float32, device=device).reshape(len(rows), len(slots))
-    tokens = sum(row.tokens for row in rows)
-    return Tile(
-        start, start + tokens, slots, table if tokens == len(rows) else table.expand(tokens, -1)
-    )
+            if value:
+                tokens.setdefault(slot, []).extend(range(start, start + row.tokens))
+                gamma.setdefault(slot, []).extend([value] * row.tokens)
+        start += row.tokens
+    return [
+        Share(
+            slot,
+            torch.tensor(tokens[slot], device=device),
+            torch.tensor(gamma[slot], dtype=torch.float32, device=device).unsqueeze(1),
+        )
+        for slot in sorted(tokens)
+    ]

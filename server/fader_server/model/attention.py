@@ -104,16 +104,11 @@ class StepAttention:
         v: torch.Tensor,
         params: AttentionParams,
     ) -> torch.Tensor:
-        """q [1, heads, T', d], k and v [1, kv_heads, T', d] → [1, T', heads, d]; padding gets 0."""
+        """q [1, heads, T, d], k and v [1, kv_heads, T, d] → [1, T, heads, d]."""
         layer = self._cache[module]
-        tokens = self._batch.tokens
         queries, keys, values = (given[0].transpose(0, 1) for given in (q, k, v))
-        self._backend.write(keys[:tokens], values[:tokens], layer, self._batch.slots)
-        out = self._backend.attend(queries[:tokens], layer, params, self._step)
-        if queries.shape[0] > tokens:
-            padding = out.new_zeros(queries.shape[0] - tokens, *out.shape[1:])
-            out = torch.cat([out, padding])
-        return out.unsqueeze(0)
+        self._backend.write(keys, values, layer, self._batch.slots)
+        return self._backend.attend(queries, layer, params, self._step).unsqueeze(0)
 
 
 class Probe:

@@ -22,15 +22,15 @@ class AttentionRow:
 
 @dataclass(frozen=True)
 class Batch:
-    """One packed step of R rows and T tokens; T' is T or the least the kernels take, if more.
+    """One packed step of R rows and T tokens.
 
-    input_ids, position_ids  [1, T'] int64, padded with zeros to the least
+    input_ids, position_ids  [1, T] int64
     slots         [T] int64, place of each token in a cache of [blocks · block_size] tokens
     cu_tokens     [R + 1] int32, where each row's tokens begin
     contexts      [R] int32, keys of each row, its new tokens included
     block_tables  [R, W] int32, padded with the null block
     logit_index   [S + P] int64, the packed tokens whose logits are wanted: one per sampling row,
-                  then those of the prompt logprobs; padded to the least by repeating
+                  then those of the prompt logprobs
     """
 
     input_ids: torch.Tensor
@@ -50,26 +50,15 @@ class Batch:
     def tokens(self) -> int:
         return self.slots.shape[0]
 
-    @property
-    def padding(self) -> int:
-        """Packed tokens that belong to no row."""
-        return self.input_ids.shape[1] - self.tokens
-
     def logit_terms(self, terms: StepTerms) -> StepTerms:
-        """The terms of the rows of `logit_index`; what pads them is the base's."""
+        """The terms of the rows of `logit_index`."""
         rows = [RowTerms(1, terms.rows[i].terms) for i in self.sampling]
         rows += [RowTerms(count, terms.rows[i].terms) for i, _, count in self.scored]
-        padding = self.logit_index.shape[0] - sum(row.tokens for row in rows)
-        return StepTerms((*rows, RowTerms(padding)) if padding else tuple(rows))
+        return StepTerms(tuple(rows))
 
     @classmethod
-    def from_plan(
-        cls, plan: Plan, *, block_size: int, device: torch.device, least: int = 1
-    ) -> "Batch":
-        """`least`: tokens and logits are padded to this many, see Backend.least_rows.
-
-        One copy to the device, in order on its current stream; the host does not wait.
-        """
+    def from_plan(cls, plan: Plan, *, block_size: int, device: torch.device) -> "Batch":
+        """One copy to the device, in order on its current stream; the host does not wait."""
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -86,11 +75,10 @@ class Batch:
                 for p in range(row.start, stop)
             ]
             cu_tokens.append(len(ids))
-        padding = [0] * max(0, least - len(ids))
-        sampling, scored, index = _logits(plan.rows, cu_tokens, least)
+        sampling, scored, index = _logits(plan.rows, cu_tokens)
         arrays = (
-            np.array([ids + padding], np.int64),
-            np.array([positions + padding], np.int64),
+            np.array([ids], np.int64),
+            np.array([positions], np.int64),
             np.array(slots, np.int64),
             np.array(cu_tokens, np.int32),
             np.array([r.context for r in rows], np.int32),
@@ -122,7 +110,7 @@ def _block_tables(rows: tuple[PlanRow, ...], block_size: int) -> np.ndarray:
 
 
 def _logits(
-    rows: tuple[PlanRow, ...], cu_tokens: list[int], least: int
+    rows: tuple[PlanRow, ...], cu_tokens: list[int]
 ) -> tuple[tuple[int, ...], tuple[tuple[int, int, int], ...], list[int]]:
     sampling = tuple(i for i, row in enumerate(rows) if row.samples)
     index = [cu_tokens[i + 1] - 1 for i in sampling]
@@ -135,6 +123,4 @@ def _logits(
         if count > 0:
             scored.append((i, row.start, count))
             index += range(cu_tokens[i], cu_tokens[i] + count)
-    if index:
-        index += [index[-1]] * (least - len(index))
     return sampling, tuple(scored), index

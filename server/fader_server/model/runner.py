@@ -9,7 +9,7 @@ import torch
 from fader_adapters.kernels.backend import Step
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.layers import LaneWeights
-from fader_adapters.spec import RowTerms, StepTerms
+from fader_adapters.spec import StepTerms
 from fader_server.core import Lane, Plan, RowResult
 from fader_server.model.attention import PagedAttention, StepAttention
 from fader_server.model.batch import Batch
@@ -23,11 +23,6 @@ from fader_server.model.sampler import Drawn, Sampler, prompt_logprobs
 HeadStep = Callable[[torch.Size], Step | None]
 Ready = Callable[[], Drawn]
 """A forward that was put together: computes it, or sets the device to it, once."""
-
-
-def _padded(terms: StepTerms, padding: int) -> StepTerms:
-    """The terms of every packed token: padding is a row of the base."""
-    return StepTerms((*terms.rows, RowTerms(padding))) if padding else terms
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -176,14 +171,8 @@ class ModelRunner:
         return compute
 
     def _eager(self, plan: Plan) -> Ready:
-        batch = Batch.from_plan(
-            plan,
-            block_size=self._cache.block_size,
-            device=self._base.device,
-            least=self._base.backend.least_rows,
-        )
-        terms = _padded(plan.terms, batch.padding)
-        step = self._base.backend.prepare(self._tables, terms)
+        batch = Batch.from_plan(plan, block_size=self._cache.block_size, device=self._base.device)
+        step = self._base.backend.prepare(self._tables, plan.terms)
 
         def compute() -> Drawn:
             logits = self._forward(batch, step, lambda _: self._head_step(plan, batch))

@@ -316,7 +316,7 @@ class LiveWorld:
     def finish(self) -> None:
         """Everybody reads to the end, every name goes; nothing may be left."""
         turns = 0
-        while self.turn() or self.scheduler.waiting or self.scheduler.running:
+        while self.turn() or self.scheduler.running or self.engine.stats().waiting:
             turns += 1
             assert turns < 3000, "no end"
         for name in self.calls:

@@ -101,7 +101,6 @@ class CudaBackend:
     """
 
     name = "cuda"
-    least_rows = 1
     apart = True
 
     def __init__(
