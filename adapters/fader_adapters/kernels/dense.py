@@ -11,16 +11,18 @@ BLOCK = 32
 """Rows of a product on a CPU: its libraries sum in another order for another number of rows."""
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, block: int = BLOCK
+) -> torch.Tensor:
     """x·Wᵀ + b, [n, in] and [out, in] → [n, out]; on a CPU a row has the same bits in any company.
 
-    Every product there has the same shape, whoever takes part.
+    Every product there has the same shape, `block` rows, whoever takes part.
     """
     if not x.is_cpu:
         return F.linear(x, weight, bias)
     y = x.new_empty(x.shape[0], weight.shape[0])
-    for rows, out in zip(x.split(BLOCK), y.split(BLOCK), strict=True):
-        some = F.pad(rows, (0, 0, 0, BLOCK - rows.shape[0]))
+    for rows, out in zip(x.split(block), y.split(block), strict=True):
+        some = F.pad(rows, (0, 0, 0, block - rows.shape[0]))
         out.copy_(F.linear(some, weight, bias)[: rows.shape[0]])
     return y
 

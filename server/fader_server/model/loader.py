@@ -17,6 +17,7 @@ from fader_server.errors import ModelUnsupported
 from fader_server.model import attention
 from fader_server.model.activation import replace_activations
 from fader_server.model.checkpoint import read_config, read_nf4
+from fader_server.model.experts import keep_rows_apart
 from fader_server.model.head import replace_ends
 from fader_server.model.identity import Identity
 from fader_server.model.loaded import LoadedBase
@@ -51,6 +52,8 @@ def load_base(
         from fader_server.model.cuda_modules import use_cuda  # imports triton
 
         use_cuda(model)
+    if device.type == "cpu":
+        keep_rows_apart(model)
     layers = rehearse(model, source, dtype=dtype)
     spec = replace(installed.spec, weights=identity.digest())
     text = config.get_text_config(decoder=True)

@@ -1,0 +1,71 @@
+"""Mixtures of experts on a CPU: a row's bits are its own there, too."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from fader_adapters.kernels.dense import linear
+
+BLOCK = 8
+"""Rows of a product: few tokens of a step meet in one expert."""
+
+_SIGMOIDS = (torch.sigmoid, torch.Tensor.sigmoid)
+
+
+def keep_rows_apart(model: PreTrainedModel) -> None:
+    """Compute each row of an fp32 router or expert alike, whoever takes part.
+
+    In bf16 torch's own products are as they should be, and those of a step's experts are one call.
+    """
+    blocks = list(_blocks(model))
+    if not blocks:
+        return
+    if model.dtype == torch.float32:
+        model.set_experts_implementation("eager")  # one product an expert, by F.linear
+    for block in blocks:
+        setattr(block, "forward", _apart(block.forward))  # noqa: B010 - a method by assignment
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that hold a router and the experts, whose weights are of three dimensions."""
+    for path, module in model.named_modules():
+        if any(p.dim() == 3 for p in module.parameters(recurse=False)):
+            yield model.get_submodule(path.rpartition(".")[0])
+
+
+def _apart(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def apart(*args: object, **kwargs: object) -> object:
+        with _Apart():
+            return forward(*args, **kwargs)
+
+    return apart
+
+
+class _Apart(TorchFunctionMode):
+    """What a row becomes does not depend on the number of rows, nor on its place among them."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float32:
+            if func is F.linear:
+                return _product(*args, **(kwargs or {}))
+            if func in _SIGMOIDS:  # torch's differs between the middle and the end of a tensor
+                return args[0].double().sigmoid().float()
+        return func(*args, **(kwargs or {}))
+
+
+def _product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    rows = linear(x.reshape(-1, x.shape[-1]), weight, bias, block=BLOCK)
+    return rows.view(*x.shape[:-1], weight.shape[0])
