@@ -13,7 +13,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -110,7 +111,9 @@ def main_loop(sass: str) -> dict[str, int]:
     return {name: body.count(name) for name in sorted(set(body))}
 
 
-def _compile(module: str, entry: Shipped, arch: int) -> Compiled:
+def _compile(module: str, place: int, arch: int) -> Compiled:
+    """What becomes of the entry at a place of the module's list."""
+    entry = tuple(importlib.import_module(module).shipped())[place]
     made = Compiled(module, entry.kernel.__name__, entry.constexprs, entry.num_warps, arch)
     try:
         shared, cubin = _cubin(entry, arch)
@@ -163,17 +166,24 @@ def _likeness(entry: Shipped, pick: Pick) -> tuple[object, ...]:
     return kernel.__name__, repr((signature, constexprs)), *launch
 
 
-def _worker() -> None:
-    request = json.load(sys.stdin)
-    results, seen = [], set()
-    for name in request["modules"]:
-        for entry in importlib.import_module(name).shipped():
+def _picked(modules: Sequence[str], pick: Pick) -> Iterator[tuple[str, int, int]]:
+    """Module, place in its list and architecture of what is compiled."""
+    seen = set()
+    for name in modules:
+        for place, entry in enumerate(importlib.import_module(name).shipped()):
             for arch in entry.archs:
-                key = (name, arch, *_likeness(entry, request["pick"]))
+                key = (name, arch, *_likeness(entry, pick))
                 if key not in seen:
                     seen.add(key)
-                    results.append(asdict(_compile(name, entry, arch)))
-    sys.stdout.write("\n" + json.dumps(results) + "\n")
+                    yield name, place, arch
+
+
+def _worker() -> None:
+    request = json.load(sys.stdin)
+    wanted = list(_picked(**request))
+    with ProcessPoolExecutor() as pool:
+        results = list(pool.map(_compile, *zip(*wanted, strict=True)))
+    sys.stdout.write("\n" + json.dumps([asdict(made) for made in results]) + "\n")
 
 
 if __name__ == "__main__":

@@ -129,6 +129,7 @@ def plain(setting: Setting) -> Told:
         return told(world.run(asks(3)) + world.run(asks(2)[1:]))
 
 
+@pytest.mark.slow
 def test_an_answers_bits_do_not_depend_on_its_company(setting: Setting, plain: Told) -> None:
     """Prompts beside other prompts and beside running streams, decode steps of any rows."""
     with pytest.MonkeyPatch.context() as patch:
@@ -220,6 +221,7 @@ def test_a_step_with_more_deltas_than_were_captured_runs_operator_by_operator(
     assert answer[0]
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_captured_serves_without_graphs(
     setting: Setting,
     plain: Told,

@@ -161,7 +161,11 @@ def _alone(made: Rig, which: int, x: torch.Tensor, y: torch.Tensor, blend) -> to
     return made.run(StepTerms((RowTerms(1, blend),)), which, x[None], y[None])[0]
 
 
-@pytest.mark.parametrize("blend", COMPANY, ids=str)
+@pytest.mark.parametrize(
+    "blend",
+    [pytest.param(b, marks=[] if len(b) in {0, 4} else pytest.mark.slow) for b in COMPANY],
+    ids=str,
+)
 def test_a_row_has_the_same_bits_alone_and_in_any_company(blend):
     """At every place of a tile, and with terms of other rows before, between and after its own."""
     configs = _small(ShrinkConfig(32, 2, 2, 4, 2), ExpandConfig(128, 4, 2))

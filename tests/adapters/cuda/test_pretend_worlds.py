@@ -16,7 +16,10 @@ from tests.support.pretend_cuda.setting import Setting, check, on_device, opened
 from tests.support.pretend_cuda.world import PretendWorld
 from tests.support.world import Ask, greedy
 
-pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
+pytestmark = [
+    pytest.mark.skipif(bool(unavailable()), reason=unavailable()),
+    pytest.mark.slow,
+]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,6 @@ def test_mixed_batches_of_blends_give_the_references_answers(
     assert device.replays > before
 
 
-@pytest.mark.slow
 def test_every_kind_of_adapter_gives_the_references_answers(
     setting: Setting, world: PretendWorld
 ) -> None:
@@ -76,7 +78,6 @@ SAMPLED: list[dict] = [
 ]
 
 
-@pytest.mark.slow
 def test_every_way_to_sample_gives_the_references_tokens(
     setting: Setting, world: PretendWorld
 ) -> None:
@@ -90,7 +91,6 @@ def test_every_way_to_sample_gives_the_references_tokens(
     check(setting, world, asks)
 
 
-@pytest.mark.slow
 def test_a_prefix_that_is_found_again_gives_the_references_answers(
     setting: Setting, world: PretendWorld
 ) -> None:
@@ -102,7 +102,6 @@ def test_a_prefix_that_is_found_again_gives_the_references_answers(
     assert answer.cached == 32
 
 
-@pytest.mark.slow
 def test_a_decode_step_waits_once_and_for_its_own_copy_alone(
     world: PretendWorld, device: PretendDevice
 ) -> None:

@@ -147,7 +147,7 @@ def test_a_client_that_leaves_frees_everything_within_a_second(server):
 
 
 def test_sigterm_ends_what_runs_and_exits_with_zero(tmp_path):
-    body = QUESTION | {"model": demo.SERVED_NAME, "stream": True, "max_tokens": 300}
+    body = QUESTION | {"model": demo.SERVED_NAME, "stream": True, "max_tokens": 120}
     body["ignore_eos"] = True
     with start(tmp_path) as running:
         url = f"{running.url}/v1/chat/completions"
