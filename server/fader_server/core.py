@@ -51,6 +51,8 @@ class Request:
     """Data of every version in the blend, kept alive by the caller's lease to the last event."""
     cache_salt: str = ""
     """Namespace of the prefix cache beside the blend: requests of one salt may share blocks."""
+    tenant: str = ""
+    """Whose it is; the queue is fair between tenants."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
