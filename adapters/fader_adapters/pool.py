@@ -60,6 +60,11 @@ class Pool:
         return len(self._residents)
 
     @property
+    def numel(self) -> int | None:
+        """Elements that versions in use compete for; None where all that are loaded are there."""
+        return None if self._in_place else self._extents.capacity
+
+    @property
     def total_bytes(self) -> int:
         """Of the arena."""
         return self._tables.arena.numel() * self._tables.arena.itemsize

@@ -249,6 +249,11 @@ class LaunchRunner(Runner, Protocol):
 class AdapterPool(Protocol):
     """The device tier as the scheduler sees it: integers only. Owned by the engine thread."""
 
+    @property
+    def numel(self) -> int | None:
+        """Elements that versions in use compete for; None where all that are loaded are there."""
+        ...
+
     def check(self, data: Mapping[Digest, AdapterData]) -> None:
         """Raise AdapterTooLarge when these versions can never be there together. Any thread."""
         ...

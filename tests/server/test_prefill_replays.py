@@ -77,12 +77,14 @@ def test_once_trusted_the_models_code_runs_no_more(llama, monkeypatch):
     assert ran, "logits of a prompt are not recorded"
 
 
-@pytest.mark.parametrize("name", ["mixtral", "opt"])
+@pytest.mark.parametrize(("name", "dtype"), [("mixtral", torch.bfloat16), ("opt", torch.float32)])
 @pytest.mark.parametrize("wrong", [0, 1])
-def test_numbers_among_an_operators_arguments_follow_the_size(name, wrong, tmp_path, monkeypatch):
+def test_numbers_among_an_operators_arguments_follow_the_size(
+    name, dtype, wrong, tmp_path, monkeypatch
+):
     source = write_many(*MANY[name], tmp_path / "base")
     asks = [[ask(length, {}), ask(2 * length + 1, {})] for length in (20, 21, 33, 37, 61)]
-    plain = opened((source, []), replays=False)
+    plain = opened((source, []), dtype, replays=False)
     expected = [warm(plain), *(answered(plain, own) for own in asks)]
     leaf = shaped._leaf
     numbers = []
@@ -94,7 +96,7 @@ def test_numbers_among_an_operators_arguments_follow_the_size(name, wrong, tmp_p
         return leaf(own, *rest) + wrong
 
     monkeypatch.setattr(shaped, "_leaf", spoilt)
-    world = opened((source, []))
+    world = opened((source, []), dtype)
     assert [warm(world), *(answered(world, own) for own in asks)] == expected
     assert numbers
     assert world.runner._replays.prefill._enabled == (not wrong)

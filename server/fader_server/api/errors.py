@@ -15,6 +15,7 @@ from fader_server import errors as server
 
 INVALID = "invalid_request_error"
 FAULT = "server_error"
+LIMIT = "rate_limit_error"
 
 
 class HttpError(server.FaderError):
@@ -95,6 +96,7 @@ _TABLE: tuple[tuple[type[Exception], Answer], ...] = (  # the first match wins: 
         Answer(409, INVALID, "recipe_incomplete", param="model", retry=False),
     ),
     (server.Overloaded, Answer(503, FAULT, "overloaded", retry=True)),
+    (server.TenantBusy, Answer(429, LIMIT, "rate_limit_exceeded", retry=True)),
     (FirstTokenTimeout, Answer(504, FAULT, "first_token_timeout", retry=False)),
     (server.RequestTimeout, Answer(504, FAULT, "request_timeout", retry=False)),
     (
@@ -170,6 +172,8 @@ def describe(error: Exception) -> Problem:
     headers = {}
     if isinstance(error, server.Overloaded):
         headers["retry-after"] = str(min(120, max(1, error.retry_after)))
+    if isinstance(error, server.TenantBusy):
+        headers["retry-after"] = "1"
     if answer.retry is not None:
         headers["x-should-retry"] = "true" if answer.retry else "false"
     if isinstance(error, Unauthorized):

@@ -72,11 +72,12 @@ class Generator:
         for generation in self._live:
             generation.fail(self._closed)
 
-    async def start(self, call: Call, *, id: str, salt: str, record: CallRecord) -> "Generation":
+    async def start(self, call: Call, *, id: str, tenant: str, record: CallRecord) -> "Generation":
         """Lease, tokenise and submit, all or nothing. The caller closes the generation.
 
         Raises ModelNotFound, RecipeIncomplete, BlendInvalid, ContextTooLong, Overloaded,
-        RequestInvalid; for an adapter loaded on demand also FirstTokenTimeout and AdapterError.
+        TenantBusy, RequestInvalid; for an adapter loaded on demand also FirstTokenTimeout and
+        AdapterError.
         """
         if self._closed is not None:
             raise self._closed
@@ -85,7 +86,7 @@ class Generator:
         try:
             record.leased(label_of(target, lease), lease.terms, recipe=target.recipe)
             prompts = await asyncio.to_thread(self._preparer.encode, call)
-            requests = self._preparer.requests(call, prompts, lease, id=id, salt=salt)
+            requests = self._preparer.requests(call, prompts, lease, id=id, tenant=tenant)
             choices = [self._choice(call, index, item) for index, item in enumerate(requests)]
         except BaseException:
             lease.release()

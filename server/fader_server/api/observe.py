@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from fader_server.api.merge_ports import Merging
 from fader_server.api.named_blends import Recipe, Recipes
-from fader_server.api.ports import Adapters, Engine, LeasedTerm
+from fader_server.api.ports import Adapters, Engine, LeasedTerm, TenantStats
 from fader_server.api.resolve import exact
 from fader_server.api.traffic import BlendKey, Traffic, blend_key
 from fader_server.core import Admission, LaneName
@@ -201,9 +201,29 @@ def gauges(
             CounterMetricFamily("fader_adapter_evictions", "Evicted adapters.", labels=["tier"]),
             totals.host_evictions, totals.device_evictions,
         )  # fmt: skip
+        yield from _by_tenant(stats.tenants)
         yield lora_requests_info(running, waiting, totals.slots)
         yield gauge("vllm:num_requests_running", "Requests in the batch.", stats.running)
         yield gauge("vllm:num_requests_waiting", "Requests in the queue.", stats.waiting)
         yield gauge("vllm:kv_cache_usage_perc", "Share of KV blocks used, 0 to 1.", full)
 
     return read
+
+
+def _by_tenant(tenants: Mapping[str, TenantStats]) -> Iterable[Metric]:
+    """Nothing of callers without a key: they are no tenant."""
+    running = GaugeMetricFamily(
+        "fader_tenant_requests_running", "Requests in the batch.", labels=["tenant"]
+    )
+    waiting = GaugeMetricFamily(
+        "fader_tenant_requests_waiting", "Requests that never ran.", labels=["tenant"]
+    )
+    tokens = CounterMetricFamily(
+        "fader_tenant_tokens", "Tokens computed: prompts' and drawn.", labels=["tenant"]
+    )
+    for name, stats in sorted(tenants.items()):
+        if name:
+            running.add_metric([name], stats.running)
+            waiting.add_metric([name], stats.waiting)
+            tokens.add_metric([name], stats.tokens)
+    return running, waiting, tokens

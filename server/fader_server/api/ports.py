@@ -16,6 +16,17 @@ from fader_server.core import Request, Sink
 Tier = Literal["disk", "host", "device"]
 
 
+class TenantStats(Protocol):
+    """One tenant at one moment: engine.stats.TenantStats."""
+
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+
+
 class EngineStats(Protocol):
     """One look at the engine: engine.stats.EngineStats, as far as the API reads it."""
 
@@ -44,6 +55,8 @@ class EngineStats(Protocol):
     @property
     def faults(self) -> int: ...
     @property
+    def tenants(self) -> Mapping[str, TenantStats]: ...
+    @property
     def merged(self) -> int: ...
 
     def stuck(self, now: float, after: float) -> str:
@@ -57,7 +70,8 @@ class Engine(Protocol):
     def submit(self, request: Request, sink: Sink) -> None:
         """Queue a request; its events reach `sink` on the engine thread.
 
-        Raises Overloaded, RequestInvalid, ContextTooLong, AdapterTooLarge or EngineFault.
+        Raises Overloaded, TenantBusy, RequestInvalid, ContextTooLong, AdapterTooLarge or
+        EngineFault.
         """
         ...
 

@@ -31,16 +31,19 @@ class Preparer:
         return tuple(self._tokenizer.encode_prompt(prompt)) if isinstance(prompt, str) else prompt
 
     def requests(
-        self, call: Call, prompts: list[Tokens], lease: Lease, *, id: str, salt: str
+        self, call: Call, prompts: list[Tokens], lease: Lease, *, id: str, tenant: str
     ) -> list[Request]:
         """One request for each choice, prompts outer, n inner. Raises ContextTooLong."""
+        salt = f"{tenant}/{call.cache_salt}"
         requests: list[Request] = []
         for prompt in prompts:
             room = self._output_room(call, len(prompt))
             for k in range(call.n):
                 params = self._params(call, room, k)
                 name = f"{id}-{len(requests)}"
-                requests.append(Request(name, prompt, params, lease.blend, lease.adapters, salt))
+                requests.append(
+                    Request(name, prompt, params, lease.blend, lease.adapters, salt, tenant)
+                )
         return requests
 
     def _output_room(self, call: Call, prompt: int) -> int:

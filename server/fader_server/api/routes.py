@@ -56,8 +56,7 @@ async def _answer(
     context: Context, request: Request, call: Call, id: str, record: CallRecord
 ) -> Response:
     tenant = principal_of(request).tenant
-    salt = f"{tenant}/{call.cache_salt}"
-    generation = await context.generator.start(call, id=id, salt=salt, record=record)
+    generation = await context.generator.start(call, id=id, tenant=tenant, record=record)
     renderer = _renderer(context, generation, id)
     headers = {"x-fader-blend": blend_header(generation.lease)}
     if call.stream:

@@ -10,11 +10,12 @@ def following(plan: Plan, *, roster: Roster, blocks: BlockManager, limits: Limit
     """Every row of `plan`, which is under way, one token on; None where another step may be due.
 
     One is when a row is still in its prompt, ends with this step by its length or finds no block,
-    and when somebody else runs or might be admitted. A row that ends by a stop token is not known
-    to: what it computes then is thrown away, and its blocks are given to nobody before that.
+    and when somebody else runs; whether somebody might be admitted is the caller's to know. A row
+    that ends by a stop token is not known to: what it computes then is thrown away, and its blocks
+    are given to nobody before that.
     """
     rows = plan.rows
-    if len(rows) != len(roster.running) or (roster.waiting and len(rows) < limits.max_rows):
+    if len(rows) != len(roster.running):
         return None
     if not all(_goes_on(row, limits) and roster.in_place(row.sequence) for row in rows):
         return None

@@ -7,7 +7,8 @@ meets no row under way. No step begins ahead of its turn while somebody has aske
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -21,7 +22,7 @@ from fader_server.engine.arrivals import Copies
 from fader_server.engine.scheduler import Scheduler
 from fader_server.engine.stats import EngineStats, StepObserver, Unobserved
 from fader_server.engine.stepper import Stepper
-from fader_server.errors import EngineFault, FaderError, Overloaded, RequestInvalid
+from fader_server.errors import EngineFault, FaderError, Overloaded, RequestInvalid, TenantBusy
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -46,11 +47,14 @@ class Engine:
         upload: Callable[[tuple[Upload, ...]], None],
         *,
         max_waiting: int = 256,
+        max_waiting_of: Mapping[str, int] | None = None,
         clock: Callable[[], float] = time.monotonic,
         observer: StepObserver | None = None,
         on_fatal: Callable[[Exception], None] = lambda error: None,
         copies: Copies | None = None,
     ) -> None:
+        """max_waiting: requests that were accepted and do not run; max_waiting_of: of one tenant
+        that were never admitted, for those that have a limit of their own."""
         self._scheduler = scheduler
         self._stepper = Stepper(
             scheduler,
@@ -62,13 +66,14 @@ class Engine:
             copies=copies,
         )
         self._max_waiting = max_waiting
+        self._max_waiting_of = max_waiting_of or {}
         self._clock = clock
         self._on_fatal = on_fatal
         self._thread = threading.Thread(target=self._main, name="fader-engine", daemon=True)
         self._inbound: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()  # guards the next five between submitters and the end
         self._sinks: dict[str, Sink] = {}
-        self._queued = 0
+        self._queued: Counter[str] = Counter()
         self._draining = False
         self._closed: FaderError | None = None
         self._fatal = ""
@@ -84,7 +89,8 @@ class Engine:
     def submit(self, request: Request, sink: Sink) -> None:
         """Accept a request.
 
-        Raises RequestInvalid, ContextTooLong, AdapterTooLarge, Overloaded or EngineFault.
+        Raises RequestInvalid, ContextTooLong, AdapterTooLarge, Overloaded, TenantBusy or
+        EngineFault.
         """
         self._scheduler.check(request)
         with self._lock:
@@ -92,12 +98,18 @@ class Engine:
                 raise type(self._closed)(str(self._closed))
             if self._draining:
                 raise Overloaded("the server is draining: send the request to another one")
-            if self._queued + self._scheduler.waiting >= self._max_waiting:
+            tenant = request.tenant
+            most = self._max_waiting_of.get(tenant)
+            if most is not None and (
+                self._queued[tenant] + self._scheduler.waiting_of(tenant) >= most
+            ):
+                raise TenantBusy(f"{most} requests of yours are waiting: try again later")
+            if self._queued.total() + self._scheduler.waiting >= self._max_waiting:
                 raise Overloaded(f"{self._max_waiting} requests are waiting: try again later")
             if request.id in self._sinks:
                 raise RequestInvalid(f"request id {request.id!r} is in use")
             self._sinks[request.id] = sink
-            self._queued += 1
+            self._queued[tenant] += 1
             self._inbound.put(partial(self._accept, request, self._clock()))
 
     def abort(self, request_id: str) -> None:
@@ -165,7 +177,7 @@ class Engine:
             beat_at=self._beat_at,
             progress_at=stepper.progress_at,
             running=self._scheduler.running,
-            waiting=self._scheduler.waiting + self._queued,
+            waiting=self._scheduler.waiting + self._queued.total(),
             kv_total=blocks.total,
             kv_used=blocks.total - cached - free,
             kv_cached=cached,
@@ -180,6 +192,7 @@ class Engine:
             merged=stepper.merged,
             preemptions=self._scheduler.preemptions,
             faults=stepper.faults,
+            tenants=self._scheduler.tenants(),
         )
 
     def _main(self) -> None:
@@ -235,7 +248,7 @@ class Engine:
             self._deliver(TokenEvent(request.id, error=error))
         finally:
             with self._lock:
-                self._queued -= 1
+                self._queued[request.tenant] -= 1
 
     def _abort(self, request_id: str) -> None:
         self._stepper.abort(request_id)

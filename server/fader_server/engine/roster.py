@@ -3,21 +3,25 @@
 Decides nothing: the scheduler says who moves.
 """
 
-from collections import deque
+from collections.abc import Mapping
 
 from fader_adapters.spec import RowTerms, Upload
 from fader_server.core import AdapterPool, Request, Sequence
 from fader_server.engine.blocks import BlockManager
 from fader_server.engine.lanes import Lanes
+from fader_server.engine.line import Line
 from fader_server.errors import RequestInvalid
 
 
 class Roster:
     """Open sequences by id, in the waiting line or among the running; never in both."""
 
-    def __init__(self, blocks: BlockManager, pool: AdapterPool) -> None:
+    def __init__(
+        self, blocks: BlockManager, pool: AdapterPool, weights: Mapping[str, float]
+    ) -> None:
+        """weights: of tenants, see Line."""
         self.open: dict[str, Sequence] = {}
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = Line(weights)
         self.lanes = Lanes()
         self.running: list[Sequence] = []
         """By arrival, oldest first."""
@@ -26,13 +30,13 @@ class Roster:
         self._arrivals = 0
 
     def enter(self, request: Request) -> Sequence:
-        """A new sequence at the end of the line. Raises RequestInvalid on an id in use."""
+        """A new sequence at the end of its tenant's line. Raises RequestInvalid on an id in use."""
         if request.id in self.open:
             raise RequestInvalid(f"request id {request.id!r} is in use")
         self._arrivals += 1
         sequence = Sequence(request, list(request.prompt), arrival=self._arrivals)
         self.open[request.id] = sequence
-        self.waiting.append(sequence)
+        self.waiting.join(sequence)
         return sequence
 
     def acquire(self, sequence: Sequence) -> tuple[Upload, ...] | None:
@@ -49,10 +53,11 @@ class Roster:
 
     def start(self, sequence: Sequence, hits: list[int], *, total: int, sought: int) -> None:
         """Waiting → running, with its adapters pinned: blocks, slots, place by arrival."""
-        self.waiting.remove(sequence)
+        size = self._blocks.block_size
+        self.waiting.admit(sequence, len(sequence.tokens) - len(hits) * size)
         self.lanes.enter(sequence)
         self._blocks.admit(sequence, hits, total=total, sought=sought)
-        sequence.computed = len(hits) * self._blocks.block_size
+        sequence.computed = len(hits) * size
         if not sequence.output_len:
             sequence.cached_tokens = sequence.computed
         slot = self._pool.slot
@@ -82,16 +87,15 @@ class Roster:
         self._let_go(sequence)
         sequence.computed = 0
         sequence.decoding = False
-        self.waiting.appendleft(sequence)
+        self.waiting.put_back(sequence)
 
     def leave(self, sequence: Sequence) -> None:
         """An open sequence ends, wherever it is."""
         del self.open[sequence.request.id]
+        self.waiting.end(sequence)
         if sequence.blocks:
             self.running.remove(sequence)
             self._let_go(sequence)
-        else:
-            self.waiting.remove(sequence)
         self.lanes.leave(sequence)
 
     def _let_go(self, sequence: Sequence) -> None:

@@ -3,6 +3,8 @@
 Knows blocks, slots and token ids as integers; no clock, no randomness, no text, no tensors.
 """
 
+from collections import Counter
+from collections.abc import Mapping
 from itertools import islice
 
 from fader_adapters.errors import AdapterError
@@ -22,6 +24,8 @@ from fader_server.engine.lanes import Lanes
 from fader_server.engine.limits import Limits, check_request
 from fader_server.engine.outcome import outcome
 from fader_server.engine.roster import Roster
+from fader_server.engine.shares import Share, Shares
+from fader_server.engine.stats import TenantStats
 from fader_server.errors import EngineFault, NumericFault
 
 _LOOKAHEAD = 64
@@ -29,20 +33,30 @@ _LOOKAHEAD = 64
 
 
 class Scheduler:
-    """First come, first served; decode before prefill; recompute when blocks run out.
+    """Fair between tenants, first come, first served within one; decode before prefill; recompute
+    when blocks run out.
 
     Every accepted request ends in exactly one event with `finish` or `error`, unless it is
     aborted: then the caller, who asked, gets no event. Not thread-safe, but for `check`.
     """
 
-    def __init__(self, limits: Limits, *, blocks: BlockManager, pool: AdapterPool) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        blocks: BlockManager,
+        pool: AdapterPool,
+        shares: Mapping[str, Share] | None = None,
+    ) -> None:
+        """shares: of the tenants that have no equal or not the whole part."""
         self.limits = limits
         self.blocks = blocks
         self.pool = pool
         self.context = min(limits.max_model_len, blocks.total * blocks.block_size)
         """Tokens the longest sequence may have."""
         self.preemptions = 0
-        self._roster = Roster(blocks, pool)
+        self._shares = Shares(shares or {}, limits=limits, blocks=blocks, pool=pool)
+        self._roster = Roster(blocks, pool, self._shares.weights)
         self._refused: list[TokenEvent] = []
 
     @property
@@ -57,6 +71,19 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         return len(self._roster.waiting)
+
+    def waiting_of(self, tenant: str) -> int:
+        """How many of one tenant's requests were never admitted. Any thread."""
+        return self._roster.waiting.waiting(tenant)
+
+    def tenants(self) -> dict[str, TenantStats]:
+        """What every tenant that ever asked has and had. Any thread."""
+        line = self._roster.waiting
+        rows = Counter(sequence.request.tenant for sequence in list(self._roster.running))
+        return {
+            tenant: TenantStats(running=rows[tenant], waiting=line.waiting(tenant), tokens=tokens)
+            for tenant, tokens in list(line.tokens.items())
+        }
 
     def check(self, request: Request) -> None:
         """Raise for what can never be served. Any thread.
@@ -120,7 +147,12 @@ class Scheduler:
 
     def ahead(self, plan: Plan) -> Plan | None:
         """The step after `plan`, before that is committed; None where it cannot be told yet."""
-        return following(plan, roster=self._roster, blocks=self.blocks, limits=self.limits)
+        roster = self._roster
+        if len(plan.rows) < self.limits.max_rows and not all(
+            self._shares.full(tenant, roster.running) for tenant in roster.waiting.tenants
+        ):
+            return None  # somebody might be admitted
+        return following(plan, roster=roster, blocks=self.blocks, limits=self.limits)
 
     def commit(self, plan: Plan, results: list[RowResult]) -> list[TokenEvent]:
         """Take the results of a plan, or of some of its rows, in; one result per row.
@@ -137,6 +169,8 @@ class Scheduler:
             if not result.finite:
                 events.append(self._numeric_fault(sequence))
                 continue
+            if row.samples:
+                self._roster.waiting.charge(sequence, 1)
             event = outcome(row, result, self.limits.max_model_len)
             if sequence.computed // size > sequence.published:
                 blocks.publish(sequence)
@@ -154,7 +188,7 @@ class Scheduler:
             self._refused += self.fail(sequence.request.id, fault)
 
     def _plan_decodes(self, rows: list[PlanRow], terms: list[RowTerms]) -> list[Sequence]:
-        """One row for every decoding sequence, oldest first; returns those in prefill."""
+        """One row for every decoding sequence, oldest first; returns those in prefill, in turn."""
         prefills: list[Sequence] = []
         size = self.blocks.block_size
         for sequence in self._roster.running:  # preemption removes from the tail only
@@ -166,7 +200,8 @@ class Scheduler:
                 continue
             rows.append(PlanRow(sequence, start, 1, True))
             terms.append(sequence.terms)
-        return prefills
+        clock = self._roster.waiting.clock
+        return sorted(prefills, key=lambda sequence: clock(sequence.request.tenant))
 
     def _grow(self, sequence: Sequence) -> bool:
         """One more block, taken from the newest running sequences; False when that is itself."""
@@ -207,19 +242,25 @@ class Scheduler:
         *,
         evict: bool,
     ) -> int | None:
-        """Let requests in, in order; returns the tokens left, None when the line has to wait.
+        """Let requests in, in turn; returns the tokens left, None when the line has to wait.
 
-        Only those whose adapters have no room, or none without an eviction, are passed by, and
-        each of them only so often: then nobody goes before it.
+        Those of a tenant that has its share already wait for its own. Of others only those whose
+        adapters have no room, or none without an eviction, are passed by, and each of them only so
+        often: then nobody goes before it.
         """
         line, running, blocks = self._roster.waiting, self._roster.running, self.blocks
         passed: list[Sequence] = []
         no_room: set[Digest] = set()
-        while len(passed) < min(len(line), _LOOKAHEAD):
+        full: set[str] = set()
+        for sequence in line.in_turn(full):
             if len(running) >= self.limits.max_rows:
                 return None
-            sequence = line[len(passed)]
+            if len(passed) == _LOOKAHEAD:
+                return budget
             self._roster.settle(sequence)
+            if not self._shares.admit(sequence, running):
+                full.add(sequence.request.tenant)
+                continue
             aged = sequence.overtaken >= self.limits.max_overtakes
             if not (evict or aged) and self.pool.displaces(sequence.adapters):
                 passed.append(sequence)

@@ -1,7 +1,19 @@
 """What the engine tells about itself: a snapshot for any thread, a hook for every step."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class TenantStats:
+    """One tenant at one moment."""
+
+    running: int
+    waiting: int
+    """Never admitted so far."""
+    tokens: int
+    """Prompt tokens computed when it was admitted and tokens drawn, none of them twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +52,8 @@ class EngineStats:
     preemptions: int
     faults: int
     """Requests ended by an error after they were accepted."""
+    tenants: Mapping[str, TenantStats] = field(default_factory=dict)
+    """Those that asked for something since the start."""
 
     def stuck(self, now: float, after: float) -> str:
         """Why the loop counts as stuck at `now`, given `after` seconds of patience; else empty."""

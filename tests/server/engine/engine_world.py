@@ -80,6 +80,10 @@ class FakePool:
         self.leaving: set[Digest] = set()
         self.fail_acquires = 0
 
+    @property
+    def numel(self) -> int:
+        return self.capacity
+
     def acquire(self, data: Mapping[Digest, AdapterData]) -> tuple[Upload, ...] | None:
         if self.fail_acquires:
             self.fail_acquires -= 1
