@@ -22,6 +22,7 @@ from fader_server.core import (
 from fader_server.engine.blocks import BlockManager
 from fader_server.engine.limits import Limits
 from fader_server.engine.scheduler import Scheduler
+from fader_server.engine.shares import Share
 from fader_server.engine.stats import Unobserved
 from fader_server.engine.stepper import Stepper
 from tests.server.engine.engine_device import Ahead, Device, draw
@@ -55,6 +56,7 @@ def request(
     blend: Blend | None = None,
     sizes: Mapping[Digest, int] | None = None,
     salt: str = "",
+    tenant: str = "",
     **params: object,
 ) -> Request:
     blend = blend or Blend()
@@ -66,6 +68,7 @@ def request(
         blend,
         adapters_of(blend, sizes or {}),
         salt,
+        tenant,
     )
 
 
@@ -224,6 +227,9 @@ def check_blocks(scheduler: Scheduler) -> None:
     assert set(roster.open) == {s.request.id for s in [*roster.running, *roster.waiting]}
     assert len(roster.running) <= scheduler.limits.max_rows
     assert [s.arrival for s in roster.running] == sorted(s.arrival for s in roster.running)
+    for tenant, count in Counter(s.request.tenant for s in roster.running).items():
+        most = scheduler._shares._most.get(tenant, 1.0)
+        assert count <= max(1, int(most * scheduler.limits.max_rows)), tenant
 
 
 def check_answer(name: str, seen: Seen) -> None:
@@ -252,6 +258,7 @@ class World:
         max_overtakes: int = 3,
         capacity: int = 3,
         ahead: bool = False,
+        shares: Mapping[str, Share] | None = None,
     ) -> None:
         """`ahead`: the device computes by itself."""
         limits = Limits(
@@ -265,7 +272,7 @@ class World:
         self.blocks = BlockManager(blocks, block_size=block_size)
         self.pool = FakePool(capacity)
         self.device = (Ahead if ahead else Device)(blocks, block_size)
-        self.scheduler = Scheduler(limits, blocks=self.blocks, pool=self.pool)
+        self.scheduler = Scheduler(limits, blocks=self.blocks, pool=self.pool, shares=shares)
         self.stepper = Stepper(
             self.scheduler,
             self.device,

@@ -31,6 +31,7 @@ from fader_server.engine.blocks import BlockManager
 from fader_server.engine.limits import Limits
 from fader_server.engine.loop import Engine
 from fader_server.engine.scheduler import Scheduler
+from fader_server.engine.shares import Share
 from fader_server.errors import FaderError
 from fader_server.registry import LockedLease, Registry
 from tests.server.engine.engine_device import Ahead, Device
@@ -190,9 +191,19 @@ class LiveWorld:
             max_overtakes=rng.randint(0, 3),
         )
         self.device = (LiveAhead if ahead else LiveDevice)(count, 4, tables, self.pool)
-        self.scheduler = Scheduler(limits, blocks=BlockManager(count, block_size=4), pool=self.pool)
+        self.scheduler = Scheduler(
+            limits,
+            blocks=BlockManager(count, block_size=4),
+            pool=self.pool,
+            shares={"half": Share(most=0.5), "heavy": Share(weight=3.0)},
+        )
         self.engine = Engine(
-            self.scheduler, self.device, self.device.upload, max_waiting=12, clock=lambda: 0.0
+            self.scheduler,
+            self.device,
+            self.device.upload,
+            max_waiting=12,
+            max_waiting_of={"half": 4},
+            clock=lambda: 0.0,
         )
         self.registry = Registry(
             Reader(BASE, dtype=torch.float32),
@@ -256,6 +267,7 @@ class LiveWorld:
             lease.blend,
             lease.adapters,
             self.rng.choice(["", "", "x"]),
+            self.rng.choice(["", "half", "heavy", "other"]),
         )
         call = Call(lease, Seen(request))
         try:
