@@ -1,7 +1,6 @@
 """What one tenant's running requests may have of the machine at a time. Integers only."""
 
-from collections.abc import Mapping
-from collections.abc import Sequence as Several
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from fader_server.core import AdapterPool, Sequence
@@ -36,7 +35,7 @@ class Shares:
         self._pool = pool
         self.weights = {tenant: share.weight for tenant, share in shares.items()}
 
-    def full(self, tenant: str, running: Several[Sequence]) -> bool:
+    def full(self, tenant: str, running: Collection[Sequence]) -> bool:
         """Whether it has every row that it may have."""
         most = self._most.get(tenant)
         if most is None:
@@ -44,7 +43,7 @@ class Shares:
         rows = sum(sequence.request.tenant == tenant for sequence in running)
         return rows >= max(1, int(most * self._limits.max_rows))
 
-    def admit(self, sequence: Sequence, running: Several[Sequence]) -> bool:
+    def admit(self, sequence: Sequence, running: Collection[Sequence]) -> bool:
         """Whether its tenant may run this one, too; one that has none running may, always.
 
         A sequence counts with the blocks and adapters that it may come to need.
