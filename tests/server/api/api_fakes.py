@@ -35,6 +35,7 @@ from fader_server.api.context import BaseModel
 from fader_server.api.ports import AdapterInfo, AdapterTotals, Loaded, LoadOrder
 from fader_server.config import ServeConfig
 from fader_server.core import Request, Sink, TokenEvent, TokenLogprob
+from fader_server.engine.stats import TenantStats
 from fader_server.metrics import Metrics
 from fader_server.recipes import RecipeBook
 
@@ -136,6 +137,7 @@ class FakeStats:
     preemptions: int = 0
     faults: int = 0
     stuck_reason: str = ""
+    tenants: Mapping[str, TenantStats] = field(default_factory=dict)
 
     def stuck(self, now: float, after: float) -> str:
         return self.stuck_reason

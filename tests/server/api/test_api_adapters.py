@@ -1,6 +1,7 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from urllib.parse import quote
 
 import pytest
@@ -8,6 +9,7 @@ from openai.types import Model
 
 from fader_server.api.edge import JsonFormatter
 from fader_server.core import Admission, Request, TokenEvent
+from fader_server.engine.stats import TenantStats
 from tests.server.api.api_fakes import World, build_world, digest
 from tests.server.api.conftest import asgi, listening
 
@@ -287,6 +289,19 @@ async def test_metrics_of_calls_and_the_gateway_contract(client, world: World):
         "fader_inter_token_seconds_count 2.0",
     ):
         assert line in text, line
+
+
+async def test_metrics_of_tenants_and_of_nobody_without_a_key(client, world: World):
+    told = {"acme": TenantStats(2, 3, 40), "": TenantStats(1, 1, 9)}
+    world.engine.told = replace(world.engine.told, tenants=told)
+    text = (await client.get("/metrics")).text
+    for line in (
+        'fader_tenant_requests_running{tenant="acme"} 2.0',
+        'fader_tenant_requests_waiting{tenant="acme"} 3.0',
+        'fader_tenant_tokens_total{tenant="acme"} 40.0',
+    ):
+        assert line in text, line
+    assert 'tenant=""' not in text
 
 
 async def test_time_in_the_queue_is_measured_and_logged(worlds, caplog):

@@ -1,8 +1,11 @@
+import hashlib
+
 import httpx
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
+from fader_server.errors import TenantBusy
 from tests.server.api.api_fakes import EOS, TEXT, World, digest
 
 PROMPT = "Hallo"
@@ -287,6 +290,21 @@ async def test_submission_is_all_or_nothing(client, world: World):
     assert world.idle
 
 
+async def test_a_tenant_with_too_many_in_the_queue_may_come_again(client, world: World):
+    world.engine.refuse = TenantBusy("3 requests of yours are waiting: try again later")
+    answer = await client.post("/v1/completions", json={"model": "tone", "prompt": "x"})
+    assert answer.status_code == 429
+    assert answer.headers["retry-after"] == "1"
+    assert answer.headers["x-should-retry"] == "true"
+    assert answer.json()["error"] == {
+        "message": "3 requests of yours are waiting: try again later",
+        "type": "rate_limit_error",
+        "param": None,
+        "code": "rate_limit_exceeded",
+    }
+    assert world.idle
+
+
 async def test_prefix_cache_is_divided_by_tenant_and_salt(worlds):
     from tests.server.api.conftest import asgi
 
@@ -294,6 +312,9 @@ async def test_prefix_cache_is_divided_by_tenant_and_salt(worlds):
     for key, salt in (("one", None), ("two", None), ("one", "s"), ("one", None)):
         async with asgi(world, authorization=f"Bearer {key}") as client:
             await complete(client, cache_salt=salt)
+    assert [request.tenant for request in world.engine.seen] == [
+        hashlib.sha256(key).hexdigest()[:12] for key in (b"one", b"two", b"one", b"one")
+    ]
     salts = [request.cache_salt for request in world.engine.seen]
     assert salts[0] == salts[3]
     assert len(set(salts)) == 3
