@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from fader_adapters.claims import NONE, Claims
@@ -316,7 +317,7 @@ class FakeAdapters:
         for found in known:
             if found.version.startswith(ref.version or ""):
                 return found
-        raise AdapterNotFound("no such adapter")
+        raise AdapterNotFound.of(ref.name)
 
     def claim(self, claims: Claims) -> None:
         if claims.names & self.infos.keys():
@@ -406,6 +407,9 @@ class World:
 
 def build_world(**changes: Any) -> World:
     script, merging = changes.pop("script", None), changes.pop("merging", None)
+    tenants = changes.pop("tenants", ())
+    if tenants:
+        changes["tenants"] = Path("tenants.toml")
     engine, adapters, metrics = FakeEngine(script), FakeAdapters(), Metrics()
     config = ServeConfig(**{"port": 0, **changes})
     recipes = RecipeBook(adapters, base="base", most=config.max_recipes)
@@ -419,6 +423,7 @@ def build_world(**changes: Any) -> World:
         metrics=metrics,
         version="9",
         merging=merging,
+        tenants=tenants,
     )
     application.state.context.readiness.reason = ""
     return World(engine, adapters, recipes, metrics, application)
