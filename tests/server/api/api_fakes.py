@@ -410,14 +410,16 @@ def build_world(**changes: Any) -> World:
     tenants = changes.pop("tenants", ())
     if tenants:
         changes["tenants"] = Path("tenants.toml")
-    engine, adapters, metrics = FakeEngine(script), FakeAdapters(), Metrics()
+    adapters, over = changes.pop("adapters", None) or FakeAdapters(), changes.pop("over", None)
+    engine, metrics = FakeEngine(script), Metrics()
     config = ServeConfig(**{"port": 0, **changes})
-    recipes = RecipeBook(adapters, base="base", most=config.max_recipes)
+    named = adapters if over is None else over(adapters)
+    recipes = RecipeBook(named, base="base", most=config.max_recipes)
     application = app.build(
         config,
         BaseModel("base", digest("base"), MAX_LEN, 1700000000),
         engine=engine,
-        adapters=adapters,
+        adapters=named,
         recipes=recipes,
         tokenizer=FakeTokenizer(),
         metrics=metrics,
