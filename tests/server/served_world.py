@@ -85,7 +85,9 @@ class Said:
 
 
 @contextlib.asynccontextmanager
-async def served(root: Path, state_dir: Path | None = None, **flags: str) -> AsyncIterator[Served]:
+async def served(
+    root: Path, state_dir: Path | None = None, **flags: str | list[str]
+) -> AsyncIterator[Served]:
     """Open, restore and close as `fader serve` does, without its process and its socket."""
     flags = {"warm_up": "0"} | flags
     settings = config.load(
