@@ -6,8 +6,8 @@
 #       -v fader-hub:/home/fader/.cache/huggingface fader
 #
 # FADER_MODEL is a folder under /models or a Hub id; without it the bundled demo is served. The server
-# binds every address, so it refuses to start until FADER_API_KEY is set; admin routes stay off until
-# FADER_ADMIN_KEY is. A drain may take a minute: stop with `docker stop --time 75`.
+# binds every address, so it refuses to start until FADER_API_KEY or FADER_TENANTS (a file) is set; admin
+# routes stay off until FADER_ADMIN_KEY is. A drain may take a minute: stop with `docker stop --time 75`.
 
 FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04 AS build
 RUN apt-get update \

@@ -81,7 +81,7 @@ class Books:
     def _record(self, name: str) -> NameRecord:
         record = self._names.get(name)
         if record is None:
-            raise AdapterNotFound(f"no adapter {name[:160]!r} is loaded")
+            raise AdapterNotFound.of(name)
         return record
 
     def _current(self, name: str) -> str:

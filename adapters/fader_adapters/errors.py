@@ -44,6 +44,11 @@ class ArenaFull(AdapterError):
 class AdapterNotFound(AdapterError):
     """No adapter has this name or version."""
 
+    @classmethod
+    def of(cls, name: str) -> "AdapterNotFound":
+        """Absent, unloaded and forbidden names are one: all are told in these words."""
+        return cls(f"no adapter {name[:160]!r} is loaded")
+
 
 class AdapterExists(AdapterError):
     """The name is taken."""

@@ -1,5 +1,7 @@
 """Builds the application from its parts. No globals: two applications never share a thing."""
 
+from collections.abc import Iterable
+
 from fastapi import Depends, FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -22,6 +24,7 @@ from fader_server.api.sse import Pace
 from fader_server.config import ServeConfig
 from fader_server.errors import FaderError
 from fader_server.metrics import Metrics
+from fader_server.tenants import Tenant
 
 
 def build(
@@ -35,11 +38,12 @@ def build(
     metrics: Metrics,
     version: str,
     merging: Merging | None = None,
+    tenants: Iterable[Tenant] = (),
 ) -> FastAPI:
     """The application; `app.state.context` is what its routes share. Starts nothing.
 
-    `metrics` is given because the engine tells its steps to the same one. Not ready until
-    `context.readiness.reason` is set to "".
+    `metrics` is given because the engine tells its steps to the same one; `tenants` are those of
+    config.tenants. Not ready until `context.readiness.reason` is set to "".
     """
     context = _context(
         config, base, engine, adapters, recipes, tokenizer, metrics, version, merging
@@ -53,7 +57,7 @@ def build(
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.context = context
-    guard = Guard(config)
+    guard = Guard(config, tenants)
     user, administrator = requires(guard, "user"), requires(guard, "admin")
     for router, check in (
         (routes.router, user),
@@ -96,10 +100,8 @@ def _context(
         tokenizer=tokenizer,
         generator=Generator(
             engine,
-            adapters,
             tokenizer,
             base_name=base.name,
-            recipes=recipes.find,
             max_model_len=base.max_model_len,
             patience=Patience(config.first_token_timeout, config.request_timeout),
         ),

@@ -124,11 +124,14 @@ class ServeConfig:
     admin_key: str | None = define(
         None, "key for admin routes", parse=kinds.key, metavar="KEY", secret=True
     )
+    tenants: Path | None = define(  # noqa: RUF009 - a field, as all others
+        None, "TOML file of tenants: keys, adapters, shares", parse=kinds.path, metavar="FILE"
+    )
     state_dir: Path | None = define(  # noqa: RUF009 - a field, as all others
         None, "where adapters loaded at run time are remembered", parse=kinds.path, metavar="DIR"
     )
     insecure: bool = define(
-        False, "allow a bind other than loopback without --api-key", parse=kinds.switch
+        False, "allow a bind other than loopback without keys of users", parse=kinds.switch
     )
     protect_metrics: bool = define(False, "/metrics needs a key", parse=kinds.switch)
     max_waiting: int = define(1024, "queued requests before 503", parse=_COUNT)
@@ -182,9 +185,9 @@ class ServeConfig:
                     f"{name} loads what nobody gave a sha256 for, --require-sha256 refuses that: "
                     "choose one"
                 )
-        if not self.loopback and not self.api_key and not self.insecure:
+        if not self.loopback and self.user_open and not self.insecure:
             raise ConfigInvalid(
-                f"binding {self.host} needs --api-key (or FADER_API_KEY), "
+                f"binding {self.host} needs --api-key (or FADER_API_KEY) or --tenants, "
                 "or --insecure to serve without one"
             )
 
@@ -210,12 +213,12 @@ class ServeConfig:
     @property
     def user_open(self) -> bool:
         """User routes need no key."""
-        return not self.api_key
+        return not self.api_key and self.tenants is None
 
     @property
     def admin_open(self) -> bool:
         """Admin routes need no key: no key of any kind is set and the bind is loopback."""
-        return self.loopback and not self.api_key and self.admin_key is None
+        return self.loopback and self.user_open and self.admin_key is None
 
 
 @dataclass(frozen=True, kw_only=True)

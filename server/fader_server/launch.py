@@ -27,6 +27,7 @@ from fader_server.serving import bind, serve
 from fader_server.state import RememberedAdapters, recipes_in
 from fader_server.state_entries import State
 from fader_server.state_file import StateFile
+from fader_server.tenants import tenants_of
 
 _log = logging.getLogger("fader")
 
@@ -63,6 +64,7 @@ Raises ConfigInvalid, ModelUnsupported or AdapterError for what the user can men
 def run(config: ServeConfig, open_world: OpenWorld, *, version: str) -> None:
     """Serve until a signal ends it. The port is taken first, so that a busy one fails at once."""
     log_to_stderr(config.log_level)
+    tenants = tenants_of(config)
     file = StateFile(config.state_dir) if config.state_dir is not None else None
     metrics = Metrics()
     with ExitStack() as stack:
@@ -92,6 +94,7 @@ def run(config: ServeConfig, open_world: OpenWorld, *, version: str) -> None:
             metrics=metrics,
             version=version,
             merging=world.merging,
+            tenants=tenants,
         )
         asyncio.run(_serve(application, world, named, sock))
     _log.info("ended")

@@ -165,7 +165,7 @@ class OnDemand:
         if known is not None and self._clock() < known.until:
             return known.kind(known.text)
         if name in self._barred or name in self._claims.names:
-            return _not_found(name)
+            return AdapterNotFound.of(name)
         flight = self._flights.get(name)
         if flight is None:
             flight = asyncio.create_task(self._load(name))
@@ -199,7 +199,7 @@ class OnDemand:
         self._told("ok", self._clock() - began)
         if name in self._barred:  # unloaded while it was loading
             self._inner.unload(name)
-            return _not_found(name)
+            return AdapterNotFound.of(name)
         if loaded is None:
             return None
         fields = {"adapter": name, "version": loaded.info.version}
@@ -209,7 +209,7 @@ class OnDemand:
     def _refuse(self, name: str, error: AdapterError) -> AdapterError:
         """Remember the failure. What is forbidden looks like what is not there."""
         if isinstance(error, SourceForbidden | SourceNotFound | AdapterNotFound):
-            error = _not_found(name)
+            error = AdapterNotFound.of(name)
         else:
             fields = {"adapter": name, "reason": str(error)}
             _log.warning("adapter not loaded on demand", extra={"fields": fields})
@@ -230,8 +230,3 @@ class OnDemand:
             return False
         self._mine.discard(gone)
         return True
-
-
-def _not_found(name: str) -> AdapterNotFound:
-    """As the store says it: what is forbidden, absent and unloaded are one."""
-    return AdapterNotFound(f"no adapter {name[:160]!r} is loaded")

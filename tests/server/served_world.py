@@ -19,6 +19,7 @@ from fader_server.recipes import RecipeBook, claims_of
 from fader_server.state import RememberedAdapters, recipes_in
 from fader_server.state_entries import State
 from fader_server.state_file import StateFile
+from fader_server.tenants import tenants_of
 from fader_server.world import open_world
 
 QUESTION = "Question: What colour is the sky over the sea on a clear day in summer? Answer:"
@@ -84,7 +85,9 @@ class Said:
 
 
 @contextlib.asynccontextmanager
-async def served(root: Path, state_dir: Path | None = None, **flags: str) -> AsyncIterator[Served]:
+async def served(
+    root: Path, state_dir: Path | None = None, **flags: str | list[str]
+) -> AsyncIterator[Served]:
     """Open, restore and close as `fader serve` does, without its process and its socket."""
     flags = {"warm_up": "0"} | flags
     settings = config.load(
@@ -114,6 +117,7 @@ async def served(root: Path, state_dir: Path | None = None, **flags: str) -> Asy
             tokenizer=world.tokenizer,
             metrics=metrics,
             version="9",
+            tenants=tenants_of(settings),
         )
         application.state.context.readiness.reason = ""
         transport = httpx.ASGITransport(application)

@@ -19,6 +19,7 @@ EXAMPLES = {
     "adapter_url": ("s3://bucket/folder", "s3://bucket/folder/"),
     "cache_dir": ("/x", Path("/x")),
     "state_dir": ("/x", Path("/x")),
+    "tenants": ("/x", Path("/x")),
     "device": ("cpu", "cpu"),
     "dtype": ("float32", "float32"),
     "log_level": ("error", "error"),

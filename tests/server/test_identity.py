@@ -330,3 +330,20 @@ async def test_recipes_over_adapters_that_have_no_room_at_the_same_time(root, tm
 
 def test_the_question_fills_blocks_to_share():
     assert len(QUESTION) > 64
+
+
+async def test_no_tenant_reads_what_another_has_computed(root):
+    """Not even one whose bits would be the same: how fast an answer comes would tell of prompts."""
+    file = root.parent / "tenants.toml"
+    file.write_text('[a]\nkeys = ["key-a", "key-a2"]\n[b]\nkeys = ["key-b"]\n')
+    async with served(root, tenants=str(file), api_key=["key-c"]) as server:
+        cached = {}
+        for key in ("key-a", "key-b", "key-c", "key-a2", "key-b", "key-c"):
+            server.http.headers["authorization"] = f"Bearer {key}"
+            for model in (BASE, "shout"):
+                said = await server.said(model)
+                cached.setdefault((key, model), []).append(said.cached > 0)
+    for model in (BASE, "shout"):
+        assert cached["key-a", model] == [False]
+        assert cached["key-a2", model] == [True], "another key of the same tenant"
+        assert cached["key-b", model] == cached["key-c", model] == [False, True]

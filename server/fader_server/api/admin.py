@@ -12,7 +12,7 @@ from fader_adapters.errors import AdapterError, AdapterExists
 from fader_adapters.report import health_facts
 from fader_adapters.spec import ADAPTER_NAME, NESTED_NAME
 from fader_server.api.blends import AdapterRef
-from fader_server.api.context import body_of, context_of, log_of, principal_of
+from fader_server.api.context import body_of, context_of, log_of, principal_of, visible_to
 from fader_server.api.fields import Fields
 from fader_server.api.ports import AdapterInfo, Loaded, LoadOrder
 from fader_server.errors import RequestInvalid
@@ -25,8 +25,8 @@ _VERSION = re.compile(r"[0-9a-f]{12,64}")
 
 @user_router.get("/v1/adapters")
 async def list_adapters(request: Request) -> Response:
-    """Every adapter's health report."""
-    reports = [report(info, request) for info in context_of(request).adapters.list()]
+    """The health report of every adapter that the caller may use."""
+    reports = [report(info, request) for info in visible_to(request).adapters()]
     return JSONResponse({"object": "list", "data": reports})
 
 
@@ -36,7 +36,7 @@ async def one_adapter(request: Request) -> Response:
     ref = AdapterRef.read(request.path_params["name"])
     if ref is None:
         raise RequestInvalid("the adapter's name is malformed", param="name")
-    return JSONResponse(report(context_of(request).adapters.get(ref), request))
+    return JSONResponse(report(visible_to(request).get(ref), request))
 
 
 @admin_router.put("/v1/adapters/{name:path}")

@@ -3,14 +3,16 @@
 import hashlib
 import hmac
 import ipaddress
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from starlette.requests import Request
 
 from fader_server.api.errors import Forbidden, Unauthorized
+from fader_server.api.visible import Sees, everything
 from fader_server.config import ServeConfig
+from fader_server.tenants import Tenant, digest_of
 
 Role = Literal["user", "admin"]
 
@@ -21,17 +23,23 @@ class Principal:
 
     role: Role
     tenant: str
-    """"" when nobody needs a key, else 12 hex digits of the key's sha256."""
+    """"" when nobody needs a key; a tenant's name; else 12 hex digits of the key's sha256, which no
+    name of a tenant may be."""
+    sees: Sees = everything
 
 
 class Guard:
     """Decides for every request. Holds digests of the keys, never the keys."""
 
-    def __init__(self, config: ServeConfig) -> None:
-        self._keys = [(_digest(key.encode()), Principal("user", "")) for key in config.api_key]
+    def __init__(self, config: ServeConfig, tenants: Iterable[Tenant] = ()) -> None:
+        self._keys = [
+            (key, Principal("user", tenant.name, tenant.sees))
+            for tenant in tenants
+            for key in tenant.keys
+        ]
+        self._keys += [_without_tenant(key, "user") for key in config.api_key]
         if config.admin_key is not None:
-            self._keys.append((_digest(config.admin_key.encode()), Principal("admin", "")))
-        self._keys = [(key, Principal(who.role, key.hex()[:12])) for key, who in self._keys]
+            self._keys.append(_without_tenant(config.admin_key, "admin"))
         self._user_open = config.user_open
         self._admin_open = config.admin_open
         self._has_admin_key = config.admin_key is not None
@@ -62,7 +70,7 @@ class Guard:
     def _known(self, presented: bytes | None) -> Principal | None:
         if presented is None:
             return None
-        digest = _digest(presented)
+        digest = hashlib.sha256(presented).digest()
         found = None
         for key, principal in self._keys:  # always all of them: no early exit to time
             if hmac.compare_digest(key, digest):
@@ -84,8 +92,10 @@ def requires(guard: Guard, role: Role) -> Check:
     return check
 
 
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
+def _without_tenant(key: str, role: Role) -> tuple[bytes, Principal]:
+    """A key that is a tenant of its own and sees everything."""
+    digest = digest_of(key)
+    return digest, Principal(role, digest.hex()[:12])
 
 
 def _presented(request: Request) -> bytes | None:

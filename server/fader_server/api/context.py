@@ -17,6 +17,7 @@ from fader_server.api.named_blends import Recipes
 from fader_server.api.observe import Board, CallRecord
 from fader_server.api.ports import Adapters, Engine, Lease, Tokenizer
 from fader_server.api.sse import Pace
+from fader_server.api.visible import Visible
 from fader_server.config import ServeConfig
 from fader_server.metrics import Metrics
 
@@ -82,6 +83,12 @@ def log_of(request: Request) -> RequestLog:
 
 def principal_of(request: Request) -> Principal:
     return request.state.principal
+
+
+def visible_to(request: Request) -> Visible:
+    """What exists for the caller; routes for users know no other adapters and recipes."""
+    context = context_of(request)
+    return Visible(context.adapters, context.recipes, sees=principal_of(request).sees)
 
 
 async def body_of(request: Request) -> dict[str, Any]:

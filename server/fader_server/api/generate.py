@@ -11,10 +11,11 @@ from fader_server.api.choice import Choice, Delta
 from fader_server.api.errors import FirstTokenTimeout
 from fader_server.api.mailbox import Bell, Mailbox
 from fader_server.api.observe import CallRecord
-from fader_server.api.ports import Adapters, Engine, Lease, Tokenizer
+from fader_server.api.ports import Engine, Lease, Tokenizer
 from fader_server.api.prepare import Preparer
-from fader_server.api.resolve import FindRecipe, Target, label_of, lease_target, resolve
+from fader_server.api.resolve import Target, label_of, lease_target, resolve
 from fader_server.api.schemas import Call
+from fader_server.api.visible import Visible
 from fader_server.core import Request, TokenEvent
 from fader_server.errors import Overloaded, RequestTimeout
 
@@ -42,19 +43,15 @@ class Generator:
     def __init__(
         self,
         engine: Engine,
-        adapters: Adapters,
         tokenizer: Tokenizer,
         *,
         base_name: str,
-        recipes: FindRecipe,
         max_model_len: int,
         patience: Patience,
     ) -> None:
         self._engine = engine
-        self._adapters = adapters
         self._tokenizer = tokenizer
         self._base_name = base_name
-        self._recipes = recipes
         self._preparer = Preparer(tokenizer, max_model_len=max_model_len)
         self._patience = patience
         self._live: set[Generation] = set()
@@ -72,7 +69,9 @@ class Generator:
         for generation in self._live:
             generation.fail(self._closed)
 
-    async def start(self, call: Call, *, id: str, tenant: str, record: CallRecord) -> "Generation":
+    async def start(
+        self, call: Call, visible: Visible, *, id: str, tenant: str, record: CallRecord
+    ) -> "Generation":
         """Lease, tokenise and submit, all or nothing. The caller closes the generation.
 
         Raises ModelNotFound, RecipeIncomplete, BlendInvalid, ContextTooLong, Overloaded,
@@ -81,8 +80,8 @@ class Generator:
         """
         if self._closed is not None:
             raise self._closed
-        target = resolve(call.model, call.terms, base=self._base_name, recipes=self._recipes)
-        lease = await self._lease(target)
+        target = resolve(call.model, call.terms, base=self._base_name, recipes=visible.find)
+        lease = await self._lease(target, visible)
         try:
             record.leased(label_of(target, lease), lease.terms, recipe=target.recipe)
             prompts = await asyncio.to_thread(self._preparer.encode, call)
@@ -101,10 +100,10 @@ class Generator:
         generation.submit()
         return generation
 
-    async def _lease(self, target: Target) -> Lease:
+    async def _lease(self, target: Target, visible: Visible) -> Lease:
         try:
             async with asyncio.timeout(self._patience.first_token):
-                return await lease_target(target, self._adapters)
+                return await lease_target(target, visible.within(target.recipe))
         except TimeoutError:
             raise FirstTokenTimeout("The adapter did not load in time.") from None
 

@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from fader_adapters.errors import AdapterNotFound
-from fader_server.api.context import Context, context_of
+from fader_server.api.context import Context, context_of, visible_to
 from fader_server.api.named_blends import Recipe
 from fader_server.api.ports import AdapterInfo
 from fader_server.api.recipes import lineage
@@ -19,25 +19,25 @@ router = APIRouter()
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
-    """Every model of this server."""
-    context = context_of(request)
-    cards = [_base_card(context), *(_card(context, info) for info in context.adapters.list())]
-    cards += [_recipe_card(context, recipe) for recipe in context.recipes.list()]
+    """Every model that the caller may use."""
+    context, visible = context_of(request), visible_to(request)
+    cards = [_base_card(context), *(_card(context, info) for info in visible.adapters())]
+    cards += [_recipe_card(context, recipe) for recipe in visible.recipes()]
     return JSONResponse({"object": "list", "data": cards})
 
 
 @router.get("/v1/models/{id:path}")
 async def one_model(request: Request) -> Response:
     """One model, by any spelling that a request may use."""
-    context = context_of(request)
+    context, visible = context_of(request), visible_to(request)
     given = request.path_params["id"]
-    target = resolve(given, None, base=context.base.name, recipes=context.recipes.find)
+    target = resolve(given, None, base=context.base.name, recipes=visible.find)
     if target.recipe is not None:
         return JSONResponse({**_recipe_card(context, target.recipe), "id": target.model})
     if not target.terms:
         return JSONResponse(_base_card(context))
     try:
-        info = context.adapters.get(target.terms[0].ref)
+        info = visible.get(target.terms[0].ref)
     except AdapterNotFound:
         raise ModelNotFound("The requested model does not exist.") from None
     return JSONResponse({**_card(context, info), "id": target.model})

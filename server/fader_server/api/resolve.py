@@ -10,11 +10,12 @@ from fader_adapters.errors import AdapterNotFound
 from fader_server.api.blends import AdapterRef, NamedTerm, read_blend
 from fader_server.api.fields import Fields
 from fader_server.api.named_blends import Recipe
-from fader_server.api.ports import Adapters, Lease
+from fader_server.api.ports import Lease
+from fader_server.api.visible import Known
 from fader_server.errors import ModelNotFound, RecipeIncomplete, RequestInvalid
 
 FindRecipe = Callable[[str], Recipe | None]
-"""Recipes.find."""
+"""Recipes.find, or Visible.find."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ def read_target(fields: Fields, *, max_terms: int, recipes: FindRecipe) -> Targe
     return Target(name, recipe.terms, recipe)
 
 
-async def lease_target(target: Target, adapters: Adapters) -> Lease:
+async def lease_target(target: Target, adapters: Known) -> Lease:
     """Resolve the names to versions and hold those, in one step; the caller releases the lease.
 
     `lease.blend` is what to compute, `lease.terms` are names with versions and weights. Raises
@@ -97,7 +98,7 @@ async def lease_target(target: Target, adapters: Adapters) -> Lease:
         raise ModelNotFound(f"The model `{target.model}` does not exist.") from None
 
 
-def version_of(ref: AdapterRef, adapters: Adapters) -> str | None:
+def version_of(ref: AdapterRef, adapters: Known) -> str | None:
     """The version a request would use now; None when there is none."""
     try:
         return adapters.get(ref).version
@@ -105,7 +106,7 @@ def version_of(ref: AdapterRef, adapters: Adapters) -> str | None:
         return None
 
 
-def told_missing(recipe: Recipe, adapters: Adapters) -> str:
+def told_missing(recipe: Recipe, adapters: Known) -> str:
     """One sentence for a client: which terms no loaded adapter answers to."""
     missing = _not_loaded(recipe.terms, adapters)
     return (
@@ -113,7 +114,7 @@ def told_missing(recipe: Recipe, adapters: Adapters) -> str:
     )
 
 
-def _not_loaded(terms: tuple[NamedTerm, ...], adapters: Adapters) -> str:
+def _not_loaded(terms: tuple[NamedTerm, ...], adapters: Known) -> str:
     refs = [term.ref for term in terms]
     return ", ".join(str(ref) for ref in refs if version_of(ref, adapters) is None)
 

@@ -11,7 +11,14 @@ from starlette.responses import Response
 
 from fader_server.api.choice import Delta
 from fader_server.api.choosing import Limits
-from fader_server.api.context import Context, body_of, context_of, log_of, principal_of
+from fader_server.api.context import (
+    Context,
+    body_of,
+    context_of,
+    log_of,
+    principal_of,
+    visible_to,
+)
 from fader_server.api.disconnect import while_connected
 from fader_server.api.generate import Generation
 from fader_server.api.observe import CallRecord
@@ -56,7 +63,9 @@ async def _answer(
     context: Context, request: Request, call: Call, id: str, record: CallRecord
 ) -> Response:
     tenant = principal_of(request).tenant
-    generation = await context.generator.start(call, id=id, tenant=tenant, record=record)
+    generation = await context.generator.start(
+        call, visible_to(request), id=id, tenant=tenant, record=record
+    )
     renderer = _renderer(context, generation, id)
     headers = {"x-fader-blend": blend_header(generation.lease)}
     if call.stream:

@@ -17,7 +17,7 @@ from fader_adapters.errors import (
 from fader_adapters.spec import ADAPTER_NAME
 from fader_server.api.admin import load, unload
 from fader_server.api.choosing import is_token_ids
-from fader_server.api.context import Context, body_of, context_of
+from fader_server.api.context import body_of, context_of, visible_to
 from fader_server.api.errors import describe
 from fader_server.api.fields import Fields
 from fader_server.api.messages import plain, read_messages
@@ -129,7 +129,7 @@ async def tokenize(request: Request) -> Response:
     special = fields.boolean("add_special_tokens", default=True)
     strings = fields.boolean("return_token_strs")
     fields.finish()
-    _check_model(context, body)
+    _check_model(request, body)
 
     def encode() -> dict[str, Any]:
         tokenizer = context.tokenizer
@@ -158,21 +158,22 @@ async def detokenize(request: Request) -> Response:
         raise RequestInvalid(
             f"tokens must be a list of ids from 0 to {vocab_size - 1}", param="tokens"
         )
-    _check_model(context, body)
+    _check_model(request, body)
     text = await run_in_threadpool(context.tokenizer.decode, tokens)
     return JSONResponse({"prompt": text})
 
 
-def _check_model(context: Context, body: dict[str, Any]) -> None:
+def _check_model(request: Request, body: dict[str, Any]) -> None:
     """vLLM lets `model` be absent here; when it is given it must exist."""
     model = body.get("model")
     if model is None:
         return
     if not isinstance(model, str):
         raise RequestInvalid("model must be text", param="model")
+    base, visible = context_of(request).base.name, visible_to(request)
     try:
-        found = resolve(model, None, base=context.base.name, recipes=context.recipes.find)
+        found = resolve(model, None, base=base, recipes=visible.find)
         for term in found.terms:
-            context.adapters.get(term.ref)
+            visible.within(found.recipe).get(term.ref)
     except AdapterNotFound:
         raise ModelNotFound("The requested model does not exist.") from None

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from fader_adapters.claims import NONE, Claims
@@ -318,7 +319,7 @@ class FakeAdapters:
         for found in known:
             if found.version.startswith(ref.version or ""):
                 return found
-        raise AdapterNotFound("no such adapter")
+        raise AdapterNotFound.of(ref.name)
 
     def claim(self, claims: Claims) -> None:
         if claims.names & self.infos.keys():
@@ -408,19 +409,25 @@ class World:
 
 def build_world(**changes: Any) -> World:
     script, merging = changes.pop("script", None), changes.pop("merging", None)
-    engine, adapters, metrics = FakeEngine(script), FakeAdapters(), Metrics()
+    tenants = changes.pop("tenants", ())
+    if tenants:
+        changes["tenants"] = Path("tenants.toml")
+    adapters, over = changes.pop("adapters", None) or FakeAdapters(), changes.pop("over", None)
+    engine, metrics = FakeEngine(script), Metrics()
     config = ServeConfig(**{"port": 0, **changes})
-    recipes = RecipeBook(adapters, base="base", most=config.max_recipes)
+    named = adapters if over is None else over(adapters)
+    recipes = RecipeBook(named, base="base", most=config.max_recipes)
     application = app.build(
         config,
         BaseModel("base", digest("base"), MAX_LEN, 1700000000),
         engine=engine,
-        adapters=adapters,
+        adapters=named,
         recipes=recipes,
         tokenizer=FakeTokenizer(),
         metrics=metrics,
         version="9",
         merging=merging,
+        tenants=tenants,
     )
     application.state.context.readiness.reason = ""
     return World(engine, adapters, recipes, metrics, application)
