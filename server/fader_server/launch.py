@@ -27,7 +27,7 @@ from fader_server.serving import bind, serve
 from fader_server.state import RememberedAdapters, recipes_in
 from fader_server.state_entries import State
 from fader_server.state_file import StateFile
-from fader_server.tenants import tenants_of
+from fader_server.tenants import Tenant, tenants_of
 
 _log = logging.getLogger("fader")
 
@@ -52,10 +52,13 @@ class World:
     """What must be done before the server serves, once adapters and recipes are restored."""
 
 
-OpenWorld = Callable[[ServeConfig, Metrics, Claims], AbstractContextManager[World]]
+OpenWorld = Callable[
+    [ServeConfig, Metrics, Claims, tuple[Tenant, ...]], AbstractContextManager[World]
+]
 """Loads the base and the adapters of the settings and starts the engine; stops it at the end.
 
-No adapter takes a name that is claimed, and versions that are claimed outlive swaps.
+No adapter takes a name that is claimed, and versions that are claimed outlive swaps. The queue
+knows the tenants.
 
 Raises ConfigInvalid, ModelUnsupported or AdapterError for what the user can mend.
 """
@@ -73,7 +76,7 @@ def run(config: ServeConfig, open_world: OpenWorld, *, version: str) -> None:
         state = file.read() if file is not None else State()
         recipes = recipes_in(state)
         sock = stack.enter_context(bind(config))
-        world = stack.enter_context(open_world(config, metrics, claims_of(recipes)))
+        world = stack.enter_context(open_world(config, metrics, claims_of(recipes), tenants))
         book = partial(RecipeBook, base=world.base.name, most=config.max_recipes, recipes=recipes)
         if file is None:
             named = book(world.adapters)

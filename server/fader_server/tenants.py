@@ -22,6 +22,8 @@ from fader_server.errors import ConfigInvalid
 MAX_BYTES = 1 << 20
 """Of the file."""
 
+MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3
+
 Item = TypeVar("Item")
 
 _HASHED = "sha256:"
@@ -195,8 +197,8 @@ def _items(value: object, read: Callable[[object], Item]) -> tuple[Item, ...]:
 
 def _weight(value: object) -> float:
     weight = _number(value)
-    if not 0 < weight < math.inf:
-        raise ValueError("expected a number above 0")
+    if not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+        raise ValueError(f"expected a number from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}")
     return weight
 
 

@@ -29,6 +29,7 @@ from fader_server.engine.blocks import BlockManager
 from fader_server.engine.limits import Limits
 from fader_server.engine.loop import Engine
 from fader_server.engine.scheduler import Scheduler
+from fader_server.engine.shares import Share
 from fader_server.engine.warmup import warm_up
 from fader_server.errors import ConfigInvalid
 from fader_server.launch import Background, World
@@ -49,6 +50,7 @@ from fader_server.ondemand import OnDemand
 from fader_server.parking import Parking
 from fader_server.registry import Registry
 from fader_server.sourcing import check_sources, open_sources
+from fader_server.tenants import Tenant
 from fader_server.text.tokenizer import Tokenizer
 from fader_server.watch import Seen, Watcher, changes_in
 
@@ -63,7 +65,12 @@ _TOUCH_SECONDS = 2.0
 
 
 @contextmanager
-def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> Iterator[World]:
+def open_world(
+    config: ServeConfig,
+    metrics: Metrics,
+    claims: Claims = NONE,
+    tenants: tuple[Tenant, ...] = (),
+) -> Iterator[World]:
     """Load the base, reserve memory, start the engine, load the adapters; undo it at the end.
 
     Raises ConfigInvalid, ModelUnsupported or AdapterError for what the user can mend.
@@ -95,12 +102,13 @@ def open_world(config: ServeConfig, metrics: Metrics, claims: Claims = NONE) -> 
     tables = Tables(arena, len(base.installed.spec.linears))
     pool = Pool(tables, in_place=device.type == "cpu")
     runner = _runner(config, base, plan, tables=tables)
-    scheduler = _scheduler(config, plan, pool=pool)
+    scheduler = _scheduler(config, plan, pool=pool, tenants=tenants)
     engine = Engine(
         scheduler,
         runner,
         pool.upload,
         max_waiting=config.max_waiting,
+        max_waiting_of={t.name: t.max_waiting for t in tenants if t.max_waiting is not None},
         observer=metrics,
         copies=pool,
     )
@@ -203,14 +211,21 @@ def _workspace(config: ServeConfig, base: LoadedBase) -> int:
     )
 
 
-def _scheduler(config: ServeConfig, plan: MemoryPlan, *, pool: Pool) -> Scheduler:
+def _scheduler(
+    config: ServeConfig, plan: MemoryPlan, *, pool: Pool, tenants: tuple[Tenant, ...]
+) -> Scheduler:
     limits = Limits(
         max_rows=config.max_batch_rows,
         max_step_tokens=config.max_step_tokens,
         chunk_size=min(CHUNK_SIZE, config.max_step_tokens - config.max_batch_rows),
         max_model_len=plan.max_model_len,
     )
-    return Scheduler(limits, blocks=BlockManager(plan.blocks, block_size=BLOCK_SIZE), pool=pool)
+    return Scheduler(
+        limits,
+        blocks=BlockManager(plan.blocks, block_size=BLOCK_SIZE),
+        pool=pool,
+        shares={t.name: Share(t.weight, t.max_share) for t in tenants},
+    )
 
 
 def _runner(

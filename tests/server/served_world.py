@@ -97,7 +97,11 @@ async def served(
     state = State() if file is None else file.read()
     recipes, metrics = recipes_in(state), Metrics()
     claims: Claims = claims_of(recipes)
-    with open_world(settings, metrics, claims) as world, contextlib.ExitStack() as stack:
+    tenants = tenants_of(settings)
+    with (
+        open_world(settings, metrics, claims, tenants) as world,
+        contextlib.ExitStack() as stack,
+    ):
         named: dict[str, Any] = {"base": world.base.name, "most": 100, "recipes": recipes}
         adapters = world.adapters
         if file is not None:
@@ -117,7 +121,7 @@ async def served(
             tokenizer=world.tokenizer,
             metrics=metrics,
             version="9",
-            tenants=tenants_of(settings),
+            tenants=tenants,
         )
         application.state.context.readiness.reason = ""
         transport = httpx.ASGITransport(application)

@@ -6,7 +6,7 @@ the right ones without any engine.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from fader_adapters.errors import AdapterTooLarge
@@ -21,6 +21,7 @@ from fader_server.core import (
 )
 from fader_server.engine.blocks import BlockManager
 from fader_server.engine.limits import Limits
+from fader_server.engine.line import Line
 from fader_server.engine.scheduler import Scheduler
 from fader_server.engine.shares import Share
 from fader_server.engine.stats import Unobserved
@@ -203,6 +204,12 @@ class Seen:
         if event.finish is not None or event.error is not None:
             self.ends += 1
             self.finish, self.error = event.finish, event.error
+
+
+def by_arrival(line: Line, closed: Container[str]) -> Iterator[Sequence]:
+    """A fault to plant as Line.in_turn: whoever came first is first, whosever it is."""
+    everybody = [s for queue in line._queues.values() for s in queue]
+    yield from [*line._returned, *sorted(everybody, key=lambda s: s.arrival)]
 
 
 def check_blocks(scheduler: Scheduler) -> None:

@@ -8,7 +8,7 @@ from fader_server.engine.line import Line
 from fader_server.engine.loop import Engine
 from fader_server.engine.shares import Share
 from fader_server.errors import Overloaded, TenantBusy
-from tests.server.engine.engine_world import World, blend_of, request
+from tests.server.engine.engine_world import World, blend_of, by_arrival, request
 
 
 def flood(
@@ -57,11 +57,7 @@ def test_who_comes_into_a_flood_is_next():
 
 
 def test_first_come_first_served_would_be_noticed(monkeypatch):
-    def in_turn(self, closed):
-        everybody = [s for queue in self._queues.values() for s in queue]
-        yield from [*self._returned, *sorted(everybody, key=lambda s: s.arrival)]
-
-    monkeypatch.setattr(Line, "in_turn", in_turn)
+    monkeypatch.setattr(Line, "in_turn", by_arrival)
     assert late(World()) > 40
 
 
