@@ -1,7 +1,5 @@
 """Builds the application from its parts. No globals: two applications never share a thing."""
 
-from collections.abc import Iterable
-
 from fastapi import Depends, FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -20,6 +18,7 @@ from fader_server.api.merge_ports import Merging
 from fader_server.api.named_blends import Recipes
 from fader_server.api.observe import Board, gauges, merge_gauges
 from fader_server.api.ports import Adapters, Engine, Tokenizer
+from fader_server.api.quotas import Quotas
 from fader_server.api.sse import Pace
 from fader_server.config import ServeConfig
 from fader_server.errors import FaderError
@@ -38,7 +37,7 @@ def build(
     metrics: Metrics,
     version: str,
     merging: Merging | None = None,
-    tenants: Iterable[Tenant] = (),
+    tenants: tuple[Tenant, ...] = (),
 ) -> FastAPI:
     """The application; `app.state.context` is what its routes share. Starts nothing.
 
@@ -46,7 +45,7 @@ def build(
     config.tenants. Not ready until `context.readiness.reason` is set to "".
     """
     context = _context(
-        config, base, engine, adapters, recipes, tokenizer, metrics, version, merging
+        config, base, engine, adapters, recipes, tokenizer, metrics, version, merging, tenants
     )
     metrics.add_gauges(gauges(engine, adapters, recipes, context.board))
     app = FastAPI(
@@ -90,6 +89,7 @@ def _context(
     metrics: Metrics,
     version: str,
     merging: Merging | None,
+    tenants: tuple[Tenant, ...],
 ) -> Context:
     return Context(
         config=config,
@@ -101,6 +101,7 @@ def _context(
         generator=Generator(
             engine,
             tokenizer,
+            Quotas(tenants),
             base_name=base.name,
             max_model_len=base.max_model_len,
             patience=Patience(config.first_token_timeout, config.request_timeout),

@@ -16,7 +16,7 @@ FaderError
 ├── ServerRefused         a running server said no, or there is none (exit code 2)
 ├── ServerFailed          a running server failed, or what answered is none (exit code 1)
 ├── Overloaded            the queue is full, or the server drains: try again later
-├── TenantBusy            the caller's own part of the queue is full: try again later
+├── TenantBusy            the caller has its part of the queue or of the minute: try again later
 ├── RequestTimeout        a request's own deadline passed
 └── EngineFault           a fault inside the engine; the request failed, others go on
     └── NumericFault      an adapter or blend produced NaN or Inf for this request
@@ -100,7 +100,11 @@ class Overloaded(FaderError):
 
 
 class TenantBusy(FaderError):
-    """The tenant has as many requests waiting as it may have."""
+    """The tenant has asked for as much as it may. `retry_after` as in Overloaded."""
+
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class RequestTimeout(FaderError):

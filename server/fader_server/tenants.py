@@ -50,6 +50,11 @@ class Tenant:
     requests may have at a time; one request may always run."""
     max_waiting: int | None = None
     """Queued requests before 429; None: as many as the server's own queue holds."""
+    requests_per_minute: int | None = None
+    """Calls that generate."""
+    tokens_per_minute: int | None = None
+    """Prompts' and drawn ones, cached ones too; a call counts with all that it may come to until
+    it ends."""
 
     def sees(self, name: str) -> bool:
         """An adapter or a recipe of this name exists for it, when there is one."""
@@ -230,4 +235,6 @@ _READERS = {
     "weight": _weight,
     "max_share": _share,
     "max_waiting": _count,
+    "requests_per_minute": _count,
+    "tokens_per_minute": _count,
 }

@@ -13,6 +13,7 @@ from fader_server.api.mailbox import Bell, Mailbox
 from fader_server.api.observe import CallRecord
 from fader_server.api.ports import Engine, Lease, Tokenizer
 from fader_server.api.prepare import Preparer
+from fader_server.api.quotas import Counted, Quotas
 from fader_server.api.resolve import Target, label_of, lease_target, resolve
 from fader_server.api.schemas import Call
 from fader_server.api.visible import Visible
@@ -44,6 +45,7 @@ class Generator:
         self,
         engine: Engine,
         tokenizer: Tokenizer,
+        quotas: Quotas,
         *,
         base_name: str,
         max_model_len: int,
@@ -51,6 +53,7 @@ class Generator:
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
+        self._quotas = quotas
         self._base_name = base_name
         self._preparer = Preparer(tokenizer, max_model_len=max_model_len)
         self._patience = patience
@@ -87,13 +90,14 @@ class Generator:
             prompts = await asyncio.to_thread(self._preparer.encode, call)
             requests = self._preparer.requests(call, prompts, lease, id=id, tenant=tenant)
             choices = [self._choice(call, index, item) for index, item in enumerate(requests)]
+            counted = self._quotas.admit(tenant, _most(requests))
         except BaseException:
             lease.release()
             raise
         if self._bell is None:
             self._bell = Bell(asyncio.get_running_loop())
         generation = Generation(
-            self._engine, call, choices, lease, record=record, patience=self._patience,
+            self._engine, call, choices, lease, counted, record=record, patience=self._patience,
             bell=self._bell, on_close=self._live.discard,
         )  # fmt: skip
         self._live.add(generation)
@@ -122,6 +126,7 @@ class Generation:
         call: Call,
         choices: list[Choice],
         lease: Lease,
+        counted: Counted,
         *,
         record: CallRecord,
         patience: Patience,
@@ -133,6 +138,7 @@ class Generation:
         self._engine = engine
         self._choices = {choice.request.id: choice for choice in choices}
         self._in_engine: set[str] = set()
+        self._counted = counted
         self._record = record
         self._mailbox = Mailbox(bell)
         self._loop = asyncio.get_running_loop()
@@ -149,6 +155,7 @@ class Generation:
                 self._engine.submit(choice.request, self._mailbox.post)
                 self._in_engine.add(id)
         except BaseException:
+            self._counted.refused()
             self.close()
             raise
 
@@ -228,4 +235,11 @@ class Generation:
         self.lease.release()
         usage = self.usage
         self._record.used(usage.prompt, usage.completion, usage.cached)
+        self._counted.end(usage.prompt + usage.completion)
         self._on_close(self)
+
+
+def _most(requests: list[Request]) -> int:
+    """Tokens that they may come to; the choices of one prompt have it together."""
+    prompts = {id(request.prompt): len(request.prompt) for request in requests}
+    return sum(prompts.values()) + sum(request.params.max_tokens for request in requests)
