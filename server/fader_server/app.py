@@ -57,7 +57,7 @@ def build(
     )
     app.state.context = context
     guard = Guard(config, tenants)
-    user, administrator = requires(guard, "user"), requires(guard, "admin")
+    user, administrator = requires(guard.user), requires(guard.admin)
     for router, check in (
         (routes.router, user),
         (models.router, user),
@@ -72,7 +72,7 @@ def build(
         metrics.add_gauges(merge_gauges(merging, engine))
         app.include_router(merge.admin_router, dependencies=[Depends(administrator)])
     app.include_router(probes.router)
-    protected = [Depends(user)] if config.protect_metrics else []
+    protected = [Depends(requires(guard.observer))] if config.protect_metrics else []
     app.include_router(probes.metrics_router, dependencies=protected)
     _answer_errors(app, guard)
     app.add_middleware(Edge, metrics=metrics)

@@ -133,7 +133,7 @@ class ServeConfig:
     insecure: bool = define(
         False, "allow a bind other than loopback without keys of users", parse=kinds.switch
     )
-    protect_metrics: bool = define(False, "/metrics needs a key", parse=kinds.switch)
+    protect_metrics: bool = define(False, "/metrics needs a key, no tenant's", parse=kinds.switch)
     max_waiting: int = define(1024, "queued requests before 503", parse=_COUNT)
     max_connections: int = define(2048, "open sockets", parse=_COUNT)
     max_body: int = define(1 << 20, "largest request body", parse=kinds.size, metavar="SIZE")

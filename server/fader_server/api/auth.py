@@ -53,6 +53,13 @@ class Guard:
             return Principal("user", "")
         raise Unauthorized("A valid API key is required: Authorization: Bearer KEY.")
 
+    def observer(self, request: Request) -> Principal:
+        """The caller of a route that tells of all tenants. Raises Unauthorized or Forbidden."""
+        caller = self.user(request)
+        if caller.sees is not everything:
+            raise Forbidden("This route tells of all tenants: a tenant's key does not open it.")
+        return caller
+
     def admin(self, request: Request) -> Principal:
         """The caller of an admin route. Raises Unauthorized or Forbidden."""
         if self._admin_open:
@@ -81,9 +88,9 @@ class Guard:
 Check = Callable[[Request], Awaitable[None]]
 
 
-def requires(guard: Guard, role: Role) -> Check:
-    """The dependency that every route of a role carries; leaves the principal in request.state."""
-    decide = guard.admin if role == "admin" else guard.user
+def requires(decide: Callable[[Request], Principal]) -> Check:
+    """The dependency that routes carry, of a method of Guard; leaves the principal in
+    request.state."""
 
     async def check(request: Request) -> None:
         request.state.principal = decide(request)

@@ -311,3 +311,13 @@ async def test_what_is_loaded_at_run_time_exists_for_whose_globs_match_it(worlds
             answers = [await send(client, ask, ACME) for ask in generations(name)]
             assert {answer.status_code for answer in answers} == {expected}
         await world.until(lambda: world.adapters.leases == 0)
+
+
+async def test_protected_metrics_tell_no_tenant_of_the_others(worlds):
+    world = worlds(tenants=TENANTS, protect_metrics=True, **OTHERS)
+    async with asgi(world) as client:
+        for key, expected in ((ACME, 403), (ALL, 403), ("wrong", 401), ("user-key", 200)):
+            answer = await client.get("/metrics", headers=bearer(key))
+            assert answer.status_code == expected, key
+            assert ("fader_adapters" in answer.text) == (expected == 200)
+        assert (await client.get("/metrics", headers=bearer("admin-key"))).status_code == 200
