@@ -15,37 +15,24 @@ from fader_adapters.claims import NONE, Claims
 from fader_adapters.errors import AdapterError, NameReserved
 from fader_adapters.inspection import Inspector
 from fader_adapters.kernels.backend import choose
-from fader_adapters.kernels.cpu import NativeBackend
-from fader_adapters.kernels.native import in_huge_pages
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.pool import Pool
 from fader_adapters.sources import Sources
-from fader_adapters.tiers import ArenaTier, BufferTier, HostTier
 from fader_server import demo
 from fader_server.api.context import BaseModel
 from fader_server.api.ports import Adapters, LoadOrder
+from fader_server.assembly import host_tier, memory_of, runner_of, scheduler_of
 from fader_server.config import ServeConfig
-from fader_server.engine.blocks import BlockManager
-from fader_server.engine.limits import Limits
 from fader_server.engine.loop import Engine
-from fader_server.engine.scheduler import Scheduler
-from fader_server.engine.shares import Share
 from fader_server.engine.warmup import warm_up
 from fader_server.errors import ConfigInvalid
 from fader_server.launch import Background, World
-from fader_server.mergestart import lane_of, open_merging, policy_of, probe_tokens, room_to_keep
+from fader_server.mergestart import lane_of, open_merging, policy_of, probe_tokens
 from fader_server.merging import Parts
 from fader_server.metrics import Metrics
 from fader_server.model.checkpoint import check_folder
 from fader_server.model.device import choose_device, choose_dtype, free_bytes, set_threads
-from fader_server.model.kernels import choose_attention
-from fader_server.model.kv_cache import KVCache, bytes_per_block
-from fader_server.model.launching import LaunchingRunner, PreparingRunner
-from fader_server.model.loaded import LoadedBase
 from fader_server.model.loader import load_base
-from fader_server.model.memory import MemoryPlan, plan_memory, workspace_bytes
-from fader_server.model.runner import ModelRunner
-from fader_server.model.sampler import Sampler
 from fader_server.ondemand import OnDemand
 from fader_server.parking import Parking
 from fader_server.registry import Registry
@@ -55,13 +42,6 @@ from fader_server.text.tokenizer import Tokenizer
 from fader_server.watch import Seen, Watcher, changes_in
 
 log = logging.getLogger(__name__)
-
-BLOCK_SIZE = 16
-_HOST_ARENAS = 4
-"""Beside a GPU the host keeps so many times what its arena holds, unless told otherwise."""
-CHUNK_SIZE = 256
-_TOUCH_SECONDS = 2.0
-"""What a start may take longer so that the first blocks of the cache are there; see KVCache."""
 
 
 @contextmanager
@@ -87,7 +67,7 @@ def open_world(
     set_threads(config.threads, backend)
     base = load_base(source, dtype=dtype, device=device, backend=backend)
     available = free_bytes(device)
-    plan = _memory(config, base, available)
+    plan = memory_of(config, base, available)
     fields = {
         "base_bytes": plan.base,
         "arena_bytes": plan.arena,
@@ -101,8 +81,8 @@ def open_world(
     arena = torch.empty(plan.arena // dtype.itemsize, dtype=dtype, device=device)
     tables = Tables(arena, len(base.installed.spec.linears))
     pool = Pool(tables, in_place=device.type == "cpu")
-    runner = _runner(config, base, plan, tables=tables)
-    scheduler = _scheduler(config, plan, pool=pool, tenants=tenants)
+    runner = runner_of(config, base, plan, tables=tables)
+    scheduler = scheduler_of(config, plan, pool=pool, tenants=tenants)
     engine = Engine(
         scheduler,
         runner,
@@ -177,94 +157,6 @@ def _be_quiet() -> None:
     """Progress bars are for terminals; in a log they are noise."""
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-
-
-def _memory(config: ServeConfig, base: LoadedBase, available: int) -> MemoryPlan:
-    if config.max_model_len is not None and config.max_model_len > base.max_positions:
-        raise ConfigInvalid(
-            f"--max-model-len {config.max_model_len}: the base has {base.max_positions} positions; "
-            "ask for at most that many"
-        )
-    return plan_memory(
-        available=available - room_to_keep(config, base),
-        on_host=base.device.type == "cpu",
-        base=base.nbytes,
-        block_bytes=bytes_per_block(base.layers, block_size=BLOCK_SIZE, dtype=base.dtype),
-        block_size=BLOCK_SIZE,
-        max_rows=config.max_batch_rows,
-        max_model_len=config.max_model_len,
-        max_positions=base.max_positions,
-        arena=config.arena,
-        kv_cache=config.kv_cache,
-        workspace=_workspace(config, base) if base.device.type == "cuda" else 0,
-    )
-
-
-def _workspace(config: ServeConfig, base: LoadedBase) -> int:
-    return workspace_bytes(
-        max_rows=config.max_batch_rows,
-        step_tokens=config.max_step_tokens,
-        chunk=CHUNK_SIZE,
-        widest=max(sum(site.spec.out_features) for site in base.installed.sites),
-        vocab=base.vocab_size,
-        itemsize=base.dtype.itemsize,
-    )
-
-
-def _scheduler(
-    config: ServeConfig, plan: MemoryPlan, *, pool: Pool, tenants: tuple[Tenant, ...]
-) -> Scheduler:
-    limits = Limits(
-        max_rows=config.max_batch_rows,
-        max_step_tokens=config.max_step_tokens,
-        chunk_size=min(CHUNK_SIZE, config.max_step_tokens - config.max_batch_rows),
-        max_model_len=plan.max_model_len,
-    )
-    return Scheduler(
-        limits,
-        blocks=BlockManager(plan.blocks, block_size=BLOCK_SIZE),
-        pool=pool,
-        shares={t.name: Share(t.weight, t.max_share) for t in tenants},
-    )
-
-
-def _runner(
-    config: ServeConfig, base: LoadedBase, plan: MemoryPlan, *, tables: Tables
-) -> ModelRunner:
-    cache = KVCache(
-        base.layers,
-        blocks=plan.blocks,
-        block_size=BLOCK_SIZE,
-        dtype=base.dtype,
-        device=base.device,
-    )
-    if isinstance(base.backend, NativeBackend):
-        for tensor in (tables.arena, *cache.tensors()):
-            in_huge_pages(tensor)
-    if base.device.type == "cpu":
-        cache.touch(_TOUCH_SECONDS)
-    kind = LaunchingRunner if base.device.type == "cuda" else PreparingRunner
-    return kind(
-        base,
-        cache=cache,
-        tables=tables,
-        attention=choose_attention(
-            base,
-            block_size=BLOCK_SIZE,
-            max_rows=config.max_batch_rows,
-            max_context=plan.max_model_len,
-            max_tokens=config.max_step_tokens,
-        ),
-        sampler=Sampler(),
-    )
-
-
-def host_tier(arena: torch.Tensor, wanted: int | None) -> HostTier:
-    """Where adapters rest in host memory: on a CPU in the arena, else in `wanted` bytes."""
-    if arena.device.type == "cpu":
-        return ArenaTier(arena)
-    total = _HOST_ARENAS * arena.nbytes if wanted is None else wanted
-    return BufferTier(total, arena.dtype, pinned=True, largest=arena.nbytes)
 
 
 def _background(

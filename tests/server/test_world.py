@@ -13,10 +13,11 @@ from fader_adapters.errors import AdapterMismatch, AdapterTooLarge
 from fader_adapters.kernels import native
 from fader_server import config, demo
 from fader_server.api.blends import AdapterRef, NamedTerm
+from fader_server.assembly import host_tier
 from fader_server.core import Request, SamplingParams, TokenEvent
 from fader_server.errors import ConfigInvalid, ModelUnsupported
 from fader_server.metrics import Metrics
-from fader_server.world import host_tier, open_world
+from fader_server.world import open_world
 from tests.support.families import write_family
 from tests.support.peft_adapters import write_adapter
 

@@ -13,6 +13,7 @@ from fader_adapters.parse import read_adapter
 from fader_adapters.pool import Pool
 from fader_adapters.source import LocalSources
 from fader_adapters.store import Store
+from fader_server.assembly import host_tier
 from fader_server.core import Plan, Request, SamplingParams, TokenEvent, TokenLogprob
 from fader_server.engine.blocks import BlockManager
 from fader_server.engine.limits import Limits
@@ -22,7 +23,6 @@ from fader_server.model.kv_cache import KVCache
 from fader_server.model.loader import load_base
 from fader_server.model.runner import ModelRunner
 from fader_server.model.sampler import Sampler
-from fader_server.world import host_tier
 
 CPU = torch.device("cpu")
 

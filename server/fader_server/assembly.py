@@ -1,0 +1,122 @@
+"""The parts of an engine over a loaded base, by the settings: memory, cache, scheduler, runner."""
+
+import torch
+
+from fader_adapters.kernels.cpu import NativeBackend
+from fader_adapters.kernels.native import in_huge_pages
+from fader_adapters.kernels.tables import Tables
+from fader_adapters.pool import Pool
+from fader_adapters.tiers import ArenaTier, BufferTier, HostTier
+from fader_server.config import ServeConfig
+from fader_server.engine.blocks import BlockManager
+from fader_server.engine.limits import Limits
+from fader_server.engine.scheduler import Scheduler
+from fader_server.engine.shares import Share
+from fader_server.errors import ConfigInvalid
+from fader_server.mergestart import room_to_keep
+from fader_server.model.kernels import choose_attention
+from fader_server.model.kv_cache import KVCache, bytes_per_block
+from fader_server.model.launching import LaunchingRunner, PreparingRunner
+from fader_server.model.loaded import LoadedBase
+from fader_server.model.memory import MemoryPlan, plan_memory, workspace_bytes
+from fader_server.model.runner import ModelRunner
+from fader_server.model.sampler import Sampler
+from fader_server.tenants import Tenant
+
+BLOCK_SIZE = 16
+_HOST_ARENAS = 4
+"""Beside a GPU the host keeps so many times what its arena holds, unless told otherwise."""
+CHUNK_SIZE = 256
+_TOUCH_SECONDS = 2.0
+"""What a start may take longer so that the first blocks of the cache are there; see KVCache."""
+
+
+def memory_of(config: ServeConfig, base: LoadedBase, available: int) -> MemoryPlan:
+    """What the arena, the cache and the steps get of `available` bytes. Raises ConfigInvalid."""
+    if config.max_model_len is not None and config.max_model_len > base.max_positions:
+        raise ConfigInvalid(
+            f"--max-model-len {config.max_model_len}: the base has {base.max_positions} positions; "
+            "ask for at most that many"
+        )
+    return plan_memory(
+        available=available - room_to_keep(config, base),
+        on_host=base.device.type == "cpu",
+        base=base.nbytes,
+        block_bytes=bytes_per_block(base.layers, block_size=BLOCK_SIZE, dtype=base.dtype),
+        block_size=BLOCK_SIZE,
+        max_rows=config.max_batch_rows,
+        max_model_len=config.max_model_len,
+        max_positions=base.max_positions,
+        arena=config.arena,
+        kv_cache=config.kv_cache,
+        workspace=_workspace(config, base) if base.device.type == "cuda" else 0,
+    )
+
+
+def _workspace(config: ServeConfig, base: LoadedBase) -> int:
+    return workspace_bytes(
+        max_rows=config.max_batch_rows,
+        step_tokens=config.max_step_tokens,
+        chunk=CHUNK_SIZE,
+        widest=max(sum(site.spec.out_features) for site in base.installed.sites),
+        vocab=base.vocab_size,
+        itemsize=base.dtype.itemsize,
+    )
+
+
+def scheduler_of(
+    config: ServeConfig, plan: MemoryPlan, *, pool: Pool, tenants: tuple[Tenant, ...]
+) -> Scheduler:
+    """The scheduler of a plan of memory."""
+    limits = Limits(
+        max_rows=config.max_batch_rows,
+        max_step_tokens=config.max_step_tokens,
+        chunk_size=min(CHUNK_SIZE, config.max_step_tokens - config.max_batch_rows),
+        max_model_len=plan.max_model_len,
+    )
+    return Scheduler(
+        limits,
+        blocks=BlockManager(plan.blocks, block_size=BLOCK_SIZE),
+        pool=pool,
+        shares={t.name: Share(t.weight, t.max_share) for t in tenants},
+    )
+
+
+def runner_of(
+    config: ServeConfig, base: LoadedBase, plan: MemoryPlan, *, tables: Tables
+) -> ModelRunner:
+    """The runner over a loaded base, with its cache of keys and values."""
+    cache = KVCache(
+        base.layers,
+        blocks=plan.blocks,
+        block_size=BLOCK_SIZE,
+        dtype=base.dtype,
+        device=base.device,
+    )
+    if isinstance(base.backend, NativeBackend):
+        for tensor in (tables.arena, *cache.tensors()):
+            in_huge_pages(tensor)
+    if base.device.type == "cpu":
+        cache.touch(_TOUCH_SECONDS)
+    kind = LaunchingRunner if base.device.type == "cuda" else PreparingRunner
+    return kind(
+        base,
+        cache=cache,
+        tables=tables,
+        attention=choose_attention(
+            base,
+            block_size=BLOCK_SIZE,
+            max_rows=config.max_batch_rows,
+            max_context=plan.max_model_len,
+            max_tokens=config.max_step_tokens,
+        ),
+        sampler=Sampler(),
+    )
+
+
+def host_tier(arena: torch.Tensor, wanted: int | None) -> HostTier:
+    """Where adapters rest in host memory: on a CPU in the arena, else in `wanted` bytes."""
+    if arena.device.type == "cpu":
+        return ArenaTier(arena)
+    total = _HOST_ARENAS * arena.nbytes if wanted is None else wanted
+    return BufferTier(total, arena.dtype, pinned=True, largest=arena.nbytes)
