@@ -32,7 +32,9 @@ def serve(family, dtype, *, replays=True):
     return answers, world.runner
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16]
+)
 def test_replayed_steps_give_the_bits_of_the_models_code(family, dtype):
     plain, _ = serve(family, dtype, replays=False)
     replayed, runner = serve(family, dtype)

@@ -53,7 +53,9 @@ def serve(world):
     return answers
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16]
+)
 def test_replayed_steps_give_the_bits_of_the_models_code(family, dtype):
     world = opened(family, dtype)
     replayed = serve(world)
