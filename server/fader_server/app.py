@@ -56,7 +56,7 @@ def build(
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.context = context
-    guard = Guard(config, tenants)
+    app.state.guard = guard = Guard(config, tenants)
     user, administrator = requires(guard.user), requires(guard.admin)
     for router, check in (
         (routes.router, user),
@@ -77,6 +77,12 @@ def build(
     _answer_errors(app, guard)
     app.add_middleware(Edge, metrics=metrics)
     return app
+
+
+def follow(app: FastAPI, tenants: tuple[Tenant, ...]) -> None:
+    """Other tenants for an application that was built. On its event loop."""
+    app.state.guard.replace(tenants)
+    app.state.context.generator.quotas.replace(tenants)
 
 
 def _context(

@@ -78,8 +78,18 @@ def scheduler_of(
         limits,
         blocks=BlockManager(plan.blocks, block_size=BLOCK_SIZE),
         pool=pool,
-        shares={t.name: Share(t.weight, t.max_share) for t in tenants},
+        shares=shares_of(tenants),
     )
+
+
+def shares_of(tenants: tuple[Tenant, ...]) -> dict[str, Share]:
+    """What the scheduler knows of them."""
+    return {tenant.name: Share(tenant.weight, tenant.max_share) for tenant in tenants}
+
+
+def max_waiting_of(tenants: tuple[Tenant, ...]) -> dict[str, int]:
+    """What the engine knows of them."""
+    return {t.name: t.max_waiting for t in tenants if t.max_waiting is not None}
 
 
 def runner_of(

@@ -21,6 +21,7 @@ from fader_server.api.merge_ports import Merging
 from fader_server.api.named_blends import Recipes
 from fader_server.api.ports import Adapters, Engine, Tokenizer
 from fader_server.config import ServeConfig
+from fader_server.errors import ConfigInvalid
 from fader_server.metrics import Metrics
 from fader_server.recipes import RecipeBook, claims_of
 from fader_server.serving import bind, serve
@@ -50,6 +51,8 @@ class World:
     merging: Merging | None = None
     prepare: Prepare | None = None
     """What must be done before the server serves, once adapters and recipes are restored."""
+    share: Callable[[tuple[Tenant, ...]], None] = lambda tenants: None
+    """Tells the queue of other tenants. Any thread."""
 
 
 OpenWorld = Callable[
@@ -114,13 +117,27 @@ async def _serve(application: FastAPI, world: World, recipes: Recipes, sock: soc
         _log.info("serving", extra={"fields": fields})
         if sys.stdout.isatty():
             greet(world, f"http://{host}:{port}")
+        follow = partial(_follow, application, world)
+        has_tenants = application.state.context.config.tenants is not None
         tasks = [asyncio.create_task(_guarded(work)) for work in world.background]
         try:
-            await serve(application, sock)
+            await serve(application, sock, on_hangup=follow if has_tenants else None)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _follow(application: FastAPI, world: World) -> None:
+    """Read the file of tenants again; one with a mistake changes nothing."""
+    try:
+        tenants = tenants_of(application.state.context.config)
+    except ConfigInvalid as error:
+        _log.error("tenants stay as they are", extra={"fields": {"reason": str(error)}})
+        return
+    app.follow(application, tenants)
+    world.share(tenants)
+    _log.info("tenants read", extra={"fields": {"tenants": len(tenants)}})
 
 
 @contextmanager

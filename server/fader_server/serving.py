@@ -5,7 +5,7 @@ import contextlib
 import json
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import h11
@@ -176,8 +176,12 @@ async def _end_with(engine: Engine, drain: Drain) -> None:
     drain.begin()
 
 
-async def serve(app: FastAPI, sock: socket.socket) -> None:
+async def serve(
+    app: FastAPI, sock: socket.socket, *, on_hangup: Callable[[], None] | None = None
+) -> None:
     """Serve until SIGTERM or SIGINT and the drain after it. Ready once it listens.
+
+    on_hangup  called on the event loop at every SIGHUP; None: that ends the process, as it does
 
     Raises EngineFault after the drain when the engine ended by itself.
     """
@@ -185,16 +189,18 @@ async def serve(app: FastAPI, sock: socket.socket) -> None:
     server = Server(context.config, app)
     drain = Drain(server, context)
     loop = asyncio.get_running_loop()
-    signals = (signal.SIGTERM, signal.SIGINT)
-    for number in signals:
-        loop.add_signal_handler(number, drain.begin)
+    handlers = {signal.SIGTERM: drain.begin, signal.SIGINT: drain.begin}
+    if on_hangup is not None:
+        handlers[signal.SIGHUP] = on_hangup
+    for number, handler in handlers.items():
+        loop.add_signal_handler(number, handler)
     context.readiness.reason = ""
     watch = asyncio.create_task(_end_with(context.engine, drain))
     try:
         await server.serve(sockets=[sock])
     finally:
         watch.cancel()
-        for number in signals:
+        for number in handlers:
             loop.remove_signal_handler(number)
         await drain.finish()
     stats = context.engine.stats()

@@ -21,7 +21,14 @@ from fader_adapters.sources import Sources
 from fader_server import demo
 from fader_server.api.context import BaseModel
 from fader_server.api.ports import Adapters, LoadOrder
-from fader_server.assembly import host_tier, memory_of, runner_of, scheduler_of
+from fader_server.assembly import (
+    host_tier,
+    max_waiting_of,
+    memory_of,
+    runner_of,
+    scheduler_of,
+    shares_of,
+)
 from fader_server.config import ServeConfig
 from fader_server.engine.loop import Engine
 from fader_server.engine.warmup import warm_up
@@ -88,7 +95,7 @@ def open_world(
         runner,
         pool.upload,
         max_waiting=config.max_waiting,
-        max_waiting_of={t.name: t.max_waiting for t in tenants if t.max_waiting is not None},
+        max_waiting_of=max_waiting_of(tenants),
         observer=metrics,
         copies=pool,
     )
@@ -120,6 +127,11 @@ def open_world(
         unreserved=available - plan.arena - plan.kv_cache,
         probe=probe_tokens(config, tokenizer, plan.max_model_len),
     )
+
+    def share(tenants: tuple[Tenant, ...]) -> None:
+        engine.limit_waiting(max_waiting_of(tenants))
+        engine.call(partial(scheduler.share, shares_of(tenants)))
+
     # the engine first: it lets go of what makes room for the next
     with engine, open_merging(config, parts) as lanes:
         if config.warm_up and runner.learns:
@@ -138,6 +150,7 @@ def open_world(
             background=(*background, *policy_of(config, lanes, adapters)),
             merging=lanes,
             prepare=lane_of(config, lanes),
+            share=share,
         )
 
 

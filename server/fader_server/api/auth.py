@@ -32,17 +32,23 @@ class Guard:
     """Decides for every request. Holds digests of the keys, never the keys."""
 
     def __init__(self, config: ServeConfig, tenants: Iterable[Tenant] = ()) -> None:
-        self._keys = [
+        self._fixed = [_without_tenant(key, "user") for key in config.api_key]
+        if config.admin_key is not None:
+            self._fixed.append(_without_tenant(config.admin_key, "admin"))
+        self._keys = self._fixed
+        self.replace(tenants)
+        self._user_open = config.user_open
+        self._admin_open = config.admin_open
+        self._has_admin_key = config.admin_key is not None
+
+    def replace(self, tenants: Iterable[Tenant]) -> None:
+        """Other tenants from the next request on."""
+        own = [
             (key, Principal("user", tenant.name, tenant.sees))
             for tenant in tenants
             for key in tenant.keys
         ]
-        self._keys += [_without_tenant(key, "user") for key in config.api_key]
-        if config.admin_key is not None:
-            self._keys.append(_without_tenant(config.admin_key, "admin"))
-        self._user_open = config.user_open
-        self._admin_open = config.admin_open
-        self._has_admin_key = config.admin_key is not None
+        self._keys = own + self._fixed
 
     def user(self, request: Request) -> Principal:
         """The caller of a user route. Raises Unauthorized."""

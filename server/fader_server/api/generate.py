@@ -53,7 +53,7 @@ class Generator:
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
-        self._quotas = quotas
+        self.quotas = quotas
         self._base_name = base_name
         self._preparer = Preparer(tokenizer, max_model_len=max_model_len)
         self._patience = patience
@@ -90,7 +90,7 @@ class Generator:
             prompts = await asyncio.to_thread(self._preparer.encode, call)
             requests = self._preparer.requests(call, prompts, lease, id=id, tenant=tenant)
             choices = [self._choice(call, index, item) for index, item in enumerate(requests)]
-            counted = self._quotas.admit(tenant, _most(requests))
+            counted = self.quotas.admit(tenant, _most(requests))
         except BaseException:
             lease.release()
             raise

@@ -6,7 +6,7 @@ given back at its end, and all of it when the engine refuses it.
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 
 from fader_server.errors import TenantBusy
@@ -20,19 +20,19 @@ class Bucket:
     and those after it until that is paid for."""
 
     def __init__(self, amount: int, clock: Clock) -> None:
-        self._amount = float(amount)
-        self._level = self._amount
+        self.amount = amount
+        self._level = float(amount)
         self._clock = clock
         self._at = clock()
 
     def take(self, count: int) -> float:
         """Seconds to wait; 0.0: taken."""
         now = self._clock()
-        self._fill((now - self._at) * self._amount / 60)
+        self._fill((now - self._at) * self.amount / 60)
         self._at = now
-        short = min(count, self._amount) - self._level
+        short = min(count, self.amount) - self._level
         if short > 0:
-            return short * 60 / self._amount
+            return short * 60 / self.amount
         self._level -= count
         return 0.0
 
@@ -40,7 +40,7 @@ class Bucket:
         self._fill(count)
 
     def _fill(self, count: float) -> None:
-        self._level = min(self._amount, self._level + count)
+        self._level = min(self.amount, self._level + count)
 
 
 class Counted:
@@ -69,13 +69,26 @@ class Quotas:
     """The buckets of every tenant that has a limit. Used on the event loop only."""
 
     def __init__(self, tenants: Iterable[Tenant], clock: Clock = time.monotonic) -> None:
+        self._clock = clock
         self._calls: dict[str, Bucket] = {}
         self._tokens: dict[str, Bucket] = {}
-        for tenant in tenants:
-            if tenant.requests_per_minute is not None:
-                self._calls[tenant.name] = Bucket(tenant.requests_per_minute, clock)
-            if tenant.tokens_per_minute is not None:
-                self._tokens[tenant.name] = Bucket(tenant.tokens_per_minute, clock)
+        self.replace(tenants)
+
+    def replace(self, tenants: Iterable[Tenant]) -> None:
+        """Other tenants, or limits; a limit that stays is as used up as it was."""
+        limits = [(t.name, t.requests_per_minute, t.tokens_per_minute) for t in tenants]
+        self._calls = self._buckets(self._calls, {name: calls for name, calls, _ in limits})
+        self._tokens = self._buckets(self._tokens, {name: tokens for name, _, tokens in limits})
+
+    def _buckets(
+        self, before: Mapping[str, Bucket], limits: Mapping[str, int | None]
+    ) -> dict[str, Bucket]:
+        found: dict[str, Bucket] = {}
+        for name, amount in limits.items():
+            if amount is not None:
+                same = name in before and before[name].amount == amount
+                found[name] = before[name] if same else Bucket(amount, self._clock)
+        return found
 
     def admit(self, tenant: str, tokens: int) -> Counted:
         """Count a call of `tokens` at most. Raises TenantBusy; then nothing is counted."""

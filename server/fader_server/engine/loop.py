@@ -112,6 +112,10 @@ class Engine:
             self._queued[tenant] += 1
             self._inbound.put(partial(self._accept, request, self._clock()))
 
+    def limit_waiting(self, max_waiting_of: Mapping[str, int]) -> None:
+        """Other limits of the tenants, see the constructor."""
+        self._max_waiting_of = max_waiting_of
+
     def abort(self, request_id: str) -> None:
         """End a request without an event; nothing happens when it has ended already."""
         self._inbound.put(partial(self._abort, request_id))

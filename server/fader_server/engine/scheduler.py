@@ -75,6 +75,10 @@ class Scheduler:
     def waiting(self) -> int:
         return len(self._roster.waiting)
 
+    def share(self, shares: Mapping[str, Share]) -> None:
+        """Other parts for the tenants, see the constructor."""
+        self._shares.replace(shares)
+
     def waiting_of(self, tenant: str) -> int:
         """How many of one tenant's requests were never admitted. Any thread."""
         return self._roster.waiting.waiting(tenant)

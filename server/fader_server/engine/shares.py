@@ -29,11 +29,18 @@ class Shares:
         blocks: BlockManager,
         pool: AdapterPool,
     ) -> None:
-        self._most = {tenant: share.most for tenant, share in shares.items() if share.most < 1}
+        self._most: dict[str, float] = {}
+        self.weights: dict[str, float] = {}
+        self.replace(shares)
         self._limits = limits
         self._blocks = blocks
         self._pool = pool
-        self.weights = {tenant: share.weight for tenant, share in shares.items()}
+
+    def replace(self, shares: Mapping[str, Share]) -> None:
+        """Other parts from the next admission on; who has more than its own by then, runs on."""
+        self._most = {tenant: share.most for tenant, share in shares.items() if share.most < 1}
+        self.weights.clear()
+        self.weights.update((tenant, share.weight) for tenant, share in shares.items())
 
     def full(self, tenant: str, running: Collection[Sequence]) -> bool:
         """Whether it has every row that it may have."""

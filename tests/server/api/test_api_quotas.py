@@ -118,3 +118,18 @@ async def test_what_the_engine_refuses_is_not_counted(worlds):
         world.engine.refuse = None
         assert [(await status(client, "sk-few"))[0] for _ in range(3)] == [200, 200, 429]
     assert world.idle
+
+
+def test_other_limits_start_full_and_the_same_ones_go_on():
+    both = quotas(Clock(), requests_per_minute=1, tokens_per_minute=100)
+    both.admit("a", 100)
+    both.replace([Tenant("a", (), requests_per_minute=2, tokens_per_minute=100), Tenant("b", ())])
+    with pytest.raises(TenantBusy, match="tokens"):
+        both.admit("a", 1)
+    both.replace([Tenant("a", (), requests_per_minute=2)])
+    both.admit("a", 1000)
+    both.admit("a", 1000)
+    with pytest.raises(TenantBusy, match="requests"):
+        both.admit("a", 1)
+    both.replace([])
+    both.admit("a", 1000)

@@ -94,6 +94,10 @@ def test_what_one_had_alone_is_not_held_against_it():
     assert tokens(world, since)["x"] >= tokens(world, since)["y"] * 0.85
 
 
+def rows_now(world: World, tenant: str) -> int:
+    return world.scheduler.tenants()[tenant].running
+
+
 def rows(world: World, tenant: str) -> int:
     """The most that it had in any step."""
     counts = [sum(r.sequence.request.tenant == tenant for r in p.rows) for p in world.device.plans]
@@ -209,3 +213,22 @@ def test_a_tenants_queue_is_full_before_the_servers():
         "x": (0, 0),
         "y": (0, 0),
     }
+
+
+def test_other_shares_hold_from_the_next_admission_on():
+    world = World(shares={"x": Share(most=0.5)})
+    flood(world, "x", 100)
+    turn(world, 6)
+    assert rows(world, "x") == 2
+    world.scheduler.share({})
+    turn(world, 6)
+    assert rows(world, "x") == 4
+    flood(world, "y", 100)
+    world.scheduler.share({"y": Share(weight=4.0), "x": Share(most=0.25)})
+    while rows_now(world, "x") > 1:
+        world.turn()  # those that run have more than it may have now
+    since = len(world.device.plans)
+    turn(world, 20)
+    last = world.device.plans[since:]
+    assert max(sum(r.sequence.request.tenant == "x" for r in p.rows) for p in last) == 1
+    assert tokens(world, since)["y"] > 2 * tokens(world, since)["x"]
