@@ -56,6 +56,7 @@ def test_a_decode_step_too_large_for_the_fixed_room_runs_outside_it():
         assert error(made, terms, 0) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_steps_of_few_prompts_live_at_fixed_addresses_once_room_is_reserved():
     made = rig(sites=SITES[:1])
     assert made.prepare(StepTerms((RowTerms(71, ((0, 1.0),)),))).prompt is None

@@ -96,13 +96,17 @@ def rounded(family: str, tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return Setting(family, tmp_path_factory.mktemp(f"{family}-bf16"), torch.bfloat16)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+AUTO_FIRST = ["auto", pytest.param("reference", marks=pytest.mark.slow)]
+"""The fallback meets fp64, term by term, in every run, and every family in the slow one."""
+
+
+@pytest.mark.parametrize("backend", AUTO_FIRST)
 def test_mixed_batch_of_blends_equals_peft(exact: Setting, backend):
     asks = mixed()
     check(exact.oracle, asks, exact.world(backend=backend).run(asks), BOUND[torch.float32])
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", AUTO_FIRST)
 def test_mixed_batch_of_blends_equals_peft_in_bf16(rounded: Setting, backend):
     asks = mixed()
     check(rounded.oracle, asks, rounded.world(backend=backend).run(asks), BOUND[torch.bfloat16])

@@ -11,7 +11,7 @@ from fader_adapters.merged_site import LaneSpec
 from fader_adapters.spec import Blend
 from fader_server.model.fidelity import measure
 from fader_server.model.probe import BaseView, BlendView, LaneView, ProbeModel
-from tests.server.parity.test_families import BOUND, check, difference, prompts
+from tests.server.parity.test_families import AUTO_FIRST, BOUND, check, difference, prompts
 from tests.server.parity.test_kinds import BACKENDS, Setting, asks, world
 from tests.support.dense import DenseOracle
 from tests.support.lanes import changes_of, merge, publish, weights_hash
@@ -57,7 +57,7 @@ def check_every_kind(setting: Setting, backend) -> None:
             assert all(plan.terms.idle for plan in found.plans), "a merged row has no delta work"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", AUTO_FIRST)
 def test_a_lane_of_every_kind_equals_peft(exact: Setting, backend):
     check_every_kind(exact, backend)
 
