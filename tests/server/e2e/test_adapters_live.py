@@ -146,6 +146,7 @@ def test_a_client_that_leaves_frees_everything_within_a_second(server):
     assert server.metric("fader_requests_running") == 0
 
 
+@pytest.mark.slow
 def test_sigterm_ends_what_runs_and_exits_with_zero(tmp_path):
     body = QUESTION | {"model": demo.SERVED_NAME, "stream": True, "max_tokens": 120}
     body["ignore_eos"] = True
