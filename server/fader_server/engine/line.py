@@ -2,7 +2,7 @@
 
 Start-time fair queueing over tokens: every tenant has a clock that its tokens move on, slower the
 more weight it has, and the one that is behind is next. A tenant that comes starts with the slowest
-of those that are there: time in which it asked for nothing is not saved up. Integers and ids only.
+of those that are there: time in which it asked for nothing is not saved up. Numbers and ids only.
 """
 
 from collections import Counter, deque
