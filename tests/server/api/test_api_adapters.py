@@ -365,21 +365,30 @@ def test_control_characters_cannot_break_a_log_line():
     assert len(JsonFormatter().format(record).splitlines()) == 1
 
 
-async def test_health_answers_beside_a_thousand_idle_sockets():
+async def test_health_answers_beside_hundreds_of_idle_sockets():
     """Lives without the world fixture: its sockets outnumber what a test usually opens."""
     import asyncio
     import time
 
+    async def health(port: int) -> float:
+        began = time.perf_counter()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            writer.write(b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n")
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        finally:
+            writer.close()
+        return time.perf_counter() - began
+
     world = build_world()
     async with listening(world) as port:
         kept = [await asyncio.open_connection("127.0.0.1", port) for _ in range(400)]
-        began = time.perf_counter()
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n")
-        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
-        assert time.perf_counter() - began < 0.5
-        for _, other in [*kept, (reader, writer)]:
-            other.close()
+        try:
+            seconds = [await health(port) for _ in range(10)]
+        finally:
+            for _, other in kept:
+                other.close()
+        assert min(seconds) < 0.1, "the quickest of some: others use the machine, too"
     world.engine.stop()
 
 
