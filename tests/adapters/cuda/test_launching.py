@@ -161,6 +161,7 @@ def test_steps_that_go_on_by_tokens_the_host_has_not_seen_give_the_same(
     assert 2 in begun
 
 
+@pytest.mark.slow
 def test_a_step_that_went_on_by_another_token_would_be_noticed(
     setting: Setting, monkeypatch: pytest.MonkeyPatch, order: list[str]
 ) -> None:
@@ -178,6 +179,7 @@ def test_a_step_that_went_on_by_another_token_would_be_noticed(
     assert told(world.run(asks(1))) != want
 
 
+@pytest.mark.slow
 def test_rows_whose_next_token_depends_on_counts_of_the_last_ones_do_not_lead(
     setting: Setting, monkeypatch: pytest.MonkeyPatch, order: list[str]
 ) -> None:
