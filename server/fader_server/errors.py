@@ -15,8 +15,9 @@ FaderError
 ├── RecipeIncomplete      the recipe is there, an adapter that it names is not
 ├── ServerRefused         a running server said no, or there is none (exit code 2)
 ├── ServerFailed          a running server failed, or what answered is none (exit code 1)
-├── Overloaded            the queue is full, or the server drains: try again later
-├── TenantBusy            the caller has its part of the queue or of the minute: try again later
+├── TryLater              not now; says when to ask again
+│   ├── Overloaded        the queue is full, or the server drains
+│   └── TenantBusy        the caller has its part of the queue or of the minute
 ├── RequestTimeout        a request's own deadline passed
 └── EngineFault           a fault inside the engine; the request failed, others go on
     └── NumericFault      an adapter or blend produced NaN or Inf for this request
@@ -91,20 +92,20 @@ class ServerFailed(FaderError):
     """A running server failed, or what answered is no Fader."""
 
 
-class Overloaded(FaderError):
-    """The server cannot take the request now. `retry_after` is in whole seconds, 1 to 120."""
+class TryLater(FaderError):
+    """The same request may be served later. `retry_after` is in whole seconds, 1 to 120."""
 
     def __init__(self, message: str, *, retry_after: int = 1) -> None:
         super().__init__(message)
         self.retry_after = retry_after
 
 
-class TenantBusy(FaderError):
-    """The tenant has asked for as much as it may. `retry_after` as in Overloaded."""
+class Overloaded(TryLater):
+    """The server cannot take the request now."""
 
-    def __init__(self, message: str, *, retry_after: int = 1) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
+
+class TenantBusy(TryLater):
+    """The tenant has asked for as much as it may."""
 
 
 class RequestTimeout(FaderError):

@@ -170,7 +170,7 @@ def describe(error: Exception) -> Problem:
         return Problem(error.status_code, headers, _object(text, INVALID, None, code))
     answer = next((found for kind, found in _TABLE if isinstance(error, kind)), _UNKNOWN)
     headers = {}
-    if isinstance(error, server.Overloaded | server.TenantBusy):
+    if isinstance(error, server.TryLater):
         headers["retry-after"] = str(min(120, max(1, error.retry_after)))
     if answer.retry is not None:
         headers["x-should-retry"] = "true" if answer.retry else "false"
