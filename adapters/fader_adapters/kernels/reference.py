@@ -165,15 +165,12 @@ class ReferenceBackend:
     def prepare(self, tables: Tables, terms: StepTerms) -> ReferenceStep | None:
         if terms.idle:
             return None
-        operands = self._operands
-        if operands is None or (operands.tables, operands.generation) != (
-            tables,
-            tables.generation,
-        ):
-            operands = self._operands = KeptOperands(tables)
+        kept = self._operands
+        if kept is None or kept.tables is not tables or kept.generation != tables.generation:
+            kept = self._operands = KeptOperands(tables)
         shares = _shares(terms, tables.arena.device)
-        operands.keep_only({share.slot for share in shares})
-        return ReferenceStep(shares, operands)
+        kept.keep_only({share.slot for share in shares})
+        return ReferenceStep(shares, kept)
 
     def bind(self, site: SiteSpec, base: "BaseLinear") -> "ReferenceSite":
         return ReferenceSite(site, base)
@@ -234,13 +231,13 @@ def _add(
     """
     if not found:
         return
-    base = y.float()
-    plain = base if bias is None else base - bias.float()
-    total = base.clone()
+    total = y.to(torch.float32, copy=True)
     for share, operands, z in found:
         delta = linear(z * (share.gamma * operands.scale), operands.b)
         if operands.gain is not None:
-            delta += share.gamma * operands.gain * plain[share.tokens]
+            base = y[share.tokens].float()
+            plain = base if bias is None else base - bias.float()
+            delta += share.gamma * operands.gain * plain
         if operands.shift is not None:
             delta += share.gamma * operands.shift
         total[share.tokens] += delta
