@@ -90,7 +90,7 @@ class Generator:
             prompts = await asyncio.to_thread(self._preparer.encode, call)
             requests = self._preparer.requests(call, prompts, lease, id=id, tenant=tenant)
             choices = [self._choice(call, index, item) for index, item in enumerate(requests)]
-            counted = self.quotas.admit(tenant, _most(requests))
+            counted = self.quotas.admit(tenant, _most(requests, call.n))
         except BaseException:
             lease.release()
             raise
@@ -239,7 +239,7 @@ class Generation:
         self._on_close(self)
 
 
-def _most(requests: list[Request]) -> int:
-    """Tokens that they may come to; the choices of one prompt have it together."""
-    prompts = {id(request.prompt): len(request.prompt) for request in requests}
-    return sum(prompts.values()) + sum(request.params.max_tokens for request in requests)
+def _most(requests: list[Request], n: int) -> int:
+    """Tokens that they may come to; the n choices of one prompt have it together."""
+    prompts = sum(len(request.prompt) for request in requests[::n])
+    return prompts + sum(request.params.max_tokens for request in requests)

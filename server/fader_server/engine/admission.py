@@ -47,14 +47,17 @@ class AdmissionControl:
         return not all(full(tenant, running) for tenant in self._roster.waiting.tenants)
 
     def admit(self, draft: Draft) -> None:
-        """Let in whom there is room for, with copies of adapters for them and for who waits on."""
+        """Let in whom there is room for, with copies of adapters for them; beside rows of a step
+        also for who waits on."""
         if not self._roster.waiting:
             return
         # Who finds its adapters on the device goes first: what is there is used while it is.
         if self._pass(draft, evict=False):
             self._pass(draft, evict=True)
+        if self._roster.waiting and not draft.empty:
+            draft.uploads.extend(self._prefetch())
 
-    def prefetch(self) -> tuple[Upload, ...]:
+    def _prefetch(self) -> tuple[Upload, ...]:
         """Copies for who waits, so that they need not wait for them as well."""
         line = (sequence.request.adapters for sequence in self._roster.waiting)
         return self._pool.prefetch(islice(line, _LOOKAHEAD))

@@ -138,8 +138,6 @@ class Scheduler:
         for sequence in self._plan_decodes(draft):
             draft.add_chunk(sequence)
         self._admission.admit(draft)
-        if self._roster.waiting and not draft.empty:
-            draft.uploads.extend(self._admission.prefetch())
         return draft.plan()
 
     def ahead(self, plan: Plan) -> Plan | None:
