@@ -113,7 +113,7 @@ Sink = Callable[[TokenEvent], None]
 """Called on the engine thread; must return at once and never raise."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Sequence:
     """A request inside the engine. Owned by the engine thread; changed by the scheduler only."""
 

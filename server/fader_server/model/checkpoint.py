@@ -68,18 +68,23 @@ def read_config(source: str) -> PretrainedConfig:
         raise ModelUnsupported(
             f"{source}: {config.model_type} is not a decoder-only language model"
         )
+    _check_quantization(source, config)
+    return config
+
+
+def why_not_packed(config: PretrainedConfig) -> str:
+    """What a config says of an attention that is not Fader's over packed rows; empty: nothing."""
     architecture: type[PreTrainedModel] = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     if not architecture._supports_attention_backend:
-        raise ModelUnsupported(
-            f"{source}: the attention of {architecture.__name__} does not go through "
+        return (
+            f"the attention of {architecture.__name__} does not go through "
             "transformers' AttentionInterface"
         )
     text = config.get_text_config(decoder=True)
     for name in _OTHER_ATTENTION:
         if getattr(text, name, None) not in (None, False, 0, "vision"):
-            raise ModelUnsupported(f"{source}: {name} is set, an attention Fader does not have")
-    _check_quantization(source, config)
-    return config
+            return f"{name} is set, an attention Fader does not have"
+    return ""
 
 
 def check_folder(source: str) -> None:

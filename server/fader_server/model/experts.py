@@ -34,7 +34,8 @@ def keep_rows_apart(model: PreTrainedModel) -> None:
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
     """The modules that hold a router and the experts, whose weights are of three dimensions."""
     for path, module in model.named_modules():
-        if any(p.dim() == 3 for p in module.parameters(recurse=False)):
+        convolves = isinstance(module, nn.Conv1d)
+        if not convolves and any(p.dim() == 3 for p in module.parameters(recurse=False)):
             yield model.get_submodule(path.rpartition(".")[0])
 
 

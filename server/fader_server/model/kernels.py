@@ -72,6 +72,8 @@ def choose_replays(
     forward: Callable[[Batch, Step | None], torch.Tensor],
 ) -> Replays | None:
     """Recorded steps, or CUDA graphs, where linears and attention are both kernels."""
+    if base.solo is not None:
+        return None
     if base.device.type == "cuda" and base.backend.name == "cuda":
         from fader_server.model import graphs  # imports triton
 

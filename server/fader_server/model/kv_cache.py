@@ -72,6 +72,8 @@ class KVCache:
         no step should wait for. Ends early when it has taken so many `seconds`.
         """
         parts = self.tensors()
+        if not parts:
+            return
         step = max(1, _TOUCHED * self.blocks * len(parts) // self.nbytes)
         end = time.monotonic() + seconds
         with ThreadPoolExecutor() as threads:

@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 from fader_adapters.kernels.backend import Backend
 from fader_adapters.layers import Installed
 from fader_server.model.kv_cache import LayerShape
+from fader_server.model.solo import SoloForward
+from fader_server.model.states import NO_STATE, StateShape
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,10 @@ class LoadedBase:
     backend: Backend
     max_positions: int
     vocab_size: int
+    solo: SoloForward | None = None
+    """How its sequences run where they cannot share a packed forward; then it has no `layers`."""
+    state: StateShape = NO_STATE
+    """What a sequence's own cache takes there."""
 
     @property
     def nbytes(self) -> int:

@@ -16,7 +16,7 @@ from fader_adapters.layers import Installed, install
 from fader_server.errors import ModelUnsupported
 from fader_server.model import attention
 from fader_server.model.activation import replace_activations
-from fader_server.model.checkpoint import read_config, read_nf4
+from fader_server.model.checkpoint import read_config, read_nf4, why_not_packed
 from fader_server.model.experts import keep_rows_apart
 from fader_server.model.head import replace_ends
 from fader_server.model.identity import Identity
@@ -25,6 +25,8 @@ from fader_server.model.norm import replace_norms
 from fader_server.model.recording import make_opaque
 from fader_server.model.rehearsal import rehearse
 from fader_server.model.rotary import longest
+from fader_server.model.solo_rehearsal import measured, rehearse_solo
+from fader_server.model.states import NO_STATE
 
 
 def load_base(
@@ -37,7 +39,9 @@ def load_base(
     """
     config = read_config(source)
     attention.register()
-    model = read_nf4(source, config, device=device, attn_implementation=attention.NAME)
+    reason = why_not_packed(config)
+    own = None if reason else attention.NAME
+    model = read_nf4(source, config, device=device, attn_implementation=own)
     identity = Identity(model)  # before anything is repacked or let go of
     for parameter in model.parameters():
         if not isinstance(parameter, Params4bit) and parameter.is_floating_point():
@@ -52,9 +56,15 @@ def load_base(
         from fader_server.model.cuda_modules import use_cuda  # imports triton
 
         use_cuda(model)
-    if device.type == "cpu":
-        keep_rows_apart(model)
-    layers = rehearse(model, source, dtype=dtype)
+    layers, solo = {}, None
+    try:
+        if reason:
+            raise ModelUnsupported(f"{source}: {reason}")
+        layers = rehearse(model, source, dtype=dtype)
+        if device.type == "cpu":
+            keep_rows_apart(model)
+    except ModelUnsupported as error:
+        solo = rehearse_solo(model, installed.state, dtype=dtype, packed=error)
     spec = replace(installed.spec, weights=identity.digest())
     text = config.get_text_config(decoder=True)
     return LoadedBase(
@@ -67,6 +77,8 @@ def load_base(
         backend=backend,
         max_positions=longest(text, source),
         vocab_size=int(text.vocab_size),
+        solo=solo,
+        state=NO_STATE if solo is None else measured(solo.solo, int(text.vocab_size)),
     )
 
 

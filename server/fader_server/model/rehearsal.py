@@ -59,12 +59,12 @@ def rehearse(
         raise ModelUnsupported(f"{source}: {str(error).removeprefix(f'{source}: ')}") from error
     except Exception as error:  # a model whose forward wants something else than token ids
         raise ModelUnsupported(f"{source}: a first forward failed: {_reason(error)}") from error
-    distance = _distance(packed, torch.cat(alone)[list(WANTED)])
+    found = distance(packed, torch.cat(alone)[list(WANTED)])
     bound = BOUND.get(dtype, BOUND_ROUNDED)
-    if not distance <= bound:
+    if not found <= bound:
         raise ModelUnsupported(
             f"{source}: {type(model).__name__} does not give in a shared batch what it gives alone "
-            f"(logits differ by {distance:.2g} of their spread): it mixes tokens, or counts "
+            f"(logits differ by {found:.2g} of their spread): it mixes tokens, or counts "
             "positions, outside its attention"
         )
     return probe.shapes
@@ -79,7 +79,7 @@ def _expect_layers(model: PreTrainedModel, source: str, found: int) -> None:
         )
 
 
-def _distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """The largest over the rows of ‖ours − theirs‖ / ‖theirs − mean‖; NaN where either is."""
     ours, theirs = ours.float(), theirs.float()
     spread = (theirs - theirs.mean(-1, keepdim=True)).norm(dim=-1)

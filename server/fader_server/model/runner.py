@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -172,10 +173,14 @@ class ModelRunner:
 
     def _eager(self, plan: Plan) -> Ready:
         batch = Batch.from_plan(plan, block_size=self._cache.block_size, device=self._base.device)
-        step = self._base.backend.prepare(self._tables, plan.terms)
+        solo, backend = self._base.solo, self._base.backend
+        step = backend.prepare(self._tables, plan.terms) if solo is None else None
 
         def compute() -> Drawn:
-            logits = self._forward(batch, step, lambda _: self._head_step(plan, batch))
+            if solo is None:
+                logits = self._forward(batch, step, lambda _: self._head_step(plan, batch))
+            else:
+                logits = solo.run(plan, batch, partial(backend.prepare, self._tables))
             return self._results(plan, batch, logits)
 
         return compute

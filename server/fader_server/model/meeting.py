@@ -1,0 +1,117 @@
+"""Forwards that run side by side and meet at every linear: it is computed once for all of them.
+
+Each forward is a greenlet: it runs until it comes to one of Fader's linears, and goes on with its
+own rows of the result. Knows modules and rows; knows no sequence, no cache and no attention.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import nn
+
+from fader_adapters.layers import SiteEmbedding, SiteHead, SiteLinear
+
+Prepare = Callable[[list[int], list[int], bool], None]
+"""Called before a linear is computed: which forwards are there, how many rows each of them has,
+and whether it is the output head."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """A forward that waits at a module."""
+
+    place: int
+    x: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    """A module where forwards meet."""
+
+    compute: Callable[[torch.Tensor], torch.Tensor]
+    kind: type[nn.Module]
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """[1, n] token ids or [1, n, in]."""
+        last = () if issubclass(self.kind, SiteEmbedding) else (x.shape[-1],)
+        return x.reshape(1, -1, *last)
+
+    def shaped(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The result for `x` in its own shape; y [1, n, out]."""
+        shape = x.shape if issubclass(self.kind, SiteEmbedding) else x.shape[:-1]
+        return y.reshape(*shape, y.shape[-1])
+
+
+class Meeting:
+    """Of the forwards of one model. One thread at a time."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._hub: greenlet | None = None
+        self._stops: list[_Stop] = []
+        self._last: tuple[list[torch.Tensor], torch.Tensor] | None = None
+        for module in model.modules():
+            if isinstance(module, SiteLinear | SiteEmbedding):
+                stop = _Stop(module.forward, type(module))
+                arrive = partial(self._arrive, len(self._stops), module.forward)
+                setattr(module, "forward", arrive)  # noqa: B010 - a method by assignment
+                self._stops.append(stop)
+
+    def run(
+        self, forwards: Sequence[Callable[[], torch.Tensor]], prepare: Prepare
+    ) -> list[torch.Tensor]:
+        """Run them to their ends, side by side; what they return, in order.
+
+        What one of them raises ends all.
+        """
+        self._hub = getcurrent()
+        members = [greenlet(forward) for forward in forwards]
+        try:
+            at = [member.switch() for member in members]
+            while waiting := [i for i, member in enumerate(members) if not member.dead]:
+                # who is behind goes first, so that those who took another way meet again
+                place = min(at[i].place for i in waiting)
+                there = [i for i in waiting if at[i].place == place]
+                given = [at[i].x for i in there]
+                results = self._compute(self._stops[place], there, given, prepare)
+                for i, y in zip(there, results, strict=True):
+                    at[i] = members[i].switch(y)
+            return at
+        finally:
+            self._hub = self._last = None
+            for member in members:
+                if not member.dead:
+                    member.throw()  # unwinds it
+
+    def _arrive(
+        self, place: int, compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+    ) -> torch.Tensor:
+        here = getcurrent()
+        if self._hub is None or here.parent is not self._hub:
+            return compute(x)
+        return self._hub.switch(_Arrival(place, x))
+
+    def _compute(
+        self, stop: _Stop, there: list[int], given: list[torch.Tensor], prepare: Prepare
+    ) -> list[torch.Tensor]:
+        parts = [stop.rows(x) for x in given]
+        counts = [part.shape[1] for part in parts]
+        prepare(there, counts, issubclass(stop.kind, SiteHead))
+        results = torch.split(stop.compute(self._joined(given, parts)), counts, dim=1)
+        return [stop.shaped(y, x) for y, x in zip(results, given, strict=True)]
+
+    def _joined(self, given: list[torch.Tensor], parts: list[torch.Tensor]) -> torch.Tensor:
+        """One tensor of all; the very same one for linears that follow with the same inputs."""
+        if self._last is not None:
+            before, joined = self._last
+            if len(before) == len(given) and all(map(_same, before, given)):
+                return joined
+        joined = torch.cat(parts, dim=1)
+        self._last = given, joined
+        return joined
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a is b

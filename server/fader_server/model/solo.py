@@ -1,0 +1,165 @@
+"""Models that mix tokens outside transformers' attention function: each sequence runs alone,
+through the model's own code and cache, but for the linears, which all rows of a step share.
+
+Recurrent states, convolutions, biases by distance, indexed attention: whatever the model does with
+its cache it does here. What a sequence has computed nobody else can go on with.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import Cache, PreTrainedModel
+
+from fader_adapters.kernels.backend import Step
+from fader_adapters.layers import StepState
+from fader_adapters.spec import RowTerms, StepTerms
+from fader_server.core import Plan, PlanRow, Sequence
+from fader_server.errors import EngineFault, ModelUnsupported
+from fader_server.model.batch import Batch
+from fader_server.model.meeting import Meeting
+from fader_server.model.states import Snapshot, new_cache, restore, snapshot
+
+PrepareStep = Callable[[StepTerms], Step | None]
+"""The backend's work for some rows."""
+
+_CACHE = ("past_key_values", "cache_params")
+"""What models call the cache they are given."""
+
+
+class SoloModel:
+    """A model as the function of one sequence's next tokens and its cache."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Raises ModelUnsupported where its forward takes no cache."""
+        self._model = model
+        takes = inspect.signature(type(model).forward).parameters
+        names = [name for name in _CACHE if name in takes]
+        if not names:
+            raise ModelUnsupported(f"{type(model).__name__} keeps no cache of transformers' kind")
+        self._cache = names[0]
+        self._positions = "position_ids" in takes
+        self._keep = "logits_to_keep" in takes
+
+    def new_cache(self) -> Cache:
+        """An empty one."""
+        return new_cache(self._model.config)
+
+    def logits(
+        self, tokens: list[int], start: int, cache: Cache, wanted: list[int]
+    ) -> torch.Tensor:
+        """[len(wanted), vocab]: after some of the tokens at `start` and behind, by their places.
+
+        The cache holds those before and takes these in.
+        """
+        device = self._model.device
+        given: dict[str, Any] = {self._cache: cache}
+        if self._positions:
+            stop = start + len(tokens)
+            given["position_ids"] = torch.arange(start, stop, device=device).unsqueeze(0)
+        kept = wanted or [len(tokens) - 1]  # some models cannot keep nothing
+        index = torch.tensor(kept, device=device)
+        if self._keep:
+            given["logits_to_keep"] = index
+        ids = torch.tensor([tokens], device=device)
+        logits = self._model(input_ids=ids, use_cache=True, **given).logits[0]
+        if len(logits) != len(kept):
+            logits = logits[index]
+        return logits[: len(wanted)]
+
+
+@dataclass(slots=True)
+class _Held:
+    """A running sequence's cache, and what it was one step ago: a step may be run again."""
+
+    cache: Cache
+    computed: int | None = 0
+    """Tokens it holds; None: a forward did not come to its end."""
+    before: tuple[int, Snapshot] | None = None
+
+
+class _States:
+    """Of the sequences that run, by identity."""
+
+    def __init__(self, new: Callable[[], Cache]) -> None:
+        self._new = new
+        self._held: WeakKeyDictionary[Sequence, _Held] = WeakKeyDictionary()
+
+    def drop_ended(self) -> None:
+        """Who has no blocks ended or was sent back, and begins anew."""
+        for sequence in [s for s in self._held if not s.blocks]:
+            del self._held[sequence]
+
+    def at(self, sequence: Sequence, start: int) -> _Held:
+        """Its cache as it was with `start` tokens. Raises EngineFault when that is not known."""
+        held = self._held.get(sequence)
+        if start == 0:
+            held = self._held[sequence] = _Held(self._new())
+        elif held is not None and held.computed == start:
+            held.before = start, snapshot(held.cache)
+        elif held is not None and held.before is not None and held.before[0] == start:
+            restore(held.cache, held.before[1])
+        else:
+            raise EngineFault("the state of this sequence is not where its step begins")
+        return held
+
+
+class SoloForward:
+    """The forwards of a step's rows. Call on the engine's thread, under inference mode."""
+
+    def __init__(self, model: PreTrainedModel, state: StepState) -> None:
+        """`state`: of the linears that are installed in the model. Raises ModelUnsupported."""
+        self.solo = SoloModel(model)
+        self._state = state
+        self._meeting = Meeting(model)
+        self._states = _States(self.solo.new_cache)
+
+    def run(self, plan: Plan, batch: Batch, prepare: PrepareStep) -> torch.Tensor:
+        """[len(batch.logit_index), vocab] of a plan and what `Batch.from_plan` made of it."""
+        wanted: list[list[int]] = [[] for _ in plan.rows]
+        for i in batch.sampling:
+            wanted[i].append(plan.rows[i].count - 1)
+        for i, _, count in batch.scored:
+            wanted[i] += range(count)
+        found = self.logits(plan, wanted, prepare)
+        sampled = [found[i][:1] for i in batch.sampling]
+        scored = [found[i][-count:] for i, _, count in batch.scored]
+        return torch.cat([*sampled, *scored]) if sampled or scored else found[0]
+
+    def logits(
+        self, plan: Plan, wanted: Iterable[list[int]], prepare: PrepareStep
+    ) -> list[torch.Tensor]:
+        """[len(wanted), vocab] a row: after some of its tokens, by their places in the row."""
+        self._states.drop_ended()
+        forwards = [partial(self._row, *pair) for pair in zip(plan.rows, wanted, strict=True)]
+        found: dict[object, Step | None] = {}
+
+        def enter(there: list[int], counts: list[int], head: bool) -> None:
+            key = (head, *there), *counts
+            if key not in found:
+                pairs = zip(there, counts, strict=True)
+                rows = tuple(RowTerms(count, plan.terms.rows[i].terms) for i, count in pairs)
+                found[key] = prepare(StepTerms(rows))
+            step = found[key]
+            if head:
+                self._state.head = lambda _: step
+            else:
+                self._state.step, self._state.tokens = step, sum(plan.rows[i].count for i in there)
+
+        try:
+            return self._meeting.run(forwards, enter)
+        finally:
+            self._state.step = self._state.head = self._state.tokens = None
+
+    def _row(self, row: PlanRow, wanted: list[int]) -> torch.Tensor:
+        sequence, stop = row.sequence, row.start + row.count
+        held = self._states.at(sequence, row.start)
+        held.computed = None
+        tokens = sequence.tokens[row.start : stop]
+        logits = self.solo.logits(tokens, row.start, held.cache, wanted)
+        held.computed = stop
+        return logits

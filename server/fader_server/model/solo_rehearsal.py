@@ -1,0 +1,86 @@
+"""Runs a few tokens of a freshly loaded base piece by piece through its own cache, two sequences
+side by side, and compares with each sequence at once. Knows module trees; knows no engine.
+"""
+
+import logging
+
+import torch
+from transformers import PreTrainedModel
+
+from fader_adapters.errors import first_line
+from fader_adapters.layers import StepState
+from fader_adapters.spec import RowTerms, StepTerms
+from fader_server.core import Plan, PlanRow, Request, SamplingParams, Sequence
+from fader_server.errors import ModelUnsupported
+from fader_server.model.rehearsal import BOUND, BOUND_ROUNDED, distance
+from fader_server.model.solo import SoloForward, SoloModel
+from fader_server.model.states import StateShape
+
+log = logging.getLogger(__name__)
+
+PIECES = (((0, 0, 3), (1, 0, 7)), ((0, 3, 1), (1, 7, 5)), ((0, 4, 6), (1, 12, 1)))
+"""For every step (sequence, first token, tokens): whole prompts, single tokens, chunks behind."""
+LENGTHS = (10, 13)
+MEASURED = 8
+"""Tokens of a sequence whose cache is measured, and half of those of the other."""
+
+
+def rehearse_solo(
+    model: PreTrainedModel, state: StepState, *, dtype: torch.dtype, packed: ModelUnsupported
+) -> SoloForward:
+    """How the sequences of this model run. Raises ModelUnsupported, in one line.
+
+    `packed`: why they cannot share a forward.
+    """
+    try:
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        forward = SoloForward(model, state)
+        found = _distance(model, forward)
+    except Exception as error:
+        raise ModelUnsupported(f"{packed}; one by one: {first_line(error)}") from error
+    if not found <= BOUND.get(dtype, BOUND_ROUNDED):
+        raise ModelUnsupported(
+            f"{packed}; nor does it give in pieces what it gives at once "
+            f"(logits differ by {found:.2g} of their spread)"
+        )
+    log.warning("%s: its sequences run one by one between their linears, which is slower", packed)
+    return forward
+
+
+def _distance(model: PreTrainedModel, forward: SoloForward) -> float:
+    """The largest distance of any token's logits, in pieces, from those of its sequence at once."""
+    vocab = int(model.config.get_text_config(decoder=True).vocab_size)
+    sequences = [_sequence(count, 11 + i, vocab) for i, count in enumerate(LENGTHS)]
+    logits: list[list[torch.Tensor]] = [[] for _ in LENGTHS]
+    with torch.inference_mode():
+        for step in PIECES:
+            rows = tuple(PlanRow(sequences[i], at, count, False) for i, at, count in step)
+            plan = Plan(rows, StepTerms(tuple(RowTerms(row.count) for row in rows)))
+            every = [list(range(row.count)) for row in rows]
+            parts = forward.logits(plan, every, lambda _: None)
+            for (i, _, _), part in zip(step, parts, strict=True):
+                logits[i].append(part)
+        at_once = [
+            model(
+                input_ids=torch.tensor([sequence.tokens], device=model.device), use_cache=False
+            ).logits[0]
+            for sequence in sequences
+        ]
+    pairs = zip(logits, at_once, strict=True)
+    return max(distance(torch.cat(parts), whole) for parts, whole in pairs)
+
+
+def _sequence(count: int, first: int, vocab: int) -> Sequence:
+    tokens = [(7919 * i + first) % vocab for i in range(count)]
+    request = Request("rehearsal", tuple(tokens), SamplingParams())
+    return Sequence(request, tokens, blocks=[1])
+
+
+def measured(solo: SoloModel, vocab: int) -> StateShape:
+    """What a sequence's cache takes, by two short ones."""
+    ids = [(7919 * i + 11) % vocab for i in range(2 * MEASURED)]
+    caches = [solo.new_cache() for _ in range(2)]
+    with torch.inference_mode():
+        for count, cache in zip((MEASURED, 2 * MEASURED), caches, strict=True):
+            solo.logits(ids[:count], 0, cache, [])
+    return StateShape.between(*caches, tokens=MEASURED)
