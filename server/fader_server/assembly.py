@@ -15,7 +15,7 @@ from fader_server.engine.shares import Share
 from fader_server.errors import ConfigInvalid
 from fader_server.mergestart import room_to_keep
 from fader_server.model.kernels import choose_attention
-from fader_server.model.kv_cache import KVCache, bytes_per_block
+from fader_server.model.kv_cache import KVCache
 from fader_server.model.launching import LaunchingRunner, PreparingRunner
 from fader_server.model.loaded import LoadedBase
 from fader_server.model.memory import MemoryPlan, plan_memory, workspace_bytes
@@ -39,10 +39,10 @@ def memory_of(config: ServeConfig, base: LoadedBase, available: int) -> MemoryPl
             "ask for at most that many"
         )
     return plan_memory(
-        available=available - room_to_keep(config, base),
+        available=available - room_to_keep(config, base) - config.max_batch_rows * base.state.fixed,
         on_host=base.device.type == "cpu",
         base=base.nbytes,
-        block_bytes=bytes_per_block(base.layers, block_size=BLOCK_SIZE, dtype=base.dtype),
+        block_bytes=base.block_bytes(BLOCK_SIZE),
         block_size=BLOCK_SIZE,
         max_rows=config.max_batch_rows,
         max_model_len=config.max_model_len,
@@ -65,18 +65,25 @@ def _workspace(config: ServeConfig, base: LoadedBase) -> int:
 
 
 def scheduler_of(
-    config: ServeConfig, plan: MemoryPlan, *, pool: Pool, tenants: tuple[Tenant, ...]
+    config: ServeConfig,
+    base: LoadedBase,
+    plan: MemoryPlan,
+    *,
+    pool: Pool,
+    tenants: tuple[Tenant, ...],
 ) -> Scheduler:
     """The scheduler of a plan of memory."""
+    solo = base.solo is not None
     limits = Limits(
         max_rows=config.max_batch_rows,
         max_step_tokens=config.max_step_tokens,
         chunk_size=min(CHUNK_SIZE, config.max_step_tokens - config.max_batch_rows),
         max_model_len=plan.max_model_len,
+        solo=solo,
     )
     return Scheduler(
         limits,
-        blocks=BlockManager(plan.blocks, block_size=BLOCK_SIZE),
+        blocks=BlockManager(plan.blocks, block_size=BLOCK_SIZE, findable=not solo),
         pool=pool,
         shares=shares_of(tenants),
     )

@@ -89,7 +89,7 @@ def open_world(
     tables = Tables(arena, len(base.installed.spec.linears))
     pool = Pool(tables, in_place=device.type == "cpu")
     runner = runner_of(config, base, plan, tables=tables)
-    scheduler = scheduler_of(config, plan, pool=pool, tenants=tenants)
+    scheduler = scheduler_of(config, base, plan, pool=pool, tenants=tenants)
     engine = Engine(
         scheduler,
         runner,

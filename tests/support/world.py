@@ -1,7 +1,7 @@
 """A whole engine over a tiny model, driven step by step on the test's own thread."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -62,7 +62,8 @@ class TinyWorld:
         self.tables = Tables(weights, len(self.base.installed.spec.linears))
         self.pool = Pool(self.tables, in_place=device.type == "cpu")
         self.store = Store(host_tier(weights, None), on_retired=self._retired)
-        self.blocks = BlockManager(blocks, block_size=16)
+        solo = self.base.solo is not None
+        self.blocks = BlockManager(blocks, block_size=16, findable=not solo)
         self.cache = KVCache(
             self.base.layers, blocks=blocks, block_size=16, dtype=dtype, device=device
         )
@@ -71,6 +72,7 @@ class TinyWorld:
                 layer.k[1:].fill_(float("nan"))
                 layer.v[1:].fill_(float("nan"))
         limits = limits or Limits(max_rows=32, max_step_tokens=288, max_model_len=512)
+        limits = replace(limits, solo=solo)
         self.runner = self._runner(limits)
         self.scheduler = Scheduler(
             limits,

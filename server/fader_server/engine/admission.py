@@ -115,7 +115,7 @@ class AdmissionControl:
 
     def _find(self, sequence: Sequence) -> tuple[list[int], int]:
         """Findable blocks and how many were sought: the last token is always computed."""
-        if sequence.request.params.prompt_logprobs is not None:
+        if sequence.request.params.prompt_logprobs is not None or not self._blocks.findable:
             return [], 0
         sought = (len(sequence.tokens) - 1) // self._blocks.block_size
         return self._blocks.find(sequence, sought), sought

@@ -34,13 +34,15 @@ class BlockManager:
     free. Only full blocks of committed tokens become findable. Not thread-safe.
     """
 
-    def __init__(self, count: int, *, block_size: int = 16) -> None:
+    def __init__(self, count: int, *, block_size: int = 16, findable: bool = True) -> None:
+        """findable: False where a block alone does not say what a sequence has computed."""
         if count < 2 or block_size < 1:
             raise ConfigInvalid(
                 f"the KV cache needs at least 2 blocks of at least 1 token, "
                 f"got {count} of {block_size}: give it more memory"
             )
         self.block_size = block_size
+        self.findable = findable
         self.total = count - 1
         self.queries = 0
         """Blocks that admitted requests looked for."""
@@ -106,6 +108,8 @@ class BlockManager:
 
         A key that is already known keeps its block.
         """
+        if not self.findable:
+            return
         full = sequence.computed // self.block_size
         for index in range(sequence.published, full):
             key = self._key(sequence, index)

@@ -12,6 +12,7 @@ class Draft:
         self.room = limits.max_step_tokens
         self.uploads: list[Upload] = []
         self._chunk_size = limits.chunk_size
+        self._solo = limits.solo
         self._rows: list[PlanRow] = []
         self._terms: list[RowTerms] = []
 
@@ -43,7 +44,9 @@ class Draft:
         size = self._chunk_size
         end = min((start // size + 1) * size, len(sequence.tokens))
         prompt_len = sequence.prompt_len
-        return (min(end, prompt_len) if start < prompt_len else end) - start
+        if start < prompt_len:
+            return min(end, prompt_len) - start
+        return 1 if self._solo else end - start
 
     def plan(self) -> Plan | None:
         """None without any row."""

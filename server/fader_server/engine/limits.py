@@ -22,6 +22,9 @@ class Limits:
     """Tokens of one sequence, prompt and output."""
     max_overtakes: int = 16
     """So often may others be admitted before a request whose adapters have no room."""
+    solo: bool = False
+    """A sequence that was sent back computes its own tokens again one by one, as it first did: the
+    base gives other bits for several at a time."""
 
     def __post_init__(self) -> None:
         if min(self.max_rows, self.chunk_size, self.max_model_len) < 1 or self.max_overtakes < 0:

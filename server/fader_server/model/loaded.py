@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from fader_adapters.kernels.backend import Backend
 from fader_adapters.layers import Installed
-from fader_server.model.kv_cache import LayerShape
+from fader_server.model.kv_cache import LayerShape, bytes_per_block
 from fader_server.model.solo import SoloForward
 from fader_server.model.states import NO_STATE, StateShape
 
@@ -30,6 +30,11 @@ class LoadedBase:
     """How its sequences run where they cannot share a packed forward; then it has no `layers`."""
     state: StateShape = NO_STATE
     """What a sequence's own cache takes there."""
+
+    def block_bytes(self, block_size: int) -> int:
+        """What `block_size` tokens of a sequence take over all layers."""
+        paged = bytes_per_block(self.layers, block_size=block_size, dtype=self.dtype)
+        return max(1, paged + block_size * self.state.per_token)
 
     @property
     def nbytes(self) -> int:

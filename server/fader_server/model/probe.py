@@ -5,7 +5,7 @@ go on untouched. On one thread, with fp32 sums: in the kernels that serve where 
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -24,11 +24,15 @@ from fader_adapters.pauses import Pause
 from fader_adapters.spec import RowTerms, StepTerms
 from fader_server.core import Plan, PlanRow, Request, SamplingParams
 from fader_server.core import Sequence as Row
-from fader_server.model.attention import PagedAttention, StepAttention
+from fader_server.model.attention import StepAttention
 from fader_server.model.batch import Batch
 from fader_server.model.kernels import attention_alone
-from fader_server.model.kv_cache import KVCache, bytes_per_block
+from fader_server.model.kv_cache import KVCache
 from fader_server.model.loaded import LoadedBase
+from fader_server.model.solo import SoloModel
+
+Forward = Callable[[int, int], torch.Tensor]
+"""(first position, positions) of one text → their logits; called from its beginning on."""
 
 BLOCK_SIZE = 16
 CHUNK_TOKENS = 32
@@ -39,7 +43,7 @@ CHUNK_WEIGHTS = 1 << 19
 def probe_bytes(base: LoadedBase, tokens: int, views: int) -> int:
     """What `logits` needs at most, an estimate from above."""
     blocks = -(-tokens // BLOCK_SIZE) + 1
-    block = bytes_per_block(base.layers, block_size=BLOCK_SIZE, dtype=base.dtype)
+    block = base.block_bytes(BLOCK_SIZE)
     work = 4 * (CHUNK_WEIGHTS * 2 + CHUNK_TOKENS * base.vocab_size * (views + 4))
     return views * blocks * block + work
 
@@ -208,6 +212,7 @@ class ProbeModel:
             found: shape for module, shape in base.layers.items()
             if isinstance(found := memo[id(module)], nn.Module)
         }  # fmt: skip
+        self._solo = None if base.solo is None else SoloModel(self._model)
 
     @property
     def device(self) -> torch.device:
@@ -221,14 +226,28 @@ class ProbeModel:
 
     def logits(self, tokens: Sequence[int], views: Sequence[View]) -> Iterator[list[torch.Tensor]]:
         """For every chunk of positions [n, vocab] under each view, in the text's order."""
-        caches = [self._cache(len(tokens)) for _ in views]
-        attention = attention_alone(self._base, block_size=BLOCK_SIZE)
+        begin = self._packed if self._solo is None else self._alone(self._solo)
+        forwards = [begin(tokens) for _ in views]
         for start in range(0, len(tokens), CHUNK_TOKENS):
             count = min(CHUNK_TOKENS, len(tokens) - start)
             yield [
-                self._forward(tokens, start, count, view, cache, attention)
-                for view, cache in zip(views, caches, strict=True)
+                self._through(view, forward, start, count)
+                for view, forward in zip(views, forwards, strict=True)
             ]
+
+    def _through(self, view: View, forward: Forward, start: int, count: int) -> torch.Tensor:
+        self._glass.view = view
+        with native.alone(), torch.inference_mode():
+            return forward(start, count).float()
+
+    def _alone(self, solo: SoloModel) -> Callable[[Sequence[int]], Forward]:
+        def begin(tokens: Sequence[int]) -> Forward:
+            cache = solo.new_cache()
+            return lambda start, count: solo.logits(
+                list(tokens[start : start + count]), start, cache, list(range(count))
+            )
+
+        return begin
 
     def _cache(self, tokens: int) -> KVCache:
         base = self._base
@@ -240,27 +259,22 @@ class ProbeModel:
             device=base.device,
         )
 
-    def _forward(
-        self,
-        tokens: Sequence[int],
-        start: int,
-        count: int,
-        view: View,
-        cache: KVCache,
-        attention: PagedAttention,
-    ) -> torch.Tensor:
+    def _packed(self, tokens: Sequence[int]) -> Forward:
+        cache, device = self._cache(len(tokens)), self._base.device
+        attention = attention_alone(self._base, block_size=BLOCK_SIZE)
         params = SamplingParams(prompt_logprobs=0)
         row = Row(Request("probe", tuple(tokens), params), [*tokens, 0])
         row.blocks = list(range(1, cache.blocks))
-        plan = Plan((PlanRow(row, start, count, False),), StepTerms((RowTerms(count),)))
-        batch = Batch.from_plan(plan, block_size=BLOCK_SIZE, device=self._base.device)
-        self._glass.view = view
-        with native.alone(), torch.inference_mode():
-            out = self._model(
+
+        def forward(start: int, count: int) -> torch.Tensor:
+            plan = Plan((PlanRow(row, start, count, False),), StepTerms((RowTerms(count),)))
+            batch = Batch.from_plan(plan, block_size=BLOCK_SIZE, device=device)
+            return self._model(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
                 use_cache=False,
-                logits_to_keep=torch.arange(count, device=self._base.device),
+                logits_to_keep=torch.arange(count, device=device),
                 fader_step=StepAttention(attention, cache, batch),
-            )
-        return out.logits[0].float()
+            ).logits[0]
+
+        return forward

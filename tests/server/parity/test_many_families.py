@@ -34,15 +34,18 @@ def asks(longest: int) -> list[Ask]:
 
 
 def adapters(base: Path, folder: Path, world: TinyWorld) -> dict[str, Path]:
-    """PEFT's own, over every linear; of a mixture of experts those outside the MLPs.
+    """PEFT's own, over every linear that PEFT lets one adapt.
 
-    PEFT turns an MLP's names into experts' parameters there, which are no linears.
+    It turns the names of a mixture's MLPs into experts' parameters, which are no linears, and
+    refuses the last linear of layers of the Mamba kind.
     """
-    experts = any("experts" in name for name, _ in world.base.model.named_modules())
+    names = [name for name, _ in world.base.model.named_modules()]
+    left_out = [".mlp.", ".feed_forward."] if any("experts" in name for name in names) else []
+    left_out += [".mamba.out_proj", ".mixer.out_proj"]
     paths = [
         item.path
         for item in world.base.installed.spec.linears
-        if item.role == "linear" and not (experts and ".mlp." in item.path)
+        if item.role == "linear" and not any(name in item.path for name in left_out)
     ]
     targets = "|".join(path.replace(".", "[.]") for path in paths)
     return {

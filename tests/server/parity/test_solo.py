@@ -1,0 +1,235 @@
+"""Bases whose sequences run one by one between their linears: PEFT's answers, a row's own bits."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fader_server.core import Plan
+from fader_server.engine.limits import Limits
+from fader_server.errors import EngineFault, ModelUnsupported
+from fader_server.model import solo as solo_module
+from tests.server.parity.test_families import BOUND, difference
+from tests.server.parity.test_many_families import adapters, asks, equals_peft
+from tests.support.families import write_family
+from tests.support.lanes import merge, publish
+from tests.support.many_families import write_many
+from tests.support.oracle import Oracle
+from tests.support.solo_families import SOLO
+from tests.support.world import Answer, Ask, TinyWorld, greedy
+
+QUICK = frozenset({"bloom", "granite-hybrid-moe", "lfm2", "qwen3.5"})
+STATEFUL = "qwen3.5"
+LIMITS = Limits(max_rows=8, max_step_tokens=40, chunk_size=32, max_model_len=512)
+"""Small, so that prompts come in chunks and wait for each other."""
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in sorted(SOLO)],
+)
+def test_mixed_batches_equal_peft(family: str, tmp_path: Path):
+    base = write_many(*SOLO[family], tmp_path / "base")
+    world = TinyWorld(base)
+    assert world.base.solo is not None
+    equals_peft(base, tmp_path, world)
+
+
+class Setting:
+    """A base with states of its own and two adapters."""
+
+    def __init__(self, family: str, folder: Path) -> None:
+        self.base = write_many(*SOLO[family], folder / "base")
+        self.adapters = adapters(self.base, folder, TinyWorld(self.base))
+
+    def world(self, **options) -> TinyWorld:
+        world = TinyWorld(self.base, **options)
+        for name, path in self.adapters.items():
+            world.load(name, path)
+        return world
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return Setting(STATEFUL, tmp_path_factory.mktemp(STATEFUL))
+
+
+def bits(answers: list[Answer]) -> list[tuple[list[int], list[float], list[float]]]:
+    assert not any(answer.error for answer in answers)
+    return [
+        (a.tokens, [t.logprob for t in a.logprobs], [t.logprob for t in a.prompt_logprobs])
+        for a in answers
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_bits_that_it_has_alone(setting: Setting, dtype: torch.dtype):
+    questions = asks(512)
+    together = setting.world(limits=LIMITS, dtype=dtype)
+    alone = setting.world(limits=LIMITS, dtype=dtype)
+    given = bits(together.run(questions))
+    assert max(len(plan.rows) for plan in together.plans) > 2
+    assert given == [bits(alone.run([ask]))[0] for ask in questions]
+
+
+def test_who_is_sent_back_goes_on_with_the_same_bits(setting: Setting):
+    questions = [replace(ask, params=greedy(40)) for ask in asks(512)[1::2]]
+    roomy, narrow = setting.world(limits=LIMITS), setting.world(limits=LIMITS, blocks=32)
+    expected = bits(roomy.run(questions))
+    assert bits(narrow.run(questions)) == expected
+    assert narrow.scheduler.preemptions
+    assert not roomy.scheduler.preemptions
+
+
+def test_computed_again_in_chunks_the_bits_would_be_others(setting: Setting):
+    """The rule that answers are computed again token by token is needed."""
+    questions = [replace(ask, params=greedy(40)) for ask in asks(512)[1::2]]
+    expected = bits(setting.world(limits=LIMITS).run(questions))
+    narrow = setting.world(limits=LIMITS, blocks=32)
+    narrow.scheduler.limits = replace(narrow.scheduler.limits, solo=False)
+    assert bits(narrow.run(questions)) != expected
+
+
+def test_nothing_is_found_that_another_computed(setting: Setting):
+    world = setting.world()
+    ask = asks(512)[0]
+    first, again = world.run([ask])[0], world.run([ask])[0]
+    assert bits([first]) == bits([again])
+    assert first.cached == again.cached == world.blocks.cached == 0
+
+
+class Twice:
+    """A runner that computes every step twice and gives the second results."""
+
+    def __init__(self, world: TinyWorld) -> None:
+        self._run = world.runner.run
+
+    def __call__(self, plan: Plan):
+        self._run(plan)
+        return self._run(plan)
+
+
+def test_a_step_may_be_run_again(setting: Setting, monkeypatch: pytest.MonkeyPatch):
+    questions = asks(512)[:4]
+    expected = bits(setting.world(limits=LIMITS).run(questions))
+    world = setting.world(limits=LIMITS)
+    monkeypatch.setattr(world.runner, "run", Twice(world))
+    assert bits(world.run(questions)) == expected
+    monkeypatch.setattr(solo_module, "restore", lambda cache, kept: None)
+    assert bits(world.run(questions)) != expected
+
+
+def test_a_step_of_which_half_was_computed_may_be_run_again(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+):
+    questions = asks(512)[:4]
+    expected = bits(setting.world(limits=LIMITS).run(questions))
+    world = setting.world(limits=LIMITS)
+    run, last = world.runner.run, world.base.installed.sites[-1]
+
+    def once_more(plan: Plan):
+        with monkeypatch.context() as broken:
+            broken.setattr(last, "output", lambda member, x: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                run(plan)
+        return run(plan)
+
+    monkeypatch.setattr(world.runner, "run", once_more)
+    assert bits(world.run(questions)) == expected
+
+
+def test_a_state_that_is_not_there_is_a_fault(setting: Setting):
+    world = setting.world(limits=LIMITS)
+    world.run([Ask(asks(512)[0].prompt, {}, greedy(3))])
+    later = next(plan for plan in world.plans if plan.rows[0].start)
+    sequence = later.rows[0].sequence
+    sequence.blocks = list(range(1, 1 + world.blocks.blocks_for(len(sequence.tokens))))
+    with pytest.raises(EngineFault, match="state of this sequence"):
+        world.runner.run(later)
+
+
+@pytest.mark.parametrize("ask", asks(512)[:2], ids=["base", "adapter"])
+def test_tokens_depend_on_what_was_computed_before(setting: Setting, ask: Ask, monkeypatch):
+    """A state that is forgotten is noticed: parity is no accident of small states."""
+    oracle = Oracle(setting.base, torch.float32, setting.adapters)
+    (right,) = setting.world().run([ask])
+    assert difference(oracle, ask, right, 1.0) <= BOUND[torch.float32]
+    world = setting.world()
+    solo = world.base.solo
+    assert solo is not None
+    computed = solo.solo.logits
+
+    def forgetting(tokens, start, cache, wanted):
+        for layer in cache.layers:
+            if hasattr(layer, "recurrent_states"):
+                layer.reset()
+        return computed(tokens, start, cache, wanted)
+
+    monkeypatch.setattr(solo.solo, "logits", forgetting)
+    (wrong,) = world.run([ask])
+    assert difference(oracle, ask, wrong, 100.0) > 10 * BOUND[torch.float32]
+
+
+def test_a_merged_lane_runs_there_too(setting: Setting):
+    world = setting.world()
+    blend = {"r8": 0.7, "r16": -0.4}
+    questions = [ask for ask in asks(512) if ask.blend == blend]
+    oracle = Oracle(setting.base, torch.float32, setting.adapters)
+    publish(world, merge(world, blend, form="bf16"))
+    answers = world.run(questions)
+    assert all(row.lane is not None for plan in world.plans for row in plan.rows)
+    for ask, answer in zip(questions, answers, strict=True):
+        assert difference(oracle, ask, answer, 1.0) <= BOUND[torch.float32]
+
+
+def test_what_a_sequence_takes_is_what_was_planned(setting: Setting):
+    world = setting.world()
+    state = world.base.state
+    assert state.per_token == 2 * 2 * 32 * 4, "k and v of the attention layer, in fp32"
+    recurrent, convolved = 4 * 32 * 32 * 4, (2 * 64 + 128) * 4 * 4
+    assert state.fixed == 2 * (recurrent + convolved) + 64 * state.per_token
+
+
+def refused(base: Path) -> str:
+    with pytest.raises(ModelUnsupported) as error:
+        TinyWorld(base)
+    return str(error.value)
+
+
+def test_a_cache_of_another_kind_is_refused(tmp_path: Path):
+    changes = {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 4}
+    reason = refused(write_many("minimax", changes, tmp_path / "base"))
+    assert "cache of its own" in reason
+    assert "\n" not in reason
+
+
+def test_what_looks_ahead_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A model whose pieces are not what the whole is."""
+    base = write_many(*SOLO[STATEFUL], tmp_path / "base")
+    monkeypatch.setattr(solo_module, "new_cache", _forgetful)
+    assert "in pieces what it gives at once" in refused(base)
+
+
+def _forgetful(config):
+    from fader_server.model.states import new_cache
+
+    cache = new_cache(config)
+    cache.get_recurrent_state = lambda *args, **kwargs: None
+    return cache
+
+
+def test_a_packed_base_stays_packed(tmp_path: Path):
+    world = TinyWorld(write_family("llama", tmp_path / "base"))
+    assert world.base.solo is None
+    assert world.blocks.findable
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Many small products: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

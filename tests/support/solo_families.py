@@ -1,0 +1,72 @@
+"""Configs of families that mix tokens outside transformers' attention function, tiny."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tests.support.many_families import MOE
+
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+"""Gated delta rules beside attention."""
+MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16}
+STATE_SPACE = {"layer_types": ["mamba", "attention"], **MAMBA2, "shared_intermediate_size": 192}
+
+SOLO: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "bamba": ("bamba", {"attn_layer_indices": [1], **MAMBA2, "mamba_n_groups": 1}),
+    "bloom": ("bloom", {}),
+    "codegen": ("codegen", {"n_embd": 128, "n_head": 4, "n_layer": 2, "rotary_dim": 16}),
+    "diffllama": ("diffllama", {}),
+    "falcon-h1": ("falcon_h1", {**MAMBA2, "mamba_d_ssm": 256, "mamba_n_groups": 1}),
+    "gpt-j": ("gptj", {"n_embd": 128, "n_head": 4, "n_layer": 2, "rotary_dim": 16}),
+    "granite-hybrid": ("granitemoehybrid", {**STATE_SPACE, "num_local_experts": 0}),
+    "granite-hybrid-moe": ("granitemoehybrid", {**STATE_SPACE, **MOE}),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], "block_ff_dim": 192}),
+    "lfm2-moe": (
+        "lfm2_moe",
+        {**MOE, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    ),
+    "llama4": (
+        "llama4_text",
+        {"attention_chunk_size": 32, "num_local_experts": 4, "intermediate_size_mlp": 192},
+    ),
+    "mpt": (
+        "mpt",
+        {"d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 512, "expansion_ratio": 2},
+    ),
+    "nemotron-h": (
+        "nemotron_h",
+        {
+            "layers_block_type": ["mamba", "attention", "mlp"],
+            "num_hidden_layers": 3,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 32,
+            "ssm_state_size": 16,
+            "n_groups": 1,
+        },
+    ),
+    "olmo-hybrid": ("olmo_hybrid", {**DELTA, "linear_num_key_heads": 4}),
+    "qwen3-next": ("qwen3_next", {**MOE, **DELTA}),
+    "qwen3.5": ("qwen3_5_text", DELTA),
+    "qwen3.5-moe": ("qwen3_5_moe_text", {**MOE, **DELTA}),
+    "zamba2": (
+        "zamba2",
+        {
+            "num_hidden_layers": 3,
+            "layers_block_type": ["mamba", "hybrid", "mamba"],
+            "hybrid_layer_ids": [1],
+            "mamba_d_state": 16,
+            "n_mamba_heads": 8,
+            "num_mem_blocks": 1,
+            "use_mem_rope": True,
+            "attention_hidden_size": 256,
+            "attention_head_dim": 64,
+            "num_query_groups": 4,
+        },
+    ),
+}
+"""Name → model type, and what its config says beside COMMON."""
