@@ -40,11 +40,24 @@ class Met:
 
     def run(self, forwards: list[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
         with torch.inference_mode():
-            return self.meeting.run(forwards, lambda *given: self.seen.append(given))
+            return self.meeting.run(forwards, _Host(self.seen))
 
     def forward(self, tokens: list[int]) -> Callable[[], torch.Tensor]:
         ids = torch.tensor([tokens])
         return lambda: self.model(input_ids=ids, use_cache=False).logits[0]
+
+
+class _Host:
+    def __init__(self, seen: list[tuple[list[int], list[int], bool]]) -> None:
+        self._seen = seen
+        self._now: int | None = None
+
+    def linear(self, there: list[int], counts: list[int], *, head: bool) -> None:
+        assert self._now is not None, "somebody had to come here"
+        self._seen.append((there, counts, head))
+
+    def forward(self, index: int) -> None:
+        self._now = index
 
 
 class _Kernel:

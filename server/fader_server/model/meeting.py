@@ -7,6 +7,7 @@ own rows of the result. Knows modules and rows; knows no sequence, no cache and 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -14,9 +15,17 @@ from torch import nn
 
 from fader_adapters.layers import SiteEmbedding, SiteHead, SiteLinear
 
-Prepare = Callable[[list[int], list[int], bool], None]
-"""Called before a linear is computed: which forwards are there, how many rows each of them has,
-and whether it is the output head."""
+
+class Host(Protocol):
+    """Who is told what goes on next."""
+
+    def linear(self, there: list[int], counts: list[int], *, head: bool) -> None:
+        """A linear, for these of the forwards, which have so many rows; the output head?"""
+        ...
+
+    def forward(self, index: int) -> None:
+        """One of the forwards."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +68,7 @@ class Meeting:
                 setattr(module, "forward", arrive)  # noqa: B010 - a method by assignment
                 self._stops.append(stop)
 
-    def run(
-        self, forwards: Sequence[Callable[[], torch.Tensor]], prepare: Prepare
-    ) -> list[torch.Tensor]:
+    def run(self, forwards: Sequence[Callable[[], torch.Tensor]], host: Host) -> list[torch.Tensor]:
         """Run them to their ends, side by side; what they return, in order.
 
         What one of them raises ends all.
@@ -69,14 +76,18 @@ class Meeting:
         self._hub = getcurrent()
         members = [greenlet(forward) for forward in forwards]
         try:
-            at = [member.switch() for member in members]
+            at: list[Any] = []
+            for i, member in enumerate(members):
+                host.forward(i)
+                at.append(member.switch())
             while waiting := [i for i, member in enumerate(members) if not member.dead]:
                 # who is behind goes first, so that those who took another way meet again
                 place = min(at[i].place for i in waiting)
                 there = [i for i in waiting if at[i].place == place]
                 given = [at[i].x for i in there]
-                results = self._compute(self._stops[place], there, given, prepare)
+                results = self._compute(self._stops[place], there, given, host)
                 for i, y in zip(there, results, strict=True):
+                    host.forward(i)
                     at[i] = members[i].switch(y)
             return at
         finally:
@@ -94,11 +105,11 @@ class Meeting:
         return self._hub.switch(_Arrival(place, x))
 
     def _compute(
-        self, stop: _Stop, there: list[int], given: list[torch.Tensor], prepare: Prepare
+        self, stop: _Stop, there: list[int], given: list[torch.Tensor], host: Host
     ) -> list[torch.Tensor]:
         parts = [stop.rows(x) for x in given]
         counts = [part.shape[1] for part in parts]
-        prepare(there, counts, issubclass(stop.kind, SiteHead))
+        host.linear(there, counts, head=issubclass(stop.kind, SiteHead))
         results = torch.split(stop.compute(self._joined(given, parts)), counts, dim=1)
         return [stop.shaped(y, x) for y, x in zip(results, given, strict=True)]
 

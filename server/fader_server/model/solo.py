@@ -136,24 +136,11 @@ class SoloForward:
         """[len(wanted), vocab] a row: after some of its tokens, by their places in the row."""
         self._states.drop_ended()
         forwards = [partial(self._row, *pair) for pair in zip(plan.rows, wanted, strict=True)]
-        found: dict[object, Step | None] = {}
-
-        def enter(there: list[int], counts: list[int], head: bool) -> None:
-            key = (head, *there), *counts
-            if key not in found:
-                pairs = zip(there, counts, strict=True)
-                rows = tuple(RowTerms(count, plan.terms.rows[i].terms) for i, count in pairs)
-                found[key] = prepare(StepTerms(rows))
-            step = found[key]
-            if head:
-                self._state.head = lambda _: step
-            else:
-                self._state.step, self._state.tokens = step, sum(plan.rows[i].count for i in there)
-
+        step = _Step(plan, self._state, prepare)
         try:
-            return self._meeting.run(forwards, enter)
+            return self._meeting.run(forwards, step)
         finally:
-            self._state.step = self._state.head = self._state.tokens = None
+            step.end()
 
     def _row(self, row: PlanRow, wanted: list[int]) -> torch.Tensor:
         sequence, stop = row.sequence, row.start + row.count
@@ -163,3 +150,36 @@ class SoloForward:
         logits = self.solo.logits(tokens, row.start, held.cache, wanted)
         held.computed = stop
         return logits
+
+
+class _Step:
+    """What the linears of one step are told, and on how many threads its rows run."""
+
+    def __init__(self, plan: Plan, state: StepState, prepare: PrepareStep) -> None:
+        self._plan = plan
+        self._state = state
+        self._prepare = prepare
+        self._found: dict[object, Step | None] = {}
+        self._threads = torch.get_num_threads()
+
+    def linear(self, there: list[int], counts: list[int], *, head: bool) -> None:
+        torch.set_num_threads(self._threads)
+        key = (head, *there), *counts
+        if key not in self._found:
+            pairs = zip(there, counts, strict=True)
+            rows = tuple(RowTerms(count, self._plan.terms.rows[i].terms) for i, count in pairs)
+            self._found[key] = self._prepare(StepTerms(rows))
+        step, state = self._found[key], self._state
+        if head:
+            state.head = lambda _: step
+        else:
+            state.step, state.tokens = step, sum(self._plan.rows[i].count for i in there)
+
+    def forward(self, index: int) -> None:
+        """One token is too little work to share, and its bits must not depend on the others."""
+        torch.set_num_threads(1 if self._plan.rows[index].count == 1 else self._threads)
+
+    def end(self) -> None:
+        """Leave everything as it was."""
+        torch.set_num_threads(self._threads)
+        self._state.step = self._state.head = self._state.tokens = None
