@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from fader_adapters.changes import Changes
 from fader_adapters.lane import MergedLane
-from fader_server.model.probe import BaseView, BlendView, LaneView, ProbeModel
+from fader_server.model.probe import ProbeModel
+from fader_server.model.views import BaseView, BlendView, LaneView
 
 CHUNK_LOGITS = 1 << 15
 """Compared at a time."""

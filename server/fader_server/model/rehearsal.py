@@ -58,7 +58,7 @@ def rehearse(
     except ModelUnsupported as error:
         raise ModelUnsupported(f"{source}: {str(error).removeprefix(f'{source}: ')}") from error
     except Exception as error:  # a model whose forward wants something else than token ids
-        raise ModelUnsupported(f"{source}: a first forward failed: {_reason(error)}") from error
+        raise ModelUnsupported(f"{source}: a first forward failed: {reason(error)}") from error
     found = distance(packed, torch.cat(alone)[list(WANTED)])
     bound = BOUND.get(dtype, BOUND_ROUNDED)
     if not found <= bound:
@@ -125,7 +125,7 @@ def _as(model: PreTrainedModel, implementation: str) -> Iterator[None]:
         model.set_attn_implementation(attention.NAME)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     line = first_line(error)
     if f"'{SiteLinear.__name__}' object has no attribute" in line:
         return f"the model reads a linear's weight by itself ({line}), and Fader keeps it packed"

@@ -7,12 +7,11 @@ import logging
 import torch
 from transformers import PreTrainedModel
 
-from fader_adapters.errors import first_line
 from fader_adapters.layers import StepState
 from fader_adapters.spec import RowTerms, StepTerms
 from fader_server.core import Plan, PlanRow, Request, SamplingParams, Sequence
 from fader_server.errors import ModelUnsupported
-from fader_server.model.rehearsal import BOUND, BOUND_ROUNDED, distance
+from fader_server.model.rehearsal import BOUND, BOUND_ROUNDED, distance, reason
 from fader_server.model.solo import SoloForward, SoloModel
 from fader_server.model.states import StateShape
 
@@ -37,7 +36,7 @@ def rehearse_solo(
         forward = SoloForward(model, state)
         found = _distance(model, forward)
     except Exception as error:
-        raise ModelUnsupported(f"{packed}; one by one: {first_line(error)}") from error
+        raise ModelUnsupported(f"{packed}; one by one: {reason(error)}") from error
     if not found <= BOUND.get(dtype, BOUND_ROUNDED):
         raise ModelUnsupported(
             f"{packed}; nor does it give in pieces what it gives at once "

@@ -5,7 +5,7 @@ Knows cache layers as attributes that hold tensors; knows no model, no request a
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import Cache, DynamicCache, PretrainedConfig
@@ -46,10 +46,10 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def _longer(new: torch.Tensor, old: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+def _longer(new: torch.Tensor, old: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
     length = -(-stop // SPARE) * SPARE
     room = new.new_empty(*new.shape[:-2], length, new.shape[-1])
-    if start:
+    if start and old is not None:
         room[:, :, :start] = old
     return room
 
@@ -69,15 +69,20 @@ Snapshot = list[dict[str, Any]]
 
 def snapshot(cache: Cache) -> Snapshot:
     """What it holds now; forwards that go on with it change nothing of that."""
-    return [_kept(layer.__dict__) for layer in cache.layers]
+    return [_kept(_attributes(layer)) for layer in cache.layers]
 
 
 def restore(cache: Cache, kept: Snapshot) -> None:
     """Make it what it was. A snapshot may be restored any number of times."""
     del cache.layers[len(kept) :]
     for layer, attributes in zip(cache.layers, kept, strict=True):
-        layer.__dict__.clear()
-        layer.__dict__.update(_kept(attributes))
+        mine = _attributes(layer)
+        mine.clear()
+        mine.update(_kept(attributes))
+
+
+def _attributes(layer: object) -> dict[str, Any]:
+    return cast(dict[str, Any], layer.__dict__)
 
 
 def _kept(attributes: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +121,7 @@ def held(cache: Cache) -> dict[tuple[int, str], int]:
     return {
         (i, name): sum(tensor.nbytes for tensor in _tensors(value))
         for i, layer in enumerate(cache.layers)
-        for name, value in layer.__dict__.items()
+        for name, value in _attributes(layer).items()
         if name != "_room"
     }
 

@@ -10,7 +10,8 @@ from fader_adapters.lane import MergedLane, Merger
 from fader_adapters.merged_site import LaneSpec
 from fader_adapters.spec import Blend
 from fader_server.model.fidelity import measure
-from fader_server.model.probe import BaseView, BlendView, LaneView, ProbeModel
+from fader_server.model.probe import ProbeModel
+from fader_server.model.views import BaseView, BlendView, LaneView
 from tests.server.parity.test_families import AUTO_FIRST, BOUND, check, difference, prompts
 from tests.server.parity.test_kinds import BACKENDS, Setting, asks, world
 from tests.support.dense import DenseOracle
