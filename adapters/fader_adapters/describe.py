@@ -6,6 +6,7 @@ Knows module trees and configs; looks at no weight.
 import hashlib
 import re
 from collections.abc import Iterator
+from math import prod
 
 from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
@@ -19,6 +20,9 @@ from fader_adapters.spec import BaseSpec, Digest, LinearSpec
 
 _PACKS_IN_ORDER = frozenset({"phi3", "phi4_multimodal", "glm", "glm4"})
 """Model types whose qkv_proj and gate_up_proj hold their parts one after the other."""
+
+_ODD_SHARE = 0.1
+"""Of a text decoder's weights so much may stay as they are: NF4 cannot hold them."""
 
 _PLAIN = (nn.Linear, Conv1D, Linear4bit)
 """What computes x·Wᵀ + b and nothing else; a class derived from it may do more."""
@@ -61,17 +65,19 @@ def linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
 def kept_plain(model: PreTrainedModel) -> list[str] | None:
     """What bitsandbytes' quantiser is to leave alone (llm_int8_skip_modules), None: its own choice.
 
-    Beside that choice the linears outside the text decoder whose rows NF4's blocks would straddle:
-    those of towers for pictures or sound, which no text passes through.
+    Beside that choice the linears whose rows NF4's blocks would straddle: those of towers for
+    pictures or sound, and small ones of the text decoder, which hold at most `_ODD_SHARE` of its
+    weights. Where they hold more, the base is not one for NF4, and they are not kept.
     """
     decoder = model.get_decoder()
-    inside = set() if decoder is model else {id(module) for module in decoder.modules()}
-    odd = [
-        path
-        for path, module in linears(model)
-        if inside and id(module) not in inside and _shape(module)[0] % BLOCK
-    ]
-    return [*get_keys_to_not_convert(model), *odd] if odd else None
+    inside = {id(module) for module in decoder.modules()}
+    every = list(linears(model))
+    odd = [(path, module) for path, module in every if _shape(module)[0] % BLOCK]
+    weights = sum(prod(_shape(module)) for _, module in every if id(module) in inside)
+    small = sum(prod(_shape(module)) for _, module in odd if id(module) in inside)
+    if small > _ODD_SHARE * weights:
+        odd = [(path, module) for path, module in odd if id(module) not in inside]
+    return [*get_keys_to_not_convert(model), *(path for path, _ in odd)] if odd else None
 
 
 def plain_head(model: PreTrainedModel) -> nn.Linear | None:

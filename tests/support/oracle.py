@@ -9,8 +9,9 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from fader_adapters.describe import kept_plain
 from tests.support.peft_adapters import TIED
 
 
@@ -26,6 +27,7 @@ def nf4_oracle(source: Path, dtype: torch.dtype) -> PreTrainedModel:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=_kept_plain(source),
         ),
     )
     for path, module in list(model.named_modules()):
@@ -42,6 +44,12 @@ def nf4_oracle(source: Path, dtype: torch.dtype) -> PreTrainedModel:
     for parameter in model.parameters():  # not the buffers: rotary frequencies stay in fp32
         parameter.data = parameter.data.to(dtype)
     return model.eval()
+
+
+def _kept_plain(source: Path) -> list[str] | None:
+    """The linears that Fader does not quantise."""
+    with torch.device("meta"):
+        return kept_plain(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source)))
 
 
 class Oracle:

@@ -188,9 +188,7 @@ def read_nf4(
 
 
 def _kept_plain(config: PretrainedConfig) -> list[str] | None:
-    """See `kept_plain`; only a model with parts beside its text decoder is built to look at."""
-    if config.get_text_config(decoder=True) is config:
-        return None
+    """See `kept_plain`."""
     with torch.device("meta"), quiet_libraries():
         return kept_plain(AutoModelForCausalLM.from_config(deepcopy(config)))
 

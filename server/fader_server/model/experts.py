@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from fader_adapters.kernels.dense import linear
+from fader_adapters.layers import SiteLinear
 
 BLOCK = 8
 """Rows of a product: few tokens of a step meet in one expert."""
@@ -22,7 +23,7 @@ def keep_rows_apart(model: PreTrainedModel) -> None:
 
     In bf16 torch's own products are as they should be, and those of a step's experts are one call.
     """
-    blocks = list(_blocks(model))
+    blocks = list(routed(model))
     if not blocks:
         return
     if model.dtype == torch.float32:
@@ -31,11 +32,11 @@ def keep_rows_apart(model: PreTrainedModel) -> None:
         setattr(block, "forward", _apart(block.forward))  # noqa: B010 - a method by assignment
 
 
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+def routed(model: nn.Module) -> Iterator[nn.Module]:
     """The modules that hold a router and the experts, whose weights are of three dimensions."""
     for path, module in model.named_modules():
-        convolves = isinstance(module, nn.Conv1d)
-        if not convolves and any(p.dim() == 3 for p in module.parameters(recurse=False)):
+        other = isinstance(module, nn.Conv1d | SiteLinear)  # a filter, a head's panels
+        if not other and any(p.dim() == 3 for p in module.parameters(recurse=False)):
             yield model.get_submodule(path.rpartition(".")[0])
 
 

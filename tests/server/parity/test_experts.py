@@ -7,7 +7,9 @@ import torch
 
 from fader_adapters.kernels.backend import BackendName
 from fader_server.engine.limits import Limits
+from fader_server.model.experts import routed
 from tests.server.parity.test_many_families import adapters, asks
+from tests.support.families import write_family
 from tests.support.many_families import MANY, write_many
 from tests.support.world import Ask, TinyWorld
 
@@ -51,3 +53,14 @@ def test_a_request_has_the_same_bits_alone_and_beside_others(
         assert alone.prompt_logprobs == answer.prompt_logprobs
     changed = Ask(questions[1].prompt, {"r8": 0.95}, questions[1].params)
     assert world.run([changed])[0].logprobs != together[1].logprobs, "the comparison sees nothing"
+
+
+def test_only_what_routes_runs_under_these_rules(tmp_path: Path):
+    """Not the whole of a base, whose packed head has a weight of three dimensions, too."""
+    dense = TinyWorld(write_family("llama", tmp_path / "dense"), dtype=torch.bfloat16)
+    assert any(p.dim() == 3 for p in dense.base.model.parameters())
+    assert not list(routed(dense.base.model))
+    mixture = TinyWorld(write_many(*MANY["mixtral"], tmp_path / "moe"), dtype=torch.bfloat16)
+    assert {type(block).__name__ for block in routed(mixture.base.model)} == {
+        "MixtralSparseMoeBlock"
+    }
