@@ -6,7 +6,7 @@ Knows OpenAI's fields and our extensions; knows nothing about tokens, adapters t
 from dataclasses import dataclass
 from typing import Any
 
-from fader_server.api.blends import NamedTerm, read_blend
+from fader_server.api.blends import NamedTerm, read_named
 from fader_server.api.choosing import Choosing, Limits, is_token_ids, read_choosing
 from fader_server.api.fields import Fields, is_text
 from fader_server.api.known import CHAT_FIELDS, COMPLETION_FIELDS, UNSERVED_FIELDS
@@ -74,7 +74,7 @@ def read_chat(body: dict[str, Any], limits: Limits) -> Call:
     top = fields.optional_integer("top_logprobs", low=0, high=20)
     if fields.boolean("logprobs"):
         logprobs = top or 0
-    elif top is not None:
+    elif top:
         fields.refuse("top_logprobs", "needs logprobs to be true")
     _refuse_unserved(fields)
     _refuse_of_chat(fields)
@@ -94,10 +94,10 @@ def _refuse_unserved(fields: Fields) -> None:
 
 
 def _refuse_of_chat(fields: Fields) -> None:
-    fields.only("tools", lambda v: v == [], _MISSING)
-    fields.only("functions", lambda v: v == [], _MISSING)
-    fields.only("tool_choice", lambda v: v in ("none", "auto"), _MISSING)
-    fields.only("function_call", lambda v: v in ("none", "auto"), _MISSING)
+    for offered, choice in (("tools", "tool_choice"), ("functions", "function_call")):
+        if fields.raw(choice) != "none":  # then none is called, and the model is shown none
+            fields.only(offered, lambda v: v == [], f'{_MISSING} unless {choice} is "none"')
+        fields.only(choice, lambda v: v in ("none", "auto"), _MISSING)
     fields.only("modalities", lambda v: v == ["text"], _MISSING)
     fields.only("continue_final_message", lambda v: v is False, _MISSING)
     fields.only("add_generation_prompt", lambda v: v is True, "is always true here")
@@ -121,7 +121,7 @@ def _call(
     stream = fields.boolean("stream")
     call = Call(
         model=model,
-        terms=read_blend(fields, limits.max_terms),
+        terms=read_named(fields, model, limits.max_terms),
         prompts=prompts,
         messages=messages,
         n=n,
