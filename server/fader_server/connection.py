@@ -85,18 +85,19 @@ def bounded_protocol(*, client_seconds: float, max_connections: int) -> type[H11
 
     class BoundedProtocol(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None
-        transport: LingeringTransport
+        _socket: LingeringTransport
 
         def connection_made(self, transport: Any) -> None:  # noqa: ANN401 - as its parent has it
-            super().connection_made(LingeringTransport(transport, self._sending))
+            self._socket = LingeringTransport(transport, self._sending)
+            super().connection_made(self._socket)
             if len(self.connections) > max_connections:
                 transport.abort()
                 return
             self._deadline = self.loop.call_later(client_seconds, self._expire)
 
         def data_received(self, data: bytes) -> None:
-            if self.transport.lingering:
-                self.transport.discard(len(data))
+            if self._socket.lingering:
+                self._socket.discard(len(data))
                 return
             super().data_received(data)
             waits = self.conn.their_state is h11.IDLE or (self._answered() and self._sending())
@@ -132,7 +133,7 @@ def bounded_protocol(*, client_seconds: float, max_connections: int) -> type[H11
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._disarm()
-            self.transport.lost()
+            self._socket.lost()
             super().connection_lost(exc)
 
         def _answered(self) -> bool:

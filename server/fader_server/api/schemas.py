@@ -27,7 +27,8 @@ class Call:
     messages: tuple[Message, ...]
     n: int
     max_tokens: int | None
-    """None: as many as the context holds."""
+    """None: as many as the context holds, up to `longest`."""
+    longest: int
     choosing: Choosing
     stop: tuple[str, ...]
     logprobs: int | None
@@ -49,7 +50,9 @@ def read_completion(body: dict[str, Any], limits: Limits) -> Call:
     ignored = fields.unknown(COMPLETION_FIELDS)
     prompts = _prompts(fields, limits)
     echo = fields.boolean("echo")
-    most = fields.integer("max_tokens", 16, low=0 if echo else 1, high=limits.max_call_tokens)
+    most = fields.integer(
+        "max_tokens", min(16, limits.longest), low=0 if echo else 1, high=limits.longest
+    )
     logprobs = fields.optional_integer("logprobs", low=0, high=20)
     n = fields.integer("n", 1, low=1, high=limits.max_n)
     fields.only("best_of", lambda v: v == n and type(v) is int, "is not supported beyond n")
@@ -68,7 +71,7 @@ def read_chat(body: dict[str, Any], limits: Limits) -> Call:
     messages = read_messages(fields)
     most = None
     for name in ("max_tokens", "max_completion_tokens"):  # the later one wins
-        given = fields.optional_integer(name, low=1, high=limits.max_call_tokens)
+        given = fields.optional_integer(name, low=1, high=limits.longest)
         most = most if given is None else given
     logprobs = None
     top = fields.optional_integer("top_logprobs", low=0, high=20)
@@ -126,6 +129,7 @@ def _call(
         messages=messages,
         n=n,
         max_tokens=max_tokens,
+        longest=limits.longest,
         choosing=read_choosing(fields, limits, max_tokens),
         stop=_stop(fields),
         logprobs=logprobs,
