@@ -157,3 +157,12 @@ def lora_requests_info(running: Iterable[str], waiting: Iterable[str], most: int
     )
     family.add_metric([str(most), ",".join(running), ",".join(waiting)], time.time())
     return family
+
+
+def cache_config_info(block_size: int, blocks: int) -> Metric:
+    """The gateway contract: how a picker cuts prompts into blocks, and how many a server holds."""
+    family = GaugeMetricFamily(
+        "vllm:cache_config_info", "Blocks of the KV cache.", labels=["block_size", "num_gpu_blocks"]
+    )
+    family.add_metric([str(block_size), str(blocks)], 1.0)
+    return family

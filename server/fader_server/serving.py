@@ -2,21 +2,17 @@
 
 import asyncio
 import contextlib
-import json
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any
 
-import h11
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fader_server.api.context import Context
-from fader_server.api.errors import malformed
 from fader_server.api.ports import Engine
 from fader_server.config import ServeConfig
+from fader_server.connection import bounded_protocol
 from fader_server.errors import ConfigInvalid, EngineFault
 
 _MAX_HEADER_BYTES = 16 * 1024
@@ -47,69 +43,12 @@ def bind(config: ServeConfig) -> socket.socket:
     return sock
 
 
-def bounded_protocol(*, header_seconds: float, max_connections: int) -> type[H11Protocol]:
-    """uvicorn's h11 protocol with a deadline for request heads and a cap on open sockets."""
-
-    class BoundedProtocol(H11Protocol):
-        _deadline: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: Any) -> None:  # noqa: ANN401 - as its parent has it
-            super().connection_made(transport)
-            if len(self.connections) > max_connections:
-                transport.abort()
-                return
-            self._deadline = self.loop.call_later(header_seconds, self._expire)
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            in_head = self.conn.their_state is h11.IDLE
-            if in_head and self._deadline is None:
-                self._deadline = self.loop.call_later(header_seconds, self._expire)
-            elif not in_head:
-                self._disarm()
-
-        def send_400_response(self, msg: str) -> None:
-            """What is not HTTP gets the same error object as everything else."""
-            body = json.dumps(malformed()).encode()
-            headers = [
-                (b"content-type", b"application/json"),
-                (b"content-length", str(len(body)).encode()),
-                (b"connection", b"close"),
-            ]
-            answer = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
-            for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
-            self.transport.close()
-
-        def _unsupported_upgrade_warning(self) -> None:
-            """The answer is HTTP/1.1, as every client expects that asks for h2c in passing.
-
-            uvicorn would advise an install whose parser lifts the bound on request heads.
-            """
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._disarm()
-            super().connection_lost(exc)
-
-        def _disarm(self) -> None:
-            if self._deadline is not None:
-                self._deadline.cancel()
-                self._deadline = None
-
-        def _expire(self) -> None:
-            self._deadline = None
-            if self.cycle is None or self.cycle.response_complete:
-                self.transport.abort()
-
-    return BoundedProtocol
-
-
 class Server(uvicorn.Server):
     """uvicorn that leaves signals to us, so that a drain comes before the listener closes."""
 
     def __init__(self, config: ServeConfig, app: FastAPI) -> None:
         protocol = bounded_protocol(
-            header_seconds=config.body_timeout, max_connections=config.max_connections
+            client_seconds=config.body_timeout, max_connections=config.max_connections
         )
         super().__init__(
             uvicorn.Config(

@@ -55,6 +55,8 @@ class Tenant:
     tokens_per_minute: int | None = None
     """Prompts' and drawn ones, cached ones too; a call counts with all that it may come to until
     it ends."""
+    max_tokens: int | None = None
+    """Of one answer."""
 
     def sees(self, name: str) -> bool:
         """An adapter or a recipe of this name exists for it, when there is one."""
@@ -237,4 +239,5 @@ _READERS = {
     "max_waiting": _count,
     "requests_per_minute": _count,
     "tokens_per_minute": _count,
+    "max_tokens": _count,
 }

@@ -13,7 +13,10 @@ from fader_server.tenants import MAX_BYTES, Tenant, read_tenants, tenants_of
 SECRET = "sk-hunter2"
 HASHED = "sha256:" + hashlib.sha256(SECRET.encode()).hexdigest()
 KEYS = f'keys = ["{SECRET}"]\n'
-FIELDS = "keys, adapters, weight, max_share, max_waiting, requests_per_minute, tokens_per_minute"
+FIELDS = (
+    "keys, adapters, weight, max_share, max_waiting, requests_per_minute, tokens_per_minute, "
+    "max_tokens"
+)
 
 
 def digest(key: str) -> bytes:
@@ -29,12 +32,12 @@ def test_every_field_is_read_and_all_but_keys_have_defaults(file):
     file.write_text(
         f'[acme]\nkeys = ["one", "{HASHED}"]\nadapters = ["acme-*", "shared"]\n'
         "weight = 2\nmax_share = 0.5\nmax_waiting = 64\n"
-        "requests_per_minute = 7\ntokens_per_minute = 900\n"
+        "requests_per_minute = 7\ntokens_per_minute = 900\nmax_tokens = 40\n"
         '["b.c"]\nkeys = ["two"]\n'
     )
     acme, other = read_tenants(file)
     assert acme == Tenant(
-        "acme", (digest("one"), digest(SECRET)), ("acme-*", "shared"), 2.0, 0.5, 64, 7, 900
+        "acme", (digest("one"), digest(SECRET)), ("acme-*", "shared"), 2.0, 0.5, 64, 7, 900, 40
     )
     assert other == Tenant("b.c", (digest("two"),), ("*",), 1.0, 1.0, None, None, None)
 

@@ -26,6 +26,8 @@ class Principal:
     """"" when nobody needs a key; a tenant's name; else 12 hex digits of the key's sha256, which no
     name of a tenant may be."""
     sees: Sees = everything
+    max_tokens: int | None = None
+    """Of one answer; None: as many as the server gives."""
 
 
 class Guard:
@@ -44,7 +46,7 @@ class Guard:
     def replace(self, tenants: Iterable[Tenant]) -> None:
         """Other tenants from the next request on."""
         own = [
-            (key, Principal("user", tenant.name, tenant.sees))
+            (key, Principal("user", tenant.name, tenant.sees, tenant.max_tokens))
             for tenant in tenants
             for key in tenant.keys
         ]

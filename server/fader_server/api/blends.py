@@ -57,6 +57,20 @@ def read_blend(fields: Fields, max_terms: int) -> tuple[NamedTerm, ...] | None:
     return None
 
 
+def read_named(fields: Fields, model: str, max_terms: int) -> tuple[NamedTerm, ...] | None:
+    """As `read_blend`, or the one adapter of SGLang's `lora_path`; its benchmark names it as the
+    model, too."""
+    terms = read_blend(fields, max_terms)
+    name = fields.string("lora_path", longest=512)
+    if not name or name == model:
+        return terms
+    ref = AdapterRef.read(name)
+    if ref is None or terms is not None:
+        fields.refuse("lora_path", "must be an adapter's name, and stand alone beside the base")
+        return None
+    return (NamedTerm(ref, 1.0),)
+
+
 def parse_terms(value: object, max_terms: int) -> tuple[NamedTerm, ...]:
     """A list of {"name", "weight"} outside a generation body. Raises RequestInvalid."""
     fields = Fields({"adapters": value})

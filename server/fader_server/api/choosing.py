@@ -21,6 +21,14 @@ class Limits:
     max_call_tokens: int
     max_terms: int
     vocab_size: int
+    max_tokens: int | None = None
+    """Of one choice, for this caller; None: what the call and the context hold."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of one choice."""
+        most = self.max_call_tokens
+        return most if self.max_tokens is None else min(most, self.max_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +53,7 @@ def read_choosing(fields: Fields, limits: Limits, max_tokens: int | None) -> Cho
     """Every sampling field of a body; problems are noted in `fields`."""
     top_k = fields.integer("top_k", 0, low=-1, high=INT64 - 1)
     seed = fields.optional_integer("seed", low=-INT64, high=INT64 - 1)
-    shortest = fields.integer("min_tokens", 0, low=0, high=limits.max_call_tokens)
+    shortest = fields.integer("min_tokens", 0, low=0, high=limits.longest)
     if max_tokens is not None and shortest > max_tokens:
         fields.refuse("min_tokens", "must not be above max_tokens")
     return Choosing(

@@ -144,7 +144,10 @@ _UNKNOWN = Answer(
     500, FAULT, "internal_error", "The server failed to answer this request.", retry=False
 )
 _HTTP = {
-    404: ("not_found", "There is no such route."),
+    404: (
+        "not_found",
+        "There is no such route; models answer at /v1/chat/completions and /v1/completions.",
+    ),
     405: ("method_not_allowed", "This route does not answer this method."),
     400: ("bad_request", "The request is malformed."),
 }

@@ -4,8 +4,8 @@
 _SHARED = frozenset((
     "model", "max_tokens", "n", "stop", "seed", "logit_bias", "temperature", "top_p", "top_k",
     "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs",
-    "stream", "stream_options", "adapters", "lora", "ignore_eos", "min_tokens",
-    "stop_token_ids", "cache_salt",
+    "stream", "stream_options", "adapters", "lora", "lora_path", "ignore_eos",
+    "min_tokens", "stop_token_ids", "cache_salt",
 ))
 _IGNORED = frozenset((
     "user", "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_key",

@@ -14,7 +14,14 @@ from fader_server.api.ports import Adapters, Engine, LeasedTerm, TenantStats
 from fader_server.api.resolve import exact
 from fader_server.api.traffic import BlendKey, Traffic, blend_key
 from fader_server.core import Admission, LaneName
-from fader_server.metrics import Metrics, by_tier, counter, gauge, lora_requests_info
+from fader_server.metrics import (
+    Metrics,
+    by_tier,
+    cache_config_info,
+    counter,
+    gauge,
+    lora_requests_info,
+)
 
 MERGE_STAGES = ("merging", "measuring", "failed", "refused")
 
@@ -206,6 +213,7 @@ def gauges(
         yield gauge("vllm:num_requests_running", "Requests in the batch.", stats.running)
         yield gauge("vllm:num_requests_waiting", "Requests in the queue.", stats.waiting)
         yield gauge("vllm:kv_cache_usage_perc", "Share of KV blocks used, 0 to 1.", full)
+        yield cache_config_info(stats.block_size, stats.kv_total)
 
     return read
 

@@ -51,7 +51,7 @@ class Preparer:
         if call.max_tokens is None:
             if prompt >= self._longest:
                 raise self._too_long(f"{prompt} tokens in the {param}", param)
-            return self._longest - prompt
+            return min(self._longest - prompt, call.longest)
         if prompt + call.max_tokens > self._longest:
             what = f"{prompt} tokens in the {param} and {call.max_tokens} in the completion"
             raise self._too_long(what, param if prompt >= self._longest else "max_tokens")

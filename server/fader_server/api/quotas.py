@@ -27,9 +27,7 @@ class Bucket:
 
     def take(self, count: int) -> float:
         """Seconds to wait; 0.0: taken."""
-        now = self._clock()
-        self._fill((now - self._at) * self.amount / 60)
-        self._at = now
+        self._refill()
         short = min(count, self.amount) - self._level
         if short > 0:
             return short * 60 / self.amount
@@ -38,6 +36,16 @@ class Bucket:
 
     def give_back(self, count: int) -> None:
         self._fill(count)
+
+    def look(self) -> tuple[int, float]:
+        """How much is left, and the seconds until all of it is."""
+        self._refill()
+        return max(0, int(self._level)), (self.amount - self._level) * 60 / self.amount
+
+    def _refill(self) -> None:
+        now = self._clock()
+        self._fill((now - self._at) * self.amount / 60)
+        self._at = now
 
     def _fill(self, count: float) -> None:
         self._level = min(self.amount, self._level + count)
@@ -106,3 +114,23 @@ class Quotas:
                 undo.callback(limit.give_back, count)
             undo.pop_all()
         return Counted(calls, bucket, tokens)
+
+    def headers(self, tenant: str) -> dict[str, str]:
+        """What is left to a tenant now, in OpenAI's headers; none without a limit."""
+        told: dict[str, str] = {}
+        for what, buckets in (("requests", self._calls), ("tokens", self._tokens)):
+            if tenant in buckets:
+                left, seconds = buckets[tenant].look()
+                told[f"x-ratelimit-limit-{what}"] = str(buckets[tenant].amount)
+                told[f"x-ratelimit-remaining-{what}"] = str(left)
+                told[f"x-ratelimit-reset-{what}"] = _duration(seconds)
+        return told
+
+
+def _duration(seconds: float) -> str:
+    """As Go writes it and clients of OpenAI read it: 0s, 20ms, 1.5s, 2m0s."""
+    milliseconds = math.ceil(seconds * 1000)
+    if 0 < milliseconds < 1000:
+        return f"{milliseconds}ms"
+    minutes, rest = divmod(milliseconds, 60_000)
+    return f"{minutes}m{rest / 1000:g}s" if minutes else f"{rest / 1000:g}s"

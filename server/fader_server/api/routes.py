@@ -3,6 +3,7 @@
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -20,12 +21,14 @@ from fader_server.api.context import (
     visible_to,
 )
 from fader_server.api.disconnect import while_connected
+from fader_server.api.errors import describe
 from fader_server.api.generate import Generation
 from fader_server.api.observe import CallRecord
 from fader_server.api.render import ChatRenderer, CompletionRenderer, Head, Renderer, encode
 from fader_server.api.resolve import blend_header
 from fader_server.api.schemas import Call, read_chat, read_completion
 from fader_server.api.sse import EventStream, outcome_of, start
+from fader_server.errors import TenantBusy
 
 router = APIRouter()
 Reader = Callable[[dict[str, Any], Limits], Call]
@@ -45,18 +48,24 @@ async def chat_completions(request: Request) -> Response:
 
 async def _generate(request: Request, read: Reader, prefix: str) -> Response:
     context = context_of(request)
+    caller = principal_of(request)
     body = await body_of(request)
-    call = read(body, context.limits)
+    call = read(body, replace(context.limits, max_tokens=caller.max_tokens))
     context.metrics.ignored(call.ignored)
     record = context.record(request)
     log_of(request).extra.update(stream=call.stream, n=call.n)
     id = f"{prefix}-{secrets.token_hex(12)}"
     try:
         work = _answer(context, request, call, id, record)
-        return await while_connected(request.receive, work)
+        answer = await while_connected(request.receive, work)
+    except TenantBusy as error:
+        record.end(outcome_of(error))
+        answer = describe(error).response()
     except BaseException as error:
         record.end(outcome_of(error))
         raise
+    answer.headers.update(context.generator.quotas.headers(caller.tenant))
+    return answer
 
 
 async def _answer(

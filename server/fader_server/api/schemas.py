@@ -6,7 +6,7 @@ Knows OpenAI's fields and our extensions; knows nothing about tokens, adapters t
 from dataclasses import dataclass
 from typing import Any
 
-from fader_server.api.blends import NamedTerm, read_blend
+from fader_server.api.blends import NamedTerm, read_named
 from fader_server.api.choosing import Choosing, Limits, is_token_ids, read_choosing
 from fader_server.api.fields import Fields, is_text
 from fader_server.api.known import CHAT_FIELDS, COMPLETION_FIELDS, UNSERVED_FIELDS
@@ -27,7 +27,8 @@ class Call:
     messages: tuple[Message, ...]
     n: int
     max_tokens: int | None
-    """None: as many as the context holds."""
+    """None: as many as the context holds, up to `longest`."""
+    longest: int
     choosing: Choosing
     stop: tuple[str, ...]
     logprobs: int | None
@@ -49,7 +50,9 @@ def read_completion(body: dict[str, Any], limits: Limits) -> Call:
     ignored = fields.unknown(COMPLETION_FIELDS)
     prompts = _prompts(fields, limits)
     echo = fields.boolean("echo")
-    most = fields.integer("max_tokens", 16, low=0 if echo else 1, high=limits.max_call_tokens)
+    most = fields.integer(
+        "max_tokens", min(16, limits.longest), low=0 if echo else 1, high=limits.longest
+    )
     logprobs = fields.optional_integer("logprobs", low=0, high=20)
     n = fields.integer("n", 1, low=1, high=limits.max_n)
     fields.only("best_of", lambda v: v == n and type(v) is int, "is not supported beyond n")
@@ -68,13 +71,13 @@ def read_chat(body: dict[str, Any], limits: Limits) -> Call:
     messages = read_messages(fields)
     most = None
     for name in ("max_tokens", "max_completion_tokens"):  # the later one wins
-        given = fields.optional_integer(name, low=1, high=limits.max_call_tokens)
+        given = fields.optional_integer(name, low=1, high=limits.longest)
         most = most if given is None else given
     logprobs = None
     top = fields.optional_integer("top_logprobs", low=0, high=20)
     if fields.boolean("logprobs"):
         logprobs = top or 0
-    elif top is not None:
+    elif top:
         fields.refuse("top_logprobs", "needs logprobs to be true")
     _refuse_unserved(fields)
     _refuse_of_chat(fields)
@@ -94,10 +97,10 @@ def _refuse_unserved(fields: Fields) -> None:
 
 
 def _refuse_of_chat(fields: Fields) -> None:
-    fields.only("tools", lambda v: v == [], _MISSING)
-    fields.only("functions", lambda v: v == [], _MISSING)
-    fields.only("tool_choice", lambda v: v in ("none", "auto"), _MISSING)
-    fields.only("function_call", lambda v: v in ("none", "auto"), _MISSING)
+    for offered, choice in (("tools", "tool_choice"), ("functions", "function_call")):
+        if fields.raw(choice) != "none":  # then none is called, and the model is shown none
+            fields.only(offered, lambda v: v == [], f'{_MISSING} unless {choice} is "none"')
+        fields.only(choice, lambda v: v in ("none", "auto"), _MISSING)
     fields.only("modalities", lambda v: v == ["text"], _MISSING)
     fields.only("continue_final_message", lambda v: v is False, _MISSING)
     fields.only("add_generation_prompt", lambda v: v is True, "is always true here")
@@ -121,11 +124,12 @@ def _call(
     stream = fields.boolean("stream")
     call = Call(
         model=model,
-        terms=read_blend(fields, limits.max_terms),
+        terms=read_named(fields, model, limits.max_terms),
         prompts=prompts,
         messages=messages,
         n=n,
         max_tokens=max_tokens,
+        longest=limits.longest,
         choosing=read_choosing(fields, limits, max_tokens),
         stop=_stop(fields),
         logprobs=logprobs,

@@ -186,6 +186,7 @@ class Engine:
             kv_used=blocks.total - cached - free,
             kv_cached=cached,
             kv_free=free,
+            block_size=blocks.block_size,
             prefix_queries=blocks.queries,
             prefix_hits=blocks.hits,
             steps=stepper.steps,

@@ -37,6 +37,8 @@ class EngineStats:
     kv_used: int
     kv_cached: int
     kv_free: int
+    block_size: int
+    """Tokens of one block."""
     prefix_queries: int
     """Full prompt blocks of admitted requests."""
     prefix_hits: int

@@ -131,6 +131,7 @@ class FakeStats:
     kv_total: int = 100
     kv_used: int = 25
     kv_cached: int = 5
+    block_size: int = 16
     prefix_queries: int = 0
     prefix_hits: int = 0
     generated: int = 0

@@ -282,6 +282,7 @@ async def test_metrics_of_calls_and_the_gateway_contract(client, world: World):
         'fader_adapter_tokens_total{adapter="tone",direction="prompt"} 1.0',
         "vllm:num_requests_waiting 0.0",
         "vllm:kv_cache_usage_perc 0.25",
+        'vllm:cache_config_info{block_size="16",num_gpu_blocks="100"} 1.0',
         "fader_adapter_leases 0.0",
         'fader_adapter_evictions_total{tier="device"} 3.0',
         'fader_http_responses_total{route="/v1/completions",status="200"} 1.0',

@@ -109,7 +109,8 @@ BAD = [
     *[("ignore_eos", v) for v in (1,)],
     *[("cache_salt", v) for v in (1, "x" * 300)],
     *[(k, v) for k, v in (("gama", 1), ("adapter", "tone"), ("adapter_id", "tone"),
-      ("lora_path", "x"), ("max_token", 1), ("temprature", 1), ("tempersture", 1))],
+      ("max_token", 1), ("temprature", 1), ("tempersture", 1))],
+    *[("lora_path", v) for v in (1, ["tone"], "../x", "tone@12", "x" * 600)],
     *[("adapters", v) for v in ([], {}, "tone", [1], ["tone"], [{"name": "tone"}] * 9,
       [{"name": "tone", "weight": 17}], [{"name": "tone", "weight": "1"}],
       [{"name": "tone", "weight": True}], [{"name": "tone", "gamma": 1}], [{"weight": 1}],
@@ -141,7 +142,8 @@ CHAT_BAD = [
       [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
       [{"role": "user", "content": "\ud800"}], [{"role": 1, "content": "x"}])],
     ("top_logprobs", 1), ("logprobs", 1), ("top_logprobs", 21), ("tools", [{"type": "function"}]),
-    ("tool_choice", "required"), ("response_format", {"type": "json_object"}),
+    ("tool_choice", "required"), ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+    ("function_call", {"name": "f"}), ("response_format", {"type": "json_object"}),
     ("chat_template", "x"), ("chat_template_kwargs", {"a": 1}), ("max_completion_tokens", 0),
     ("functions", [{}]), ("guided_json", {"type": "object"}), ("guided_regex", "a+"),
     ("continue_final_message", True), ("add_generation_prompt", False),
@@ -172,6 +174,48 @@ async def test_bad_chat_fields_are_named(client, field, value):
 async def test_harmless_fields_pass(client, extra):
     answer = await client.post("/v1/completions", json={**GOOD["/v1/completions"], **extra})
     assert answer.status_code == 200, answer.text
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"tools": [TOOL], "tool_choice": "none", "parallel_tool_calls": False},
+        {"functions": [{"name": "f"}], "function_call": "none"},
+        {"tools": [], "tool_choice": "auto"},
+        {"tools": None, "tool_choice": None, "max_tokens": None, "reasoning_effort": None},
+        {"logprobs": False, "top_logprobs": 0, "modalities": ["text"], "store": True},
+        {"reasoning_effort": "low", "verbosity": "low", "prompt_cache_retention": "24h"},
+        {
+            "chat_id": "a",
+            "session_id": "b",
+            "features": {},
+            "background_tasks": {},
+            "variables": {},
+        },
+    ],
+)
+async def test_what_changes_nothing_in_a_chat_is_plain_chat(client, world: World, extra):
+    bare = GOOD["/v1/chat/completions"] | {"seed": 1}
+    answers = [
+        (await client.post("/v1/chat/completions", json=bare | more)).json() for more in ({}, extra)
+    ]
+    assert answers[0]["choices"] == answers[1]["choices"]
+    assert world.engine.seen[0].prompt == world.engine.seen[1].prompt
+    assert world.engine.seen[0].params == world.engine.seen[1].params
+
+
+@pytest.mark.parametrize(
+    ("offered", "choice"), [("tools", "tool_choice"), ("functions", "function_call")]
+)
+@pytest.mark.parametrize("value", [None, "auto"])
+async def test_tools_that_the_model_may_call_are_refused(client, offered, choice, value):
+    body = GOOD["/v1/chat/completions"] | {offered: [TOOL], choice: value}
+    error = check_envelope(await client.post("/v1/chat/completions", json=body))
+    assert error["param"] == offered
+    assert f'{choice} is "none"' in error["message"]
 
 
 async def test_unknown_fields_are_counted(client, world: World):

@@ -181,6 +181,7 @@ async def test_null_means_unset(client, world: World):
             "max_tokens",
             "adapters",
             "lora",
+            "lora_path",
         ]
     )
     answer = await client.post("/v1/completions", json={"model": "base", "prompt": "x", **nulls})
@@ -236,6 +237,33 @@ async def test_llama_cpp_lora_field_is_a_blend(client, world: World):
     lora = [{"id": "tone", "scale": 0.5}, {"name": "domain", "scale": 2}]
     await complete(client, lora=lora)
     assert sorted(term.gamma for term in world.engine.seen[0].blend.terms) == [0.5, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("tone", "tone"), ("base", "tone"), ("base:tone", "base:tone"), ("base", "tone@{}")],
+)
+async def test_sglangs_lora_path_names_an_adapter(client, world: World, model, name):
+    """Its benchmark names the adapter as the model, too."""
+    body = {"model": model, "prompt": "x", "lora_path": name.format(digest("tone")[:12])}
+    answer = await client.post("/v1/completions", json=body)
+    assert answer.headers["x-fader-blend"] == f"tone@{digest('tone')[:12]}=1"
+    assert [term.version for term in world.engine.seen[0].blend.terms] == [digest("tone")]
+
+
+@pytest.mark.parametrize(
+    ("extra", "status", "param"),
+    [
+        ({"model": "tone", "lora_path": "domain"}, 400, "adapters"),
+        ({"lora_path": "tone", "adapters": [{"name": "tone"}]}, 400, "lora_path"),
+        ({"lora_path": "nope"}, 404, "model"),
+        ({"model": "nope", "lora_path": "nope"}, 404, "model"),
+    ],
+)
+async def test_a_lora_path_never_falls_back_to_the_base(client, world, extra, status, param):
+    answer = await client.post("/v1/completions", json={"model": "base", "prompt": "x"} | extra)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+    assert world.engine.seen == []
 
 
 @pytest.mark.parametrize("model", ["nope", "base:nope", "tone@000000000000", "../x", "Base", "a b"])

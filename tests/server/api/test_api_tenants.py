@@ -75,6 +75,8 @@ def blends(name: str) -> list[Ask]:
             [{"name": name}, one],
         ):
             asks += generations("base", **{field: terms})
+    for spelled in (name, ref):
+        asks += generations("base", lora_path=spelled)
     return asks
 
 
@@ -125,7 +127,8 @@ async def test_the_matrix_would_notice_a_key_that_may_use_it(worlds, name):
     async with asgi(world) as client:
         for ask in [*uses(name), *blends(name)]:
             _, path, body = ask
-            blend = (body or {}).get("adapters") or (body or {}).get("lora")
+            given = body or {}
+            blend = given.get("adapters") or given.get("lora") or given.get("lora_path")
             if name == "mix" and ("@" in path or path.startswith("/v1/adapters/")):
                 continue  # a recipe is no adapter and has no versions
             if name == "mix" and "@" in (body or {}).get("model", ""):

@@ -1,0 +1,155 @@
+"""One HTTP/1.1 connection: bounds on what a client may keep waiting, and an end that it hears.
+
+Knows bytes and time; nothing of the application.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from fader_server.api.errors import malformed
+
+LINGER_SECONDS = 5.0
+LINGER_BYTES = 1 << 26
+"""What may still come after the last answer: many clients read theirs once all is sent."""
+
+
+class LingeringTransport(asyncio.Transport):
+    """A socket that may be closed while the client still sends.
+
+    To close with bytes unread resets the connection, and the client may never see its answer. So
+    then it says that no more is written, and takes what comes, up to the bounds above.
+
+    inner    the socket's own
+    sending  whether the client is in the middle of something
+    """
+
+    def __init__(self, inner: asyncio.Transport, sending: Callable[[], bool]) -> None:
+        super().__init__()
+        self._inner = inner
+        self._sending = sending
+        self._left = LINGER_BYTES
+        self._end: asyncio.TimerHandle | None = None
+
+    @property
+    def lingering(self) -> bool:
+        return self._end is not None
+
+    def close(self) -> None:
+        if self.is_closing() or not self._sending():
+            self._inner.close()
+            return
+        loop = asyncio.get_running_loop()
+        self._end = loop.call_later(LINGER_SECONDS, self._inner.abort)
+        self._inner.write_eof()
+        self._inner.resume_reading()
+
+    def discard(self, count: int) -> None:
+        """So many bytes came while it lingered."""
+        self._left -= count
+        if self._left < 0:
+            self._inner.abort()
+
+    def lost(self) -> None:
+        """The socket is gone."""
+        if self._end is not None:
+            self._end.cancel()
+
+    def abort(self) -> None:
+        self._inner.abort()
+
+    def is_closing(self) -> bool:
+        return self.lingering or self._inner.is_closing()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if not self.lingering:
+            self._inner.write(data)
+
+    def pause_reading(self) -> None:
+        self._inner.pause_reading()
+
+    def resume_reading(self) -> None:
+        self._inner.resume_reading()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:  # noqa: ANN401 - as its parent
+        return self._inner.get_extra_info(name, default)
+
+
+def bounded_protocol(*, client_seconds: float, max_connections: int) -> type[H11Protocol]:
+    """uvicorn's h11 protocol with a deadline for request heads, one for bodies that nobody waits
+    for any more, and a cap on open sockets."""
+
+    class BoundedProtocol(H11Protocol):
+        _deadline: asyncio.TimerHandle | None = None
+        _socket: LingeringTransport
+
+        def connection_made(self, transport: Any) -> None:  # noqa: ANN401 - as its parent has it
+            self._socket = LingeringTransport(transport, self._sending)
+            super().connection_made(self._socket)
+            if len(self.connections) > max_connections:
+                transport.abort()
+                return
+            self._deadline = self.loop.call_later(client_seconds, self._expire)
+
+        def data_received(self, data: bytes) -> None:
+            if self._socket.lingering:
+                self._socket.discard(len(data))
+                return
+            super().data_received(data)
+            waits = self.conn.their_state is h11.IDLE or (self._answered() and self._sending())
+            if waits and self._deadline is None:
+                self._deadline = self.loop.call_later(client_seconds, self._expire)
+            elif not waits:
+                self._disarm()
+
+        def send_400_response(self, msg: str) -> None:
+            """What is not HTTP gets the same error object as everything else."""
+            if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # its answer is out
+                self.transport.abort()
+                return
+            body = json.dumps(malformed()).encode()
+            headers = [
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(body)).encode()),
+                (b"connection", b"close"),
+            ]
+            answer = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+            for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+            if not self._answered():  # a route reads the body: there is no more of it
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+            self.transport.close()
+
+        def _unsupported_upgrade_warning(self) -> None:
+            """The answer is HTTP/1.1, as every client expects that asks for h2c in passing.
+
+            uvicorn would advise an install whose parser lifts the bound on request heads.
+            """
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._disarm()
+            self._socket.lost()
+            super().connection_lost(exc)
+
+        def _answered(self) -> bool:
+            return self.cycle is None or self.cycle.response_complete
+
+        def _sending(self) -> bool:
+            return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+
+        def _disarm(self) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+
+        def _expire(self) -> None:
+            self._deadline = None
+            if self._answered():
+                self.transport.abort()
+
+    return BoundedProtocol
