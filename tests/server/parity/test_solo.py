@@ -64,8 +64,21 @@ def bits(answers: list[Answer]) -> list[tuple[list[int], list[float], list[float
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", sorted(SOLO))
+def test_in_every_family_a_row_has_the_bits_that_it_has_alone(
+    family: str, dtype: torch.dtype, tmp_path: Path
+):
+    same_bits_alone(Setting(family, tmp_path), dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_has_the_bits_that_it_has_alone(setting: Setting, dtype: torch.dtype):
+    same_bits_alone(setting, dtype)
+
+
+def same_bits_alone(setting: Setting, dtype: torch.dtype) -> None:
     questions = asks(512)
     together = setting.world(limits=LIMITS, dtype=dtype)
     alone = setting.world(limits=LIMITS, dtype=dtype)
