@@ -27,6 +27,7 @@ from fader_server.model.rehearsal import rehearse
 from fader_server.model.rotary import longest
 from fader_server.model.solo_rehearsal import measured, rehearse_solo
 from fader_server.model.states import NO_STATE
+from fader_server.model.wanted import keep_wanted
 
 
 def load_base(
@@ -56,6 +57,7 @@ def load_base(
         from fader_server.model.cuda_modules import use_cuda  # imports triton
 
         use_cuda(model)
+    keep_wanted(model)
     layers, solo = {}, None
     try:
         if reason:
