@@ -40,7 +40,10 @@ def uses_interface(config: PretrainedConfig) -> bool:
     """Whether a class tells that its attention goes through transformers' AttentionInterface: the
     model's own, or that of its text decoder alone. Raises BaseUnsupported.
     """
-    decoder = MODEL_MAPPING.get(type(config.get_text_config(decoder=True)), None)
+    try:
+        decoder = MODEL_MAPPING.get(type(config.get_text_config(decoder=True)), None)
+    except ValueError:  # a class that transformers lists and does not have
+        decoder = None
     classes = (model_class(config), decoder)
     return any(getattr(kind, "_supports_attention_backend", False) for kind in classes)
 

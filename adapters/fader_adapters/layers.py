@@ -273,7 +273,9 @@ def _groups(found: list[tuple[str, nn.Module]]) -> Iterator[list[int]]:
 def _stackable(found: list[tuple[str, nn.Module]], members: list[int]) -> bool:
     from bitsandbytes.nn.modules import Linear4bit
 
-    return all(isinstance(found[i][1], Linear4bit) for i in members)
+    given = [module for i in members if isinstance(module := found[i][1], Linear4bit)]
+    # attention to something else, such as pictures, has keys and values of another width
+    return len(given) == len(members) and len({module.in_features for module in given}) == 1
 
 
 def _base(members: list[nn.Module], backend: Backend) -> BaseLinear:
