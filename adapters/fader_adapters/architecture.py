@@ -5,6 +5,7 @@ from typing import Any
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
+    GenerationMixin,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -57,7 +58,8 @@ def _kind(config: PretrainedConfig) -> tuple[Any, Any]:
 
 
 def _reads(known: Any, config: PretrainedConfig) -> bool:  # noqa: ANN401  transformers' mapping
-    """Whether what it makes of the config can be saved and read again: of some models that also see
-    it makes the text decoder, whose own config it does not know.
+    """Whether it makes a model of the config that writes token by token, and that can be saved and
+    read again: of some that also see it makes the text decoder, whose own config it does not know.
     """
-    return type(config) in known and known[type(config)].config_class in known
+    made = known[type(config)] if type(config) in known else None
+    return made is not None and issubclass(made, GenerationMixin) and made.config_class in known
