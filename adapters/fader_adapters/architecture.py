@@ -61,5 +61,5 @@ def _reads(known: Any, config: PretrainedConfig) -> bool:  # noqa: ANN401  trans
     """Whether it makes a model of the config that writes token by token, and that can be saved and
     read again: of some that also see it makes the text decoder, whose own config it does not know.
     """
-    made = known[type(config)] if type(config) in known else None
+    made = known.get(type(config), None)
     return made is not None and issubclass(made, GenerationMixin) and made.config_class in known

@@ -129,13 +129,17 @@ TEXTS: dict[str, dict[str, Any]] = {
 """Model type → what the config of its text decoder says beside COMMON."""
 
 
+REFUSED: dict[str, dict[str, Any]] = {"blip-2": {}, "paligemma": {}}
+"""The same of models that cannot answer text alone, or not from left to right."""
+
+
 def _with_towers(model_type: str) -> PretrainedConfig:
     plain: Any = transformers.AutoConfig.for_model(model_type)
     text = plain.get_text_config(decoder=True)
     parts = {}
     for name in plain.sub_configs:
         part = getattr(plain, name)
-        wanted = COMMON | TEXTS[model_type] if part is text else TOWERS
+        wanted = COMMON | (TEXTS | REFUSED)[model_type] if part is text else TOWERS
         known = {key: value for key, value in wanted.items() if hasattr(part, key)}
         if isinstance(getattr(part, "image_size", None), list):
             known |= {key: [known[key]] * 2 for key in ("image_size", "patch_size")}
@@ -153,7 +157,7 @@ COMPOSITES: dict[str, Callable[[], PretrainedConfig]] = {
 def write_composite(name: str, target: Path) -> Path:
     """Save a random fp32 checkpoint; norms and biases are random too."""
     torch.manual_seed(0)
-    config: Any = COMPOSITES[name]()
+    config: Any = COMPOSITES[name]() if name in COMPOSITES else _with_towers(name)
     model: PreTrainedModel = auto_class(config).from_config(config).float()
     with torch.no_grad():
         for parameter in model.parameters():
