@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 _FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE*")
 """What of a repository on the Hub is a model."""
 
+_PROCESSOR = ("*processor_config.json", "chat_template.json")
+"""What models that also see or hear have beside a tokenizer, their chat template among it."""
+
 _OTHER_ATTENTION = (
     "attention_chunk_size",
     "use_bidirectional_attention",
@@ -209,6 +212,9 @@ def quantize(source: str, target: Path, *, device: torch.device) -> None:
         )
     except (OSError, ValueError) as error:
         log.warning("no tokenizer was written: %s", first_line(error))
+    for pattern in _PROCESSOR:
+        for file in local_copy(source).glob(pattern):
+            (target / file.name).write_bytes(file.read_bytes())
 
 
 @contextmanager
