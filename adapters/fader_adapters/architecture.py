@@ -1,5 +1,6 @@
 """Which of transformers' classes reads a checkpoint as a model that writes text. Knows configs."""
 
+import inspect
 from typing import Any
 
 from transformers import (
@@ -58,8 +59,11 @@ def _kind(config: PretrainedConfig) -> tuple[Any, Any]:
 
 
 def _reads(known: Any, config: PretrainedConfig) -> bool:  # noqa: ANN401  transformers' mapping
-    """Whether it makes a model of the config that writes token by token, and that can be saved and
-    read again: of some that also see it makes the text decoder, whose own config it does not know.
+    """Whether it makes a model of the config that takes tokens and writes one at a time, and that
+    can be saved and read again: of some it makes the decoder, whose own config it does not know.
     """
     made = known.get(type(config), None)
-    return made is not None and issubclass(made, GenerationMixin) and made.config_class in known
+    if made is None or made.config_class not in known:
+        return False
+    takes = inspect.signature(made.forward).parameters
+    return "input_ids" in takes and issubclass(made, GenerationMixin)

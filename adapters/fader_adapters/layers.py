@@ -93,7 +93,10 @@ class Site:
         rows = x.reshape(-1, self.spec.in_features)
         tokens = self._state.tokens
         if tokens is not None and rows.shape[0] != tokens and not self.head:
-            raise BaseUnsupported(f"a linear was given {rows.shape[0]} of {tokens} tokens")
+            raise BaseUnsupported(
+                f"a linear was given {rows.shape[0]} of {tokens} tokens; adapters are for linears "
+                "that see all of them, and not for pictures or sound beside a text"
+            )
         merged = None if lane is None else lane.bases.get(self)
         y = self.kernel(rows, self._state.at(x, head=self.head)) if merged is None else merged(rows)
         if len(self._starts) == 1:

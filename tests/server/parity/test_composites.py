@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from fader_adapters.errors import AdapterMismatch
 from fader_adapters.weightspace import base as weightspace
 from fader_server.errors import ModelUnsupported
 from fader_server.model import checkpoint
-from fader_server.model.checkpoint import quantize
+from fader_server.model.checkpoint import quantize, read_config
 from tests.server.parity.test_many_families import asks, equals_peft
 from tests.support.composites import COMPOSITES, ODD, write_composite
 from tests.support.peft_adapters import write_adapter
@@ -148,5 +149,17 @@ def test_a_tower_that_lacks_a_library_is_named_in_one_line(tmp_path: Path, monke
         raise ImportError("\nTimmWrapperModel requires the timm library\nand advice")
 
     monkeypatch.setattr("transformers.CLIPVisionModel.__init__", build)
-    with pytest.raises(ModelUnsupported, match="requires the timm library$"):
+    with pytest.raises(ModelUnsupported, match=r"requires the timm library$"):
         TinyWorld(source)
+
+
+@pytest.mark.parametrize("kind", ["diffusion_gemma", "florence2", "qwen2_5_omni"])
+def test_model_that_does_not_write_token_by_token_is_refused_by_its_config(
+    kind: str, tmp_path: Path
+):
+    """Blocks at once, after an encoder, by parts that a model of its own leads."""
+    transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(ModelUnsupported, match=f"{kind} is not a decoder-only language model"):
+        read_config(str(tmp_path))
+    transformers.AutoConfig.for_model("llava").save_pretrained(tmp_path)
+    read_config(str(tmp_path))
