@@ -4,7 +4,7 @@ Knows transformers' loading and files; knows nothing of Fader's linears.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 _FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE*")
 """What of a repository on the Hub is a model."""
+_TWICE = "consolidated*"
+"""The same weights in the form of their maker."""
 
 _PROCESSOR = ("*processor_config.json", "chat_template.json")
 """What models that also see or hear have beside a tokenizer, their chat template among it."""
@@ -105,12 +107,12 @@ def check_folder(source: str) -> None:
         raise ConfigInvalid(f"{source} has no config.json; give the folder of a transformers model")
 
 
-def local_copy(source: str) -> Path:
+def local_copy(source: str, files: Iterable[str] = _FILES) -> Path:
     """The folder of a base's files, fetched when `source` is a Hub id. Raises ConfigInvalid."""
     if Path(source).is_dir():
         return Path(source)
     try:
-        return Path(snapshot_download(source, allow_patterns=list(_FILES)))
+        return Path(snapshot_download(source, allow_patterns=list(files), ignore_patterns=_TWICE))
     except (OSError, ValueError) as error:
         raise ConfigInvalid(f"no model at {source!r}: {first_line(error)}") from error
 
@@ -212,8 +214,9 @@ def quantize(source: str, target: Path, *, device: torch.device) -> None:
         )
     except (OSError, ValueError) as error:
         log.warning("no tokenizer was written: %s", first_line(error))
+    folder = local_copy(source, _PROCESSOR)
     for pattern in _PROCESSOR:
-        for file in local_copy(source).glob(pattern):
+        for file in folder.glob(pattern):
             (target / file.name).write_bytes(file.read_bytes())
 
 

@@ -163,3 +163,13 @@ def test_model_that_does_not_write_token_by_token_is_refused_by_its_config(
         read_config(str(tmp_path))
     transformers.AutoConfig.for_model("llava").save_pretrained(tmp_path)
     read_config(str(tmp_path))
+
+
+def test_files_of_a_processor_travel_with_a_quantised_base(tmp_path: Path):
+    source = write_composite("llava", tmp_path / "base")
+    for name in ("preprocessor_config.json", "chat_template.json"):
+        (source / name).write_text("{}")
+    quantize(str(source), tmp_path / "nf4", device=torch.device("cpu"))
+    found = {file.name for file in (tmp_path / "nf4").iterdir()}
+    assert {"preprocessor_config.json", "chat_template.json"} < found
+    assert "processor_config.json" not in found
