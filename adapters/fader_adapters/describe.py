@@ -105,7 +105,7 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 def _parts(name: str, out: int, model: PreTrainedModel) -> tuple[int, ...]:
     """Rows of the linears packed into one of this name, () where that is not known."""
     config = model.config.get_text_config(decoder=True)
-    if model.config.model_type not in _PACKS_IN_ORDER:
+    if _PACKS_IN_ORDER.isdisjoint((model.config.model_type, config.model_type)):
         return ()
     if name == "gate_up_proj":
         return (out // 2, out // 2)

@@ -93,7 +93,10 @@ class Site:
         rows = x.reshape(-1, self.spec.in_features)
         tokens = self._state.tokens
         if tokens is not None and rows.shape[0] != tokens and not self.head:
-            raise BaseUnsupported(f"a linear was given {rows.shape[0]} of {tokens} tokens")
+            raise BaseUnsupported(
+                f"a linear was given {rows.shape[0]} of {tokens} tokens; adapters are for linears "
+                "that see all of them, and not for pictures or sound beside a text"
+            )
         merged = None if lane is None else lane.bases.get(self)
         y = self.kernel(rows, self._state.at(x, head=self.head)) if merged is None else merged(rows)
         if len(self._starts) == 1:
@@ -273,7 +276,9 @@ def _groups(found: list[tuple[str, nn.Module]]) -> Iterator[list[int]]:
 def _stackable(found: list[tuple[str, nn.Module]], members: list[int]) -> bool:
     from bitsandbytes.nn.modules import Linear4bit
 
-    return all(isinstance(found[i][1], Linear4bit) for i in members)
+    given = [module for i in members if isinstance(module := found[i][1], Linear4bit)]
+    # attention to something else, such as pictures, has keys and values of another width
+    return len(given) == len(members) and len({module.in_features for module in given}) == 1
 
 
 def _base(members: list[nn.Module], backend: Backend) -> BaseLinear:

@@ -85,7 +85,7 @@ def _check_targets(
     """
     targets = config.targets
     theirs = view.theirs_too
-    stranger = targets.unmatched(theirs)
+    stranger = targets.unmatched({**named.modules, **theirs})
     if stranger is not None:
         raise AdapterMismatch(
             f"target_modules names {stranger[:160]!r}, the base has no such linear; "

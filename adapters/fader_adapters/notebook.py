@@ -77,7 +77,8 @@ class Attached:
             yield
         finally:
             self._rows = None
-            self._installed.state.step = self._installed.state.head = None
+            state = self._installed.state
+            state.step = state.head = state.tokens = None
             for lease in leases:
                 self._pool.release(tuple(v for v in lease.adapters if v in self._pool))
                 lease.release()
@@ -91,7 +92,7 @@ class Attached:
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = self._installed.state
-        state.step = state.head = None
+        state.step = state.head = state.tokens = None
         rows = self._rows
         if rows is None:
             return
@@ -107,6 +108,7 @@ class Attached:
             return self._backend.prepare(self._tables, terms)
 
         state.step = step(length)
+        state.tokens = None if state.step is None else count * length
         state.head = lambda shape: step(shape[1])
 
     def _forget(self, version: Digest) -> None:

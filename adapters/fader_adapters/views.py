@@ -2,7 +2,7 @@
 split. Knows names and shapes; reads no tensors.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +11,11 @@ from fader_adapters.spec import PACKED, BaseSpec, LinearSpec
 
 _WRAPPERS = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
 """What stands before `layers.0…` in text models, headless ones and the text part of others."""
+
+_TOWERS = ("vision_tower.", "vision_model.", "visual.", "audio_tower.", "multi_modal_projector.")
+"""What older models name beside their text part, and newer ones inside `model.`."""
+_INNER = ".vision_model."
+"""What older ones have inside a tower besides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +51,13 @@ class View:
     ours: str
     places: Mapping[str, Place]
     """By the base's path."""
+    moved: Mapping[str, str]
+    """Theirs → ours, of linears in towers that stand elsewhere in the adapter's model."""
 
     def place(self, path: str) -> Place | None:
         """Of a module path of the adapter."""
         # An output head stands outside the wrapper and keeps its name.
+        path = self.moved.get(path, path)
         if path in self.places or not path.startswith(self.theirs):
             return self.places.get(path)
         return self.places.get(self.ours + path.removeprefix(self.theirs))
@@ -61,8 +69,9 @@ class View:
         Under another prefix it is another class of model: a text model has no tower for pictures.
         """
         same = self.theirs == self.ours
+        back = {ours: theirs for theirs, ours in self.moved.items()}
         return {
-            self.their_path(path): place
+            back.get(path) or self.their_path(path): place
             for path, place in self.places.items()
             if same or place.role != "linear" or path.startswith(self.ours)
         }
@@ -78,9 +87,10 @@ def view_base(paths: Iterable[str], base: BaseSpec) -> View:
     """See the base as a model that has all these modules. Raises AdapterMismatch."""
     paths = list(paths)
     places = _places({path.rpartition(".")[2] for path in paths}, base)
+    moved = {path: there for path in paths for there in _moved(path, places)}
     found: dict[tuple[str, ...], View] = {}
     for theirs, ours in [("", "")] + [(t, o) for t in _WRAPPERS for o in _WRAPPERS if t != o]:
-        view = View(theirs, ours, places)
+        view = View(theirs, ours, places, moved)
         mapped = tuple(place.path for place in map(view.place, paths) if place is not None)
         if len(set(mapped)) != len(paths):
             continue
@@ -95,6 +105,17 @@ def view_base(paths: Iterable[str], base: BaseSpec) -> View:
         f"{stranger[:160]!r} {problem} the base ({base.model_type}, {len(base.linears)} linears "
         f"such as {base.linears[0].path!r}): the adapter was made for another base"
     )
+
+
+def _moved(path: str, places: Mapping[str, Place]) -> Iterator[str]:
+    """Where a tower's linear of an older model lies in the base; nothing where it did not move."""
+    inside = path.removeprefix("model.")
+    if path in places or not inside.startswith(_TOWERS):
+        return
+    for there in (f"model.{inside}", f"model.{inside}".replace(_INNER, ".", 1)):
+        if there in places:
+            yield there
+            return
 
 
 def _places(names: set[str], base: BaseSpec) -> dict[str, Place]:

@@ -13,8 +13,9 @@ import torch
 from bitsandbytes import functional
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
+from fader_adapters.architecture import auto_class
 from fader_server.errors import ConfigInvalid
 
 
@@ -40,7 +41,7 @@ def nf4_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    model = AutoModelForCausalLM.from_pretrained(source, **given)
+    model = auto_class(config).from_pretrained(source, **given)
     for path, module in list(model.named_modules()):
         if isinstance(module, Linear4bit):
             parent, _, child = path.rpartition(".")

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from fader_adapters import attach
-from fader_adapters.errors import AdapterNotFound, BlendInvalid
+from fader_adapters.errors import AdapterNotFound, BaseUnsupported, BlendInvalid
+from tests.support.composites import write_composite
 from tests.support.families import VOCAB, outside, write_family
 from tests.support.peft_adapters import write_adapter
 
@@ -113,3 +114,29 @@ def test_unknown_names_and_wrong_batches_are_refused_and_nothing_stays_held(base
         model(input_ids=_ids(3))
     lora.unload("one")
     assert lora._store.leases == lora._store.versions == lora._pool.pins == 0
+
+
+def test_text_of_a_model_that_sees_runs_under_adapters_and_pictures_under_none(tmp_path: Path):
+    base = write_composite("llava", tmp_path / "base")
+    tone = write_adapter(base, tmp_path / "tone", rank=4, seed=1)
+    read = AutoModelForImageTextToText.from_pretrained
+    lora = attach(model := read(base).eval(), arena_bytes=1 << 22)
+    lora.load("tone", tone)
+    ids = _ids(2)
+    with lora.rows([None, "tone"]):
+        ours = _logits(model, ids)
+    peft = PeftModel.from_pretrained(read(base), tone).eval()
+    torch.testing.assert_close(ours[1:], _logits(peft, ids[1:]), atol=1e-4, rtol=1e-4)
+    assert (ours[:1] - _logits(peft, ids[:1])).abs().max() > 1e-2
+    model.config.image_token_index = 511  # inside the tiny vocabulary
+    asked = {
+        "input_ids": torch.cat([torch.full((1, 4), 511), ids[:1]], dim=1),
+        "pixel_values": torch.randn(1, 3, 28, 28),
+    }
+    with torch.inference_mode():
+        with lora.rows([None]):
+            seen = model(**asked).logits
+        with lora.rows(["tone"]), pytest.raises(BaseUnsupported, match="given 5 of 16 tokens"):
+            model(**asked)
+        lora.detach()
+        torch.testing.assert_close(seen, model(**asked).logits, atol=1e-4, rtol=1e-4)

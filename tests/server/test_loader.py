@@ -195,9 +195,15 @@ def test_models_that_are_not_causal_decoders_are_refused(tmp_path):
         **small, intermediate_size=64, vocab_size=64, initializer_range=0.5
     )
     t5 = transformers.T5Config(d_model=64, d_kv=32, d_ff=64, num_layers=1, vocab_size=64)
+    tower = {**small, "intermediate_size": 64, "image_size": 28, "patch_size": 14}
+    clip = transformers.CLIPConfig(
+        text_config={**small, "intermediate_size": 64, "vocab_size": 64}, vision_config=tower
+    )
     for name, config, auto, reason in (
         ("bert", bert, transformers.AutoModelForMaskedLM, "depend on those behind it"),
         ("t5", t5, transformers.AutoModelForSeq2SeqLM, "not a decoder-only language model"),
+        ("clip", clip, transformers.AutoModel, "not a decoder-only language model"),
+        ("vit", transformers.ViTConfig(**tower), transformers.AutoModel, "not a decoder-only"),
     ):
         with pytest.raises(ModelUnsupported, match=reason):
             _load(_save(config, auto, tmp_path / name))

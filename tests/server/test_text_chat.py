@@ -131,6 +131,16 @@ def test_text_parts_are_joined():
     assert "<|im_end|>" in tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize("content", ["hello world", FORGED, ""])
+def test_a_template_that_loses_plain_content_is_given_parts(content):
+    source, tokenizer = pair("byte_level", "parts")
+    assert "hello" not in source.decode(reference(source, ask("hello")))  # or nothing is tested
+    _, plain = pair("byte_level", "chatml")
+    assert tokenizer.encode_chat(ask(content, "yes", "no")) == plain.encode_chat(
+        ask(content, "yes", "no")
+    )
+
+
 def test_the_developer_speaks_as_the_system_unless_the_template_knows_better():
     _, tokenizer = pair("byte_level", "chatml")
     developer = tokenizer.encode_chat([{"role": "developer", "content": "x"}])

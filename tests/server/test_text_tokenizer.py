@@ -1,5 +1,6 @@
 """Tokenizer and TextStream: prompts, limits, names of tokens, offsets, and other threads."""
 
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -132,6 +133,20 @@ def test_a_template_file_travels_with_the_base(tmp_path):
     hf("byte_level", TEMPLATES["chatml"]).save_pretrained(tmp_path)
     assert Tokenizer.load(str(tmp_path), max_model_len=64).has_chat_template
     assert not make().has_chat_template
+
+
+@pytest.mark.parametrize("name", ["chat_template.json", "processor_config.json"])
+def test_a_template_kept_with_a_processor_is_found(tmp_path, name):
+    hf("byte_level").save_pretrained(tmp_path)
+    file = tmp_path / name
+    for nothing in ("{", "[]", '{"chat_template": null}'):
+        file.write_text(nothing)
+        assert not Tokenizer.load(str(tmp_path), max_model_len=64).has_chat_template
+    file.write_text(json.dumps({"chat_template": TEMPLATES["chatml"]}))
+    found = Tokenizer.load(str(tmp_path), max_model_len=64)
+    message = [{"role": "user", "content": "hello"}]
+    own = Tokenizer(hf("byte_level", TEMPLATES["chatml"]), max_model_len=64)
+    assert found.encode_chat(message) == own.encode_chat(message)
 
 
 def test_tokens_have_a_text_and_bytes():

@@ -166,6 +166,12 @@ TEMPLATES = {
         "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
     ),
+    "parts": (  # of models that also see: content that is no list is lost
+        "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' }}{% for part in m['content'] %}"
+        "{% if part['type'] == 'image' %}<image>{% elif part['type'] == 'text' %}{{ part['text'] }}"
+        "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
     "direct": (  # the template's text touches the content
         "{% for m in messages %}{{ '<|' }}{{ m['content'] }}{{ '|>' }}{% endfor %}<|im_start|>"
     ),

@@ -9,15 +9,16 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
+from fader_adapters.architecture import auto_class
 from fader_adapters.describe import kept_plain
 from tests.support.peft_adapters import TIED
 
 
 def nf4_oracle(source: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The base quantised by bitsandbytes, then plain linears that hold the decoded weights."""
-    model = AutoModelForCausalLM.from_pretrained(
+    model = auto_class(AutoConfig.from_pretrained(source)).from_pretrained(
         source,
         dtype="auto",
         device_map={"": "cpu"},
@@ -48,8 +49,9 @@ def nf4_oracle(source: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 def _kept_plain(source: Path) -> list[str] | None:
     """The linears that Fader does not quantise."""
+    config = AutoConfig.from_pretrained(source)
     with torch.device("meta"):
-        return kept_plain(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source)))
+        return kept_plain(auto_class(config).from_config(config))
 
 
 class Oracle:

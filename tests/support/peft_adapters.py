@@ -8,6 +8,8 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
+from fader_adapters.architecture import auto_class
+
 TIED = "Model (has|with) .?tie_word_embeddings.*|.*ensure_weight_tying.*"
 """What PEFT has to say about adapters of tied embeddings."""
 
@@ -26,7 +28,7 @@ def write_adapter(
 
     `copies`: with the base's embeddings, as PEFT does by default where they are adapted.
     """
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model = auto_class(transformers.AutoConfig.from_pretrained(base)).from_pretrained(base)
     settings = {
         "target_modules": "all-linear",
         "lora_alpha": 2 * rank,

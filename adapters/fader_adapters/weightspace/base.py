@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
+from fader_adapters.architecture import auto_class
 from fader_adapters.describe import describe, kept_plain
 from fader_adapters.errors import (
     AdapterInvalid,
@@ -133,7 +134,10 @@ def densely(stored: torch.Tensor | quantised.Packed) -> torch.Tensor:
 
 
 def open_base(directory: Path) -> Base:
-    """Read a model's configuration and headers. Raises SourceNotFound, CheckpointInvalid."""
+    """Read a model's configuration and headers.
+
+    Raises SourceNotFound, CheckpointInvalid, BaseUnsupported.
+    """
     checkpoint = Checkpoint(directory)
     config = _config(directory)
     model = _skeleton(directory)
@@ -169,8 +173,10 @@ def _skeleton(directory: Path) -> PreTrainedModel:
             delattr(config, "quantization_config")
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+            return auto_class(config).from_config(config, trust_remote_code=False)
+    except BaseUnsupported as error:
+        raise BaseUnsupported(f"{directory}: {error}") from error
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointInvalid(f"{directory}: {first_line(error)}") from error
 
 

@@ -1,6 +1,7 @@
 """Low-rank factors as an adapter directory that PEFT and Fader load. Knows PEFT's format."""
 
 import math
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ from fader_adapters.errors import AdapterTooLarge, BlendInvalid, DeltaEmpty, Tar
 from fader_adapters.limits import Limits
 from fader_adapters.source import CONFIG_FILE, WEIGHTS_FILE
 from fader_adapters.weightspace import disk
+
+_NUMBER = re.compile(r"\.\d+(?:\.|$)", re.ASCII)
+"""Where a path enters a stack of layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +148,13 @@ def _config(
 
 
 def _targets(paths: list[str], others: Collection[str] | None) -> list[str]:
-    """Last names where they say exactly `paths`, else the paths themselves."""
+    """Last names where they say exactly `paths`, else the paths themselves.
+
+    Towers beside the text decoder may have what is no linear under a last name of theirs.
+    """
     names = sorted({path.rpartition(".")[2] for path in paths})
-    if others is None or {path.rpartition(".")[2] for path in others} & set(names):
+    stacks = {parts[0] for path in paths if len(parts := _NUMBER.split(path, maxsplit=1)) > 1}
+    shared = {path.rpartition(".")[2] for path in others or ()} & set(names)
+    if others is None or shared or len(stacks) > 1:
         return sorted(paths)
     return names

@@ -13,6 +13,8 @@ from fader_adapters.weightspace.tensors import DTYPES, INDEX_FILE
 _COPIED = (
     "generation_config.json",
     "tokenizer*",
+    "chat_template.json",
+    "*processor_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",

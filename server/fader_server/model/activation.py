@@ -44,6 +44,8 @@ def _kind(module: nn.Module, dtype: torch.dtype) -> Map | None:
     x = torch.randn(64, 64, generator=generator).mul_(4.0).to(dtype)
     with torch.inference_mode():
         expected = module(x)
+        if expected.shape != x.shape:  # a gate that halves its input
+            return None
         for kind in KINDS:
             if torch.allclose(activation(x, kind), expected, rtol=TOLERANCE[dtype], atol=1e-6):
                 return kind

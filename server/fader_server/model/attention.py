@@ -36,6 +36,7 @@ IGNORED = frozenset(
         "num_items_in_batch",
         "past_key_values",
         "deterministic",
+        "logits_to_keep",
         "target_dtype",
     }
 )

@@ -4,7 +4,7 @@ Knows transformers' loading and files; knows nothing of Fader's linears.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -17,14 +17,13 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from fader_adapters.architecture import auto_class, model_class, uses_interface
 from fader_adapters.describe import kept_plain
 from fader_adapters.errors import BaseUnsupported, first_line
 from fader_adapters.kernels import native
@@ -36,6 +35,11 @@ log = logging.getLogger(__name__)
 
 _FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE*")
 """What of a repository on the Hub is a model."""
+_TWICE = "consolidated*"
+"""The same weights in the form of their maker."""
+
+_PROCESSOR = ("*processor_config.json", "chat_template.json")
+"""What models that also see or hear have beside a tokenizer, their chat template among it."""
 
 _OTHER_ATTENTION = (
     "attention_chunk_size",
@@ -64,20 +68,19 @@ def read_config(source: str) -> PretrainedConfig:
         if isinstance(error, OSError):
             raise ConfigInvalid(f"no model at {source!r}: {first_line(error)}") from error
         raise ModelUnsupported(f"{source}: {first_line(error)}") from error
-    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelUnsupported(
-            f"{source}: {config.model_type} is not a decoder-only language model"
-        )
+    try:
+        auto_class(config)
+    except BaseUnsupported as error:
+        raise ModelUnsupported(f"{source}: {error}") from error
     _check_quantization(source, config)
     return config
 
 
 def why_not_packed(config: PretrainedConfig) -> str:
     """What a config says of an attention that is not Fader's over packed rows; empty: nothing."""
-    architecture: type[PreTrainedModel] = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-    if not architecture._supports_attention_backend:
+    if not uses_interface(config):
         return (
-            f"the attention of {architecture.__name__} does not go through "
+            f"the attention of {model_class(config).__name__} does not go through "
             "transformers' AttentionInterface"
         )
     text = config.get_text_config(decoder=True)
@@ -104,12 +107,12 @@ def check_folder(source: str) -> None:
         raise ConfigInvalid(f"{source} has no config.json; give the folder of a transformers model")
 
 
-def local_copy(source: str) -> Path:
+def local_copy(source: str, files: Iterable[str] = _FILES) -> Path:
     """The folder of a base's files, fetched when `source` is a Hub id. Raises ConfigInvalid."""
     if Path(source).is_dir():
         return Path(source)
     try:
-        return Path(snapshot_download(source, allow_patterns=list(_FILES)))
+        return Path(snapshot_download(source, allow_patterns=list(files), ignore_patterns=_TWICE))
     except (OSError, ValueError) as error:
         raise ConfigInvalid(f"no model at {source!r}: {first_line(error)}") from error
 
@@ -138,13 +141,13 @@ def read_nf4(
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=None if ready else _kept_plain(config),
     )
     if not ready and device.type == "cpu" and native.available():
         use_native_kernel(nf4)
     try:
         with quiet_libraries():
-            read: Any = AutoModelForCausalLM.from_pretrained(
+            nf4.llm_int8_skip_modules = None if ready else _kept_plain(config)
+            read: Any = auto_class(config).from_pretrained(
                 source,
                 output_loading_info=True,
                 config=config,
@@ -190,7 +193,7 @@ def read_nf4(
 def _kept_plain(config: PretrainedConfig) -> list[str] | None:
     """See `kept_plain`."""
     with torch.device("meta"), quiet_libraries():
-        return kept_plain(AutoModelForCausalLM.from_config(deepcopy(config)))
+        return kept_plain(auto_class(config).from_config(deepcopy(config)))
 
 
 def quantize(source: str, target: Path, *, device: torch.device) -> None:
@@ -211,6 +214,10 @@ def quantize(source: str, target: Path, *, device: torch.device) -> None:
         )
     except (OSError, ValueError) as error:
         log.warning("no tokenizer was written: %s", first_line(error))
+    folder = local_copy(source, _PROCESSOR)
+    for pattern in _PROCESSOR:
+        for file in folder.glob(pattern):
+            (target / file.name).write_bytes(file.read_bytes())
 
 
 @contextmanager

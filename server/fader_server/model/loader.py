@@ -16,7 +16,7 @@ from fader_adapters.layers import Installed, install
 from fader_server.errors import ModelUnsupported
 from fader_server.model import attention
 from fader_server.model.activation import replace_activations
-from fader_server.model.checkpoint import read_config, read_nf4, why_not_packed
+from fader_server.model.checkpoint import quiet_libraries, read_config, read_nf4, why_not_packed
 from fader_server.model.experts import keep_rows_apart
 from fader_server.model.head import replace_ends
 from fader_server.model.identity import Identity
@@ -27,6 +27,7 @@ from fader_server.model.rehearsal import rehearse
 from fader_server.model.rotary import longest
 from fader_server.model.solo_rehearsal import measured, rehearse_solo
 from fader_server.model.states import NO_STATE
+from fader_server.model.wanted import keep_wanted
 
 
 def load_base(
@@ -40,8 +41,10 @@ def load_base(
     config = read_config(source)
     attention.register()
     reason = why_not_packed(config)
-    own = None if reason else attention.NAME
-    model = read_nf4(source, config, device=device, attn_implementation=own)
+    model = read_nf4(source, config, device=device, attn_implementation=None)
+    if not reason:  # only now: some towers choose their class by what they are built with
+        with quiet_libraries():
+            model.set_attn_implementation(attention.NAME)
     identity = Identity(model)  # before anything is repacked or let go of
     for parameter in model.parameters():
         if not isinstance(parameter, Params4bit) and parameter.is_floating_point():
@@ -56,6 +59,7 @@ def load_base(
         from fader_server.model.cuda_modules import use_cuda  # imports triton
 
         use_cuda(model)
+    keep_wanted(model)
     layers, solo = {}, None
     try:
         if reason:

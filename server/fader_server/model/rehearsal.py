@@ -71,7 +71,9 @@ def rehearse(
 
 
 def _expect_layers(model: PreTrainedModel, source: str, found: int) -> None:
-    expected = model.config.get_text_config(decoder=True).num_hidden_layers
+    text = model.config.get_text_config(decoder=True)
+    aside = getattr(text, "cross_attention_layers", None) or ()  # to pictures: text skips them
+    expected = text.num_hidden_layers - len(aside)
     if found != expected:
         raise ModelUnsupported(
             f"{source}: {found} of {expected} layers attend through transformers' "

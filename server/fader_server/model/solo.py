@@ -67,7 +67,7 @@ class SoloModel:
             given["logits_to_keep"] = index
         ids = torch.tensor([tokens], device=device)
         logits = self._model(input_ids=ids, use_cache=True, **given).logits[0]
-        if len(logits) != len(kept):
+        if not self._keep or len(logits) != len(kept):  # all of them, or as it pleases
             logits = logits[index]
         return logits[: len(wanted)]
 

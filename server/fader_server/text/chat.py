@@ -21,6 +21,8 @@ from fader_server.text.encoding import encode
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _FIELDS = ("content", "name", "tool_call_id")
 _MARKUP = re.compile(r"<[^\s<>]+>|\[[A-Z_/]+\]")
+_WORD = "parrot"
+"""What a template is asked to repeat."""
 _PRIVATE = range(0xE000, 0xF900)
 _TEMPLATE_FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
@@ -37,6 +39,7 @@ class ChatEncoder:
             self._template = str(tokenizer.get_chat_template())
         except ValueError as error:
             raise ModelUnsupported(f"expected one default chat template: {error}") from error
+        self._parts = _wants_parts(tokenizer)
         added = backend.get_added_tokens_decoder().values()
         special = {t.content for t in added if t.special}
         # Not special, yet structure when the template writes it: <tool_response>. The assistant's
@@ -121,9 +124,10 @@ class ChatEncoder:
         return text[:at] + head + body + tail + text[at + len(body) :]
 
     def _render(self, messages: list[dict[str, str]]) -> str:
+        given = _in_parts(messages) if self._parts else messages
         try:
             text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+                given, tokenize=False, add_generation_prompt=True
             )
         except jinja2.TemplateError as error:
             raise RequestInvalid(
@@ -136,6 +140,25 @@ class ChatEncoder:
             ) from error
         assert isinstance(text, str)
         return text
+
+
+def _wants_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a template, as those of models that also see, loses content that is no list."""
+    message = {"role": "user", "content": _WORD}
+
+    def heard(messages: list[Any]) -> bool:
+        try:
+            return _WORD in str(
+                tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            )
+        except (jinja2.TemplateError, *_TEMPLATE_FAULTS):
+            return False
+
+    return not heard([message]) and heard(_in_parts([message]))
+
+
+def _in_parts(messages: list[dict[str, str]]) -> list[dict[str, Any]]:
+    return [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:

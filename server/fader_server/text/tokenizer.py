@@ -1,11 +1,14 @@
 """The base's tokenizer as the server uses it. Adapters' own files have no say."""
 
 import contextlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import tokenizers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
 from fader_adapters.errors import first_line
 from fader_server.errors import ModelUnsupported, RequestInvalid
@@ -60,6 +63,8 @@ class Tokenizer:
             raise ModelUnsupported(
                 f"cannot load the tokenizer of {source}: {first_line(error)}"
             ) from error
+        if not getattr(tokenizer, "chat_template", None):
+            tokenizer.chat_template = _processor_template(source, revision)
         eos_ids = _config_eos(source, revision)
         return cls(tokenizer, max_model_len=max_model_len, eos_ids=eos_ids)
 
@@ -112,6 +117,20 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes | None:
         """The bytes a token adds inside a text; None for one that adds none."""
         return self._pieces.piece(token) or None
+
+
+def _processor_template(source: str, revision: str | None) -> str | None:
+    """The template that models which also see or hear keep with their processor."""
+    for name in ("chat_template.json", "processor_config.json"):
+        with contextlib.suppress(OSError, ValueError):
+            file = cached_file(
+                source, name, revision=revision, _raise_exceptions_for_missing_entries=False
+            )
+            facts = json.loads(Path(file).read_text()) if file else None
+            found = facts.get("chat_template") if isinstance(facts, dict) else None
+            if isinstance(found, str):
+                return found
+    return None
 
 
 def _config_eos(source: str, revision: str | None) -> list[int]:

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+
+from fader_adapters.architecture import auto_class
 
 IDS = torch.arange(3, 35).unsqueeze(0)
 
@@ -21,7 +23,7 @@ NF4 = BitsAndBytesConfig(
 
 def load(path: Path, *, quantise: bool = False, dtype="auto") -> PreTrainedModel:
     """Refuses, as transformers does not, a checkpoint with missing or unknown tensors."""
-    model, told = AutoModelForCausalLM.from_pretrained(
+    model, told = auto_class(AutoConfig.from_pretrained(path)).from_pretrained(
         path,
         dtype=dtype,
         device_map={"": "cpu"},

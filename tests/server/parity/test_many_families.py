@@ -36,16 +36,20 @@ def asks(longest: int) -> list[Ask]:
 def adapters(base: Path, folder: Path, world: TinyWorld) -> dict[str, Path]:
     """PEFT's own, over every linear that PEFT lets one adapt.
 
-    It turns the names of a mixture's MLPs into experts' parameters, which are no linears, and
-    refuses the last linear of layers of the Mamba kind.
+    It turns the names of a mixture's MLPs into experts' parameters, which are no linears, looks for
+    those beside a decoder, and refuses the last linear of layers of the Mamba kind.
     """
-    names = [name for name, _ in world.base.model.named_modules()]
-    left_out = [".mlp.", ".feed_forward."] if any("experts" in name for name in names) else []
+    model = world.base.model
+    experts = any("experts" in name for name, _ in model.named_modules())
+    inside = {id(module) for module in model.get_decoder().modules()}
+    left_out = [".mlp.", ".feed_forward."] if experts else []
     left_out += [".mamba.out_proj", ".mixer.out_proj"]
     paths = [
         item.path
         for item in world.base.installed.spec.linears
-        if item.role == "linear" and not any(name in item.path for name in left_out)
+        if item.role == "linear"
+        and not any(name in item.path for name in left_out)
+        and (not experts or id(model.get_submodule(item.path)) in inside)
     ]
     targets = "|".join(path.replace(".", "[.]") for path in paths)
     return {
