@@ -6,14 +6,17 @@ Knows module trees and configs; looks at no weight.
 import hashlib
 import re
 from collections.abc import Iterator
+from copy import deepcopy
 from math import prod
 
+import torch
 from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
+from fader_adapters.architecture import auto_class
 from fader_adapters.errors import BaseUnsupported
 from fader_adapters.kernels.nf4 import BLOCK
 from fader_adapters.spec import BaseSpec, Digest, LinearSpec
@@ -78,6 +81,15 @@ def kept_plain(model: PreTrainedModel) -> list[str] | None:
     if small > _ODD_SHARE * weights:
         odd = [(path, module) for path, module in odd if id(module) not in inside]
     return [*get_keys_to_not_convert(model), *(path for path, _ in odd)] if odd else None
+
+
+def kept_plain_of(config: PretrainedConfig) -> list[str] | None:
+    """`kept_plain` of the model that would be made of a config, without any weight.
+
+    Raises BaseUnsupported.
+    """
+    with torch.device("meta"):
+        return kept_plain(auto_class(config).from_config(deepcopy(config)))
 
 
 def plain_head(model: PreTrainedModel) -> nn.Linear | None:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from fader_adapters.architecture import auto_class
+from fader_adapters.describe import kept_plain_of
 from fader_server.errors import ConfigInvalid
 
 
@@ -40,6 +41,7 @@ def nf4_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=kept_plain_of(config),
         )
     model = auto_class(config).from_pretrained(source, **given)
     for path, module in list(model.named_modules()):

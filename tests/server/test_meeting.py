@@ -173,3 +173,19 @@ def test_outside_a_meeting_a_linear_is_itself(met: Met):
     assert met.meeting is not None
     alone(met, [5, 6])
     assert not met.seen
+
+
+def test_who_has_no_rows_at_a_linear_takes_no_part(met: Met):
+    """As an expert that a step's tokens are not routed to."""
+    linear = met.model.model.layers[0].mlp.down_proj
+    rows = torch.randn(1, 2, linear.in_features)
+
+    def forward(x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        return lambda: linear(x)
+
+    with torch.inference_mode():
+        expected = linear(rows)
+    none, some = met.run([forward(rows[:, :0]), forward(rows)])
+    assert none.shape == (1, 0, linear.out_features)
+    torch.testing.assert_close(some, expected, rtol=0, atol=1e-5)
+    assert met.seen == [([1], [2], False)]

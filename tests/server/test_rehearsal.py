@@ -62,15 +62,34 @@ def test_the_rehearsal_leaves_the_model_as_the_engine_runs_it(llama: Path):
     ("model_type", "changes", "reason"),
     [
         ("modernbert-decoder", {}, "lm_head.dense is given 4 of a step's 11 tokens"),
-        ("roberta", {"is_decoder": True}, "lm_head.dense is given 4"),
-        ("bert", {}, "BertSelfAttention is not causal"),
         ("phimoe", {**MOE, "sliding_window": 24}, "masks all but 24 keys and tells its attention"),
-        ("hunyuan_v1_moe", {**MOE, "moe_topk": 2}, "reads a linear's weight by itself"),
         ("zaya", {"num_experts_per_tok": 1}, "v_proj_delayed is given 1 of a step's 11 tokens"),
-        ("gpt_oss", {**MOE, "num_hidden_layers": 2}, "attends with s_aux"),
-        ("glm_moe_dsa", {**MOE, **LATENT}, "index_topk is set"),
-        ("mamba", {}, "does not go through transformers' AttentionInterface"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "1 of 2 layers attend"),
+        ("gptj", {}, "does not go through transformers' AttentionInterface"),
+    ],
+)
+def test_families_that_would_answer_wrongly_together_run_alone_and_say_why(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    model_type: str,
+    changes: dict[str, Any],
+    reason: str,
+):
+    loaded = load(write_many(model_type, changes, tmp_path / "base"))
+    assert loaded.solo is not None
+    assert not loaded.layers
+    assert reason in caplog.text
+    assert "one by one between their linears" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "reason"),
+    [
+        ("bert", {}, "is not causal; a token's logits depend on those behind it"),
+        ("roberta", {"is_decoder": True}, "nor does it give in pieces what it gives at once"),
+        ("hunyuan_v1_moe", {**MOE, "moe_topk": 2}, "reads a linear's weight by itself"),
+        ("glm_moe_dsa", {**MOE, **LATENT}, "index_topk is set"),
+        ("mamba", {}, "the model reads a linear's weight by itself"),
     ],
 )
 def test_families_that_would_answer_wrongly_are_refused_by_name(

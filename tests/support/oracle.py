@@ -12,13 +12,14 @@ from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from fader_adapters.architecture import auto_class
-from fader_adapters.describe import kept_plain
+from fader_adapters.describe import kept_plain_of
 from tests.support.peft_adapters import TIED
 
 
 def nf4_oracle(source: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The base quantised by bitsandbytes, then plain linears that hold the decoded weights."""
-    model = auto_class(AutoConfig.from_pretrained(source)).from_pretrained(
+    config = AutoConfig.from_pretrained(source)
+    model = auto_class(config).from_pretrained(
         source,
         dtype="auto",
         device_map={"": "cpu"},
@@ -28,7 +29,7 @@ def nf4_oracle(source: Path, dtype: torch.dtype) -> PreTrainedModel:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=_kept_plain(source),
+            llm_int8_skip_modules=kept_plain_of(config),
         ),
     )
     for path, module in list(model.named_modules()):
@@ -45,13 +46,6 @@ def nf4_oracle(source: Path, dtype: torch.dtype) -> PreTrainedModel:
     for parameter in model.parameters():  # not the buffers: rotary frequencies stay in fp32
         parameter.data = parameter.data.to(dtype)
     return model.eval()
-
-
-def _kept_plain(source: Path) -> list[str] | None:
-    """The linears that Fader does not quantise."""
-    config = AutoConfig.from_pretrained(source)
-    with torch.device("meta"):
-        return kept_plain(auto_class(config).from_config(config))
 
 
 class Oracle:

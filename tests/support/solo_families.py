@@ -34,6 +34,7 @@ SOLO: dict[str, tuple[str, Mapping[str, Any]]] = {
         "llama4_text",
         {"attention_chunk_size": 32, "num_local_experts": 4, "intermediate_size_mlp": 192},
     ),
+    "modernbert": ("modernbert-decoder", {}),
     "mpt": (
         "mpt",
         {"d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 512, "expansion_ratio": 2},
@@ -50,9 +51,11 @@ SOLO: dict[str, tuple[str, Mapping[str, Any]]] = {
         },
     ),
     "olmo-hybrid": ("olmo_hybrid", {**DELTA, "linear_num_key_heads": 4}),
+    "phi-moe": ("phimoe", {**MOE, "sliding_window": 24}),
     "qwen3-next": ("qwen3_next", {**MOE, **DELTA}),
     "qwen3.5": ("qwen3_5_text", DELTA),
     "qwen3.5-moe": ("qwen3_5_moe_text", {**MOE, **DELTA}),
+    "zaya": ("zaya", {"num_experts_per_tok": 1}),
     "zamba2": (
         "zamba2",
         {

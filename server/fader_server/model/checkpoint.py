@@ -6,7 +6,6 @@ Knows transformers' loading and files; knows nothing of Fader's linears.
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +23,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from fader_adapters.architecture import auto_class, model_class, uses_interface
-from fader_adapters.describe import kept_plain
+from fader_adapters.describe import kept_plain_of
 from fader_adapters.errors import BaseUnsupported, first_line
 from fader_adapters.kernels import native
 from fader_adapters.kernels.nf4 import check_width
@@ -146,7 +145,7 @@ def read_nf4(
         use_native_kernel(nf4)
     try:
         with quiet_libraries():
-            nf4.llm_int8_skip_modules = None if ready else _kept_plain(config)
+            nf4.llm_int8_skip_modules = None if ready else kept_plain_of(config)
             read: Any = auto_class(config).from_pretrained(
                 source,
                 output_loading_info=True,
@@ -188,12 +187,6 @@ def read_nf4(
             except BaseUnsupported as error:
                 raise ModelUnsupported(f"{source}: {path}: {error}") from error
     return model
-
-
-def _kept_plain(config: PretrainedConfig) -> list[str] | None:
-    """See `kept_plain`."""
-    with torch.device("meta"), quiet_libraries():
-        return kept_plain(auto_class(config).from_config(deepcopy(config)))
 
 
 def quantize(source: str, target: Path, *, device: torch.device) -> None:

@@ -109,7 +109,10 @@ class Meeting:
     ) -> list[torch.Tensor]:
         parts = [stop.rows(x) for x in given]
         counts = [part.shape[1] for part in parts]
-        host.linear(there, counts, head=issubclass(stop.kind, SiteHead))
+        some = [(i, n) for i, n in zip(there, counts, strict=True) if n]
+        host.linear(
+            [i for i, _ in some], [n for _, n in some], head=issubclass(stop.kind, SiteHead)
+        )
         results = torch.split(stop.compute(self._joined(given, parts)), counts, dim=1)
         return [stop.shaped(y, x) for y, x in zip(results, given, strict=True)]
 

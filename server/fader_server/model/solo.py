@@ -173,7 +173,7 @@ class _Step:
         if head:
             state.head = lambda _: step
         else:
-            state.step, state.tokens = step, sum(self._plan.rows[i].count for i in there)
+            state.step, state.tokens = step, sum(counts)  # all of a row's are its own, if few
 
     def forward(self, index: int) -> None:
         """One token is too little work to share, and its bits must not depend on the others."""

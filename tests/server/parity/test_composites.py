@@ -55,7 +55,7 @@ def test_quantised_composite_is_the_same_base(tmp_path: Path):
 
 def test_odd_width_that_is_to_be_quantised_is_refused(tmp_path: Path, monkeypatch):
     source = write_composite("gemma3", tmp_path / "base")
-    monkeypatch.setattr(checkpoint, "_kept_plain", lambda config: None)
+    monkeypatch.setattr(checkpoint, "kept_plain_of", lambda config: None)
     with pytest.raises(ModelUnsupported, match=f"vision_tower.*width {ODD} is not a multiple"):
         TinyWorld(source)
 
