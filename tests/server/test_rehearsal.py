@@ -65,7 +65,7 @@ def test_the_rehearsal_leaves_the_model_as_the_engine_runs_it(llama: Path):
         ("phimoe", {**MOE, "sliding_window": 24}, "masks all but 24 keys and tells its attention"),
         ("zaya", {"num_experts_per_tok": 1}, "v_proj_delayed is given 1 of a step's 11 tokens"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "1 of 2 layers attend"),
-        ("gptj", {}, "does not go through transformers' AttentionInterface"),
+        ("bloom", {}, "does not go through transformers' AttentionInterface"),
     ],
 )
 def test_families_that_would_answer_wrongly_together_run_alone_and_say_why(
