@@ -67,7 +67,6 @@ def test_the_rehearsal_leaves_the_model_as_the_engine_runs_it(llama: Path):
         ("phimoe", {**MOE, "sliding_window": 24}, "masks all but 24 keys and tells its attention"),
         ("hunyuan_v1_moe", {**MOE, "moe_topk": 2}, "reads a linear's weight by itself"),
         ("zaya", {"num_experts_per_tok": 1}, "v_proj_delayed is given 1 of a step's 11 tokens"),
-        ("gpt_oss", {**MOE, "num_hidden_layers": 2}, "attends with s_aux"),
         ("glm_moe_dsa", {**MOE, **LATENT}, "index_topk is set"),
         ("mamba", {}, "does not go through transformers' AttentionInterface"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "1 of 2 layers attend"),
