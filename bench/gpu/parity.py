@@ -139,17 +139,18 @@ def check_attention(rig: Rig, result: Result) -> None:
     if not rig.small:
         sizes += [(1, 2049), (1, 9000), (700, 700), (65, 1500)]
     worst, other_bits = 0.0, []
-    for window, softcap in ((0, 0.0), (24, 20.0)):
+    sinks = torch.linspace(-2.0, 6.0, shape.heads, device=rig.device).to(rig.dtype)
+    for window, softcap, own in ((0, 0.0, None), (24, 20.0, None), (24, 0.0, sinks)):
         rig.check_time()
         world = _Paged(rig, shape.heads, shape.kv_heads, shape.dim, sizes)
         attend = PagedAttention(
             world.k_cache, world.v_cache, heads=shape.heads, scale=shape.dim**-0.5,
-            window=window, softcap=softcap, arch=None if rig.on_gpu else 80,
+            window=window, softcap=softcap, sinks=own, arch=None if rig.on_gpu else 80,
         )  # fmt: skip
         got = attend(world.q, world.step(range(len(sizes))))
         for row, (count, _) in enumerate(sizes):
             span = slice(world.starts[row], world.starts[row] + count)
-            error = rms(got[span], world.dense(row, window, softcap))
+            error = rms(got[span], world.dense(row, window, softcap, own))
             demand(error, 1e-5 if rig.tight else 1e-2, f"attention of row {sizes[row]}")
             worst = max(worst, error)
             alone = attend(world.q[span].contiguous(), world.step([row]))
@@ -206,7 +207,9 @@ class _Paged:
     def _ints(self, values: Sequence[object]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
-    def dense(self, row: int, window: int, softcap: float) -> torch.Tensor:
+    def dense(
+        self, row: int, window: int, softcap: float, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
         """[count, heads, dim] in float64."""
         count, context = self.sizes[row]
         q = self.q[self.starts[row] : self.starts[row] + count].double()
@@ -217,5 +220,8 @@ class _Paged:
         at = torch.arange(context - count, context, device=q.device)[:, None]
         distance = at - torch.arange(context, device=q.device)
         hidden = (distance < 0) | (distance >= (window or context + 1))
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-        return torch.einsum("hqk,khd->qhd", weights, v)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if sinks is not None:
+            last = sinks.double()[:, None, None].expand(-1, count, 1)
+            scores = torch.cat([scores, last], dim=-1)
+        return torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., :context], v)

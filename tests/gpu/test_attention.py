@@ -17,6 +17,7 @@ TOLERANCE = 1e-2
 """Weights and values are rounded to bf16 before their product, results after it."""
 
 LLAMA = Shape(heads=32, kv_heads=8, dim=128, dtype=torch.bfloat16)
+GPT_OSS = Shape(heads=64, kv_heads=8, dim=64, dtype=torch.bfloat16, sinks=True)
 SHAPES = [
     LLAMA,
     dataclasses.replace(LLAMA, window=300),
@@ -28,6 +29,9 @@ SHAPES = [
     Shape(heads=32, kv_heads=8, dim=64, dtype=torch.bfloat16),
     Shape(heads=8, kv_heads=2, dim=32, dtype=torch.bfloat16, softcap=30.0),
     Shape(heads=24, kv_heads=8, dim=128, dtype=torch.bfloat16, softcap=20.0),
+    GPT_OSS,
+    dataclasses.replace(GPT_OSS, window=128),
+    dataclasses.replace(LLAMA, sinks=True),
 ]
 SIZES = [(1, 1), (1, 16), (1, 17), (1, 2049), (1, 9000), (700, 700), (65, 1500), (2, 33), (1, 128)]
 
@@ -39,8 +43,11 @@ def test_mixed_steps_match_float64_in_bf16(shape: Shape) -> None:
     world = World(shape, [make_row(shape, *size, seed) for seed, size in enumerate(SIZES)])
     for row, got in zip(world.rows, attend(world), strict=True):
         assert error(got, dense(shape, row)) < TOLERANCE
-    wrong = attend(world, scale=shape.scale * 1.2)
-    assert max(map(error, wrong, (dense(shape, row) for row in world.rows))) > 2 * TOLERANCE
+    others = [attend(world, scale=shape.scale * 1.2)]
+    if shape.sinks:
+        others.append(attend(world, sinks=None))
+    for wrong in others:
+        assert max(map(error, wrong, (dense(shape, row) for row in world.rows))) > 2 * TOLERANCE
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -58,7 +65,7 @@ def test_a_row_has_the_same_bits_alone_and_in_company(shape: Shape, size: tuple[
     assert not torch.equal(alone, attend(World(shape, [make_row(shape, *size, seed=91)]))[0])
 
 
-@pytest.mark.parametrize("shape", [LLAMA, SHAPES[1], SHAPES[5]], ids=str)
+@pytest.mark.parametrize("shape", [LLAMA, SHAPES[1], SHAPES[5], SHAPES[-2]], ids=str)
 def test_a_prompt_has_the_same_bits_in_one_chunk_and_in_three(shape: Shape) -> None:
     from tests.adapters.cuda.attention_runs import attend
     from tests.adapters.cuda.attention_world import Row
@@ -70,19 +77,20 @@ def test_a_prompt_has_the_same_bits_in_one_chunk_and_in_three(shape: Shape) -> N
     assert torch.equal(chunks, attend(World(shape, [whole]))[0])
 
 
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_a_captured_step_gives_the_bits_of_an_eager_one(mixed: bool) -> None:
+def test_a_captured_step_gives_the_bits_of_an_eager_one(mixed: bool, sinks: bool) -> None:
     from fader_adapters.kernels.cuda.attention import PagedAttention, write_cache
     from fader_adapters.kernels.cuda.attention_step import StepBuffers
     from tests.adapters.cuda.attention_runs import attend
 
-    tokens = 300 if mixed else 8
+    shape, tokens = dataclasses.replace(LLAMA, sinks=sinks), 300 if mixed else 8
     device = torch.device("cuda")
     held = StepBuffers(rows=8, tokens=tokens, columns=640, block_size=16, device=device)
     place = (700, 16, LLAMA.kv_heads, LLAMA.dim)
     k = torch.zeros(place, dtype=LLAMA.dtype, device=device)
     v = torch.zeros_like(k)
-    attention = PagedAttention(k, v, heads=LLAMA.heads, scale=LLAMA.scale)
+    attention = PagedAttention(k, v, heads=LLAMA.heads, scale=LLAMA.scale, sinks=shape.sink_scores)
     q = torch.zeros(tokens, LLAMA.heads, LLAMA.dim, dtype=LLAMA.dtype, device=device)
     new = torch.zeros(2, tokens, *place[2:], dtype=LLAMA.dtype, device=device)
     out = torch.zeros_like(q)
@@ -101,8 +109,8 @@ def test_a_captured_step_gives_the_bits_of_an_eager_one(mixed: bool) -> None:
     if mixed:
         steps += [[(1, 100), (250, 260), (1, 400)], [(150, 150), (150, 700)]]
     for seed, sizes in enumerate(steps):
-        rows = [make_row(LLAMA, *size, 10 * seed + i) for i, size in enumerate(sizes)]
-        world = World(LLAMA, rows)
+        rows = [make_row(shape, *size, 10 * seed + i) for i, size in enumerate(sizes)]
+        world = World(shape, rows)
         slots = [
             world.places(table, row.context)[-row.q.shape[0] :]
             for row, table in zip(rows, world.tables, strict=True)

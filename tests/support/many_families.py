@@ -37,6 +37,11 @@ def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_theta": 1e4, "rope_type": kind, **parameters}}
 
 
+SLIDING = {
+    "num_hidden_layers": 4,
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 LONG = {
     "original_max_position_embeddings": 128,
     "short_factor": [1.0] * 16,
@@ -90,16 +95,24 @@ MANY: dict[str, tuple[str, Mapping[str, Any]]] = {
             "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
         },
     ),
+    "flint": ("flint", {**MOE, **SLIDING, "mlp_only_layers": [0]}),
     "gemma": ("gemma", {}),
     "glm4": ("glm4", {}),
     "gpt-bigcode": ("gpt_bigcode", {}),
     "gpt-neox": ("gpt_neox", {"use_parallel_residual": False}),
+    "gpt-oss": (
+        "gpt_oss",
+        {**MOE, **_rope("yarn", factor=4.0, original_max_position_embeddings=128), **SLIDING},
+    ),
     "granite": (
         "granite",
         {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 2.0},
     ),
     "granite-moe": ("granitemoe", MOE),
+    "granite-moe-swa": ("granitemoe_swa", {**MOE, **SLIDING}),
+    "granite-swa": ("granite_swa", SLIDING),
     "hunyuan": ("hunyuan_v1_dense", {}),
+    "mimo-v2-flash": ("mimo_v2_flash", {**MOE, **SLIDING}),
     "minicpm3": ("minicpm3", LATENT),
     "mixtral": ("mixtral", {**MOE, "sliding_window": WINDOW}),
     "olmo": ("olmo", {"clip_qkv": 0.5}),
@@ -136,7 +149,8 @@ def write_many(model_type: str, changes: Mapping[str, Any], target: Path) -> Pat
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * (0.3 if "bias" in name else 0.1))
+                spread = 0.3 if "bias" in name else 1.0 if "sinks" in name else 0.1
+                parameter.add_(torch.randn_like(parameter) * spread)
             elif parameter.std() < 0.03:
                 parameter.normal_(std=0.05)
     model.save_pretrained(target)

@@ -45,15 +45,25 @@ IGNORED = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class AttentionParams:
-    """How one layer attends: scores = q·k·scale, softcap·tanh(scores/softcap), causal window."""
+    """How one layer attends: scores = q·k·scale, softcap·tanh(scores/softcap), causal window, and
+    each head's sink. Equal where the sinks are one tensor: a layer's parameter."""
 
     scale: float
     window: int | None
     """Keys a query sees, itself included; None: all."""
     softcap: float | None
+    sinks: torch.Tensor | None = None
+    """[heads], of any floating dtype: a score that takes its part of the softmax, of no value."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, AttentionParams):
+            return NotImplemented
+        ours, theirs = ((p.scale, p.window, p.softcap) for p in (self, other))
+        return ours == theirs and self.sinks is other.sinks
 
     def weights(self, products: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
-        """Of the values, in the dtype of `products` (q·k, [..., queries, keys]).
+        """Of the values, in the dtype of `products` (q·k, [1 or rows, heads, queries, keys], where
+        heads may be of two dimensions).
 
         distance: query position − key position, broadcast against them; negative: the future.
         """
@@ -63,7 +73,12 @@ class AttentionParams:
         allowed = distance >= 0
         if self.window is not None:
             allowed = allowed & (distance < self.window)
-        return torch.softmax(scores.masked_fill(~allowed, float("-inf")), dim=-1)
+        scores = scores.masked_fill(~allowed, float("-inf"))
+        if self.sinks is None:
+            return torch.softmax(scores, dim=-1)
+        sinks = self.sinks.to(scores.dtype).view(*scores.shape[1:-2], 1, 1)
+        every = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], dim=-1)
+        return torch.softmax(every, dim=-1)[..., :-1]
 
 
 class PagedAttention(Protocol):
@@ -158,6 +173,7 @@ def fader_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     fader_step: StepAttention | Probe | None = None,
     **others: object,
 ) -> tuple[torch.Tensor, None]:
@@ -177,12 +193,14 @@ def fader_attention(
         _check_claim(module, attention_mask, sliding_window)
     elif attention_mask is not None:
         unknown.append("a mask of its own")
+    if s_aux is not None and s_aux.shape != query.shape[1:2]:
+        unknown.append(f"sinks of shape {list(s_aux.shape)}")
     if unknown:
         raise ModelUnsupported(
             f"{type(module).__name__} attends with {', '.join(unknown)}, unknown to Fader"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    params = AttentionParams(float(scale), sliding_window or None, softcap)
+    params = AttentionParams(float(scale), sliding_window or None, softcap, s_aux)
     return fader_step.run(module, query, key, value, params), None
 
 

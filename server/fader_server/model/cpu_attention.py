@@ -58,6 +58,7 @@ class NativeAttention:
                 scale=params.scale,
                 window=params.window or 0,
                 softcap=params.softcap or 0.0,
+                sinks=params.sinks,
                 workspace=self._scratch,
                 tape=self._tape,
             )

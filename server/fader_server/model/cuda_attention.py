@@ -75,6 +75,7 @@ class CudaAttention:
                 scale=params.scale,
                 window=params.window or 0,
                 softcap=params.softcap or 0.0,
+                sinks=params.sinks,
                 scratch=self._scratch,
             )
             # one row more: StepBuffers keep one for tokens that are padding

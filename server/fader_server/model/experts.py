@@ -16,6 +16,7 @@ BLOCK = 8
 """Rows of a product: few tokens of a step meet in one expert."""
 
 _SIGMOIDS = (torch.sigmoid, torch.Tensor.sigmoid)
+_PRODUCTS = (torch.matmul, torch.Tensor.matmul)
 
 
 def keep_rows_apart(model: PreTrainedModel) -> None:
@@ -27,7 +28,8 @@ def keep_rows_apart(model: PreTrainedModel) -> None:
     if not blocks:
         return
     if model.dtype == torch.float32:
-        model.set_experts_implementation("eager")  # one product an expert, by F.linear
+        # one product an expert, by F.linear or x @ weight
+        model.set_experts_implementation("eager")
     for block in blocks:
         setattr(block, "forward", _apart(block.forward))  # noqa: B010 - a method by assignment
 
@@ -61,6 +63,8 @@ class _Apart(TorchFunctionMode):
         if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float32:
             if func is F.linear:
                 return _product(*args, **(kwargs or {}))
+            if func in _PRODUCTS and not kwargs and args[1].dim() == 2:  # weights [in, out]
+                return _product(args[0], args[1].T)
             if func in _SIGMOIDS:  # torch's differs between the middle and the end of a tensor
                 return args[0].double().sigmoid().float()
         return func(*args, **(kwargs or {}))

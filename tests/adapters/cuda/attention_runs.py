@@ -1,5 +1,7 @@
 """Runs one packed step of a World through the Triton kernels, everything else poisoned."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,9 +18,15 @@ class Poisoned(Scratch):
         return planes.fill_(torch.nan), stats.fill_(torch.nan)
 
 
-def kernel(world: World, **changes: float) -> PagedAttention:
+def kernel(world: World, **changes: Any) -> PagedAttention:
     shape = world.shape
-    settings = {"scale": shape.scale, "window": shape.window, "softcap": shape.softcap} | changes
+    settings: dict[str, Any] = {
+        "scale": shape.scale,
+        "window": shape.window,
+        "softcap": shape.softcap,
+        "sinks": shape.sink_scores,
+    }
+    settings |= changes
     scratch = Poisoned(shape.device)
     return PagedAttention(world.k, world.v, heads=shape.heads, scratch=scratch, **settings)
 
@@ -37,7 +45,7 @@ def step(world: World, *, context: int = 0, tokens: int = 0) -> AttentionStep:
 
 
 def attend(
-    world: World, *, context: int = 0, tokens: int = 0, q: Tensor | None = None, **changes: float
+    world: World, *, context: int = 0, tokens: int = 0, q: Tensor | None = None, **changes: Any
 ) -> list[Tensor]:
     """Each row's outputs; whatever was not written is NaN."""
     queries = world.q if q is None else q

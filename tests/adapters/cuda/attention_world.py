@@ -19,12 +19,19 @@ class Shape:
     page: int = 16
     window: int = 0
     softcap: float = 0.0
+    sinks: bool = False
     dtype: torch.dtype = torch.float32
     device: torch.device = DEVICE
 
     @property
     def scale(self) -> float:
         return self.dim**-0.5
+
+    @property
+    def sink_scores(self) -> Tensor | None:
+        """[heads] between the least and the most of what keys score, or none."""
+        scores = torch.linspace(-2.0, 6.0, self.heads).to(self.dtype).to(self.device)
+        return scores if self.sinks else None
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,11 @@ def dense(shape: Shape, row: Row) -> Tensor:
     hidden = key > position
     if shape.window:
         hidden |= key <= position - shape.window
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if shape.sink_scores is not None:
+        sinks = shape.sink_scores.double()[:, None, None].expand(-1, count, 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., : row.context], v)
 
 
 def error(got: Tensor, want: Tensor) -> float:

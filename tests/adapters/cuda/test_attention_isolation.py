@@ -10,6 +10,7 @@ from tests.adapters.cuda.attention_world import FOREIGN, Row, Shape, World, make
 
 SHAPE = Shape(heads=4, kv_heads=2, dim=128)
 WINDOWED = Shape(heads=4, kv_heads=1, dim=32, window=30)
+SINKS = Shape(heads=4, kv_heads=1, dim=128, window=30, sinks=True)
 
 
 def alone(shape: Shape, row: Row, **capacity: int) -> Tensor:
@@ -21,7 +22,7 @@ def company(shape: Shape) -> list[Row]:
     return [make_row(shape, *size, seed=50 + i) for i, size in enumerate(sizes)]
 
 
-@pytest.mark.parametrize("shape", [SHAPE, WINDOWED], ids=str)
+@pytest.mark.parametrize("shape", [SHAPE, WINDOWED, SINKS], ids=str)
 @pytest.mark.parametrize(("count", "context"), [(1, 20), (1, 270), (9, 40), (50, 50)])
 def test_a_row_has_the_same_bits_alone_and_in_company(
     shape: Shape, count: int, context: int
@@ -48,7 +49,7 @@ def test_programs_that_take_several_splits_give_the_same_bits(
     assert torch.equal(alone(SHAPE, row), wide)
 
 
-@pytest.mark.parametrize("shape", [SHAPE, WINDOWED], ids=str)
+@pytest.mark.parametrize("shape", [SHAPE, WINDOWED, SINKS], ids=str)
 @pytest.mark.parametrize("cut", [3, 16, 37, 64, 77])
 def test_a_prompt_has_the_same_bits_in_one_chunk_and_in_two(shape: Shape, cut: int) -> None:
     whole = make_row(shape, 80, 80, seed=3)

@@ -1,6 +1,7 @@
 """The Triton kernels against dense float64 attention; places of no row hold NaN."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +20,12 @@ SHAPES = [
     Shape(heads=1, kv_heads=1, dim=256, page=32, window=1),
     Shape(heads=7, kv_heads=1, dim=48, page=8),
     Shape(heads=3, kv_heads=1, dim=16, window=64),
+    Shape(heads=8, kv_heads=2, dim=64, sinks=True),
+    Shape(heads=6, kv_heads=1, dim=48, window=20, softcap=30.0, sinks=True),
 ]
 
 
-def worst(shape: Shape, rows: list[tuple[int, int]], **changes: float) -> float:
+def worst(shape: Shape, rows: list[tuple[int, int]], **changes: Any) -> float:
     world = World(shape, [make_row(shape, *row, seed) for seed, row in enumerate(rows)])
     results = zip(world.rows, attend(world, **changes), strict=True)
     errors = [error(got, dense(shape, row)) for row, got in results]
@@ -44,8 +47,14 @@ def test_rows_of_several_splits_match_float64(dim: int, context: int) -> None:
     assert worst(shape, [(1, context), (1, 3)]) < TOLERANCE
 
 
-def test_a_window_that_begins_inside_a_split_matches_float64() -> None:
-    shape = Shape(heads=2, kv_heads=1, dim=128, window=150)
+def test_rows_of_several_splits_with_sinks_match_float64() -> None:
+    shape = Shape(heads=3, kv_heads=1, dim=128, sinks=True)
+    assert worst(shape, [(1, 300), (1, 129), (1, 128)]) < TOLERANCE
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_a_window_that_begins_inside_a_split_matches_float64(sinks: bool) -> None:
+    shape = Shape(heads=2, kv_heads=1, dim=128, window=150, sinks=sinks)
     assert worst(shape, [(1, 333), (40, 333), (1, 150), (1, 151), (2, 151)]) < TOLERANCE
 
 
@@ -80,6 +89,23 @@ def test_a_row_with_more_keys_than_the_most_splits_hold_lengthens_them() -> None
 def test_other_mathematics_are_noticed(changes: dict[str, float], count: int) -> None:
     shape = Shape(heads=2, kv_heads=1, dim=32, window=20)
     assert worst(shape, [(count, 50)], **changes) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("size", [(1, 50), (1, 300), (6, 50)])
+def test_sinks_of_other_heads_and_none_are_noticed(size: tuple[int, int]) -> None:
+    shape = Shape(heads=2, kv_heads=1, dim=128, sinks=True)
+    assert shape.sink_scores is not None
+    for sinks in (None, shape.sink_scores.flip(0)):
+        assert worst(shape, [size], sinks=sinks) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("sizes", [[(1, 7), (1, 300)], [(6, 40), (1, 50)]])
+def test_sinks_that_weigh_nothing_give_the_bits_of_none(sizes: list[tuple[int, int]]) -> None:
+    shape = Shape(heads=2, kv_heads=1, dim=128)
+    world = World(shape, [make_row(shape, *size, seed) for seed, size in enumerate(sizes)])
+    nothing = torch.full((2,), -torch.inf, device=shape.device)
+    for got, want in zip(attend(world, sinks=nothing), attend(world), strict=True):
+        assert torch.equal(got, want)
 
 
 GRID = itertools.product((1, 4, 8), (0, 16, 33), (0.0, 25.0), (32, 64, 80, 96, 128, 256))

@@ -81,11 +81,15 @@ def batch_of(world: World) -> Batch:
     )
 
 
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("sizes", [[(1, 30), (1, 300)], [(20, 40), (2, 2)], [(1, 30), (9, 33)]])
-def test_the_step_of_a_batch_attends_as_plain_torch_does(sizes: list[tuple[int, int]]) -> None:
-    shape = Shape(heads=4, kv_heads=2, dim=32, window=28, softcap=20.0)
+def test_the_step_of_a_batch_attends_as_plain_torch_does(
+    sizes: list[tuple[int, int]], sinks: bool
+) -> None:
+    shape = Shape(heads=4, kv_heads=2, dim=32, window=28, softcap=20.0, sinks=sinks)
     world = World(shape, [make_row(shape, *size, seed) for seed, size in enumerate(sizes)])
-    batch, params = batch_of(world), AttentionParams(shape.scale, shape.window, shape.softcap)
+    batch = batch_of(world)
+    params = AttentionParams(shape.scale, shape.window, shape.softcap, shape.sink_scores)
     caches = [LayerCache(torch.full_like(world.k, torch.nan), world.v.clone()) for _ in range(2)]
     attention = CudaAttention(max_rows=4, max_context=512, device=DEVICE)
     for cache in caches:

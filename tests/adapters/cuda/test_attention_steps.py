@@ -1,6 +1,7 @@
 """Fixed buffers of a step, the cache write, refusals and the tables of tile sizes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ def fill(held: StepBuffers, world: World) -> None:
     held.fill(world.starts, world.contexts, world.tables, slots)
 
 
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize(
     ("rows", "tokens", "sizes"),
     [
@@ -39,9 +41,10 @@ def fill(held: StepBuffers, world: World) -> None:
     ],
 )
 def test_a_padded_step_gives_its_rows_the_same_bits_and_padding_zeros(
-    rows: int, tokens: int, sizes: list[tuple[int, int]]
+    rows: int, tokens: int, sizes: list[tuple[int, int]], sinks: bool
 ) -> None:
-    world = World(SHAPE, [make_row(SHAPE, *size, seed) for seed, size in enumerate(sizes)])
+    shape = replace(SHAPE, sinks=sinks)
+    world = World(shape, [make_row(shape, *size, seed) for seed, size in enumerate(sizes)])
     held = buffers(rows, tokens)
     before = held.step.block_tables.data_ptr(), held.slots.data_ptr()
     fill(held, World(SHAPE, [make_row(SHAPE, 1, 100, seed=9)] * rows))
@@ -131,6 +134,7 @@ def run(q: torch.Tensor, **changes: torch.Tensor) -> None:
         (lambda: build(heads=3), "multiple of the 2 KV heads"),
         (lambda: build(heads=130), "at most 64"),
         (lambda: build(window=-1), "negative"),
+        (lambda: build(sinks=torch.zeros(2, device=DEVICE)), "sinks must be"),
         (lambda: build(v_cache=CACHE[:2]), "got .* and "),
         (lambda: build(v_cache=CACHE.half()), "one floating dtype"),
         (lambda: build(k_cache=CACHE[..., :24], v_cache=CACHE[..., :24]), "head size"),

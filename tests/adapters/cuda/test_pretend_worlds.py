@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import pytest
+from transformers import GraniteSWAConfig
 
 pytest.importorskip("triton", reason="the CUDA kernels need triton")
 
@@ -12,7 +13,7 @@ from fader_server.core import SamplingParams
 from fader_server.model import graphs
 from fader_server.model.cuda_attention import CudaAttention
 from tests.support.pretend_cuda import PretendDevice, unavailable
-from tests.support.pretend_cuda.setting import Setting, check, on_device, opened
+from tests.support.pretend_cuda.setting import SMALL, Setting, check, on_device, opened
 from tests.support.pretend_cuda.world import PretendWorld
 from tests.support.world import Ask, greedy
 
@@ -121,3 +122,15 @@ def test_a_decode_step_waits_once_and_for_its_own_copy_alone(
     assert len(steps) >= 3
     for waited in steps:
         assert set(waited) == {"event"}
+
+
+def test_layers_with_sinks_give_the_references_answers(
+    tmp_path_factory: pytest.TempPathFactory, device: PretendDevice
+) -> None:
+    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    config = GraniteSWAConfig(**(SMALL | layers | {"sliding_window": 8}))
+    setting = Setting(tmp_path_factory.mktemp("sinks"), config, {"a": {"rank": 8}})
+    world = opened(setting)
+    before = device.replays
+    check(setting, world, mixed([{}, {"a": 1.0}, {"a": 0.5}]))
+    assert device.replays > before

@@ -31,7 +31,13 @@ def world(
 
 
 def expected(
-    q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int, cap: float
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     n, heads, _ = q.shape
     group = heads // keys.shape[1]
@@ -42,7 +48,15 @@ def expected(
     pos = torch.arange(keys.shape[0] - n, keys.shape[0])[:, None]
     key = torch.arange(keys.shape[0])[None]
     hidden = (key > pos) | ((key <= pos - window) if window else torch.zeros_like(key > pos))
-    return torch.einsum("hqk,khd->qhd", s.masked_fill(hidden, -torch.inf).softmax(-1), v)
+    s = s.masked_fill(hidden, -torch.inf)
+    if sinks is not None:
+        s = torch.cat([s, sinks.double()[:, None, None].expand(heads, n, 1)], dim=-1)
+    return torch.einsum("hqk,khd->qhd", s.softmax(-1)[..., : keys.shape[0]], v)
+
+
+def sinks_of(heads: int, dtype: torch.dtype) -> Tensor:
+    """From less than any key scores to more than most of them."""
+    return torch.linspace(-2.0, 8.0, heads).to(dtype)
 
 
 def starts(queries: list[int]) -> Tensor:
@@ -61,8 +75,12 @@ CASES = [  # heads, kv_heads, dim, block, window, cap
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_decode_and_prefill_match_float64(level: str, case: tuple, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_decode_and_prefill_match_float64(
+    level: str, case: tuple, dtype: torch.dtype, with_sinks: bool
+) -> None:
     heads, kv_heads, dim, block, window, cap = case
+    sinks = sinks_of(heads, dtype) if with_sinks else None
     contexts, queries = [1, 33, 100, 64, 150], [1, 1, 40, 64, 7]
     k, v, tables, rows = world(contexts, kv_heads=kv_heads, dim=dim, block=block, dtype=dtype)
     q, scale = torch.randn(sum(queries), heads, dim).to(dtype) * 2, dim**-0.5
@@ -76,26 +94,33 @@ def test_decode_and_prefill_match_float64(level: str, case: tuple, dtype: torch.
         scale=scale,
         window=window,
         softcap=cap,
+        sinks=sinks,
     )
     at = 0
     for (keys, values), n in zip(rows, queries, strict=True):
-        want = expected(q[at : at + n], keys, values, scale, window, cap)
+        want = expected(q[at : at + n], keys, values, scale, window, cap, sinks)
         limit = 1e-5 if dtype == F32 else 2e-2
         assert (got[at : at + n].double() - want).abs().max() <= limit
         if n > 1:
-            plain = expected(q[at : at + n], keys, values, scale * 2, window, cap)
+            plain = expected(q[at : at + n], keys, values, scale * 2, window, cap, sinks)
             assert (plain - want).abs().max() > limit
+        if sinks is not None:
+            for others in (None, sinks.roll(1)):
+                other = expected(q[at : at + n], keys, values, scale, window, cap, others)
+                assert (other - want).abs().max() > limit
         at += n
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("with_sinks", [False, True])
 def test_a_query_has_the_same_bits_in_any_batch_and_any_chunk(
-    level: str, dtype: torch.dtype, window: int
+    level: str, dtype: torch.dtype, window: int, with_sinks: bool
 ) -> None:
+    sinks = sinks_of(8, dtype) if with_sinks else None
     contexts = [90, 1, 77, 130]
     k, v, tables, _ = world(contexts, kv_heads=2, dim=64, block=16, dtype=dtype)
-    layer = native.PagedAttention(k, v, heads=8, scale=0.125, window=window)
+    layer = native.PagedAttention(k, v, heads=8, scale=0.125, window=window, sinks=sinks)
     q = torch.randn(90, 8, 64).to(dtype)
     whole = layer(
         q,
@@ -125,9 +150,12 @@ def test_a_query_has_the_same_bits_in_any_batch_and_any_chunk(
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_long_context_is_the_same_for_any_number_of_threads(level: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("sinks", [None, torch.tensor([1.0, 9.0])])
+def test_long_context_is_the_same_for_any_number_of_threads(
+    level: str, dtype: torch.dtype, sinks: Tensor | None
+) -> None:
     k, v, tables, rows = world([2500], kv_heads=1, dim=32, block=16, dtype=dtype)
-    layer = native.PagedAttention(k, v, heads=2, scale=0.2)
+    layer = native.PagedAttention(k, v, heads=2, scale=0.2, sinks=sinks)
     q, before, got = torch.randn(1, 2, 32).to(dtype), torch.get_num_threads(), []
     for threads in (1, 4):
         torch.set_num_threads(threads)
@@ -141,8 +169,29 @@ def test_long_context_is_the_same_for_any_number_of_threads(level: str, dtype: t
         )
     torch.set_num_threads(before)
     assert torch.equal(got[0], got[1])
-    want = expected(q, *rows[0], 0.2, 0, 0.0)
+    want = expected(q, *rows[0], 0.2, sinks=sinks)
     assert (got[0].double() - want).abs().max() <= (1e-5 if dtype == F32 else 5e-3)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_sinks_that_weigh_nothing_give_the_bits_of_none(level: str, dtype: torch.dtype) -> None:
+    k, v, tables, _ = world([90], kv_heads=1, dim=32, block=16, dtype=dtype)
+    q, given = torch.randn(7, 2, 32).to(dtype), []
+    for sinks in (None, torch.full((2,), -torch.inf), torch.tensor([0.0, 90.0])):
+        layer = native.PagedAttention(k, v, heads=2, scale=0.2, sinks=sinks)
+        if sinks is not None:
+            sinks.fill_(torch.nan)  # read once
+        given.append(
+            layer(
+                q,
+                q_start=starts([7]),
+                context=torch.tensor([90], dtype=torch.int32),
+                block_tables=tables,
+            )
+        )
+    assert torch.equal(given[1], given[0])
+    assert not torch.equal(given[2], given[0])
+    assert given[2][:, 1].abs().max() < 1e-20, "a sink far above all keys takes everything"
 
 
 def test_a_later_token_of_the_same_row_cannot_reach_back(level: str) -> None:

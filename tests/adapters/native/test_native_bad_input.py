@@ -210,6 +210,8 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "paged_attention",
     ),
     "window": (lambda: attention(window=-1), ValueError, "window and softcap"),
+    "sinks": (lambda: attention(sinks=torch.zeros(2)), ValueError, "sinks must have shape"),
+    "sinks dtype": (lambda: attention(sinks=i32(0, 0, 0, 0)), TypeError, "sinks must be"),
 }
 
 

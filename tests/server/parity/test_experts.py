@@ -16,7 +16,11 @@ from tests.support.world import Ask, TinyWorld
 FAMILIES = (
     "deepseek-v2",
     "deepseek-v3",
+    "flint",
+    "gpt-oss",
     "granite-moe",
+    "granite-moe-swa",
+    "mimo-v2-flash",
     "mixtral",
     "olmoe",
     "qwen2-moe",

@@ -13,7 +13,7 @@ from tests.support.oracle import Oracle
 from tests.support.peft_adapters import write_adapter
 from tests.support.world import Ask, TinyWorld, greedy
 
-QUICK = frozenset({"cohere2", "deepseek-v3", "mixtral", "opt", "phi3-longrope"})
+QUICK = frozenset({"cohere2", "deepseek-v3", "gpt-oss", "mixtral", "opt", "phi3-longrope"})
 BLENDS = [{}, {"r8": 1.0}, {"r16": 1.0}, {"r8": 0.7, "r16": -0.4}]
 LENGTHS = (300, 40, 130, 20, 7, 330, 64, 250)
 ANSWER = 8

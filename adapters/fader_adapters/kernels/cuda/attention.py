@@ -60,6 +60,8 @@ class PagedAttention:
     dim 16..256, a multiple of 16; at most 64 query heads a KV head.
     window: a query sees its last `window` positions (0 = all).
     softcap: cap·tanh(score/cap) (0 = none).
+    sinks: [heads], one more score of each query head, neither capped nor behind a window, that
+    takes its part of the softmax and has no value; read here, once (None = no such score).
     arch: row of the configuration table, 80 or 90; None: the device's own.
     A row's bits depend on its own queries, keys and context: rows of one token always run in the
     decode kernel and all others in the prefill kernel, whatever else the step holds.
@@ -74,6 +76,7 @@ class PagedAttention:
         scale: float,
         window: int = 0,
         softcap: float = 0.0,
+        sinks: Tensor | None = None,
         scratch: Scratch | None = None,
         arch: int | None = None,
     ) -> None:
@@ -87,12 +90,15 @@ class PagedAttention:
             )
         if window < 0 or softcap < 0:
             raise ValueError(f"window and softcap must not be negative, got {window} and {softcap}")
+        if sinks is not None and sinks.shape != (heads,):
+            raise ValueError(f"sinks must be [{heads}], one of each head, got {list(sinks.shape)}")
         self.heads, self.kv_heads, self.dim = heads, kv_heads, dim
         self._k, self._v = k_cache, v_cache
         self._window = window or configs.NO_WINDOW
         # the kernels' softmax counts in powers of two
         scaled = scale / softcap if softcap else scale * _LOG2E
         self._scores = (self._window, scaled, softcap * _LOG2E)
+        self._sinks = None if sinks is None else sinks.float() * _LOG2E
         self._scratch = scratch or Scratch(k_cache.device)
         arch = arch or _arch(k_cache.device)
         shape, capped = (kv_heads, heads // kv_heads, dim), bool(softcap)
@@ -151,6 +157,7 @@ class PagedAttention:
                 q,
                 self._k,
                 self._v,
+                self._sinks,
                 out,
                 planes,
                 stats,
@@ -168,7 +175,7 @@ class PagedAttention:
             _launch(
                 reduce_kernel,
                 (step.rows, self.heads),
-                (out, planes, stats, *rows, self._window, splits),
+                (out, planes, stats, self._sinks, *rows, self._window, splits),
                 self._reduce_constants,
                 configs.REDUCE_WARPS,
                 1,
@@ -182,7 +189,7 @@ class PagedAttention:
         _launch(
             prefill_kernel,
             (step.tokens // queries + step.rows, self.kv_heads),
-            (q, self._k, self._v, out, *rows, table, *strides, *self._scores),
+            (q, self._k, self._v, self._sinks, out, *rows, table, *strides, *self._scores),
             self._prefill_constants,
             tiles.warps,
             tiles.stages,
@@ -222,7 +229,7 @@ def write_cache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: T
 def _launch(
     kernel: Any,  # noqa: ANN401  # a Triton kernel: typed differently under the interpreter
     grid: tuple[int, ...],
-    arguments: tuple[Tensor | int | float, ...],
+    arguments: tuple[Tensor | int | float | None, ...],
     constants: dict[str, Any],
     warps: int,
     stages: int,

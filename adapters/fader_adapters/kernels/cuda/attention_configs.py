@@ -111,6 +111,7 @@ _COMMON: Final = {
     "q": "*bf16",
     "k_cache": "*bf16",
     "v_cache": "*bf16",
+    "sinks": "*fp32",
     "out": "*bf16",
     "planes": "*fp32",
     "stats": "*fp32",
@@ -140,6 +141,8 @@ _SHAPES: Final = (  # kv_heads, group, head size, capped
     (8, 2, 256, True),
     (1, 4, 256, False),
 )
+_SINKS: Final = ((8, 8, 64, False), (8, 4, 128, False), (8, 2, 80, False))
+"""The same, of layers with sinks."""
 
 
 def shipped(page: int = 16) -> list[Shipped]:
@@ -155,14 +158,16 @@ def _entries(arch: int, page: int) -> Iterator[Shipped]:
     from fader_adapters.kernels.cuda import attention_kernels as kernels
     from fader_adapters.kernels.cuda.attention_prefill import prefill_kernel
 
-    for kv_heads, group, dim, capped in _SHAPES:
-        decode = decode_constants(arch, kv_heads, group, dim, page, capped)
+    for place, shape in enumerate((*_SHAPES, *_SINKS)):
+        kv_heads, group, dim, capped = shape
+        none = {"sinks": None} if place < len(_SHAPES) else {}
+        decode = decode_constants(arch, kv_heads, group, dim, page, capped) | none
         config = decode_config(arch, dim)
         yield _entry(kernels.decode_kernel, decode, config.warps, config.stages)
-        prefill = prefill_constants(arch, kv_heads, group, dim, page, capped)
+        prefill = prefill_constants(arch, kv_heads, group, dim, page, capped) | none
         config = prefill_config(arch, dim, capped)
         yield _entry(prefill_kernel, prefill, config.warps, config.stages)
-        reduce = reduce_constants(kv_heads, group, dim)
+        reduce = reduce_constants(kv_heads, group, dim) | none
         yield _entry(kernels.reduce_kernel, reduce, REDUCE_WARPS, 1)
     write = {"KV_HEADS": 8, "DIM": 128, "BLOCK": WRITE_BLOCK}
     yield _entry(kernels.write_kernel, write, WRITE_WARPS, 1)

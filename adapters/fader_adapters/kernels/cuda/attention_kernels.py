@@ -8,7 +8,7 @@ and programs without work return at once. A row's bits depend on that row alone.
 import triton
 import triton.language as tl
 
-from fader_adapters.kernels.cuda.attention_tile import normalised, visit
+from fader_adapters.kernels.cuda.attention_tile import normalised, visit, with_sink
 
 
 @triton.jit
@@ -25,6 +25,7 @@ def decode_kernel(
     q,
     k_cache,
     v_cache,
+    sinks,
     out,
     planes,
     stats,
@@ -53,6 +54,7 @@ def decode_kernel(
 
     Grid (rows, kv_heads, any number of programs that share a row's splits).
     q [T, heads, DIM] strided; caches [blocks, PAGE, KV_HEADS, DIM]; out [T, heads, DIM] contiguous
+    sinks [heads] fp32, scores without values in units of log2; None: none
     planes [rows, heads, plane_splits, DIM] fp32; stats [rows, heads, plane_splits, 2] fp32
     cu_tokens [rows + 1] int32; contexts [rows] int32, 0: a padding row, answered with zeros
     tables [rows, table_stride] int32
@@ -98,7 +100,12 @@ def decode_kernel(
             1,
         )
         if splits == 1:
-            result = normalised(acc, total)
+            if sinks is not None:
+                own = tl.load(sinks + head, mask=heads < GROUP, other=float("-inf"))
+                fade, whole = with_sink(m, total, own)
+                result = normalised(acc * fade[:, None], whole)
+            else:
+                result = normalised(acc, total)
             out_at = out + (token.to(tl.int64) * (KV_HEADS * GROUP) + head[:, None]) * DIM
             tl.store(out_at + dims[None, :], result.to(out.dtype.element_ty), mask=inside)
         else:
@@ -113,6 +120,7 @@ def reduce_kernel(
     out,
     planes,
     stats,
+    sinks,
     cu_tokens,
     contexts,
     window,
@@ -124,7 +132,8 @@ def reduce_kernel(
     MAX_SPLITS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Join the splits decode_kernel left, in ascending order; rows of one split are done already.
+    """Join the splits decode_kernel left, in ascending order, and the sink behind them; rows of one
+    split are done already.
 
     Grid (rows, heads); arguments as there.
     """
@@ -155,7 +164,11 @@ def reduce_kernel(
         weight = tl.exp2(m - top)
         totals += weight * part_total
         acc += tl.sum(weight[:, None] * tl.load(part, mask=inside, other=0.0), 0)
-    result = acc / tl.sum(totals, 0)
+    total = tl.sum(totals, 0)
+    if sinks is not None:
+        fade, total = with_sink(top, total, tl.load(sinks + head))
+        acc = acc * fade
+    result = acc / total
     out_at = out + (token.to(tl.int64) * HEADS + head) * DIM + dims
     tl.store(out_at, result.to(out.dtype.element_ty), mask=dims < DIM)
 

@@ -7,7 +7,7 @@ chunk it came in: key blocks start at multiples of BLOCK_N and are visited in on
 import triton
 import triton.language as tl
 
-from fader_adapters.kernels.cuda.attention_tile import normalised, visit
+from fader_adapters.kernels.cuda.attention_tile import normalised, visit, with_sink
 
 
 @triton.jit
@@ -28,6 +28,7 @@ def prefill_kernel(
     q,
     k_cache,
     v_cache,
+    sinks,
     out,
     cu_tokens,
     contexts,
@@ -128,6 +129,9 @@ def prefill_kernel(
         CAPPED,
         2,
     )
+    if sinks is not None:
+        fade, total = with_sink(m, total, tl.load(sinks + head))
+        acc = acc * fade[:, None]
     result = normalised(acc, total).to(out.dtype.element_ty)
     out_at = out + ((token * (KV_HEADS * GROUP) + head) * DIM)[:, None] + dims[None, :]
     tl.store(out_at, result, mask=inside)

@@ -83,6 +83,17 @@ def visit(
 
 
 @triton.jit
+def with_sink(m, total, sink):
+    """(factor of the values, sum) of a softmax that a score without a value joins; m and sink in
+    units of log2.
+    """
+    top = tl.maximum(m, sink)
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    fade = tl.exp2(m - safe)
+    return fade, total * fade + tl.exp2(sink - safe)
+
+
+@triton.jit
 def normalised(acc, total):
     """acc / total; zeros for queries that saw no key."""
     return acc / tl.where(total > 0, total, 1.0)[:, None]

@@ -22,6 +22,8 @@ class PagedAttention:
     multiple of 16.
     window: a query sees its last `window` positions (0 = all).
     softcap: cap·tanh(score/cap) (0 = none).
+    sinks: [heads], one more score of each query head, neither capped nor behind a window, that
+    takes its part of the softmax and has no value; read here, once (None = no such score).
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class PagedAttention:
         scale: float,
         window: int = 0,
         softcap: float = 0.0,
+        sinks: Tensor | None = None,
         workspace: Workspace | None = None,
         tape: Tape | None = None,
     ) -> None:
@@ -50,10 +53,16 @@ class PagedAttention:
             raise ValueError(f"heads must be a multiple of the {kv_heads} KV heads, got {heads}")
         if window < 0 or softcap < 0:
             raise ValueError(f"window and softcap must not be negative, got {window} and {softcap}")
+        self._sinks = None
+        if sinks is not None:
+            checks.tensor("sinks", sinks, checks.FLOATS, shape=(heads,))
+            # no torch operator: somebody may be recording those
+            self._sinks = (ctypes.c_float * heads)(*sinks.tolist())
         self.heads, self.kv_heads, self.dim, self.dtype = heads, kv_heads, dim, k_cache.dtype
         self._struct = AttentionStruct(
             k_cache=k_cache.data_ptr(),
             v_cache=v_cache.data_ptr(),
+            sinks=None if self._sinks is None else ctypes.addressof(self._sinks),
             blocks=blocks,
             block_size=block_size,
             kv_heads=kv_heads,
@@ -161,10 +170,17 @@ def paged_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """One call of `PagedAttention` for tests and notebooks; heads are q's."""
     checks.tensor("q", q, checks.FLOATS, shape=(None, None, None))
     layer = PagedAttention(
-        k_cache, v_cache, heads=q.shape[1], scale=scale, window=window, softcap=softcap
+        k_cache,
+        v_cache,
+        heads=q.shape[1],
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
     )
     return layer(q, q_start=q_start, context=context, block_tables=block_tables)

@@ -12,7 +12,7 @@ import torch  # first: its libgomp must be the one both use
 
 from fader_adapters.kernels.native.build import LIBRARY
 
-ABI = 5
+ABI = 6
 BUILDER = "fader_adapters.kernels.native.build"
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -67,7 +67,7 @@ class AttentionStruct(ctypes.Structure):
     """fader_attn_t of csrc/fader.h, field for field."""
 
     _fields_ = [
-        *[("k_cache", _P), ("v_cache", _P)],
+        *[(name, _P) for name in ("k_cache", "v_cache", "sinks")],
         *[
             (name, _L)
             for name in ("blocks", "block_size", "kv_heads", "heads", "dim", "max_blocks", "window")

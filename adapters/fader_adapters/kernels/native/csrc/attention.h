@@ -101,12 +101,22 @@ static void walk(const AttnRun &r, const AttnItem &it, Query *q, int n, int64_t 
     }
 }
 
+// what the values are multiplied by: 1 / sum, with the head's sink in it
+FADER_INLINE float norm_of(const Query &q, const float *sinks, int64_t head) {
+    if (!sinks) return 1.0f / q.l;
+    const float sink = sinks[head], m = q.m > sink ? q.m : sink;
+    float f[W], g[W];
+    vstore(f, vexp(vset(q.m - m)));
+    vstore(g, vexp(vset(sink - m)));
+    return f[0] / (q.l * f[0] + g[0]);
+}
+
 template <class Ty> static void write_out(const AttnRun &r, const AttnItem &it, const Query *q, int n) {
     const fader_attn_t &a = *r.a;
     for (int k = 0; k < n; k++) {
         const int64_t token = r.q_start[it.row] + it.first + k / r.group, head = it.head * r.group + k % r.group;
         Ty *o = (Ty *)r.out + (token * a.heads + head) * a.dim;
-        const V inv = vset(1.0f / q[k].l);
+        const V inv = vset(norm_of(q[k], a.sinks, head));
         for (int64_t d = 0; d < a.dim; d += W) vstore_as(o + d, vmul(vload(q[k].acc + d), inv));
     }
 }

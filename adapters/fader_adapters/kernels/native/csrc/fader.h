@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define FADER_ABI 5
+#define FADER_ABI 6
 enum { FADER_F32 = 0, FADER_BF16 = 1, FADER_F16 = 2 };
 enum { FADER_NF4 = 0, FADER_PLAIN = 1 };
 enum { FADER_SCALAR = 0, FADER_AVX2 = 1, FADER_AVX512 = 2, FADER_AVX512_BF16 = 3 };
@@ -117,9 +117,11 @@ int fader_rms_norm(int64_t M, int64_t K, const void *x, int64_t x_stride, const 
  * Query i of a row with n queries stands at position context - n + i and sees positions <= its own,
  * with window > 0 only the last `window` of them. Positions past a query's own are never used,
  * positions past the row's context never read. Sums run over tiles of 32 absolute positions, so a
- * result depends neither on other rows nor on how a prompt was cut in chunks. */
+ * result depends neither on other rows nor on how a prompt was cut in chunks. A sink is one more score
+ * of a query head, without a value and outside of softcap and window: it joins the sum alone, last. */
 typedef struct {
     const void *k_cache, *v_cache;
+    const float *sinks; /* [heads]; NULL: none */
     int64_t blocks, block_size, kv_heads, heads, dim;
     int64_t max_blocks; /* columns of block_tables */
     int64_t window;
