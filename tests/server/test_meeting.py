@@ -189,3 +189,19 @@ def test_who_has_no_rows_at_a_linear_takes_no_part(met: Met):
     assert none.shape == (1, 0, linear.out_features)
     torch.testing.assert_close(some, expected, rtol=0, atol=1e-5)
     assert met.seen == [([1], [2], False)]
+
+
+def test_what_is_changed_in_place_between_two_linears_is_seen(met: Met):
+    layer = met.model.model.layers[0]
+    x = torch.randn(1, 2, layer.self_attn.q_proj.in_features)
+
+    def forward() -> torch.Tensor:
+        own = x.clone()
+        first = layer.self_attn.q_proj(own)
+        own.mul_(2)
+        return first.sum() + layer.mlp.up_proj(own)
+
+    with torch.inference_mode():
+        expected = forward()
+    for given in met.run([forward, forward]):
+        torch.testing.assert_close(given, expected, rtol=0, atol=1e-4)

@@ -42,6 +42,8 @@ class _Stop:
 
     compute: Callable[[torch.Tensor], torch.Tensor]
     kind: type[nn.Module]
+    site: object
+    """Stops of one site are computed together, where they are given the same."""
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """[1, n] token ids or [1, n, in]."""
@@ -60,10 +62,11 @@ class Meeting:
     def __init__(self, model: nn.Module) -> None:
         self._hub: greenlet | None = None
         self._stops: list[_Stop] = []
-        self._last: tuple[list[torch.Tensor], torch.Tensor] | None = None
+        self._last: tuple[object, list[torch.Tensor], torch.Tensor] | None = None
         for module in model.modules():
             if isinstance(module, SiteLinear | SiteEmbedding):
-                stop = _Stop(module.forward, type(module))
+                site = module.site if isinstance(module, SiteLinear) else module
+                stop = _Stop(module.forward, type(module), site)
                 arrive = partial(self._arrive, len(self._stops), module.forward)
                 setattr(module, "forward", arrive)  # noqa: B010 - a method by assignment
                 self._stops.append(stop)
@@ -113,17 +116,19 @@ class Meeting:
         host.linear(
             [i for i, _ in some], [n for _, n in some], head=issubclass(stop.kind, SiteHead)
         )
-        results = torch.split(stop.compute(self._joined(given, parts)), counts, dim=1)
+        results = torch.split(stop.compute(self._joined(stop, given, parts)), counts, dim=1)
         return [stop.shaped(y, x) for y, x in zip(results, given, strict=True)]
 
-    def _joined(self, given: list[torch.Tensor], parts: list[torch.Tensor]) -> torch.Tensor:
-        """One tensor of all; the very same one for linears that follow with the same inputs."""
+    def _joined(
+        self, stop: _Stop, given: list[torch.Tensor], parts: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """One tensor of all; the very same one for others of a site with the same inputs."""
         if self._last is not None:
-            before, joined = self._last
-            if len(before) == len(given) and all(map(_same, before, given)):
+            site, before, joined = self._last
+            if site is stop.site and len(before) == len(given) and all(map(_same, before, given)):
                 return joined
         joined = torch.cat(parts, dim=1)
-        self._last = given, joined
+        self._last = stop.site, given, joined
         return joined
 
 
