@@ -1,6 +1,7 @@
 """A base that is ready to run. Imports no bitsandbytes: how it was read the loader knows."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -9,8 +10,10 @@ from transformers import PreTrainedModel
 from fader_adapters.kernels.backend import Backend
 from fader_adapters.layers import Installed
 from fader_server.model.kv_cache import LayerShape, bytes_per_block
-from fader_server.model.solo import SoloForward
 from fader_server.model.states import NO_STATE, StateShape
+
+if TYPE_CHECKING:  # needs greenlet, which a base whose rows share a forward does not
+    from fader_server.model.solo import SoloForward
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class LoadedBase:
     backend: Backend
     max_positions: int
     vocab_size: int
-    solo: SoloForward | None = None
+    solo: "SoloForward | None" = None
     """How its sequences run where they cannot share a packed forward; then it has no `layers`."""
     state: StateShape = NO_STATE
     """What a sequence's own cache takes there."""

@@ -25,7 +25,6 @@ from fader_server.model.norm import replace_norms
 from fader_server.model.recording import make_opaque
 from fader_server.model.rehearsal import rehearse
 from fader_server.model.rotary import longest
-from fader_server.model.solo_rehearsal import measured, rehearse_solo
 from fader_server.model.states import NO_STATE
 from fader_server.model.wanted import keep_wanted
 
@@ -39,6 +38,7 @@ def load_base(
     ModelUnsupported, in one line, when it cannot be served.
     """
     config = read_config(source)
+    text = config.get_text_config(decoder=True)
     attention.register()
     reason = why_not_packed(config)
     model = read_nf4(source, config, device=device, attn_implementation=None)
@@ -60,7 +60,7 @@ def load_base(
 
         use_cuda(model)
     keep_wanted(model)
-    layers, solo = {}, None
+    layers, solo, state = {}, None, NO_STATE
     try:
         if reason:
             raise ModelUnsupported(f"{source}: {reason}")
@@ -68,9 +68,11 @@ def load_base(
         if device.type == "cpu":
             keep_rows_apart(model)
     except ModelUnsupported as error:
+        from fader_server.model.solo_rehearsal import measured, rehearse_solo  # imports greenlet
+
         solo = rehearse_solo(model, installed.state, dtype=dtype, packed=error)
+        state = measured(solo.solo, int(text.vocab_size))
     spec = replace(installed.spec, weights=identity.digest())
-    text = config.get_text_config(decoder=True)
     return LoadedBase(
         model=model,
         installed=replace(installed, spec=spec),
@@ -82,7 +84,7 @@ def load_base(
         max_positions=longest(text, source),
         vocab_size=int(text.vocab_size),
         solo=solo,
-        state=NO_STATE if solo is None else measured(solo.solo, int(text.vocab_size)),
+        state=state,
     )
 
 

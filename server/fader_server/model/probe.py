@@ -17,12 +17,12 @@ from fader_adapters.pauses import Pause
 from fader_adapters.spec import RowTerms, StepTerms
 from fader_server.core import Plan, PlanRow, Request, SamplingParams
 from fader_server.core import Sequence as Row
+from fader_server.model.alone import SoloModel
 from fader_server.model.attention import StepAttention
 from fader_server.model.batch import Batch
 from fader_server.model.kernels import attention_alone
 from fader_server.model.kv_cache import KVCache
 from fader_server.model.loaded import LoadedBase
-from fader_server.model.solo import SoloModel
 from fader_server.model.views import (
     CHUNK_WEIGHTS,
     Glass,

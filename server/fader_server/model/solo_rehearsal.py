@@ -11,9 +11,10 @@ from fader_adapters.layers import StepState
 from fader_adapters.spec import RowTerms, StepTerms
 from fader_server.core import Plan, PlanRow, Request, SamplingParams, Sequence
 from fader_server.errors import ModelUnsupported
+from fader_server.model.alone import SoloModel
 from fader_server.model.experts import routed
 from fader_server.model.rehearsal import BOUND, BOUND_ROUNDED, distance, reason
-from fader_server.model.solo import SoloForward, SoloModel
+from fader_server.model.solo import SoloForward
 from fader_server.model.states import StateShape
 
 log = logging.getLogger(__name__)

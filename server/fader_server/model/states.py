@@ -89,10 +89,15 @@ def _kept(attributes: dict[str, Any]) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for name, value in attributes.items():
         copied = dict(value) if isinstance(value, dict) else value
-        if name in _CHANGED_IN_PLACE:
-            copied = {i: t if t is None else t.clone() for i, t in copied.items()}
-        kept[name] = copied
+        kept[name] = _cloned(copied) if name in _CHANGED_IN_PLACE else copied
     return kept
+
+
+def _cloned(value: object) -> object:
+    """A tensor, or tensors by number: which it is changed with transformers' releases."""
+    if isinstance(value, dict):
+        return {i: _cloned(part) for i, part in value.items()}
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import torch
 from fader_server.core import Plan
 from fader_server.engine.limits import Limits
 from fader_server.errors import EngineFault, ModelUnsupported
+from fader_server.model import alone
 from fader_server.model import solo as solo_module
 from tests.server.parity.test_families import BOUND, difference
 from tests.server.parity.test_many_families import adapters, asks, equals_peft
@@ -221,7 +222,7 @@ def test_a_cache_of_another_kind_is_refused(tmp_path: Path):
 def test_what_looks_ahead_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A model whose pieces are not what the whole is."""
     base = write_many(*SOLO[STATEFUL], tmp_path / "base")
-    monkeypatch.setattr(solo_module, "new_cache", _forgetful)
+    monkeypatch.setattr(alone, "new_cache", _forgetful)
     assert "in pieces what it gives at once" in refused(base)
 
 
@@ -229,7 +230,7 @@ def _forgetful(config):
     from fader_server.model.states import new_cache
 
     cache = new_cache(config)
-    cache.get_recurrent_state = lambda *args, **kwargs: None
+    cache.update_recurrent_state = lambda states, *_, **__: states
     return cache
 
 
