@@ -12,7 +12,7 @@ from transformers import Cache, PreTrainedModel
 from fader_server.errors import ModelUnsupported
 from fader_server.model.states import new_cache
 
-_CACHE = ("past_key_values", "cache_params")
+CACHE = ("past_key_values", "cache_params")
 """What models call the cache they are given."""
 
 
@@ -23,7 +23,7 @@ class SoloModel:
         """Raises ModelUnsupported where its forward takes no cache."""
         self._model = model
         takes = inspect.signature(type(model).forward).parameters
-        names = [name for name in _CACHE if name in takes]
+        names = [name for name in CACHE if name in takes]
         if not names:
             raise ModelUnsupported(f"{type(model).__name__} keeps no cache of transformers' kind")
         self._cache = names[0]

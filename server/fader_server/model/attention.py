@@ -133,7 +133,7 @@ class Probe:
     def __init__(self, lengths: tuple[int, ...]) -> None:
         """`lengths`: tokens of the sequences that are packed one behind the other."""
         self.shapes: dict[nn.Module, LayerShape] = {}
-        self._lengths = list(lengths)
+        self.lengths = lengths
 
     def run(
         self,
@@ -150,7 +150,7 @@ class Probe:
         self.shapes[module] = LayerShape(k.shape[1], k.shape[3], v.shape[3])
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        qs, ks, vs = (torch.split(x.float(), self._lengths, dim=2) for x in (q, k, v))
+        qs, ks, vs = (torch.split(x.float(), list(self.lengths), dim=2) for x in (q, k, v))
         parts = zip(qs, ks, vs, strict=True)
         out = torch.cat([_attend(*part, params) for part in parts], dim=2)
         return out.to(q.dtype).transpose(1, 2).contiguous()

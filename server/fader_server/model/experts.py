@@ -19,19 +19,25 @@ _SIGMOIDS = (torch.sigmoid, torch.Tensor.sigmoid)
 _PRODUCTS = (torch.matmul, torch.Tensor.matmul)
 
 
-def keep_rows_apart(model: PreTrainedModel) -> None:
-    """Compute each row of an fp32 router or expert alike, whoever takes part.
+def keep_rows_apart(model: PreTrainedModel) -> Callable[[], None]:
+    """Compute each row of an fp32 router or expert alike, whoever takes part; what ends that.
 
     In bf16 torch's own products are as they should be, and those of a step's experts are one call.
     """
-    blocks = list(routed(model))
-    if not blocks:
-        return
+    before = {block: block.forward for block in routed(model)}
+
+    def end() -> None:
+        for block, forward in before.items():
+            setattr(block, "forward", forward)  # noqa: B010 - a method by assignment
+
+    if not before:
+        return end
     if model.dtype == torch.float32:
         # one product an expert, by F.linear or x @ weight
         model.set_experts_implementation("eager")
-    for block in blocks:
-        setattr(block, "forward", _apart(block.forward))  # noqa: B010 - a method by assignment
+    for block, forward in before.items():
+        setattr(block, "forward", _apart(forward))  # noqa: B010
+    return end
 
 
 def routed(model: nn.Module) -> Iterator[nn.Module]:

@@ -13,7 +13,7 @@ from fader_server.model.kv_cache import LayerShape, bytes_per_block
 from fader_server.model.states import NO_STATE, StateShape
 
 if TYPE_CHECKING:  # needs greenlet, which a base whose rows share a forward does not
-    from fader_server.model.solo import SoloForward
+    from fader_server.model.solo import OwnForward
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class LoadedBase:
     backend: Backend
     max_positions: int
     vocab_size: int
-    solo: "SoloForward | None" = None
-    """How its sequences run where they cannot share a packed forward; then it has no `layers`."""
+    solo: "OwnForward | None" = None
+    """How rows run that keep states of their own beside the engine's cache of keys and values."""
     state: StateShape = NO_STATE
     """What a sequence's own cache takes there."""
 

@@ -68,10 +68,9 @@ def load_base(
         if device.type == "cpu":
             keep_rows_apart(model)
     except ModelUnsupported as error:
-        from fader_server.model.solo_rehearsal import measured, rehearse_solo  # imports greenlet
+        from fader_server.model.solo_rehearsal import run_alone  # imports greenlet
 
-        solo = rehearse_solo(model, installed.state, dtype=dtype, packed=error)
-        state = measured(solo.solo, int(text.vocab_size))
+        solo, layers, state = run_alone(model, installed.state, source, dtype=dtype, packed=error)
     spec = replace(installed.spec, weights=identity.digest())
     return LoadedBase(
         model=model,

@@ -44,6 +44,7 @@ class _Stop:
     kind: type[nn.Module]
     site: object
     """Stops of one site are computed together, where they are given the same."""
+    module: nn.Module
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """[1, n] token ids or [1, n, in]."""
@@ -66,10 +67,15 @@ class Meeting:
         for module in model.modules():
             if isinstance(module, SiteLinear | SiteEmbedding):
                 site = module.site if isinstance(module, SiteLinear) else module
-                stop = _Stop(module.forward, type(module), site)
+                stop = _Stop(module.forward, type(module), site, module)
                 arrive = partial(self._arrive, len(self._stops), module.forward)
                 setattr(module, "forward", arrive)  # noqa: B010 - a method by assignment
                 self._stops.append(stop)
+
+    def end(self) -> None:
+        """Leave the model as it was."""
+        for stop in self._stops:
+            setattr(stop.module, "forward", stop.compute)  # noqa: B010
 
     def run(self, forwards: Sequence[Callable[[], torch.Tensor]], host: Host) -> list[torch.Tensor]:
         """Run them to their ends, side by side; what they return, in order.

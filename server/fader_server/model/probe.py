@@ -72,7 +72,10 @@ class ProbeModel:
             found: shape for module, shape in base.layers.items()
             if isinstance(found := memo[id(module)], nn.Module)
         }  # fmt: skip
-        self._solo = None if base.solo is None else SoloModel(self._model)
+        self._solo: SoloModel | None = None
+        if base.solo is not None:
+            self._model.set_attn_implementation("sdpa" if self._model._supports_sdpa else "eager")
+            self._solo = SoloModel(self._model)
 
     @property
     def device(self) -> torch.device:

@@ -5,9 +5,9 @@ What a model does across a step's tokens outside its attention (convolutions, re
 positions of its own counting) is found here, before it can answer anybody.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Container, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -23,37 +23,45 @@ LENGTHS = (5, 6)
 """Tokens of the two sequences that share the packed forward."""
 WANTED = (4, 5, 6, 10)
 """Packed tokens whose logits are compared: the first ends, the second begins right behind it."""
+OWN, BESIDE = (1, 6), (0, 1, 5, 16)
+"""Tokens of a sequence whose bits are compared, and of the one before it; 0: none."""
 BOUND = {torch.float32: 0.01}
 BOUND_ROUNDED = 0.15
 """Largest distance of logits over their own spread, in fp32 and in 16-bit floats; bf16 alone makes
 0.011 of it on 8 layers and 0.023 on 22."""
 
 
-def rehearse(
-    model: PreTrainedModel, source: str, *, dtype: torch.dtype
-) -> dict[nn.Module, LayerShape]:
-    """The shape of every layer's cache. Raises ModelUnsupported, in one line.
+class Aside(Protocol):
+    """Layers of a model whose rows run alone in a forward that the others share."""
 
-    `dtype`: of the activations; some models give logits of another.
+    @property
+    def linears(self) -> Container[nn.Module]:
+        """Those inside them."""
+        ...
+
+    def rows_of(self, counts: Sequence[int]) -> AbstractContextManager[None]:
+        """New sequences of so many tokens share the next forward."""
+        ...
+
+
+def rehearse(
+    model: PreTrainedModel, source: str, *, dtype: torch.dtype, aside: "Aside | None" = None
+) -> dict[nn.Module, LayerShape]:
+    """The shape of every attention layer's cache. Raises ModelUnsupported, in one line.
+
+    `dtype`: of the activations; some models give logits of another. `aside`: the layers whose rows
+    run alone.
     """
-    vocab = int(model.config.get_text_config(decoder=True).vocab_size)
-    ids = torch.tensor([(7919 * i + 11) % vocab for i in range(sum(LENGTHS))], device=model.device)
-    parts = torch.split(ids, list(LENGTHS))
-    probe = attention.Probe(LENGTHS)
+    ids = _ids(model, sum(LENGTHS))
     try:
-        with torch.inference_mode(), _every_token(model, len(ids)), _as(model, attention.REHEARSAL):
-            positions = torch.cat([torch.arange(len(part), device=ids.device) for part in parts])
-            packed = model(
-                input_ids=ids.unsqueeze(0),
-                position_ids=positions.unsqueeze(0),
-                use_cache=False,
-                logits_to_keep=torch.tensor(WANTED, device=ids.device),
-                fader_step=probe,
-            ).logits[0]
-        _expect_layers(model, source, len(probe.shapes))
+        probe = attention.Probe(LENGTHS)
+        packed = _packed(model, ids, probe, WANTED, aside)
+        if aside is None:
+            _expect_layers(model, source, len(probe.shapes))
         with torch.inference_mode(), _as(model, "eager"):
             alone = [
-                model(input_ids=part.unsqueeze(0), use_cache=False).logits[0] for part in parts
+                model(input_ids=part.unsqueeze(0), use_cache=False).logits[0]
+                for part in torch.split(ids, list(LENGTHS))
             ]
     except ModelUnsupported as error:
         raise ModelUnsupported(f"{source}: {str(error).removeprefix(f'{source}: ')}") from error
@@ -68,6 +76,52 @@ def rehearse(
             "positions, outside its attention"
         )
     return probe.shapes
+
+
+def same_bits(model: PreTrainedModel, aside: Aside) -> bool:
+    """Whether a sequence has the same bits alone and behind others of any length."""
+    return all(_same_bits(model, own, aside) for own in OWN)
+
+
+def _same_bits(model: PreTrainedModel, own: int, aside: Aside) -> bool:
+    ids = _ids(model, own + max(BESIDE))
+    found: list[torch.Tensor] = []
+    for before in BESIDE:
+        probe = attention.Probe((before, own) if before else (own,))
+        together = torch.cat([ids[own : own + before], ids[:own]])
+        wanted = tuple(range(before, before + own))
+        found.append(_packed(model, together, probe, wanted, aside))
+    return all(torch.equal(found[0], other) for other in found[1:])
+
+
+def _ids(model: PreTrainedModel, count: int) -> torch.Tensor:
+    vocab = int(model.config.get_text_config(decoder=True).vocab_size)
+    return torch.tensor([(7919 * i + 11) % vocab for i in range(count)], device=model.device)
+
+
+def _packed(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    probe: attention.Probe,
+    wanted: tuple[int, ...],
+    aside: Aside | None,
+) -> torch.Tensor:
+    """[len(wanted), vocab] of the probe's sequences, one behind the other, in one forward."""
+    inner = frozenset() if aside is None else aside.linears
+    positions = [torch.arange(count, device=ids.device) for count in probe.lengths]
+    with (
+        torch.inference_mode(),
+        _every_token(model, len(ids), inner),
+        _as(model, attention.REHEARSAL),
+        nullcontext() if aside is None else aside.rows_of(probe.lengths),
+    ):
+        return model(
+            input_ids=ids.unsqueeze(0),
+            position_ids=torch.cat(positions).unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=torch.tensor(wanted, device=ids.device),
+            fader_step=probe,
+        ).logits[0]
 
 
 def _expect_layers(model: PreTrainedModel, source: str, found: int) -> None:
@@ -89,7 +143,7 @@ def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 @contextmanager
-def _every_token(model: PreTrainedModel, tokens: int) -> Iterator[None]:
+def _every_token(model: PreTrainedModel, tokens: int, but: Container[nn.Module]) -> Iterator[None]:
     """Refuse linears that see something else than all of the step's tokens: a delta has one row
     for each token of the step.
     """
@@ -108,7 +162,7 @@ def _every_token(model: PreTrainedModel, tokens: int) -> Iterator[None]:
     handles = [
         module.register_forward_pre_hook(hook(path))
         for path, module in model.named_modules()
-        if isinstance(module, SiteLinear) and not isinstance(module, SiteHead)
+        if isinstance(module, SiteLinear) and not isinstance(module, SiteHead) and module not in but
     ]
     try:
         yield

@@ -174,13 +174,17 @@ class ModelRunner:
     def _eager(self, plan: Plan) -> Ready:
         batch = Batch.from_plan(plan, block_size=self._cache.block_size, device=self._base.device)
         solo, backend = self._base.solo, self._base.backend
-        step = backend.prepare(self._tables, plan.terms) if solo is None else None
+        step = backend.prepare(self._tables, plan.terms)
+
+        def packed() -> torch.Tensor:
+            return self._forward(batch, step, lambda _: self._head_step(plan, batch))
 
         def compute() -> Drawn:
             if solo is None:
-                logits = self._forward(batch, step, lambda _: self._head_step(plan, batch))
+                logits = packed()
             else:
-                logits = solo.run(plan, batch, partial(backend.prepare, self._tables))
+                prepare = partial(backend.prepare, self._tables)
+                logits = solo.run(plan, batch, prepare=prepare, packed=packed)
             return self._results(plan, batch, logits)
 
         return compute

@@ -8,6 +8,7 @@ its cache it does here. What a sequence has computed nobody else can go on with.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,6 +28,24 @@ PrepareStep = Callable[[StepTerms], Step | None]
 """The backend's work for some rows."""
 
 
+class OwnForward(Protocol):
+    """The forward of rows that keep states of their own."""
+
+    def run(
+        self,
+        plan: Plan,
+        batch: Batch,
+        *,
+        prepare: PrepareStep,
+        packed: Callable[[], torch.Tensor],
+    ) -> torch.Tensor:
+        """[len(batch.logit_index), vocab] of a plan and what `Batch.from_plan` made of it.
+
+        packed: computes them with keys and values in the engine's cache, all rows in one forward
+        """
+        ...
+
+
 @dataclass(slots=True)
 class _Held:
     """A running sequence's cache, and what it was one step ago: a step may be run again."""
@@ -37,7 +56,7 @@ class _Held:
     before: tuple[int, Snapshot] | None = None
 
 
-class _States:
+class States:
     """Of the sequences that run, by identity."""
 
     def __init__(self, new: Callable[[], Cache]) -> None:
@@ -71,10 +90,20 @@ class SoloForward:
         self.solo = SoloModel(model)
         self._state = state
         self._meeting = Meeting(model)
-        self._states = _States(self.solo.new_cache)
+        self._states = States(self.solo.new_cache)
 
-    def run(self, plan: Plan, batch: Batch, prepare: PrepareStep) -> torch.Tensor:
-        """[len(batch.logit_index), vocab] of a plan and what `Batch.from_plan` made of it."""
+    def end(self) -> None:
+        """Leave the model as it was."""
+        self._meeting.end()
+
+    def run(
+        self,
+        plan: Plan,
+        batch: Batch,
+        *,
+        prepare: PrepareStep,
+        packed: Callable[[], torch.Tensor],
+    ) -> torch.Tensor:
         wanted: list[list[int]] = [[] for _ in plan.rows]
         for i in batch.sampling:
             wanted[i].append(plan.rows[i].count - 1)

@@ -5,16 +5,20 @@ side by side, and compares with each sequence at once. Knows module trees; knows
 import logging
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from fader_adapters.layers import StepState
 from fader_adapters.spec import RowTerms, StepTerms
 from fader_server.core import Plan, PlanRow, Request, SamplingParams, Sequence
 from fader_server.errors import ModelUnsupported
+from fader_server.model import attention
 from fader_server.model.alone import SoloModel
-from fader_server.model.experts import routed
-from fader_server.model.rehearsal import BOUND, BOUND_ROUNDED, distance, reason
-from fader_server.model.solo import SoloForward
+from fader_server.model.experts import keep_rows_apart, routed
+from fader_server.model.kv_cache import LayerShape
+from fader_server.model.mixers import Mixers
+from fader_server.model.rehearsal import BOUND, BOUND_ROUNDED, distance, reason, rehearse, same_bits
+from fader_server.model.solo import OwnForward, SoloForward
 from fader_server.model.states import StateShape
 
 log = logging.getLogger(__name__)
@@ -24,6 +28,31 @@ PIECES = (((0, 0, 3), (1, 0, 7)), ((0, 3, 1), (1, 7, 5)), ((0, 4, 6), (1, 12, 1)
 LENGTHS = (10, 13)
 MEASURED = 8
 """Tokens of a sequence whose cache is measured, and half of those of the other."""
+
+
+def run_alone(
+    model: PreTrainedModel,
+    state: StepState,
+    source: str,
+    *,
+    dtype: torch.dtype,
+    packed: ModelUnsupported,
+) -> tuple[OwnForward, dict[nn.Module, LayerShape], StateShape]:
+    """How the rows of this model run, what its attention layers keep in the engine's cache, and
+    what a sequence keeps beside it. Raises ModelUnsupported, in one line.
+
+    `packed`: why rows cannot share whole forwards.
+    """
+    solo = rehearse_solo(model, state, dtype=dtype, packed=packed)
+    shape = measured(solo.solo, int(model.config.get_text_config(decoder=True).vocab_size))
+    solo.end()
+    shared = rehearse_mixers(model, source, dtype=dtype)
+    if shared is not None:
+        mixers, layers = shared
+        log.warning("%s: %d layers run row by row, which is slower", packed, len(mixers))
+        return mixers, layers, mixers.state
+    log.warning("%s: its sequences run one by one between their linears, which is slower", packed)
+    return SoloForward(model, state), {}, shape
 
 
 def rehearse_solo(
@@ -47,8 +76,33 @@ def rehearse_solo(
             f"{packed}; nor does it give in pieces what it gives at once "
             f"(logits differ by {found:.2g} of their spread)"
         )
-    log.warning("%s: its sequences run one by one between their linears, which is slower", packed)
     return forward
+
+
+def rehearse_mixers(
+    model: PreTrainedModel, source: str, *, dtype: torch.dtype
+) -> tuple[Mixers, dict[nn.Module, LayerShape]] | None:
+    """The layers of a model that was rehearsed alone whose rows run alone while they share the
+    rest, and the shapes of the others' caches. None where they cannot share it.
+    """
+    mixers, before = Mixers(model), model.config._attn_implementation
+    apart = keep_rows_apart(model) if model.device.type == "cpu" else _nothing
+    try:
+        if len(mixers):
+            layers = rehearse(model, source, dtype=dtype, aside=mixers)
+            model.set_attn_implementation(attention.NAME)
+            if same_bits(model, mixers):
+                return mixers, layers
+    except ModelUnsupported as error:
+        log.debug("%s: rows cannot share the rest: %s", source, error)
+    model.set_attn_implementation(before or "eager")
+    apart()
+    mixers.end()
+    return None
+
+
+def _nothing() -> None:
+    pass
 
 
 def _distance(model: PreTrainedModel, forward: SoloForward) -> float:

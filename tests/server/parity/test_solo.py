@@ -10,8 +10,11 @@ import torch
 from fader_server.core import Plan
 from fader_server.engine.limits import Limits
 from fader_server.errors import EngineFault, ModelUnsupported
-from fader_server.model import alone
+from fader_server.model import alone, rehearsal
 from fader_server.model import solo as solo_module
+from fader_server.model.mixers import Mixers
+from fader_server.model.solo import SoloForward
+from fader_server.model.states import StateShape
 from tests.server.parity.test_families import BOUND, difference
 from tests.server.parity.test_many_families import adapters, asks, equals_peft
 from tests.support.families import write_family
@@ -170,18 +173,16 @@ def test_tokens_depend_on_what_was_computed_before(setting: Setting, ask: Ask, m
     oracle = Oracle(setting.base, torch.float32, setting.adapters)
     (right,) = setting.world().run([ask])
     assert difference(oracle, ask, right, 1.0) <= BOUND[torch.float32]
-    world = setting.world()
-    solo = world.base.solo
-    assert solo is not None
-    computed = solo.solo.logits
+    world, at = setting.world(), solo_module.States.at
 
-    def forgetting(tokens, start, cache, wanted):
-        for layer in cache.layers:
+    def forgetting(self, sequence, start):
+        held = at(self, sequence, start)
+        for layer in held.cache.layers:
             if hasattr(layer, "recurrent_states"):
                 layer.reset()
-        return computed(tokens, start, cache, wanted)
+        return held
 
-    monkeypatch.setattr(solo.solo, "logits", forgetting)
+    monkeypatch.setattr(solo_module.States, "at", forgetting)
     (wrong,) = world.run([ask])
     assert difference(oracle, ask, wrong, 100.0) > 10 * BOUND[torch.float32]
 
@@ -199,11 +200,54 @@ def test_a_merged_lane_runs_there_too(setting: Setting):
 
 
 def test_what_a_sequence_takes_is_what_was_planned(setting: Setting):
-    world = setting.world()
-    state = world.base.state
-    assert state.per_token == 2 * 2 * 32 * 4, "k and v of the attention layer, in fp32"
+    base = setting.world().base
     recurrent, convolved = 4 * 32 * 32 * 4, (2 * 64 + 128) * 4 * 4
-    assert state.fixed == 2 * (recurrent + convolved) + 64 * state.per_token
+    assert base.state == StateShape(per_token=0, fixed=2 * (recurrent + convolved))
+    kept = 2 * 2 * 32 * 4
+    assert base.block_bytes(16) == 16 * kept, "k and v of the attention layer, in fp32"
+
+
+def test_what_a_sequence_that_runs_alone_takes_is_what_was_planned(tmp_path: Path):
+    base = TinyWorld(write_many(*SOLO["bloom"], tmp_path / "base")).base
+    kept = 2 * 2 * 128 * 4
+    assert base.state == StateShape(per_token=kept, fixed=64 * kept)
+    assert base.block_bytes(16) == 16 * kept
+    assert not base.layers
+
+
+ROW_BY_ROW = {
+    *("bamba", "falcon-h1", "granite-hybrid", "granite-hybrid-moe", "lfm2", "lfm2-moe"),
+    *("nemotron-h", "olmo-hybrid", "qwen3-next", "qwen3.5", "qwen3.5-moe"),
+}
+"""Families of which only the layers with states run row by row, in fp32 as well."""
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in sorted(SOLO)],
+)
+def test_only_what_keeps_states_runs_row_by_row_where_rows_keep_their_bits(
+    family: str, tmp_path: Path
+):
+    base = TinyWorld(write_many(*SOLO[family], tmp_path / "base")).base
+    assert isinstance(base.solo, Mixers if family in ROW_BY_ROW else SoloForward)
+    assert bool(base.layers) == (family in ROW_BY_ROW)
+
+
+def test_rows_that_would_not_keep_their_bits_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As when an activation takes another path for one row than for several."""
+    source = write_many(*SOLO[STATEFUL], tmp_path / "base")
+    monkeypatch.setattr(rehearsal, "_packed", _noisy(rehearsal._packed))
+    assert isinstance(TinyWorld(source).base.solo, SoloForward)
+
+
+def _noisy(packed):
+    def run(model, ids, *others):
+        return packed(model, ids, *others) * (1 + 1e-7 * (len(ids) > 1))
+
+    return run
 
 
 def refused(base: Path) -> str:
