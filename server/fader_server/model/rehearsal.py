@@ -45,7 +45,7 @@ class Aside(Protocol):
 
 
 def rehearse(
-    model: PreTrainedModel, source: str, *, dtype: torch.dtype, aside: "Aside | None" = None
+    model: PreTrainedModel, source: str, *, dtype: torch.dtype, aside: Aside | None = None
 ) -> dict[nn.Module, LayerShape]:
     """The shape of every attention layer's cache. Raises ModelUnsupported, in one line.
 

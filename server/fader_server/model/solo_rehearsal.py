@@ -86,12 +86,13 @@ def rehearse_mixers(
     rest, and the shapes of the others' caches. None where they cannot share it.
     """
     mixers, before = Mixers(model), model.config._attn_implementation
-    apart = keep_rows_apart(model) if model.device.type == "cpu" else _nothing
+    on_cpu = model.device.type == "cpu"
+    apart = keep_rows_apart(model) if on_cpu else _nothing
     try:
         if len(mixers):
             layers = rehearse(model, source, dtype=dtype, aside=mixers)
             model.set_attn_implementation(attention.NAME)
-            if same_bits(model, mixers):
+            if not on_cpu or same_bits(model, mixers):  # a GPU's kernels see to it, step by step
                 return mixers, layers
     except ModelUnsupported as error:
         log.debug("%s: rows cannot share the rest: %s", source, error)
