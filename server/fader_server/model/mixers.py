@@ -124,7 +124,12 @@ class _Mixer:
         self._cache = cache
         self._owner = owner
         self._meeting = Meeting(module)
-        setattr(module, "forward", self._forward)  # noqa: B010 - a method by assignment
+
+        def forward(hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+            return self._forward(hidden_states, *args, **kwargs)
+
+        # a function, which a copy of the model may share, where a method would bring its owner
+        setattr(module, "forward", forward)  # noqa: B010
 
     def end(self) -> None:
         self._meeting.end()

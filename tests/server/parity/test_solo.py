@@ -13,8 +13,10 @@ from fader_server.errors import EngineFault, ModelUnsupported
 from fader_server.model import alone, rehearsal
 from fader_server.model import solo as solo_module
 from fader_server.model.mixers import Mixers
+from fader_server.model.probe import ProbeModel
 from fader_server.model.solo import SoloForward
 from fader_server.model.states import StateShape
+from fader_server.model.views import BaseView
 from tests.server.parity.test_families import BOUND, difference
 from tests.server.parity.test_many_families import adapters, asks, equals_peft
 from tests.support.families import write_family
@@ -197,6 +199,19 @@ def test_a_merged_lane_runs_there_too(setting: Setting):
     assert all(row.lane is not None for plan in world.plans for row in plan.rows)
     for ask, answer in zip(questions, answers, strict=True):
         assert difference(oracle, ask, answer, 1.0) <= BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("family", [STATEFUL, "bloom"])
+def test_a_merge_is_measured_there_too(family: str, tmp_path: Path):
+    """By the same text through a copy of the model, chunk by chunk, while steps may run."""
+    setting = Setting(family, tmp_path)
+    world, tokens = setting.world(), asks(512)[2].prompt
+    probe = ProbeModel(world.base, lambda: None)
+    logits = torch.cat([views[0] for views in probe.logits(tokens, [BaseView()])])
+    expected = Oracle(setting.base, torch.float32, {}).logits(tokens, {})
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+    ask = asks(512)[0]
+    assert bits(world.run([ask])) == bits(setting.world().run([ask])), "the copy left it alone"
 
 
 def test_what_a_sequence_takes_is_what_was_planned(setting: Setting):
