@@ -7,13 +7,25 @@ import inspect
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from fader_server.errors import ModelUnsupported
 from fader_server.model.states import new_cache
 
-CACHE = ("past_key_values", "cache_params")
+_CACHE = ("past_key_values", "cache_params")
 """What models call the cache they are given."""
+
+
+def cache_name(kind: type[nn.Module]) -> str | None:
+    """What a module's forward calls the cache it is given; None: it takes none."""
+    takes = inspect.signature(kind.forward).parameters
+    return next((name for name in _CACHE if name in takes), None)
+
+
+def attend_as_built(model: PreTrainedModel) -> None:
+    """The model attends by transformers' own functions, the quick one where it has it."""
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
 
 
 class SoloModel:
@@ -23,10 +35,10 @@ class SoloModel:
         """Raises ModelUnsupported where its forward takes no cache."""
         self._model = model
         takes = inspect.signature(type(model).forward).parameters
-        names = [name for name in CACHE if name in takes]
-        if not names:
+        name = cache_name(type(model))
+        if name is None:
             raise ModelUnsupported(f"{type(model).__name__} keeps no cache of transformers' kind")
-        self._cache = names[0]
+        self._cache = name
         self._positions = "position_ids" in takes
         self._keep = "logits_to_keep" in takes
 

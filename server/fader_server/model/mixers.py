@@ -5,7 +5,6 @@ Keys and values of the attention layers lie in the engine's cache. Knows modules
 and take; knows no family.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +16,7 @@ from transformers import Cache, PreTrainedModel
 from fader_adapters.layers import SiteLinear
 from fader_server.core import Plan
 from fader_server.errors import EngineFault
-from fader_server.model.alone import CACHE
+from fader_server.model.alone import cache_name
 from fader_server.model.batch import Batch
 from fader_server.model.meeting import Meeting
 from fader_server.model.solo import PrepareStep, States
@@ -155,7 +154,6 @@ def _found(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Modules with a convolution over tokens that are given a cache, and what they call it."""
     for module in model.modules():
         if any(isinstance(child, nn.Conv1d) for child in module.children()):
-            takes = inspect.signature(type(module).forward).parameters
-            names = [name for name in CACHE if name in takes]
-            if names:
-                yield module, names[0]
+            name = cache_name(type(module))
+            if name is not None:
+                yield module, name

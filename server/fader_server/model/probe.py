@@ -17,7 +17,7 @@ from fader_adapters.pauses import Pause
 from fader_adapters.spec import RowTerms, StepTerms
 from fader_server.core import Plan, PlanRow, Request, SamplingParams
 from fader_server.core import Sequence as Row
-from fader_server.model.alone import SoloModel
+from fader_server.model.alone import SoloModel, attend_as_built
 from fader_server.model.attention import StepAttention
 from fader_server.model.batch import Batch
 from fader_server.model.kernels import attention_alone
@@ -74,7 +74,7 @@ class ProbeModel:
         }  # fmt: skip
         self._solo: SoloModel | None = None
         if base.solo is not None:
-            self._model.set_attn_implementation("sdpa" if self._model._supports_sdpa else "eager")
+            attend_as_built(self._model)
             self._solo = SoloModel(self._model)
 
     @property

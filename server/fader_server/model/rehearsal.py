@@ -52,7 +52,7 @@ def rehearse(
     `dtype`: of the activations; some models give logits of another. `aside`: the layers whose rows
     run alone.
     """
-    ids = _ids(model, sum(LENGTHS))
+    ids = made_up(model, sum(LENGTHS))
     try:
         probe = attention.Probe(LENGTHS)
         packed = _packed(model, ids, probe, WANTED, aside)
@@ -84,7 +84,7 @@ def same_bits(model: PreTrainedModel, aside: Aside) -> bool:
 
 
 def _same_bits(model: PreTrainedModel, own: int, aside: Aside) -> bool:
-    ids = _ids(model, own + max(BESIDE))
+    ids = made_up(model, own + max(BESIDE))
     found: list[torch.Tensor] = []
     for before in BESIDE:
         probe = attention.Probe((before, own) if before else (own,))
@@ -94,7 +94,8 @@ def _same_bits(model: PreTrainedModel, own: int, aside: Aside) -> bool:
     return all(torch.equal(found[0], other) for other in found[1:])
 
 
-def _ids(model: PreTrainedModel, count: int) -> torch.Tensor:
+def made_up(model: PreTrainedModel, count: int) -> torch.Tensor:
+    """[count] token ids, on the model's device."""
     vocab = int(model.config.get_text_config(decoder=True).vocab_size)
     return torch.tensor([(7919 * i + 11) % vocab for i in range(count)], device=model.device)
 

@@ -12,12 +12,19 @@ from fader_adapters.layers import StepState
 from fader_adapters.spec import RowTerms, StepTerms
 from fader_server.core import Plan, PlanRow, Request, SamplingParams, Sequence
 from fader_server.errors import ModelUnsupported
-from fader_server.model import attention
-from fader_server.model.alone import SoloModel
+from fader_server.model.alone import SoloModel, attend_as_built
 from fader_server.model.experts import keep_rows_apart, routed
 from fader_server.model.kv_cache import LayerShape
 from fader_server.model.mixers import Mixers
-from fader_server.model.rehearsal import BOUND, BOUND_ROUNDED, distance, reason, rehearse, same_bits
+from fader_server.model.rehearsal import (
+    BOUND,
+    BOUND_ROUNDED,
+    distance,
+    made_up,
+    reason,
+    rehearse,
+    same_bits,
+)
 from fader_server.model.solo import OwnForward, SoloForward
 from fader_server.model.states import StateShape
 
@@ -44,7 +51,7 @@ def run_alone(
     `packed`: why rows cannot share whole forwards.
     """
     solo = rehearse_solo(model, state, dtype=dtype, packed=packed)
-    shape = measured(solo.solo, int(model.config.get_text_config(decoder=True).vocab_size))
+    shape = measured(solo.solo, made_up(model, 2 * MEASURED).tolist())
     solo.end()
     shared = rehearse_mixers(model, source, dtype=dtype)
     if shared is not None:
@@ -63,7 +70,7 @@ def rehearse_solo(
     `packed`: why they cannot share a forward.
     """
     try:
-        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        attend_as_built(model)
         forward = SoloForward(model, state)
         found = _distance(model, forward)
         ahead = _looks_ahead(model)
@@ -85,18 +92,18 @@ def rehearse_mixers(
     """The layers of a model that was rehearsed alone whose rows run alone while they share the
     rest, and the shapes of the others' caches. None where they cannot share it.
     """
-    mixers, before = Mixers(model), model.config._attn_implementation
+    mixers = Mixers(model)
+    if not len(mixers):
+        return None
     on_cpu = model.device.type == "cpu"
     apart = keep_rows_apart(model) if on_cpu else _nothing
     try:
-        if len(mixers):
-            layers = rehearse(model, source, dtype=dtype, aside=mixers)
-            model.set_attn_implementation(attention.NAME)
-            if not on_cpu or same_bits(model, mixers):  # a GPU's kernels see to it, step by step
-                return mixers, layers
+        layers = rehearse(model, source, dtype=dtype, aside=mixers)
+        if not on_cpu or same_bits(model, mixers):  # a GPU's kernels see to it, step by step
+            return mixers, layers
     except ModelUnsupported as error:
         log.debug("%s: rows cannot share the rest: %s", source, error)
-    model.set_attn_implementation(before or "eager")
+    attend_as_built(model)
     apart()
     mixers.end()
     return None
@@ -108,8 +115,8 @@ def _nothing() -> None:
 
 def _distance(model: PreTrainedModel, forward: SoloForward) -> float:
     """The largest distance of any token's logits, in pieces, from those of its sequence at once."""
-    vocab = int(model.config.get_text_config(decoder=True).vocab_size)
-    sequences = [_sequence(count, 11 + i, vocab) for i, count in enumerate(LENGTHS)]
+    parts = torch.split(made_up(model, sum(LENGTHS)), list(LENGTHS))
+    sequences = [_sequence(part.tolist()) for part in parts]
     logits: list[list[torch.Tensor]] = [[] for _ in LENGTHS]
     with torch.inference_mode():
         for step in PIECES:
@@ -131,10 +138,10 @@ def _looks_ahead(model: PreTrainedModel) -> bool:
     """
     if any(True for _ in routed(model)):
         return False
-    tokens = _sequence(LENGTHS[0], 11, int(model.config.get_text_config(decoder=True).vocab_size))
-    other = [*tokens.tokens[:-1], tokens.tokens[0]]
+    tokens = made_up(model, LENGTHS[0]).tolist()
+    other = [*tokens[:-1], tokens[0]]
     with torch.inference_mode():
-        pair = [_at_once(model, ids)[:-1] for ids in (tokens.tokens, other)]
+        pair = [_at_once(model, ids)[:-1] for ids in (tokens, other)]
     return not torch.equal(*pair)
 
 
@@ -143,15 +150,13 @@ def _at_once(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
     return model(input_ids=ids, use_cache=False).logits[0]
 
 
-def _sequence(count: int, first: int, vocab: int) -> Sequence:
-    tokens = [(7919 * i + first) % vocab for i in range(count)]
+def _sequence(tokens: list[int]) -> Sequence:
     request = Request("rehearsal", tuple(tokens), SamplingParams())
     return Sequence(request, tokens, blocks=[1])
 
 
-def measured(solo: SoloModel, vocab: int) -> StateShape:
-    """What a sequence's cache takes, by two short ones."""
-    ids = [(7919 * i + 11) % vocab for i in range(2 * MEASURED)]
+def measured(solo: SoloModel, ids: list[int]) -> StateShape:
+    """What a sequence's cache takes, by two short ones of these tokens."""
     caches = [solo.new_cache() for _ in range(2)]
     with torch.inference_mode():
         for count, cache in zip((MEASURED, 2 * MEASURED), caches, strict=True):
