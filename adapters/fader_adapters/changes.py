@@ -58,7 +58,8 @@ class Changes:
         return {delta.linear for _, data in self._terms for delta in data.spec.deltas}
 
     def factor_bytes(self, linear: int) -> int:
-        """What `of` takes for one linear, at most: every factor in fp32, and all side by side."""
+        """What `of` takes for one linear or expert, at most: every factor in fp32, and all side by
+        side."""
         found = (data.spec.by_linear.get(linear) for _, data in self._terms)
         rank = sum(delta.rank for delta in found if delta is not None)
         spec = self._base.linears[linear]
@@ -69,8 +70,8 @@ class Changes:
         deltas = (delta for _, data in self._terms for delta in data.spec.deltas)
         return {delta.linear for delta in deltas if delta.bias_offset is not None}
 
-    def of(self, linear: int) -> Change | None:
-        """What happens to one linear; None where no term touches it."""
+    def of(self, linear: int, expert: int = 0) -> Change | None:
+        """What happens to one linear, or one expert of a stack; None where no term touches it."""
         parts = [
             (gamma, data.flat, delta)
             for gamma, data in self._terms
@@ -79,7 +80,7 @@ class Changes:
         if not parts:
             return None
         spec = self._base.linears[linear]
-        factors = [_factors(*part, spec) for part in parts]
+        factors = [_factors(*part, spec, expert) for part in parts]
         delta = Sum(torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], dim=1))
         out = spec.out_features
         gains = [g * v for g, f, d in parts if (v := _vector(f, d.gain_offset, out)) is not None]
@@ -100,12 +101,15 @@ def _total(vectors: Sequence[torch.Tensor]) -> torch.Tensor | None:
 
 
 def _factors(
-    gamma: float, flat: torch.Tensor, delta: DeltaSpec, linear: LinearSpec
+    gamma: float, flat: torch.Tensor, delta: DeltaSpec, linear: LinearSpec, expert: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A [rank, in] and γ·s·B [out, rank]."""
-    a = flat[delta.a_offset : delta.a_offset + delta.rank * linear.in_features]
-    b = flat[delta.b_offset : delta.b_offset + delta.rank * linear.out_features]
-    return (
-        a.view(delta.rank, -1).float(),
-        b.view(delta.rank, -1).float().T * (gamma * delta.scale),
-    )
+
+    def matrix(offset: int, width: int) -> torch.Tensor:
+        size = delta.rank * width
+        start = offset + expert * size
+        return flat[start : start + size].view(delta.rank, width).float()
+
+    a = matrix(delta.a_offset, linear.in_features)
+    b = matrix(delta.b_offset, linear.out_features)
+    return a, b.T * (gamma * delta.scale)

@@ -42,6 +42,7 @@ _READ = frozenset(
         "r",
         "rank_pattern",
         "target_modules",
+        "target_parameters",
         "task_type",
         "trainable_token_indices",
         "use_dora",
@@ -51,7 +52,6 @@ _READ = frozenset(
 
 _REMEDY = {
     "modules_to_save": "full modules cannot be served beside the base; train LoRA only",
-    "target_parameters": "only linears can be adapted; use target_modules",
     "alora_invocation_tokens": "activated LoRA is not implemented",
     "layer_replication": "the base's layers are shared and cannot be replicated",
 }

@@ -20,6 +20,7 @@ from fader_adapters.architecture import auto_class
 from fader_adapters.errors import BaseUnsupported
 from fader_adapters.kernels.nf4 import BLOCK
 from fader_adapters.spec import BaseSpec, Digest, LinearSpec
+from fader_adapters.stacks import experts, routers, stack_names, stack_of
 
 _PACKS_IN_ORDER = frozenset({"phi3", "phi4_multimodal", "glm", "glm4"})
 """Model types whose qkv_proj and gate_up_proj hold their parts one after the other."""
@@ -32,13 +33,19 @@ _PLAIN = (nn.Linear, Conv1D, Linear4bit)
 
 
 def describe(model: PreTrainedModel, *, name: str = "") -> BaseSpec:
-    """The linears that adapters may target, then the embedding and the head, where they are plain.
+    """The linears that adapters may target, then mixtures' experts and routers, then the embedding
+    and the head, where they are plain.
 
     Raises BaseUnsupported when there is no linear.
     """
     specs = [_linear(path, module, model) for path, module in linears(model)]
     if not specs:
         raise BaseUnsupported(f"{type(model).__name__} has no linear that an adapter could target")
+    for path, module in experts(model):
+        specs += [stack_of(module, name, path, _layer(path)) for name in stack_names(module)]
+    for path, weight in routers(model):
+        out, width = weight.shape
+        specs.append(LinearSpec(path, width, out, _layer(path), role="router"))
     embedding, head = model.get_input_embeddings(), plain_head(model)
     for path, module in model.named_modules():
         if module is embedding and isinstance(module, nn.Embedding):
@@ -99,11 +106,15 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
 
 
 def _linear(path: str, module: nn.Module, model: PreTrainedModel) -> LinearSpec:
-    layer = re.search(r"\.(\d+)\.", path)
     conv1d = isinstance(module, Conv1D) or getattr(module, "source_cls", None) is Conv1D
     width, out = _shape(module)
     parts = _parts(path.rpartition(".")[2], out, model)
-    return LinearSpec(path, width, out, int(layer[1]) if layer else None, conv1d, parts=parts)
+    return LinearSpec(path, width, out, _layer(path), conv1d, parts=parts)
+
+
+def _layer(path: str) -> int | None:
+    layer = re.search(r"\.(\d+)\.", path)
+    return int(layer[1]) if layer else None
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

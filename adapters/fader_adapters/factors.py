@@ -31,7 +31,8 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """A [rank, in] and Bᵀ [rank, out] of one linear, gain and bias [out]; all in one dtype."""
+    """A [rank, in] and Bᵀ [rank, out] of one linear, gain and bias [out]; all in one dtype. Of a
+    stack of experts A and Bᵀ have their number as the first dimension, and there are no vectors."""
 
     a: torch.Tensor
     bt: torch.Tensor
@@ -40,7 +41,7 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        return self.a.shape[-2]
 
     @property
     def named(self) -> Iterable[tuple[str, torch.Tensor]]:
@@ -91,7 +92,7 @@ def put_together(
     if len(parts) == 1 and (parts[0].start, parts[0].stop) == (0, rows):
         whole = parts[0]
     else:
-        whole = _stacked(parts, rows)
+        whole = side_by_side(parts, rows)
     if whole.magnitude is None:
         a, bt = whole.a.to(dtype).contiguous(), whole.b.to(dtype).t().contiguous()
         factors = Factors(a, bt, None, None if whole.bias is None else whole.bias.to(dtype))
@@ -101,7 +102,7 @@ def put_together(
 
 
 def product_norm(a: torch.Tensor, bt: torch.Tensor) -> float:
-    """‖B·A‖ from two [rank, rank] Gram matrices, never the product itself.
+    """‖B·A‖ from two [rank, rank] Gram matrices, never the product itself; of all of a stack.
 
     Of the largest elements' size, so that squares of tiny weights do not vanish.
     """
@@ -111,11 +112,11 @@ def product_norm(a: torch.Tensor, bt: torch.Tensor) -> float:
     if not all(largest):
         return 0.0
     a, bt = a.float() / largest[0], bt.float() / largest[1]
-    square = torch.sum((a @ a.t()) * (bt @ bt.t()), dtype=torch.float64).item()
+    square = torch.sum((a @ a.mT) * (bt @ bt.mT), dtype=torch.float64).item()
     return largest[0] * largest[1] * math.sqrt(max(square, 0.0))
 
 
-def _stacked(parts: Sequence[Part], rows: int) -> Part:
+def side_by_side(parts: Sequence[Part], rows: int) -> Part:
     """One part over all rows: the ranks side by side, each B in its own rows, 0 elsewhere."""
     scales = {part.scale for part in parts}
     scale = scales.pop() if len(scales) == 1 else 1.0

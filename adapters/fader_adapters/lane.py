@@ -13,11 +13,14 @@ from fader_adapters.changes import Changes
 from fader_adapters.errors import BlendInvalid
 from fader_adapters.kernels import native
 from fader_adapters.kernels.backend import Backend, BaseLinear
+from fader_adapters.kernels.dense import StackWeight
 from fader_adapters.kernels.native.panels import PANEL
-from fader_adapters.layers import Installed, LaneWeights, Site
+from fader_adapters.layers import Installed, Site
 from fader_adapters.merged_site import LaneSpec, SiteWork, scratch_bytes, weight_dtype
+from fader_adapters.merged_stack import StackWork
 from fader_adapters.merged_table import TableWork
 from fader_adapters.pauses import Pause
+from fader_adapters.step_state import LaneWeights
 from fader_adapters.weightspace.loss import LinearLoss, overall
 
 
@@ -73,6 +76,7 @@ class Merger:
         self._device = device
         touched = changes.linears()
         self._sites = [s for s in installed.every_site if touched.intersection(s.spec.linears)]
+        self._stacks = [stack for index, stack in installed.stacks.items() if index in touched]
         linears = installed.spec.linears
         self._embedding = next((i for i in touched if linears[i].role == "embedding"), None)
         if not touched:
@@ -83,6 +87,7 @@ class Merger:
         """Weights to work on: what progress is counted in."""
         linears = self._installed.spec.linears
         merged = [i for site in self._sites for i in site.spec.linears]
+        merged += [stack.index for stack in self._stacks]
         if self._embedding is not None:
             merged.append(self._embedding)
         return sum(linears[i].weights for i in merged)
@@ -93,6 +98,8 @@ class Merger:
         own = [self._bytes(site) for site in self._sites]
         scratch = max(own, default=0)
         widths = [site.spec.in_features for site in self._sites]
+        own += [stack.weight.nbytes for stack in self._stacks]
+        widths += [stack.spec.in_features for stack in self._stacks]
         if self._embedding is not None:
             linear, table = self._installed.spec.linears[self._embedding], self._installed.table
             assert table is not None
@@ -123,13 +130,18 @@ class Merger:
                 work = self._site_work(site)
                 bases[site] = work.run(room, pause, count)
                 losses += work.losses
+            stacks: dict[int, StackWeight] = {}
+            for stack in self._stacks:
+                experts = StackWork(stack, self._changes, device=self._device)
+                stacks[stack.index] = experts.run(pause, count)
+                losses.append(experts.loss)
             if self._embedding is not None:
                 rows = self._table_work(self._embedding)
                 table = rows.run(pause, count)
                 losses.append(rows.loss)
         places = {linear.path: i for i, linear in enumerate(self._installed.spec.linears)}
         losses.sort(key=lambda loss: places[loss.path])
-        return MergedLane(self.spec, LaneWeights(bases, table), tuple(losses))
+        return MergedLane(self.spec, LaneWeights(bases, table, stacks), tuple(losses))
 
     def _site_work(self, site: Site) -> SiteWork:
         return SiteWork(

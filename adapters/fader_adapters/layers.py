@@ -1,7 +1,8 @@
 """Puts Fader's linears into a transformers model. Knows modules and sites, not adapters by name."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,11 @@ from transformers.pytorch_utils import Conv1D
 
 from fader_adapters.describe import describe, linears
 from fader_adapters.errors import BaseUnsupported
+from fader_adapters.expert_layers import (
+    Stack,
+    install_experts,
+    install_router,
+)
 from fader_adapters.kernels import nf4
 from fader_adapters.kernels.backend import (
     Backend,
@@ -18,51 +24,18 @@ from fader_adapters.kernels.backend import (
     LookupBackend,
     LookupKernel,
     SiteKernel,
-    Step,
+    StackBackend,
 )
-from fader_adapters.kernels.dense import DenseLinear, EmbeddingTable
+from fader_adapters.kernels.dense import ByRows, DenseLinear, EmbeddingTable, StackWeight
 from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.spec import BaseSpec, SiteSpec
+from fader_adapters.step_state import StepState
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Siblings that read one input in every transformers family that has them."""
 
 PANEL_WEIGHTS = 1 << 20
 """Weights that are decoded at a time for those who ask for them by rows."""
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class LaneWeights:
-    """Other weights to run instead of the base's, without any delta; what is not here is shared."""
-
-    bases: Mapping["Site", BaseLinear]
-    table: torch.Tensor | None = None
-    """[tokens, width] what the embedding gives for each token."""
-
-    @property
-    def nbytes(self) -> int:
-        """Resident bytes."""
-        table = 0 if self.table is None else self.table.nbytes
-        return table + sum(base.nbytes for base in self.bases.values())
-
-
-class StepState:
-    """The work of the forward that runs now; every site of a model reads the same one."""
-
-    def __init__(self) -> None:
-        self.step: Step | None = None
-        self.head: Callable[[torch.Size], Step | None] | None = None
-        """The same for the rows the output head is given, by the shape of what it is given."""
-        self.lane: LaneWeights | None = None
-        """None: the base's own weights."""
-        self.tokens: int | None = None
-        """Of the forward that runs now; a linear that is given others is refused. None: unknown."""
-
-    def at(self, x: torch.Tensor, *, head: bool) -> Step | None:
-        """What a site that is called with `x` has to do."""
-        if not head:
-            return self.step
-        return None if self.head is None else self.head(x.shape)
 
 
 class Site:
@@ -91,12 +64,8 @@ class Site:
                 self._input, self._ran = None, (None, None)
             return y
         rows = x.reshape(-1, self.spec.in_features)
-        tokens = self._state.tokens
-        if tokens is not None and rows.shape[0] != tokens and not self.head:
-            raise BaseUnsupported(
-                f"a linear was given {rows.shape[0]} of {tokens} tokens; adapters are for linears "
-                "that see all of them, and not for pictures or sound beside a text"
-            )
+        if not self.head:
+            self._state.check_tokens(rows.shape[0])
         merged = None if lane is None else lane.bases.get(self)
         y = self.kernel(rows, self._state.at(x, head=self.head)) if merged is None else merged(rows)
         if len(self._starts) == 1:
@@ -167,6 +136,8 @@ class Installed:
     state: StepState
     head: Site | None = None
     table: EmbeddingTable | None = None
+    stacks: Mapping[int, Stack] = field(default_factory=dict)
+    """Experts and routers by their index in `spec.linears`."""
 
     @property
     def every_site(self) -> tuple[Site, ...]:
@@ -182,12 +153,15 @@ class Installed:
         """W [out, in] of one linear in fp32, a few rows at a time; see BaseWeights."""
         base, start = self._base(linear)
         spec = self.spec.linears[linear]
-        stop, step = start + spec.out_features, max(PANEL, PANEL_WEIGHTS // spec.in_features)
+        stop = start + spec.out_features * spec.experts
+        step = max(PANEL, PANEL_WEIGHTS // spec.in_features)
         for at in range(start, stop, step):
             yield base.rows(at, min(stop, at + step))
 
-    def _base(self, linear: int) -> tuple[BaseLinear, int]:
+    def _base(self, linear: int) -> tuple[ByRows, int] | tuple[BaseLinear, int]:
         """Where a linear's rows are, and the first of them."""
+        if linear in self.stacks:
+            return self.stacks[linear].weight, 0
         if self.spec.linears[linear].role == "embedding":
             assert self.table is not None
             return self.table, 0
@@ -197,15 +171,16 @@ class Installed:
 
 
 def install(model: PreTrainedModel, backend: Backend, *, name: str = "") -> Installed:
-    """Replace every linear by Fader's, in place, and the embedding, if the backend adapts those.
+    """Replace every linear by Fader's, in place, and the embedding and mixtures' experts, if the
+    backend adapts those.
 
     bitsandbytes' NF4 linears hand over their packed bytes; plain linears, Conv1D, the output head
     and the embedding keep their tensors. Raises BaseUnsupported.
     """
     spec = describe(model, name=name)
-    if not isinstance(backend, LookupBackend):
-        kept = tuple(item for item in spec.linears if item.role != "embedding")
-        spec = replace(spec, linears=kept)
+    others = set[str]() if isinstance(backend, LookupBackend) else {"embedding"}
+    others |= set[str]() if isinstance(backend, StackBackend) else {"experts", "router"}
+    spec = replace(spec, linears=tuple(i for i in spec.linears if i.role not in others))
     found = list(linears(model))
     state = StepState()
     sites: list[Site] = []
@@ -236,7 +211,38 @@ def install(model: PreTrainedModel, backend: Backend, *, name: str = "") -> Inst
             assert isinstance(inner.weight, nn.Parameter)
             table = EmbeddingTable(inner.weight, inner)
             _put(model, item.path, SiteEmbedding(inner, backend.bind_lookup(site_spec), state))
-    return Installed(spec, tuple(sites), state, head, table)
+    stacks = {}
+    if isinstance(backend, StackBackend):
+        stacks = _install_mixtures(model, spec, backend, state)
+    return Installed(spec, tuple(sites), state, head, table, stacks)
+
+
+def _install_mixtures(
+    model: PreTrainedModel, spec: BaseSpec, backend: StackBackend, state: StepState
+) -> dict[int, Stack]:
+    stacks: dict[int, Stack] = {}
+    modules: dict[str, list[Stack]] = {}
+    for index, item in enumerate(spec.linears):
+        if item.role == "experts":
+            path, _, name = item.path.rpartition(".")
+            module: Any = model.get_submodule(path)
+            parameter, transposed = getattr(module, name), bool(module.is_transposed)
+        elif item.role == "router":
+            path, transposed = item.path, False
+            parameter = model.get_submodule(path).weight
+        else:
+            continue
+        assert isinstance(parameter, nn.Parameter)
+        weight = StackWeight(parameter, transposed=transposed)
+        stacks[index] = Stack.bound(backend, index, item, weight)
+        modules.setdefault(path, []).append(stacks[index])
+    for path, own in modules.items():
+        module = model.get_submodule(path)
+        if own[0].spec.role == "router":
+            install_router(module, own[0], state)
+        else:
+            install_experts(module, own, state)
+    return stacks
 
 
 def _install_head(

@@ -109,8 +109,11 @@ def read_config(data: bytes, limits: Limits) -> LoraConfig:
 
 
 def _targets(fields: dict[str, Any], budget: Budget) -> Targets:
-    include = _names_or_pattern("target_modules", fields.get("target_modules"))
-    if not include:
+    parameters = _parameters(fields.get("target_parameters"))
+    include: frozenset[str] | Pattern | Any = frozenset()
+    if not parameters or fields.get("target_modules") not in (None, []):
+        include = _names_or_pattern("target_modules", fields.get("target_modules"))
+    if not include and not parameters:
         raise invalid("target_modules", fields.get("target_modules"), "names or a pattern")
     layers = _layers(fields.get("layers_to_transform"))
     names = fields.get("layers_pattern") or []
@@ -127,8 +130,17 @@ def _targets(fields: dict[str, Any], budget: Budget) -> Targets:
         exclude=_exclude(fields.get("exclude_modules")),
         layers=layers,
         layer_names=tuple(names),
+        parameters=parameters,
         budget=budget,
     )
+
+
+def _parameters(value: Any) -> frozenset[str]:  # noqa: ANN401
+    if not value:
+        return frozenset()
+    if _strings(value) and len(value) <= _MAX_NAMES and all(value):
+        return frozenset(value)
+    raise invalid("target_parameters", value, f"a list of 1 to {_MAX_NAMES} names")
 
 
 def _exclude(value: Any) -> frozenset[str] | Pattern:  # noqa: ANN401

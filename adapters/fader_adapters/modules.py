@@ -4,15 +4,17 @@ Knows headers; reads no weights.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fader_adapters.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge
 from fader_adapters.limits import Limits
 from fader_adapters.lora_config import LoraConfig
+from fader_adapters.parameters import name_parameters
 from fader_adapters.pattern_nodes import PatternUnsafe
 from fader_adapters.pauses import Pause
 from fader_adapters.spec import BaseSpec
-from fader_adapters.targets import ALL_LINEAR
+from fader_adapters.targets import ALL_LINEAR, Targets
 from fader_adapters.tensor_names import ModuleTensors, Named
 from fader_adapters.tokens import TokenRows, check_tokens
 from fader_adapters.views import Place, View, view_base
@@ -59,6 +61,7 @@ def check_modules(
 
     Raises AdapterInvalid, AdapterMismatch, AdapterTooLarge.
     """
+    named = name_parameters(named, config.targets, base)
     view = view_base({**named.modules, **named.tokens}, base)
     for path, info in named.copies.items():
         if path not in named.modules:
@@ -85,25 +88,20 @@ def _check_targets(
     """
     targets = config.targets
     theirs = view.theirs_too
-    stranger = targets.unmatched({**named.modules, **theirs})
-    if stranger is not None:
-        raise AdapterMismatch(
-            f"target_modules names {stranger[:160]!r}, the base has no such linear; "
-            "the adapter was made for another base, or its list names more than it was trained on: "
-            "take the name out of target_modules then"
-        )
+    places = {**{path: place for path in named.modules if (place := view.place(path))}, **theirs}
+    _check_names(targets, places)
     try:
         selected: set[str] = set()
-        for path in {**named.modules, **theirs}:
-            if targets.select(path):
+        for path, place in places.items():
+            if _selects(targets, path, place):
                 selected.add(path)
             pause()
         for path in named.modules:
-            place = view.place(path)
-            follows = tied and place is not None and place.role == "head"
+            follows = tied and places[path].role == "head"
             if path not in selected and not follows:
                 raise AdapterInvalid(
-                    f"the file has tensors for {path[:160]!r}, target_modules does not select it"
+                    f"the file has tensors for {path[:160]!r}, neither target_modules nor "
+                    "target_parameters selects it"
                 )
         ties = tied and any(tensors.embedding for tensors in named.modules.values())
         for path, place in theirs.items():
@@ -112,7 +110,7 @@ def _check_targets(
             wanted = path in selected or (place.role == "head" and ties)
             if path not in named.modules and not optional and wanted:
                 raise AdapterInvalid(
-                    f"target_modules selects {path[:160]!r}, the file has no tensors for it: "
+                    f"the config selects {path[:160]!r}, the file has no tensors for it: "
                     "a partial adapter"
                 )
     except PatternUnsafe as error:
@@ -120,6 +118,34 @@ def _check_targets(
             f"adapter_config.json: target_modules or exclude_modules cannot be evaluated safely: "
             f"{error}; list the module names instead"
         ) from None
+
+
+def _check_names(targets: Targets, places: Mapping[str, Place]) -> None:
+    """Every name of the config must mean something of the base. Raises AdapterMismatch."""
+    for key, stranger in (
+        ("target_modules", targets.unmatched(path for path, p in places.items() if p.module)),
+        (
+            "target_parameters",
+            targets.unmatched_parameter(_parameter(path, place) for path, place in places.items()),
+        ),
+    ):
+        if stranger is not None:
+            raise AdapterMismatch(
+                f"{key} names {stranger[:160]!r}, the base has nothing of that name that could be "
+                "adapted here; the adapter was made for another base, or its list names more than "
+                f"it was trained on: take the name out of {key} then"
+            )
+
+
+def _selects(targets: Targets, path: str, place: Place) -> bool:
+    """Whether the config selects a place of the adapter's model."""
+    named = place.module and targets.select(path)
+    return named or targets.select_parameter(_parameter(path, place))
+
+
+def _parameter(path: str, place: Place) -> str:
+    """The parameter's path: experts' own, the weight of a module."""
+    return f"{path}.weight" if place.module else path
 
 
 def _module(
@@ -130,18 +156,24 @@ def _module(
     for info in (tensors.a, tensors.b):
         if len(info.shape) != 2:
             raise AdapterInvalid(f"tensor {info.name!r} has shape {info.shape}, expected a matrix")
-    rank = tensors.a.shape[0]
-    if rank > limits.rank:
-        raise AdapterTooLarge(f"{path!r} has rank {rank}, the limit is {limits.rank}")
-    declared = config.rank_of(path)
-    if rank != declared or tensors.b.shape[1] != declared:
+    parameter = _parameter(path, place)
+    key = parameter if config.targets.select_parameter(parameter) else path
+    declared, ranks = config.rank_of(key), tensors.a.shape[0]
+    if ranks > limits.rank * place.experts:
+        rank = ranks / place.experts
+        raise AdapterTooLarge(f"{path!r} has rank {rank:g}, the limit is {limits.rank}")
+    expected = declared * place.experts
+    if ranks != expected or tensors.b.shape[1] != expected:
+        of_all = f" of {place.experts} experts" if place.experts > 1 else ""
         raise AdapterInvalid(
-            f"{path!r}: the config declares rank {declared}, the tensors have A {tensors.a.shape} "
-            f"and B {tensors.b.shape}; expected A [{declared}, in] and B [out, {declared}]"
+            f"{path!r}: the config declares rank {declared}{of_all}, the tensors have A "
+            f"{tensors.a.shape} and B {tensors.b.shape}; expected A [{expected}, in] and B "
+            f"[out, {expected}]"
         )
+    rank = declared
     _check_dimensions(tensors, place)
     _check_vectors(path, tensors, config)
-    alpha = config.alpha_of(path)
+    alpha = config.alpha_of(key)
     return Module(path, place, tensors, rank, alpha, config.scale(rank, alpha))
 
 

@@ -88,7 +88,12 @@ class Attached:
         self._hook.remove()
         for linear in self._installed.spec.linears:
             parent, _, child = linear.path.rpartition(".")
-            setattr(self._model.get_submodule(parent), child, self._originals[linear.path])
+            if linear.role == "experts":
+                vars(self._model.get_submodule(parent)).pop("forward", None)
+            elif linear.role == "router":
+                vars(self._originals[linear.path]).pop("forward", None)
+            else:
+                setattr(self._model.get_submodule(parent), child, self._originals[linear.path])
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = self._installed.state

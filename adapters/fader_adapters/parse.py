@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fader_adapters.errors import AdapterInvalid, AdapterMismatch
+from fader_adapters.expert_factors import of_experts, of_stack
 from fader_adapters.factors import Factors, Linear, Part, put_together
 from fader_adapters.hashing import absorb
 from fader_adapters.header import TensorInfo, read_header
@@ -18,7 +19,15 @@ from fader_adapters.modules import Checked, Module, check_modules
 from fader_adapters.pauses import Pause, never
 from fader_adapters.report import AdapterReport, ModuleReport
 from fader_adapters.source import RawAdapter
-from fader_adapters.spec import AdapterSpec, BaseSpec, BaseWeights, Digest, RankScale, lay_out
+from fader_adapters.spec import (
+    AdapterSpec,
+    BaseSpec,
+    BaseWeights,
+    Digest,
+    LinearSpec,
+    RankScale,
+    lay_out,
+)
 from fader_adapters.tensor_names import sort_tensors
 from fader_adapters.tokens import as_part
 
@@ -161,6 +170,8 @@ def _linear(
     dtype: torch.dtype,
     weights: BaseWeights | None,
 ) -> Linear:
+    if base.linears[index].role == "experts":
+        return _stack(data, own.modules, base.linears[index], dtype)
     parts = [part for module in own.modules for part in _parts(data, index, module)]
     parts += [as_part(rows, _tensor(data, rows.info), weights) for rows in own.tokens]
     parts.sort(key=lambda part: part.start)
@@ -173,6 +184,23 @@ def _linear(
             )
         panels = weights.panels(index)
     return put_together(parts, base.linears[index].out_features, dtype, panels)
+
+
+def _stack(
+    data: bytes, modules: Sequence[Module], linear: LinearSpec, dtype: torch.dtype
+) -> Linear:
+    """A stack of experts, given as one parameter or as modules of its experts."""
+    first = modules[0]
+    if first.place.experts > 1:
+        a, b = (_tensor(data, info) for info in (first.tensors.a, first.tensors.b))
+        return of_stack(a, b, linear.experts, first.scale, dtype)
+    parts: list[list[Part]] = [[] for _ in range(linear.experts)]
+    for module in modules:
+        for span in module.place.spans:
+            assert span.expert is not None
+            a, b = (_tensor(data, info) for info in (module.tensors.a, module.tensors.b))
+            parts[span.expert].append(Part(span.start, span.stop, a, b, module.scale))
+    return of_experts(parts, (linear.out_features, linear.in_features), dtype)
 
 
 def _parts(data: bytes, index: int, module: Module) -> Iterable[Part]:
@@ -219,7 +247,7 @@ def _report(
     theirs = own[0].path if own else path
     sound = math.isfinite(linear.norm) and linear.factors.gain is None
     for name, tensor in linear.factors.named:
-        if sound and tensor.dim() == 2:
+        if sound and tensor.dim() > 1:
             continue  # the norm of the product would not be finite
         if not bool(tensor.isfinite().all()):
             raise AdapterInvalid(

@@ -46,6 +46,10 @@ PACKED = {
 """Linears whose rows are those of several others, one after the other."""
 
 
+Role = Literal["linear", "head", "embedding", "experts", "router"]
+"""What a target is to its model."""
+
+
 @dataclass(frozen=True, slots=True)
 class Term:
     """One adapter version with its weight γ in a blend."""
@@ -107,21 +111,25 @@ class LinearSpec:
     """Index of the decoder layer, None outside the layers."""
     conv1d: bool = False
     """transformers' Conv1D: the checkpoint's weight is [in, out] (PEFT's fan_in_fan_out)."""
-    role: Literal["linear", "head", "embedding"] = "linear"
-    """The head gives logits. An embedding's W [out, in] is its table transposed, x is one-hot."""
+    role: Role = "linear"
+    """The head gives logits. An embedding's W [out, in] is its table transposed, x is one-hot.
+    Experts are a stack of linears of one shape, each for the tokens a router gives it; their path
+    is that of the parameter."""
     multiplier: float = 1.0
     """What the module multiplies its output by; the scale of a delta holds it."""
     parts: tuple[int, ...] = ()
     """Rows of each linear that is packed into this one, in the order of PACKED."""
+    experts: int = 1
+    """Linears in the stack."""
 
     @property
     def weights(self) -> int:
-        """Elements of W."""
-        return self.in_features * self.out_features
+        """Elements of W, all of a stack."""
+        return self.in_features * self.out_features * self.experts
 
     @property
     def inside(self) -> bool:
-        """Not the head, no embedding: what "all-linear" means."""
+        """A module that is a linear, and not the head: what "all-linear" means."""
         return self.role == "linear"
 
 
@@ -166,7 +174,8 @@ class DeltaSpec:
     """One adapted linear: W·x → (1 + gain) ∘ (W·x) + scale · (B·(A·x) + bias).
 
     A [rank, in], B [out, rank]; gain and bias are vectors [out], where there are any. DoRA's B is
-    diag(g)·B and its gain is g − 1, g = magnitude / ‖W + scale·B·A‖ of each row.
+    diag(g)·B and its gain is g − 1, g = magnitude / ‖W + scale·B·A‖ of each row. A stack of experts
+    has A and B of each, one after the other, and no vectors.
     """
 
     linear: int
@@ -175,9 +184,9 @@ class DeltaSpec:
     scale: float
     """α/r, or α/√r for rsLoRA."""
     a_offset: int
-    """Elements from the start of the adapter's extent to A, row-major [rank, in]."""
+    """Elements from the start of the adapter's extent to A, row-major [(experts,) rank, in]."""
     b_offset: int
-    """Elements from the start of the adapter's extent to B, rank-major [rank, out]."""
+    """Elements from the start of the adapter's extent to B, rank-major [(experts,) rank, out]."""
     gain_offset: int | None = None
     """Elements from the start of the extent to the gain [out]; None: 0 everywhere."""
     bias_offset: int | None = None
@@ -208,7 +217,7 @@ class BaseWeights(Protocol):
 
     def panels(self, linear: int) -> "Iterator[torch.Tensor]":
         """W [out, in] of one linear in fp32, a few rows at a time, in order; never all at once. On
-        the base's device."""
+        the base's device. Of experts those of the first, then of the second, and so on."""
         ...
 
 
@@ -253,8 +262,8 @@ def lay_out(base: BaseSpec, version: Digest, parts: Iterable[RankScale]) -> Adap
         linear = base.linears[part.linear]
         starts: list[int | None] = []
         for size in (
-            part.rank * linear.in_features,
-            part.rank * linear.out_features,
+            part.rank * linear.in_features * linear.experts,
+            part.rank * linear.out_features * linear.experts,
             linear.out_features if part.gain else 0,
             linear.out_features if part.bias else 0,
         ):

@@ -1,4 +1,6 @@
-"""Which modules a PEFT config means: target_modules and its filters, on module paths only."""
+"""Which modules and parameters a PEFT config means: target_modules and its filters, and
+target_parameters. Knows paths only.
+"""
 
 import re
 from collections.abc import Iterable
@@ -24,6 +26,8 @@ class Targets:
     layers: frozenset[int] | None = None
     layer_names: tuple[str, ...] = ()
     """Names of the module lists that `layers` counts in; empty: the first numbered one."""
+    parameters: frozenset[str] = frozenset()
+    """Names a parameter's path equals or ends with after a dot; no filter is asked of them."""
     budget: Budget = field(default_factory=Budget)
 
     def select(self, path: str) -> bool:
@@ -36,17 +40,29 @@ class Targets:
             return False
         return self.layers is None or _layer_index(path, self.layer_names) in self.layers
 
+    def select_parameter(self, path: str) -> bool:
+        """Whether PEFT would adapt the parameter at `path`, be it of a linear or not."""
+        return not self.parameters.isdisjoint(_endings(path))
+
     def unmatched(self, paths: Iterable[str]) -> str | None:
         """A name in `include` that no path of the base answers to, None when all do."""
-        if not isinstance(self.include, frozenset):
-            return None
-        known = {ending for path in paths for ending in _endings(path)}
-        return min(self.include - known, default=None)
+        return _unmatched(self.include, paths)
+
+    def unmatched_parameter(self, paths: Iterable[str]) -> str | None:
+        """The same of `parameters`."""
+        return _unmatched(self.parameters, paths)
 
     def _matches(self, names: frozenset[str] | Pattern, path: str) -> bool:
         if isinstance(names, Pattern):
             return names.fullmatch(path, self.budget)
         return not names.isdisjoint(_endings(path))
+
+
+def _unmatched(names: frozenset[str] | Pattern | str, paths: Iterable[str]) -> str | None:
+    if not isinstance(names, frozenset):
+        return None
+    known = {ending for path in paths for ending in _endings(path)}
+    return min(names - known, default=None)
 
 
 def _endings(path: str) -> list[str]:

@@ -3,11 +3,10 @@ split. Knows names and shapes; reads no tensors.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 from fader_adapters.errors import AdapterMismatch
-from fader_adapters.spec import PACKED, BaseSpec, LinearSpec
+from fader_adapters.spec import PACKED, BaseSpec, LinearSpec, Role
 
 _WRAPPERS = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
 """What stands before `layers.0…` in text models, headless ones and the text part of others."""
@@ -26,6 +25,8 @@ class Span:
     """Index into BaseSpec.linears."""
     start: int
     stop: int
+    expert: int | None = None
+    """Of a stack; None: all of it, or no stack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +37,18 @@ class Place:
     """With the base's prefix."""
     in_features: int
     spans: tuple[Span, ...]
-    role: Literal["linear", "head", "embedding"]
+    role: Role
+    experts: int = 1
+    """Linears of the stack, if it is a whole one."""
 
     @property
     def out_features(self) -> int:
         return sum(span.stop - span.start for span in self.spans)
+
+    @property
+    def module(self) -> bool:
+        """Whether it is a module of the adapter's model, not a parameter of one."""
+        return self.role != "experts" or self.spans[0].expert is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +163,8 @@ def _join(places: dict[str, Place], packed: str, parts: tuple[str, ...], base: B
 
 
 def _whole(index: int, linear: LinearSpec) -> Place:
-    return _place(linear.path, linear, (Span(index, 0, linear.out_features),))
+    place = _place(linear.path, linear, (Span(index, 0, linear.out_features),))
+    return replace(place, experts=linear.experts)
 
 
 def _place(path: str, linear: LinearSpec, spans: tuple[Span, ...]) -> Place:

@@ -26,7 +26,7 @@ from fader_adapters.kernels.backend import BaseLinear
 from fader_adapters.kernels.cuda.backend import CudaBackend
 from fader_adapters.kernels.cuda.lora import DeltaKernels, delta
 from fader_adapters.kernels.tables import Tables
-from fader_adapters.layers import Installed, LaneWeights, Site, StepState
+from fader_adapters.layers import Installed, Site
 from fader_adapters.merged_site import LaneSpec, SiteWork
 from fader_adapters.spec import (
     AdapterSpec,
@@ -38,6 +38,7 @@ from fader_adapters.spec import (
     StepTerms,
     Term,
 )
+from fader_adapters.step_state import LaneWeights, StepState
 from fader_adapters.weightspace.plan import Form
 from fader_server.core import Lane, Plan
 

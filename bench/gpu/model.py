@@ -16,8 +16,9 @@ from fader_adapters.describe import describe
 from fader_adapters.kernels.cuda.backend import CudaBackend
 from fader_adapters.kernels.dense import DenseLinear
 from fader_adapters.kernels.tables import Tables
-from fader_adapters.layers import Installed, Site, SiteHead, SiteLinear, StepState
+from fader_adapters.layers import Installed, Site, SiteHead, SiteLinear
 from fader_adapters.spec import RowTerms, SiteSpec, StepTerms
+from fader_adapters.step_state import StepState
 from fader_server.core import Plan, PlanRow, Request, SamplingParams
 from fader_server.core import Sequence as Stream
 from fader_server.model import attention, graphs

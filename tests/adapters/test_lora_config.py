@@ -38,7 +38,7 @@ BAD_CONFIGS = {
     "qalora": {"use_qalora": True},
     "bdlora": {"use_bdlora": {"nblocks": 2}},
     "replication": {"layer_replication": [[0, 2]]},
-    "parameters": {"target_parameters": ["experts.gate"]},
+    "parameters by pattern": {"target_parameters": "experts.*"},
     "tokens": {"trainable_token_indices": [1]},
     "alora": {"alora_invocation_tokens": [1]},
     "megatron": {"megatron_config": {"a": 1}},

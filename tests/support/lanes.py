@@ -74,6 +74,8 @@ def weights_hash(installed: Installed) -> str:
         )
         for tensor in tensors:
             state.update(_bytes(tensor))
+    for stack in installed.stacks.values():
+        state.update(_bytes(stack.weight.source.data))
     if installed.table is not None:
         state.update(_bytes(installed.table.dense(torch.float32)))
     return state.hexdigest()

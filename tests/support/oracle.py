@@ -13,7 +13,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from fader_adapters.architecture import auto_class
 from fader_adapters.describe import kept_plain_of
-from tests.support.peft_adapters import TIED
+from tests.support.peft_adapters import PATTERNS, TIED
 
 
 def nf4_oracle(source: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -62,6 +62,7 @@ class Oracle:
             # a Conv1D's adapter on the plain linear that holds its decoded weight
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True")
             warnings.filterwarnings("ignore", message=TIED)
+            warnings.filterwarnings("ignore", message=PATTERNS)
             for name, path in adapters.items():
                 if isinstance(self._model, PeftModel):
                     self._model.load_adapter(path, adapter_name=name)

@@ -13,6 +13,9 @@ from fader_adapters.architecture import auto_class
 TIED = "Model (has|with) .?tie_word_embeddings.*|.*ensure_weight_tying.*"
 """What PEFT has to say about adapters of tied embeddings."""
 
+PATTERNS = "The following (rank|alpha)_pattern keys did not match.*"
+"""What it has to say of experts, whose names it makes patterns of and then looks for in modules."""
+
 
 def write_adapter(
     base: Path,
@@ -38,6 +41,7 @@ def write_adapter(
         warnings.filterwarnings("ignore", message=TIED)
         # a Conv1D's setting at the head, a plain linear
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True")
+        warnings.filterwarnings("ignore", message=PATTERNS)
         peft = get_peft_model(model, LoraConfig(r=rank, task_type="CAUSAL_LM", **settings))
     torch.manual_seed(seed)
     with torch.no_grad():

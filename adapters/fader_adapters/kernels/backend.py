@@ -12,6 +12,7 @@ from fader_adapters.kernels import native
 from fader_adapters.kernels.cpu import NativeBackend
 from fader_adapters.kernels.nf4 import Nf4Weight
 from fader_adapters.kernels.reference import ReferenceBackend
+from fader_adapters.kernels.routing import Routing
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import SiteSpec, StepTerms
 
@@ -138,6 +139,32 @@ class LookupBackend(Protocol):
 
     def bind_lookup(self, site: SiteSpec) -> LookupKernel:
         """Prepare the call of the embedding's site: in is the vocabulary."""
+        ...
+
+
+class StackKernel(Protocol):
+    """The deltas of one stack of experts."""
+
+    def __call__(
+        self, y: torch.Tensor, x: torch.Tensor, routing: Routing, step: Step | None
+    ) -> torch.Tensor:
+        """y[p] + Σᵢ γ[t,i]·s[slotᵢ]·(x[p]·A[slotᵢ,e]ᵀ)·B[slotᵢ,e], t and e being p's token and
+        expert; summed in fp32, rounded to y's dtype; y may be changed.
+
+        y        [pairs, out]  what the experts gave, in the order of the routing
+        x        [pairs, in]   what they were given
+        routing  of the tokens of the step, all of them
+        A pair without terms keeps its bits, others have theirs whatever else is in the step.
+        """
+        ...
+
+
+@runtime_checkable
+class StackBackend(Protocol):
+    """A backend that also adapts stacks of experts; with others they are no target."""
+
+    def bind_stack(self, site: SiteSpec, experts: int) -> StackKernel:
+        """Prepare the call of one stack: in and out are those of one expert."""
         ...
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fader_adapters.kernels.cpu_experts import NativeStack, PairPlans
 from fader_adapters.kernels.dense import DenseLinear, filled
 from fader_adapters.kernels.native import (
     Lookup,
@@ -228,7 +229,8 @@ class NativeBackend:
         self._store = PanelStore()
         self._scratch = Workspace()
         self.tape = Tape()
-        self._sites: list[NativeSite | NativeHead | NativeLookup] = []
+        self._pairs = PairPlans()
+        self._sites: list[NativeSite | NativeHead | NativeLookup | NativeStack] = []
         self._ranks: torch.Tensor | None = None
 
     def linear(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> PanelLinear:
@@ -258,6 +260,11 @@ class NativeBackend:
 
     def bind_lookup(self, site: SiteSpec) -> NativeLookup:
         kernel = NativeLookup(site, scratch=self._scratch, tape=self.tape)
+        self._sites.append(kernel)
+        return kernel
+
+    def bind_stack(self, site: SiteSpec, experts: int) -> NativeStack:
+        kernel = NativeStack(site, experts, plans=self._pairs, scratch=self._scratch)
         self._sites.append(kernel)
         return kernel
 

@@ -12,7 +12,7 @@ import torch
 
 from fader_adapters.kernels.backend import Step
 from fader_adapters.kernels.native import Site, StepInputs, StepPlan, Tape, Workspace
-from fader_adapters.layers import LaneWeights
+from fader_adapters.step_state import LaneWeights
 from fader_server.core import Plan
 from fader_server.model.batch import AttentionRow, Batch
 from fader_server.model.recording import Recorder, Unrepeatable

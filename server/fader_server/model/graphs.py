@@ -17,7 +17,7 @@ from fader_adapters.kernels.backend import Step
 from fader_adapters.kernels.cuda.backend import CudaBackend
 from fader_adapters.kernels.cuda.lora import ROW_BUCKETS, LoraStep
 from fader_adapters.kernels.tables import Tables
-from fader_adapters.layers import LaneWeights
+from fader_adapters.step_state import LaneWeights
 from fader_server.core import Plan
 from fader_server.model.attention import PagedAttention
 from fader_server.model.batch import Batch

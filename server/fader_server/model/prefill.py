@@ -13,7 +13,7 @@ import torch
 from fader_adapters.kernels.backend import Step
 from fader_adapters.kernels.cpu import in_place_of
 from fader_adapters.kernels.native import StepInputs, StepPlan, Tape, Workspace
-from fader_adapters.layers import LaneWeights
+from fader_adapters.step_state import LaneWeights
 from fader_server.core import Plan
 from fader_server.model.batch import AttentionRow, Batch
 from fader_server.model.decode import DecodeReplays, Elder, Forward, Moved, decodes, refuted
@@ -182,7 +182,8 @@ class NativeReplays:
     def sibling(self, lane: LaneWeights) -> "NativeReplays":
         """See Replays."""
         pairs = [(site.kernel.base, merged) for site, merged in lane.bases.items()]
-        sites = in_place_of(pairs) if lane.table is None and self.decode.enabled else None
+        same = lane.table is None and not lane.stacks and self.decode.enabled
+        sites = in_place_of(pairs) if same else None
         moved = None if sites is None else Moved(sites)
         return NativeReplays(self.decode.sibling(moved), self.prefill.sibling(moved))
 

@@ -20,6 +20,7 @@ from fader_server.core import Sequence as Row
 from fader_server.model.alone import SoloModel, attend_as_built
 from fader_server.model.attention import StepAttention
 from fader_server.model.batch import Batch
+from fader_server.model.expert_views import show_mixtures
 from fader_server.model.kernels import attention_alone
 from fader_server.model.kv_cache import KVCache
 from fader_server.model.loaded import LoadedBase
@@ -68,6 +69,7 @@ class ProbeModel:
         self._model = copy.deepcopy(base.model, memo)
         for module in self._model.modules():
             module.__dict__.pop("forward", None)  # put there for the original's recordings
+        show_mixtures(self._model, base.installed, self._glass)
         self._shapes = {
             found: shape for module, shape in base.layers.items()
             if isinstance(found := memo[id(module)], nn.Module)

@@ -9,8 +9,8 @@ import torch
 
 from fader_adapters.kernels.backend import Step
 from fader_adapters.kernels.tables import Tables
-from fader_adapters.layers import LaneWeights
 from fader_adapters.spec import StepTerms
+from fader_adapters.step_state import LaneWeights
 from fader_server.core import Lane, Plan, RowResult
 from fader_server.model.attention import PagedAttention, StepAttention
 from fader_server.model.batch import Batch
@@ -137,6 +137,8 @@ class ModelRunner:
         replays = part.replays
         if replays is not None and not decodes(part.plan) and self._adapts_head(part.plan):
             replays = None  # a recorded output layer that is not for all tokens is the base's
+        if replays is not None and self._adapts(part.plan, self._base.installed.stacks):
+            replays = None  # who meets in an expert is known when the router has chosen
         if replays is None:
             assert tokens is None
             compute = self._eager(part.plan)
@@ -204,11 +206,13 @@ class ModelRunner:
 
     def _adapts_head(self, plan: Plan) -> bool:
         head = self._base.installed.head
+        return head is not None and self._adapts(plan, head.spec.linears)
+
+    def _adapts(self, plan: Plan, linears: Iterable[int]) -> bool:
+        """Whether an adapter of the plan changes one of these."""
         slots = sorted({slot for row in plan.terms.rows for slot, _ in row.terms})
-        if head is None or not slots:
-            return False
-        (index,) = head.spec.linears
-        return bool(self._tables.rank[slots, index].any())
+        indices = list(linears)
+        return bool(slots and indices) and bool(self._tables.rank[slots][:, indices].any())
 
     def _forward(self, batch: Batch, step: Step | None, head: HeadStep) -> torch.Tensor:
         """[len(batch.logit_index), vocab]"""

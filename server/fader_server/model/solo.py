@@ -15,8 +15,8 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from fader_adapters.kernels.backend import Step
-from fader_adapters.layers import StepState
 from fader_adapters.spec import RowTerms, StepTerms
+from fader_adapters.step_state import StepState
 from fader_server.core import Plan, PlanRow, Sequence
 from fader_server.errors import EngineFault
 from fader_server.model.alone import SoloModel
@@ -148,20 +148,31 @@ class _Step:
 
     def linear(self, there: list[int], counts: list[int], *, head: bool) -> None:
         torch.set_num_threads(self._threads)
-        key = (head, *there), *counts
+        step = self._of(there, counts)
+        if head:
+            self._state.head = lambda _: step
+        else:
+            self._tell(step, sum(counts))
+
+    def forward(self, index: int) -> None:
+        """One token is too little work to share, and its bits must not depend on the others.
+
+        What takes deltas beside linears is told of this row alone.
+        """
+        count = self._plan.rows[index].count
+        torch.set_num_threads(1 if count == 1 else self._threads)
+        self._tell(self._of([index], [count]), count)
+
+    def _of(self, there: list[int], counts: list[int]) -> Step | None:
+        key = (*there, *counts)
         if key not in self._found:
             pairs = zip(there, counts, strict=True)
             rows = tuple(RowTerms(count, self._plan.terms.rows[i].terms) for i, count in pairs)
             self._found[key] = self._prepare(StepTerms(rows))
-        step, state = self._found[key], self._state
-        if head:
-            state.head = lambda _: step
-        else:
-            state.step, state.tokens = step, sum(counts)  # all of a row's are its own, if few
+        return self._found[key]
 
-    def forward(self, index: int) -> None:
-        """One token is too little work to share, and its bits must not depend on the others."""
-        torch.set_num_threads(1 if self._plan.rows[index].count == 1 else self._threads)
+    def _tell(self, step: Step | None, tokens: int) -> None:
+        self._state.step, self._state.tokens = step, tokens  # all of a row's are its own, if few
 
     def end(self) -> None:
         """Leave everything as it was."""

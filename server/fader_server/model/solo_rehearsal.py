@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fader_adapters.layers import StepState
 from fader_adapters.spec import RowTerms, StepTerms
+from fader_adapters.step_state import StepState
 from fader_server.core import Plan, PlanRow, Request, SamplingParams, Sequence
 from fader_server.errors import ModelUnsupported
 from fader_server.model.alone import SoloModel, attend_as_built

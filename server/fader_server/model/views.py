@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fader_adapters.changes import Change, Changes
+from fader_adapters.expert_layers import Stack
 from fader_adapters.kernels.backend import BaseLinear
-from fader_adapters.kernels.dense import ByToken, EmbeddingTable
+from fader_adapters.kernels.dense import ByToken, EmbeddingTable, StackWeight
 from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.lane import MergedLane
 from fader_adapters.layers import Site, SiteLinear
@@ -31,8 +32,10 @@ class View(Protocol):
         """[tokens, width] what the embedding gives, if not what the base's does."""
         ...
 
-    def change(self, linear: int) -> Change | None:
-        """What happens to a linear beside its weight."""
+    def stack(self, stack: Stack) -> StackWeight: ...
+
+    def change(self, linear: int, expert: int = 0) -> Change | None:
+        """What happens to a linear, or an expert of a stack, beside its weight."""
         ...
 
 
@@ -46,7 +49,10 @@ class BaseView:
     def table(self) -> torch.Tensor | None:
         return None
 
-    def change(self, linear: int) -> Change | None:
+    def stack(self, stack: Stack) -> StackWeight:
+        return stack.weight
+
+    def change(self, linear: int, expert: int = 0) -> Change | None:
         return None
 
 
@@ -57,8 +63,8 @@ class BlendView(BaseView):
         self._changes = changes
         self._device = device
 
-    def change(self, linear: int) -> Change | None:
-        change = self._changes.of(linear)
+    def change(self, linear: int, expert: int = 0) -> Change | None:
+        change = self._changes.of(linear, expert)
         return None if change is None else change.to(self._device)
 
 
@@ -70,6 +76,9 @@ class LaneView(BaseView):
 
     def weight(self, site: Site) -> BaseLinear:
         return self._weights.bases.get(site, site.kernel.base)
+
+    def stack(self, stack: Stack) -> StackWeight:
+        return self._weights.stacks.get(stack.index, stack.weight)
 
     @property
     def table(self) -> torch.Tensor | None:
@@ -99,10 +108,10 @@ class ProbeLinear(nn.Module):
         weight = view.weight(self._site)
         rows = x.reshape(-1, self.in_features)
         stop = self._start + self.out_features
-        y = _product(rows, weight, self._start, stop, self._glass.pause)
+        y = product(rows, weight, self._start, stop, self._glass.pause)
         change = view.change(self._linear)
         if change is not None:
-            y = _changed(y, rows.float(), change)
+            y = changed(y, rows.float(), change)
         if weight.bias is not None:
             y += weight.bias[self._start : stop].float()
         return self._given(y, x).view(*x.shape[:-1], self.out_features)
@@ -139,8 +148,8 @@ class ProbeEmbedding(nn.Module):
         return change.of_lookup(rows, ids.reshape(-1)).to(y.dtype).view_as(y)
 
 
-def _product(
-    x: torch.Tensor, weight: BaseLinear, start: int, stop: int, pause: Pause
+def product(
+    x: torch.Tensor, weight: BaseLinear | StackWeight, start: int, stop: int, pause: Pause
 ) -> torch.Tensor:
     """x [T, in] times rows start..stop of a weight, a few at a time, in fp32."""
     y = x.new_empty(x.shape[0], stop - start, dtype=torch.float32)
@@ -152,7 +161,7 @@ def _product(
     return y
 
 
-def _changed(y: torch.Tensor, x: torch.Tensor, change: Change) -> torch.Tensor:
+def changed(y: torch.Tensor, x: torch.Tensor, change: Change) -> torch.Tensor:
     """y = W·x [T, out] with the blend beside it."""
     if change.gain is not None:
         y = y * (1 + change.gain)

@@ -40,6 +40,8 @@ class StepPlan:
             )
         if not bool(torch.isfinite(term_gamma).all()):
             raise ValueError("term_gamma must be finite")
+        self.blends: list[list[tuple[int, float]]] = []
+        self.row_of_token: list[int] = []
         lib = library()
         words = lib.fader_plan_words(self.tokens, rows, terms)
         self._blob = torch.empty(words, dtype=torch.int32)
@@ -68,10 +70,12 @@ class StepPlan:
         for blend in blends:
             ends.append(ends[-1] + len(blend))
         flat = [term for blend in blends for term in blend]
-        return StepPlan(
+        plan = StepPlan(
             torch.tensor(ends, dtype=torch.int32),
             torch.tensor([slot for slot, _ in flat], dtype=torch.int32),
             torch.tensor([gamma for _, gamma in flat], dtype=torch.float32),
             torch.tensor(row_of_token, dtype=torch.int32),
             slots=slots,
         )
+        plan.blends, plan.row_of_token = blends, row_of_token
+        return plan

@@ -1,0 +1,59 @@
+"""What the modules of a model are told of the forward that runs now."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from fader_adapters.errors import BaseUnsupported
+from fader_adapters.kernels.backend import BaseLinear, Step
+from fader_adapters.kernels.dense import StackWeight
+
+if TYPE_CHECKING:
+    from fader_adapters.layers import Site
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LaneWeights:
+    """Other weights to run instead of the base's, without any delta; what is not here is shared."""
+
+    bases: Mapping["Site", BaseLinear]
+    table: torch.Tensor | None = None
+    """[tokens, width] what the embedding gives for each token."""
+    stacks: Mapping[int, StackWeight] = field(default_factory=dict)
+    """Experts and routers by their index in BaseSpec.linears."""
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes."""
+        tables = [] if self.table is None else [self.table]
+        plain = sum(tensor.nbytes for tensor in (*tables, *self.stacks.values()))
+        return plain + sum(base.nbytes for base in self.bases.values())
+
+
+class StepState:
+    """The work of the forward that runs now; every site of a model reads the same one."""
+
+    def __init__(self) -> None:
+        self.step: Step | None = None
+        self.head: Callable[[torch.Size], Step | None] | None = None
+        """The same for the rows the output head is given, by the shape of what it is given."""
+        self.lane: LaneWeights | None = None
+        """None: the base's own weights."""
+        self.tokens: int | None = None
+        """Of the forward that runs now; a linear that is given others is refused. None: unknown."""
+
+    def at(self, x: torch.Tensor, *, head: bool) -> Step | None:
+        """What a site that is called with `x` has to do."""
+        if not head:
+            return self.step
+        return None if self.head is None else self.head(x.shape)
+
+    def check_tokens(self, rows: int) -> None:
+        """Raises BaseUnsupported for a module that is not given the tokens of the forward."""
+        if self.tokens is not None and rows != self.tokens:
+            raise BaseUnsupported(
+                f"a linear was given {rows} of {self.tokens} tokens; adapters are for linears "
+                "that see all of them, and not for pictures or sound beside a text"
+            )

@@ -1,0 +1,142 @@
+"""Adapters of mixtures' experts and routers against transformers + PEFT, in mixed batches.
+
+PEFT writes them as target_parameters, runs one of them a batch and has no `cat` for them: a blend
+is its sum of active adapters there, each at a scale of its own.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+
+from fader_adapters.kernels.backend import BackendName
+from fader_server.engine.limits import Limits
+from tests.server.parity.test_families import BOUND, check, difference
+from tests.server.parity.test_many_families import asks
+from tests.support.many_families import MANY, write_many
+from tests.support.oracle import Oracle
+from tests.support.peft_adapters import write_adapter
+from tests.support.solo_families import SOLO
+from tests.support.world import Ask, TinyWorld
+
+BY_NAME = ("mixtral", "olmoe", "qwen3-moe")
+"""Families whose experts and routers PEFT finds by `all-linear`."""
+BY_PARAMETER = (
+    "deepseek-v2",
+    "deepseek-v3",
+    "flint",
+    "gpt-oss",
+    "granite-hybrid-moe",
+    "granite-moe",
+    "lfm2-moe",
+    "mimo-v2-flash",
+    "phi-moe",
+    "qwen2-moe",
+    "qwen3-next",
+    "zaya",
+)
+QUICK = frozenset({"gpt-oss", "mixtral", "phi-moe"})
+ARENA = 1 << 23
+LIMITS = Limits(max_rows=16, max_step_tokens=96, chunk_size=32, max_model_len=512)
+
+
+class Summed(Oracle):
+    """A blend by PEFT's sum of active adapters, their scales multiplied by γ."""
+
+    def _blended(self, blend: Mapping[str, float]) -> str | list[str]:  # type: ignore[override]
+        assert isinstance(self._model, PeftModel)
+        for module in self._model.modules():
+            if isinstance(module, LoraLayer):
+                for name, scale in module.scaling.items():
+                    own = getattr(module, "own_scaling", {}).get(name, scale)
+                    module.own_scaling = {**getattr(module, "own_scaling", {}), name: own}
+                    module.scaling[name] = own * blend.get(name, 1.0)
+        return list(blend)
+
+    def logits(self, tokens, blend):
+        if not blend:
+            return super().logits(tokens, blend)
+        active = self._blended(blend)
+        assert isinstance(self._model, PeftModel)
+        self._model.base_model.set_adapter(active)
+        with torch.inference_mode():
+            ids = torch.tensor([list(tokens)])
+            return self._model(input_ids=ids, use_cache=False).logits[0].float()
+
+
+def targets(family: str, world: TinyWorld) -> dict[str, object]:
+    """What PEFT is to adapt: attention's linears, experts and routers."""
+    if family in BY_NAME:
+        return {"target_modules": "all-linear"}
+    linears = world.base.installed.spec.linears
+    parameters = [item.path for item in linears if item.role == "experts"]
+    parameters += [f"{item.path}.weight" for item in linears if item.role == "router"]
+    modules = [item.path for item in linears if item.path.endswith("o_proj")]
+    return {"target_modules": modules, "target_parameters": parameters}
+
+
+def written(family: str, folder: Path, world: TinyWorld, base: Path) -> dict[str, Path]:
+    return {
+        name: write_adapter(
+            base, folder / name, rank=rank, seed=rank, scale=0.05, **targets(family, world)
+        )
+        for name, rank in (("r8", 8), ("r16", 16))
+    }
+
+
+def base_of(family: str, folder: Path) -> Path:
+    return write_many(*(MANY[family] if family in MANY else SOLO[family]), folder / "base")
+
+
+def settings(*backends: BackendName) -> list:
+    return [
+        pytest.param(
+            *(family, backend),
+            id=f"{family}-{backend}",
+            marks=[] if family in QUICK and backend == "auto" else pytest.mark.slow,
+        )
+        for family in (*BY_NAME, *BY_PARAMETER)
+        for backend in backends
+    ]
+
+
+def opened(family: str, folder: Path, **options) -> tuple[TinyWorld, Summed]:
+    """A world with two adapters, and PEFT with the same."""
+    base = base_of(family, folder)
+    world = TinyWorld(base, limits=LIMITS, arena=ARENA, **options)
+    given = written(family, folder, world, base)
+    for name, path in given.items():
+        world.load(name, path)
+    return world, Summed(base, world.base.dtype, given)
+
+
+@pytest.mark.parametrize(("family", "backend"), settings("auto", "reference"))
+def test_mixed_batches_equal_peft(family: str, backend: BackendName, tmp_path: Path):
+    world, oracle = opened(family, tmp_path, backend=backend)
+    roles = {item.role for item in world.base.installed.spec.linears}
+    assert "experts" in roles
+    questions = asks(world.base.max_positions)
+    answers = world.run(questions)
+    check(oracle, questions, answers, BOUND[torch.float32])
+    other = Ask(questions[1].prompt, {"r8": 0.8}, questions[1].params)
+    assert difference(oracle, other, answers[1], 1.0) > 10 * BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "backend"), settings("auto"))
+def test_a_row_has_the_bits_that_it_has_alone(
+    family: str, backend: BackendName, dtype: torch.dtype, tmp_path: Path
+):
+    world, _ = opened(family, tmp_path, backend=backend, dtype=dtype)
+    questions = asks(world.base.max_positions)
+    together = world.run(questions)
+    for ask, answer in zip(questions, together, strict=True):
+        (alone,) = world.run([ask])
+        assert alone.tokens == answer.tokens
+        assert alone.logprobs == answer.logprobs
+        assert alone.prompt_logprobs == answer.prompt_logprobs
+    changed = Ask(questions[1].prompt, {"r8": 0.95}, questions[1].params)
+    assert world.run([changed])[0].logprobs != together[1].logprobs, "the comparison sees nothing"
