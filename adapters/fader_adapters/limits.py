@@ -1,6 +1,12 @@
 """How large an adapter may be and how long a source may take. Plain bounds; reads nothing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
+
+from fader_adapters.spec import BaseSpec
+
+_NAMED = 256
+"""Bytes of a header that one tensor takes, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +25,15 @@ class Limits:
     alpha: float = 1e6
     delta_norm: float = 1e5
     """Frobenius norm of one linear's scaled delta."""
+
+    def over(self, base: BaseSpec) -> Self:
+        """With room for the tensors of every expert of a base by itself."""
+        experts = sum(i.experts * len(i.parts) for i in base.linears if i.role == "experts")
+        return replace(
+            self,
+            tensors=self.tensors + 2 * experts,
+            header_bytes=self.header_bytes + 2 * experts * _NAMED,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,12 @@ from fader_adapters.lora_config import LoraConfig
 from fader_adapters.parameters import name_parameters
 from fader_adapters.pattern_nodes import PatternUnsafe
 from fader_adapters.pauses import Pause
+from fader_adapters.places import Place
 from fader_adapters.spec import BaseSpec
 from fader_adapters.targets import ALL_LINEAR, Targets
 from fader_adapters.tensor_names import ModuleTensors, Named
 from fader_adapters.tokens import TokenRows, check_tokens
-from fader_adapters.views import Place, View, view_base
+from fader_adapters.views import View, view_base
 
 
 @dataclass(frozen=True, slots=True)

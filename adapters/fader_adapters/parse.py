@@ -87,7 +87,7 @@ def read_adapter(
     implemented exactly, partial, not finite, no effect), AdapterMismatch (another base) and
     AdapterTooLarge (a limit).
     """
-    limits = limits or Limits()
+    limits = (limits or Limits()).over(base)
     config = read_config(raw.config, limits)
     pause()
     header = read_header(raw.weights, limits)

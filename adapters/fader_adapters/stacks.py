@@ -53,8 +53,11 @@ def stack_of(module: nn.Module, name: str, path: str = "", layer: int | None = N
     """One parameter of the module as a target."""
     shape = tuple(getattr(module, name).shape)
     count, out, width = (shape[0], *shape[:0:-1]) if module.is_transposed else shape
+    parts = (out // 2, out // 2) if name == "gate_up_proj" else (out,)
+    if not getattr(module, "is_concatenated", True):
+        parts = ()
     full = f"{path}.{name}" if path else name
-    return LinearSpec(full, width, out, layer, role="experts", experts=count)
+    return LinearSpec(full, width, out, layer, role="experts", parts=parts, experts=count)
 
 
 def _by_interface(module: nn.Module) -> bool:

@@ -13,8 +13,9 @@ from fader_adapters.errors import AdapterInvalid, AdapterMismatch, AdapterTooLar
 from fader_adapters.factors import Part
 from fader_adapters.header import TensorInfo
 from fader_adapters.limits import Limits
+from fader_adapters.places import Place
 from fader_adapters.spec import BaseSpec, BaseWeights
-from fader_adapters.views import Place, View
+from fader_adapters.views import View
 
 
 @dataclass(frozen=True, slots=True)

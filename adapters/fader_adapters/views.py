@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from fader_adapters.errors import AdapterMismatch
-from fader_adapters.spec import PACKED, BaseSpec, LinearSpec, Role
+from fader_adapters.expert_places import places_of_experts
+from fader_adapters.places import Place, Span
+from fader_adapters.spec import PACKED, BaseSpec, LinearSpec
 
 _WRAPPERS = ("", "model.", "language_model.", "model.language_model.", "language_model.model.")
 """What stands before `layers.0…` in text models, headless ones and the text part of others."""
@@ -15,40 +17,6 @@ _TOWERS = ("vision_tower.", "vision_model.", "visual.", "audio_tower.", "multi_m
 """What older models name beside their text part, and newer ones inside `model.`."""
 _INNER = ".vision_model."
 """What older ones have inside a tower besides."""
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Rows start..stop of W of one linear."""
-
-    linear: int
-    """Index into BaseSpec.linears."""
-    start: int
-    stop: int
-    expert: int | None = None
-    """Of a stack; None: all of it, or no stack."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """One module as the adapter's model has it: its rows lie in these spans, in order."""
-
-    path: str
-    """With the base's prefix."""
-    in_features: int
-    spans: tuple[Span, ...]
-    role: Role
-    experts: int = 1
-    """Linears of the stack, if it is a whole one."""
-
-    @property
-    def out_features(self) -> int:
-        return sum(span.stop - span.start for span in self.spans)
-
-    @property
-    def module(self) -> bool:
-        """Whether it is a module of the adapter's model, not a parameter of one."""
-        return self.role != "experts" or self.spans[0].expert is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +63,7 @@ def view_base(paths: Iterable[str], base: BaseSpec) -> View:
     """See the base as a model that has all these modules. Raises AdapterMismatch."""
     paths = list(paths)
     places = _places({path.rpartition(".")[2] for path in paths}, base)
+    places = places_of_experts(paths, places, base)
     moved = {path: there for path in paths for there in _moved(path, places)}
     found: dict[tuple[str, ...], View] = {}
     for theirs, ours in [("", "")] + [(t, o) for t in _WRAPPERS for o in _WRAPPERS if t != o]:
@@ -132,7 +101,8 @@ def _places(names: set[str], base: BaseSpec) -> dict[str, Place]:
     for i, linear in enumerate(base.linears):
         parent, dot, name = linear.path.rpartition(".")
         parts = PACKED.get(name, ())
-        if len(linear.parts) == len(parts) and names.intersection(parts) and name not in names:
+        fits = linear.role == "linear" and len(linear.parts) == len(parts)
+        if fits and names.intersection(parts) and name not in names:
             del places[linear.path]
             at = 0
             for part, rows in zip(parts, linear.parts, strict=True):

@@ -5,12 +5,14 @@ is its sum of active adapters there, each at a scale of its own.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 
 from fader_adapters.kernels.backend import BackendName
 from fader_server.engine.limits import Limits
@@ -40,6 +42,7 @@ BY_PARAMETER = (
 )
 QUICK = frozenset({"gpt-oss", "mixtral", "phi-moe"})
 ARENA = 1 << 23
+RANK = 4
 LIMITS = Limits(max_rows=16, max_step_tokens=96, chunk_size=32, max_model_len=512)
 
 
@@ -140,3 +143,62 @@ def test_a_row_has_the_bits_that_it_has_alone(
         assert alone.prompt_logprobs == answer.prompt_logprobs
     changed = Ask(questions[1].prompt, {"r8": 0.95}, questions[1].params)
     assert world.run([changed])[0].logprobs != together[1].logprobs, "the comparison sees nothing"
+
+
+def write_older(
+    world: TinyWorld, target: Path, *, mixture: str, names: tuple[str, str, str]
+) -> Path:
+    """An adapter as it was made where experts were modules: `mixture`.experts.N.`names`."""
+    g = torch.Generator().manual_seed(3)
+    gate, up, down = names
+    tensors: dict[str, torch.Tensor] = {}
+
+    def add(path: str, width: int, out: int) -> None:
+        key = f"base_model.model.{path.replace('.mlp.', f'.{mixture}.')}"
+        tensors[f"{key}.lora_A.weight"] = 0.1 * torch.randn(RANK, width, generator=g)
+        tensors[f"{key}.lora_B.weight"] = 0.02 * torch.randn(out, RANK, generator=g)
+
+    for item in world.base.installed.spec.linears:
+        parent, _, name = item.path.rpartition(".")
+        if item.role == "experts":
+            parts = {"gate_up_proj": (gate, up), "down_proj": (down,)}[name]
+            for expert in range(item.experts):
+                for part, rows in zip(parts, item.parts, strict=True):
+                    add(f"{parent}.{expert}.{part}", item.in_features, rows)
+        elif name == "q_proj" or item.role == "router":
+            add(item.path, item.in_features, item.out_features)
+    target.mkdir()
+    save_file(tensors, target / "adapter_model.safetensors")
+    config = LoraConfig(
+        r=RANK, lora_alpha=3 * RANK, target_modules=["gate", "q_proj", *names],
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    config.save_pretrained(target)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("family", "mixture", "names"),
+    [
+        ("mixtral", "block_sparse_moe", ("w1", "w3", "w2")),
+        pytest.param(
+            *("qwen3-moe", "mlp", ("gate_proj", "up_proj", "down_proj")), marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_experts_that_were_modules_equal_peft(family, mixture, names, tmp_path: Path):
+    base = base_of(family, tmp_path)
+    world = TinyWorld(base, limits=LIMITS, arena=ARENA)
+    given = {
+        "old": write_older(world, tmp_path / "old", mixture=mixture, names=names),
+        "r8": write_adapter(base, tmp_path / "r8", rank=8, seed=8, target_modules="all-linear"),
+    }
+    for name, path in given.items():
+        world.load(name, path)
+    blends = [{"old": 1.0}, {"r8": 1.0}, {}, {"old": 0.5, "r8": -0.5}]
+    mixed = [replace(ask, blend=blends[i % 4]) for i, ask in enumerate(asks(512))]
+    answers = world.run(mixed)
+    check(Summed(base, torch.float32, given), mixed, answers, BOUND[torch.float32])
+    other = Ask(mixed[0].prompt, {"old": 0.8}, mixed[0].params)
+    oracle = Summed(base, torch.float32, {"old": given["old"]})
+    assert difference(oracle, other, answers[0], 1.0) > 10 * BOUND[torch.float32]

@@ -1,0 +1,171 @@
+"""Deltas of stacks of experts: every backend against fp64, pair by pair, and a row's own bits."""
+
+import pytest
+import torch
+
+from fader_adapters.kernels import native
+from fader_adapters.kernels.backend import StackBackend, choose
+from fader_adapters.kernels.routing import Routing
+from fader_adapters.kernels.tables import Tables
+from fader_adapters.spec import (
+    BaseSpec,
+    Digest,
+    LinearSpec,
+    RankScale,
+    RowTerms,
+    SiteSpec,
+    StepTerms,
+    lay_out,
+)
+from tests.support.deltas import steps
+
+IN, OUT, EXPERTS, CHOSEN = 96, 72, 5, 2
+RANKS = (8, 16, 64, 1, 16, 8)
+SITE = SiteSpec((1,), IN, (OUT,))
+STEPS = steps()
+BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+BACKENDS = [
+    pytest.param(
+        "native", marks=pytest.mark.skipif(not native.available(), reason="no native library")
+    ),
+    "reference",
+]
+
+
+class World:
+    """A stack beside a linear, and six adapters in an arena whose gaps are NaN."""
+
+    def __init__(self, dtype: torch.dtype, *, first: int = 0) -> None:
+        """first: the slot of the first adapter."""
+        g = torch.Generator().manual_seed(1)
+        linears = (
+            LinearSpec("q", IN, OUT, 0),
+            LinearSpec("experts.up", IN, OUT, 0, role="experts", experts=EXPERTS),
+        )
+        base = BaseSpec(linears, Digest("0" * 64), "test")
+        self.tables = Tables(torch.full((1 << 19,), float("nan"), dtype=dtype), len(linears))
+        self.factors: dict[int, tuple[torch.Tensor, torch.Tensor, float]] = {}
+        offset = 64
+        for slot, rank in enumerate(RANKS, first):
+            # one adapter leaves the stack alone
+            part = RankScale(0 if slot == first + 3 else 1, rank, 0.5)
+            spec = lay_out(base, Digest(f"{slot:064x}"), [part])
+            for delta in spec.deltas:
+                stack = linears[delta.linear].experts
+                a = (0.1 * torch.randn(stack, rank, IN, generator=g)).to(dtype)
+                b = (0.1 * torch.randn(stack, rank, OUT, generator=g)).to(dtype)
+                for at, values in ((delta.a_offset, a), (delta.b_offset, b)):
+                    start = offset + at
+                    self.tables.arena[start : start + values.numel()] = values.view(-1)
+                if delta.linear == 1:
+                    self.factors[slot] = (a.double(), b.double(), delta.scale)
+            self.tables.publish(slot, spec, offset)
+            offset += spec.numel + 64
+
+    def expected(
+        self, y: torch.Tensor, x: torch.Tensor, routing: Routing, terms: StepTerms
+    ) -> torch.Tensor:
+        rows = [row.terms for row in terms.rows for _ in range(row.tokens)]
+        total = y.double()
+        for pair, (token, expert) in enumerate(
+            zip(routing.token.tolist(), routing.expert.tolist(), strict=True)
+        ):
+            for slot, gamma in rows[token]:
+                if slot in self.factors:
+                    a, b, scale = self.factors[slot]
+                    total[pair] += gamma * scale * (x[pair].double() @ a[expert].T) @ b[expert]
+        return total
+
+
+def routed(tokens: int, *, seed: int = 2, experts: int = EXPERTS) -> Routing:
+    g = torch.Generator().manual_seed(seed)
+    chosen = torch.stack([torch.randperm(experts, generator=g)[:CHOSEN] for _ in range(tokens)])
+    return Routing.of(chosen, experts)
+
+
+def computed(
+    backend: str, world: World, terms: StepTerms, routing: Routing, x: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
+    kernels = choose(torch.device("cpu"), x.dtype, backend)  # type: ignore[arg-type]
+    assert isinstance(kernels, StackBackend)
+    stack = kernels.bind_stack(SITE, EXPERTS)
+    return stack(y.clone(), x, routing, kernels.prepare(world.tables, terms))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mix", sorted(STEPS))
+def test_every_pair_gets_its_own_blend_at_its_own_expert(backend, mix, dtype):
+    world, terms = World(dtype), STEPS[mix]
+    routing = routed(sum(row.tokens for row in terms.rows))
+    x = torch.randn(len(routing.token), IN).to(dtype)
+    y = torch.randn(len(routing.token), OUT).to(dtype)
+    got = computed(backend, world, terms, routing, x, y)
+    expected = world.expected(y, x, routing, terms)
+    assert float((got.double() - expected).abs().max()) < BOUND[dtype] * 4
+    rows = [row.terms for row in terms.rows for _ in range(row.tokens)]
+    changed = torch.tensor([any(s in world.factors for s, _ in rows[t]) for t in routing.token])
+    assert torch.equal(got[~changed], y[~changed]), "a pair without terms keeps its bits"
+    if changed.any():
+        assert float((y.double() - expected).abs().max()) > 0.1, "the check could not fail"
+        other = Routing(routing.order, routing.token, 4 - routing.expert, routing.ends, EXPERTS)
+        wrong = computed("reference", world, terms, other, x, y)
+        assert float((wrong.double() - expected).abs().max()) > 0.1, "experts are told apart"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rows_bits_are_its_own_whatever_slots_and_company(backend):
+    world, moved = World(torch.bfloat16), World(torch.bfloat16, first=7)
+    terms = STEPS["blends and prefill"]
+    tokens = [row.tokens for row in terms.rows]
+    routing = routed(sum(tokens))
+    x = torch.randn(len(routing.token), IN, dtype=torch.bfloat16)
+    y = torch.randn(len(routing.token), OUT, dtype=torch.bfloat16)
+    together = computed(backend, world, terms, routing, x, y)
+    begin = 0
+    for row in terms.rows:
+        own = (routing.token >= begin) & (routing.token < begin + row.tokens)
+        alone = Routing(
+            torch.empty(0), routing.token[own] - begin, routing.expert[own], torch.empty(0), EXPERTS
+        )
+        shifted = RowTerms(row.tokens, tuple((slot + 7, gamma) for slot, gamma in row.terms))
+        got = computed(backend, moved, StepTerms((shifted,)), alone, x[own], y[own])
+        assert torch.equal(got, together[own])
+        begin += row.tokens
+    halved = StepTerms((RowTerms(1, ((0, 0.5), (1, -0.6))), *terms.rows[1:]))
+    assert not torch.equal(computed(backend, world, halved, routing, x, y), together)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_adapters_nan_stays_with_its_rows(backend):
+    world = World(torch.float32)
+    terms = StepTerms((RowTerms(3, ((0, 1.0),)), RowTerms(3, ((1, 1.0),)), RowTerms(3)))
+    routing = routed(9)
+    x, y = torch.randn(18, IN), torch.randn(18, OUT)
+    clean = computed(backend, world, terms, routing, x, y)
+    at = int(world.tables.a_offset[1, 1])
+    world.tables.arena[at : at + RANKS[1] * IN * EXPERTS] = float("nan")
+    got = computed(backend, world, terms, routing, x, y)
+    bad = (routing.token >= 3) & (routing.token < 6)
+    assert torch.equal(got[~bad], clean[~bad])
+    assert got[bad].isnan().all()
+
+
+def test_a_step_follows_tables_that_change():
+    world = World(torch.float32)
+    kernels = choose(torch.device("cpu"), torch.float32)
+    assert isinstance(kernels, StackBackend)
+    stack = kernels.bind_stack(SITE, EXPERTS)
+    terms = StepTerms((RowTerms(7, ((0, 1.0),)),))
+    routing = routed(7)
+    x, y = torch.randn(14, IN), torch.randn(14, OUT)
+
+    def now() -> torch.Tensor:
+        return stack(y.clone(), x, routing, kernels.prepare(world.tables, terms))
+
+    before = now()
+    world.tables.scale[0, 1] *= 2
+    world.tables.generation += 1
+    assert torch.allclose(now() - y, 2 * (before - y), atol=1e-5)
+    world.tables.retract(0)
+    assert torch.equal(now(), y)
