@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -225,15 +224,14 @@ def _install_mixtures(
     for index, item in enumerate(spec.linears):
         if item.role == "experts":
             path, _, name = item.path.rpartition(".")
-            module: Any = model.get_submodule(path)
-            parameter, transposed = getattr(module, name), bool(module.is_transposed)
+            parameter = getattr(model.get_submodule(path), name)
         elif item.role == "router":
-            path, transposed = item.path, False
+            path = item.path
             parameter = model.get_submodule(path).weight
         else:
             continue
         assert isinstance(parameter, nn.Parameter)
-        weight = StackWeight(parameter, transposed=transposed)
+        weight = StackWeight(parameter, transposed=item.conv1d)
         stacks[index] = Stack.bound(backend, index, item, weight)
         modules.setdefault(path, []).append(stacks[index])
     for path, own in modules.items():

@@ -110,7 +110,8 @@ class LinearSpec:
     layer: int | None
     """Index of the decoder layer, None outside the layers."""
     conv1d: bool = False
-    """transformers' Conv1D: the checkpoint's weight is [in, out] (PEFT's fan_in_fan_out)."""
+    """The checkpoint's weight is [in, out]: transformers' Conv1D (PEFT's fan_in_fan_out), and some
+    stacks of experts."""
     role: Role = "linear"
     """The head gives logits. An embedding's W [out, in] is its table transposed, x is one-hot.
     Experts are a stack of linears of one shape, each for the tokens a router gives it; their path

@@ -57,7 +57,9 @@ def stack_of(module: nn.Module, name: str, path: str = "", layer: int | None = N
     if not getattr(module, "is_concatenated", True):
         parts = ()
     full = f"{path}.{name}" if path else name
-    return LinearSpec(full, width, out, layer, role="experts", parts=parts, experts=count)
+    return LinearSpec(
+        full, width, out, layer, bool(module.is_transposed), "experts", parts=parts, experts=count
+    )
 
 
 def _by_interface(module: nn.Module) -> bool:

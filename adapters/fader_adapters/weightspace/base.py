@@ -5,9 +5,9 @@ Builds transformers' model without memory to learn its shape; never loads it.
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
@@ -28,6 +28,7 @@ from fader_adapters.kernels import nf4
 from fader_adapters.spec import BaseSpec, LinearSpec
 from fader_adapters.strict_json import load_object
 from fader_adapters.weightspace import quantised
+from fader_adapters.weightspace.stored_experts import StoredRows, stored_rows
 from fader_adapters.weightspace.tensors import Checkpoint
 
 CONFIG_FILE = "config.json"
@@ -46,6 +47,8 @@ class Base:
     """The model's own name of a tensor → its key in the files; what is stored fused is not here."""
     quantisable: frozenset[str]
     """Paths of the linears that bitsandbytes quantises."""
+    stacks: dict[str, tuple[StoredRows, ...]]
+    """Experts by the path of their stack, in its order."""
     kept_plain: list[str] | None = None
     """What its configuration names as left alone; None: its own choice."""
 
@@ -63,17 +66,27 @@ class Base:
         """The linears, without the output head and the embedding."""
         return tuple(linear for linear in self.spec.linears if linear.inside)
 
+    def keys(self, linear: LinearSpec) -> tuple[str, ...]:
+        """Where a linear's weight is stored. Raises CheckpointInvalid."""
+        if linear.role != "experts":
+            return (self.key(linear),)
+        return tuple(rows.key for rows in self.experts(linear))
+
+    def experts(self, linear: LinearSpec) -> tuple[StoredRows, ...]:
+        """Where the rows of a stack of experts are stored. Raises CheckpointInvalid."""
+        return self.stacks.get(linear.path) or self._missing(linear)
+
     def key(self, linear: LinearSpec) -> str:
         """The key of a linear's weight; a tied head's is the table's. Raises CheckpointInvalid."""
         if linear.role == "head" and self.spec.tied:
             linear = next(item for item in self.spec.linears if item.role == "embedding")
-        try:
-            return self.names[f"{linear.path}.weight"]
-        except KeyError:
-            raise CheckpointInvalid(
-                f"{self.directory}: no tensor for {linear.path!r}: the checkpoint is incomplete, "
-                "or stores it fused with others; save it anew with transformers"
-            ) from None
+        return self.names.get(f"{linear.path}.weight") or self._missing(linear)
+
+    def _missing(self, linear: LinearSpec) -> NoReturn:
+        raise CheckpointInvalid(
+            f"{self.directory}: no tensor for {linear.path!r}: the checkpoint is incomplete, "
+            "or stores it fused with others; save it anew with transformers"
+        )
 
     def is_packed(self, key: str) -> bool:
         """Whether the weight under `key` is in NF4. Raises BaseUnsupported for FP4."""
@@ -116,6 +129,9 @@ class Base:
 
     def panels(self, linear: int) -> Iterator[torch.Tensor]:
         """W in fp32, a few rows at a time; see BaseWeights. Raises as `stored`."""
+        if self.spec.linears[linear].role == "experts":
+            yield from self._expert_panels(self.spec.linears[linear])
+            return
         stored = self.stored(self.spec.linears[linear])
         rows = stored.weight.out_features if isinstance(stored, quantised.Packed) else len(stored)
         for start in range(0, rows, PANEL_ROWS):
@@ -124,6 +140,24 @@ class Base:
                 yield nf4.dense(stored.weight.rows(start, stop), torch.float32)
             else:
                 yield stored[start:stop].to(torch.float32)
+
+    def _expert_panels(self, linear: LinearSpec) -> Iterator[torch.Tensor]:
+        for part in self.experts(linear):
+            for _, weight in self.matrices(linear, part):
+                for rows in weight.split(PANEL_ROWS):
+                    yield rows.to(torch.float32)
+
+    def matrices(
+        self, linear: LinearSpec, part: StoredRows
+    ) -> Iterator[tuple[StoredRows, torch.Tensor]]:
+        """What is stored under one key of a stack, as rows of each expert [rows, in], views of one
+        tensor in the file's dtype."""
+        stored = self.checkpoint.read(part.key)
+        if part.expert is not None:
+            yield part, stored
+            return
+        for expert, weight in enumerate(stored.mT if linear.conv1d else stored):
+            yield replace(part, expert=expert), weight
 
 
 def densely(stored: torch.Tensor | quantised.Packed) -> torch.Tensor:
@@ -143,8 +177,8 @@ def open_base(directory: Path) -> Base:
     model = _skeleton(directory)
     spec = describe(model, name=str(directory))
     kept = kept_plain(model)
-    names = _names(model, checkpoint)
-    return Base(checkpoint, spec, config, names, _quantisable(model, kept), kept)
+    names, stacks = _names(model, spec, checkpoint)
+    return Base(checkpoint, spec, config, names, _quantisable(model, kept), stacks, kept)
 
 
 def _config(directory: Path) -> dict[str, Any]:
@@ -180,18 +214,33 @@ def _skeleton(directory: Path) -> PreTrainedModel:
         raise CheckpointInvalid(f"{directory}: {first_line(error)}") from error
 
 
-def _names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """As transformers renames the keys of a file while it loads."""
+def _names(
+    model: PreTrainedModel, spec: BaseSpec, checkpoint: Checkpoint
+) -> tuple[dict[str, str], dict[str, tuple[StoredRows, ...]]]:
+    """As transformers renames the keys of a file while it loads, and puts experts together."""
     transforms = get_model_conversion_mapping(model)
     renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
     converters = [item for item in transforms if isinstance(item, WeightConverter)]
     own = model.state_dict()
     names: dict[str, str] = {}
+    parts: dict[str, list[tuple[str, str]]] = {}
     for key in sorted(checkpoint.tensors):
         name, fused = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
-        if fused is None and name in own:
+        if fused is not None:
+            parts.setdefault(name, []).append((key, fused))
+        elif name in own:
             names[name] = key
-    return names
+    stacks: dict[str, tuple[StoredRows, ...]] = {}
+    for linear in spec.linears:
+        if linear.role != "experts":
+            continue
+        if linear.path in names:
+            rows = (StoredRows(names[linear.path], None, 0, linear.out_features),)
+        else:
+            sources = parts.get(linear.path, [])
+            rows = stored_rows(linear, sources, converters, checkpoint)
+        stacks[linear.path] = rows
+    return names, stacks
 
 
 def _quantisable(model: PreTrainedModel, kept: list[str] | None) -> frozenset[str]:

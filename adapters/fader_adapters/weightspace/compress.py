@@ -10,6 +10,7 @@ from typing import Any
 from fader_adapters.errors import AdapterError, AdapterInvalid, AdapterMismatch, DeltaEmpty
 from fader_adapters.header import read_header
 from fader_adapters.limits import Limits
+from fader_adapters.lora_config import read_config
 from fader_adapters.source import RawAdapter
 from fader_adapters.spec import BaseSpec, Digest, LinearSpec
 from fader_adapters.tensor_names import sort_tensors
@@ -61,10 +62,9 @@ def compress(
         path = spec.linears[mixture.biased()[0]].path
         raise AdapterInvalid(f"{path!r} has lora_bias, expected adapters of weights alone")
     for index in touched:
-        if spec.linears[index].role == "embedding":
-            raise AdapterInvalid(
-                f"{spec.linears[index].path!r} is an adapted embedding, expected linears alone"
-            )
+        if spec.linears[index].role in ("embedding", "experts"):
+            path, role = spec.linears[index].path, spec.linears[index].role
+            raise AdapterInvalid(f"{path!r} of the adapter is {role}, expected linears alone")
     sites: list[SiteResult] = []
     for count, index in enumerate(touched):
         progress("compressing", count, len(touched))
@@ -112,6 +112,8 @@ def _common_base(raws: Sequence[RawAdapter]) -> BaseSpec:
     embeddings: set[str] = set()
     for raw in raws:
         try:
+            if read_config(raw.config, Limits()).targets.parameters:
+                raise AdapterInvalid("it adapts parameters of experts, expected linears alone")
             modules = sort_tensors(read_header(raw.weights, Limits())).modules
         except AdapterError as error:
             error.args = (f"{raw.origin}: {error}",)

@@ -16,7 +16,7 @@ from fader_adapters.errors import AdapterError, TargetTaken
 from fader_adapters.kernels import nf4
 from fader_adapters.weightspace import disk, quantised, surroundings
 from fader_adapters.weightspace.base import CONFIG_FILE, Base, densely, open_base
-from fader_adapters.weightspace.loss import LinearLoss, Rows, measure, overall
+from fader_adapters.weightspace.loss import LinearLoss, Rows, joined, measure, overall
 from fader_adapters.weightspace.manifest import Finished, Inputs, open_manifest
 from fader_adapters.weightspace.plan import Form, Piece, Shard, nests, plan, unties
 from fader_adapters.weightspace.progress import Progress, silent
@@ -164,6 +164,8 @@ def _write_linear(
     job: _Job, piece: Piece, index: int, writer: disk.ShardWriter
 ) -> LinearLoss | None:
     linear = job.base.spec.linears[index]
+    if linear.role == "experts":
+        return _write_experts(job, piece, index, writer)
     stored = job.base.stored(linear)
     merged = densely(stored)
     if merged is stored:  # an fp32 base: keep W for the comparison
@@ -192,6 +194,35 @@ def _write_linear(
     return measure(linear.path, delta.rank, merged, before=before, served=served, after=after)
 
 
+def _write_experts(
+    job: _Job, piece: Piece, index: int, writer: disk.ShardWriter
+) -> LinearLoss | None:
+    """What is stored under one key of a stack: one matrix of an expert, or all of every expert."""
+    linear = job.base.spec.linears[index]
+    (part,) = (part for part in job.base.experts(linear) if part.key == piece.key)
+    given = job.base.checkpoint.tensors[piece.key]
+    made = torch.empty(given.shape, dtype=torch.bfloat16 if job.form == "bf16" else given.dtype)
+    places = [made] if part.expert is not None else list(made.mT if linear.conv1d else made)
+    losses: list[LinearLoss] = []
+    for place, (rows, stored) in zip(places, job.base.matrices(linear, part), strict=True):
+        delta = job.mixture.sum(index, rows.expert)
+        merged = stored.to(torch.float32, copy=True)
+        if delta is not None:
+            merged.addmm_(delta.b[rows.start : rows.stop], delta.a)
+        quantised.require_finite(merged)
+        place.copy_(merged)
+        if delta is not None:
+            before = _rows(stored)
+            losses.append(
+                measure(
+                    *(linear.path, delta.rank, merged),
+                    before=before, served=before, after=_rows(place),
+                )
+            )  # fmt: skip
+    writer.add(piece.key, [made], dtype=made.dtype, shape=given.shape)
+    return joined(losses) if losses else None
+
+
 def _rows(weight: torch.Tensor | quantised.Packed) -> Rows:
     if isinstance(weight, torch.Tensor):
         return lambda start, stop: weight[start:stop].to(torch.float32)
@@ -200,9 +231,11 @@ def _rows(weight: torch.Tensor | quantised.Packed) -> Rows:
 
 
 def _report(job: _Job, shards: Sequence[Finished]) -> dict[str, Any]:
-    losses = [loss for shard in shards for loss in shard.losses]
+    by_path: dict[str, list[LinearLoss]] = {}
+    for loss in (loss for shard in shards for loss in shard.losses):
+        by_path.setdefault(loss.path, []).append(loss)
     order = job.base.spec.index_of
-    losses.sort(key=lambda loss: order[loss.path])
+    losses = [joined(by_path[path]) for path in sorted(by_path, key=order.__getitem__)]
     return {
         "base": str(job.base.directory),
         "blend": job.mixture.facts(),

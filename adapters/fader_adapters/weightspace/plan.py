@@ -99,7 +99,7 @@ def _pieces(
     tensors = base.checkpoint.tensors
     linears = base.spec.linears
     must = {i for i, linear in enumerate(linears) if i in adapted or _fresh(base, i, form)}
-    indices = {base.key(linears[i]): i for i in must}
+    indices = {key: i for i in must for key in base.keys(linears[i])}
     indices |= {
         base.names[f"{linear.path}.weight"]: i
         for i, linear in enumerate(linears)

@@ -74,9 +74,10 @@ class Mixture:
         """Indices of the adapted linears, in base order."""
         return sorted({d.linear for _, adapter in self.adapters for d in adapter.spec.deltas})
 
-    def sum(self, linear: int) -> Sum | None:
-        """The delta of one linear; None where no term touches it or nothing is left of it."""
-        parts = list(self._parts(linear))
+    def sum(self, linear: int, expert: int | None = None) -> Sum | None:
+        """The delta of one linear, or one expert of a stack; None where no term touches it or
+        nothing is left of it."""
+        parts = list(self._parts(linear, expert))
         if not parts:
             return None
         gains = [part.gain for part in parts if part.gain is not None]
@@ -118,14 +119,17 @@ class Mixture:
             for term in self.blend.terms
         ]
 
-    def _parts(self, linear: int) -> Iterator[Sum]:
+    def _parts(self, linear: int, expert: int | None) -> Iterator[Sum]:
         for gamma, adapter in self.adapters:
             for delta, factors in zip(adapter.spec.deltas, adapter.factors, strict=True):
                 if delta.linear == linear:
                     gain = None if factors.gain is None else gamma * factors.gain
                     # the module goes on to multiply W's output, and with it that of the sum
                     scale = gamma * delta.scale / self.base.linears[linear].multiplier
-                    yield Sum(factors.a, factors.bt.T * scale, gain)
+                    a, bt = factors.a, factors.bt
+                    if expert is not None:
+                        a, bt = a[expert], bt[expert]
+                    yield Sum(a, bt.T * scale, gain)
 
 
 def read_raw(ingredients: Sequence[Ingredient], limits: Limits | None = None) -> list[RawAdapter]:

@@ -1,7 +1,6 @@
 """`fader inspect`: an adapter's health report, offline."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,12 +11,7 @@ from rich.table import Table
 from fader_server.cli.offline import ROOTS_HELP, Dtype, find_adapter, open_model
 
 if TYPE_CHECKING:
-    import torch
-
     from fader_adapters.report import Health
-    from fader_adapters.source import RawAdapter
-    from fader_adapters.spec import BaseSpec
-    from fader_adapters.weightspace.base import Base
 
 
 def inspect(
@@ -39,6 +33,7 @@ def inspect(
     from fader_adapters.inspection import Inspector
     from fader_adapters.report import health_facts
     from fader_adapters.source import LocalSources
+    from fader_adapters.weightspace.alone import own_linears
     from fader_adapters.weightspace.base import open_base
 
     raw = LocalSources(()).fetch_trusted(find_adapter(adapter, adapter_dir or ()))
@@ -47,7 +42,7 @@ def inspect(
         inspector = Inspector(own_linears(raw), dtype=kind)
     else:
         opened = open_base(open_model(base))
-        inspector = Inspector(opened.spec, dtype=kind, weights=FileWeights(opened))
+        inspector = Inspector(opened.spec, dtype=kind, weights=opened)
     parsed = inspector.read(raw)
     health = inspector.health(parsed)
     facts = {"adapter": adapter, "version": parsed.spec.version, **health_facts(health)}
@@ -57,37 +52,6 @@ def inspect(
         typer.echo(json.dumps(facts, indent=1))
         return
     _show(Console(highlight=False), parsed.spec.version, health, against=base)
-
-
-class FileWeights:
-    """A base's weights as its files hold them."""
-
-    def __init__(self, base: "Base") -> None:
-        self._base = base
-
-    def panels(self, linear: int) -> "Iterator[torch.Tensor]":
-        """W [out, in] of one linear in fp32, whole. Raises CheckpointInvalid, BaseUnsupported."""
-        yield self._base.dense(self._base.spec.linears[linear])
-
-
-def own_linears(raw: "RawAdapter") -> "BaseSpec":
-    """A base of just the linears that the adapter has tensors for. Raises AdapterInvalid."""
-    from fader_adapters.header import read_header
-    from fader_adapters.limits import Limits
-    from fader_adapters.spec import BaseSpec, Digest, LinearSpec
-    from fader_adapters.tensor_names import sort_tensors
-
-    modules = sort_tensors(read_header(raw.weights, Limits())).modules
-    linears = [
-        LinearSpec(path, tensors.a.shape[-1], tensors.b.shape[0], _layer(path))
-        for path, tensors in modules.items()
-        if tensors.a.shape and tensors.b.shape
-    ]
-    return BaseSpec(tuple(linears), Digest("0" * 64), "unknown")
-
-
-def _layer(path: str) -> int | None:
-    return next((int(part) for part in path.split(".") if part.isdecimal()), None)
 
 
 def _show(console: Console, version: str, health: "Health", *, against: str | None) -> None:

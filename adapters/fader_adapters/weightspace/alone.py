@@ -1,0 +1,61 @@
+"""What an adapter's own files tell of the base it fits, where no base is at hand."""
+
+from fader_adapters.errors import AdapterInvalid
+from fader_adapters.header import read_header
+from fader_adapters.limits import Limits
+from fader_adapters.lora_config import LoraConfig, read_config
+from fader_adapters.pattern_nodes import PatternUnsafe
+from fader_adapters.source import RawAdapter
+from fader_adapters.spec import BaseSpec, Digest, LinearSpec
+from fader_adapters.stacks import DOWN, UP
+from fader_adapters.targets import Targets
+from fader_adapters.tensor_names import ModuleTensors, sort_tensors
+
+_WRAPPED = ".base_layer"
+_STACKS = (*UP, DOWN)
+"""In the order in which every module has them."""
+
+
+def own_linears(raw: RawAdapter) -> BaseSpec:
+    """A base of just what the adapter has tensors for. Raises AdapterInvalid, AdapterTooLarge."""
+    limits = Limits(tensors=1 << 17, header_bytes=1 << 25)  # whatever mixture it was made for
+    config = read_config(raw.config, limits)
+    modules = sort_tensors(read_header(raw.weights, limits)).modules
+    linears = [
+        _linear(path, tensors, config)
+        for path, tensors in modules.items()
+        if tensors.a.shape and tensors.b.shape
+    ]
+    return BaseSpec(tuple(sorted(linears, key=_place)), Digest("0" * 64), "unknown")
+
+
+def _linear(path: str, tensors: ModuleTensors, config: LoraConfig) -> LinearSpec:
+    width, out = tensors.a.shape[-1], tensors.b.shape[0]
+    module = path
+    while module.endswith(_WRAPPED):
+        module = module.removesuffix(_WRAPPED)
+    outside = (len(path) - len(module)) // len(_WRAPPED)
+    targets = config.targets
+    chosen = [name for name in _STACKS if targets.select_parameter(f"{module}.{name}")]
+    itself = targets.select_parameter(f"{path}.weight") or _selects(targets, path)
+    if outside < len(chosen) and not itself:
+        stack = f"{module}.{chosen[-1 - outside]}"
+        experts = tensors.a.shape[0] // config.rank_of(stack)
+        return LinearSpec(stack, width, out, _layer(path), role="experts", experts=experts)
+    return LinearSpec(path, width, out, _layer(path))
+
+
+def _selects(targets: Targets, path: str) -> bool:
+    try:
+        return targets.select(path)
+    except PatternUnsafe as error:
+        raise AdapterInvalid(f"target_modules cannot be evaluated safely: {error}") from None
+
+
+def _place(linear: LinearSpec) -> int:
+    name = linear.path.rpartition(".")[2]
+    return _STACKS.index(name) if linear.role == "experts" else -1
+
+
+def _layer(path: str) -> int | None:
+    return next((int(part) for part in path.split(".") if part.isdecimal()), None)
