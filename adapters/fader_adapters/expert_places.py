@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterator
 from fader_adapters.places import Place, Span
 from fader_adapters.spec import BaseSpec, LinearSpec
 
-_EXPERT = re.compile(r".+\.experts\.\d+\.([^.]+)", re.ASCII)
+EXPERT = re.compile(r".+\.experts\.\d+\.([^.]+)", re.ASCII)
+"""What `fullmatch` of the path of an expert's module accepts."""
 _NAMES = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "up_proj": (("up_proj",),),
@@ -24,7 +25,7 @@ def places_of_experts(
 ) -> dict[str, Place]:
     """The base's places, with modules of experts for stacks where the adapter's paths name some,
     and its mixtures under the older name where the paths have that alone."""
-    found = {match[1] for path in paths if (match := _EXPERT.fullmatch(path))}
+    found = {match[1] for path in paths if (match := EXPERT.fullmatch(path))}
     for index, linear in enumerate(base.linears):
         if linear.role == "experts" and found and linear.parts:
             modules = list(_modules(index, linear, found))

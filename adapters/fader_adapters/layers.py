@@ -27,7 +27,7 @@ from fader_adapters.kernels.backend import (
 )
 from fader_adapters.kernels.dense import ByRows, DenseLinear, EmbeddingTable, StackWeight
 from fader_adapters.kernels.native.panels import PANEL
-from fader_adapters.spec import BaseSpec, SiteSpec
+from fader_adapters.spec import BaseSpec, Role, SiteSpec
 from fader_adapters.step_state import StepState
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -177,9 +177,7 @@ def install(model: PreTrainedModel, backend: Backend, *, name: str = "") -> Inst
     and the embedding keep their tensors. Raises BaseUnsupported.
     """
     spec = describe(model, name=name)
-    others = set[str]() if isinstance(backend, LookupBackend) else {"embedding"}
-    others |= set[str]() if isinstance(backend, StackBackend) else {"experts", "router"}
-    spec = replace(spec, linears=tuple(i for i in spec.linears if i.role not in others))
+    spec = _adaptable(spec, backend)
     found = list(linears(model))
     state = StepState()
     sites: list[Site] = []
@@ -214,6 +212,18 @@ def install(model: PreTrainedModel, backend: Backend, *, name: str = "") -> Inst
     if isinstance(backend, StackBackend):
         stacks = _install_mixtures(model, spec, backend, state)
     return Installed(spec, tuple(sites), state, head, table, stacks)
+
+
+def _adaptable(spec: BaseSpec, backend: Backend) -> BaseSpec:
+    """The base without what the backend's kernels do not adapt."""
+    others: set[Role] = set()
+    if not isinstance(backend, LookupBackend):
+        others.add("embedding")
+    if not isinstance(backend, StackBackend):
+        others |= {"experts", "router"}
+    kept = tuple(item for item in spec.linears if item.role not in others)
+    left_out = frozenset(item.role for item in spec.linears) & others
+    return replace(spec, linears=kept, left_out=left_out)
 
 
 def _install_mixtures(

@@ -101,8 +101,7 @@ def _check_targets(
             follows = tied and places[path].role == "head"
             if path not in selected and not follows:
                 raise AdapterInvalid(
-                    f"the file has tensors for {path[:160]!r}, neither target_modules nor "
-                    "target_parameters selects it"
+                    f"the file has tensors for {path[:160]!r}, {_unselected(targets)}"
                 )
         ties = tied and any(tensors.embedding for tensors in named.modules.values())
         for path, place in theirs.items():
@@ -136,6 +135,12 @@ def _check_names(targets: Targets, places: Mapping[str, Place]) -> None:
                 "adapted here; the adapter was made for another base, or its list names more than "
                 f"it was trained on: take the name out of {key} then"
             )
+
+
+def _unselected(targets: Targets) -> str:
+    if targets.parameters:
+        return "neither target_modules nor target_parameters selects it"
+    return "target_modules does not select it"
 
 
 def _selects(targets: Targets, path: str, place: Place) -> bool:

@@ -7,7 +7,8 @@ one `base_layer` for each parameter that was wrapped after its own.
 from collections.abc import Mapping
 from dataclasses import replace
 
-from fader_adapters.errors import AdapterInvalid
+from fader_adapters.errors import AdapterInvalid, AdapterMismatch
+from fader_adapters.expert_places import EXPERT
 from fader_adapters.spec import BaseSpec
 from fader_adapters.targets import Targets
 from fader_adapters.tensor_names import ModuleTensors, Named
@@ -18,9 +19,16 @@ _WRAPPED = ".base_layer"
 def name_parameters(named: Named, targets: Targets, base: BaseSpec) -> Named:
     """The tensors of experts under the paths of their parameters, all others as they are.
 
-    Raises AdapterInvalid where a module has tensors for more parameters than are selected.
+    Raises AdapterInvalid where a module has tensors for more parameters than are selected, and
+    AdapterMismatch where the kernels that serve the base adapt no experts.
     """
     order = _orders(base)
+    apart = any(map(EXPERT.fullmatch, named.modules))
+    if "experts" in base.left_out and (targets.parameters or apart):
+        raise AdapterMismatch(
+            "the adapter changes experts of a mixture, which the kernels of this device do not: "
+            "serve the base on a CPU (--device cpu), or train on the other linears alone"
+        )
     if not targets.parameters or not order:
         return named
     modules: dict[str, ModuleTensors] = {}

@@ -159,6 +159,8 @@ class BaseSpec:
     """The head's weight is the embedding's table."""
     weights: Digest | None = None
     """sha256 over what was read of the base; None: nobody hashed it."""
+    left_out: frozenset[Role] = frozenset()
+    """What the model has, too, and the kernels that serve it do not adapt."""
 
     @cached_property
     def identity(self) -> Digest:

@@ -1,6 +1,7 @@
 """Adapters of experts and routers from their files: the layout, and each fault under its name."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -271,3 +272,18 @@ def test_a_file_may_name_every_expert_of_its_base():
     assert read(raw, BASE, limits=Limits(tensors=4, header_bytes=1024))
     with pytest.raises(AdapterTooLarge, match="limit"):
         read(make_raw(), limits=Limits(tensors=4))
+
+
+@pytest.mark.parametrize("as_modules", [False, True])
+def test_kernels_that_adapt_no_experts_say_so(as_modules: bool):
+    kept = tuple(item for item in BASE.linears if item.role == "linear")
+    base = replace(BASE, linears=kept, left_out=frozenset({"experts", "router"}))
+    names = ("gate_proj", "up_proj", "down_proj")
+    raw = make_raw(config(), tensors())
+    if as_modules:
+        raw = make_raw(make_config(r=2, target_modules=list(names)), older(names))
+    with pytest.raises(AdapterMismatch, match="kernels of this device"):
+        read(raw, base)
+    only = pair("layers.0.self_attn.q_proj", (3, 64), (64, 3), 1)
+    raw = make_raw(make_config(r=3, target_modules=["0.self_attn.q_proj"]), only)
+    assert read(raw, base).report.matched == 1
