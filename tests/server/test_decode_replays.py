@@ -9,13 +9,16 @@ from fader_server.model.recording import Recorder, Unrepeatable
 from fader_server.model.replay import Layout, Replay
 from tests.support.families import CONFIGS, write_family
 from tests.support.peft_adapters import write_adapter
-from tests.support.replays import BLENDS, answered, opened, write
+from tests.support.replays import BLENDS, QUICK, answered, opened, write
 from tests.support.world import Ask, greedy
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
 
 
-@pytest.fixture(scope="module", params=sorted(CONFIGS))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in sorted(CONFIGS)],
+)
 def family(request, tmp_path_factory):
     return write(request.param, tmp_path_factory.mktemp(request.param))
 

@@ -34,7 +34,7 @@ BLEND = {"pirate": 0.7, "polite": 0.5}
 @contextlib.contextmanager
 def opened(**flags: object):
     """A world as `fader serve` has it when it begins to serve."""
-    flags |= {"warm_up": "0", "threads": "1"}
+    flags = {"kv_cache": "16MiB"} | flags | {"warm_up": "0", "threads": "1"}
     with open_world(config.load(flags, {}), Metrics()) as world:
         if world.prepare is not None:
             book = RecipeBook(world.adapters, base=world.base.name, most=8, recipes=[WARM])

@@ -13,7 +13,7 @@ from fader_server.model.shaped import ShapedReplay
 from fader_server.model.sizes import SIZES, Linear, Size
 from tests.support.families import CONFIGS
 from tests.support.many_families import MANY, write_many
-from tests.support.replays import BLENDS, answered, opened, write
+from tests.support.replays import BLENDS, QUICK, answered, opened, write
 from tests.support.world import Ask, greedy
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
@@ -22,7 +22,10 @@ WARM = len(SIZES) + 2
 """Steps with prompts before the first replays are trusted, and one more."""
 
 
-@pytest.fixture(scope="module", params=sorted(CONFIGS))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in sorted(CONFIGS)],
+)
 def family(request, tmp_path_factory):
     return write(request.param, tmp_path_factory.mktemp(request.param))
 

@@ -23,7 +23,8 @@ from tests.support.peft_adapters import write_adapter
 
 
 def _open(**flags: object):
-    return open_world(config.load({"warm_up": "0"} | flags | {"threads": "1"}, {}), Metrics())
+    flags = {"warm_up": "0", "kv_cache": "16MiB"} | flags | {"threads": "1"}
+    return open_world(config.load(flags, {}), Metrics())
 
 
 def _generate(world, adapter: str | None) -> list[int]:
@@ -47,7 +48,7 @@ def _generate(world, adapter: str | None) -> list[int]:
 
 
 def test_without_a_model_the_demo_is_served_with_its_adapters():
-    with _open() as world:
+    with _open(kv_cache=None) as world:
         assert world.base.name == demo.SERVED_NAME
         assert {info.name for info in world.adapters.list()} == set(demo.adapter_dirs())
         assert _generate(world, None) != _generate(world, "shout")

@@ -68,8 +68,10 @@ def config_modules() -> list[str]:
     return [name for name in names if name.endswith("_configs")]
 
 
-def compile_shipped(modules: Sequence[str], cache: Path, *, pick: Pick) -> list[Compiled]:
-    """Compile what the modules' `shipped()` lists, for each architecture, reusing `cache`.
+def compile_shipped(
+    modules: Sequence[str], cache: Path, *, pick: Pick, archs: Sequence[int]
+) -> list[Compiled]:
+    """Compile what the modules' `shipped()` lists, for each of `archs`, reusing `cache`.
 
     pick  "kernels": the first configuration of each kernel; "tiles": the first of each kernel and
           set of constants that are no flags; "all"
@@ -77,7 +79,7 @@ def compile_shipped(modules: Sequence[str], cache: Path, *, pick: Pick) -> list[
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(cache)
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
-    request = json.dumps({"modules": list(modules), "pick": pick})
+    request = json.dumps({"modules": list(modules), "pick": pick, "archs": list(archs)})
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.aot"],
         input=request,
@@ -166,12 +168,14 @@ def _likeness(entry: Shipped, pick: Pick) -> tuple[object, ...]:
     return kernel.__name__, repr((signature, constexprs)), *launch
 
 
-def _picked(modules: Sequence[str], pick: Pick) -> Iterator[tuple[str, int, int]]:
+def _picked(
+    modules: Sequence[str], pick: Pick, archs: Sequence[int]
+) -> Iterator[tuple[str, int, int]]:
     """Module, place in its list and architecture of what is compiled."""
     seen = set()
     for name in modules:
         for place, entry in enumerate(importlib.import_module(name).shipped()):
-            for arch in entry.archs:
+            for arch in (own for own in entry.archs if own in archs):
                 key = (name, arch, *_likeness(entry, pick))
                 if key not in seen:
                     seen.add(key)

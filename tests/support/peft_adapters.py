@@ -54,6 +54,7 @@ def write_adapter(
                 parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
             elif "trainable_tokens_delta" in name:
                 parameter.add_(parameter.std() * torch.randn_like(parameter))
+    peft.create_or_update_model_card = lambda folder: None  # a README that nothing here reads
     with warnings.catch_warnings():
         # PEFT takes the bias of a B for a B that was not gathered, and tells when it saves copies
         warnings.filterwarnings("ignore", message=".*LoRA tensor.*|.*save_embedding_layers.*")

@@ -9,6 +9,9 @@ from tests.support.families import outside, write_family
 from tests.support.peft_adapters import write_adapter
 from tests.support.world import Ask, TinyWorld
 
+QUICK = frozenset({"gemma3", "gpt2", "llama"})
+"""Families whose steps are compared in every run: windows and norms of heads; learned positions and
+biases; what most share."""
 BLENDS: list[Mapping[str, float]] = [{}, {"a": 1.0}, {"b": 0.5}, {"a": 0.7, "b": -0.4}]
 
 Written = tuple[Path, Sequence[Path]]

@@ -1,5 +1,7 @@
 """A row's bits depend on the row alone: not on company, capacities, chunks or foreign memory."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,16 +24,29 @@ def company(shape: Shape) -> list[Row]:
     return [make_row(shape, *size, seed=50 + i) for i, size in enumerate(sizes)]
 
 
-@pytest.mark.parametrize("shape", [SHAPE, WINDOWED, SINKS], ids=str)
-@pytest.mark.parametrize(("count", "context"), [(1, 20), (1, 270), (9, 40), (50, 50)])
-def test_a_row_has_the_same_bits_alone_and_in_company(
-    shape: Shape, count: int, context: int
-) -> None:
-    row = make_row(shape, count, context, seed=1)
+ROWS = [(1, 20), (1, 270), (9, 40), (50, 50)]
+QUICK_ROWS = {
+    *((SHAPE, (1, 270)), (SHAPE, (9, 40))),
+    *((WINDOWED, (1, 20)), (WINDOWED, (50, 50))),
+    *((SINKS, (1, 270)), (SINKS, (50, 50))),
+}
+"""Each shape, and each number of tokens and of keys."""
+
+
+@pytest.mark.parametrize(
+    ("shape", "row"),
+    [
+        pytest.param(*pair, marks=[] if pair in QUICK_ROWS else pytest.mark.slow)
+        for pair in itertools.product((SHAPE, WINDOWED, SINKS), ROWS)
+    ],
+    ids=str,
+)
+def test_a_row_has_the_same_bits_alone_and_in_company(shape: Shape, row: tuple[int, int]) -> None:
+    own = make_row(shape, *row, seed=1)
     others = company(shape)
-    mixed = attend(World(shape, [*others[:2], row, *others[2:]]))[2]
-    assert torch.equal(mixed, alone(shape, row))
-    assert not torch.equal(mixed, alone(shape, make_row(shape, count, context, seed=2)))
+    mixed = attend(World(shape, [*others[:2], own, *others[2:]]))[2]
+    assert torch.equal(mixed, alone(shape, own))
+    assert not torch.equal(mixed, alone(shape, make_row(shape, *row, seed=2)))
 
 
 @pytest.mark.parametrize("context", [5, 140, 300])
@@ -49,8 +64,19 @@ def test_programs_that_take_several_splits_give_the_same_bits(
     assert torch.equal(alone(SHAPE, row), wide)
 
 
-@pytest.mark.parametrize("shape", [SHAPE, WINDOWED, SINKS], ids=str)
-@pytest.mark.parametrize("cut", [3, 16, 37, 64, 77])
+CUTS = [3, 16, 37, 64, 77]
+QUICK_CUTS = {(SHAPE, 16), (SHAPE, 37), (WINDOWED, 3), (WINDOWED, 64), (SINKS, 77)}
+"""Each shape and each cut."""
+
+
+@pytest.mark.parametrize(
+    ("shape", "cut"),
+    [
+        pytest.param(*pair, marks=[] if pair in QUICK_CUTS else pytest.mark.slow)
+        for pair in itertools.product((SHAPE, WINDOWED, SINKS), CUTS)
+    ],
+    ids=str,
+)
 def test_a_prompt_has_the_same_bits_in_one_chunk_and_in_two(shape: Shape, cut: int) -> None:
     whole = make_row(shape, 80, 80, seed=3)
     head = Row(whole.q[:cut], whole.k[:cut], whole.v[:cut])

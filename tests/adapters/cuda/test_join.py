@@ -85,8 +85,13 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return launched
 
 
+QUICK = {"one row", "distinct and the base", "blends"}
+
+
 @pytest.mark.parametrize("bias", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", MIXES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in MIXES]
+)
 def test_every_mix_equals_fp64_by_two_kernels_behind_the_product(
     name: str, bias: bool, kernels: list[str]
 ) -> None:

@@ -15,6 +15,7 @@ from tests.support.deltas import IN, OUTS, RANKS, World, make_world, steps
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted on the CPU")
 CPU = torch.device("cpu")
 MIXES = {name: terms for name, terms in steps().items() if name != "base rows only"}
+QUICK = {"one adapter, one row", "all distinct", "blends and prefill"}
 
 
 class Run:
@@ -51,7 +52,9 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", MIXES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in MIXES]
+)
 def test_every_mix_equals_fp64_and_the_base_bias_has_no_gain(name: str, bias: bool) -> None:
     run, terms = Run(make_world(RANKS, torch.float32, vectors=True), bias=bias), MIXES[name]
     x = inputs(terms)

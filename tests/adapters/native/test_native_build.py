@@ -13,6 +13,8 @@ from fader_adapters.kernels.native import build
 
 PACKAGE = Path(build.__file__).resolve().parents[2]
 IMPORT = "from fader_adapters.kernels import native as n; "
+ANEW = "from fader_adapters.kernels.native import library; library._attempt.cache_clear(); "
+"""Code that makes the next look at the library the first one."""
 TESTS = Path(__file__).resolve().parent
 
 
@@ -51,17 +53,21 @@ def test_a_failing_compiler_leaves_the_old_library_alone(tmp_path: Path) -> None
 
 
 def test_without_the_library_the_binding_imports_and_gives_the_reason(tmp_path: Path) -> None:
-    native = clone(tmp_path)
-    code = IMPORT + "print(n.available(), n.reason())"
-    assert "False libfader_kernels.so was not built" in python(code, tmp_path).stdout
-    (native / build.LIBRARY).write_text("not a library")
-    assert "False libfader_kernels.so does not load" in python(code, tmp_path).stdout
+    library = clone(tmp_path) / build.LIBRARY
+    told = "print(n.available(), n.reason()); "
+    broken = f"open({str(library)!r}, 'w').write('not a library'); "
+    absent, useless = python(IMPORT + told + broken + ANEW + told, tmp_path).stdout.splitlines()
+    assert absent.startswith("False libfader_kernels.so was not built")
+    assert useless.startswith("False libfader_kernels.so does not load")
 
 
 def test_the_environment_chooses_the_instruction_set(built: None) -> None:
-    code = IMPORT + "print(n.available() and n.isa(), n.reason())"
-    assert python(code, PACKAGE.parent, FADER_CPU_ISA="scalar").stdout.startswith("scalar")
-    assert "must be one of" in python(code, PACKAGE.parent, FADER_CPU_ISA="mmx").stdout
+    told = "print(n.available() and n.isa(), n.reason()); "
+    other = "import os; os.environ['FADER_CPU_ISA'] = 'mmx'; "
+    done = python(IMPORT + told + other + ANEW + told, PACKAGE.parent, FADER_CPU_ISA="scalar")
+    scalar, unknown = done.stdout.splitlines()
+    assert scalar.startswith("scalar")
+    assert "must be one of" in unknown
 
 
 @pytest.mark.slow

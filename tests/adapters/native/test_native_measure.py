@@ -31,6 +31,17 @@ TINY = Sizes(
 )
 
 
+@pytest.fixture(scope="module")
+def measured() -> report.Report:
+    """A run of the tiny sizes; its figures are taken once, and read by several tests."""
+    if not native.available():
+        pytest.skip(native.reason())
+    state = torch.get_rng_state()
+    result = report.run(TINY, repeats=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    return result
+
+
 def test_parity_holds_on_every_instruction_set(level: str) -> None:
     errors = parity.prove()
     assert errors.keys() == parity.BOUNDS.keys()
@@ -71,10 +82,8 @@ def test_nan_is_not_parity(built: None, monkeypatch: pytest.MonkeyPatch) -> None
         parity.prove()
 
 
-def test_every_case_is_timed_and_told(built: None) -> None:
-    state = torch.get_rng_state()
-    result = report.run(TINY, repeats=2)
-    assert torch.equal(torch.get_rng_state(), state)
+def test_every_case_is_timed_and_told(measured: report.Report) -> None:
+    result = measured
     cases = {(one.case, one.method) for one in result.timings}
     gemms = [f"gemm {n}x{k} M={rows}" for n, k in TINY.shapes for rows in TINY.rows]
     assert list(result.limits) == gemms
@@ -113,10 +122,9 @@ def test_shares_are_of_the_limits_of_the_same_case() -> None:
     assert told == "  1.0 GB/s =  50% of read,  10% of dot"
 
 
-def test_figures_of_a_busy_machine_are_not_for_quoting(built: None) -> None:
-    result = report.run(TINY, repeats=2)
+def test_figures_of_a_busy_machine_are_not_for_quoting(measured: report.Report) -> None:
     for others, calm in ((0.0, True), (0.5, False), (float("nan"), False)):
-        told = list(report.lines(dataclasses.replace(result, others=others)))
+        told = list(report.lines(dataclasses.replace(measured, others=others)))
         assert ("not quiet" in told[-1]) is not calm
 
 

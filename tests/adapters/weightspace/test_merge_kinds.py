@@ -1,6 +1,8 @@
 """Merging what is more than a low-rank product: DoRA, adapted heads and embeddings; PEFT's weights
 are the reference, a blend's are the weighted sum of their changes."""
 
+import itertools
+
 import pytest
 import torch
 from peft import PeftModel
@@ -118,9 +120,15 @@ def untied(base) -> torch.nn.Module:
     return model
 
 
+ENDS = list(itertools.product(("head", "table", "both"), ("qwen3", "gemma2", "gpt2")))
+QUICK = {("head", "qwen3"), ("table", "gemma2"), ("both", "gemma2"), ("both", "gpt2")}
+
+
 @pytest.mark.parametrize("form", ["bf16", "nf4"])
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt2"])
-@pytest.mark.parametrize("which", ["head", "table", "both"])
+@pytest.mark.parametrize(
+    ("which", "family"),
+    [pytest.param(*pair, marks=[] if pair in QUICK else pytest.mark.slow) for pair in ENDS],
+)
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")  # gpt2: Conv1D and a plain head
 def test_a_tied_base_whose_ends_are_adapted_comes_out_untied(family, which, form, tmp_path):
     """gemma2 scales what its embedding gives, gpt2 has other names."""

@@ -91,9 +91,18 @@ def exact(family: str, tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return Setting(family, tmp_path_factory.mktemp(f"{family}-fp32"), torch.float32)
 
 
-@pytest.fixture(scope="module")
-def rounded(family: str, tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    return Setting(family, tmp_path_factory.mktemp(f"{family}-bf16"), torch.bfloat16)
+ROUNDED = frozenset({"gemma2", "gpt2", "llama"})
+"""Families that are compared in bf16 as well in every run."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(f, marks=[] if f in ROUNDED else pytest.mark.slow) for f in sorted(CONFIGS)
+    ],
+)
+def rounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return Setting(request.param, tmp_path_factory.mktemp(f"{request.param}-bf16"), torch.bfloat16)
 
 
 AUTO_FIRST = ["auto", pytest.param("reference", marks=pytest.mark.slow)]

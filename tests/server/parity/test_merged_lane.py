@@ -13,7 +13,14 @@ from fader_server.core import Request
 from fader_server.engine import blocks as blocks_module
 from fader_server.engine.limits import Limits
 from fader_server.model import prefill
-from tests.server.parity.test_families import BOUND, SCALE, Setting, difference, prompts
+from tests.server.parity.test_families import (
+    AUTO_FIRST,
+    BOUND,
+    SCALE,
+    Setting,
+    difference,
+    prompts,
+)
 from tests.server.parity.test_kinds import BIAS, DORA
 from tests.support.dense import DenseOracle
 from tests.support.families import VOCAB, write_family
@@ -74,7 +81,7 @@ def test_a_lane_of_another_weight_would_be_noticed(exact: Setting):
     assert difference(exact.oracle, _asks(count=4)[3], answer, 1.0) > 10 * BOUND[torch.float32]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", AUTO_FIRST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_dora_and_biases_of_an_adapter_are_in_the_lane(tmp_path: Path, backend, dtype):
     source = write_family("llama", tmp_path / "base", scale=SCALE[dtype])
