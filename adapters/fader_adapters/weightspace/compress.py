@@ -28,6 +28,9 @@ from fader_adapters.weightspace.terms import Ingredient, Mixture, mix, read_raw
 REPORT_FILE = "compress_report.json"
 
 
+_NO_LINEAR = {"embedding": "is an adapted embedding", "experts": "are adapted experts"}
+
+
 @dataclass(frozen=True, slots=True)
 class Compressed:
     """A finished compression."""
@@ -62,9 +65,9 @@ def compress(
         path = spec.linears[mixture.biased()[0]].path
         raise AdapterInvalid(f"{path!r} has lora_bias, expected adapters of weights alone")
     for index in touched:
-        if spec.linears[index].role in ("embedding", "experts"):
-            path, role = spec.linears[index].path, spec.linears[index].role
-            raise AdapterInvalid(f"{path!r} of the adapter is {role}, expected linears alone")
+        told = _NO_LINEAR.get(spec.linears[index].role)
+        if told:
+            raise AdapterInvalid(f"{spec.linears[index].path!r} {told}, expected linears alone")
     sites: list[SiteResult] = []
     for count, index in enumerate(touched):
         progress("compressing", count, len(touched))

@@ -46,9 +46,8 @@ def compiled(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFacto
     return run
 
 
-@pytest.fixture(params=[90, pytest.param(80, marks=pytest.mark.slow)])
+@pytest.fixture(params=ARCHS)
 def arch(request: pytest.FixtureRequest) -> int:
-    assert request.param in ARCHS
     return request.param
 
 
