@@ -13,29 +13,29 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fader_adapters.kernels.backend import StackBackend, StackKernel
-from fader_adapters.kernels.dense import StackWeight, linear
+from fader_adapters.kernels.backend import ExpertsWeight, StackBackend, StackKernel
 from fader_adapters.kernels.routing import Routing
+from fader_adapters.kernels.stack_weights import StackWeight
 from fader_adapters.spec import LinearSpec, SiteSpec
 from fader_adapters.stacks import DOWN, stack_names
 from fader_adapters.step_state import StepState
 
-BLOCK = 8
-"""Rows of an fp32 product on a CPU: few tokens of a step meet in one expert."""
 
-
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class Stack:
     """One target of a mixture: a stack of experts, or a router."""
 
     index: int
     """In BaseSpec.linears."""
     spec: LinearSpec
-    weight: StackWeight
+    weight: ExpertsWeight
+    """The base's; of a router StackWeight."""
     kernel: StackKernel
 
     @staticmethod
-    def bound(backend: StackBackend, index: int, spec: LinearSpec, weight: StackWeight) -> "Stack":
+    def bound(
+        backend: StackBackend, index: int, spec: LinearSpec, weight: ExpertsWeight
+    ) -> "Stack":
         """Prepare one target."""
         site = SiteSpec((index,), spec.in_features, (spec.out_features,))
         return Stack(index, spec, weight, backend.bind_stack(site, spec.experts))
@@ -54,23 +54,24 @@ def install_experts(module: nn.Module, stacks: Iterable[Stack], state: StepState
         state.check_tokens(hidden_states.shape[0])
         step, lane = state.step, state.lane
 
-        def product(stack: Stack, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        def product(stack: Stack, x: torch.Tensor) -> torch.Tensor:
             merged = None if lane is None else lane.stacks.get(stack.index)
-            y = grouped(x, (merged or stack.weight).values, routing, bias)
-            return stack.kernel(y, x, routing, step) if merged is None else y
+            if merged is not None:
+                return merged.grouped(x, routing)
+            return stack.kernel(stack.weight.grouped(x, routing), x, routing, step)
 
         return experts_forward(
             module, hidden_states, routing, top_k_weights,
-            up=lambda x, bias: product(up, x, bias),
-            down=lambda x, bias: product(down, x, bias),
+            up=lambda x: product(up, x),
+            down=lambda x: product(down, x),
         )  # fmt: skip
 
     # a function, which a copy of the model may share, where a method would bring its owner
     setattr(module, "forward", forward)  # noqa: B010
 
 
-Product = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""x [pairs, in] and the biases of all experts, or None → [pairs, out]."""
+Product = Callable[[torch.Tensor], torch.Tensor]
+"""x [pairs, in] → [pairs, out], bias included."""
 
 
 def experts_forward(
@@ -87,32 +88,15 @@ def experts_forward(
     weights  [tokens, k]: the router's
     """
     own: Any = module
-    name = "gate_up_proj" if own.has_gate else "up_proj"
-    y = up(hidden[routing.token], getattr(own, f"{name}_bias", None))
+    y = up(hidden[routing.token])
     y = own._apply_gate(y) if own.has_gate else own.act_fn(y)
-    y = down(y, getattr(own, f"{DOWN}_bias", None))
+    y = down(y)
     if getattr(own, "has_post_expert_norm", False):
         y = own.post_expert_norm(y)
     y = y * weights.reshape(-1)[routing.order].unsqueeze(-1)
     back = torch.empty_like(y)
     back[routing.order] = y
     return back.view(*weights.shape, -1).sum(dim=1).to(hidden.dtype)
-
-
-def grouped(
-    x: torch.Tensor, weight: torch.Tensor, routing: Routing, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """Each pair's product with its expert's weight [experts, out, in] and bias [experts, out]."""
-    if x.dtype == torch.float32 and x.is_cpu:  # one shape of product: a row's bits are its own
-        y, begin = x.new_empty(x.shape[0], weight.shape[1]), 0
-        # by int: a value that is read tells whoever records a forward that it cannot be repeated
-        for expert, end in enumerate(map(int, routing.ends)):
-            if begin < end:
-                y[begin:end] = linear(x[begin:end], weight[expert], block=BLOCK)
-            begin = end
-    else:
-        y = F.grouped_mm(x.to(weight.dtype), weight.mT, offs=routing.ends)
-    return y if bias is None else y.add_(bias[routing.expert])
 
 
 def install_router(module: nn.Module, stack: Stack, state: StepState) -> None:
@@ -122,6 +106,7 @@ def install_router(module: nn.Module, stack: Stack, state: StepState) -> None:
     def adapted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         merged = None if state.lane is None else state.lane.stacks.get(stack.index)
         if merged is not None:
+            assert isinstance(merged, StackWeight)
             return F.linear(x, merged.values.to(weight.dtype), bias)
         y = F.linear(x, weight, bias)
         rows = x.reshape(-1, x.shape[-1])

@@ -12,8 +12,7 @@ import torch
 from fader_adapters.changes import Changes
 from fader_adapters.errors import BlendInvalid
 from fader_adapters.kernels import native
-from fader_adapters.kernels.backend import Backend, BaseLinear
-from fader_adapters.kernels.dense import StackWeight
+from fader_adapters.kernels.backend import Backend, BaseLinear, ExpertsWeight, StackBackend
 from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.layers import Installed, Site
 from fader_adapters.merged_site import LaneSpec, SiteWork, scratch_bytes, weight_dtype
@@ -96,7 +95,8 @@ class Merger:
     def need(self) -> Need:
         """What the lane holds, and at most beside it while it is made."""
         own = [self._bytes(site) for site in self._sites]
-        scratch = max(own, default=0)
+        # a stack is packed when it is whole
+        scratch = max((*own, *(stack.weight.nbytes for stack in self._stacks)), default=0)
         widths = [site.spec.in_features for site in self._sites]
         own += [stack.weight.nbytes for stack in self._stacks]
         widths += [stack.spec.in_features for stack in self._stacks]
@@ -130,9 +130,10 @@ class Merger:
                 work = self._site_work(site)
                 bases[site] = work.run(room, pause, count)
                 losses += work.losses
-            stacks: dict[int, StackWeight] = {}
+            stacks: dict[int, ExpertsWeight] = {}
             for stack in self._stacks:
-                experts = StackWork(stack, self._changes, device=self._device)
+                assert isinstance(self._backend, StackBackend)
+                experts = StackWork(stack, self._changes, self._backend, device=self._device)
                 stacks[stack.index] = experts.run(pause, count)
                 losses.append(experts.loss)
             if self._embedding is not None:

@@ -20,13 +20,15 @@ from fader_adapters.kernels import nf4
 from fader_adapters.kernels.backend import (
     Backend,
     BaseLinear,
+    ExpertsWeight,
     LookupBackend,
     LookupKernel,
     SiteKernel,
     StackBackend,
 )
-from fader_adapters.kernels.dense import ByRows, DenseLinear, EmbeddingTable, StackWeight
+from fader_adapters.kernels.dense import DenseLinear, EmbeddingTable
 from fader_adapters.kernels.native.panels import PANEL
+from fader_adapters.kernels.stack_weights import StackWeight
 from fader_adapters.spec import BaseSpec, Role, SiteSpec
 from fader_adapters.step_state import StepState
 
@@ -157,7 +159,7 @@ class Installed:
         for at in range(start, stop, step):
             yield base.rows(at, min(stop, at + step))
 
-    def _base(self, linear: int) -> tuple[ByRows, int] | tuple[BaseLinear, int]:
+    def _base(self, linear: int) -> tuple[BaseLinear | ExpertsWeight, int]:
         """Where a linear's rows are, and the first of them."""
         if linear in self.stacks:
             return self.stacks[linear].weight, 0
@@ -234,14 +236,14 @@ def _install_mixtures(
     for index, item in enumerate(spec.linears):
         if item.role == "experts":
             path, _, name = item.path.rpartition(".")
-            parameter = getattr(model.get_submodule(path), name)
+            module = model.get_submodule(path)
+            bias = getattr(module, f"{name}_bias", None)
         elif item.role == "router":
-            path = item.path
-            parameter = model.get_submodule(path).weight
+            path, name, bias = item.path, "weight", None  # its bias is its own affair
+            module = model.get_submodule(path)
         else:
             continue
-        assert isinstance(parameter, nn.Parameter)
-        weight = StackWeight(parameter, transposed=item.conv1d)
+        weight = StackWeight(getattr(module, name), bias, transposed=item.conv1d)
         stacks[index] = Stack.bound(backend, index, item, weight)
         modules.setdefault(path, []).append(stacks[index])
     for path, own in modules.items():

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fader_adapters.errors import BaseUnsupported
-from fader_adapters.kernels.backend import BaseLinear, Step
-from fader_adapters.kernels.dense import StackWeight
+from fader_adapters.kernels.backend import BaseLinear, ExpertsWeight, Step
 
 if TYPE_CHECKING:
     from fader_adapters.layers import Site
@@ -21,7 +20,7 @@ class LaneWeights:
     bases: Mapping["Site", BaseLinear]
     table: torch.Tensor | None = None
     """[tokens, width] what the embedding gives for each token."""
-    stacks: Mapping[int, StackWeight] = field(default_factory=dict)
+    stacks: Mapping[int, ExpertsWeight] = field(default_factory=dict)
     """Experts and routers by their index in BaseSpec.linears."""
 
     @property

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fader_adapters.kernels.cpu_experts import NativeStack, PairPlans
+from fader_adapters.kernels.cpu_experts import NativeStack, PairPlans, PanelStack, views
 from fader_adapters.kernels.dense import DenseLinear, filled
 from fader_adapters.kernels.native import (
     Lookup,
@@ -14,7 +14,6 @@ from fader_adapters.kernels.native import (
     PanelStore,
     PlainPanels,
     Site,
-    SiteTables,
     StepPlan,
     Tape,
     Workspace,
@@ -23,11 +22,13 @@ from fader_adapters.kernels.native import (
 )
 from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight
+from fader_adapters.kernels.stack_weights import StackWeight
 from fader_adapters.kernels.tables import Tables
+from fader_adapters.pauses import Pause, never
 from fader_adapters.spec import SiteSpec, StepTerms
 
 if TYPE_CHECKING:
-    from fader_adapters.kernels.backend import BaseLinear
+    from fader_adapters.kernels.backend import BaseLinear, ExpertsWeight
 
 
 class PanelLinear:
@@ -155,7 +156,7 @@ class NativeSite:
     def bind(self, tables: Tables) -> None:
         """Take the tables' pointers; again whenever the tables grew."""
         self._site.bind(
-            _views(tables, slice(self._first, self._first + self._members), self._columns)
+            views(tables, slice(self._first, self._first + self._members), self._columns)
         )
 
     def __call__(self, x: torch.Tensor, step: object | None) -> torch.Tensor:
@@ -180,7 +181,7 @@ class NativeHead:
 
     def bind(self, tables: Tables) -> None:
         own = slice(self._index, self._index + 1)
-        self._head.site.bind(_views(tables, own, ((0, self._head.out_features),)))
+        self._head.site.bind(views(tables, own, ((0, self._head.out_features),)))
 
     def __call__(self, x: torch.Tensor, step: object | None) -> torch.Tensor:
         assert step is None or isinstance(step, StepPlan)
@@ -197,26 +198,12 @@ class NativeLookup:
 
     def bind(self, tables: Tables) -> None:
         own = slice(self._index, self._index + 1)
-        self._lookup.bind(_views(tables, own, ((0, self._width),)))
+        self._lookup.bind(views(tables, own, ((0, self._width),)))
 
     def __call__(self, y: torch.Tensor, ids: torch.Tensor, step: object | None) -> None:
         if step is not None or self._tape.listener is not None:
             assert step is None or isinstance(step, StepPlan)
             self._lookup.add(y, ids, step)
-
-
-def _views(tables: Tables, own: slice, columns: Sequence[tuple[int, int]]) -> SiteTables:
-    """The columns of the tables that are one site's."""
-    return SiteTables(
-        tables.arena,
-        tables.a_offset[:, own],
-        tables.b_offset[:, own],
-        tables.rank[:, own],
-        tables.scale[:, own],
-        columns,
-        gain_off=tables.gain_offset[:, own],
-        bias_off=tables.bias_offset[:, own],
-    )
 
 
 class NativeBackend:
@@ -267,6 +254,12 @@ class NativeBackend:
         kernel = NativeStack(site, experts, plans=self._pairs, scratch=self._scratch)
         self._sites.append(kernel)
         return kernel
+
+    def pack_stack(self, weight: StackWeight, pause: Pause = never) -> "ExpertsWeight":
+        packed = PanelStack.of(
+            weight, pause, store=self._store, scratch=self._scratch, tape=self.tape
+        )  # fmt: skip
+        return packed or weight
 
     def prepare(self, tables: Tables, terms: StepTerms) -> StepPlan | None:
         if terms.idle:

@@ -1,18 +1,99 @@
-"""Deltas of a stack of experts on the native backend: a pair of slot and expert is a slot there.
+"""Stacks of experts on the native backend: their weights in panels, and their deltas, for which a
+pair of slot and expert is a slot.
 
 A row of the kernel is a token at one of its experts; what it wears is its request's blend, at that
 expert's matrices. Knows the C library, not models.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 
-from fader_adapters.kernels.native import Site, SiteTables, StepPlan, Workspace
+from fader_adapters.kernels.native import (
+    ExpertPanels,
+    PanelStore,
+    Site,
+    SiteTables,
+    StepPlan,
+    Tape,
+    Workspace,
+    alone,
+    gemm,
+)
+from fader_adapters.kernels.native.checks import FLOATS
+from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.kernels.routing import Routing
+from fader_adapters.kernels.stack_weights import StackWeight
 from fader_adapters.kernels.tables import Tables
+from fader_adapters.pauses import Pause
 from fader_adapters.spec import SiteSpec
+
+
+def views(tables: Tables, own: slice, columns: Sequence[tuple[int, int]]) -> SiteTables:
+    """The columns of the tables that are one site's."""
+    return SiteTables(
+        tables.arena,
+        tables.a_offset[:, own],
+        tables.b_offset[:, own],
+        tables.rank[:, own],
+        tables.scale[:, own],
+        columns,
+        gain_off=tables.gain_offset[:, own],
+        bias_off=tables.bias_offset[:, own],
+    )
+
+
+class PanelStack:
+    """A stack's weights in panels."""
+
+    def __init__(self, panels: ExpertPanels, bias: torch.Tensor | None) -> None:
+        self.bias = bias
+        self._own = panels
+        self.panels = panels.panels
+
+    @staticmethod
+    def of(
+        weight: StackWeight, pause: Pause, *, store: PanelStore, scratch: Workspace, tape: Tape
+    ) -> "PanelStack | None":
+        """A copy; None where the kernel does not take such matrices."""
+        experts, out, width = weight.values.shape
+        if not ExpertPanels.fits(out, width) or weight.dtype not in FLOATS:
+            return None
+
+        def matrices() -> Iterator[torch.Tensor]:
+            for matrix in weight.values:
+                yield matrix.contiguous()
+                pause()
+
+        bias = None if weight.bias is None else weight.bias.data
+        panels = ExpertPanels(
+            matrices(), (experts, out, width), weight.dtype,
+            bias=bias, store=store, workspace=scratch, tape=tape,
+        )  # fmt: skip
+        return PanelStack(panels, bias)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.panels.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.panels.nbytes
+
+    def grouped(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        return self._own(x, routing.ends)
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        first = start // PANEL * PANEL
+        return self.panels.rows(first, stop).dense(torch.float32)[start - first :]
+
+    def product(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        first = start // PANEL * PANEL
+        with alone():
+            return gemm(x, self.panels.rows(first, stop))[:, start - first :]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -21,13 +102,13 @@ class Worn:
 
     active: tuple[int, ...]
     """Slots in use, ascending."""
-    starts: torch.Tensor
+    starts: np.ndarray
     """[rows + 1] int64"""
-    place: torch.Tensor
+    place: np.ndarray
     """[terms] int64, into `active`."""
-    gamma: torch.Tensor
+    gamma: np.ndarray
     """[terms] float32"""
-    row: torch.Tensor
+    row: np.ndarray
     """[tokens] int64"""
 
     @staticmethod
@@ -35,29 +116,30 @@ class Worn:
         flat = [term for blend in step.blends for term in blend]
         active = tuple(sorted({slot for slot, _ in flat}))
         places = {slot: i for i, slot in enumerate(active)}
-        counts = torch.tensor([0, *map(len, step.blends)])
         return Worn(
             active,
-            counts.cumsum(0),
-            torch.tensor([places[slot] for slot, _ in flat], dtype=torch.int64),
-            torch.tensor([gamma for _, gamma in flat], dtype=torch.float32),
-            torch.tensor(step.row_of_token),
+            np.cumsum([0, *map(len, step.blends)]),
+            np.array([places[slot] for slot, _ in flat], np.int64),
+            np.array([gamma for _, gamma in flat], np.float32),
+            np.array(step.row_of_token, np.int64),
         )
 
     def at_experts(self, routing: Routing) -> StepPlan:
         """The plan of the pairs; its slots are those of `active` times the experts."""
-        keys = self.row[routing.token] * routing.experts + routing.expert
-        distinct, row_of_pair = torch.unique(keys, return_inverse=True)
-        row, expert = distinct // routing.experts, distinct % routing.experts
+        token, expert_of = routing.token.numpy(), routing.expert.numpy()
+        keys = self.row[token] * routing.experts + expert_of
+        distinct, row_of_pair = np.unique(keys, return_inverse=True)
+        row, expert = np.divmod(distinct, routing.experts)
         first, counts = self.starts[row], self.starts[row + 1] - self.starts[row]
-        ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        of_row = torch.repeat_interleave(torch.arange(len(row)), counts)
-        term = first[of_row] + torch.arange(len(of_row)) - ends[of_row]
+        ends = np.concatenate(([0], np.cumsum(counts)))
+        of_row = np.repeat(np.arange(len(row)), counts)
+        term = first[of_row] + np.arange(len(of_row)) - ends[of_row]
+        slot = self.place[term] * routing.experts + expert[of_row]
         return StepPlan(
-            ends.to(torch.int32),
-            (self.place[term] * routing.experts + expert[of_row]).to(torch.int32),
-            self.gamma[term],
-            row_of_pair.to(torch.int32),
+            torch.from_numpy(ends.astype(np.int32)),
+            torch.from_numpy(slot.astype(np.int32)),
+            torch.from_numpy(self.gamma[term]),
+            torch.from_numpy(row_of_pair.astype(np.int32)),
             slots=len(self.active) * routing.experts,
         )
 
@@ -84,8 +166,11 @@ class NativeStack:
         self._bound: tuple[int, tuple[int, ...]] | None = None
 
     def bind(self, tables: Tables) -> None:
-        """Read deltas from these tables from now on."""
+        """Read deltas from these tables from now on; again whenever they grew."""
         self._tables, self._bound = tables, None
+        if self._experts == 1:
+            own = slice(self._index, self._index + 1)
+            self._site.bind(views(tables, own, ((0, self._out),)))
 
     def __call__(
         self, y: torch.Tensor, x: torch.Tensor, routing: Routing, step: object | None
@@ -96,7 +181,7 @@ class NativeStack:
         worn = self._plans.worn(step)
         if not self._touched(worn.active):
             return y
-        plan = self._plans.of(worn, routing)
+        plan = step if self._experts == 1 else self._plans.of(worn, routing)
         return self._site(x, plan, out=y.float()).to(y.dtype)
 
     def _touched(self, active: tuple[int, ...]) -> bool:
@@ -106,6 +191,8 @@ class NativeStack:
         rank = tables.rank[list(active), self._index]
         if not bool(rank.any()):
             return False
+        if self._experts == 1:
+            return True
         key = (tables.generation, active)
         if self._bound != key:
             self._site.bind(self._views(tables, list(active), rank.long()))

@@ -77,34 +77,6 @@ class DenseLinear(ByRows):
         return self.weight[start:stop].float()
 
 
-class StackWeight(ByRows):
-    """The weights of several linears of one shape as one matrix [experts · out, in]."""
-
-    def __init__(self, source: torch.Tensor, *, transposed: bool = False) -> None:
-        """source: [experts, out, in], or transposed [experts, in, out]; [out, in] of one. A
-        parameter's storage is looked up at every call."""
-        self.source = source
-        self.transposed = transposed
-
-    @property
-    def values(self) -> torch.Tensor:
-        """[experts, out, in], or [out, in]."""
-        return self.source.data.mT if self.transposed else self.source.data
-
-    @property
-    def nbytes(self) -> int:
-        return self.source.nbytes
-
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        values, parts = self.values, []
-        stack = values if values.dim() == 3 else values[None]
-        out = stack.shape[1]
-        for expert in range(start // out, -(-stop // out)):
-            first = expert * out
-            parts.append(stack[expert, max(start - first, 0) : min(stop - first, out)])
-        return torch.cat(parts).float()
-
-
 class Rows(Protocol):
     """A table that gives rows: int64 indices -> [..., width]."""
 

@@ -10,7 +10,9 @@ from fader_adapters.kernels import nf4
 from fader_adapters.kernels.dense import ByRows, DenseLinear, filled, linear
 from fader_adapters.kernels.nf4 import Nf4Weight, dense, stack
 from fader_adapters.kernels.routing import Routing
+from fader_adapters.kernels.stack_weights import StackWeight
 from fader_adapters.kernels.tables import Tables
+from fader_adapters.pauses import Pause, never
 from fader_adapters.spec import SiteSpec, StepTerms
 
 if TYPE_CHECKING:
@@ -181,6 +183,9 @@ class ReferenceBackend:
 
     def bind_stack(self, site: SiteSpec, experts: int) -> "ReferenceStack":
         return ReferenceStack(site, experts)
+
+    def pack_stack(self, weight: StackWeight, pause: Pause = never) -> StackWeight:
+        return weight
 
 
 class ReferenceSite:

@@ -43,11 +43,16 @@ def _show_experts(module: nn.Module, stacks: list[Stack], glass: Glass) -> None:
             hidden_states,
             routing,
             top_k_weights,
-            up=partial(_product, up, routing, glass),
-            down=partial(_product, down, routing, glass),
+            up=partial(_product, up, routing, glass, _bias(module, up)),
+            down=partial(_product, down, routing, glass, _bias(module, down)),
         )
 
     setattr(module, "forward", forward)  # noqa: B010 - a method by assignment
+
+
+def _bias(module: nn.Module, stack: Stack) -> torch.Tensor | None:
+    """[experts, out]"""
+    return getattr(module, f"{stack.spec.path.rpartition('.')[2]}_bias", None)
 
 
 def _show_router(module: nn.Module, stack: Stack, glass: Glass) -> None:
@@ -56,7 +61,7 @@ def _show_router(module: nn.Module, stack: Stack, glass: Glass) -> None:
     def routed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         every = None if bias is None else bias[None]
-        y = _product(stack, one_expert(rows), glass, rows, every)
+        y = _product(stack, one_expert(rows), glass, every, rows)
         return y.view(*x.shape[:-1], -1)
 
     def forward(*args: object, **kwargs: object) -> object:
@@ -67,7 +72,7 @@ def _show_router(module: nn.Module, stack: Stack, glass: Glass) -> None:
 
 
 def _product(
-    stack: Stack, routing: Routing, glass: Glass, x: torch.Tensor, bias: torch.Tensor | None
+    stack: Stack, routing: Routing, glass: Glass, bias: torch.Tensor | None, x: torch.Tensor
 ) -> torch.Tensor:
     """Each pair's product, with the blend beside it, and bias [experts, out], if there is one."""
     view, out = glass.view, stack.spec.out_features

@@ -9,8 +9,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from fader_adapters.kernels.cpu import NativeBackend
+from fader_adapters.kernels.cpu_experts import PanelStack
 from fader_adapters.kernels.dense import linear
-from fader_adapters.layers import SiteLinear
+from fader_adapters.kernels.stack_weights import StackWeight
+from fader_adapters.layers import Installed, SiteLinear
+from fader_adapters.stacks import experts
 
 BLOCK = 8
 """Rows of a product: few tokens of a step meet in one expert."""
@@ -37,7 +41,22 @@ def keep_rows_apart(model: PreTrainedModel) -> Callable[[], None]:
         model.set_experts_implementation("eager")
     for block, forward in before.items():
         setattr(block, "forward", _apart(forward))  # noqa: B010
+    if model.dtype != torch.float32:
+        for _, module in experts(model):
+            if "forward" in vars(module) and module not in before:
+                before[module] = module.forward
+                setattr(module, "forward", _as_they_are(module.forward))  # noqa: B010
     return end
+
+
+def pack_experts(model: PreTrainedModel, installed: Installed, backend: NativeBackend) -> None:
+    """Bring stacks of experts into panels, one after the other; parameters keep those alone."""
+    for stack in installed.stacks.values():
+        if stack.spec.role == "experts":
+            assert isinstance(stack.weight, StackWeight)
+            stack.weight = backend.pack_stack(stack.weight)
+            if isinstance(stack.weight, PanelStack):
+                model.get_parameter(stack.spec.path).data = stack.weight.panels.panels
 
 
 def routed(model: nn.Module) -> Iterator[nn.Module]:
@@ -54,6 +73,16 @@ def _apart(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(*args, **kwargs)
 
     return apart
+
+
+def _as_they_are(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """For experts whose products are kernels: nothing in them is fp32, and calls cost less."""
+
+    def plain(*args: object, **kwargs: object) -> object:
+        with torch._C.DisableTorchFunction():
+            return forward(*args, **kwargs)
+
+    return plain
 
 
 class _Apart(TorchFunctionMode):

@@ -17,7 +17,7 @@ from fader_server.errors import ModelUnsupported
 from fader_server.model import attention
 from fader_server.model.activation import replace_activations
 from fader_server.model.checkpoint import quiet_libraries, read_config, read_nf4, why_not_packed
-from fader_server.model.experts import keep_rows_apart
+from fader_server.model.experts import keep_rows_apart, pack_experts
 from fader_server.model.head import replace_ends
 from fader_server.model.identity import Identity
 from fader_server.model.loaded import LoadedBase
@@ -98,3 +98,4 @@ def _use_native(
         if "RotaryEmbedding" in type(module).__name__:
             make_opaque(module, tape)
     replace_ends(model, installed, backend, dtype=dtype)
+    pack_experts(model, installed, backend)

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from fader_adapters.changes import Change, Changes
 from fader_adapters.expert_layers import Stack
-from fader_adapters.kernels.backend import BaseLinear
-from fader_adapters.kernels.dense import ByToken, EmbeddingTable, StackWeight
+from fader_adapters.kernels.backend import BaseLinear, ExpertsWeight
+from fader_adapters.kernels.dense import ByToken, EmbeddingTable
 from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.lane import MergedLane
 from fader_adapters.layers import Site, SiteLinear
@@ -32,7 +32,7 @@ class View(Protocol):
         """[tokens, width] what the embedding gives, if not what the base's does."""
         ...
 
-    def stack(self, stack: Stack) -> StackWeight: ...
+    def stack(self, stack: Stack) -> ExpertsWeight: ...
 
     def change(self, linear: int, expert: int = 0) -> Change | None:
         """What happens to a linear, or an expert of a stack, beside its weight."""
@@ -49,7 +49,7 @@ class BaseView:
     def table(self) -> torch.Tensor | None:
         return None
 
-    def stack(self, stack: Stack) -> StackWeight:
+    def stack(self, stack: Stack) -> ExpertsWeight:
         return stack.weight
 
     def change(self, linear: int, expert: int = 0) -> Change | None:
@@ -77,7 +77,7 @@ class LaneView(BaseView):
     def weight(self, site: Site) -> BaseLinear:
         return self._weights.bases.get(site, site.kernel.base)
 
-    def stack(self, stack: Stack) -> StackWeight:
+    def stack(self, stack: Stack) -> ExpertsWeight:
         return self._weights.stacks.get(stack.index, stack.weight)
 
     @property
@@ -149,7 +149,7 @@ class ProbeEmbedding(nn.Module):
 
 
 def product(
-    x: torch.Tensor, weight: BaseLinear | StackWeight, start: int, stop: int, pause: Pause
+    x: torch.Tensor, weight: BaseLinear | ExpertsWeight, start: int, stop: int, pause: Pause
 ) -> torch.Tensor:
     """x [T, in] times rows start..stop of a weight, a few at a time, in fp32."""
     y = x.new_empty(x.shape[0], stop - start, dtype=torch.float32)

@@ -6,6 +6,7 @@ models, no requests.
 
 from fader_adapters.kernels.native.activation import activation
 from fader_adapters.kernels.native.attention import PagedAttention, paged_attention
+from fader_adapters.kernels.native.experts import ExpertPanels
 from fader_adapters.kernels.native.library import LEVELS, available, best_isa, isa, reason, set_isa
 from fader_adapters.kernels.native.norm import rms_norm
 from fader_adapters.kernels.native.ops import Call, Kind, Map, Op, Tape
@@ -33,6 +34,7 @@ __all__ = [
     "LEVELS",
     "NESTED_BLOCK",
     "Call",
+    "ExpertPanels",
     "Kind",
     "Lookup",
     "Map",

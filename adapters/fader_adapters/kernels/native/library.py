@@ -12,7 +12,7 @@ import torch  # first: its libgomp must be the one both use
 
 from fader_adapters.kernels.native.build import LIBRARY
 
-ABI = 6
+ABI = 7
 BUILDER = "fader_adapters.kernels.native.build"
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -40,6 +40,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "fader_plan_build": [_L, _L, _P, _P, _P, _P, ctypes.c_int32, _P, _L],
     "fader_site": [_P, _P, _L, _P, _I, _L, _P, _I, _L, _P, _L, _P, _I],
     "fader_lookup": [_P, _P, _L, _P, _P, _I, _L, _P, _L, _P, _I],
+    "fader_experts": [_P, _L, _P, _P, _I, _L, _P, _I, _L, _P, _L, _P, _I],
     "fader_rms_norm": [_L, _L, _P, _L, _P, _I, _I, _F, _P, _I],
     "fader_map": [_P],
     "fader_run": [_P, _L, _P, _P, _P, _L, _P, _I],
@@ -60,6 +61,15 @@ class SiteStruct(ctypes.Structure):
         ],
         ("table_stride", _L),
         *[(name, ctypes.c_int32) for name in ("members", "slots", "arena_dtype", "weights")],
+    ]
+
+
+class ExpertsStruct(ctypes.Structure):
+    """fader_experts_t of csrc/fader.h, field for field."""
+
+    _fields_ = [
+        *[(name, _P) for name in ("panels", "bias")],
+        *[(name, _L) for name in ("n", "k", "experts")],
     ]
 
 

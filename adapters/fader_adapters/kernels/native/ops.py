@@ -20,6 +20,7 @@ class Kind(IntEnum):
     GATHER = 4
     MAP = 5
     LOOKUP = 6
+    EXPERTS = 7
 
 
 class Map(IntEnum):

@@ -202,6 +202,19 @@ int fader_lookup(const fader_site_t *s, const int32_t *plan, int64_t T, const in
     return now().lookup(s, plan, T, ids, y, y_dtype, ys, scratch, bytes, need, nt);
 }
 
+int fader_experts(const fader_experts_t *s, int64_t T, const int32_t *ends, const void *x, int dtype, int64_t xs, void *out,
+                  int out_dtype, int64_t os, void *scratch, int64_t bytes, int64_t *need, int nt) {
+    if (!s || !need || T < 0 || nt < 1 || !s->panels || s->n <= 0 || s->n % PANEL || s->k <= 0 || s->k % BLOCK) return FADER_E_ARG;
+    if (s->experts < 1 || dtype < 0 || dtype > FADER_BF16 || out_dtype < 0 || out_dtype > FADER_BF16) return FADER_E_ARG;
+    if (!T) return 0;
+    if (!ends || !x || !out || !scratch || ((uintptr_t)scratch & 63) || xs < s->k || os < s->n) return FADER_E_ARG;
+    int32_t from = 0;
+    for (int64_t e = 0; e < s->experts; from = ends[e++])
+        if (ends[e] < from) return FADER_E_BOUNDS;
+    if (from != T) return FADER_E_BOUNDS;
+    return now().experts(s, T, ends, x, dtype, xs, out, out_dtype, os, scratch, bytes, need, nt);
+}
+
 int fader_rms_norm(int64_t M, int64_t K, const void *x, int64_t xs, const void *w, int dtype, int about_one,
                    float eps, void *y, int nt) {
     if (M < 0 || K <= 0 || nt < 1 || dtype < 0 || dtype > FADER_BF16) return FADER_E_ARG;

@@ -89,5 +89,7 @@ struct Kernels {
     int (*lookup)(const fader_site_t *, const int32_t *, int64_t, const int64_t *, void *, int, int64_t, void *,
                   int64_t, int64_t *, int);
     int (*keep)(int64_t, int64_t, const float *, const float *, int64_t, float, uint8_t *, float *, int);
+    int (*experts)(const fader_experts_t *, int64_t, const int32_t *, const void *, int, int64_t, void *, int, int64_t,
+                   void *, int64_t, int64_t *, int);
 };
 extern const Kernels fader_scalar, fader_avx2, fader_avx512, fader_avx512bf16;

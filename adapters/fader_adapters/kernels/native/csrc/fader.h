@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define FADER_ABI 6
+#define FADER_ABI 7
 enum { FADER_F32 = 0, FADER_BF16 = 1, FADER_F16 = 2 };
 enum { FADER_NF4 = 0, FADER_PLAIN = 1 };
 enum { FADER_SCALAR = 0, FADER_AVX2 = 1, FADER_AVX512 = 2, FADER_AVX512_BF16 = 3 };
@@ -107,6 +107,19 @@ int fader_site(const fader_site_t *site, const int32_t *plan, int64_t T, const v
 int fader_lookup(const fader_site_t *site, const int32_t *plan, int64_t T, const int64_t *ids, void *y, int y_dtype,
                  int64_t y_stride, void *scratch, int64_t scratch_bytes, int64_t *need, int nt);
 
+/* ---- A stack of experts ---------------------------------------------------------------------------
+ * out[p] = x[p] . W[e]^T + bias[e]; the rows of expert e are those from ends[e-1] (0 for the first) to ends[e].
+ * panels: plain ones of the matrix [experts*n, k], of x's dtype, n % 32 == 0. */
+typedef struct {
+    const uint8_t *panels;
+    const float *bias; /* [experts, n] or NULL */
+    int64_t n, k, experts;
+} fader_experts_t;
+/* x [T,k], out [T,n], rows x_stride and out_stride elements apart; ends [experts], the last one T */
+int fader_experts(const fader_experts_t *stack, int64_t T, const int32_t *ends, const void *x, int dtype,
+                  int64_t x_stride, void *out, int out_dtype, int64_t out_stride, void *scratch,
+                  int64_t scratch_bytes, int64_t *need, int nt);
+
 /* y[M,K] = w * round(x / rms), or (1 + w) * (x / rms) about one; rms = sqrt(mean(x^2) + eps) of a row of
  * x [M,K], rows x_stride elements apart; x, w, y of one dtype, to which round() rounds */
 int fader_rms_norm(int64_t M, int64_t K, const void *x, int64_t x_stride, const void *w, int dtype,
@@ -140,17 +153,18 @@ int fader_write_kv(const fader_attn_t *a, int64_t T, const void *k, int64_t k_st
 /* ---- Elementwise ---------------------------------------------------------------------------------
  * out = map(x, y) over `size`, steps in elements; y NULL: `scalar` stands for it. dtype is that of x and y;
  * only a copy may change it. */
-enum { FADER_OP_SITE, FADER_OP_NORM, FADER_OP_WRITE_KV, FADER_OP_ATTEND, FADER_OP_GATHER, FADER_OP_MAP, FADER_OP_LOOKUP };
+enum { FADER_OP_SITE, FADER_OP_NORM, FADER_OP_WRITE_KV, FADER_OP_ATTEND, FADER_OP_GATHER, FADER_OP_MAP, FADER_OP_LOOKUP, FADER_OP_EXPERTS };
 enum { FADER_MAP_COPY, FADER_MAP_NEG, FADER_MAP_ADD, FADER_MAP_SUB, FADER_MAP_MUL, FADER_MAP_SILU, FADER_MAP_GELU_TANH };
 typedef struct {
     int32_t kind, map, dtype, out_dtype; /* map: NORM: about_one; GATHER: rows are panels; SITE: base only */
-    const void *what;                    /* fader_site_t, fader_attn_t, or the weight of NORM */
-    const void *x, *y; /* WRITE_KV: k, v; GATHER: rows [n,k], int64 index [size[0]]; LOOKUP: int64 ids, - */
+    const void *what;                    /* fader_site_t, fader_attn_t, fader_experts_t, or the weight of NORM */
+    const void *x, *y; /* WRITE_KV: k, v; GATHER: rows [n,k], int64 index [size[0]]; LOOKUP: int64 ids, -;
+                          EXPERTS: -, int32 ends */
     void *out;
     const float *bias;
     int64_t n, k, x_stride, y_stride, out_stride;
     int64_t size[4], x_step[4], y_step[4], out_step[4]; /* MAP; innermost x and out steps 1, y 0 or 1;
-                                                           SITE, LOOKUP, NORM: size[0] rows */
+                                                           SITE, LOOKUP, NORM, EXPERTS: size[0] rows */
     float scalar;                                       /* NORM: eps */
     int32_t pad;
 } fader_op_t;

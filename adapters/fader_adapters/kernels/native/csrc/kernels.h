@@ -1,6 +1,7 @@
 // The kernels of one instruction set as a table; the including file names the set and the table.
 #pragma once
 #include "attention.h"
+#include "experts.h"
 #include "keep.h"
 #include "lookup.h"
 #include "map.h"
@@ -9,4 +10,4 @@
 #include "site.h"
 
 #define FADER_EXPORT(NAME) \
-    extern const Kernels NAME = {site, attention, quantise, dequantise, probe_read, probe_dot, norm, map, lookup, keep}
+    extern const Kernels NAME = {site, attention, quantise, dequantise, probe_read, probe_dot, norm, map, lookup, keep, experts}

@@ -57,6 +57,9 @@ static int run_one(const fader_op_t &o, const fader_step_t &s, void *scratch, in
     case FADER_OP_LOOKUP:
         return fader_lookup((const fader_site_t *)o.what, s.plan, o.size[0], (const int64_t *)o.x, o.out, o.out_dtype,
                             o.out_stride, scratch, bytes, need, nt);
+    case FADER_OP_EXPERTS:
+        return fader_experts((const fader_experts_t *)o.what, o.size[0], (const int32_t *)o.y, o.x, o.dtype, o.x_stride,
+                             o.out, o.out_dtype, o.out_stride, scratch, bytes, need, nt);
     }
     return FADER_E_ARG;
 }

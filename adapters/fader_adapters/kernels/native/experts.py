@@ -1,0 +1,85 @@
+"""A stack of experts in one call: each row against its own expert's matrix. Knows weights and rows;
+no routers, no adapters."""
+
+import ctypes
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fader_adapters.kernels.native import checks
+from fader_adapters.kernels.native.library import CODES, ExpertsStruct, library
+from fader_adapters.kernels.native.ops import Kind, Op, Tape
+from fader_adapters.kernels.native.panels import PANEL, PanelStore
+from fader_adapters.kernels.native.plain import PlainPanels
+from fader_adapters.kernels.native.quantise import BLOCK
+from fader_adapters.kernels.native.workspace import Workspace
+
+
+class ExpertPanels:
+    """W [experts, n, k] in plain panels, and what multiplies by it."""
+
+    def __init__(
+        self,
+        matrices: Iterable[Tensor],
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        *,
+        bias: Tensor | None = None,
+        store: PanelStore | None = None,
+        workspace: Workspace | None = None,
+        tape: Tape | None = None,
+    ) -> None:
+        """Copies the contiguous matrices [n, k] one by one; shape: (experts, n, k), n a multiple of
+        32 and k of 64; bias [experts, n]. Raises: TypeError, ValueError."""
+        self.experts, self.n, self.k = shape
+        if not self.fits(self.n, self.k):
+            raise ValueError(f"n must be a multiple of {PANEL} and k of {BLOCK}, got {shape}")
+        self.panels = PlainPanels.blank(self.experts * self.n, self.k, dtype, store=store)
+        self.panels.fill(matrices)
+        self._workspace = workspace or Workspace()
+        self._tape = tape
+        self._struct = ExpertsStruct(n=self.n, k=self.k, experts=self.experts)
+        self._struct.panels = self.panels.panels.data_ptr()
+        if bias is not None:
+            bias = checks.tensor(
+                "bias", bias, checks.FLOATS, shape=(self.experts, self.n)
+            ).float()  # fmt: skip
+            self._struct.bias = bias.data_ptr()
+        self._keep = bias
+
+    @staticmethod
+    def fits(n: int, k: int) -> bool:
+        """Whether the kernel takes matrices [n, k]."""
+        return not n % PANEL and not k % BLOCK
+
+    def __call__(self, x: Tensor, ends: Tensor) -> Tensor:
+        """x [T, k], rows expert by expert, ends int32 [experts]: where each expert's end → [T, n]
+        in x's dtype, one rounding from fp32 sums.
+
+        A row's bits depend on nothing but the row and its expert. Raises: TypeError, ValueError.
+        """
+        checks.inputs("x", x, (self.panels.dtype,), self.k)
+        checks.tensor("ends", ends, (torch.int32,), shape=(self.experts,))
+        out = torch.empty((x.shape[0], self.n), dtype=x.dtype)
+        code, stride = CODES[x.dtype], checks.row_stride(x)
+        self._workspace.call(
+            library().fader_experts,
+            "experts",
+            ctypes.addressof(self._struct),
+            x.shape[0],
+            ends.data_ptr(),
+            x.data_ptr(),
+            code,
+            stride,
+            out.data_ptr(),
+            code,
+            checks.row_stride(out),
+        )
+        if self._tape is not None:
+            what = ctypes.addressof(self._struct)
+            op = Op(kind=Kind.EXPERTS, dtype=code, out_dtype=code, what=what)
+            op.x_stride, op.out_stride = stride, checks.row_stride(out)
+            op.size[0] = x.shape[0]
+            self._tape.note(op, x, y=ends, out=out, keep=self)
+        return out
