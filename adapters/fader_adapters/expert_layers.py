@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 from fader_adapters.kernels.backend import ExpertsWeight, StackBackend, StackKernel
 from fader_adapters.kernels.routing import Routing
 from fader_adapters.kernels.stack_weights import StackWeight
-from fader_adapters.spec import LinearSpec, SiteSpec
+from fader_adapters.spec import BaseSpec, LinearSpec, SiteSpec
 from fader_adapters.stacks import DOWN, stack_names
 from fader_adapters.step_state import StepState
 
@@ -41,7 +42,38 @@ class Stack:
         return Stack(index, spec, weight, backend.bind_stack(site, spec.experts))
 
 
-def install_experts(module: nn.Module, stacks: Iterable[Stack], state: StepState) -> None:
+def install_mixtures(
+    model: PreTrainedModel, spec: BaseSpec, backend: StackBackend, state: StepState
+) -> dict[int, Stack]:
+    """Let a model's experts and routers take deltas; what was installed, by index in the spec."""
+    stacks: dict[int, Stack] = {}
+    modules: dict[str, list[Stack]] = {}
+    for index, item in enumerate(spec.linears):
+        if item.role == "experts":
+            path, _, name = item.path.rpartition(".")
+        elif item.role == "router":
+            path, name = item.path, "weight"
+        else:
+            continue
+        weight = stack_weight(model.get_submodule(path), item, name)
+        stacks[index] = Stack.bound(backend, index, item, weight)
+        modules.setdefault(path, []).append(stacks[index])
+    for path, own in modules.items():
+        module = model.get_submodule(path)
+        if own[0].spec.role == "router":
+            _install_router(module, own[0], state)
+        else:
+            _install_experts(module, own, state)
+    return stacks
+
+
+def stack_weight(module: nn.Module, spec: LinearSpec, name: str) -> StackWeight:
+    """A parameter of the module, with the biases of its experts; a router's is its own affair."""
+    bias = getattr(module, f"{name}_bias", None) if spec.role == "experts" else None
+    return StackWeight(getattr(module, name), bias, transposed=spec.conv1d)
+
+
+def _install_experts(module: nn.Module, stacks: Iterable[Stack], state: StepState) -> None:
     """Let the module compute its experts with the deltas of the step that runs."""
     named = dict(zip(stack_names(module), stacks, strict=True))
     down = named.pop(DOWN)
@@ -99,7 +131,7 @@ def experts_forward(
     return back.view(*weights.shape, -1).sum(dim=1).to(hidden.dtype)
 
 
-def install_router(module: nn.Module, stack: Stack, state: StepState) -> None:
+def _install_router(module: nn.Module, stack: Stack, state: StepState) -> None:
     """Let the router's one product take the deltas of the step that runs."""
     inner: Callable[..., Any] = module.forward
 

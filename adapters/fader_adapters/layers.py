@@ -11,11 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fader_adapters.describe import describe, linears
 from fader_adapters.errors import BaseUnsupported
-from fader_adapters.expert_layers import (
-    Stack,
-    install_experts,
-    install_router,
-)
+from fader_adapters.expert_layers import Stack, install_mixtures
+from fader_adapters.expert_proofs import unproven
 from fader_adapters.kernels import nf4
 from fader_adapters.kernels.backend import (
     Backend,
@@ -28,7 +25,6 @@ from fader_adapters.kernels.backend import (
 )
 from fader_adapters.kernels.dense import DenseLinear, EmbeddingTable
 from fader_adapters.kernels.native.panels import PANEL
-from fader_adapters.kernels.stack_weights import StackWeight
 from fader_adapters.spec import BaseSpec, Role, SiteSpec
 from fader_adapters.step_state import StepState
 
@@ -179,7 +175,7 @@ def install(model: PreTrainedModel, backend: Backend, *, name: str = "") -> Inst
     and the embedding keep their tensors. Raises BaseUnsupported.
     """
     spec = describe(model, name=name)
-    spec = _adaptable(spec, backend)
+    spec = _adaptable(model, spec, backend)
     found = list(linears(model))
     state = StepState()
     sites: list[Site] = []
@@ -212,47 +208,22 @@ def install(model: PreTrainedModel, backend: Backend, *, name: str = "") -> Inst
             _put(model, item.path, SiteEmbedding(inner, backend.bind_lookup(site_spec), state))
     stacks = {}
     if isinstance(backend, StackBackend):
-        stacks = _install_mixtures(model, spec, backend, state)
+        stacks = install_mixtures(model, spec, backend, state)
     return Installed(spec, tuple(sites), state, head, table, stacks)
 
 
-def _adaptable(spec: BaseSpec, backend: Backend) -> BaseSpec:
+def _adaptable(model: PreTrainedModel, spec: BaseSpec, backend: Backend) -> BaseSpec:
     """The base without what the backend's kernels do not adapt."""
     others: set[Role] = set()
     if not isinstance(backend, LookupBackend):
         others.add("embedding")
     if not isinstance(backend, StackBackend):
         others |= {"experts", "router"}
-    kept = tuple(item for item in spec.linears if item.role not in others)
-    left_out = frozenset(item.role for item in spec.linears) & others
+    known = replace(spec, linears=tuple(i for i in spec.linears if i.role not in others))
+    strange = unproven(model, known)
+    kept = tuple(item for item in known.linears if item.path not in strange)
+    left_out = frozenset(item.role for item in spec.linears if item not in kept)
     return replace(spec, linears=kept, left_out=left_out)
-
-
-def _install_mixtures(
-    model: PreTrainedModel, spec: BaseSpec, backend: StackBackend, state: StepState
-) -> dict[int, Stack]:
-    stacks: dict[int, Stack] = {}
-    modules: dict[str, list[Stack]] = {}
-    for index, item in enumerate(spec.linears):
-        if item.role == "experts":
-            path, _, name = item.path.rpartition(".")
-            module = model.get_submodule(path)
-            bias = getattr(module, f"{name}_bias", None)
-        elif item.role == "router":
-            path, name, bias = item.path, "weight", None  # its bias is its own affair
-            module = model.get_submodule(path)
-        else:
-            continue
-        weight = StackWeight(getattr(module, name), bias, transposed=item.conv1d)
-        stacks[index] = Stack.bound(backend, index, item, weight)
-        modules.setdefault(path, []).append(stacks[index])
-    for path, own in modules.items():
-        module = model.get_submodule(path)
-        if own[0].spec.role == "router":
-            install_router(module, own[0], state)
-        else:
-            install_experts(module, own, state)
-    return stacks
 
 
 def _install_head(

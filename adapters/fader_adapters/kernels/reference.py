@@ -9,14 +9,13 @@ import torch
 from fader_adapters.kernels import nf4
 from fader_adapters.kernels.dense import ByRows, DenseLinear, filled, linear
 from fader_adapters.kernels.nf4 import Nf4Weight, dense, stack
-from fader_adapters.kernels.routing import Routing
 from fader_adapters.kernels.stack_weights import StackWeight
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.pauses import Pause, never
 from fader_adapters.spec import SiteSpec, StepTerms
 
 if TYPE_CHECKING:
-    from fader_adapters.kernels.backend import BaseLinear
+    from fader_adapters.kernels.backend import BaseLinear, StackKernel
 
 CHUNK = 4 << 20
 """Weights decoded at a time: a scratch that stays in cache and below the page-fault cliff."""
@@ -181,7 +180,9 @@ class ReferenceBackend:
     def bind_lookup(self, site: SiteSpec) -> "ReferenceLookup":
         return ReferenceLookup(site)
 
-    def bind_stack(self, site: SiteSpec, experts: int) -> "ReferenceStack":
+    def bind_stack(self, site: SiteSpec, experts: int) -> "StackKernel":
+        from fader_adapters.kernels.reference_experts import ReferenceStack  # it knows our steps
+
         return ReferenceStack(site, experts)
 
     def pack_stack(self, weight: StackWeight, pause: Pause = never) -> StackWeight:
@@ -228,37 +229,6 @@ class ReferenceLookup:
             for share, operands in step.at(member, (self.site.in_features, out))
         ]
         _add(y, found, None)
-
-
-class ReferenceStack:
-    """A stack's deltas, one slot and one expert after the other."""
-
-    def __init__(self, site: SiteSpec, experts: int) -> None:
-        self.site = site
-        self.experts = experts
-
-    def __call__(
-        self, y: torch.Tensor, x: torch.Tensor, routing: Routing, step: object | None
-    ) -> torch.Tensor:
-        if step is None:
-            return y
-        assert isinstance(step, ReferenceStep)
-        (member,), (out,) = self.site.linears, self.site.out_features
-        width, n = self.site.in_features, self.experts
-        total = y.float()
-        for share, own in step.at(member, (n * width, n * out)):
-            gamma = share.gamma.new_zeros(int(routing.token.max()) + 1, 1)
-            gamma[share.tokens] = share.gamma
-            rank = own.a.shape[0]
-            a = own.a.view(n, rank, width)
-            b = own.b.T.reshape(n, rank, out)
-            for expert in range(n):
-                here = (routing.expert == expert) & (gamma[routing.token, 0] != 0)
-                z = linear(x[here].float(), a[expert])
-                total[here] += linear(
-                    z * (gamma[routing.token[here]] * own.scale), b[expert].T.contiguous()
-                )
-        return total.to(y.dtype)
 
 
 def _add(
