@@ -110,9 +110,7 @@ def origin(value: object) -> str:
     """As browsers send it: no path, no slash at the end, in lower case."""
     found = value.strip().lower() if isinstance(value, str) else ""
     if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[a-z0-9._\[\]:-]+", found):
-        raise ValueError(
-            "expected an origin like https://app.example.com:8443, no path, or *"
-        )
+        raise ValueError("expected an origin like https://app.example.com:8443, no path, or *")
     return found
 
 

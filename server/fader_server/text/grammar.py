@@ -29,10 +29,10 @@ _OPTIONS = {
     "lenient": False,
 }
 
-_CREDIT = 0.25
-_PACE = 0.002
-"""Seconds of the processor that a guide may take at all and on average for a token. A usual one
-takes a twentieth of a millisecond."""
+_CREDIT = 0.5
+_PACE = 0.005
+"""Seconds of the processor that a guide may take at all and on average for a token. Usual ones
+take a hundredth of that, bounded texts over a large vocabulary a tenth."""
 
 _TRIED = 8
 """Tokens of an output that are tried when a grammar is made."""
