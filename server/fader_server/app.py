@@ -11,6 +11,7 @@ from fader_server.api import recipes as recipe_routes
 from fader_server.api.auth import Guard, requires
 from fader_server.api.choosing import Limits
 from fader_server.api.context import BaseModel, Context
+from fader_server.api.cors import Pages
 from fader_server.api.edge import Edge
 from fader_server.api.errors import describe
 from fader_server.api.generate import Generator, Patience
@@ -76,6 +77,8 @@ def build(
     app.include_router(probes.metrics_router, dependencies=protected)
     _answer_errors(app, guard)
     app.add_middleware(Edge, metrics=metrics)
+    if config.allow_origin:
+        app.add_middleware(Pages, origins=config.allow_origin)
     return app
 
 

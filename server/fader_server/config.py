@@ -133,6 +133,12 @@ class ServeConfig:
     insecure: bool = define(
         False, "allow a bind other than loopback without keys of users", parse=kinds.switch
     )
+    allow_origin: tuple[str, ...] = define(
+        (),
+        "origin whose pages may call the API from a browser, * for all (repeatable)",
+        parse=kinds.origin,
+        metavar="ORIGIN",
+    )
     protect_metrics: bool = define(False, "/metrics needs a key, no tenant's", parse=kinds.switch)
     max_waiting: int = define(1024, "queued requests before 503", parse=_COUNT)
     max_connections: int = define(2048, "open sockets", parse=_COUNT)

@@ -38,6 +38,30 @@ class SamplingParams:
     """EOS and the client's own; empty under ignore_eos."""
 
 
+class Guide(Protocol):
+    """What one output may be, and how far it is. Used on the engine's thread only.
+
+    What `allowed` and `accept` raise is an EngineFault: it ends this request and no other.
+    """
+
+    @property
+    def ended(self) -> bool:
+        """The output is whole: nothing may follow."""
+        ...
+
+    def allowed(self) -> bytes:
+        """A bit for each token id, lowest first, set where it may come next; no id beyond may.
+
+        The model's own stop tokens may where the output may end. Changes nothing: a step may run
+        again.
+        """
+        ...
+
+    def accept(self, token: int) -> None:
+        """The token was put out."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One sequence to generate. A call with n choices and p prompts is n·p requests."""
@@ -53,6 +77,8 @@ class Request:
     """Namespace of the prefix cache beside the blend: requests of one salt may share blocks."""
     tenant: str = ""
     """Whose it is; the queue is fair between tenants."""
+    guide: Guide | None = None
+    """Of its output, at the start; no other request has it. It moves when a token is committed."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -206,6 +232,8 @@ class RowResult:
     """For prompt positions start + 1 .. min(start + count, prompt_len - 1), when wanted."""
     finite: bool = True
     """False when the row's logits hold NaN or Inf: the request fails, its neighbours do not."""
+    fault: Exception | None = None
+    """What the row's guide raised: the request fails with it, its neighbours do not."""
 
 
 class Runner(Protocol):

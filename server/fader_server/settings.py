@@ -106,6 +106,14 @@ def url_prefix(value: object) -> str:
     return prefix
 
 
+def origin(value: object) -> str:
+    """As browsers send it: no path, no slash at the end, in lower case."""
+    found = value.strip().lower() if isinstance(value, str) else ""
+    if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[a-z0-9._\[\]:-]+", found):
+        raise ValueError("expected an origin like https://app.example.com:8443, no path, or *")
+    return found
+
+
 def http_url(value: object) -> str:
     """The address of a server: without a slash or /v1 at its end."""
     found = value.strip().rstrip("/").removesuffix("/v1") if isinstance(value, str) else ""

@@ -24,6 +24,7 @@ EXAMPLES = {
     "dtype": ("float32", "float32"),
     "log_level": ("error", "error"),
     "host": ("::1", "::1"),
+    "allow_origin": ("https://app.example.com:8443", "https://app.example.com:8443"),
     "max_step_tokens": ("777", 777),
 }
 

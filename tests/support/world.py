@@ -14,7 +14,7 @@ from fader_adapters.pool import Pool
 from fader_adapters.source import LocalSources
 from fader_adapters.store import Store
 from fader_server.assembly import host_tier
-from fader_server.core import Plan, Request, SamplingParams, TokenEvent, TokenLogprob
+from fader_server.core import Guide, Plan, Request, SamplingParams, TokenEvent, TokenLogprob
 from fader_server.engine.blocks import BlockManager
 from fader_server.engine.limits import Limits
 from fader_server.engine.scheduler import Scheduler
@@ -108,7 +108,12 @@ class TinyWorld:
             lease = self.store.acquire(refs)
             leases.append(lease)
             request = Request(
-                f"r{self._next}", tuple(ask.prompt), ask.params, lease.blend, lease.adapters
+                f"r{self._next}",
+                tuple(ask.prompt),
+                ask.params,
+                lease.blend,
+                lease.adapters,
+                guide=ask.guide,
             )
             self._next += 1
             answers[request.id] = Answer()
@@ -145,6 +150,7 @@ class Ask:
     prompt: list[int]
     blend: Mapping[str, float] = field(default_factory=dict)
     params: SamplingParams = field(default_factory=lambda: greedy())
+    guide: Guide | None = None
 
 
 def greedy(count: int = 6, **others) -> SamplingParams:

@@ -41,6 +41,7 @@ class Guard:
         self.replace(tenants)
         self._user_open = config.user_open
         self._admin_open = config.admin_open
+        self._pages = bool(config.allow_origin)
         self._has_admin_key = config.admin_key is not None
 
     def replace(self, tenants: Iterable[Tenant]) -> None:
@@ -73,6 +74,8 @@ class Guard:
         if self._admin_open:
             if not _is_loopback_host(request.headers.get("host", "")):
                 raise Forbidden("Admin routes without a key answer to loopback host names only.")
+            if self._pages and "origin" in request.headers:  # whoever made the page is a stranger
+                raise Forbidden("Admin routes without a key answer no pages of other origins.")
             return Principal("admin", "")
         known = self._known(_presented(request))
         if known is None and self._keys:

@@ -5,7 +5,7 @@ The only place that holds leases and engine requests for HTTP. Knows no wire for
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fader_server.api.choice import Choice, Delta
 from fader_server.api.errors import FirstTokenTimeout
@@ -89,8 +89,9 @@ class Generator:
             record.leased(label_of(target, lease), lease.terms, recipe=target.recipe)
             prompts = await asyncio.to_thread(self._preparer.encode, call)
             requests = self._preparer.requests(call, prompts, lease, id=id, tenant=tenant)
-            choices = [self._choice(call, index, item) for index, item in enumerate(requests)]
             counted = self.quotas.admit(tenant, _most(requests, call.n))
+            requests = await self._guided(call, requests, counted)
+            choices = [self._choice(call, index, item) for index, item in enumerate(requests)]
         except BaseException:
             lease.release()
             raise
@@ -110,6 +111,22 @@ class Generator:
                 return await lease_target(target, visible.within(target.recipe))
         except TimeoutError:
             raise FirstTokenTimeout("The adapter did not load in time.") from None
+
+    async def _guided(self, call: Call, requests: list[Request], counted: Counted) -> list[Request]:
+        """With the guides that the call's schema asks for. Reading it is work: it counts as a call
+        whatever comes of it."""
+        if call.schema is None:
+            return requests
+        try:
+            async with asyncio.timeout(self._patience.first_token):
+                guides = await self._tokenizer.guides(call.schema, len(requests))
+        except BaseException as error:
+            counted.end(0)
+            if isinstance(error, TimeoutError):
+                raise FirstTokenTimeout("The schema was not read in time.") from None
+            raise
+        pairs = zip(requests, guides, strict=True)
+        return [replace(request, guide=guide) for request, guide in pairs]
 
     def _choice(self, call: Call, index: int, request: Request) -> Choice:
         continued = () if call.chat else request.prompt

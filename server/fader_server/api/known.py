@@ -5,7 +5,7 @@ _SHARED = frozenset((
     "model", "max_tokens", "n", "stop", "seed", "logit_bias", "temperature", "top_p", "top_k",
     "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs",
     "stream", "stream_options", "adapters", "lora", "lora_path", "ignore_eos",
-    "min_tokens", "stop_token_ids", "cache_salt",
+    "min_tokens", "stop_token_ids", "cache_salt", "response_format",
 ))
 _IGNORED = frozenset((
     "user", "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_key",
@@ -15,7 +15,7 @@ _IGNORED = frozenset((
     "return_token_ids", "truncate_prompt_tokens", "detokenize",
 ))
 UNSERVED_FIELDS = (
-    "response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+    "guided_json", "guided_regex", "guided_choice", "guided_grammar",
     "structured_outputs", "json_schema", "grammar", "regex", "ebnf", "bad_words",
     "allowed_token_ids", "use_beam_search", "include_stop_str_in_output",
 )

@@ -11,7 +11,7 @@ from fader_adapters.claims import Claims
 from fader_adapters.report import Health
 from fader_adapters.spec import AdapterData, Blend, Digest
 from fader_server.api.blends import AdapterRef, NamedTerm
-from fader_server.core import Request, Sink
+from fader_server.core import Guide, Request, Sink
 
 Tier = Literal["disk", "host", "device"]
 
@@ -144,6 +144,13 @@ class Tokenizer(Protocol):
     def token_text(self, token: int) -> str: ...
 
     def token_bytes(self, token: int) -> bytes | None: ...
+
+    async def guides(self, schema: str, count: int) -> Sequence[Guide]:
+        """For so many outputs under one JSON Schema. Waits for its grammar, which others share.
+
+        Raises RequestInvalid for a schema that cannot be enforced, Overloaded.
+        """
+        ...
 
 
 class LeasedTerm(Protocol):

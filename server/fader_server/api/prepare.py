@@ -67,7 +67,7 @@ class Preparer:
     def _params(self, call: Call, room: int, k: int) -> SamplingParams:
         choosing = call.choosing
         stop_ids = frozenset(choosing.stop_token_ids)
-        if not choosing.ignore_eos:
+        if call.schema is not None or not choosing.ignore_eos:  # the schema says where it may end
             stop_ids |= self._tokenizer.eos_ids
         return SamplingParams(
             temperature=choosing.temperature,

@@ -11,6 +11,7 @@ from fader_server.api.choosing import Choosing, Limits, is_token_ids, read_choos
 from fader_server.api.fields import Fields, is_text
 from fader_server.api.known import CHAT_FIELDS, COMPLETION_FIELDS, UNSERVED_FIELDS
 from fader_server.api.messages import Message, read_messages
+from fader_server.api.response_format import read_schema
 from fader_server.errors import RequestInvalid
 
 Prompt = str | tuple[int, ...]
@@ -31,6 +32,8 @@ class Call:
     longest: int
     choosing: Choosing
     stop: tuple[str, ...]
+    schema: str | None
+    """The JSON Schema that every answer must have, as text; None: any text."""
     logprobs: int | None
     echo: bool
     stream: bool
@@ -93,7 +96,7 @@ _MISSING = "is not supported by this server"
 
 def _refuse_unserved(fields: Fields) -> None:
     for name in UNSERVED_FIELDS:
-        fields.only(name, lambda v: v in (False, "", [], {}, {"type": "text"}), _MISSING)
+        fields.only(name, lambda v: v in (False, "", [], {}), _MISSING)
 
 
 def _refuse_of_chat(fields: Fields) -> None:
@@ -132,6 +135,7 @@ def _call(
         longest=limits.longest,
         choosing=read_choosing(fields, limits, max_tokens),
         stop=_stop(fields),
+        schema=read_schema(fields),
         logprobs=logprobs,
         echo=echo,
         stream=stream,

@@ -9,10 +9,10 @@ from fader_server.engine.roster import Roster
 def following(plan: Plan, *, roster: Roster, blocks: BlockManager, limits: Limits) -> Plan | None:
     """Every row of `plan`, which is under way, one token on; None where another step may be due.
 
-    One is when a row is still in its prompt, ends with this step by its length or finds no block,
-    and when somebody else runs; whether somebody might be admitted is the caller's to know. A row
-    that ends by a stop token is not known to: what it computes then is thrown away, and its blocks
-    are given to nobody before that.
+    One is when a row is still in its prompt, ends with this step by its length, finds no block or
+    has a guide, which must know a token before the next, and when somebody else runs; whether
+    somebody might be admitted is the caller's to know. A row that ends by a stop token is not known
+    to: what it computes then is thrown away, and its blocks are given to nobody before that.
     """
     rows = plan.rows
     if len(rows) != len(roster.running):
@@ -37,6 +37,7 @@ def _goes_on(row: PlanRow, limits: Limits) -> bool:
     sequence: Sequence = row.sequence
     return (
         sequence.decoding
+        and sequence.request.guide is None
         and sequence.output_len + 1 < sequence.request.params.max_tokens
         and len(sequence.tokens) + 1 < limits.max_model_len
     )

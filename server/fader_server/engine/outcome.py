@@ -13,7 +13,8 @@ from fader_server.core import (
 def outcome(row: PlanRow, result: RowResult, max_model_len: int) -> TokenEvent | None:
     """Take a computed row in: tokens and counters of its sequence move on.
 
-    None while there is nothing to tell: a chunk in the middle of a prompt.
+    None while there is nothing to tell: a chunk in the middle of a prompt. Raises EngineFault when
+    its guide does.
     """
     sequence = row.sequence
     sequence.computed = row.start + row.count
@@ -35,12 +36,16 @@ def _append(
 ) -> TokenEvent:
     token = result.token
     assert token is not None, "a row that samples has a token"
+    guide = sequence.request.guide
+    if guide is not None:
+        guide.accept(token)
     sequence.tokens.append(token)
     sequence.decoding = True
     params = sequence.request.params
     output = sequence.output_len
     finish: FinishReason | None = None
-    if output > params.min_tokens and token in params.stop_token_ids:
+    stops = output > params.min_tokens and token in params.stop_token_ids
+    if stops or (guide is not None and guide.ended):
         finish = "stop"
     elif output >= params.max_tokens or len(sequence.tokens) >= max_model_len:
         finish = "length"

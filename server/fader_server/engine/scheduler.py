@@ -161,9 +161,16 @@ class Scheduler:
             if not result.finite:
                 events.append(self._numeric_fault(sequence))
                 continue
+            if result.fault is not None:
+                events += self.fail(sequence.request.id, result.fault)
+                continue
             if row.samples:
                 self._roster.waiting.charge(sequence, 1)
-            event = outcome(row, result, self.limits.max_model_len)
+            try:
+                event = outcome(row, result, self.limits.max_model_len)
+            except EngineFault as fault:
+                events += self.fail(sequence.request.id, fault)
+                continue
             if sequence.computed // size > sequence.published:
                 blocks.publish(sequence)
             if event is not None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fader_server.core import SamplingParams, Sequence
+from fader_server.errors import EngineFault
 from fader_server.model.mass import Limits
 
 _MASK = 2**64 - 1
@@ -42,7 +43,17 @@ def masks_stops(sequence: Sequence, unseen: int = 0) -> bool:
 def edits(sequence: Sequence, unseen: int = 0) -> bool:
     """Whether the row's logits must be changed before a token is chosen."""
     params = sequence.request.params
-    return bool(params.logit_bias) or penalises(params) or masks_stops(sequence, unseen)
+    return (
+        bool(params.logit_bias)
+        or penalises(params)
+        or masks_stops(sequence, unseen)
+        or guides(sequence)
+    )
+
+
+def guides(sequence: Sequence) -> bool:
+    """Whether a guide says which tokens may come next."""
+    return sequence.request.guide is not None
 
 
 def truncates(params: SamplingParams) -> bool:
@@ -164,10 +175,11 @@ def biases(sequences: list[Sequence]) -> Shifts | None:
 
 
 def stop_masks(sequences: list[Sequence], vocab: int, unseen: int = 0) -> Shifts | None:
-    """The stop tokens still forbidden; one beyond the vocabulary needs no mask."""
+    """The stop tokens still forbidden; one beyond the vocabulary needs no mask. For rows without a
+    guide: of the others `permits` knows it."""
 
     def masked(sequence: Sequence) -> dict[int, float]:
-        if not masks_stops(sequence, unseen):
+        if guides(sequence) or not masks_stops(sequence, unseen):
             return {}
         ids = sequence.request.params.stop_token_ids
         return {token: -np.inf for token in ids if token < vocab}
@@ -187,3 +199,45 @@ def _shifts(
         return None
     row, token, value = zip(*found, strict=True)
     return Shifts(np.array(row, np.int64), np.array(token, np.int64), np.array(value, np.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class Permits:
+    """What guides allow."""
+
+    row: np.ndarray
+    """[G] int64, of the rows with a guide."""
+    bits: np.ndarray
+    """[G, ceil(V / 8)] uint8, lowest bit first; a token whose bit is 0 is forbidden."""
+    faults: dict[int, EngineFault]
+    """Of rows whose guide failed: all tokens are forbidden there."""
+
+
+def permits(sequences: list[Sequence], vocab: int) -> Permits | None:
+    """The tokens that the rows' guides allow; None without a guide."""
+    rows = [row for row, sequence in enumerate(sequences) if guides(sequence)]
+    if not rows:
+        return None
+    bits = np.zeros((len(rows), -(-vocab // 8)), np.uint8)
+    faults: dict[int, EngineFault] = {}
+    for row, own in zip(rows, bits, strict=True):
+        try:
+            _permit(sequences[row], own)
+        except EngineFault as fault:
+            faults[row] = fault
+    return Permits(np.array(rows, np.int64), bits, faults)
+
+
+def _permit(sequence: Sequence, bits: np.ndarray) -> None:
+    """Stop tokens that are still forbidden may all the same where nothing else may: an output that
+    must end does, whatever min_tokens says."""
+    guide = sequence.request.guide
+    assert guide is not None
+    allowed = np.frombuffer(guide.allowed(), np.uint8)[: bits.size]
+    bits[: allowed.size] = allowed
+    if masks_stops(sequence):
+        for token in sequence.request.params.stop_token_ids:
+            if token >> 3 < bits.size:
+                bits[token >> 3] &= ~np.uint8(1 << (token & 7))
+        if not bits.any():
+            bits[: allowed.size] = allowed

@@ -37,6 +37,7 @@ from fader_server.api.ports import AdapterInfo, AdapterTotals, Loaded, LoadOrder
 from fader_server.config import ServeConfig
 from fader_server.core import Request, Sink, TokenEvent, TokenLogprob
 from fader_server.engine.stats import TenantStats
+from fader_server.errors import RequestInvalid
 from fader_server.metrics import Metrics
 from fader_server.recipes import RecipeBook
 
@@ -101,6 +102,9 @@ class FakeTokenizer:
     vocab_size = VOCAB
     eos_ids = frozenset({EOS})
 
+    def __init__(self) -> None:
+        self.schemas: list[str] = []
+
     def encode_prompt(self, text: str, *, special: bool = True) -> list[int]:
         return list(text.encode())
 
@@ -120,6 +124,27 @@ class FakeTokenizer:
 
     def token_bytes(self, token: int) -> bytes | None:
         return None if token == EOS else bytes([token])
+
+    async def guides(self, schema: str, count: int) -> list["FakeGuide"]:
+        """Of a schema with `wait` never, with `refuse` a refusal."""
+        self.schemas.append(schema)
+        if "wait" in schema:
+            await asyncio.sleep(60)
+        if "refuse" in schema:
+            raise RequestInvalid("response_format has a schema of no use", param="response_format")
+        return [FakeGuide() for _ in range(count)]
+
+
+class FakeGuide:
+    """Anything goes."""
+
+    ended = False
+
+    def allowed(self) -> bytes:
+        return b"\xff" * (VOCAB // 8 + 1)
+
+    def accept(self, token: int) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -392,6 +417,10 @@ class World:
     recipes: RecipeBook
     metrics: Metrics
     app: Any
+
+    @property
+    def tokenizer(self) -> FakeTokenizer:
+        return self.app.state.context.tokenizer
 
     @property
     def idle(self) -> bool:

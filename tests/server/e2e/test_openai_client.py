@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+from typing import Annotated, Literal
 
 import httpx
 import openai
+import pydantic
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
@@ -160,3 +162,83 @@ def test_every_answer_says_which_blend_made_it(server):
     assert version[:12] in response.headers["x-fader-blend"]
     base = httpx.post(f"{server.url}/v1/completions", json=body | {"model": BASE}).json()
     assert base["system_fingerprint"] != response.json()["system_fingerprint"]
+
+
+Room = Annotated[int, pydantic.Field(ge=0, le=999)]
+
+
+class Place(pydantic.BaseModel):
+    """What the demo would never say by itself."""
+
+    kind: Literal["sea", "sky"]
+    rooms: Annotated[
+        list[Annotated[int, pydantic.Field(ge=0, le=999)]], pydantic.Field(max_length=3)
+    ]
+    owner: Annotated[str, pydantic.Field(max_length=12)] | None
+
+
+BLENDED = {"adapters": [{"name": "shout", "weight": 0.7}, {"name": "german", "weight": 0.5}]}
+
+
+@pytest.mark.parametrize(("model", "extra"), [(BASE, None), ("pirate", None), (BASE, BLENDED)])
+def test_answers_are_parsed_into_a_model(client, model, extra):
+    answer = client.chat.completions.parse(
+        model=model,
+        messages=[{"role": "user", "content": SKY}],
+        response_format=Place,
+        extra_body=extra,
+        n=3,
+        temperature=1.0,
+        max_tokens=200,
+        seed=7,
+    )
+    assert [choice.finish_reason for choice in answer.choices] == ["stop"] * 3
+    assert all(isinstance(choice.message.parsed, Place) for choice in answer.choices)
+    with pytest.raises(pydantic.ValidationError):
+        Place.model_validate_json(_chat(client, model))
+
+
+def test_a_streamed_answer_under_a_schema_is_the_whole_one(client):
+    schema = {"name": "place", "strict": True, "schema": Place.model_json_schema()}
+    given = {
+        "model": "german",
+        "messages": [{"role": "user", "content": SKY}],
+        "response_format": {"type": "json_schema", "json_schema": schema},
+        "temperature": 1.0,
+        "seed": 3,
+        "n": 2,
+        "max_tokens": 200,
+    }
+    whole = client.chat.completions.create(**given)
+    texts = ["", ""]
+    for chunk in client.chat.completions.create(**given, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert texts == [choice.message.content for choice in whole.choices]
+    for text in texts:
+        Place.model_validate_json(text)
+
+
+def test_completions_and_json_objects_take_it_too(client):
+    schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": ["a", 5]}}}
+    found = client.completions.create(
+        model="shout", prompt=["The sky", "x"], max_tokens=9, extra_body={"response_format": schema}
+    )
+    assert {json.loads(choice.text) in ("a", 5) for choice in found.choices} == {True}
+    found = client.chat.completions.create(
+        model="json",
+        messages=[{"role": "user", "content": SKY}],
+        temperature=0,
+        response_format={"type": "json_object"},
+    )
+    assert json.loads(found.choices[0].message.content) == {"answer": "The sky is blue."}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(
+            model=BASE,
+            messages=[{"role": "user", "content": SKY}],
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "n", "schema": {"not": {"type": "string"}}},
+            },
+        )
+    assert caught.value.param == "response_format"

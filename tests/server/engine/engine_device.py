@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from fader_adapters.spec import Digest, Upload
 from fader_server.core import Launched, Plan, PlanRow, RowResult, Sequence, TokenLogprob
+from fader_server.errors import EngineFault
+from tests.server.engine.engine_guides import guided
 
 VOCAB = 50
 
@@ -80,6 +82,11 @@ class Device:
             return RowResult(prompt_logprobs=scored)
         contents = tuple(self._read(sequence, p) for p in range(end))
         token = draw(sequence.request.params.seed, contents)
+        if sequence.request.guide is not None:
+            try:
+                token = guided(sequence.request.guide.allowed(), token)
+            except EngineFault as fault:
+                return RowResult(fault=fault)
         finite = sequence.request.id not in self.nan
         return RowResult(token, TokenLogprob(token, 0.0), scored, finite)
 
@@ -132,6 +139,7 @@ class UnderWay:
             row.sequence.request.id for row in self.plan.rows
         ]
         assert self.found is None, "its tokens are known"
+        assert not any(row.sequence.request.guide for row in plan.rows), "a guide is behind"
         self.device.led += 1
         copy = _copy(plan)
         for row in copy.rows:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from fader_adapters.errors import AdapterTooLarge
 from fader_adapters.spec import AdapterData, AdapterSpec, Blend, Digest, Term, Upload
 from fader_server.core import (
+    Guide,
     Plan,
     Request,
     SamplingParams,
@@ -27,6 +28,7 @@ from fader_server.engine.shares import Share
 from fader_server.engine.stats import Unobserved
 from fader_server.engine.stepper import Stepper
 from tests.server.engine.engine_device import Ahead, Device, draw
+from tests.server.engine.engine_guides import Turns, guided
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def request(
     sizes: Mapping[Digest, int] | None = None,
     salt: str = "",
     tenant: str = "",
+    guide: Guide | None = None,
     **params: object,
 ) -> Request:
     blend = blend or Blend()
@@ -70,6 +73,7 @@ def request(
         adapters_of(blend, sizes or {}),
         salt,
         tenant,
+        guide,
     )
 
 
@@ -158,12 +162,18 @@ def _contents(request: Request, tokens: list[int]) -> tuple[int, ...]:
 def expected(request: Request) -> list[int]:
     """The tokens of the request alone, by definition."""
     params, tokens = request.params, list(request.prompt)
+    guide = request.guide.fresh() if isinstance(request.guide, Turns) else None
     output: list[int] = []
     while len(output) < params.max_tokens:
         token = draw(params.seed, _contents(request, tokens))
+        if guide is not None:
+            token = guided(guide.allowed(), token)
+            guide.accept(token)
         tokens.append(token)
         output.append(token)
         if len(output) > params.min_tokens and token in params.stop_token_ids:
+            break
+        if guide is not None and guide.ended:
             break
     return output
 

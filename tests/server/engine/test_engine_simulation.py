@@ -2,6 +2,7 @@
 
 import random
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ from fader_server.core import Sequence
 from fader_server.engine.blocks import BlockManager
 from fader_server.engine.roster import Roster
 from tests.server.engine.engine_device import Ahead
+from tests.server.engine.engine_guides import Turns
 from tests.server.engine.engine_world import FakePool, World, blend_of, request, version
 
 NAMES = ("a", "b", "c", "d")
@@ -44,7 +46,13 @@ def draw_request(rng: random.Random, name: str):
         stop_token_ids=frozenset(rng.sample(range(50), rng.choice([0, 5]))),
         prompt_logprobs=rng.choice([None, None, 0]),
         seed=rng.randint(0, 2),
+        guide=draw_guide(rng) if rng.random() < 0.1 else None,
     )
+
+
+def draw_guide(rng: random.Random) -> Turns:
+    fault = {rng.choice(["faulty_mask", "faulty_token"]): rng.randint(0, 9)}
+    return Turns(rng.randint(1, 12), **(fault if rng.random() < 0.2 else {}))
 
 
 def disturb(rng: random.Random, world: World) -> None:
@@ -170,6 +178,19 @@ def free_while_used(monkeypatch):
     monkeypatch.setattr(BlockManager, "admit", unpinned)
 
 
+def move_guides_when_sent_back(monkeypatch):
+    """A guide that does not stay where its output is."""
+    send_back = Roster.send_back
+
+    def moved(self, sequence: Sequence):
+        send_back(self, sequence)
+        guide = sequence.request.guide
+        if isinstance(guide, Turns):
+            sequence.request = replace(sequence.request, guide=guide.fresh())
+
+    monkeypatch.setattr(Roster, "send_back", moved)
+
+
 def forget_the_end(monkeypatch):
     """An error that nobody is told of."""
     monkeypatch.setattr(
@@ -184,6 +205,7 @@ PLANTED = [
     keep_pins_on_preemption,
     share_partial_blocks,
     free_while_used,
+    move_guides_when_sent_back,
     forget_the_end,
 ]
 

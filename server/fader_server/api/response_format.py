@@ -1,0 +1,123 @@
+"""`response_format`: OpenAI's field to a JSON Schema as text, within bounds that hold before any
+grammar is made of it. Knows JSON Schema's words as far as they cost; nothing about grammars.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from fader_server.api.fields import Fields, is_text
+
+FIELD = "response_format"
+ANY_OBJECT = '{"type": "object"}'
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_KNOWN = ("type", "json_schema")
+_KNOWN_OF_SCHEMA = ("name", "description", "schema", "strict")
+
+MAX_PARTS = 4096
+"""Objects and lists in a schema: what may be nested through references is at most that deep."""
+MAX_TEXT = 1 << 16
+"""Characters of all its names and texts."""
+MAX_STRING = 2048
+"""Of one of them that answers are compared with, character by character."""
+MAX_PATTERN = 512
+MAX_COUNT = 8192
+"""Of characters, items or properties: each that is counted may be a state."""
+_NOTES = frozenset(("title", "description", "$comment"))
+_COUNTS = frozenset(
+    ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
+)
+_REPEATS = re.compile(r"\{(\d*),?(\d*)\}")
+
+
+def read_schema(fields: Fields) -> str | None:
+    """The schema that the answer must have; None for any text. Problems are noted in `fields`."""
+    value = fields.raw(FIELD)
+    if value is None:
+        return None
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind not in ("text", "json_object", "json_schema") or not _only(value, _KNOWN):
+        fields.refuse(FIELD, "must be an object with type text, json_object or json_schema")
+        return None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return ANY_OBJECT
+    problem = _problem(value.get("json_schema"))
+    if problem:
+        fields.refuse(FIELD, problem)
+        return None
+    schema = value["json_schema"]["schema"]
+    # a grammar library's options among the keywords are not the client's to set
+    return json.dumps({key: part for key, part in schema.items() if key != "x-guidance"})
+
+
+def _only(value: dict[str, Any], known: tuple[str, ...]) -> bool:
+    return all(key in known for key in value)
+
+
+def _problem(value: object) -> str:
+    """What is wrong with a `json_schema`; empty: nothing that can be told here."""
+    if not isinstance(value, dict) or not _only(value, _KNOWN_OF_SCHEMA):
+        return "needs json_schema, an object with name, schema and maybe strict and description"
+    name, schema = value.get("name"), value.get("schema")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        return "needs json_schema.name, up to 64 letters, digits, _ and -"
+    if type(value.get("strict", False)) not in (bool, type(None)):
+        return "has a json_schema.strict that is not true or false"
+    if not isinstance(value.get("description", ""), str | None):
+        return "has a json_schema.description that is not text"
+    if not isinstance(schema, dict):
+        return "needs json_schema.schema, a JSON Schema as an object"
+    return next(_excesses(schema), "")
+
+
+def _excesses(schema: dict[str, Any]) -> Iterator[str]:
+    """What in a schema is too much, the first of it as soon as it is met."""
+    parts, text = 0, 0
+    below: list[Any] = [schema]
+    while below:
+        part = below.pop()
+        parts += 1
+        if parts > MAX_PARTS:
+            yield f"has a schema of more than {MAX_PARTS} objects and lists"
+        pairs = part.items() if isinstance(part, dict) else (("", item) for item in part)
+        for key, value in pairs:
+            text += len(key) + (len(value) if isinstance(value, str) else 1)
+            if text > MAX_TEXT:
+                yield f"has a schema of more than {MAX_TEXT} characters"
+            yield from _excess(key, value)
+            if isinstance(value, dict | list):
+                below.append(value)
+
+
+def _excess(key: str, value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        if not is_text(value):
+            yield "has a schema with text that is no valid Unicode"
+        if key == "$ref" and not value.startswith("#"):
+            yield "has a schema with a $ref that leaves it: only #/… is followed"
+        if key == "pattern":
+            yield from _heavy(value)
+        if key not in _NOTES and len(value) > MAX_STRING:
+            yield f"has a schema with text of more than {MAX_STRING} characters"
+    elif key == "patternProperties" and isinstance(value, dict):
+        for pattern in value:
+            yield from _heavy(pattern)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        if not abs(value) < 1e300:
+            yield "has a schema with a number beyond 1e300"
+        if key in _COUNTS and value > MAX_COUNT:
+            yield f"has a schema with a {key} above {MAX_COUNT}"
+    if not is_text(key) or len(key) > MAX_STRING:
+        yield f"has a schema with a name that is no Unicode or longer than {MAX_STRING}"
+
+
+def _heavy(pattern: str) -> Iterator[str]:
+    if len(pattern) > MAX_PATTERN:
+        yield f"has a schema with a pattern of more than {MAX_PATTERN} characters"
+    counts = (count for pair in _REPEATS.findall(pattern) for count in pair if count)
+    if any(len(count) > 4 or int(count) > MAX_COUNT for count in counts):
+        yield f"has a schema with a pattern that repeats more than {MAX_COUNT} times"

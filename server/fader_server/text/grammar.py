@@ -1,0 +1,132 @@
+"""One schema as a grammar over a vocabulary, and the guides of outputs that follow it.
+
+The library's parser does the work within bounds on every step; what it calls an error ends one
+request. Knows no tensors and no HTTP.
+"""
+
+import json
+from time import thread_time
+
+from llguidance import LLMatcher, LLParserLimits
+
+from fader_server.errors import EngineFault
+from fader_server.text.vocabulary import Vocabulary
+
+_LIMITS = {
+    "max_items_in_row": 2000,
+    "initial_lexer_fuel": 1_000_000,  # of compiling, 20 ms
+    "step_lexer_fuel": 100_000,  # of one token, 7 ms
+    "step_max_items": 50_000,  # of one token, 3 ms
+    "max_lexer_states": 50_000,  # half a kilobyte each
+    "max_grammar_size": 100_000,
+    "verbose_errors": False,
+}
+
+_OPTIONS = {
+    # At most a space or a line break with its indentation: a model that is forced may not stop to
+    # write them else.
+    "whitespace_pattern": r"( |\n[ \t]{0,64})?",
+    "lenient": False,
+}
+
+_CREDIT = 0.5
+_PACE = 0.005
+"""Seconds of the processor that a guide may take at all and on average for a token. Usual ones
+take a hundredth of that, bounded texts over a large vocabulary a tenth."""
+
+_TRIED = 8
+"""Tokens of an output that are tried when a grammar is made."""
+_WORN = 1024
+"""Tokens after which a grammar is made anew for the next output: guides share what they find out
+about it, and the bound on that."""
+
+
+class Grammar:
+    """Compiled from the text of a schema; `problem` says why it cannot be used."""
+
+    def __init__(self, schema: str, vocabulary: Vocabulary) -> None:
+        """Takes some milliseconds, and half a second for the worst that the bounds let through."""
+        self._vocabulary = vocabulary
+        self._used = 0
+        # no_forcing: the model chooses between the ways to tokenise a text that is certain
+        asked = json.dumps(json.loads(schema) | {"x-guidance": _OPTIONS})
+        self._matcher = LLMatcher(
+            vocabulary.tokens,
+            f'%llguidance {{"no_forcing": true}}\nstart: %json {asked}\n',
+            log_level=0,
+            limits=LLParserLimits(**_LIMITS),
+        )
+        self.problem = self._matcher.get_error() or self._try()
+
+    @property
+    def worn(self) -> bool:
+        """Whether the next output should have another one."""
+        return self._used > _WORN
+
+    def guide(self) -> "JsonGuide":
+        """Of one output, at its start."""
+        return JsonGuide(self._matcher.deep_copy(), self)
+
+    @property
+    def size(self) -> int:
+        return self._vocabulary.size
+
+    def used(self) -> None:
+        """A token was put out under it."""
+        self._used += 1
+
+    def _try(self) -> str:
+        """What goes wrong in the first tokens of an output."""
+        trial = self.guide()
+        try:
+            for _ in range(_TRIED):
+                token = _lowest(trial.allowed())
+                if token is None:
+                    return "no token of this model can write what it asks for"
+                trial.accept(token)
+                if trial.ended:
+                    break
+        except EngineFault as fault:
+            return str(fault)
+        return ""
+
+
+class JsonGuide:
+    """A core.Guide over the library's matcher."""
+
+    def __init__(self, matcher: LLMatcher, grammar: Grammar) -> None:
+        self._matcher = matcher
+        self._grammar = grammar
+        self._left = _CREDIT
+        self.ended = False
+
+    def allowed(self) -> bytes:
+        began = thread_time()
+        bits = self._matcher.compute_bitmask()
+        self._spend(thread_time() - began)
+        size = self._grammar.size
+        if len(bits) * 8 <= size:
+            return bits
+        whole, rest = divmod(size, 8)
+        return bits[:whole] + bytes([bits[whole] & ((1 << rest) - 1)]) if rest else bits[:whole]
+
+    def accept(self, token: int) -> None:
+        began = thread_time()
+        self._matcher.consume_token(token)
+        self._grammar.used()
+        self._left += _PACE
+        self._spend(thread_time() - began)
+        self.ended = self._matcher.is_stopped()
+
+    def _spend(self, seconds: float) -> None:
+        self._left -= seconds
+        if self._matcher.is_error():
+            raise EngineFault(f"the guide of this request failed: {self._matcher.get_error()}")
+        if self._left < 0:
+            raise EngineFault("the guide of this request is too slow: its schema is too complex")
+
+
+def _lowest(bits: bytes) -> int | None:
+    """The lowest id that is set."""
+    at = next((at for at, byte in enumerate(bits) if byte), None)
+    return None if at is None else 8 * at + (bits[at] & -bits[at]).bit_length() - 1

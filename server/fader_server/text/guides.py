@@ -1,0 +1,112 @@
+"""Grammars by schema, made on a thread of their own and kept; guides of outputs under them.
+
+Used on the event loop. Knows no words of JSON Schema and no tokens.
+"""
+
+import asyncio
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+
+from fader_server.errors import Overloaded, RequestInvalid
+from fader_server.text.grammar import Grammar, JsonGuide
+from fader_server.text.vocabulary import Vocabulary
+
+_KEPT = 64
+_WAITING = 32
+"""Schemas that may wait for the thread."""
+_STACK = 256 << 20
+"""Bytes of address space: the library follows references by recursion, some kilobytes each."""
+
+_SIGNS = (
+    ("nsatisfiable", "that nothing satisfies"),
+    ("oneOf constraints", "with a oneOf that cannot be told apart: use anyOf"),
+    ("regex", "with a pattern that is invalid or looks around"),
+    ("Unknown format", "with a format that is not known here"),
+    *((sign, "that is too complex for this server")
+      for sign in ("too big", "too large", "oo many", "limit", "fuel", "max is", "slow", "level")),
+)  # fmt: skip
+"""How the library's message tells what is wrong: texts of the client are never repeated."""
+_UNKNOWN = re.compile(r"Unimplemented keys: \[(.*)\]")
+_WORDS = frozenset((
+    "$dynamicRef", "contains", "dependencies", "dependentRequired", "dependentSchemas", "else",
+    "if", "maxContains", "minContains", "not", "propertyNames", "then", "unevaluatedItems",
+    "unevaluatedProperties", "uniqueItems",
+))  # fmt: skip
+"""Keywords that a refusal may name."""
+
+
+class Guides:
+    """Of one base. A schema is refused or its grammar kept, whichever comes of it."""
+
+    def __init__(self, vocabulary: Callable[[], Vocabulary]) -> None:
+        """vocabulary: reads it, once, on the thread, when the first schema comes."""
+        self._read = vocabulary
+        self._vocabulary: Vocabulary | None = None
+        self._kept: OrderedDict[str, Grammar] = OrderedDict()
+        self._lock = threading.Lock()  # guards what is kept between the thread and the loop
+        self._waiting = 0
+
+    async def start(self, schema: str, count: int) -> list[JsonGuide]:
+        """Guides for so many outputs. Raises RequestInvalid, Overloaded."""
+        grammar = self._find(schema)
+        if grammar is None:
+            if self._waiting >= _WAITING:
+                raise Overloaded("many schemas are being read: try again later", retry_after=2)
+            self._waiting += 1
+            try:
+                work = self._executor.submit(self._make, schema)
+                grammar = await asyncio.wrap_future(work)
+            finally:
+                self._waiting -= 1
+        if grammar.problem:
+            raise RequestInvalid(_told(grammar.problem), param="response_format")
+        return [grammar.guide() for _ in range(count)]
+
+    def _find(self, schema: str) -> Grammar | None:
+        with self._lock:
+            grammar = self._kept.get(schema)
+            if grammar is None or grammar.worn:
+                return None
+            self._kept.move_to_end(schema)
+            return grammar
+
+    def _make(self, schema: str) -> Grammar:
+        """On the thread."""
+        found = self._find(schema)
+        if found is not None:  # somebody in front had the same
+            return found
+        if self._vocabulary is None:
+            self._vocabulary = self._read()
+        grammar = Grammar(schema, self._vocabulary)
+        with self._lock:
+            self._kept[schema] = grammar
+            self._kept.move_to_end(schema)
+            if len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        return grammar
+
+    @cached_property
+    def _executor(self) -> ThreadPoolExecutor:
+        executor = ThreadPoolExecutor(1, thread_name_prefix="fader-grammar")
+        before = threading.stack_size(_STACK)
+        try:
+            executor.submit(int)  # begins the thread
+        finally:
+            threading.stack_size(before)
+        return executor
+
+
+def _told(problem: str) -> str:
+    """A sentence for the client of what the library says, whose later lines quote the schema."""
+    first = problem.partition("\n")[0]
+    unknown = _UNKNOWN.search(first)
+    if unknown is not None:
+        named = sorted(_WORDS.intersection(re.findall(r"[$\w]+", unknown[1])))
+        found = f"with {', '.join(named) or 'keywords'}: not supported here"
+    else:
+        found = next((text for sign, text in _SIGNS if sign in first), "that is not valid here")
+    return f"response_format has a schema {found}"
