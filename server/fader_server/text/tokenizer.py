@@ -3,9 +3,9 @@
 import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
@@ -16,11 +16,12 @@ from fader_server.errors import ModelUnsupported, RequestInvalid
 from fader_server.text.chat import ChatEncoder, characters
 from fader_server.text.detokenizer import Detokenizer
 from fader_server.text.encoding import check_length, encode
-from fader_server.text.grammar import JsonGuide
-from fader_server.text.guides import Guides
 from fader_server.text.pieces import Pieces
 from fader_server.text.stream import TextStream
-from fader_server.text.vocabulary import read_vocabulary
+
+if TYPE_CHECKING:
+    from fader_server.text.grammar import JsonGuide
+    from fader_server.text.guides import Guides
 
 
 class Tokenizer:
@@ -55,7 +56,6 @@ class Tokenizer:
         """Tokens that end an output."""
         self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
         """One more than the highest id; the model's logits may be wider."""
-        self._guides = Guides(partial(read_vocabulary, self._pieces, self.vocab_size, self.eos_ids))
 
     @classmethod
     def load(cls, source: str, *, max_model_len: int, revision: str | None = None) -> "Tokenizer":
@@ -123,9 +123,17 @@ class Tokenizer:
         """The bytes a token adds inside a text; None for one that adds none."""
         return self._pieces.piece(token) or None
 
-    async def guides(self, schema: str, count: int) -> list[JsonGuide]:
+    async def guides(self, schema: str, count: int) -> "list[JsonGuide]":
         """For so many outputs under one JSON Schema. Raises RequestInvalid, Overloaded."""
         return await self._guides.start(schema, count)
+
+    @cached_property
+    def _guides(self) -> "Guides":
+        """Imports the grammar library when the first schema comes."""
+        from fader_server.text.guides import Guides
+        from fader_server.text.vocabulary import read_vocabulary
+
+        return Guides(partial(read_vocabulary, self._pieces, self.vocab_size, self.eos_ids))
 
 
 def _processor_template(source: str, revision: str | None) -> str | None:
