@@ -12,7 +12,7 @@ import torch
 from fader_adapters.changes import Changes
 from fader_adapters.errors import BlendInvalid
 from fader_adapters.kernels import native
-from fader_adapters.kernels.backend import Backend, BaseLinear, ExpertsWeight, StackBackend
+from fader_adapters.kernels.backend import Backend, BaseLinear, ExpertsWeight
 from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.layers import Installed, Site
 from fader_adapters.merged_site import LaneSpec, SiteWork, scratch_bytes, weight_dtype
@@ -95,8 +95,8 @@ class Merger:
     def need(self) -> Need:
         """What the lane holds, and at most beside it while it is made."""
         own = [self._bytes(site) for site in self._sites]
-        # a stack is packed when it is whole
-        scratch = max((*own, *(stack.weight.nbytes for stack in self._stacks)), default=0)
+        one = [stack.weight.nbytes // stack.spec.experts for stack in self._stacks]
+        scratch = max((*own, *one), default=0)
         widths = [site.spec.in_features for site in self._sites]
         own += [stack.weight.nbytes for stack in self._stacks]
         widths += [stack.spec.in_features for stack in self._stacks]
@@ -132,9 +132,8 @@ class Merger:
                 losses += work.losses
             stacks: dict[int, ExpertsWeight] = {}
             for stack in self._stacks:
-                assert isinstance(self._backend, StackBackend)
-                experts = StackWork(stack, self._changes, self._backend, device=self._device)
-                stacks[stack.index] = experts.run(pause, count)
+                experts = StackWork(stack, self._changes, device=self._device)
+                stacks[stack.index] = experts.run(room, pause, count)
                 losses.append(experts.loss)
             if self._embedding is not None:
                 rows = self._table_work(self._embedding)

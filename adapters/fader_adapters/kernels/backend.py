@@ -13,9 +13,7 @@ from fader_adapters.kernels.cpu import NativeBackend
 from fader_adapters.kernels.nf4 import Nf4Weight
 from fader_adapters.kernels.reference import ReferenceBackend
 from fader_adapters.kernels.routing import Routing
-from fader_adapters.kernels.stack_weights import StackWeight
 from fader_adapters.kernels.tables import Tables
-from fader_adapters.pauses import Pause, never
 from fader_adapters.spec import SiteSpec, StepTerms
 
 log = logging.getLogger(__name__)
@@ -52,6 +50,34 @@ class BaseLinear(Protocol):
     def product(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """x·W[start:stop]ᵀ in fp32 [T, stop − start], without bias, on the caller's thread
         alone."""
+        ...
+
+
+class ExpertsWeight(Protocol):
+    """The weights of a stack of experts in the form its backend wants, biases included."""
+
+    bias: torch.Tensor | None
+    """[experts, out]"""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes of the weight."""
+        ...
+
+    def grouped(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Each pair's product with its expert's weight: x [pairs, in] in the routing's order →
+        [pairs, out] in x's dtype. A pair's bits depend on the pair alone."""
+        ...
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows of the matrix [experts · out, in] in fp32, on the caller's thread alone."""
+        ...
+
+    def product(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """x times those rows in fp32, without bias, on the caller's thread alone."""
         ...
 
 
@@ -96,6 +122,16 @@ class Room(Protocol):
         self, rows: Iterable[Nf4Weight], shape: tuple[int, int], bias: torch.Tensor | None
     ) -> BaseLinear:
         """The same as `Backend.linear`, with the same kernels."""
+        ...
+
+    def stack(
+        self,
+        matrices: Iterable[torch.Tensor],
+        shape: tuple[int, int, int],
+        bias: torch.Tensor | None,
+    ) -> ExpertsWeight:
+        """Experts (experts, out, in) = shape, of matrices [out, in] that come one after the other;
+        each is stored before the next is asked for. On any thread."""
         ...
 
 
@@ -144,34 +180,6 @@ class LookupBackend(Protocol):
         ...
 
 
-class ExpertsWeight(Protocol):
-    """The weights of a stack of experts in the form its backend wants, biases included."""
-
-    bias: torch.Tensor | None
-    """[experts, out]"""
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def nbytes(self) -> int:
-        """Resident bytes of the weight."""
-        ...
-
-    def grouped(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Each pair's product with its expert's weight: x [pairs, in] in the routing's order →
-        [pairs, out] in x's dtype. A pair's bits depend on the pair alone."""
-        ...
-
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows of the matrix [experts · out, in] in fp32, on the caller's thread alone."""
-        ...
-
-    def product(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """x times those rows in fp32, without bias, on the caller's thread alone."""
-        ...
-
-
 class StackKernel(Protocol):
     """The deltas of one stack of experts."""
 
@@ -195,10 +203,6 @@ class StackBackend(Protocol):
 
     def bind_stack(self, site: SiteSpec, experts: int) -> StackKernel:
         """Prepare the call of one stack: in and out are those of one expert."""
-        ...
-
-    def pack_stack(self, weight: StackWeight, pause: Pause = never) -> ExpertsWeight:
-        """A copy in the form that the kernels multiply fastest; itself where there is none."""
         ...
 
 

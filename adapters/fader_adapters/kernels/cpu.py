@@ -24,11 +24,10 @@ from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight
 from fader_adapters.kernels.stack_weights import StackWeight
 from fader_adapters.kernels.tables import Tables
-from fader_adapters.pauses import Pause, never
 from fader_adapters.spec import SiteSpec, StepTerms
 
 if TYPE_CHECKING:
-    from fader_adapters.kernels.backend import BaseLinear, ExpertsWeight
+    from fader_adapters.kernels.backend import BaseLinear
 
 
 class PanelLinear:
@@ -132,6 +131,16 @@ class NativeRoom:
         panels = Nf4Panels.blank(*shape, store=self._store)
         panels.fill((w.packed, w.absmax, w.out_features) for w in rows)
         return PanelLinear(panels, bias, scratch=self._scratch, tape=self._tape)
+
+    def stack(
+        self,
+        matrices: Iterable[torch.Tensor],
+        shape: tuple[int, int, int],
+        bias: torch.Tensor | None,
+    ) -> "PanelStack | StackWeight":
+        return PanelStack.of(
+            matrices, shape, bias, store=self._store, scratch=self._scratch, tape=self._tape
+        )
 
 
 class NativeSite:
@@ -255,11 +264,17 @@ class NativeBackend:
         self._sites.append(kernel)
         return kernel
 
-    def pack_stack(self, weight: StackWeight, pause: Pause = never) -> "ExpertsWeight":
-        packed = PanelStack.of(
-            weight, pause, store=self._store, scratch=self._scratch, tape=self.tape
-        )  # fmt: skip
-        return packed or weight
+    def pack_stack(self, weight: StackWeight) -> "PanelStack | StackWeight":
+        """A base's experts in the kernels' layout, once, at load; plain where it has none."""
+        experts, out, width = weight.values.shape
+        return PanelStack.of(
+            (matrix.contiguous() for matrix in weight.values),
+            (experts, out, width),
+            None if weight.bias is None else weight.bias.data,
+            store=self._store,
+            scratch=self._scratch,
+            tape=self.tape,
+        )
 
     def prepare(self, tables: Tables, terms: StepTerms) -> StepPlan | None:
         if terms.idle:

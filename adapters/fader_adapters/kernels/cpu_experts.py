@@ -5,9 +5,10 @@ A row of the kernel is a token at one of its experts; what it wears is its reque
 expert's matrices. Knows the C library, not models.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 import torch
@@ -26,9 +27,8 @@ from fader_adapters.kernels.native import (
 from fader_adapters.kernels.native.checks import FLOATS
 from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.kernels.routing import Routing
-from fader_adapters.kernels.stack_weights import StackWeight
+from fader_adapters.kernels.stack_weights import StackWeight, filled_stack
 from fader_adapters.kernels.tables import Tables
-from fader_adapters.pauses import Pause
 from fader_adapters.spec import SiteSpec
 
 
@@ -56,23 +56,24 @@ class PanelStack:
 
     @staticmethod
     def of(
-        weight: StackWeight, pause: Pause, *, store: PanelStore, scratch: Workspace, tape: Tape
-    ) -> "PanelStack | None":
-        """A copy; None where the kernel does not take such matrices."""
-        experts, out, width = weight.values.shape
-        if not ExpertPanels.fits(out, width) or weight.dtype not in FLOATS:
-            return None
-
-        def matrices() -> Iterator[torch.Tensor]:
-            for matrix in weight.values:
-                yield matrix.contiguous()
-                pause()
-
-        bias = None if weight.bias is None else weight.bias.data
+        matrices: Iterable[torch.Tensor],
+        shape: tuple[int, int, int],
+        bias: torch.Tensor | None,
+        *,
+        store: PanelStore,
+        scratch: Workspace,
+        tape: Tape,
+    ) -> "PanelStack | StackWeight":
+        """A copy of the contiguous matrices [out, in], shape (experts, out, in); plain where the
+        kernel does not take such."""
+        parts = iter(matrices)
+        first = next(parts)
+        parts = chain([first], parts)
+        if not ExpertPanels.fits(*shape[1:]) or first.dtype not in FLOATS:
+            return filled_stack(parts, shape, bias)
         panels = ExpertPanels(
-            matrices(), (experts, out, width), weight.dtype,
-            bias=bias, store=store, workspace=scratch, tape=tape,
-        )  # fmt: skip
+            parts, shape, first.dtype, bias=bias, store=store, workspace=scratch, tape=tape
+        )
         return PanelStack(panels, bias)
 
     @property

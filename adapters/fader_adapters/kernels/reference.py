@@ -9,9 +9,8 @@ import torch
 from fader_adapters.kernels import nf4
 from fader_adapters.kernels.dense import ByRows, DenseLinear, filled, linear
 from fader_adapters.kernels.nf4 import Nf4Weight, dense, stack
-from fader_adapters.kernels.stack_weights import StackWeight
+from fader_adapters.kernels.stack_weights import StackWeight, filled_stack
 from fader_adapters.kernels.tables import Tables
-from fader_adapters.pauses import Pause, never
 from fader_adapters.spec import SiteSpec, StepTerms
 
 if TYPE_CHECKING:
@@ -70,6 +69,14 @@ class TorchRoom:
         self, rows: Iterable[Nf4Weight], shape: tuple[int, int], bias: torch.Tensor | None
     ) -> DecodedLinear:
         return DecodedLinear(nf4.filled(rows, shape), bias)
+
+    def stack(
+        self,
+        matrices: Iterable[torch.Tensor],
+        shape: tuple[int, int, int],
+        bias: torch.Tensor | None,
+    ) -> StackWeight:
+        return filled_stack(matrices, shape, bias)
 
 
 @dataclass(frozen=True)
@@ -184,9 +191,6 @@ class ReferenceBackend:
         from fader_adapters.kernels.reference_experts import ReferenceStack  # it knows our steps
 
         return ReferenceStack(site, experts)
-
-    def pack_stack(self, weight: StackWeight, pause: Pause = never) -> StackWeight:
-        return weight
 
 
 class ReferenceSite:

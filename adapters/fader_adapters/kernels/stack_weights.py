@@ -1,13 +1,23 @@
 """The weights of a stack of experts, in the model's own storage. Knows no routers, no adapters."""
 
+from collections.abc import Iterable
+
 import torch
 from torch.nn import functional as F
 
-from fader_adapters.kernels.dense import ByRows, linear
+from fader_adapters.kernels.dense import ByRows, filled, linear
 from fader_adapters.kernels.routing import Routing
 
 BLOCK = 8
 """Rows of an fp32 product on a CPU: few tokens of a step meet in one expert."""
+
+
+def filled_stack(
+    matrices: Iterable[torch.Tensor], shape: tuple[int, int, int], bias: torch.Tensor | None
+) -> "StackWeight":
+    """A stack (experts, out, in) of its matrices, each done with before the next is asked for."""
+    experts, out, width = shape
+    return StackWeight(filled(matrices, (experts * out, width)).view(shape), bias)
 
 
 class StackWeight(ByRows):

@@ -15,6 +15,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 from fader_adapters.kernels.backend import BackendName
+from fader_adapters.kernels.cpu_experts import PanelStack
+from fader_adapters.kernels.stack_weights import StackWeight
 from fader_server.engine.limits import Limits
 from tests.server.parity.test_families import BOUND, check, difference
 from tests.server.parity.test_many_families import asks
@@ -202,3 +204,23 @@ def test_experts_that_were_modules_equal_peft(family, mixture, names, tmp_path: 
     other = Ask(mixed[0].prompt, {"old": 0.8}, mixed[0].params)
     oracle = Summed(base, torch.float32, {"old": given["old"]})
     assert difference(oracle, other, answers[0], 1.0) > 10 * BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_of_widths_that_panels_do_not_hold(dtype: torch.dtype, tmp_path: Path):
+    kind, settings = MANY["mixtral"]
+    base = write_many(kind, {**settings, "intermediate_size": 80}, tmp_path / "base")
+    world = TinyWorld(base, dtype=dtype, limits=LIMITS, arena=ARENA)
+    kinds = {type(s.weight) for s in world.base.installed.stacks.values() if s.spec.experts > 1}
+    assert kinds == {PanelStack, StackWeight}
+    given = written("mixtral", tmp_path, world, base)
+    for name, path in given.items():
+        world.load(name, path)
+    mixed = asks(512)
+    answers = world.run(mixed)
+    if dtype == torch.float32:
+        check(Summed(base, dtype, given), mixed, answers, BOUND[dtype])
+    for ask, answer in zip(mixed, answers, strict=True):
+        assert world.run([ask])[0].logprobs == answer.logprobs
+    other = replace(mixed[1], blend={"r8": 0.9})
+    assert world.run([other])[0].logprobs != answers[1].logprobs

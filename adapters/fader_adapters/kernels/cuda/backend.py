@@ -16,6 +16,7 @@ from fader_adapters.kernels.cuda.nf4_codes import CODES
 from fader_adapters.kernels.dense import DenseLinear, filled
 from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight
 from fader_adapters.kernels.nf4 import filled as nf4_filled
+from fader_adapters.kernels.stack_weights import StackWeight, filled_stack
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import SiteSpec, StepTerms
 
@@ -90,6 +91,14 @@ class CudaRoom:
         self, rows: Iterable[Nf4Weight], shape: tuple[int, int], bias: torch.Tensor | None
     ) -> nf4.Nf4Linear | nf4.BitsandbytesLinear:
         return nf4.linear([nf4_filled(rows, shape)], bias, self._scratch)
+
+    def stack(
+        self,
+        matrices: Iterable[torch.Tensor],
+        shape: tuple[int, int, int],
+        bias: torch.Tensor | None,
+    ) -> StackWeight:
+        return filled_stack(matrices, shape, bias)
 
 
 class CudaBackend:
