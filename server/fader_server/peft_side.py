@@ -17,6 +17,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from fader_adapters.architecture import auto_class
 from fader_adapters.describe import kept_plain_of
+from fader_adapters.errors import first_line
 from fader_server.errors import ConfigInvalid
 
 
@@ -84,14 +85,23 @@ class PeftSide:
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True")
             # PEFT asks transformers by names it has changed since
             warnings.filterwarnings("ignore", category=FutureWarning)
+            # of experts, whose names it makes patterns of and then looks for among modules
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
             for name, path in adapters.items():
-                if isinstance(self._model, peft.PeftModel):
-                    self._model.load_adapter(str(path), adapter_name=name)
-                else:
-                    self._model = peft.PeftModel.from_pretrained(
-                        plain, str(path), adapter_name=name
-                    )
+                try:
+                    self._load(peft, name, str(path))
+                except ValueError as error:  # two that change other experts' parameters, say
+                    raise ConfigInvalid(
+                        f"PEFT cannot load {name!r} here ({first_line(error)}); compare one "
+                        "adapter at a time"
+                    ) from None
         self._model.eval()
+
+    def _load(self, peft: ModuleType, name: str, path: str) -> None:
+        if isinstance(self._model, peft.PeftModel):
+            self._model.load_adapter(path, adapter_name=name)
+        else:
+            self._model = peft.PeftModel.from_pretrained(self._model, path, adapter_name=name)
 
     def logits(self, tokens: Sequence[int], adapter: str | None) -> torch.Tensor:
         """[len(tokens), vocab] in fp32."""

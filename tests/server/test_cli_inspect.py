@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 from fader_adapters.source import WEIGHTS_FILE
 from fader_server import demo, verification
 from fader_server.cli import main
+from fader_server.errors import ConfigInvalid
 from fader_server.peft_side import PeftSide
+from tests.support.many_families import MANY, write_many
+from tests.support.peft_adapters import write_adapter
 
 SHOUT = demo.adapter_dirs()["shout"]
 BASE = demo.base_dir()
@@ -124,3 +127,18 @@ def test_without_peft_one_line_says_what_to_install(capsys, monkeypatch):
 def test_an_adapter_given_twice_is_refused(capsys):
     assert main(["verify", str(SHOUT), f"{SHOUT}/", "--base", str(BASE)]) == 2
     assert "twice" in capsys.readouterr().err
+
+
+def test_adapters_that_peft_does_not_hold_together_are_told_apart(tmp_path):
+    base = write_many(*MANY["mixtral"], tmp_path / "base")
+    folders = {
+        name: write_adapter(
+            base, tmp_path / name, rank=4, seed=1,
+            target_modules=["q_proj"], target_parameters=[f"experts.{name}"],
+        )
+        for name in ("gate_up_proj", "down_proj")
+    }  # fmt: skip
+    with pytest.raises(ConfigInvalid, match=r"PEFT cannot load 'down_proj'.*one adapter at a time"):
+        PeftSide(str(base), torch.float32, folders)
+    alone = PeftSide(str(base), torch.float32, {"down_proj": folders["down_proj"]})
+    assert not torch.equal(alone.logits([5, 6], None), alone.logits([5, 6], "down_proj"))

@@ -53,6 +53,8 @@ def load_base(
         installed = install(model, backend, name=source)
     except BaseUnsupported as error:
         raise ModelUnsupported(f"{source}: {error}") from error
+    # experts are let go of one by one as they are packed: nobody may still be hashing them
+    digest = identity.digest() if installed.stacks else None
     if isinstance(backend, NativeBackend):
         _use_native(model, installed, backend, dtype)
     elif backend.name == "cuda":
@@ -71,7 +73,7 @@ def load_base(
         from fader_server.model.solo_rehearsal import run_alone  # imports greenlet
 
         solo, layers, state = run_alone(model, installed.state, source, dtype=dtype, packed=error)
-    spec = replace(installed.spec, weights=identity.digest())
+    spec = replace(installed.spec, weights=digest or identity.digest())
     return LoadedBase(
         model=model,
         installed=replace(installed, spec=spec),

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
+from fader_adapters.kernels import native
 from fader_adapters.kernels.backend import BackendName
 from fader_adapters.kernels.cpu_experts import PanelStack
 from fader_adapters.kernels.stack_weights import StackWeight
@@ -206,6 +207,7 @@ def test_experts_that_were_modules_equal_peft(family, mixture, names, tmp_path: 
     assert difference(oracle, other, answers[0], 1.0) > 10 * BOUND[torch.float32]
 
 
+@pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_experts_of_widths_that_panels_do_not_hold(dtype: torch.dtype, tmp_path: Path):
     kind, settings = MANY["mixtral"]
