@@ -1,0 +1,173 @@
+"""A mixture with adapters of its experts: Fader's engine beside PEFT on the same NF4 base.
+
+Without HTTP, the ways in turn, prompts included. PEFT runs one adapter a batch where experts are
+adapted; Fader one a row. No figure unless both give the same logprobs in fp32 first.
+
+    python -m bench.mixture [--rounds 5] [--json FILE]
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from bench.make_model import write_tokenizer
+from bench.step_rig import Rig, read_adapters
+from fader_adapters.kernels.backend import choose
+from fader_server.bench.machine import machine_facts
+from fader_server.bench.stats import spread
+from fader_server.model.loader import load_base
+from fader_server.verification import verify
+
+SHAPE = {
+    "vocab_size": 8192, "hidden_size": 512, "moe_intermediate_size": 256, "num_hidden_layers": 8,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "num_experts": 32,
+    "num_experts_per_tok": 4,
+}  # fmt: skip
+RANK = 8
+ROWS = 8
+PROMPT, ANSWER = 64, 48
+CPU = torch.device("cpu")
+
+
+def write(folder: Path) -> tuple[Path, dict[str, Path]]:
+    """A random base in bf16 and adapters over all that PEFT takes for linear, experts included."""
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE)).to(torch.bfloat16)
+    base, adapters = folder / "base", folder / "adapters"
+    model.save_pretrained(base)
+    write_tokenizer(base, SHAPE["vocab_size"])
+    found: dict[str, Path] = {}
+    for number in range(ROWS):
+        plain = AutoModelForCausalLM.from_pretrained(base)
+        peft = get_peft_model(plain, LoraConfig(r=RANK, target_modules="all-linear"))
+        torch.manual_seed(number)
+        for name, parameter in peft.named_parameters():
+            if "lora_" in name:
+                parameter.data.normal_(std=0.1)
+        found[f"a{number}"] = adapters / f"a{number}"
+        peft.save_pretrained(found[f"a{number}"])
+    return base, found
+
+
+def check(base: Path, adapters: Mapping[str, Path]) -> float:
+    """The largest difference of a logprob in fp32; ends the program when rounding does not explain
+    it."""
+    verified = verify(str(base), dict(list(adapters.items())[:2]), dtype=torch.float32)
+    if not verified.ok:
+        sys.exit(f"Fader and PEFT differ, so there is nothing to compare: {verified.findings}")
+    return max(finding.difference for finding in verified.findings)
+
+
+def prompts(rows: int) -> torch.Tensor:
+    """[rows, PROMPT]"""
+    g = torch.Generator().manual_seed(7)
+    return torch.randint(3, SHAPE["vocab_size"], (rows, PROMPT), generator=g)
+
+
+def fader(rig: Rig, rows: int) -> Callable[[], None]:
+    """Answer `rows` prompts; who was in first gets some tokens more, which do not count."""
+    given = [tuple(row) for row in prompts(rows).tolist()]
+
+    def run() -> None:
+        rig.fill(given, max_tokens=2 * ANSWER)
+        rig.prefill(rows)
+        rig.steps(ANSWER - 1)
+        rig.empty()
+
+    return run
+
+
+def generated(model: PeftModel, rows: int, *, adapted: bool) -> Callable[[], None]:
+    """The same by PEFT's `generate`."""
+    ids = prompts(rows)
+    exactly = {"min_new_tokens": ANSWER, "max_new_tokens": ANSWER, "do_sample": False}
+
+    def run() -> None:
+        with torch.inference_mode():
+            if adapted:
+                model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **exactly)
+                return
+            with model.disable_adapter():
+                model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **exactly)
+
+    return run
+
+
+def ways(base: Path, adapters: Mapping[str, Path]) -> dict[str, tuple[int, Callable[[], None]]]:
+    """What is timed, by name, each with its rows."""
+    backend = choose(CPU, torch.bfloat16, "native")
+    loaded = load_base(str(base), dtype=torch.bfloat16, device=CPU, backend=backend)
+    own = read_adapters(next(iter(adapters.values())).parent, loaded, ROWS)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        base,
+        dtype=torch.bfloat16,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        ),
+    )
+    peft = PeftModel.from_pretrained(quantised, adapters["a0"]).eval()
+    found: dict[str, tuple[int, Callable[[], None]]] = {}
+    for rows in (1, ROWS):
+        length = PROMPT + 2 * ANSWER
+        rigs = {"base": Rig(loaded, [], rows=rows, length=length)}
+        rigs["adapters"] = Rig(loaded, own[:rows], rows=rows, length=length)
+        for name, rig in rigs.items():
+            found[f"fader, {name}, {rows}"] = rows, fader(rig, rows)
+            adapted = name == "adapters"
+            found[f"peft, {name}, {rows}"] = rows, generated(peft, rows, adapted=adapted)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore", category=RuntimeWarning)  # PEFT's patterns for experts
+    with tempfile.TemporaryDirectory() as folder:
+        base, adapters = write(Path(folder))
+        difference = check(base, adapters)
+        timed = ways(base, adapters)
+        rates: dict[str, list[float]] = {name: [] for name in timed}
+        for number in range(args.rounds + 1):
+            for name, (rows, run) in timed.items():
+                begin = time.perf_counter()
+                run()
+                if number:  # the first is for caches and recordings
+                    rates[name].append(rows * ANSWER / (time.perf_counter() - begin))
+    document = {
+        "command": [Path(sys.executable).name, "-m", "bench.mixture", *sys.argv[1:]],
+        "machine": machine_facts() | {"torch": torch.__version__, "threads": args.threads},
+        "shape": SHAPE | {"rank": RANK, "prompt": PROMPT, "answer": ANSWER},
+        "parity": {"largest_logprob_difference_fp32": difference},
+        "output_tokens_per_second": {name: asdict(spread(own)) for name, own in rates.items()},
+    }
+    if args.json:
+        args.json.write_text(json.dumps(document, indent=1) + "\n")
+    for name, own in rates.items():
+        told = spread(own)
+        print(f"{name:24} {told.median:8.1f} tokens/s ({told.low:.1f} … {told.high:.1f})")
+
+
+if __name__ == "__main__":
+    main()
