@@ -78,19 +78,21 @@ def _install_experts(module: nn.Module, stacks: Iterable[Stack], state: StepStat
     named = dict(zip(stack_names(module), stacks, strict=True))
     down = named.pop(DOWN)
     (up,) = named.values()
+    adds = {stack: _added(stack, state) for stack in (up, down)}
 
     def forward(
         hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         routing = Routing.of(top_k_index, up.spec.experts)
         state.check_tokens(hidden_states.shape[0])
-        step, lane = state.step, state.lane
 
         def product(stack: Stack, x: torch.Tensor) -> torch.Tensor:
-            merged = None if lane is None else lane.stacks.get(stack.index)
+            merged = None if state.lane is None else state.lane.stacks.get(stack.index)
             if merged is not None:
                 return merged.grouped(x, routing)
-            return stack.kernel(stack.weight.grouped(x, routing), x, routing, step)
+            y = stack.weight.grouped(x, routing)
+            state.recorder.run(adds[stack], y, x, routing.token, routing.expert)
+            return y
 
         return experts_forward(
             module, hidden_states, routing, top_k_weights,
@@ -100,6 +102,20 @@ def _install_experts(module: nn.Module, stacks: Iterable[Stack], state: StepStat
 
     # a function, which a copy of the model may share, where a method would bring its owner
     setattr(module, "forward", forward)  # noqa: B010
+
+
+def _added(stack: Stack, state: StepState) -> Callable[..., None]:
+    """What adds to the pairs' y, in place, the deltas of the step that runs."""
+    nobody = torch.empty(0)
+
+    def add(y: torch.Tensor, x: torch.Tensor, token: torch.Tensor, expert: torch.Tensor) -> None:
+        if state.step is not None:
+            routing = Routing(nobody, token, expert, nobody, stack.spec.experts)
+            done = stack.kernel(y, x, routing, state.step)
+            if done is not y:
+                y.copy_(done)
+
+    return add
 
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -134,6 +150,7 @@ def experts_forward(
 def _install_router(module: nn.Module, stack: Stack, state: StepState) -> None:
     """Let the router's one product take the deltas of the step that runs."""
     inner: Callable[..., Any] = module.forward
+    add = _added(stack, state)
 
     def adapted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         merged = None if state.lane is None else state.lane.stacks.get(stack.index)
@@ -143,10 +160,15 @@ def _install_router(module: nn.Module, stack: Stack, state: StepState) -> None:
         y = F.linear(x, weight, bias)
         rows = x.reshape(-1, x.shape[-1])
         state.check_tokens(rows.shape[0])
-        return stack.kernel(y.reshape(len(rows), -1), rows, one_expert(rows), state.step).view_as(y)
+        everyone = one_expert(rows)
+        state.recorder.run(
+            add, y.view(len(rows), -1), rows, everyone.token, everyone.expert
+        )  # fmt: skip
+        return y
 
     def forward(*args: object, **kwargs: object) -> object:
-        if state.step is None and (state.lane is None or stack.index not in state.lane.stacks):
+        merged = state.lane is not None and stack.index in state.lane.stacks
+        if state.step is None and not merged and not state.recorder.recording:
             return inner(*args, **kwargs)
         with OtherProduct(stack.spec, adapted):
             return inner(*args, **kwargs)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -31,6 +31,29 @@ class LaneWeights:
         return plain + sum(base.nbytes for base in self.bases.values())
 
 
+class Recorder(Protocol):
+    """Who records forwards."""
+
+    @property
+    def recording(self) -> bool:
+        """Whether the forward that runs now is recorded."""
+        ...
+
+    def run(self, function: Callable[..., None], *args: torch.Tensor) -> None:
+        """Run what changes its first argument by the step that runs; in a record it is one call."""
+        ...
+
+
+class _Nobody:
+    recording = False
+
+    def run(self, function: Callable[..., None], *args: torch.Tensor) -> None:
+        function(*args)
+
+
+NOBODY = _Nobody()
+
+
 class StepState:
     """The work of the forward that runs now; every site of a model reads the same one."""
 
@@ -42,6 +65,8 @@ class StepState:
         """None: the base's own weights."""
         self.tokens: int | None = None
         """Of the forward that runs now; a linear that is given others is refused. None: unknown."""
+        self.recorder: Recorder = NOBODY
+        """Who may record forwards, to run them again under other steps."""
 
     def at(self, x: torch.Tensor, *, head: bool) -> Step | None:
         """What a site that is called with `x` has to do."""

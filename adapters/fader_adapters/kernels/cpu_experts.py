@@ -150,7 +150,19 @@ class PairPlans:
 
     def __init__(self) -> None:
         self.worn = lru_cache(maxsize=4)(Worn.of)
-        self.of = lru_cache(maxsize=1)(lambda worn, routing: worn.at_experts(routing))
+        self._last: tuple[Worn, np.ndarray, np.ndarray, StepPlan] | None = None
+
+    def of(self, worn: Worn, routing: Routing) -> StepPlan:
+        """The plan of the pairs, made once for the stacks of one mixture."""
+        token, expert = routing.token.numpy(), routing.expert.numpy()
+        if self._last is not None:
+            whose, tokens, experts, plan = self._last
+            same = whose is worn and np.array_equal(experts, expert)
+            if same and np.array_equal(tokens, token):
+                return plan
+        plan = worn.at_experts(routing)
+        self._last = worn, token.copy(), expert.copy(), plan
+        return plan
 
 
 class NativeStack:

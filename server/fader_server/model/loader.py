@@ -94,6 +94,7 @@ def _use_native(
 ) -> None:
     """Put native modules where they give what the model's own give."""
     tape = backend.tape
+    installed.state.recorder = tape
     replace_norms(model, tape)
     replace_activations(model, dtype=dtype, tape=tape)
     for module in model.modules():

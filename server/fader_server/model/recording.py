@@ -100,12 +100,12 @@ class Recorder(TorchDispatchMode):
     def record(self, forward: Callable[[], torch.Tensor]) -> Recording:
         """Run `forward` and write it down. Raises Unrepeatable; then its result is lost."""
         self._tape.obstacle = ""
-        self._tape.listener = self.heard_native
+        self._tape.listener, self._tape.whole = self.heard_native, self._run_whole
         try:
             with self:
                 result = forward()
         finally:
-            self._tape.listener = None
+            self._tape.listener = self._tape.whole = None
         if self._tape.obstacle:
             raise Unrepeatable(self._tape.obstacle)
         return Recording(tuple(self._calls), self._made, result)
@@ -118,6 +118,11 @@ class Recorder(TorchDispatchMode):
             yield
         finally:
             self._paused = before
+
+    def _run_whole(self, function: Callable[..., None], args: tuple[torch.Tensor, ...]) -> None:
+        with self.paused():
+            function(*args)
+        self.heard_torch(function, args, {}, None, in_place=True)
 
     def heard_native(self, call: Call) -> None:
         """A native kernel ran."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 
@@ -137,8 +138,6 @@ class ModelRunner:
         replays = part.replays
         if replays is not None and not decodes(part.plan) and self._adapts_head(part.plan):
             replays = None  # a recorded output layer that is not for all tokens is the base's
-        if replays is not None and self._adapts(part.plan, self._base.installed.stacks):
-            replays = None  # who meets in an expert is known when the router has chosen
         if replays is None:
             assert tokens is None
             compute = self._eager(part.plan)
@@ -166,12 +165,24 @@ class ModelRunner:
 
         def compute() -> Drawn:
             if tokens is None:
-                return self._sampled(plan, sampling, replays.run(plan, step, forward))
+                with self._under(step):
+                    logits = replays.run(plan, step, forward)
+                return self._sampled(plan, sampling, logits)
             assert isinstance(replays, LeadingReplays)
             logits = replays.run_ahead(plan, step, forward, tokens)
             return self._sampled(plan, sampling, logits, unseen=1)
 
         return compute
+
+    @contextmanager
+    def _under(self, step: Step | None) -> Iterator[None]:
+        """What recorded forwards run as it is, such as experts' deltas, finds the step there."""
+        state = self._base.installed.state
+        state.step = step
+        try:
+            yield
+        finally:
+            state.step = None
 
     def _eager(self, plan: Plan) -> Ready:
         batch = Batch.from_plan(plan, block_size=self._cache.block_size, device=self._base.device)
@@ -217,6 +228,7 @@ class ModelRunner:
     def _forward(self, batch: Batch, step: Step | None, head: HeadStep) -> torch.Tensor:
         """[len(batch.logit_index), vocab]"""
         state = self._base.installed.state
+        outer = state.step
         state.step, state.head, state.tokens = step, head, batch.input_ids.shape[1]
         try:
             out = self._base.model(
@@ -227,7 +239,8 @@ class ModelRunner:
                 fader_step=StepAttention(self._attention, self._cache, batch),
             )
         finally:
-            state.step = state.head = state.tokens = None
+            state.step = outer
+            state.head = state.tokens = None
         return out.logits[0]
 
     def _sampled(

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from fader_adapters.kernels import native
 from fader_adapters.kernels.backend import BackendName
-from fader_adapters.kernels.cpu_experts import PanelStack
+from fader_adapters.kernels.cpu_experts import NativeStack, PanelStack
 from fader_adapters.kernels.stack_weights import StackWeight
 from fader_server.engine.limits import Limits
 from tests.server.parity.test_families import BOUND, check, difference
@@ -25,7 +25,7 @@ from tests.support.many_families import MANY, write_many
 from tests.support.oracle import Oracle
 from tests.support.peft_adapters import write_adapter
 from tests.support.solo_families import SOLO
-from tests.support.world import Ask, TinyWorld
+from tests.support.world import Ask, TinyWorld, greedy
 
 BY_NAME = ("mixtral", "olmoe", "qwen3-moe")
 """Families whose experts and routers PEFT finds by `all-linear`."""
@@ -226,3 +226,46 @@ def test_experts_of_widths_that_panels_do_not_hold(dtype: torch.dtype, tmp_path:
         assert world.run([ask])[0].logprobs == answer.logprobs
     other = replace(mixed[1], blend={"r8": 0.9})
     assert world.run([other])[0].logprobs != answers[1].logprobs
+
+
+@pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("qwen3-moe", torch.bfloat16),
+        pytest.param("mixtral", torch.float32, marks=pytest.mark.slow),
+        pytest.param("gpt-oss", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+def test_recorded_steps_add_the_deltas_of_the_step_that_runs(
+    family, dtype, tmp_path: Path, monkeypatch
+):
+    world, _ = opened(family, tmp_path, dtype=dtype)
+    plain = TinyWorld(tmp_path / "base", dtype=dtype, limits=LIMITS, arena=ARENA)
+    plain.runner._replays = None
+    for name in ("r8", "r16"):
+        plain.load(name, tmp_path / name)
+    blends = [{"r8": 1.0}, {}, {"r16": 1.0}, {"r8": 0.7, "r16": -0.4}]
+
+    def questions(turn: int) -> list[Ask]:
+        lengths = (20, 7, 33, 12)
+        return [
+            Ask([5 + turn + i * k % 90 for k in range(length)], blends[(i + turn) % 4], greedy(6))
+            for i, length in enumerate(lengths)
+        ]
+
+    def answered(under: TinyWorld, turn: int) -> list[object]:
+        answers = under.run(questions(turn))
+        assert not any(answer.error for answer in answers)
+        return [(answer.tokens, answer.logprobs) for answer in answers]
+
+    for turn in range(6):  # recorded, proven, run
+        assert answered(world, turn) == answered(plain, turn)
+    replays = world.runner._replays
+    assert 4 in replays.decode._trusted
+    if dtype == torch.bfloat16:
+        assert replays.prefill._enabled
+    right = answered(plain, 6)
+    assert answered(world, 6) == right
+    monkeypatch.setattr(NativeStack, "__call__", lambda self, y, x, routing, step: y)
+    assert answered(world, 6) != right, "what runs inside a record sees the step"

@@ -85,11 +85,26 @@ class Tape:
         """Set while somebody records."""
         self.obstacle = ""
         """Why the step that is listened to has no record: something ran that cannot be told."""
+        self.whole: Callable[[Callable[..., None], tuple[Tensor, ...]], None] | None = None
+        """Set while somebody records: runs a function and tells it as one call."""
 
     def refuse(self, reason: str) -> None:
         """Tell that what runs now has no record."""
         if self.listener is not None:
             self.obstacle = reason
+
+    @property
+    def recording(self) -> bool:
+        """Whether somebody records what runs now."""
+        return self.listener is not None
+
+    def run(self, function: Callable[..., None], *args: Tensor) -> None:
+        """Run what changes its first argument and may read values: a record has it as one call,
+        always run."""
+        if self.whole is None:
+            function(*args)
+        else:
+            self.whole(function, args)
 
     def note(
         self, op: Op, x: Tensor, *, y: Tensor | None = None, out: Tensor | None = None, keep: object
