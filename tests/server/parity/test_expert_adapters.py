@@ -43,7 +43,7 @@ BY_PARAMETER = (
     "qwen3-next",
     "zaya",
 )
-QUICK = frozenset({"gpt-oss", "mixtral", "phi-moe"})
+QUICK = frozenset({"gpt-oss", "phi-moe"})
 ARENA = 1 << 23
 RANK = 4
 LIMITS = Limits(max_rows=16, max_step_tokens=96, chunk_size=32, max_model_len=512)
@@ -131,7 +131,9 @@ def test_mixed_batches_equal_peft(family: str, backend: BackendName, tmp_path: P
     assert difference(oracle, other, answers[1], 1.0) > 10 * BOUND[torch.float32]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16]
+)
 @pytest.mark.parametrize(("family", "backend"), settings("auto"))
 def test_a_row_has_the_bits_that_it_has_alone(
     family: str, backend: BackendName, dtype: torch.dtype, tmp_path: Path
@@ -208,7 +210,9 @@ def test_experts_that_were_modules_equal_peft(family, mixture, names, tmp_path: 
 
 
 @pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_experts_of_widths_that_panels_do_not_hold(dtype: torch.dtype, tmp_path: Path):
     kind, settings = MANY["mixtral"]
     base = write_many(kind, {**settings, "intermediate_size": 80}, tmp_path / "base")

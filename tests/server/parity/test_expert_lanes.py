@@ -14,7 +14,7 @@ from tests.support.lanes import changes_of, merge, publish, weights_hash
 from tests.support.world import Answer, Ask, greedy
 
 BLEND = {"r8": 0.7, "r16": -0.4}
-QUICK = frozenset({"gpt-oss", "qwen3-moe"})
+QUICK = frozenset({"gpt-oss"})
 FAMILIES = [
     pytest.param(family, marks=[] if family in QUICK else pytest.mark.slow)
     for family in (*BY_NAME, *BY_PARAMETER)
@@ -63,7 +63,9 @@ def test_a_lane_equals_peft_and_what_the_probe_sees_of_it(family: str, tmp_path:
     assert weights_hash(world.base.installed) == before
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16]
+)
 def test_others_are_bitwise_the_same_beside_a_lane(dtype: torch.dtype, tmp_path: Path):
     world, _ = opened("qwen3-moe", tmp_path, dtype=dtype)
     mixed = asks({}, {"r8": 1.0}, BLEND)
