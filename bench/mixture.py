@@ -47,7 +47,7 @@ CPU = torch.device("cpu")
 def write(folder: Path) -> tuple[Path, dict[str, Path]]:
     """A random base in bf16 and adapters over all that PEFT takes for linear, experts included."""
     torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE)).to(torch.bfloat16)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig.from_dict(SHAPE)).bfloat16()
     base, adapters = folder / "base", folder / "adapters"
     model.save_pretrained(base)
     write_tokenizer(base, SHAPE["vocab_size"])
@@ -60,7 +60,7 @@ def write(folder: Path) -> tuple[Path, dict[str, Path]]:
             if "lora_" in name:
                 parameter.data.normal_(std=0.1)
         found[f"a{number}"] = adapters / f"a{number}"
-        peft.save_pretrained(found[f"a{number}"])
+        peft.save_pretrained(str(found[f"a{number}"]))
     return base, found
 
 
