@@ -4,7 +4,6 @@ Knows module trees and configs; looks at no weight.
 """
 
 import hashlib
-import re
 from collections.abc import Iterator
 from copy import deepcopy
 from math import prod
@@ -19,7 +18,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from fader_adapters.architecture import auto_class
 from fader_adapters.errors import BaseUnsupported
 from fader_adapters.kernels.nf4 import BLOCK
-from fader_adapters.spec import BaseSpec, Digest, LinearSpec
+from fader_adapters.spec import BaseSpec, Digest, LinearSpec, layer_of
 from fader_adapters.stacks import experts, routers, stack_names, stack_of
 
 _PACKS_IN_ORDER = frozenset({"phi3", "phi4_multimodal", "glm", "glm4"})
@@ -42,10 +41,10 @@ def describe(model: PreTrainedModel, *, name: str = "") -> BaseSpec:
     if not specs:
         raise BaseUnsupported(f"{type(model).__name__} has no linear that an adapter could target")
     for path, module in experts(model):
-        specs += [stack_of(module, name, path, _layer(path)) for name in stack_names(module)]
+        specs += [stack_of(module, name, path, layer_of(path)) for name in stack_names(module)]
     for path, weight in routers(model):
         out, width = weight.shape
-        specs.append(LinearSpec(path, width, out, _layer(path), role="router"))
+        specs.append(LinearSpec(path, width, out, layer_of(path), role="router"))
     embedding, head = model.get_input_embeddings(), plain_head(model)
     for path, module in model.named_modules():
         if module is embedding and isinstance(module, nn.Embedding):
@@ -109,12 +108,7 @@ def _linear(path: str, module: nn.Module, model: PreTrainedModel) -> LinearSpec:
     conv1d = isinstance(module, Conv1D) or getattr(module, "source_cls", None) is Conv1D
     width, out = _shape(module)
     parts = _parts(path.rpartition(".")[2], out, model)
-    return LinearSpec(path, width, out, _layer(path), conv1d, parts=parts)
-
-
-def _layer(path: str) -> int | None:
-    layer = re.search(r"\.(\d+)\.", path)
-    return int(layer[1]) if layer else None
+    return LinearSpec(path, width, out, layer_of(path), conv1d, parts=parts)
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

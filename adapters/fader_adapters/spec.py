@@ -99,6 +99,12 @@ BASE = Blend()
 """The blend without terms: the base itself."""
 
 
+def layer_of(path: str) -> int | None:
+    """Index of the layer that a module path names, None outside the layers."""
+    found = re.search(r"\.(\d+)\.", path)
+    return int(found[1]) if found else None
+
+
 @dataclass(frozen=True, slots=True)
 class LinearSpec:
     """One linear of the base that an adapter may target."""

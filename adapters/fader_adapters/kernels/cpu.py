@@ -210,7 +210,7 @@ class NativeLookup:
         self._lookup.bind(views(tables, own, ((0, self._width),)))
 
     def __call__(self, y: torch.Tensor, ids: torch.Tensor, step: object | None) -> None:
-        if step is not None or self._tape.listener is not None:
+        if step is not None or self._tape.recording:
             assert step is None or isinstance(step, StepPlan)
             self._lookup.add(y, ids, step)
 

@@ -6,7 +6,7 @@ from fader_adapters.limits import Limits
 from fader_adapters.lora_config import LoraConfig, read_config
 from fader_adapters.pattern_nodes import PatternUnsafe
 from fader_adapters.source import RawAdapter
-from fader_adapters.spec import BaseSpec, Digest, LinearSpec
+from fader_adapters.spec import BaseSpec, Digest, LinearSpec, layer_of
 from fader_adapters.stacks import DOWN, UP
 from fader_adapters.targets import Targets
 from fader_adapters.tensor_names import ModuleTensors, sort_tensors
@@ -41,8 +41,8 @@ def _linear(path: str, tensors: ModuleTensors, config: LoraConfig) -> LinearSpec
     if outside < len(chosen) and not itself:
         stack = f"{module}.{chosen[-1 - outside]}"
         experts = tensors.a.shape[0] // config.rank_of(stack)
-        return LinearSpec(stack, width, out, _layer(path), role="experts", experts=experts)
-    return LinearSpec(path, width, out, _layer(path))
+        return LinearSpec(stack, width, out, layer_of(path), role="experts", experts=experts)
+    return LinearSpec(path, width, out, layer_of(path))
 
 
 def _selects(targets: Targets, path: str) -> bool:
@@ -55,7 +55,3 @@ def _selects(targets: Targets, path: str) -> bool:
 def _place(linear: LinearSpec) -> int:
     name = linear.path.rpartition(".")[2]
     return _STACKS.index(name) if linear.role == "experts" else -1
-
-
-def _layer(path: str) -> int | None:
-    return next((int(part) for part in path.split(".") if part.isdecimal()), None)

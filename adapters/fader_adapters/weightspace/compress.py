@@ -12,7 +12,7 @@ from fader_adapters.header import read_header
 from fader_adapters.limits import Limits
 from fader_adapters.lora_config import read_config
 from fader_adapters.source import RawAdapter
-from fader_adapters.spec import BaseSpec, Digest, LinearSpec
+from fader_adapters.spec import BaseSpec, Digest, LinearSpec, layer_of
 from fader_adapters.tensor_names import sort_tensors
 from fader_adapters.weightspace import svd
 from fader_adapters.weightspace.peft_files import (
@@ -131,7 +131,9 @@ def _common_base(raws: Sequence[RawAdapter]) -> BaseSpec:
                 )
     _check_one_tree(shapes)
     linears = tuple(
-        LinearSpec(path, *shape, _layer(path), role="embedding" if path in embeddings else "linear")
+        LinearSpec(
+            path, *shape, layer_of(path), role="embedding" if path in embeddings else "linear"
+        )
         for path, shape in sorted(shapes.items(), key=_order)
     )
     return BaseSpec(linears, Digest("0" * 64), "unknown")
@@ -152,11 +154,6 @@ def _check_one_tree(paths: dict[str, tuple[int, int]]) -> None:
 
 def _order(item: tuple[str, tuple[int, int]]) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", item[0])]
-
-
-def _layer(path: str) -> int | None:
-    found = re.search(r"\.(\d+)\.", path)
-    return int(found[1]) if found else None
 
 
 def _agreed(values: Sequence[Any]) -> Any:  # noqa: ANN401 - of somebody's JSON

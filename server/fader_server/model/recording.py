@@ -75,13 +75,9 @@ def make_opaque(module: nn.Module, tape: Tape) -> None:
     inner = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  the module's own signature
-        recorder = getattr(tape.listener, "__self__", None)
-        if not isinstance(recorder, Recorder):
+        if tape.whole is None:
             return inner(*args, **kwargs)
-        with recorder.paused():
-            out = inner(*args, **kwargs)
-        recorder.heard_torch(inner, args, kwargs, out, in_place=False)
-        return out
+        return tape.whole(inner, args, kwargs)
 
     module.forward = forward
 
@@ -119,10 +115,14 @@ class Recorder(TorchDispatchMode):
         finally:
             self._paused = before
 
-    def _run_whole(self, function: Callable[..., None], args: tuple[torch.Tensor, ...]) -> None:
+    def _run_whole(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:  # noqa: ANN401  the function's own
+        """What returns nothing has changed an argument."""
         with self.paused():
-            function(*args)
-        self.heard_torch(function, args, {}, None, in_place=True)
+            out = function(*args, **kwargs)
+        self.heard_torch(function, args, kwargs, out, in_place=out is None)
+        return out
 
     def heard_native(self, call: Call) -> None:
         """A native kernel ran."""

@@ -217,13 +217,11 @@ class ModelRunner:
 
     def _adapts_head(self, plan: Plan) -> bool:
         head = self._base.installed.head
-        return head is not None and self._adapts(plan, head.spec.linears)
-
-    def _adapts(self, plan: Plan, linears: Iterable[int]) -> bool:
-        """Whether an adapter of the plan changes one of these."""
         slots = sorted({slot for row in plan.terms.rows for slot, _ in row.terms})
-        indices = list(linears)
-        return bool(slots and indices) and bool(self._tables.rank[slots][:, indices].any())
+        if head is None or not slots:
+            return False
+        (index,) = head.spec.linears
+        return bool(self._tables.rank[slots, index].any())
 
     def _forward(self, batch: Batch, step: Step | None, head: HeadStep) -> torch.Tensor:
         """[len(batch.logit_index), vocab]"""

@@ -4,6 +4,7 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 from torch import Tensor
 
@@ -77,6 +78,10 @@ class Call:
         return [t for t in (self.x, self.y, self.out) if t is not None]
 
 
+Whole = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""Of a function, its arguments and keywords: what it returns."""
+
+
 class Tape:
     """Where native calls tell what they did, while somebody records a step."""
 
@@ -85,12 +90,12 @@ class Tape:
         """Set while somebody records."""
         self.obstacle = ""
         """Why the step that is listened to has no record: something ran that cannot be told."""
-        self.whole: Callable[[Callable[..., None], tuple[Tensor, ...]], None] | None = None
-        """Set while somebody records: runs a function and tells it as one call."""
+        self.whole: Whole | None = None
+        """Set while somebody records: runs a function and tells it as one call; what it returns."""
 
     def refuse(self, reason: str) -> None:
         """Tell that what runs now has no record."""
-        if self.listener is not None:
+        if self.recording:
             self.obstacle = reason
 
     @property
@@ -104,7 +109,7 @@ class Tape:
         if self.whole is None:
             function(*args)
         else:
-            self.whole(function, args)
+            self.whole(function, args, {})
 
     def note(
         self, op: Op, x: Tensor, *, y: Tensor | None = None, out: Tensor | None = None, keep: object
