@@ -25,6 +25,7 @@ from fader_adapters.kernels.native.quantise import (
     quantise_nf4,
 )
 from fader_adapters.kernels.native.site import Lookup, Site, SiteTables, delta, gemm
+from fader_adapters.kernels.native.states import Convolution, Scan, ScanForm, StateRows
 from fader_adapters.kernels.native.step import StepPlan
 from fader_adapters.kernels.native.threads import alone, set_threads, threads
 from fader_adapters.kernels.native.workspace import Workspace
@@ -34,6 +35,7 @@ __all__ = [
     "LEVELS",
     "NESTED_BLOCK",
     "Call",
+    "Convolution",
     "ExpertPanels",
     "Kind",
     "Lookup",
@@ -46,8 +48,11 @@ __all__ = [
     "PlainPanels",
     "Program",
     "Quantised",
+    "Scan",
+    "ScanForm",
     "Site",
     "SiteTables",
+    "StateRows",
     "StepInputs",
     "StepPlan",
     "Tape",

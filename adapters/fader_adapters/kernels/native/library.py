@@ -12,7 +12,7 @@ import torch  # first: its libgomp must be the one both use
 
 from fader_adapters.kernels.native.build import LIBRARY
 
-ABI = 7
+ABI = 8
 BUILDER = "fader_adapters.kernels.native.build"
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -42,6 +42,8 @@ _SIGNATURES: dict[str, list[type]] = {
     "fader_lookup": [_P, _P, _L, _P, _P, _I, _L, _P, _L, _P, _I],
     "fader_experts": [_P, _L, _P, _P, _I, _L, _P, _I, _L, _P, _L, _P, _I],
     "fader_rms_norm": [_L, _L, _P, _L, _P, _I, _I, _F, _P, _I],
+    "fader_conv": [_P, _L, _L, _P, _P, _L, _P, _I],
+    "fader_scan": [_P, _L, _L, _P, _P, _I, _L, _P, _P, _I, _I],
     "fader_map": [_P],
     "fader_run": [_P, _L, _P, _P, _P, _L, _P, _I],
     "fader_attention": [_P, _L, _L, _P, _P, _P, _P, _P, _P, _L, _P, _I],
@@ -70,6 +72,32 @@ class ExpertsStruct(ctypes.Structure):
     _fields_ = [
         *[(name, _P) for name in ("panels", "bias")],
         *[(name, _L) for name in ("n", "k", "experts")],
+    ]
+
+
+class RowsStruct(ctypes.Structure):
+    """fader_rows_t of csrc/fader.h, field for field."""
+
+    _fields_ = [(name, _P) for name in ("start", "came_from", "to")]
+
+
+class ConvStruct(ctypes.Structure):
+    """fader_conv_t of csrc/fader.h, field for field."""
+
+    _fields_ = [
+        *[(name, _P) for name in ("states", "weight", "bias")],
+        *[(name, _L) for name in ("slots", "channels", "taps")],
+        *[(name, ctypes.c_int32) for name in ("dtype", "silu")],
+    ]
+
+
+class ScanStruct(ctypes.Structure):
+    """fader_scan_t of csrc/fader.h, field for field."""
+
+    _fields_ = [
+        *[(name, _P) for name in ("states", "skip")],
+        *[(name, _L) for name in ("slots", "groups", "heads", "keys", "values", "q", "k", "v")],
+        *[(name, ctypes.c_int32) for name in ("delta", "unit", "by_key", "pad")],
     ]
 
 

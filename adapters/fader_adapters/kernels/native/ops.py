@@ -22,6 +22,8 @@ class Kind(IntEnum):
     MAP = 5
     LOOKUP = 6
     EXPERTS = 7
+    CONV = 8
+    SCAN = 9
 
 
 class Map(IntEnum):
@@ -56,7 +58,7 @@ class Step(ctypes.Structure):
         *[(name, _L) for name in ("tokens", "rows")],
         *[(name, _P) for name in ("plan", "q_start", "context", "block_tables")],
         ("max_blocks", _L),
-        ("slots", _P),
+        *[(name, _P) for name in ("slots", "state_from", "state_to")],
     ]
 
 

@@ -19,13 +19,16 @@ WORDS = ctypes.sizeof(Op) // 8
 class StepInputs:
     """What differs from one run of a program to the next.
 
-    q_start int32 [R+1], context int32 [R], block_tables int32 [R, columns], slots int64 [T].
+    q_start int32 [R+1], context int32 [R], block_tables int32 [R, columns], slots int64 [T];
+    state_from, state_to int32 [R] where the program has calls that keep states.
     """
 
     q_start: Tensor
     context: Tensor
     block_tables: Tensor
     slots: Tensor
+    state_from: Tensor | None = None
+    state_to: Tensor | None = None
 
     def step(self) -> Step:
         """Their addresses; the tensors must outlive it."""
@@ -37,6 +40,8 @@ class StepInputs:
             block_tables=self.block_tables.data_ptr(),
             max_blocks=self.block_tables.shape[1],
             slots=self.slots.data_ptr(),
+            state_from=None if self.state_from is None else self.state_from.data_ptr(),
+            state_to=None if self.state_to is None else self.state_to.data_ptr(),
         )
 
 

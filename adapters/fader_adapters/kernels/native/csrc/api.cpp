@@ -223,6 +223,40 @@ int fader_rms_norm(int64_t M, int64_t K, const void *x, int64_t xs, const void *
     return now().norm(M, K, x, xs, w, dtype, about_one, eps, y, nt);
 }
 
+static int rows_status(int64_t T, int64_t R, const fader_rows_t *rows, int64_t slots) {
+    if (!rows || !rows->start || !rows->from || !rows->to) return FADER_E_ARG;
+    if (rows->start[0] != 0 || rows->start[R] != T) return FADER_E_BOUNDS;
+    for (int64_t r = 0; r < R; r++) {
+        const int32_t from = rows->from[r], to = rows->to[r];
+        if (rows->start[r + 1] < rows->start[r] || from < -1 || from >= slots || to < 0 || to >= slots || from == to)
+            return FADER_E_BOUNDS;
+    }
+    return 0;
+}
+
+int fader_conv(const fader_conv_t *s, int64_t T, int64_t R, const fader_rows_t *rows, const void *x, int64_t xs, void *out,
+               int nt) {
+    if (!s || T < 0 || R < 0 || nt < 1 || s->channels <= 0 || s->channels % 16 || s->taps < 2 || s->slots < 1) return FADER_E_ARG;
+    if (s->dtype < 0 || s->dtype > FADER_BF16 || !s->states || !s->weight) return FADER_E_ARG;
+    if (!T) return 0;
+    if (!x || !out || xs < s->channels) return FADER_E_ARG;
+    const int status = rows_status(T, R, rows, s->slots);
+    return status ? status : now().conv(s, R, rows, x, xs, out, nt);
+}
+
+int fader_scan(const fader_scan_t *s, int64_t T, int64_t R, const fader_rows_t *rows, const void *x, int dtype, int64_t xs,
+               const float *gates, void *out, int out_dtype, int nt) {
+    if (!s || T < 0 || R < 0 || nt < 1 || dtype < 0 || dtype > FADER_BF16 || !s->states || s->slots < 1) return FADER_E_ARG;
+    if (s->groups < 1 || s->heads < 1 || s->heads % s->groups || s->keys < 16 || s->keys > 256 || s->keys % 16) return FADER_E_ARG;
+    if (s->values < 16 || s->values % 16 || (out_dtype != dtype && out_dtype != FADER_F32)) return FADER_E_ARG;
+    if (s->q < 0 || s->k < 0 || s->v < 0 || s->v + s->heads * s->values > xs) return FADER_E_ARG;
+    if (s->q + s->groups * s->keys > xs || s->k + s->groups * s->keys > xs) return FADER_E_ARG;
+    if (!T) return 0;
+    if (!x || !gates || !out) return FADER_E_ARG;
+    const int status = rows_status(T, R, rows, s->slots);
+    return status ? status : now().scan(s, R, rows, x, dtype, xs, gates, out, out_dtype, nt);
+}
+
 int fader_map(const fader_op_t *o) {
     if (!o || !o->x || !o->out || o->dtype < 0 || o->dtype > FADER_BF16 || o->out_dtype < 0 || o->out_dtype > FADER_BF16) return FADER_E_ARG;
     if (o->x_step[3] != 1 || o->out_step[3] != 1 || o->y_step[3] < 0 || o->y_step[3] > 1) return FADER_E_ARG;

@@ -91,5 +91,8 @@ struct Kernels {
     int (*keep)(int64_t, int64_t, const float *, const float *, int64_t, float, uint8_t *, float *, int);
     int (*experts)(const fader_experts_t *, int64_t, const int32_t *, const void *, int, int64_t, void *, int, int64_t,
                    void *, int64_t, int64_t *, int);
+    int (*conv)(const fader_conv_t *, int64_t, const fader_rows_t *, const void *, int64_t, void *, int);
+    int (*scan)(const fader_scan_t *, int64_t, const fader_rows_t *, const void *, int, int64_t, const float *, void *, int,
+                int);
 };
 extern const Kernels fader_scalar, fader_avx2, fader_avx512, fader_avx512bf16;

@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define FADER_ABI 7
+#define FADER_ABI 8
 enum { FADER_F32 = 0, FADER_BF16 = 1, FADER_F16 = 2 };
 enum { FADER_NF4 = 0, FADER_PLAIN = 1 };
 enum { FADER_SCALAR = 0, FADER_AVX2 = 1, FADER_AVX512 = 2, FADER_AVX512_BF16 = 3 };
@@ -150,21 +150,58 @@ int fader_attention(const fader_attn_t *a, int64_t T, int64_t R, const void *q,
 int fader_write_kv(const fader_attn_t *a, int64_t T, const void *k, int64_t k_stride, const void *v,
                    int64_t v_stride, const int64_t *slots, int nt);
 
+/* ---- States of sequences -------------------------------------------------------------------------
+ * A row of tokens goes on from the state in slot from[r] (-1: zeros) and leaves its own in slot to[r], another
+ * one, so a row that went on from a state may do so again. Token by token: results do not depend on how a
+ * sequence was cut in rows, nor on other rows. */
+typedef struct {
+    const int32_t *start, *from, *to; /* [R+1] rows' first tokens, ending at T; [R]; [R] */
+} fader_rows_t;
+
+/* out[t,c] = bias[c] + sum_j weight[j,c] * x[t - taps + 1 + j, c], rounded to dtype, then silu of that if asked
+ * for; tokens before a row's first come from its state. x [T, channels], rows x_stride apart; out [T, channels] */
+typedef struct {
+    void *states;        /* [slots][taps-1][channels] of dtype, oldest first */
+    const float *weight; /* [taps][channels] */
+    const float *bias;   /* [channels] or NULL */
+    int64_t slots, channels, taps; /* channels % 16 == 0 */
+    int32_t dtype, silu;
+} fader_conv_t;
+int fader_conv(const fader_conv_t *conv, int64_t T, int64_t R, const fader_rows_t *rows, const void *x, int64_t x_stride,
+               void *out, int nt);
+
+/* For each head, with S its state [keys, values], d = exp(g), g and b its gates:
+ *   u = b * (v - (d S)^T k) if delta, else b * v;   S = d S + k u^T;   out[t, head] = S^T q + skip[head] * v
+ * g is one number, or with by_key one for each of the keys.
+ * q, k are those of the head's group; with `unit` they are x / sqrt(|x|^2 + 1e-6), q also / sqrt(keys).
+ * q, k [groups, keys], v [heads, values] begin at these elements of a row of x; out [T, heads, values] */
+typedef struct {
+    float *states;     /* [slots][heads][keys * values], in the kernel's own order */
+    const float *skip; /* [heads] or NULL */
+    int64_t slots, groups, heads, keys, values; /* keys, values % 16 == 0, keys <= 256 */
+    int64_t q, k, v;
+    int32_t delta, unit, by_key, pad;
+} fader_scan_t;
+/* x [T, x_stride] of dtype, gates fp32: of a token g of every head, then b of every head; out of out_dtype: that of x, or fp32 */
+int fader_scan(const fader_scan_t *scan, int64_t T, int64_t R, const fader_rows_t *rows, const void *x, int dtype,
+               int64_t x_stride, const float *gates, void *out, int out_dtype, int nt);
+
 /* ---- Elementwise ---------------------------------------------------------------------------------
  * out = map(x, y) over `size`, steps in elements; y NULL: `scalar` stands for it. dtype is that of x and y;
  * only a copy may change it. */
-enum { FADER_OP_SITE, FADER_OP_NORM, FADER_OP_WRITE_KV, FADER_OP_ATTEND, FADER_OP_GATHER, FADER_OP_MAP, FADER_OP_LOOKUP, FADER_OP_EXPERTS };
+enum { FADER_OP_SITE, FADER_OP_NORM, FADER_OP_WRITE_KV, FADER_OP_ATTEND, FADER_OP_GATHER, FADER_OP_MAP, FADER_OP_LOOKUP, FADER_OP_EXPERTS,
+       FADER_OP_CONV, FADER_OP_SCAN };
 enum { FADER_MAP_COPY, FADER_MAP_NEG, FADER_MAP_ADD, FADER_MAP_SUB, FADER_MAP_MUL, FADER_MAP_SILU, FADER_MAP_GELU_TANH };
 typedef struct {
     int32_t kind, map, dtype, out_dtype; /* map: NORM: about_one; GATHER: rows are panels; SITE: base only */
-    const void *what;                    /* fader_site_t, fader_attn_t, fader_experts_t, or the weight of NORM */
+    const void *what;                    /* the struct of the kind, or the weight of NORM */
     const void *x, *y; /* WRITE_KV: k, v; GATHER: rows [n,k], int64 index [size[0]]; LOOKUP: int64 ids, -;
-                          EXPERTS: -, int32 ends */
+                          EXPERTS: -, int32 ends; SCAN: -, gates */
     void *out;
     const float *bias;
     int64_t n, k, x_stride, y_stride, out_stride;
     int64_t size[4], x_step[4], y_step[4], out_step[4]; /* MAP; innermost x and out steps 1, y 0 or 1;
-                                                           SITE, LOOKUP, NORM, EXPERTS: size[0] rows */
+                                                           SITE, LOOKUP, NORM, EXPERTS, CONV, SCAN: size[0] rows */
     float scalar;                                       /* NORM: eps */
     int32_t pad;
 } fader_op_t;
@@ -179,6 +216,7 @@ typedef struct {
     const int32_t *q_start, *context, *block_tables;
     int64_t max_blocks;
     const int64_t *slots; /* [tokens] */
+    const int32_t *state_from, *state_to; /* [rows]; NULL: no states */
 } fader_step_t;
 int fader_run(const fader_op_t *ops, int64_t count, int64_t *next, const fader_step_t *step, void *scratch,
               int64_t scratch_bytes, int64_t *need, int nt);

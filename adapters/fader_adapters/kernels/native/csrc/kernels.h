@@ -8,6 +8,8 @@
 #include "norm.h"
 #include "quant.h"
 #include "site.h"
+#include "states.h"
 
 #define FADER_EXPORT(NAME) \
-    extern const Kernels NAME = {site, attention, quantise, dequantise, probe_read, probe_dot, norm, map, lookup, keep, experts}
+    extern const Kernels NAME = {site, attention, quantise, dequantise, probe_read, probe_dot, norm, map, lookup, keep, experts, conv, \
+                                 scan}

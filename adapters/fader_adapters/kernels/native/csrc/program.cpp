@@ -43,6 +43,13 @@ static int attend(const fader_op_t &o, const fader_step_t &s, void *scratch, int
     return fader_attention(&a, s.tokens, s.rows, o.x, s.q_start, s.context, s.block_tables, o.out, scratch, bytes, need, nt);
 }
 
+static int go_on(const fader_op_t &o, const fader_step_t &s, int nt) {
+    const fader_rows_t rows = {s.q_start, s.state_from, s.state_to};
+    if (o.kind == FADER_OP_CONV) return fader_conv((const fader_conv_t *)o.what, o.size[0], s.rows, &rows, o.x, o.x_stride, o.out, nt);
+    return fader_scan((const fader_scan_t *)o.what, o.size[0], s.rows, &rows, o.x, o.dtype, o.x_stride, (const float *)o.y,
+                      o.out, o.out_dtype, nt);
+}
+
 static int run_one(const fader_op_t &o, const fader_step_t &s, void *scratch, int64_t bytes, int64_t *need, int nt) {
     switch (o.kind) {
     case FADER_OP_SITE:
@@ -60,6 +67,8 @@ static int run_one(const fader_op_t &o, const fader_step_t &s, void *scratch, in
     case FADER_OP_EXPERTS:
         return fader_experts((const fader_experts_t *)o.what, o.size[0], (const int32_t *)o.y, o.x, o.dtype, o.x_stride,
                              o.out, o.out_dtype, o.out_stride, scratch, bytes, need, nt);
+    case FADER_OP_CONV:
+    case FADER_OP_SCAN: return go_on(o, s, nt);
     }
     return FADER_E_ARG;
 }
