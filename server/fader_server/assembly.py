@@ -73,17 +73,16 @@ def scheduler_of(
     tenants: tuple[Tenant, ...],
 ) -> Scheduler:
     """The scheduler of a plan of memory."""
-    solo = base.solo is not None
     limits = Limits(
         max_rows=config.max_batch_rows,
         max_step_tokens=config.max_step_tokens,
         chunk_size=min(CHUNK_SIZE, config.max_step_tokens - config.max_batch_rows),
         max_model_len=plan.max_model_len,
-        solo=solo,
+        solo=base.solo is not None,
     )
     return Scheduler(
         limits,
-        blocks=BlockManager(plan.blocks, block_size=BLOCK_SIZE, findable=not solo),
+        blocks=BlockManager(plan.blocks, block_size=BLOCK_SIZE, findable=not base.keeps_states),
         pool=pool,
         shares=shares_of(tenants),
     )

@@ -62,8 +62,8 @@ class TinyWorld:
         self.tables = Tables(weights, len(self.base.installed.spec.linears))
         self.pool = Pool(self.tables, in_place=device.type == "cpu")
         self.store = Store(host_tier(weights, None), on_retired=self._retired)
-        solo = self.base.solo is not None
-        self.blocks = BlockManager(blocks, block_size=16, findable=not solo)
+        findable = not self.base.keeps_states
+        self.blocks = BlockManager(blocks, block_size=16, findable=findable)
         self.cache = KVCache(
             self.base.layers, blocks=blocks, block_size=16, dtype=dtype, device=device
         )
@@ -72,7 +72,7 @@ class TinyWorld:
                 layer.k[1:].fill_(float("nan"))
                 layer.v[1:].fill_(float("nan"))
         limits = limits or Limits(max_rows=32, max_step_tokens=288, max_model_len=512)
-        limits = replace(limits, solo=solo)
+        limits = replace(limits, solo=self.base.solo is not None)
         self.runner = self._runner(limits)
         self.scheduler = Scheduler(
             limits,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fader_adapters.kernels.native import StateRows
 from fader_adapters.spec import RowTerms, StepTerms
 from fader_server.core import Plan, PlanRow
 from fader_server.model.passage import packed
@@ -45,6 +46,8 @@ class Batch:
     """Indices of the plan's rows that sample, in the order of their logits."""
     scored: tuple[tuple[int, int, int], ...]
     """(row, first position, positions) of each span of prompt logprobs, in the order of logits."""
+    states: StateRows | None = None
+    """Where rows' states lie, of a base whose layers keep some."""
 
     @property
     def tokens(self) -> int:

@@ -6,17 +6,27 @@ A replay is trusted after it gave, on another step, bit for bit what the model's
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 
 from fader_adapters.kernels.backend import Step
-from fader_adapters.kernels.native import Site, StepInputs, StepPlan, Tape, Workspace
+from fader_adapters.kernels.native import (
+    Site,
+    StateRows,
+    StepInputs,
+    StepPlan,
+    Tape,
+    Workspace,
+)
 from fader_adapters.step_state import LaneWeights
 from fader_server.core import Plan
 from fader_server.model.batch import AttentionRow, Batch
 from fader_server.model.recording import Recorder, Unrepeatable
 from fader_server.model.replay import Arena, Replay
+
+if TYPE_CHECKING:  # needs greenlet, which a base without states does not
+    from fader_server.model.packed_states import PackedStates
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +72,17 @@ def decodes(plan: Plan) -> bool:
 class DecodeInputs:
     """The tensors of decode steps of up to `rows` rows, at addresses that never change."""
 
-    def __init__(self, *, rows: int, blocks_per_row: int, block_size: int) -> None:
+    def __init__(
+        self,
+        *,
+        rows: int,
+        blocks_per_row: int,
+        block_size: int,
+        states: "PackedStates | None" = None,
+    ) -> None:
+        """states: of a base whose layers keep some."""
         self._block_size = block_size
+        self._states = states
         self._ids = torch.zeros(1, rows, dtype=torch.int64)
         self._positions = torch.zeros(1, rows, dtype=torch.int64)
         self._slots = torch.zeros(rows, dtype=torch.int64)
@@ -71,6 +90,8 @@ class DecodeInputs:
         self._tables = torch.zeros(rows, blocks_per_row, dtype=torch.int32)
         self._starts = torch.arange(rows + 1, dtype=torch.int32)
         self._index = torch.arange(rows)
+        self._came_from = torch.zeros(rows, dtype=torch.int32)
+        self._to = torch.zeros(rows, dtype=torch.int32)
 
     def fill(self, plan: Plan) -> None:
         """Write the plan's rows, one token each."""
@@ -88,6 +109,8 @@ class DecodeInputs:
         for i, own in enumerate(blocks):
             used = starts[i] // size + 1
             tables[i, :used] = own[:used]
+        if self._states is not None:
+            self._came_from.numpy()[:n], self._to.numpy()[:n] = self._states.places(plan)
 
     def step(self, rows: int) -> StepInputs:
         return StepInputs(
@@ -95,6 +118,8 @@ class DecodeInputs:
             self._contexts[:rows],
             self._tables[:rows],
             self._slots[:rows],
+            self._came_from[:rows],
+            self._to[:rows],
         )
 
     def batch(self, plan: Plan) -> Batch:
@@ -112,7 +137,15 @@ class DecodeInputs:
             rows=tuple(AttentionRow(i, 1, row.start + 1) for i, row in enumerate(plan.rows)),
             sampling=tuple(range(n)),
             scored=(),
+            states=None if self._states is None else states_of(step),
         )
+
+
+def states_of(step: StepInputs) -> StateRows:
+    """Where the states of a step's rows lie."""
+    assert step.state_from is not None
+    assert step.state_to is not None
+    return StateRows(step.q_start, step.state_from, step.state_to)
 
 
 class DecodeReplays:

@@ -86,15 +86,18 @@ def choose_replays(
     arena, scratch = Arena(), Workspace()
     decode = DecodeReplays(
         tape,
-        DecodeInputs(rows=REPLAYED_ROWS, blocks_per_row=cache.blocks, block_size=size),
+        DecodeInputs(
+            rows=REPLAYED_ROWS,
+            blocks_per_row=cache.blocks,
+            block_size=size,
+            states=base.packed_states,
+        ),
         rows=REPLAYED_ROWS,
         arena=arena,
         scratch=scratch,
     )
-    inputs = PrefillInputs(block_size=size)
+    inputs = PrefillInputs(block_size=size, states=base.packed_states)
     return NativeReplays(
         decode,
-        PrefillReplays(
-            tape, inputs, forward=forward, block_size=size, arena=arena, scratch=scratch
-        ),
+        PrefillReplays(tape, inputs, forward=forward, arena=arena, scratch=scratch),
     )

@@ -13,6 +13,7 @@ from fader_server.model.kv_cache import LayerShape, bytes_per_block
 from fader_server.model.states import NO_STATE, StateShape
 
 if TYPE_CHECKING:  # needs greenlet, which a base whose rows share a forward does not
+    from fader_server.model.packed_states import PackedStates
     from fader_server.model.solo import OwnForward
 
 
@@ -31,8 +32,16 @@ class LoadedBase:
     vocab_size: int
     solo: "OwnForward | None" = None
     """How rows run that keep states of their own beside the engine's cache of keys and values."""
+    packed_states: "PackedStates | None" = None
+    """The layers that keep states, where all rows of a step go through them at once."""
     state: StateShape = NO_STATE
     """What a sequence's own cache takes there."""
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether a sequence is more than its keys and values: then nobody goes on with another's
+        blocks."""
+        return self.solo is not None or self.packed_states is not None
 
     def block_bytes(self, block_size: int) -> int:
         """What `block_size` tokens of a sequence take over all layers."""

@@ -21,7 +21,7 @@ from fader_server.model.experts import keep_rows_apart, pack_experts
 from fader_server.model.head import replace_ends
 from fader_server.model.identity import Identity
 from fader_server.model.loaded import LoadedBase
-from fader_server.model.norm import replace_norms
+from fader_server.model.norm import replace_gated_norms, replace_norms
 from fader_server.model.recording import make_opaque
 from fader_server.model.rehearsal import rehearse
 from fader_server.model.rotary import longest
@@ -62,7 +62,7 @@ def load_base(
 
         use_cuda(model)
     keep_wanted(model)
-    layers, solo, state = {}, None, NO_STATE
+    layers, solo, packed_states, state = {}, None, None, NO_STATE
     try:
         if reason:
             raise ModelUnsupported(f"{source}: {reason}")
@@ -72,7 +72,12 @@ def load_base(
     except ModelUnsupported as error:
         from fader_server.model.solo_rehearsal import run_alone  # imports greenlet
 
-        solo, layers, state = run_alone(model, installed.state, source, dtype=dtype, packed=error)
+        tape = backend.tape if isinstance(backend, NativeBackend) else None
+        alone = run_alone(
+            model, installed.state, source, dtype=dtype, packed=error, tape=tape
+        )  # fmt: skip
+        solo, packed_states = alone.forward, alone.states
+        layers, state = alone.layers, alone.state
     spec = replace(installed.spec, weights=digest or identity.digest())
     return LoadedBase(
         model=model,
@@ -85,6 +90,7 @@ def load_base(
         max_positions=longest(text, source),
         vocab_size=int(text.vocab_size),
         solo=solo,
+        packed_states=packed_states,
         state=state,
     )
 
@@ -96,6 +102,7 @@ def _use_native(
     tape = backend.tape
     installed.state.recorder = tape
     replace_norms(model, tape)
+    replace_gated_norms(model, tape)
     replace_activations(model, dtype=dtype, tape=tape)
     for module in model.modules():
         if "RotaryEmbedding" in type(module).__name__:

@@ -33,7 +33,7 @@ class Mixers:
         self._config = model.config
         self._rows: Sequence[Row] | None = None
         self._threads = 1
-        self._mixers = [_Mixer(module, name, self) for module, name in _found(model)]
+        self._mixers = [_Mixer(module, name, self) for module, name in found(model)]
         self._states = States(self._new_cache)
         self.state = StateShape(0, 0)
         """What a sequence takes, after `rows_of`."""
@@ -150,7 +150,7 @@ class _Mixer:
         return torch.cat(outputs, dim=1)
 
 
-def _found(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+def found(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Modules with a convolution over tokens that are given a cache, and what they call it."""
     for module in model.modules():
         if any(isinstance(child, nn.Conv1d) for child in module.children()):

@@ -1,11 +1,12 @@
-"""Replaces RMS norms by the native kernel where it gives what the model's own gives."""
+"""Replaces RMS norms, gated ones too, by the native kernel where it gives what the model's own
+gives."""
 
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from fader_adapters.kernels.native import Tape, rms_norm
+from fader_adapters.kernels.native import GateForm, Tape, gated_rms_norm, rms_norm
 
 TOLERANCE = {torch.bfloat16: 2**-7, torch.float32: 1e-5}
 """Relative: one unit in the last place of bf16, for sums taken in another order."""
@@ -31,6 +32,40 @@ class NativeNorm(nn.Module):
         return y.view(x.shape)
 
 
+class NativeGatedNorm(nn.Module):
+    """Stands where a model's gated RMS norm stood: x, gate [..., k] → [..., k]."""
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        *,
+        form: GateForm,
+        group: int,
+        eps: float,
+        tape: Tape | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self._wide = weight.data.float()
+        self._form, self._group, self._eps = form, group, eps
+        self._tape = tape
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        rows, gates = (t.reshape(-1, t.shape[-1]) for t in (x, gate))
+        y = gated_rms_norm(
+            rows, gates, self._wide,
+            form=self._form, group=self._group, eps=self._eps, tape=self._tape,
+        )  # fmt: skip
+        return y.view(x.shape)
+
+
+def replace_gated_norms(model: nn.Module, tape: Tape | None = None) -> int:
+    """Replace every gated RMS norm that one of the kernel's forms reproduces; returns how many."""
+    return replace_modules(
+        model, lambda m: _gated(m, tape) if type(m).__name__.endswith("RMSNormGated") else None
+    )
+
+
 def replace_norms(model: nn.Module, tape: Tape | None = None) -> int:
     """Replace every RMS norm that one of the kernel's forms reproduces; returns how many.
 
@@ -52,6 +87,37 @@ def replace_modules(model: nn.Module, stand_in: Callable[[nn.Module], nn.Module 
             setattr(model.get_submodule(parent), child, native)
             replaced += 1
     return replaced
+
+
+def _gated(module: nn.Module, tape: Tape | None) -> NativeGatedNorm | None:
+    """Asked in fp32 and in the weight's dtype: what is normalised may be of either."""
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not isinstance(eps, float):
+        return None
+    width = weight.shape[0]
+    group = getattr(module, "group_size", width // getattr(module, "n_groups", 1))
+    if weight.dtype not in TOLERANCE or group % 16 or width % group:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x, gate = (torch.randn(4, width, generator=generator).mul_(3.0) for _ in range(2))
+    with torch.inference_mode():
+        for form in (
+            GateForm(inside, sigmoid) for inside in (True, False) for sigmoid in (False, True)
+        ):
+            native = NativeGatedNorm(weight, form=form, group=group, eps=eps, tape=tape)
+            if all(
+                _same(module, native, x.to(dtype), gate.to(weight.dtype))
+                for dtype in {torch.float32, weight.dtype}
+            ):
+                return native
+    return None
+
+
+def _same(module: nn.Module, native: nn.Module, x: torch.Tensor, gate: torch.Tensor) -> bool:
+    expected, found = module(x, gate), native(x, gate)
+    return expected.dtype == found.dtype and torch.allclose(
+        found, expected, rtol=TOLERANCE[gate.dtype], atol=1e-6
+    )
 
 
 def _native(module: nn.Module, tape: Tape | None) -> NativeNorm | None:

@@ -7,6 +7,8 @@ recordings nor proofs are made where streams would wait for them.
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,8 +24,12 @@ from fader_server.model.replay import Arena
 from fader_server.model.shaped import ShapedReplay
 from fader_server.model.sizes import SIZES, Size
 
+if TYPE_CHECKING:  # needs greenlet, which a base without states does not
+    from fader_server.model.packed_states import PackedStates
+
 log = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
 MOST = Size(1 << 14, 1 << 12)
 """Larger steps run operator by operator."""
 
@@ -31,11 +37,18 @@ MOST = Size(1 << 14, 1 << 12)
 class PrefillInputs:
     """The model's inputs at addresses that never change."""
 
-    def __init__(self, *, block_size: int) -> None:
+    def __init__(self, *, block_size: int, states: "PackedStates | None" = None) -> None:
+        """states: of a base whose layers keep some."""
         self._block_size = block_size
+        self._states = states
         self._ids = torch.zeros(1, MOST.tokens, dtype=torch.int64)
         self._positions = torch.zeros(1, MOST.tokens, dtype=torch.int64)
         self._index = torch.zeros(MOST.logits, dtype=torch.int64)
+
+    def batch(self, plan: Plan) -> Batch:
+        """What a plan comes to."""
+        batch = Batch.from_plan(plan, block_size=self._block_size, device=CPU)
+        return batch if self._states is None else self._states.placed(plan, batch)
 
     def fill(self, batch: Batch) -> tuple[Size, StepInputs]:
         """Write a batch's tokens, positions and wanted logits; the rest is taken from it."""
@@ -43,7 +56,10 @@ class PrefillInputs:
         self._ids[:, : size.tokens] = batch.input_ids
         self._positions[:, : size.tokens] = batch.position_ids
         self._index[: size.logits] = batch.logit_index
-        return size, StepInputs(batch.cu_tokens, batch.contexts, batch.block_tables, batch.slots)
+        step = StepInputs(batch.cu_tokens, batch.contexts, batch.block_tables, batch.slots)
+        if batch.states is not None:
+            step = replace(step, state_from=batch.states.came_from, state_to=batch.states.to)
+        return size, step
 
     def blank(self, size: Size) -> Batch:
         """Two rows of nothing: their keys and values are written nowhere."""
@@ -64,6 +80,7 @@ class PrefillInputs:
             rows=(AttentionRow(0, first, first), AttentionRow(first, second, second)),
             sampling=tuple(range(size.logits)),
             scored=(),
+            states=None if self._states is None else self._states.made_up((first, second)),
         )
 
 
@@ -76,13 +93,11 @@ class PrefillReplays:
         inputs: PrefillInputs,
         *,
         forward: Callable[[Batch, Step | None], torch.Tensor],
-        block_size: int,
         arena: Arena,
         scratch: Workspace,
     ) -> None:
         """forward: the model's own, of the base where there is no Step."""
         self._tape, self._inputs, self._forward = tape, inputs, forward
-        self._block_size = block_size
         self._arena, self._scratch = arena, scratch
         self._recordings: list[Recording] = []
         self._replay: ShapedReplay | None = None
@@ -100,7 +115,6 @@ class PrefillReplays:
             self._tape,
             self._inputs,
             forward=self._forward,
-            block_size=self._block_size,
             arena=self._arena,
             scratch=self._scratch,
         )
@@ -121,8 +135,7 @@ class PrefillReplays:
     def run(self, plan: Plan, step: Step | None, forward: Forward) -> torch.Tensor:
         """Logits [rows that sample, vocab], those of `forward`; valid until the next step."""
         assert step is None or isinstance(step, StepPlan)
-        device = torch.device("cpu")
-        batch = Batch.from_plan(plan, block_size=self._block_size, device=device)
+        batch = self._inputs.batch(plan)
         bits = batch.tokens.bit_length()
         self._inherit(bits)
         if self._replay is not None and bits in self._trusted:

@@ -75,7 +75,7 @@ class ProbeModel:
             if isinstance(found := memo[id(module)], nn.Module)
         }  # fmt: skip
         self._solo: SoloModel | None = None
-        if base.solo is not None:
+        if base.keeps_states:
             attend_as_built(self._model)
             self._solo = SoloModel(self._model)
 

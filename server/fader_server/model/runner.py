@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
 
@@ -167,6 +167,7 @@ class ModelRunner:
             if tokens is None:
                 with self._under(step):
                     logits = replays.run(plan, step, forward)
+                self._computed(plan)
                 return self._sampled(plan, sampling, logits)
             assert isinstance(replays, LeadingReplays)
             logits = replays.run_ahead(plan, step, forward, tokens)
@@ -186,7 +187,9 @@ class ModelRunner:
 
     def _eager(self, plan: Plan) -> Ready:
         batch = Batch.from_plan(plan, block_size=self._cache.block_size, device=self._base.device)
-        solo, backend = self._base.solo, self._base.backend
+        solo, backend, states = self._base.solo, self._base.backend, self._base.packed_states
+        if states is not None:
+            batch = states.placed(plan, batch)
         step = backend.prepare(self._tables, plan.terms)
 
         def packed() -> torch.Tensor:
@@ -195,12 +198,17 @@ class ModelRunner:
         def compute() -> Drawn:
             if solo is None:
                 logits = packed()
+                self._computed(plan)
             else:
                 prepare = partial(backend.prepare, self._tables)
                 logits = solo.run(plan, batch, prepare=prepare, packed=packed)
             return self._results(plan, batch, logits)
 
         return compute
+
+    def _computed(self, plan: Plan) -> None:
+        if self._base.packed_states is not None:
+            self._base.packed_states.computed(plan)
 
     def _rows(self, batch: Batch, step: Step | None) -> torch.Tensor:
         """Where every token's logits are wanted, in order, the head's rows are the step's; it is
@@ -225,17 +233,22 @@ class ModelRunner:
 
     def _forward(self, batch: Batch, step: Step | None, head: HeadStep) -> torch.Tensor:
         """[len(batch.logit_index), vocab]"""
-        state = self._base.installed.state
+        state, states = self._base.installed.state, self._base.packed_states
         outer = state.step
         state.step, state.head, state.tokens = step, head, batch.input_ids.shape[1]
+        keeping = nullcontext()
+        if states is not None:
+            assert batch.states is not None
+            keeping = states.of(batch.states)
         try:
-            out = self._base.model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                logits_to_keep=batch.logit_index,
-                fader_step=StepAttention(self._attention, self._cache, batch),
-            )
+            with keeping:
+                out = self._base.model(
+                    input_ids=batch.input_ids,
+                    position_ids=batch.position_ids,
+                    use_cache=False,
+                    logits_to_keep=batch.logit_index,
+                    fader_step=StepAttention(self._attention, self._cache, batch),
+                )
         finally:
             state.step = outer
             state.head = state.tokens = None

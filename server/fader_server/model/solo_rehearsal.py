@@ -3,11 +3,13 @@ side by side, and compares with each sequence at once. Knows module trees; knows
 """
 
 import logging
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fader_adapters.kernels.native import Tape
 from fader_adapters.spec import RowTerms, StepTerms
 from fader_adapters.step_state import StepState
 from fader_server.core import Plan, PlanRow, Request, SamplingParams, Sequence
@@ -16,6 +18,7 @@ from fader_server.model.alone import SoloModel, attend_as_built
 from fader_server.model.experts import keep_rows_apart, routed
 from fader_server.model.kv_cache import LayerShape
 from fader_server.model.mixers import Mixers
+from fader_server.model.packed_states import PackedStates
 from fader_server.model.rehearsal import (
     BOUND,
     BOUND_ROUNDED,
@@ -37,6 +40,20 @@ MEASURED = 8
 """Tokens of a sequence whose cache is measured, and half of those of the other."""
 
 
+@dataclass(frozen=True)
+class Apart:
+    """How the rows of a model run whose sequences keep states."""
+
+    forward: OwnForward | None
+    """None: they share whole forwards."""
+    states: PackedStates | None
+    """Where the layers that keep states take all rows at once."""
+    layers: dict[nn.Module, LayerShape]
+    """What attention layers keep in the engine's cache."""
+    state: StateShape
+    """What a sequence keeps beside it."""
+
+
 def run_alone(
     model: PreTrainedModel,
     state: StepState,
@@ -44,22 +61,29 @@ def run_alone(
     *,
     dtype: torch.dtype,
     packed: ModelUnsupported,
-) -> tuple[OwnForward, dict[nn.Module, LayerShape], StateShape]:
-    """How the rows of this model run, what its attention layers keep in the engine's cache, and
-    what a sequence keeps beside it. Raises ModelUnsupported, in one line.
+    tape: Tape | None = None,
+) -> Apart:
+    """How the rows of this model run. Raises ModelUnsupported, in one line.
 
-    `packed`: why rows cannot share whole forwards.
+    `packed`: why rows cannot share forwards of the model's own code. `tape`: of the native kernels,
+    where states may lie in theirs.
     """
     solo = rehearse_solo(model, state, dtype=dtype, packed=packed)
     shape = measured(solo.solo, made_up(model, 2 * MEASURED).tolist())
     solo.end()
+    if tape is not None:
+        shared = rehearse_states(model, source, dtype=dtype, tape=tape)
+        if shared is not None:
+            states, layers = shared
+            log.info("%s: %d layers keep states in native kernels", source, len(states))
+            return Apart(None, states, layers, states.state)
     shared = rehearse_mixers(model, source, dtype=dtype)
     if shared is not None:
         mixers, layers = shared
         log.warning("%s: %d layers run row by row, which is slower", packed, len(mixers))
-        return mixers, layers, mixers.state
+        return Apart(mixers, None, layers, mixers.state)
     log.warning("%s: its sequences run one by one between their linears, which is slower", packed)
-    return SoloForward(model, state), {}, shape
+    return Apart(SoloForward(model, state), None, {}, shape)
 
 
 def rehearse_solo(
@@ -84,6 +108,28 @@ def rehearse_solo(
             f"(logits differ by {found:.2g} of their spread)"
         )
     return forward
+
+
+def rehearse_states(
+    model: PreTrainedModel, source: str, *, dtype: torch.dtype, tape: Tape
+) -> tuple[PackedStates, dict[nn.Module, LayerShape]] | None:
+    """The layers of a model that was rehearsed alone that keep their states in native kernels, and
+    the shapes of the others' caches. None where they cannot.
+    """
+    states, apart = None, keep_rows_apart(model)
+    try:
+        states = PackedStates(model, tape)
+        states.prove(dtype)
+        layers = rehearse(model, source, dtype=dtype, aside=states)
+        if same_bits(model, states):
+            return states, layers
+    except Exception as error:  # noqa: BLE001 - whatever it is, the model's own code is left
+        log.debug("%s: states cannot lie in native kernels: %s", source, error)
+    attend_as_built(model)
+    apart()
+    if states is not None:
+        states.end()
+    return None
 
 
 def rehearse_mixers(

@@ -8,7 +8,13 @@ from fader_adapters.kernels import native
 from fader_adapters.kernels.native import Map, activation
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
-WANTED = {Map.SILU: F.silu, Map.GELU_TANH: lambda x: F.gelu(x, approximate="tanh")}
+WANTED = {
+    Map.SILU: F.silu,
+    Map.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
+    Map.SIGMOID: torch.sigmoid,
+    Map.SOFTPLUS: F.softplus,
+    Map.EXP: torch.exp,
+}
 
 
 @pytest.mark.parametrize("kind", list(WANTED))
@@ -27,6 +33,13 @@ def test_an_element_has_the_same_bits_in_the_tail_and_in_strided_rows():
     whole = activation(x, Map.SILU)
     assert torch.equal(activation(x[:, :7], Map.SILU), whole[:, :7])
     assert torch.equal(activation(x[:, 7:].contiguous(), Map.SILU), whole[:, 7:])
+
+
+@pytest.mark.parametrize("kind", list(WANTED))
+def test_extremes_are_those_of_the_formula(level, kind):
+    x = torch.tensor([[-1e4, -90.0, -20.0, -1e-6, 0.0, 1e-6, 20.0, 80.0, float("nan")]])
+    found, expected = activation(x, kind).double(), WANTED[kind](x.double())
+    assert torch.allclose(found, expected, atol=1e-30, rtol=2e-6, equal_nan=True)
 
 
 def test_other_maps_and_types_are_refused():

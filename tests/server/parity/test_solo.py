@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from fader_server.core import Plan
-from fader_server.engine.limits import Limits
 from fader_server.errors import EngineFault, ModelUnsupported
 from fader_server.model import alone, rehearsal
 from fader_server.model import solo as solo_module
@@ -18,18 +17,19 @@ from fader_server.model.solo import SoloForward
 from fader_server.model.states import StateShape
 from fader_server.model.views import BaseView
 from tests.server.parity.test_families import BOUND, difference
-from tests.server.parity.test_many_families import adapters, asks, equals_peft
+from tests.server.parity.test_many_families import asks, equals_peft
 from tests.support.families import write_family
 from tests.support.lanes import merge, publish
 from tests.support.many_families import write_many
 from tests.support.oracle import Oracle
+from tests.support.own_states import LIMITS, Setting, Twice, bits, same_bits_alone
 from tests.support.solo_families import SOLO
-from tests.support.world import Answer, Ask, TinyWorld, greedy
+from tests.support.world import Ask, TinyWorld, greedy
 
 QUICK = frozenset({"bloom", "granite-hybrid-moe", "lfm2", "qwen3.5"})
 STATEFUL = "qwen3.5"
-LIMITS = Limits(max_rows=8, max_step_tokens=40, chunk_size=32, max_model_len=512)
-"""Small, so that prompts come in chunks and wait for each other."""
+ELSEWHERE = "reference"
+"""The backend: native kernels take states of all rows at once (`test_packed_states`)."""
 
 
 @pytest.mark.parametrize(
@@ -38,36 +38,14 @@ LIMITS = Limits(max_rows=8, max_step_tokens=40, chunk_size=32, max_model_len=512
 )
 def test_mixed_batches_equal_peft(family: str, tmp_path: Path):
     base = write_many(*SOLO[family], tmp_path / "base")
-    world = TinyWorld(base)
+    world = TinyWorld(base, backend=ELSEWHERE)
     assert world.base.solo is not None
     equals_peft(base, tmp_path, world)
 
 
-class Setting:
-    """A base with states of its own and two adapters."""
-
-    def __init__(self, family: str, folder: Path) -> None:
-        self.base = write_many(*SOLO[family], folder / "base")
-        self.adapters = adapters(self.base, folder, TinyWorld(self.base))
-
-    def world(self, **options) -> TinyWorld:
-        world = TinyWorld(self.base, **options)
-        for name, path in self.adapters.items():
-            world.load(name, path)
-        return world
-
-
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    return Setting(STATEFUL, tmp_path_factory.mktemp(STATEFUL))
-
-
-def bits(answers: list[Answer]) -> list[tuple[list[int], list[float], list[float]]]:
-    assert not any(answer.error for answer in answers)
-    return [
-        (a.tokens, [t.logprob for t in a.logprobs], [t.logprob for t in a.prompt_logprobs])
-        for a in answers
-    ]
+    return Setting.of(STATEFUL, tmp_path_factory.mktemp(STATEFUL), ELSEWHERE)
 
 
 @pytest.mark.slow
@@ -76,21 +54,12 @@ def bits(answers: list[Answer]) -> list[tuple[list[int], list[float], list[float
 def test_in_every_family_a_row_has_the_bits_that_it_has_alone(
     family: str, dtype: torch.dtype, tmp_path: Path
 ):
-    same_bits_alone(Setting(family, tmp_path), dtype)
+    same_bits_alone(Setting.of(family, tmp_path, ELSEWHERE), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_has_the_bits_that_it_has_alone(setting: Setting, dtype: torch.dtype):
     same_bits_alone(setting, dtype)
-
-
-def same_bits_alone(setting: Setting, dtype: torch.dtype) -> None:
-    questions = asks(512)
-    together = setting.world(limits=LIMITS, dtype=dtype)
-    alone = setting.world(limits=LIMITS, dtype=dtype)
-    given = bits(together.run(questions))
-    assert max(len(plan.rows) for plan in together.plans) > 2
-    assert given == [bits(alone.run([ask]))[0] for ask in questions]
 
 
 def test_who_is_sent_back_goes_on_with_the_same_bits(setting: Setting):
@@ -117,17 +86,6 @@ def test_nothing_is_found_that_another_computed(setting: Setting):
     first, again = world.run([ask])[0], world.run([ask])[0]
     assert bits([first]) == bits([again])
     assert first.cached == again.cached == world.blocks.cached == 0
-
-
-class Twice:
-    """A runner that computes every step twice and gives the second results."""
-
-    def __init__(self, world: TinyWorld) -> None:
-        self._run = world.runner.run
-
-    def __call__(self, plan: Plan):
-        self._run(plan)
-        return self._run(plan)
 
 
 def test_a_step_may_be_run_again(setting: Setting, monkeypatch: pytest.MonkeyPatch):
@@ -204,7 +162,7 @@ def test_a_merged_lane_runs_there_too(setting: Setting):
 @pytest.mark.parametrize("family", [STATEFUL, "bloom"])
 def test_a_merge_is_measured_there_too(family: str, tmp_path: Path):
     """By the same text through a copy of the model, chunk by chunk, while steps may run."""
-    setting = Setting(family, tmp_path)
+    setting = Setting.of(family, tmp_path, ELSEWHERE)
     world, tokens = setting.world(), asks(512)[2].prompt
     probe = ProbeModel(world.base, lambda: None)
     logits = torch.cat([views[0] for views in probe.logits(tokens, [BaseView()])])
@@ -244,7 +202,7 @@ ROW_BY_ROW = {
 def test_only_what_keeps_states_runs_row_by_row_where_rows_keep_their_bits(
     family: str, tmp_path: Path
 ):
-    base = TinyWorld(write_many(*SOLO[family], tmp_path / "base")).base
+    base = TinyWorld(write_many(*SOLO[family], tmp_path / "base"), backend=ELSEWHERE).base
     assert isinstance(base.solo, Mixers if family in ROW_BY_ROW else SoloForward)
     assert bool(base.layers) == (family in ROW_BY_ROW)
 
@@ -255,7 +213,7 @@ def test_rows_that_would_not_keep_their_bits_run_alone(
     """As when an activation takes another path for one row than for several."""
     source = write_many(*SOLO[STATEFUL], tmp_path / "base")
     monkeypatch.setattr(rehearsal, "_packed", _noisy(rehearsal._packed))
-    assert isinstance(TinyWorld(source).base.solo, SoloForward)
+    assert isinstance(TinyWorld(source, backend=ELSEWHERE).base.solo, SoloForward)
 
 
 def _noisy(packed):

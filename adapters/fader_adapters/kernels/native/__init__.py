@@ -8,7 +8,7 @@ from fader_adapters.kernels.native.activation import activation
 from fader_adapters.kernels.native.attention import PagedAttention, paged_attention
 from fader_adapters.kernels.native.experts import ExpertPanels
 from fader_adapters.kernels.native.library import LEVELS, available, best_isa, isa, reason, set_isa
-from fader_adapters.kernels.native.norm import rms_norm
+from fader_adapters.kernels.native.norm import GateForm, gated_rms_norm, rms_norm
 from fader_adapters.kernels.native.ops import Call, Kind, Map, Op, Tape
 from fader_adapters.kernels.native.panels import Nf4Panels, PanelStore, in_huge_pages
 from fader_adapters.kernels.native.plain import PlainPanels
@@ -37,6 +37,7 @@ __all__ = [
     "Call",
     "Convolution",
     "ExpertPanels",
+    "GateForm",
     "Kind",
     "Lookup",
     "Map",
@@ -64,6 +65,7 @@ __all__ = [
     "delta",
     "dequantise_absmax",
     "dequantise_nf4",
+    "gated_rms_norm",
     "gemm",
     "in_huge_pages",
     "isa",

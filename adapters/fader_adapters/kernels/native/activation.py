@@ -9,16 +9,19 @@ from fader_adapters.kernels.native import checks
 from fader_adapters.kernels.native.library import CODES, check, library
 from fader_adapters.kernels.native.ops import Kind, Map, Op, Tape
 
+ACTIVATIONS = (Map.SILU, Map.GELU_TANH, Map.SIGMOID, Map.SOFTPLUS, Map.EXP)
+
 
 def activation(x: Tensor, kind: Map, *, tape: Tape | None = None) -> Tensor:
-    """SILU x·σ(x) or GELU_TANH ½x(1 + tanh(√(2/π)(x + 0.044715x³))), in fp32, rounded once.
+    """SILU x·σ(x), GELU_TANH ½x(1 + tanh(√(2/π)(x + 0.044715x³))), SIGMOID σ(x) = 1/(1 + e⁻ˣ),
+    SOFTPLUS log(1 + eˣ) or EXP eˣ (0 below −87, e⁸⁸ above 88), in fp32, rounded once.
 
     x [T, k] bf16 or fp32, rows may be strided → [T, k]. An element's bits depend on nothing but
     itself. Raises: TypeError, ValueError.
     """
     checks.rows("x", x, checks.FLOATS, shape=(None, None))
-    if kind not in (Map.SILU, Map.GELU_TANH):
-        raise ValueError(f"kind must be SILU or GELU_TANH, got {kind!r}")
+    if kind not in ACTIVATIONS:
+        raise ValueError(f"kind must be an activation, got {kind!r}")
     out = torch.empty(x.shape, dtype=x.dtype)
     op = Op(kind=Kind.MAP, map=kind, dtype=CODES[x.dtype], out_dtype=CODES[x.dtype])
     op.x, op.out = x.data_ptr(), out.data_ptr()

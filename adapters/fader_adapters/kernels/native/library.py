@@ -42,6 +42,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "fader_lookup": [_P, _P, _L, _P, _P, _I, _L, _P, _L, _P, _I],
     "fader_experts": [_P, _L, _P, _P, _I, _L, _P, _I, _L, _P, _L, _P, _I],
     "fader_rms_norm": [_L, _L, _P, _L, _P, _I, _I, _F, _P, _I],
+    "fader_gated_norm": [_L, _L, _L, _P, _I, _L, _P, _I, _L, _P, _I, _F, _P, _I],
     "fader_conv": [_P, _L, _L, _P, _P, _L, _P, _I],
     "fader_scan": [_P, _L, _L, _P, _P, _I, _L, _P, _P, _I, _I],
     "fader_map": [_P],

@@ -24,6 +24,7 @@ class Kind(IntEnum):
     EXPERTS = 7
     CONV = 8
     SCAN = 9
+    GATED_NORM = 10
 
 
 class Map(IntEnum):
@@ -36,6 +37,9 @@ class Map(IntEnum):
     MUL = 4
     SILU = 5
     GELU_TANH = 6
+    SIGMOID = 7
+    SOFTPLUS = 8
+    EXP = 9
 
 
 class Op(ctypes.Structure):

@@ -160,8 +160,8 @@ class Scan:
         """skip [heads]: y also has skip·v; copied. Raises: TypeError, ValueError."""
         if not form.fits:
             raise ValueError(
-                f"keys and values must be multiples of {LANE}, keys at most {MOST_KEYS}, and groups "
-                f"must divide the heads, got {form}"
+                f"keys and values must be multiples of {LANE}, keys at most {MOST_KEYS}, and "
+                f"groups must divide the heads, got {form}"
             )
         self.form = form
         self.states = torch.empty(

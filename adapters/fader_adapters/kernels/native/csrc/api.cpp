@@ -257,6 +257,15 @@ int fader_scan(const fader_scan_t *s, int64_t T, int64_t R, const fader_rows_t *
     return status ? status : now().scan(s, R, rows, x, dtype, xs, gates, out, out_dtype, nt);
 }
 
+int fader_gated_norm(int64_t M, int64_t K, int64_t group, const void *x, int dtype, int64_t xs, const void *gate, int gd,
+                     int64_t gs, const float *w, int flags, float eps, void *y, int nt) {
+    if (M < 0 || K <= 0 || nt < 1 || dtype < 0 || dtype > FADER_BF16 || gd < 0 || gd > FADER_BF16) return FADER_E_ARG;
+    if (group <= 0 || group % 16 || K % group || flags < 0 || flags > 3) return FADER_E_ARG;
+    if (!M) return 0;
+    if (!x || !gate || !w || !y || xs < K || gs < K) return FADER_E_ARG;
+    return now().gated_norm(M, K, group, x, dtype, xs, gate, gd, gs, w, flags, eps, y, nt);
+}
+
 int fader_map(const fader_op_t *o) {
     if (!o || !o->x || !o->out || o->dtype < 0 || o->dtype > FADER_BF16 || o->out_dtype < 0 || o->out_dtype > FADER_BF16) return FADER_E_ARG;
     if (o->x_step[3] != 1 || o->out_step[3] != 1 || o->y_step[3] < 0 || o->y_step[3] > 1) return FADER_E_ARG;

@@ -94,5 +94,7 @@ struct Kernels {
     int (*conv)(const fader_conv_t *, int64_t, const fader_rows_t *, const void *, int64_t, void *, int);
     int (*scan)(const fader_scan_t *, int64_t, const fader_rows_t *, const void *, int, int64_t, const float *, void *, int,
                 int);
+    int (*gated_norm)(int64_t, int64_t, int64_t, const void *, int, int64_t, const void *, int, int64_t, const float *, int,
+                      float, void *, int);
 };
 extern const Kernels fader_scalar, fader_avx2, fader_avx512, fader_avx512bf16;

@@ -125,6 +125,13 @@ int fader_experts(const fader_experts_t *stack, int64_t T, const int32_t *ends, 
 int fader_rms_norm(int64_t M, int64_t K, const void *x, int64_t x_stride, const void *w, int dtype,
                    int about_one, float eps, void *y, int nt);
 
+/* y[M,K] = w * n(x) * act(gate), n(x) = x / sqrt(mean(x^2) + eps) over each `group` elements of a row, or with
+ * `inside` w * n(x * act(gate)); act is SiLU, or the sigmoid; one rounding. y of x's dtype; w fp32 [K];
+ * group % 16 == 0, K % group == 0 */
+enum { FADER_GATE_INSIDE = 1, FADER_GATE_SIGMOID = 2 };
+int fader_gated_norm(int64_t M, int64_t K, int64_t group, const void *x, int dtype, int64_t x_stride, const void *gate,
+                     int gate_dtype, int64_t gate_stride, const float *w, int flags, float eps, void *y, int nt);
+
 /* ---- Paged attention ---------------------------------------------------------------------------
  * caches [blocks, block_size, kv_heads, dim]; q, out [T, heads, dim]; one dtype for all of them.
  * Query i of a row with n queries stands at position context - n + i and sees positions <= its own,
@@ -190,19 +197,21 @@ int fader_scan(const fader_scan_t *scan, int64_t T, int64_t R, const fader_rows_
  * out = map(x, y) over `size`, steps in elements; y NULL: `scalar` stands for it. dtype is that of x and y;
  * only a copy may change it. */
 enum { FADER_OP_SITE, FADER_OP_NORM, FADER_OP_WRITE_KV, FADER_OP_ATTEND, FADER_OP_GATHER, FADER_OP_MAP, FADER_OP_LOOKUP, FADER_OP_EXPERTS,
-       FADER_OP_CONV, FADER_OP_SCAN };
-enum { FADER_MAP_COPY, FADER_MAP_NEG, FADER_MAP_ADD, FADER_MAP_SUB, FADER_MAP_MUL, FADER_MAP_SILU, FADER_MAP_GELU_TANH };
+       FADER_OP_CONV, FADER_OP_SCAN, FADER_OP_GATED_NORM };
+enum { FADER_MAP_COPY, FADER_MAP_NEG, FADER_MAP_ADD, FADER_MAP_SUB, FADER_MAP_MUL, FADER_MAP_SILU, FADER_MAP_GELU_TANH,
+       FADER_MAP_SIGMOID, FADER_MAP_SOFTPLUS, FADER_MAP_EXP };
 typedef struct {
-    int32_t kind, map, dtype, out_dtype; /* map: NORM: about_one; GATHER: rows are panels; SITE: base only */
-    const void *what;                    /* the struct of the kind, or the weight of NORM */
+    int32_t kind, map, dtype, out_dtype; /* map: NORM: about_one; GATED_NORM: flags; GATHER: rows are panels;
+                                            SITE: base only. out_dtype: GATED_NORM: of y, the gate */
+    const void *what;                    /* the struct of the kind, or the weight of NORM, GATED_NORM */
     const void *x, *y; /* WRITE_KV: k, v; GATHER: rows [n,k], int64 index [size[0]]; LOOKUP: int64 ids, -;
                           EXPERTS: -, int32 ends; SCAN: -, gates */
     void *out;
     const float *bias;
     int64_t n, k, x_stride, y_stride, out_stride;
     int64_t size[4], x_step[4], y_step[4], out_step[4]; /* MAP; innermost x and out steps 1, y 0 or 1;
-                                                           SITE, LOOKUP, NORM, EXPERTS, CONV, SCAN: size[0] rows */
-    float scalar;                                       /* NORM: eps */
+                                                           SITE, LOOKUP, NORM, EXPERTS, CONV, SCAN, GATED_NORM: size[0] rows */
+    float scalar;                                       /* NORM, GATED_NORM: eps */
     int32_t pad;
 } fader_op_t;
 int fader_map(const fader_op_t *op);

@@ -12,4 +12,4 @@
 
 #define FADER_EXPORT(NAME) \
     extern const Kernels NAME = {site, attention, quantise, dequantise, probe_read, probe_dot, norm, map, lookup, keep, experts, conv, \
-                                 scan}
+                                 scan, gated_norm}

@@ -12,6 +12,15 @@ FADER_INLINE V vgelu_tanh(V x) {
     return vmul(vmul(vset(0.5f), x), vadd(vset(1.0f), vtanh(inner)));
 }
 
+FADER_INLINE V vsigmoid(V x) { return vdiv(vset(1.0f), vadd(vset(1.0f), vexp(vmul(x, vset(-1.0f))))); }
+// max(x, 0) + log(1 + e) with e = exp(-|x|), the logarithm as 2 artanh(e / (2 + e))
+FADER_INLINE V vsoftplus(V x) {
+    const V e = vexp(vmin(vmul(x, vset(-1.0f)), x)), s = vdiv(e, vadd(vset(2.0f), e)), z = vmul(s, s);
+    V y = vset(1.0f / 15);
+    for (int n = 13; n > 0; n -= 2) y = vfma(y, z, vset(1.0f / (float)n));
+    return vfma(vmul(s, vset(2.0f)), y, vmax(vzero(), x));
+}
+
 template <int MAP> FADER_INLINE V mapped(V x, V y) {
     if constexpr (MAP == FADER_MAP_NEG) return vmul(x, vset(-1.0f));
     if constexpr (MAP == FADER_MAP_ADD) return vadd(x, y);
@@ -19,6 +28,9 @@ template <int MAP> FADER_INLINE V mapped(V x, V y) {
     if constexpr (MAP == FADER_MAP_MUL) return vmul(x, y);
     if constexpr (MAP == FADER_MAP_SILU) return vsilu(x);
     if constexpr (MAP == FADER_MAP_GELU_TANH) return vgelu_tanh(x);
+    if constexpr (MAP == FADER_MAP_SIGMOID) return vsigmoid(x);
+    if constexpr (MAP == FADER_MAP_SOFTPLUS) return vsoftplus(x);
+    if constexpr (MAP == FADER_MAP_EXP) return vexp(x);
     return x;
 }
 
@@ -61,6 +73,9 @@ template <class T> static int map_typed(const fader_op_t &o) {
     case FADER_MAP_NEG: map_all<FADER_MAP_NEG, T, T, false>(o); return 0;
     case FADER_MAP_SILU: map_all<FADER_MAP_SILU, T, T, false>(o); return 0;
     case FADER_MAP_GELU_TANH: map_all<FADER_MAP_GELU_TANH, T, T, false>(o); return 0;
+    case FADER_MAP_SIGMOID: map_all<FADER_MAP_SIGMOID, T, T, false>(o); return 0;
+    case FADER_MAP_SOFTPLUS: map_all<FADER_MAP_SOFTPLUS, T, T, false>(o); return 0;
+    case FADER_MAP_EXP: map_all<FADER_MAP_EXP, T, T, false>(o); return 0;
     case FADER_MAP_ADD: (binary ? map_all<FADER_MAP_ADD, T, T, true> : map_all<FADER_MAP_ADD, T, T, false>)(o); return 0;
     case FADER_MAP_SUB: (binary ? map_all<FADER_MAP_SUB, T, T, true> : map_all<FADER_MAP_SUB, T, T, false>)(o); return 0;
     case FADER_MAP_MUL: (binary ? map_all<FADER_MAP_MUL, T, T, true> : map_all<FADER_MAP_MUL, T, T, false>)(o); return 0;

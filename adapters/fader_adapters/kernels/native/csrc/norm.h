@@ -47,6 +47,52 @@ static void norm_rows(int64_t M, int64_t K, const void *x, int64_t xs, const voi
     });
 }
 
+template <int FLAGS, class Tx, class Tg>
+static void gated_norm_row(int64_t K, int64_t group, const Tx *x, const Tg *gate, const float *w, float eps, Tx *y) {
+    const auto open = [&](int64_t i) {
+        const V g = vload_as(gate + i), s = vdiv(vset(1.0f), vadd(vset(1.0f), vexp(vmul(g, vset(-1.0f)))));
+        return FLAGS & FADER_GATE_SIGMOID ? s : vmul(g, s);
+    };
+    const auto input = [&](int64_t i) {
+        const V v = vload_as(x + i);
+        return FLAGS & FADER_GATE_INSIDE ? vmul(v, open(i)) : v;
+    };
+    for (int64_t from = 0; from < K; from += group) {
+        V squares = vzero();
+        for (int64_t i = from; i < from + group; i += W) {
+            const V v = input(i);
+            squares = vfma(v, v, squares);
+        }
+        const V r = vset(1.0f / sqrtf(vsum(squares) / (float)group + eps));
+        for (int64_t i = from; i < from + group; i += W) {
+            const V n = vmul(vmul(input(i), r), vload(w + i));
+            vstore_as(y + i, FLAGS & FADER_GATE_INSIDE ? n : vmul(n, open(i)));
+        }
+    }
+}
+
+template <class Tx, class Tg>
+static void gated_norm_rows(int64_t M, int64_t K, int64_t group, const void *x, int64_t xs, const void *gate, int64_t gs,
+                            const float *w, int flags, float eps, void *y, int nt) {
+    const auto row = flags == 0   ? gated_norm_row<0, Tx, Tg>
+                     : flags == 1 ? gated_norm_row<1, Tx, Tg>
+                     : flags == 2 ? gated_norm_row<2, Tx, Tg>
+                                  : gated_norm_row<3, Tx, Tg>;
+    const int64_t some = max64(1, 2048 / K); // rows of an item
+    share(M * K > 8192 ? nt : 1, ceil_div(M, some), [&](int64_t item, int) {
+        for (int64_t m = item * some; m < min64(M, (item + 1) * some); m++)
+            row(K, group, (const Tx *)x + m * xs, (const Tg *)gate + m * gs, w, eps, (Tx *)y + m * K);
+    });
+}
+
+int gated_norm(int64_t M, int64_t K, int64_t group, const void *x, int dtype, int64_t xs, const void *gate, int gd,
+               int64_t gs, const float *w, int flags, float eps, void *y, int nt) {
+    const auto rows = dtype == FADER_BF16 ? (gd == FADER_BF16 ? gated_norm_rows<u16, u16> : gated_norm_rows<u16, float>)
+                                          : (gd == FADER_BF16 ? gated_norm_rows<float, u16> : gated_norm_rows<float, float>);
+    rows(M, K, group, x, xs, gate, gs, w, flags, eps, y, nt);
+    return 0;
+}
+
 int norm(int64_t M, int64_t K, const void *x, int64_t xs, const void *w, int dtype, int about_one, float eps,
          void *y, int nt) {
     if (dtype == FADER_BF16) norm_rows<u16>(M, K, x, xs, w, about_one, eps, y, nt);

@@ -67,6 +67,9 @@ static int run_one(const fader_op_t &o, const fader_step_t &s, void *scratch, in
     case FADER_OP_EXPERTS:
         return fader_experts((const fader_experts_t *)o.what, o.size[0], (const int32_t *)o.y, o.x, o.dtype, o.x_stride,
                              o.out, o.out_dtype, o.out_stride, scratch, bytes, need, nt);
+    case FADER_OP_GATED_NORM:
+        return fader_gated_norm(o.size[0], o.k, o.n, o.x, o.dtype, o.x_stride, o.y, o.out_dtype, o.y_stride,
+                                (const float *)o.what, o.map, o.scalar, o.out, nt);
     case FADER_OP_CONV:
     case FADER_OP_SCAN: return go_on(o, s, nt);
     }

@@ -1,0 +1,214 @@
+"""Layers that keep states of their own beside attention, computed for all rows of a step at once:
+the model's own forward, with native kernels where its functions over a sequence's tokens stand.
+
+Knows modules by the functions that they call; what those compute `state_kernels` knows, where
+states lie `state_slots`. Each layer proves on a few tokens that it computes what it did.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import FunctionType, MethodType
+
+import torch
+from torch import nn
+from transformers import Cache, PretrainedConfig, PreTrainedModel
+
+from fader_adapters.kernels.native import StateRows, Tape
+from fader_server.core import Plan
+from fader_server.errors import ModelUnsupported
+from fader_server.model.batch import Batch
+from fader_server.model.mixers import found
+from fader_server.model.rehearsal import distance
+from fader_server.model.state_kernels import StateKernels
+from fader_server.model.state_slots import NOBODY, SPARE, StateSlots
+from fader_server.model.states import StateShape, new_cache
+from fader_server.model.steady import Steady
+
+PIECES = ((6,), (1, 9), (1,), (5,))
+"""Tokens of the first sequence, and of another beside it, step by step of the proof."""
+BOUND = {torch.float32: 1e-3}
+BOUND_ROUNDED = 0.05
+"""Largest distance of a layer's output over its spread, in fp32 and in 16-bit floats."""
+
+
+class PackedStates:
+    """Of one model. One thread at a time."""
+
+    def __init__(self, model: PreTrainedModel, tape: Tape) -> None:
+        """Raises ModelUnsupported where a layer calls no function that is known."""
+        self._rows: StateRows | None = None
+        self._steady = Steady(tape)
+        self._config = model.config
+        self._slots = StateSlots()
+        self._room = 0
+        self._layers: list[_Layer] = []
+        try:
+            for module, cache in found(model):
+                self._layers.append(_Layer(module, cache, tape, self))
+        except ModelUnsupported:
+            self.end()
+            raise
+        if not self._layers:
+            raise ModelUnsupported("no layer is known to keep states")
+        self._have(8)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @property
+    def rows(self) -> StateRows | None:
+        """Of the forward that runs now; None: it is none of the engine's, and keeps no states."""
+        return self._rows
+
+    linears: frozenset[nn.Module] = frozenset()
+    """Those that are not given all of a step's tokens: none."""
+
+    @property
+    def state(self) -> StateShape:
+        """What a sequence takes, after a forward."""
+        each = sum(layer.kernels.bytes_per_slot for layer in self._layers)
+        return StateShape(per_token=0, fixed=2 * each)
+
+    def end(self) -> None:
+        """Leave the model as it was."""
+        for layer in self._layers:
+            layer.end()
+
+    def places(self, plan: Plan) -> tuple[list[int], list[int]]:
+        """Of each row the slot it goes on from and the one its state goes to, in which there is
+        room now. Raises EngineFault when a state is not known."""
+        places = self._slots.places(plan.rows)
+        if self._slots.count > self._room:
+            self._have(self._slots.count + self._slots.count // 2)
+        return places
+
+    def placed(self, plan: Plan, batch: Batch) -> Batch:
+        """The batch of a plan with the places of its states."""
+        came_from, to = (torch.tensor(x, dtype=torch.int32) for x in self.places(plan))
+        return replace(batch, states=StateRows(batch.cu_tokens, came_from, to))
+
+    def made_up(self, counts: Sequence[int]) -> StateRows:
+        """Up to two rows of nobody's, from their beginning."""
+        assert len(counts) <= SPARE
+        return state_rows(counts, [NOBODY] * len(counts), list(range(len(counts))))
+
+    def computed(self, plan: Plan) -> None:
+        """The step's states are there now."""
+        self._slots.computed(plan.rows)
+
+    @contextmanager
+    def of(self, rows: StateRows) -> Iterator[None]:
+        """The forward that runs inside goes on from these states; a token's bits are its own."""
+        self._rows = rows
+        try:
+            with self._steady:
+                yield
+        finally:
+            self._rows = None
+
+    @contextmanager
+    def strictly(self) -> Iterator[None]:
+        """One of the layers runs."""
+        self._steady.strict = True
+        try:
+            yield
+        finally:
+            self._steady.strict = False
+
+    @contextmanager
+    def rows_of(self, counts: Sequence[int]) -> Iterator[None]:
+        """New sequences of so many tokens share the next forward."""
+        with self.of(self.made_up(counts)):
+            yield
+
+    def prove(self, dtype: torch.dtype) -> None:
+        """Compare each layer with its own code and cache. Raises ModelUnsupported."""
+        bound = BOUND.get(dtype, BOUND_ROUNDED)
+        with torch.inference_mode():
+            for layer in self._layers:
+                apart = layer.proof(self._config, dtype)
+                if not apart <= bound:
+                    raise ModelUnsupported(
+                        f"{type(layer.module).__name__} does not give with other kernels what it "
+                        f"gives (outputs differ by {apart:.2g} of their spread)"
+                    )
+
+    def _have(self, slots: int) -> None:
+        self._room = slots
+        for layer in self._layers:
+            layer.kernels.grow(slots)
+
+
+class _Layer:
+    """One of the modules; a function stands where its forward stood."""
+
+    def __init__(self, module: nn.Module, cache: str, tape: Tape, owner: PackedStates) -> None:
+        """cache: what it calls the cache it is given."""
+        self.module = module
+        self.kernels = StateKernels(tape)
+        self._owner = owner
+        self._cache = cache
+        self._own: Callable[..., torch.Tensor] = module.forward
+        own, kernels, packed = self._own, self.kernels, _with_functions(module, self.kernels)
+
+        def forward(*args: object, **kwargs: object) -> torch.Tensor:
+            if owner.rows is None:
+                return own(*args, **kwargs)
+            kernels.rows = owner.rows
+            with owner.strictly():
+                return packed(*args, **{**kwargs, cache: None})
+
+        # a function, which a copy of the model may share, where a method would bring its owner
+        setattr(module, "forward", forward)  # noqa: B010
+
+    def end(self) -> None:
+        setattr(self.module, "forward", self._own)  # noqa: B010
+
+    def proof(self, config: PretrainedConfig, dtype: torch.dtype) -> float:
+        """The largest distance of an output from that of the module's own code, by two sequences
+        in pieces."""
+        generator = torch.Generator().manual_seed(0)
+        width = config.get_text_config(decoder=True).hidden_size
+        caches: list[Cache] = [new_cache(config), new_cache(config)]
+        apart, slot = 0.0, NOBODY
+        for at, counts in enumerate(PIECES):
+            given = [torch.randn(1, n, width, generator=generator).to(dtype) for n in counts]
+            expected = [
+                self._own(x, **{self._cache: cache})
+                for x, cache in zip(given, caches, strict=False)
+            ]
+            came_from = [slot, NOBODY][: len(counts)]
+            slot = at % 2
+            with self._owner.of(state_rows(counts, came_from, [slot, 2][: len(counts)])):
+                output = self.module(torch.cat(given, dim=1))
+            apart = max(apart, distance(output[0], torch.cat(expected, dim=1)[0]))
+        return apart
+
+
+def state_rows(counts: Sequence[int], came_from: list[int], to: list[int]) -> StateRows:
+    """The tensors of rows of so many tokens."""
+    starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
+    return StateRows(*(torch.tensor(x, dtype=torch.int32) for x in (starts, came_from, to)))
+
+
+def _with_functions(module: nn.Module, kernels: StateKernels) -> Callable[..., torch.Tensor]:
+    """The module's forward, its class's own code, where it calls other functions."""
+    written = inspect.unwrap(type(module).forward)
+    known = {
+        name: stand_in
+        for name, stand_in in kernels.functions.items()
+        if name in written.__code__.co_names
+    }
+    if "causal_conv1d_fn" not in known:
+        raise ModelUnsupported(f"{type(module).__name__} calls no function that is known")
+    twin = FunctionType(
+        written.__code__,
+        {**written.__globals__, **known},
+        written.__name__,
+        written.__defaults__,
+        written.__closure__,
+    )
+    twin.__kwdefaults__ = written.__kwdefaults__
+    return MethodType(twin, module)

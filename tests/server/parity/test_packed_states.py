@@ -1,0 +1,247 @@
+"""Bases whose layers keep states in native kernels: PEFT's answers, a row's own bits, and steps
+that are recorded like those of any other base."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fader_adapters.kernels.native import Scan
+from fader_server.errors import EngineFault
+from fader_server.model import packed_states, solo_rehearsal
+from fader_server.model.mixers import Mixers
+from fader_server.model.prefill import NativeReplays
+from fader_server.model.probe import ProbeModel
+from fader_server.model.state_kernels import StateKernels
+from fader_server.model.state_slots import SPARE, StateSlots, _Held
+from fader_server.model.states import StateShape
+from fader_server.model.views import BaseView
+from tests.server.parity.test_families import BOUND, difference
+from tests.server.parity.test_many_families import asks, equals_peft
+from tests.support.lanes import merge, publish
+from tests.support.many_families import write_many
+from tests.support.oracle import Oracle
+from tests.support.own_states import LIMITS, Setting, Twice, bits, same_bits_alone
+from tests.support.solo_families import SOLO
+from tests.support.world import Ask, TinyWorld, greedy
+
+PACKED = {
+    *("bamba", "falcon-h1", "granite-hybrid", "granite-hybrid-moe", "lfm2", "lfm2-moe"),
+    *("nemotron-h", "olmo-hybrid", "qwen3-next", "qwen3.5", "qwen3.5-moe"),
+}
+QUICK = frozenset({"granite-hybrid-moe", "lfm2", "qwen3.5"})
+STATEFUL = "qwen3.5"
+FAMILIES = [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in sorted(PACKED)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Many small products: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return Setting.of(STATEFUL, tmp_path_factory.mktemp(STATEFUL))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_batches_equal_peft(family: str, tmp_path: Path):
+    base = write_many(*SOLO[family], tmp_path / "base")
+    world = TinyWorld(base)
+    assert world.base.solo is None
+    assert world.base.packed_states is not None
+    assert not world.blocks.findable
+    equals_peft(base, tmp_path, world)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", sorted(PACKED))
+def test_in_every_family_a_row_has_the_bits_that_it_has_alone(
+    family: str, dtype: torch.dtype, tmp_path: Path
+):
+    same_bits_alone(Setting.of(family, tmp_path), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_bits_that_it_has_alone(setting: Setting, dtype: torch.dtype):
+    same_bits_alone(setting, dtype)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_are_recorded_and_trusted(family: str, tmp_path: Path):
+    setting = Setting.of(family, tmp_path)
+    world = setting.world(limits=LIMITS)
+    questions = [replace(ask, params=greedy(12)) for ask in asks(512)[:4]]
+    first = bits(world.run(questions))
+    replays = world.runner._replays
+    assert isinstance(replays, NativeReplays)
+    for _ in range(6):  # what was recorded is proven by later steps
+        assert bits(world.run(questions)) == first
+    assert replays.decode.enabled
+    assert replays.decode._trusted
+    assert replays.prefill._enabled
+    assert replays.prefill._trusted
+
+
+def test_who_is_sent_back_goes_on_with_the_same_bits(setting: Setting):
+    """In chunks of any size: a state depends on tokens, not on how they were cut."""
+    questions = [replace(ask, params=greedy(40)) for ask in asks(512)[1::2]]
+    roomy, narrow = setting.world(limits=LIMITS), setting.world(limits=LIMITS, blocks=32)
+    expected = bits(roomy.run(questions))
+    assert bits(narrow.run(questions)) == expected
+    assert narrow.scheduler.preemptions
+    assert not roomy.scheduler.preemptions
+    rows = [row for plan in narrow.plans for row in plan.rows]
+    again = [r for r in rows if r.count > 1 and r.start + r.count > r.sequence.prompt_len]
+    assert again, "answers are computed again many tokens at a time"
+
+
+def test_nothing_is_found_that_another_computed(setting: Setting):
+    world = setting.world()
+    ask = asks(512)[0]
+    first, again = world.run([ask])[0], world.run([ask])[0]
+    assert bits([first]) == bits([again])
+    assert first.cached == again.cached == world.blocks.cached == 0
+
+
+def test_a_step_may_be_run_again(setting: Setting, monkeypatch: pytest.MonkeyPatch):
+    questions = asks(512)[:4]
+    expected = bits(setting.world(limits=LIMITS).run(questions))
+    world = setting.world(limits=LIMITS)
+    monkeypatch.setattr(world.runner, "run", Twice(world))
+    assert bits(world.run(questions)) == expected
+    held = _Held.__init__
+
+    def one_slot(self, slots, tokens):
+        held(self, (slots[0], slots[0]), tokens)
+
+    monkeypatch.setattr(_Held, "__init__", one_slot)
+    with pytest.raises(ValueError, match="outside its table"):  # a state is not written over
+        world.run(questions)
+
+
+def test_a_step_of_which_half_was_computed_may_be_run_again(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+):
+    questions = asks(512)[:4]
+    expected = bits(setting.world(limits=LIMITS).run(questions))
+    world = setting.world(limits=LIMITS)
+    run, last = world.runner.run, world.base.installed.sites[-1]
+
+    def once_more(plan):
+        with monkeypatch.context() as broken:
+            broken.setattr(last, "output", lambda member, x: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                run(plan)
+        return run(plan)
+
+    world.runner._replays = None
+    monkeypatch.setattr(world.runner, "run", once_more)
+    assert bits(world.run(questions)) == expected
+
+
+def test_a_state_that_is_not_there_is_a_fault(setting: Setting):
+    world = setting.world(limits=LIMITS)
+    world.run([Ask(asks(512)[0].prompt, {}, greedy(3))])
+    later = next(plan for plan in world.plans if plan.rows[0].start)
+    sequence = later.rows[0].sequence
+    sequence.blocks = []
+    world.run([Ask(asks(512)[0].prompt, {}, greedy(1))])  # whoever ended is forgotten
+    sequence.blocks = list(range(1, 1 + world.blocks.blocks_for(len(sequence.tokens))))
+    with pytest.raises(EngineFault, match="state of this sequence"):
+        world.runner.run(later)
+
+
+def test_slots_return_when_sequences_end(setting: Setting):
+    world = setting.world(limits=LIMITS)
+    states = world.base.packed_states
+    assert states is not None
+    for _ in range(3):
+        world.run([replace(ask, params=greedy(3)) for ask in asks(512)])
+    assert states._slots.count <= SPARE + 2 * (LIMITS.max_rows + 1)
+
+
+@pytest.mark.parametrize("ask", asks(512)[:2], ids=["base", "adapter"])
+def test_tokens_depend_on_what_was_computed_before(setting: Setting, ask: Ask, monkeypatch):
+    """A state that is forgotten is noticed: parity is no accident of small states."""
+    oracle = Oracle(setting.base, torch.float32, setting.adapters)
+    (right,) = setting.world().run([ask])
+    assert difference(oracle, ask, right, 1.0) <= BOUND[torch.float32]
+    world, places = setting.world(), StateSlots.places
+
+    def forgetting(self, rows):
+        came_from, to = places(self, rows)
+        return [-1] * len(came_from), to
+
+    monkeypatch.setattr(StateSlots, "places", forgetting)
+    (wrong,) = world.run([ask])
+    assert difference(oracle, ask, wrong, 100.0) > 10 * BOUND[torch.float32]
+
+
+def test_a_merged_lane_runs_there_too(setting: Setting):
+    world = setting.world()
+    blend = {"r8": 0.7, "r16": -0.4}
+    questions = [ask for ask in asks(512) if ask.blend == blend]
+    oracle = Oracle(setting.base, torch.float32, setting.adapters)
+    publish(world, merge(world, blend, form="bf16"))
+    for _ in range(3):  # recorded, proven, trusted
+        answers = world.run(questions)
+        assert all(row.lane is not None for plan in world.plans for row in plan.rows)
+        for ask, answer in zip(questions, answers, strict=True):
+            assert difference(oracle, ask, answer, 1.0) <= BOUND[torch.float32]
+
+
+def test_a_merge_is_measured_there_too(setting: Setting):
+    """By the same text through a copy of the model, chunk by chunk, while steps may run."""
+    world, tokens = setting.world(), asks(512)[2].prompt
+    probe = ProbeModel(world.base, lambda: None)
+    logits = torch.cat([views[0] for views in probe.logits(tokens, [BaseView()])])
+    expected = Oracle(setting.base, torch.float32, {}).logits(tokens, {})
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+    ask = asks(512)[0]
+    assert bits(world.run([ask])) == bits(setting.world().run([ask])), "the copy left it alone"
+
+
+def test_what_a_sequence_takes_is_what_was_planned(setting: Setting):
+    base = setting.world().base
+    recurrent, convolved = 4 * 32 * 32 * 4, (2 * 64 + 128) * 3 * 4
+    assert base.state == StateShape(per_token=0, fixed=2 * (recurrent + convolved))
+
+
+def _unscaled(self, *args, **kwargs):
+    return SCAN(self, *args, **kwargs) * 1.02
+
+
+SCAN = Scan.__call__
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda patch: patch.setattr(Scan, "__call__", _unscaled),
+        lambda patch: patch.setattr(StateKernels, "functions", {}),
+        lambda patch: patch.setattr(packed_states, "NOBODY", 5),
+        lambda patch: patch.setattr(
+            solo_rehearsal, "same_bits", lambda model, aside: isinstance(aside, Mixers)
+        ),
+    ],
+    ids=["another result", "functions unknown", "a state from nowhere", "other bits in company"],
+)
+def test_layers_that_do_not_compute_what_they_did_go_the_usual_way(
+    setting: Setting, fault, monkeypatch: pytest.MonkeyPatch
+):
+    ask = asks(512)[1]
+    expected = setting.world().run([ask])[0]
+    fault(monkeypatch)
+    world = setting.world()
+    assert isinstance(world.base.solo, Mixers)
+    assert world.base.packed_states is None
+    found = world.run([ask])[0]
+    assert found.tokens == expected.tokens
