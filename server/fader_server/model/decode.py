@@ -4,7 +4,7 @@ A replay is trusted after it gave, on another step, bit for bit what the model's
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, runtime_checkable
 
@@ -205,7 +205,7 @@ class DecodeReplays:
         if candidate is None:
             return self._record(batch, forward)
         logits = forward(batch)
-        reason = refuted(lambda: candidate(step), logits)
+        reason = refuted(lambda: [candidate(step)], [logits])
         if reason:
             self._give_up(reason)
             return forward(batch)  # and the keys and values that it wrote are the model's again
@@ -260,10 +260,10 @@ class Elder(Generic[Own]):
     moved: Moved
 
 
-def refuted(replay: Callable[[], torch.Tensor], logits: torch.Tensor) -> str:
-    """Why a replay is not to be trusted; empty where it gives the logits of the model's code."""
+def refuted(replay: Callable[[], list[torch.Tensor]], expected: Sequence[torch.Tensor]) -> str:
+    """Why a replay is not to be trusted; empty where it gives what the model's code gave."""
     try:
-        same = same_bits(replay(), logits)
+        same = all(same_bits(*pair) for pair in zip(replay(), expected, strict=True))
     except Exception as error:  # noqa: BLE001 - whatever it is, the model's code has answered
         return f"a replay failed: {error}"
     return "" if same else "a replay gave other bits than the model's code"

@@ -96,8 +96,16 @@ def choose_replays(
         arena=arena,
         scratch=scratch,
     )
+    states = base.packed_states
+
+    def left(batch: Batch) -> list[torch.Tensor]:
+        paged = [part.flatten(0, 1)[batch.slots] for part in cache.tensors()]
+        return (
+            paged if batch.states is None or states is None else paged + states.left(batch.states)
+        )
+
     inputs = PrefillInputs(block_size=size, states=base.packed_states)
     return NativeReplays(
         decode,
-        PrefillReplays(tape, inputs, forward=forward, arena=arena, scratch=scratch),
+        PrefillReplays(tape, inputs, forward=forward, left=left, arena=arena, scratch=scratch),
     )

@@ -10,7 +10,7 @@ from fader_server.model.recording import Recording, TorchCall
 
 CODES = {torch.float32: 0, torch.bfloat16: 1}
 BINARY = {"aten::add": Map.ADD, "aten::sub": Map.SUB, "aten::mul": Map.MUL}
-COPIES = frozenset({"aten::clone", "aten::_to_copy", "aten::contiguous"})
+COPIES = frozenset({"aten::clone", "aten::_to_copy", "aten::contiguous", "aten::to"})
 MAX_DIMS = 4
 
 

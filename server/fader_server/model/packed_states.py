@@ -94,6 +94,10 @@ class PackedStates:
         assert len(counts) <= SPARE
         return state_rows(counts, [NOBODY] * len(counts), list(range(len(counts))))
 
+    def left(self, rows: StateRows) -> list[torch.Tensor]:
+        """Copies of the states that rows have left."""
+        return [part for layer in self._layers for part in layer.kernels.at(rows.to)]
+
     def computed(self, plan: Plan) -> None:
         """The step's states are there now."""
         self._slots.computed(plan.rows)

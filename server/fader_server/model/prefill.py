@@ -1,6 +1,7 @@
 """Steps with prompts on the native backend: recorded at a few small sizes, then replayed at any.
 
-As with decode steps, a replay is trusted after it gave bit for bit what the model's own code gives;
+As with decode steps, a replay is trusted after it gave bit for bit what the model's own code gives:
+logits, and all that the tokens leave behind, for of most prompts' tokens no logits are wanted. This
 for tokens up to each power of two anew, for code may go another way when there are many. Neither
 recordings nor proofs are made where streams would wait for them.
 """
@@ -93,11 +94,14 @@ class PrefillReplays:
         inputs: PrefillInputs,
         *,
         forward: Callable[[Batch, Step | None], torch.Tensor],
+        left: Callable[[Batch], list[torch.Tensor]],
         arena: Arena,
         scratch: Workspace,
     ) -> None:
-        """forward: the model's own, of the base where there is no Step."""
+        """forward: the model's own, of the base where there is no Step. left: copies of what the
+        batch's tokens have left behind: keys, values, states."""
         self._tape, self._inputs, self._forward = tape, inputs, forward
+        self._left = left
         self._arena, self._scratch = arena, scratch
         self._recordings: list[Recording] = []
         self._replay: ShapedReplay | None = None
@@ -115,6 +119,7 @@ class PrefillReplays:
             self._tape,
             self._inputs,
             forward=self._forward,
+            left=self._left,
             arena=self._arena,
             scratch=self._scratch,
         )
@@ -147,13 +152,17 @@ class PrefillReplays:
             logits = forward(batch)  # before the first recording: attention binds its caches here
             self._record()
             return logits
-        logits, replay = forward(batch).clone(), self._replay
-        reason = refuted(lambda: replay(*self._inputs.fill(batch), step), logits)
+        replay, expected = self._replay, [forward(batch).clone(), *self._left(batch)]
+
+        def found() -> list[torch.Tensor]:
+            return [replay(*self._inputs.fill(batch), step), *self._left(batch)]
+
+        reason = refuted(found, expected)
         if reason:
             self._give_up(reason)
             return forward(batch)  # and the keys and values that it wrote are the model's again
         self._trusted.add(bits)
-        return logits
+        return expected[0]
 
     def _inherit(self, bits: int) -> None:
         elder = self._elder

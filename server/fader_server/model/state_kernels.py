@@ -42,14 +42,20 @@ class StateKernels:
     @property
     def bytes_per_slot(self) -> int:
         """Of what was called so far."""
-        kernels = [*self._convolutions.values(), *([self._scan] if self._scan else [])]
-        return sum(kernel.states[0].nbytes for kernel in kernels)
+        return sum(kernel.states[0].nbytes for kernel in self._kernels())
 
     def grow(self, slots: int) -> None:
         """Have room for so many states; those there are stay."""
         self._slots = slots
-        for kernel in (*self._convolutions.values(), *([self._scan] if self._scan else [])):
+        for kernel in self._kernels():
             kernel.grow(slots)
+
+    def at(self, slots: Tensor) -> list[Tensor]:
+        """Copies of the states in these slots."""
+        return [kernel.states[slots] for kernel in self._kernels()]
+
+    def _kernels(self) -> list[Convolution | Scan]:
+        return [*self._convolutions.values(), *([self._scan] if self._scan else [])]
 
     def convolve(
         self,
