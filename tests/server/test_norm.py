@@ -4,9 +4,14 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
+    GraniteMoeHybridRMSNormGated,
+)
+from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearRMSNormGated
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNormGated
 
 from fader_adapters.kernels import native
-from fader_server.model.norm import NativeNorm, replace_norms
+from fader_server.model.norm import GATED, TOLERANCE, NativeNorm, replace_gated_norms, replace_norms
 from tests.support.families import CONFIGS
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
@@ -40,3 +45,39 @@ def test_a_norm_that_computes_something_else_stays():
     model = nn.Sequential(OddRMSNorm(), nn.LayerNorm(64))
     assert replace_norms(model) == 0
     assert isinstance(model[0], OddRMSNorm)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["qwen3.5", "granite-hybrid", "kimi-like"])
+def test_gated_norms_are_replaced_by_the_form_that_they_have(family, dtype):
+    kinds = {
+        "qwen3.5": lambda: Qwen3_5RMSNormGated(64, eps=1e-5),
+        "granite-hybrid": lambda: GraniteMoeHybridRMSNormGated(64, 32, eps=1e-5),
+        "kimi-like": lambda: KimiLinearRMSNormGated(64, eps=1e-5),
+    }
+    norm = kinds[family]().to(dtype)
+    nn.init.normal_(norm.weight, 0.9, 0.2)
+    model = nn.Sequential(norm)
+    x, gate = torch.randn(5, 64).to(dtype), torch.randn(5, 64).to(dtype)
+    expected = norm(x, gate)
+    assert replace_gated_norms(model) == 1
+    found = model[0](x, gate)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=GATED * TOLERANCE[dtype], atol=1e-6)
+
+
+class OddRMSNormGated(nn.Module):
+    """Opens by a tanh."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(64)), 1e-6
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * gate.tanh()
+
+
+def test_a_gated_norm_that_computes_something_else_stays():
+    model = nn.Sequential(OddRMSNormGated())
+    assert replace_gated_norms(model) == 0
+    assert isinstance(model[0], OddRMSNormGated)

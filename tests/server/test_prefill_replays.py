@@ -1,6 +1,7 @@
 """Steps with prompts: replays of any size give the bits of the model's code, or are not used."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -214,3 +215,42 @@ def test_other_operators_at_other_sizes_are_no_replay(llama):
         assert not own._enabled
     finally:
         layer.forward = inner
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prompts_of_a_mixture_are_replayed_in_chunks_with_the_bits_of_its_code(tmp_path, dtype):
+    """Chunks of which no logits are wanted among them, and products that run in blocks of rows."""
+    source = write_many(*MANY["qwen3-moe"], tmp_path / "base")
+    asks = [[ask(length, {}, start=length)] for length in (90, 90, 70, 121, 33, 8)]
+
+    def answers(replays: bool):
+        world = opened((source, []), dtype, replays=replays)
+        world.scheduler.limits = replace(world.scheduler.limits, chunk_size=32)
+        return [warm(world), *(answered(world, own) for own in asks)], world
+
+    (replayed, world), (expected, _) = answers(True), answers(False)
+    assert world.runner._replays.prefill._enabled
+    assert world.runner._replays.prefill._trusted >= {6}
+    assert replayed == expected
+
+
+def test_a_replay_is_refuted_by_what_a_chunk_without_logits_leaves_behind(llama, monkeypatch):
+    """Code that is another one for many tokens, of which no logits tell."""
+
+    def served(replays: bool):
+        world = opened(llama, replays=replays)
+        world.scheduler.limits = replace(world.scheduler.limits, chunk_size=64)
+        last = world.base.model.model.layers[-1].input_layernorm
+        inner = last.forward
+
+        def turned(x):
+            y = inner(x)
+            y[:, 50:].neg_()
+            return y
+
+        last.forward = turned
+        return [warm(world), answered(world, [ask(200, {}, start=9)])], world
+
+    (replayed, world), (expected, _) = served(True), served(False)
+    assert not world.runner._replays.prefill._enabled
+    assert replayed == expected

@@ -31,7 +31,7 @@ class Setting:
         base = write_many(*SOLO[family], folder / "base")
         return cls(base, adapters(base, folder, TinyWorld(base)), backend)
 
-    def world(self, **options: Any) -> TinyWorld:  # noqa: ANN401  TinyWorld's own
+    def world(self, **options: Any) -> TinyWorld:
         world = TinyWorld(self.base, backend=self.backend, **options)
         for name, path in self.adapters.items():
             world.load(name, path)

@@ -10,6 +10,8 @@ from fader_adapters.kernels.native import GateForm, Tape, gated_rms_norm, rms_no
 
 TOLERANCE = {torch.bfloat16: 2**-7, torch.float32: 1e-5}
 """Relative: one unit in the last place of bf16, for sums taken in another order."""
+GATED = 2
+"""Times as much for gated norms: some models round three times where the kernel rounds once."""
 
 
 class NativeNorm(nn.Module):
@@ -116,7 +118,7 @@ def _gated(module: nn.Module, tape: Tape | None) -> NativeGatedNorm | None:
 def _same(module: nn.Module, native: nn.Module, x: torch.Tensor, gate: torch.Tensor) -> bool:
     expected, found = module(x, gate), native(x, gate)
     return expected.dtype == found.dtype and torch.allclose(
-        found, expected, rtol=TOLERANCE[gate.dtype], atol=1e-6
+        found, expected, rtol=GATED * TOLERANCE[gate.dtype], atol=1e-6
     )
 
 

@@ -154,11 +154,13 @@ class StateKernels:
         return self.rows
 
 
-def _side_by_side(*parts: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """[T, n, width] each as one tensor [T, all], and where each begins: slices of one tensor, as
-    models make them, stay where they are."""
+def _side_by_side(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """[T, n, width] each as one tensor [T, all], and where each begins in a row: slices of one
+    tensor, as models make them, stay where they are."""
+    parts = (q, k, v)
     first = min(parts, key=lambda part: part.storage_offset())
-    places = tuple(part.storage_offset() - first.storage_offset() for part in parts)
+    begin = int(first.storage_offset())
+    places = tuple(int(part.storage_offset()) - begin for part in parts)
     width = max(at + part[0].numel() for at, part in zip(places, parts, strict=True))
     row = first.stride(0) if len(first) > 1 else width
     same = all(
@@ -168,12 +170,7 @@ def _side_by_side(*parts: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         for part in parts
     )
     if same and width <= row:
-        return first.as_strided((len(first), width), (row, 1)), _three(places)
-    joined = torch.cat([part.flatten(1) for part in parts], dim=1)
+        return first.as_strided((len(first), width), (row, 1)), (places[0], places[1], places[2])
     sizes = [part[0].numel() for part in parts]
-    return joined, _three(tuple(sum(sizes[:i]) for i in range(len(sizes))))
-
-
-def _three(places: tuple[int, ...]) -> tuple[int, int, int]:
-    q, k, v = places
-    return q, k, v
+    joined = torch.cat([part.flatten(1) for part in parts], dim=1)
+    return joined, (0, sizes[0], sizes[0] + sizes[1])
