@@ -46,14 +46,14 @@ class Tokenizer:
         self._backend.no_padding()
         self._max_model_len = max_model_len
         self._pieces = Pieces(self._backend)
-        self._chat = (
-            ChatEncoder(tokenizer, self._backend)
-            if getattr(tokenizer, "chat_template", None)
-            else None
-        )
         own = tokenizer.eos_token_id
         self.eos_ids = frozenset(eos_ids) | ({own} if isinstance(own, int) else frozenset())
         """Tokens that end an output."""
+        self._chat = (
+            ChatEncoder(tokenizer, self._backend, ends=self.eos_ids)
+            if getattr(tokenizer, "chat_template", None)
+            else None
+        )
         self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
         """One more than the highest id; the model's logits may be wider."""
 
