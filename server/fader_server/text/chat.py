@@ -176,9 +176,10 @@ def _in_parts(messages: list[dict[str, str]]) -> list[dict[str, Any]]:
     return [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
 
 
-def characters(messages: Iterable[Mapping[str, Any]]) -> int:
-    """Characters of all contents and calls, before anything is rendered."""
-    return sum(
+def characters(messages: Iterable[Mapping[str, Any]], tools: Iterable[Tool] = ()) -> int:
+    """Characters of all contents, calls and tools, before anything is rendered."""
+    offered = sum(len(text) for tool in tools for text in strings(tool.shown))
+    return offered + sum(
         len(_text(message.get("content"), at))
         + sum(map(len, strings(message.get("tool_calls", ()))))
         for at, message in enumerate(messages)

@@ -200,8 +200,8 @@ class _Probe:
         fields: FieldStyle | None = None,
     ) -> ToolFormat:
         return ToolFormat(
-            body, parts.opening, parts.middle, parts.between, parts.closing, frame, self._text_arguments,
-            dict(self._controls), keys, fields,
+            body, parts.opening, parts.middle, parts.between, parts.closing, frame,
+            self._text_arguments, dict(self._controls), keys, fields,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from fader_server.text.stops import StopMatcher
 from fader_server.text.tool_format import CONTROL, ID, FieldStyle, ToolFormat
-from fader_server.text.tool_values import read_value, types_of
+from fader_server.text.tool_values import read_value, types_of, ways_of
 from fader_server.text.tools import ToolCall, ToolUse
 
 Piece = str | ToolCall
@@ -180,11 +180,25 @@ class CallReader:
         while (yield from _either(*choice, first=char)) == 0:
             char = ""
             key = (yield from _until(style.within.split())).strip()
-            text = yield from _until(style.after.split())
-            text = text.removeprefix("\n") if style.within.endswith("\n") else text
-            text = text.removesuffix("\n") if style.after.startswith("\n") else text
-            found[key] = read_value(text, types_of(tool.parameters, key))
+            ways = map(types_of, ways_of(tool.parameters, key))
+            found[key] = yield from self._value(style, frozenset().union(*ways))
         return self._call(name, found)
+
+    def _value(self, style: FieldStyle, types: frozenset[str]) -> _Reading[Any]:
+        after = style.after.split()
+        first = yield
+        if not first:
+            raise _Broken
+        if types and "string" not in types:
+            first = yield from _skip(first)
+            if first and first in "{[":
+                text = yield from _json(first)
+                yield from _words(after)
+                return read_value(text, types)
+        text = yield from _until(after, first=first)
+        text = text.removeprefix("\n") if style.within.endswith("\n") else text
+        text = text.removesuffix("\n") if style.after.startswith("\n") else text
+        return read_value(text, types)
 
     def _call(self, name: object, arguments: object) -> ToolCall:
         if not isinstance(name, str) or name not in self._tools or not isinstance(arguments, dict):
@@ -250,12 +264,13 @@ def _name(first: str) -> _Reading[tuple[str, str]]:
     return name, char
 
 
-def _until(words: list[str]) -> _Reading[str]:
+def _until(words: list[str], *, first: str = "") -> _Reading[str]:
     """The text before these words, which are read too."""
     found = StopMatcher(words[:1])
     text = ""
     while not found.stopped:
-        char = yield
+        char = first or (yield)
+        first = ""
         if not char:
             raise _Broken
         text += found.feed(char)

@@ -10,11 +10,28 @@ _SPELLINGS = {"True": "true", "False": "false", "None": "null"}
 """Models of these formats were taught by templates that write Python's words."""
 
 
-def types_of(parameters: Mapping[str, Any], key: str) -> frozenset[str]:
-    """The JSON types that a parameter may have; empty: any."""
+def ways_of(parameters: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """The schemas out of which a parameter's value has one; empty: anything will do."""
     properties = parameters.get("properties")
     found = properties.get(key) if isinstance(properties, Mapping) else None
-    return frozenset(_types(found, parameters, _HOPS))
+    return list(_ways(found, parameters, _HOPS))
+
+
+def types_of(way: Mapping[str, Any]) -> frozenset[str]:
+    """The JSON types that a schema names; empty: any."""
+    named = way.get("type")
+    if isinstance(named, str):
+        return frozenset((named,))
+    if isinstance(named, list):
+        return frozenset(name for name in named if isinstance(name, str))
+    return frozenset(map(_type, values_of(way) or ()))
+
+
+def values_of(way: Mapping[str, Any]) -> list[Any] | None:
+    """The only values that a schema lets through, if it lists them."""
+    if "const" in way:
+        return [way["const"]]
+    return way["enum"] if isinstance(way.get("enum"), list) else None
 
 
 def read_value(text: str, types: frozenset[str]) -> Any:  # noqa: ANN401 - any JSON value
@@ -33,24 +50,18 @@ def read_value(text: str, types: frozenset[str]) -> Any:  # noqa: ANN401 - any J
     return text
 
 
-def _types(schema: object, root: Mapping[str, Any], hops: int) -> Iterator[str]:
+def _ways(schema: object, root: Mapping[str, Any], hops: int) -> Iterator[Mapping[str, Any]]:
     if not isinstance(schema, Mapping) or hops == 0:
         return
-    named = schema.get("type")
-    if isinstance(named, str):
-        yield named
-    elif isinstance(named, list):
-        yield from (name for name in named if isinstance(name, str))
-    elif "enum" in schema or "const" in schema:
-        values = schema["enum"] if isinstance(schema.get("enum"), list) else [schema.get("const")]
-        yield from map(_type, values)
+    reference = schema.get("$ref")
+    parts = next((schema[word] for word in ("anyOf", "oneOf", "allOf") if word in schema), None)
+    if isinstance(reference, str):
+        yield from _ways(_target(reference, root), root, hops - 1)
+    elif isinstance(parts, list):
+        for part in parts[:_HOPS]:
+            yield from _ways(part, root, hops // 2)
     else:
-        if isinstance(schema.get("$ref"), str):
-            yield from _types(_target(schema["$ref"], root), root, hops - 1)
-        for word in ("anyOf", "oneOf", "allOf"):
-            below = schema.get(word)
-            for part in below[:_HOPS] if isinstance(below, list) else ():
-                yield from _types(part, root, hops // 2)
+        yield schema
 
 
 def _target(reference: str, root: Mapping[str, Any]) -> object:
