@@ -102,7 +102,7 @@ def _call(item: Any) -> PastCall | None:  # noqa: ANN401 - any JSON value
     name, arguments = function.get("name"), function.get("arguments")
     if not _is_id(item.get("id")) or not isinstance(name, str) or not NAME.fullmatch(name):
         return None
-    if not is_text(arguments):
+    if not isinstance(arguments, str) or not is_text(arguments):
         return None
     try:
         return PastCall(item["id"], name, parse(arguments.encode()))

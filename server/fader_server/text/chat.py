@@ -121,9 +121,10 @@ class ChatEncoder:
         prompt: bool = True,
     ) -> str:
         given = _in_parts(messages) if self._parts else messages
+        offered: list[Any] | None = tools or None
         try:
             text = self._tokenizer.apply_chat_template(
-                given, tools=tools or None, tokenize=False, add_generation_prompt=prompt
+                given, tools=offered, tokenize=False, add_generation_prompt=prompt
             )
         except jinja2.TemplateError as error:
             raise RequestInvalid(

@@ -22,8 +22,8 @@ _IDS = ("sparrow01", "magpie002")
 """Nine letters and digits: some templates take no other ids."""
 _WORD = "ostrich"
 _USER = {"role": "user", "content": "owl"}
-_ONE = dict(zip(_KEYS[:1], _VALUES, strict=False))
-_TWO = dict(zip(_KEYS, _VALUES, strict=True))
+_ONE: dict[str, str] = dict(zip(_KEYS[:1], _VALUES, strict=False))
+_TWO: dict[str, str] = dict(zip(_KEYS, _VALUES, strict=True))
 
 
 def find_format(
