@@ -118,7 +118,6 @@ NO_TOOLS = {
         "[" + _EACH + "{{ f.name }}({% for k, v in f.arguments | items %}{{ k }}={{ v }}"
         "{% endfor %}){% endfor %}]"
     ),
-    "repr": _chatml(_EACH + "<tool_call>{{ f.name }} {{ f.arguments }}</tool_call>{% endfor %}"),
     "names": _chatml(_EACH + "<tool_call>{{ f.name }}</tool_call>{% endfor %}"),
 }
 
