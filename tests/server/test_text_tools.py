@@ -311,8 +311,10 @@ MADE = ToolCall("weather", '{"days": 1}')
         ('<tool_call>{"name": "weather"}</tool_call>', None),
         ('<tool_call>{"name": "weather", "arguments": "{}"}</tool_call>', None),
         ('<tool_call>{"name": "weather", "arguments": {"a": NaN}}</tool_call>', None),
-        ('<tool_call>{"name": "weather", "arguments": {"a": 1e999}}</tool_call>', None),
-        ('<tool_call>{"name": "weather", "arguments": {"a": "\\ud800"}}</tool_call>', None),
+        (
+            '<tool_call>{"name": "weather", "arguments": {"a": [-1e999, "\\ud800 é"]}}</tool_call>',
+            [ToolCall("weather", '{"a": [-1.7976931348623157e+308, "\\ud800 \\u00e9"]}')],
+        ),
         (f'<tool_call>{{"name": "weather", "arguments": {{"a": {"9" * 5000}}}}}</tool_call>', None),
         (f"<tool_call>[{GOOD}]</tool_call>", None),
         ('<tool_call>{"name": "weather", "arguments": {"days": 1]}</tool_call>', None),

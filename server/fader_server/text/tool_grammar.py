@@ -47,7 +47,7 @@ def tool_grammar(form: ToolFormat, use: ToolUse, content: str | None) -> str | N
             )
         return rules.text(f"start: {calls} | content", f"content: {json_rule(content)}")
     if form.bare:
-        return rules.text(f"start: (TEXT | {calls})?", r"TEXT: /\s*[^{\s](.|\n)*/")
+        return rules.text(f"start: (WORDS | {calls})?", r"WORDS: /\s*[^{\s](.|\n)*/")
     return rules.text(*rules.free(several=several))
 
 
@@ -81,9 +81,8 @@ class _Rules:
         opening = form.opening.lstrip()
         trigger = form.frame.first.split()[0]
         marked = trigger[: _plain_length(trigger)]
-        calls = self.calls(
-            None if several and not form.frame.single else 1, opening.removeprefix(marked)
-        )
+        grouped = several and (form.body == "list" or not form.frame.single)
+        calls = self.calls(None if grouped else 1, opening.removeprefix(marked))
         if not marked:
             return [f"start: (TEXT {calls})* TEXT"]
         return [f"start: (free {calls})* TEXT", f"free[lazy]: TEXT {json.dumps(marked)}"]

@@ -7,6 +7,8 @@ left to the grammar of the answer, where it has one.
 """
 
 import json
+import re
+import sys
 from typing import Any
 
 from fader_server.text.stops import StopMatcher
@@ -26,6 +28,8 @@ from fader_server.text.tool_values import read_value, types_of, ways_of
 from fader_server.text.tools import ToolCall, ToolUse
 
 Piece = str | ToolCall
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character, which JSON can write but UTF-8 cannot."""
 _KEYS = ("name", "arguments"), ("name", "parameters")
 
 
@@ -206,12 +210,18 @@ class CallReader:
         if not isinstance(name, str) or name not in self._tools or not isinstance(arguments, dict):
             raise Broken
         text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-        text.encode()
+        if not text.isascii() and _SURROGATE.search(text):
+            text = json.dumps(arguments)
         return ToolCall(name, text)
 
 
 def _loaded(text: str) -> Any:  # noqa: ANN401 - any JSON value
-    return json.loads(text, strict=False, parse_constant=_refuse)
+    return json.loads(text, strict=False, parse_constant=_refuse, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    """Numbers beyond floats are the outermost of those."""
+    return max(-sys.float_info.max, min(float(text), sys.float_info.max))
 
 
 def _refuse(name: str) -> None:
