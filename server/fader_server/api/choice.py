@@ -1,7 +1,7 @@
 """One choice of a call: its tokens become text, logprobs and an end. Knows nothing about HTTP."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fader_server.api.ports import TextStream
@@ -45,6 +45,13 @@ class Delta:
     @property
     def empty(self) -> bool:
         return not (self.text or self.scored or self.calls) and self.finish is None
+
+    @property
+    def told(self) -> tuple["Delta", ...]:
+        """As a stream tells it: clients look for the end of a choice behind its calls."""
+        if not self.calls or self.finish is None:
+            return (self,)
+        return replace(self, finish=None), Delta(self.index, finish=self.finish)
 
     def plus(self, after: "Delta") -> "Delta":
         return Delta(
