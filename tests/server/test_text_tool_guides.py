@@ -1,15 +1,17 @@
 """Answers that must call, or may, under a guide: every walk is calls that conform."""
 
+import contextlib
 import json
 import random
+import time
 
 import pytest
 
-from fader_server.errors import RequestInvalid
+from fader_server.errors import EngineFault, RequestInvalid
 from fader_server.text.grammar import JsonGuide
 from fader_server.text.tokenizer import Tokenizer
 from fader_server.text.tools import Tool, ToolCall, ToolUse
-from tests.server.test_text_guides import ids
+from tests.server.test_text_guides import HOSTILE, ids
 from tests.server.test_text_tools import WORLDS, form_of, heard, plain, spoken
 from tests.server.test_text_tools import call as calling
 from tests.server.tool_worlds import TEMPLATES
@@ -265,11 +267,17 @@ async def test_without_strict_a_call_is_guided_as_far_as_the_schema_is_understoo
         {"a": {"type": "string", "maxLength": 3}},
         {"a": {"anyOf": [{"type": "string", "format": "date"}, {"type": "null"}]}},
         {"a>b": {"type": "integer"}},
+        {"a": {"allOf": [{"type": "string"}, {"type": "string", "maxLength": 3}]}},
+        {"a": {"$ref": "#/$defs/0", "type": "string"}},
+        {"a": {"anyOf": [{"const": str(i)} for i in range(80)]}},
+        {"a": {"$ref": "#/$defs/0"}},
         {"a": {"enum": ["x</parameter>"]}},
     ],
 )
 async def test_strict_text_that_fields_cannot_keep_is_refused_and_json_keeps_it(properties: dict):
     shape = {"type": "object", "properties": properties, "required": list(properties)}
+    chain = {str(i): {"$ref": f"#/$defs/{i + 1}"} for i in range(20)}
+    shape["$defs"] = {**chain, "20": {"type": "string"}}
     use = ToolUse((Tool("f", "", shape, strict=True),))
     with pytest.raises(RequestInvalid, match="cannot be enforced") as caught:
         await WORLDS["coder"].tool_guides(use, None, 1)
@@ -301,3 +309,17 @@ async def test_many_tools_are_one_grammar(style: str):
     ):
         tokens = spoken(world, calling("tool_97", unit="c", flags=[]))
         assert write(await guide_of(world, use), tokens) == len(tokens)
+
+
+@pytest.mark.parametrize("name", ["product", "references", "doubling", "multiples"])
+async def test_a_hostile_schema_of_parameters_costs_its_request_and_little_else(name: str):
+    schema = HOSTILE[name]
+    shape = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+    shape["$defs"] = schema.get("$defs", {})
+    tools = tuple(Tool(f"f{i}", "", shape) for i in range(3))
+    world = WORLDS["hermes"]
+    await world.tool_guides(ToolUse(TOOLS, must=True), None, 1)
+    began = time.process_time()
+    with contextlib.suppress(RequestInvalid, EngineFault):
+        walk(world, await guide_of(world, ToolUse(tools, must=True)), random.Random(0), 300)
+    assert time.process_time() - began < 3.0

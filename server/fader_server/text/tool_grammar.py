@@ -12,7 +12,7 @@ from typing import Any
 from fader_server.errors import RequestInvalid
 from fader_server.text.grammar import HEAD, json_rule
 from fader_server.text.tool_format import CONTROL, ID, FieldStyle, ToolFormat
-from fader_server.text.tool_values import types_of, values_of, ways_of
+from fader_server.text.tool_values import types_in, values_of, ways_of
 from fader_server.text.tools import Tool, ToolUse
 
 _MOST = 16
@@ -152,7 +152,7 @@ class _Fields:
         ways = ways_of(self._root, key)
         head = self._rules.literal(style.before + key + style.within)
         name = f"{self._name}_{at}"
-        if not ways or any(self._is_text(way) for way in ways):
+        if any(self._is_text(way) for way in ways):
             plain = end[: _plain_length(end)]
             rest = self._rules.literal(style.after[style.after.index(end) + len(plain) :])
             value = f"{name}[suffix={json.dumps(plain)}]" if plain else name
@@ -163,7 +163,7 @@ class _Fields:
 
     def _is_text(self, way: Mapping[str, Any]) -> bool:
         """Whether any text will do. Other constraints on text cannot be kept up to a marker."""
-        types = types_of(way)
+        types = types_in(way)
         if (types and "string" not in types) or values_of(way) is not None:
             return False
         if self._tool.strict and not _PLAIN.issuperset(way):

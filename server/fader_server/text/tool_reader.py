@@ -186,8 +186,8 @@ class CallReader:
         while (yield from one_of(*choice, first=char)) == 0:
             char = ""
             key = (yield from until(style.within.split())).strip()
-            ways = map(types_of, ways_of(tool.parameters, key))
-            found[key] = yield from self._value(style, frozenset().union(*ways))
+            types = types_of(ways_of(tool.parameters, key))
+            found[key] = yield from self._value(style, types)
         return self._call(name, found)
 
     def _value(self, style: FieldStyle, types: frozenset[str]) -> Reading[Any]:

@@ -1,23 +1,36 @@
 """Arguments that a format writes as plain text: the JSON values they stand for, by their schema."""
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 _HOPS = 8
-"""References and alternatives that are followed to learn a type."""
+_MOST = 64
+"""References and alternatives that are followed to learn types."""
+_NOTES = frozenset(("title", "description", "default", "examples", "deprecated", "$comment"))
 _SPELLINGS = {"True": "true", "False": "false", "None": "null"}
 """Models of these formats were taught by templates that write Python's words."""
 
 
 def ways_of(parameters: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    """The schemas out of which a parameter's value has one; empty: anything will do."""
+    """The schemas out of which a parameter's value has one, at least one; what is not followed here
+    is left as it is."""
     properties = parameters.get("properties")
     found = properties.get(key) if isinstance(properties, Mapping) else None
-    return list(_ways(found, parameters, _HOPS))
+    if not isinstance(found, Mapping):
+        return [{}]
+    ways = list(itertools.islice(_ways(found, parameters, _HOPS), _MOST + 1))
+    return ways if len(ways) <= _MOST else [found]
 
 
-def types_of(way: Mapping[str, Any]) -> frozenset[str]:
+def types_of(ways: list[Mapping[str, Any]]) -> frozenset[str]:
+    """The JSON types of a value that has one of these schemas; empty: any."""
+    found = [types_in(way) for way in ways]
+    return frozenset().union(*found) if all(found) else frozenset()
+
+
+def types_in(way: Mapping[str, Any]) -> frozenset[str]:
     """The JSON types that a schema names; empty: any."""
     named = way.get("type")
     if isinstance(named, str):
@@ -50,23 +63,32 @@ def read_value(text: str, types: frozenset[str]) -> Any:  # noqa: ANN401 - any J
     return text
 
 
-def _ways(schema: object, root: Mapping[str, Any], hops: int) -> Iterator[Mapping[str, Any]]:
-    if not isinstance(schema, Mapping) or hops == 0:
-        return
-    reference = schema.get("$ref")
-    parts = next((schema[word] for word in ("anyOf", "oneOf", "allOf") if word in schema), None)
-    if isinstance(reference, str):
-        yield from _ways(_target(reference, root), root, hops - 1)
-    elif isinstance(parts, list):
-        for part in parts[:_HOPS]:
-            yield from _ways(part, root, hops // 2)
-    else:
+def _ways(
+    schema: Mapping[str, Any], root: Mapping[str, Any], hops: int
+) -> Iterator[Mapping[str, Any]]:
+    below = _below(schema, root) if hops else None
+    if below is None:
         yield schema
+        return
+    for part in below:
+        yield from _ways(part, root, hops - 1)
 
 
-def _target(reference: str, root: Mapping[str, Any]) -> object:
+def _below(schema: Mapping[str, Any], root: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
+    """The schemas that this one is an alternative of, and nothing more."""
+    word = next((word for word in ("$ref", "anyOf", "oneOf", "allOf") if word in schema), None)
+    if word is None or not _NOTES.issuperset(schema.keys() - {word}):
+        return None
+    found = [_target(schema[word], root)] if word == "$ref" else schema[word]
+    if not isinstance(found, list) or (word == "allOf" and len(found) != 1):
+        return None
+    parts = [part for part in found if isinstance(part, Mapping)]
+    return parts if len(parts) == len(found) else None
+
+
+def _target(reference: object, root: Mapping[str, Any]) -> object:
     found: object = root
-    for word in reference.removeprefix("#").split("/")[1:]:
+    for word in str(reference).removeprefix("#").split("/")[1:]:
         found = found.get(word) if isinstance(found, Mapping) else None
     return found
 

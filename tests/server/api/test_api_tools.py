@@ -303,8 +303,8 @@ async def test_a_stream_has_one_chunk_a_call_and_is_the_whole_answer(worlds):
     calls = [call for c in choices for call in c["delta"].get("tool_calls", ())]
     assert [call["index"] for call in calls] == [0, 1]
     assert [json.loads(c["function"]["arguments"])["city"] for c in calls] == ["Köln", "<b>"]
-    finishes = [c["finish_reason"] for c in choices if c["finish_reason"]]
-    assert finishes == ["tool_calls"]
+    ends = [(c["finish_reason"], c["delta"]) for c in choices if c["finish_reason"]]
+    assert ends == [("tool_calls", {})], "clients look for it behind the calls"
     assert chunks[-1]["usage"]["completion_tokens"] == len(SAID.encode()) + 1
 
 
