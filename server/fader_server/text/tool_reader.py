@@ -8,7 +8,6 @@ left to the grammar of the answer, where it has one.
 
 import json
 import re
-import sys
 from typing import Any
 
 from fader_server.text.stops import StopMatcher
@@ -24,7 +23,7 @@ from fader_server.text.tool_scan import (
     skip,
     until,
 )
-from fader_server.text.tool_values import read_value, types_of, ways_of
+from fader_server.text.tool_values import load_json, read_value, types_of, ways_of
 from fader_server.text.tools import ToolCall, ToolUse
 
 Piece = str | ToolCall
@@ -39,6 +38,8 @@ class CallReader:
     def __init__(self, form: ToolFormat, use: ToolUse) -> None:
         self._form = form
         self._tools = {tool.name: tool for tool in use.offered}
+        self._types: dict[tuple[str, str], frozenset[str]] = {}
+        """Of fields that were read."""
         self._pieces: list[Piece] = []
         self._space: list[str] = []
         """White space that is content unless a call follows."""
@@ -161,15 +162,15 @@ class CallReader:
                 if middle:
                     yield from all_of(middle, first=char)
                 text = yield from json_text((yield from skip("" if middle else char)))
-                return [self._call(name, _loaded(text))]
+                return [self._call(name, load_json(text))]
             if self._form.fields is not None:
                 return [(yield from self._field_call(first, self._form.fields))]
-            found = _loaded((yield from json_text(first)))
+            found = load_json((yield from json_text(first)))
             items = found if self._form.body == "list" else [found]
             if not isinstance(items, list) or not items:
                 raise Broken
             return [self._call(*_parts(item, self._form.keys)) for item in items]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Broken from error
 
     def _field_call(self, first: str, style: FieldStyle) -> Reading[ToolCall]:
@@ -186,8 +187,9 @@ class CallReader:
         while (yield from one_of(*choice, first=char)) == 0:
             char = ""
             key = (yield from until(style.within.split())).strip()
-            types = types_of(ways_of(tool.parameters, key))
-            found[key] = yield from self._value(style, types)
+            if (name, key) not in self._types:
+                self._types[name, key] = types_of(ways_of(tool.parameters, key))
+            found[key] = yield from self._value(style, self._types[name, key])
         return self._call(name, found)
 
     def _value(self, style: FieldStyle, types: frozenset[str]) -> Reading[Any]:
@@ -213,19 +215,6 @@ class CallReader:
         if not text.isascii() and _SURROGATE.search(text):
             text = json.dumps(arguments)
         return ToolCall(name, text)
-
-
-def _loaded(text: str) -> Any:  # noqa: ANN401 - any JSON value
-    return json.loads(text, strict=False, parse_constant=_refuse, parse_float=_finite)
-
-
-def _finite(text: str) -> float:
-    """Numbers beyond floats are the outermost of those."""
-    return max(-sys.float_info.max, min(float(text), sys.float_info.max))
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _parts(value: object, keys: tuple[str, str]) -> tuple[object, object]:

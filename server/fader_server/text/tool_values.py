@@ -1,7 +1,8 @@
-"""Arguments that a format writes as plain text: the JSON values they stand for, by their schema."""
+"""The JSON values of arguments, also where a format writes them as text: by their schema."""
 
 import itertools
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -47,14 +48,19 @@ def values_of(way: Mapping[str, Any]) -> list[Any] | None:
     return way["enum"] if isinstance(way.get("enum"), list) else None
 
 
+def load_json(text: str) -> Any:  # noqa: ANN401 - any JSON value
+    """Raises ValueError, RecursionError."""
+    return json.loads(text, strict=False, parse_constant=_refuse, parse_float=_finite)
+
+
 def read_value(text: str, types: frozenset[str]) -> Any:  # noqa: ANN401 - any JSON value
     """The value that a text stands for: of a type that is no string where it can be read as one,
     else the text itself. Raises ValueError where the types have no string."""
     if types == {"string"}:
         return text
     try:
-        value = json.loads(_SPELLINGS.get(text.strip(), text), parse_constant=_refuse)
-    except ValueError:
+        value = load_json(_SPELLINGS.get(text.strip(), text))
+    except (ValueError, RecursionError):
         value = text
     if not isinstance(value, str) and (not types or _is_of(value, types)):
         return value
@@ -83,7 +89,7 @@ def _below(schema: Mapping[str, Any], root: Mapping[str, Any]) -> list[Mapping[s
     if not isinstance(found, list) or (word == "allOf" and len(found) != 1):
         return None
     parts = [part for part in found if isinstance(part, Mapping)]
-    return parts if len(parts) == len(found) else None
+    return parts if parts and len(parts) == len(found) else None
 
 
 def _target(reference: object, root: Mapping[str, Any]) -> object:
@@ -107,6 +113,11 @@ def _type(value: object) -> str:
         return "integer" if value.is_integer() else "number"
     kinds = {int: "integer", str: "string", list: "array"}
     return kinds.get(type(value), "object")
+
+
+def _finite(text: str) -> float:
+    """Numbers beyond floats are the outermost of those."""
+    return max(-sys.float_info.max, min(float(text), sys.float_info.max))
 
 
 def _refuse(name: str) -> None:
