@@ -271,6 +271,8 @@ async def test_without_strict_a_call_is_guided_as_far_as_the_schema_is_understoo
         {"a": {"$ref": "#/$defs/0", "type": "string"}},
         {"a": {"anyOf": [{"const": str(i)} for i in range(80)]}},
         {"a": {"$ref": "#/$defs/0"}},
+        {"a": {"anyOf": [{"type": "string"}, {"type": "integer", "maximum": 3}]}},
+        {"a": {"anyOf": [{"enum": ["5"]}, {"type": "integer", "maximum": 3}]}},
         {"a": {"enum": ["x</parameter>"]}},
     ],
 )

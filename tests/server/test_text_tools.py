@@ -345,6 +345,34 @@ def test_a_call_without_a_mark_is_the_whole_answer_or_none(text: str, whole: boo
 
 
 @pytest.mark.parametrize(
+    ("lead", "apart", "tail"),
+    [("<tool>", "\n", ""), ("<tool>", ";", ""), ("<tool>", "; ", "</tool>")],
+)
+def test_one_marker_for_several_calls_is_read(lead: str, apart: str, tail: str):
+    world = Tokenizer(hf(_listed(lead, apart, tail)), max_model_len=4096)
+    written = [call(city="x"), call("time-of_day", "abcdefgh2", city="y")]
+    found = plain(heard(world, spoken(world, *written))[1])
+    assert found == [(c["function"]["name"], c["function"]["arguments"]) for c in written]
+
+
+def test_several_calls_without_a_marker_are_refused():
+    """They could not be told from content, as it comes."""
+    world = Tokenizer(hf(_listed("[", ", ", "]")), max_model_len=4096)
+    with pytest.raises(RequestInvalid, match="chat template"):
+        world.encode_chat([{"role": "user", "content": "x"}], TOOLS)
+
+
+def _listed(lead: str, apart: str, tail: str) -> str:
+    template = TEMPLATES["granite"]
+    start, stop = template.index("<|tool_call|>"), template.index("]{% endif %}<|im_end|>") + 1
+    calls = (
+        lead + "{% for call in m.tool_calls %}{{ call.function | tojson }}{% if not loop.last %}"
+        "{{ '" + apart.replace("\n", "\\n") + "' }}{% endif %}{% endfor %}" + tail
+    )
+    return template[:start] + calls + template[stop:]
+
+
+@pytest.mark.parametrize(
     ("key", "written", "value"),
     [
         ("city", "5", "5"),

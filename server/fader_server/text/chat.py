@@ -41,10 +41,9 @@ class ChatEncoder:
             self._template = str(tokenizer.get_chat_template())
         except ValueError as error:
             raise ModelUnsupported(f"expected one default chat template: {error}") from error
-        with_tools = str(tokenizer.get_chat_template(tools=[]))
-        both = {self._template, with_tools}
         self._parts = _wants_parts(tokenizer)
-        self._controls = Controls(backend, "".join(sorted(both)))
+        with_tools = str(tokenizer.get_chat_template(tools=[]))
+        self._controls = Controls(backend, self._template + with_tools)
         added = backend.get_added_tokens_decoder().items()
         special = {entry.content: token for token, entry in added if entry.special}
         self.tool_format: ToolFormat | None = find_format(self._try, special, ends)
@@ -70,7 +69,7 @@ class ChatEncoder:
                 'tool_choice "none" is possible',
                 param="tools",
             )
-        marking = self._controls.marking([plain, shown], param="messages")
+        marking = self._controls.marking([plain, shown])
         marked = [self._marked(message, marking) for message in plain]
         marked_tools = marking.json(shown)
         text = self._render(self._written(marked), marked_tools)
@@ -114,11 +113,7 @@ class ChatEncoder:
         return [form.history(m) if form and "tool_calls" in m else m for m in messages]
 
     def _render(
-        self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]],
-        *,
-        prompt: bool = True,
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], *, prompt: bool = True
     ) -> str:
         given = _in_parts(messages) if self._parts else messages
         offered: list[Any] | None = tools or None

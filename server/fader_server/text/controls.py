@@ -10,7 +10,7 @@ import json
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import tokenizers
 
@@ -24,7 +24,6 @@ _SCHEMA = frozenset((
     "number", "object", "oneOf", "parameters", "properties", "required", "string", "title", "type",
 ))  # fmt: skip
 """Words that templates look up in the tools they are given: they stay as they are."""
-_Json = TypeVar("_Json")
 
 
 class Controls:
@@ -52,7 +51,7 @@ class Controls:
         self._heads = tuple({name[:size] for name in controls for size in range(1, len(name))})
         self._tails = tuple({name[size:] for name in controls for size in range(1, len(name))})
 
-    def marking(self, given: Iterable[Any], *, param: str) -> "Marking":
+    def marking(self, given: Iterable[Any]) -> "Marking":
         """Private characters nobody uses here: a seam, and one for each control token found."""
         texts = [text for value in given for text in strings(value)]
         used = set(self._template).union(*texts)
@@ -60,7 +59,7 @@ class Controls:
         names = sorted({name for text in texts for p in patterns for name in p.findall(text)})
         unused = [char for char in map(chr, _PRIVATE) if char not in used][: len(names) + 1]
         if len(unused) <= len(names):
-            raise RequestInvalid(f"the {param} use every private character", param=param)
+            raise RequestInvalid("the messages use every private character", param="messages")
         return Marking(self, unused[0], dict(zip(names, unused[1:], strict=True)))
 
     def seamed(self, text: str, seam: str) -> str:
@@ -91,18 +90,15 @@ class Marking:
             found.sub(lambda match: self._stand_ins[match[0]], text), self._seam
         )
 
-    def json(self, value: _Json) -> _Json:
+    def json(self, value: Any) -> Any:  # noqa: ANN401 - any JSON value
         """The same for every string of a JSON value, keys included."""
-        return self._json(value)
-
-    def _json(self, value: Any) -> Any:  # noqa: ANN401 - any JSON value
         if isinstance(value, str):
             marked = self.text(value)
             return value if value in _SCHEMA and marked.strip(self._seam) == value else marked
         if isinstance(value, Mapping):
-            return {self._json(key): self._json(item) for key, item in value.items()}
+            return {self.json(key): self.json(item) for key, item in value.items()}
         if isinstance(value, list):
-            return [self._json(item) for item in value]
+            return [self.json(item) for item in value]
         return value
 
     def restored(self, rendered: str) -> str:

@@ -39,7 +39,9 @@ class Frame:
     @property
     def single(self) -> bool:
         """Each call stands for itself."""
-        return not self.last.strip() and self.again.split() in ([], self.first.split())
+        return not self.last.strip() and (
+            not self.again or self.again.split() == self.first.split()
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """The grammar of an answer that calls tools, in the grammar library's words, for one format.
 
-Must it call, the answer is calls alone. May it, text is free until it begins a call, which is then
-held to its form: to the schema of a strict tool, to any object of another. A content with a schema
-of its own takes the place of free text.
+Must it call, the answer is calls alone, and a schema of its content says nothing. May it, text is
+free until it begins a call, which is then held to its form: to the schema of a strict tool, to any
+object of another. Content with a schema of its own takes the place of free text.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 from fader_server.errors import RequestInvalid
 from fader_server.text.grammar import HEAD, json_rule
 from fader_server.text.tool_format import CONTROL, ID, FieldStyle, ToolFormat
-from fader_server.text.tool_values import types_in, values_of, ways_of
+from fader_server.text.tool_values import read_value, types_in, types_of, values_of, ways_of
 from fader_server.text.tools import Tool, ToolUse
 
 _MOST = 16
@@ -150,15 +150,18 @@ class _Fields:
         if style.within.split()[0] in key or key != key.strip():
             raise _unwritable(self._tool)
         ways = ways_of(self._root, key)
+        types = types_of(ways)
         head = self._rules.literal(style.before + key + style.within)
         name = f"{self._name}_{at}"
         if any(self._is_text(way) for way in ways):
+            if self._tool.strict and not types <= {"string", "null"}:
+                raise _unwritable(self._tool)  # a text that reads as a number would be one
             plain = end[: _plain_length(end)]
             rest = self._rules.literal(style.after[style.after.index(end) + len(plain) :])
             value = f"{name}[suffix={json.dumps(plain)}]" if plain else name
             self._rules.rule(value, r"/(.|\n)*/")
             return f"{head} {name} {rest}"
-        values = [self._value(f"{name}_{i}", way, end) for i, way in enumerate(ways)]
+        values = [self._value(f"{name}_{i}", way, types, end) for i, way in enumerate(ways)]
         return f"{head} ({' | '.join(values)}) {self._rules.literal(style.after)}"
 
     def _is_text(self, way: Mapping[str, Any]) -> bool:
@@ -170,13 +173,14 @@ class _Fields:
             raise _unwritable(self._tool)
         return True
 
-    def _value(self, name: str, way: Mapping[str, Any], end: str) -> str:
+    def _value(self, name: str, way: Mapping[str, Any], types: frozenset[str], end: str) -> str:
         values = values_of(way)
         if values is None or not any(isinstance(value, str) for value in values):
             shared = {key: self._root[key] for key in ("$defs", "definitions") if key in self._root}
             return self._rules.json(name, {**shared, **way}, self._tool)
         texts = [v if isinstance(v, str) else json.dumps(v) for v in values]
-        if any(end in text for text in texts):
+        back = [read_value(text, types) for text in texts]
+        if back != values or any(end in text for text in texts):
             raise _unwritable(self._tool)
         return self._rules.rule(name, " | ".join(json.dumps(text) for text in texts))
 

@@ -157,7 +157,7 @@ class _Probe:
         apart = None
         if between is not None and two is not None:
             both = two.before + _NAMES[0] + two.after
-            apart = both[end : _find(both, _is_call, end)[0]]
+            apart = both[end : max(end, _find(both, _is_call, end)[0])]
         frame = _frame(whole[:begin], apart, whole[end:])
         return self._format("object", written, frame, keys=_keys(json.loads(whole[begin:end])))
 

@@ -147,8 +147,8 @@ class CallReader:
             self._made(calls)
             if frame.single:
                 return
-            again = frame.again.split()
-            if (yield from one_of(again or ["{"], frame.last.split())) == 1:
+            again, last = frame.again.split(), frame.last.split()
+            if (yield from one_of(again or ["{"], *([last] if last else []))) == 1:
                 self._held.clear()
                 return
             first = (yield from skip()) if again else "{"
