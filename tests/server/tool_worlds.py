@@ -113,6 +113,19 @@ ADDED = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "
 """Tokens of their own, but text: not special."""
 
 NO_TOOLS = {
+    "repr": _chatml(_EACH + "<tool_call>{{ f.name }} {{ f.arguments }}</tool_call>{% endfor %}"),
+    "own": _chatml(  # a notation of its own; text it would write as it is
+        _EACH + "<|tool_call|>{{ f.name }}{% if f.arguments is mapping %}{{ '{' }}"
+        "{% for k, v in f.arguments | items %}{{ k }}:<|sep|>{{ v }}<|sep|>{% endfor %}{{ '}' }}"
+        "{% else %}{{ f.arguments }}{% endif %}<|end_call|>{% endfor %}"
+    ),
+    "channels": (  # words are in a channel too, which the model opens
+        "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for m in messages %}"
+        "<|im_start|>{{ m.role }}{% if m.tool_calls %}{% set f = m.tool_calls[0].function %}"
+        " to={{ f.name }}<|sep|>commentary json<|call|>{{ f.arguments | tojson }}<|end_call|>"
+        "{% else %}<|sep|>final<|call|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    ),
     "silent": "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}",
     "code": _chatml(  # calls as a line of Python
         "[" + _EACH + "{{ f.name }}({% for k, v in f.arguments | items %}{{ k }}={{ v }}"

@@ -72,7 +72,7 @@ class ChatEncoder:
         marking = self._controls.marking([plain, shown])
         marked = [self._marked(message, marking) for message in plain]
         marked_tools = marking.json(shown)
-        text = self._render(self._written(marked), marked_tools)
+        text = self._render(self._written(marked), marked_tools, prompt=True)
         if marked == plain and marked_tools == shown:
             return encode(self._backend, text, param="messages")
         return encode(self._controls.twin, marking.restored(text), param="messages")
@@ -113,7 +113,7 @@ class ChatEncoder:
         return [form.history(m) if form and "tool_calls" in m else m for m in messages]
 
     def _render(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], *, prompt: bool = True
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], *, prompt: bool
     ) -> str:
         given = _in_parts(messages) if self._parts else messages
         offered: list[Any] | None = tools or None
@@ -133,10 +133,12 @@ class ChatEncoder:
         assert isinstance(text, str)
         return text
 
-    def _try(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str | None:
-        """What the template makes of an answer that is over; None: it refuses."""
+    def _try(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], *, prompt: bool
+    ) -> str | None:
+        """The same; None: the template refuses."""
         try:
-            return self._render(messages, tools, prompt=False)
+            return self._render(messages, tools, prompt=prompt)
         except RequestInvalid:
             return None
 

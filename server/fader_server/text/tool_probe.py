@@ -7,13 +7,21 @@ import itertools
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from fader_server.text.tool_format import CONTROL, ID, FieldStyle, Frame, ToolFormat, with_text
 from fader_server.text.tools import Tool
 
-Render = Callable[[list[dict[str, Any]], list[dict[str, Any]]], str | None]
-"""A chat with tools by the template, with nothing to go on; None: it refuses."""
+
+class Render(Protocol):
+    """A chat with tools by the template; None: it refuses."""
+
+    def __call__(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], *, prompt: bool
+    ) -> str | None:
+        """prompt: up to where the next answer begins."""
+        ...
+
 
 _NAMES = ("parrot", "heron")
 _KEYS = ("crow", "wren")
@@ -29,23 +37,31 @@ _TWO: dict[str, str] = dict(zip(_KEYS, _VALUES, strict=True))
 def find_format(
     render: Render, special: Mapping[str, int], ends: Collection[int]
 ) -> ToolFormat | None:
-    """None: the template shows no tools, or the calls it writes cannot be read here.
+    """None: the template shows no tools, or the calls it writes cannot be read here: also where
+    special tokens of calls are those in which an answer that is text is wrapped, as channels are.
 
     special: ids of special tokens by name. ends: tokens that end an answer.
     """
     text = {"type": "string", "description": ""}
     shape = {"type": "object", "properties": dict.fromkeys(_KEYS, text)}
     tools = [Tool(name, "", shape).shown for name in _NAMES]
-    if _NAMES[0] not in (render([_USER], tools) or ""):
+    prompt = render([_USER], tools, prompt=True)
+    said = {"role": "assistant", "content": _WORD}
+    answer = render([_USER, said], tools, prompt=False)
+    if prompt is None or _NAMES[0] not in prompt or answer is None or _WORD not in answer:
         return None
-    answer = render([_USER, {"role": "assistant", "content": _WORD}], tools)
-    if answer is None or _WORD not in answer:
-        return None
+    found = None
     for as_text in (False, True):
-        found = _Probe(render, tools, answer, special, ends, text_arguments=as_text).read()
-        if found is not None and _recognised(found):
-            return found
-    return None
+        probe = _Probe(render, tools, answer, special, ends, text_arguments=as_text)
+        if probe.writes:
+            found = probe.read()
+            break
+    if found is None or not _recognised(found):
+        return None
+    head = answer[: answer.index(_WORD)]
+    lead = head[len(_common_start(head, prompt)) :]
+    taken = {token for name, token in special.items() if name in lead}
+    return None if taken & set(found.controls.values()) else found
 
 
 def _recognised(found: ToolFormat) -> bool:
@@ -97,6 +113,11 @@ class _Probe:
         self._ends = ends
         self._controls: dict[str, int] = {}
 
+    @property
+    def writes(self) -> bool:
+        """Whether the template takes calls given so."""
+        return self._write(_ONE) is not None
+
     def read(self) -> ToolFormat | None:
         one = self._write(_ONE)
         if one is None:
@@ -117,7 +138,7 @@ class _Probe:
         if self._text_arguments:
             calls = [with_text(call) for call in calls]
         said = {"role": "assistant", "content": "", "tool_calls": calls}
-        text = self._render([_USER, said], self._tools)
+        text = self._render([_USER, said], self._tools, prompt=False)
         if text is None:
             return None
         text = text[len(_common_start(self._head, text)) :]
