@@ -290,6 +290,14 @@ def test_cuts_change_nothing_and_no_text_is_lost(parts: list[str], style: str, r
         assert "".join(map(str, whole)) == shown
 
 
+def test_content_is_held_back_only_while_it_may_be_a_marker_or_space_before_one():
+    reader = CallReader(form_of(WORLDS["hermes"]), USE)
+    assert reader.feed("Hello <tool") == ["Hello"]
+    assert reader.feed("s") == [" <tools"]
+    assert reader.feed("\n\n") == []
+    assert reader.feed("and") == ["\n\nand"]
+
+
 GOOD = '{"name": "weather", "arguments": {"days": 1}}'
 MADE = ToolCall("weather", '{"days": 1}')
 

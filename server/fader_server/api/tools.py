@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from fader_server.api.fields import Fields, is_text
+from fader_server.api.response_format import FIELD as SCHEMA
 from fader_server.api.response_format import excesses
 from fader_server.text.tools import Tool, ToolUse
 
@@ -16,7 +17,10 @@ MAX_TEXT = 1 << 18
 MAX_PARTS = 1 << 14
 """Objects and lists of all parameters."""
 _NOTHING = {"type": "object", "properties": {}}
-_FORM = "must be objects with type function and function, an object with name and maybe "
+_FORM = (
+    "must be objects with type function and function, an object with name and maybe description, "
+    "parameters and strict"
+)
 _KNOWN = ("name", "description", "parameters", "strict")
 
 
@@ -41,10 +45,11 @@ def read_tools(fields: Fields) -> ToolUse | None:
         fields.refuse("tool_choice", "needs tools")
         return None
     use = ToolUse(tools, choice not in (None, "auto"), only, parallel)
-    kept = [dict(tool.parameters) for tool in use.offered if use.must or tool.strict]
-    problem = next(excesses(kept, "parameters", parts=MAX_PARTS, text=MAX_TEXT), "")
-    if problem:
-        fields.refuse("tools", problem)
+    if use.must or fields.raw(SCHEMA) is not None or any(tool.strict for tool in use.offered):
+        kept = [dict(tool.parameters) for tool in use.offered]  # a grammar is made of them
+        problem = next(excesses(kept, "parameters", parts=MAX_PARTS, text=MAX_TEXT), "")
+        if problem:
+            fields.refuse("tools", problem)
     return use
 
 
@@ -72,10 +77,10 @@ def _tools(fields: Fields) -> tuple[Tool, ...]:
 def _problem(item: Any) -> str:  # noqa: ANN401 - any JSON value
     """What is wrong with one of `tools`."""
     if not isinstance(item, dict) or item.get("type") != "function":
-        return _FORM + "description, parameters and strict"
+        return _FORM
     function = item.get("function")
     if not isinstance(function, dict) or not {*item} <= {"type", "function"}:
-        return _FORM + "description, parameters and strict"
+        return _FORM
     if not {*function} <= {*_KNOWN}:
         return "has a function with more than name, description, parameters and strict"
     name, parameters = function.get("name"), function.get("parameters")

@@ -2,7 +2,8 @@
 
 Must it call, the answer is calls alone, and a schema of its content says nothing. May it, text is
 free until it begins a call, which is then held to its form: to the schema of a strict tool, to any
-object of another. Content with a schema of its own takes the place of free text.
+object of another (its fields, where those are written one by one). Content with a schema of its
+own takes the place of free text.
 """
 
 import json

@@ -131,7 +131,10 @@ async def test_what_is_too_much_for_a_grammar_is_refused_where_one_is_made(clien
     loose = {"tools": [tool(parameters=parameters)]}
     strict = {"tools": [tool(parameters=parameters, strict=True)]}
     assert (await ask(client, **loose)).status_code == 200
-    for body in (strict, loose | {"tool_choice": "required"}, loose | {"tool_choice": NAMED}):
+    beside = {"tools": [*loose["tools"], tool(name="g", strict=True)]}
+    form = loose | {"response_format": {"type": "json_object"}}
+    required, named = ({**loose, "tool_choice": choice} for choice in ("required", NAMED))
+    for body in (strict, beside, form, required, named):
         answer = await ask(client, **body)
         assert answer.status_code == 400, answer.text
         assert check_envelope(answer)["param"] == "tools"
