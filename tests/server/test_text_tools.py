@@ -143,6 +143,14 @@ def test_a_base_without_readable_calls_refuses_tools_and_past_calls(style: str):
     assert world.encode_chat([{"role": "user", "content": "x"}])
 
 
+def test_a_thought_that_the_template_adds_is_no_part_of_a_call():
+    role = "<|im_start|>{{ m.role }}\n"
+    thought = "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    template = TEMPLATES["hermes"].replace(role, role + thought)
+    assert template != TEMPLATES["hermes"]
+    assert form_of(Tokenizer(hf(template), max_model_len=64)) == form_of(WORLDS["hermes"])
+
+
 def test_a_template_of_its_own_for_tools_is_used():
     both = hf("")
     both.chat_template = {"default": NO_TOOLS["silent"], "tool_use": TEMPLATES["hermes"]}
