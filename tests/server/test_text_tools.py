@@ -406,7 +406,7 @@ def _listed(lead: str, apart: str, tail: str) -> str:
         ("unknown", "five", "five"),
         ("unknown", '"five"', '"five"'),
         ("unknown", "1e999", 1.7976931348623157e308),
-        ("unknown", "[" * 200_000, "[" * 200_000),
+        ("unknown", "[" * 20_000, "[" * 20_000),
         ("more", '{"a":' * 70 + "1" + "}" * 70, None),
     ],
 )
