@@ -1,10 +1,12 @@
 """One choice of a call: its tokens become text, logprobs and an end. Knows nothing about HTTP."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from fader_server.api.ports import TextStream
 from fader_server.core import FinishReason, Request, TokenEvent, TokenLogprob
+from fader_server.text.tools import ToolCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,17 +21,37 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
+class PlacedCall:
+    """A call of a tool among those of its choice."""
+
+    index: int
+    id: str
+    call: ToolCall
+
+
+Finish = FinishReason | Literal["tool_calls"]
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """What a choice gained: text, tokens with logprobs when asked for, maybe its end."""
+    """What a choice gained: text, tokens with logprobs when asked for, calls, maybe its end."""
 
     index: int
     text: str = ""
     scored: tuple[Scored, ...] = ()
-    finish: FinishReason | None = None
+    finish: Finish | None = None
+    calls: tuple[PlacedCall, ...] = ()
 
     @property
     def empty(self) -> bool:
-        return not self.text and not self.scored and self.finish is None
+        return not (self.text or self.scored or self.calls) and self.finish is None
+
+    @property
+    def told(self) -> tuple["Delta", ...]:
+        """As a stream tells it: clients look for the end of a choice behind its calls."""
+        if not self.calls or self.finish is None:
+            return (self,)
+        return replace(self, finish=None), Delta(self.index, finish=self.finish)
 
     def plus(self, after: "Delta") -> "Delta":
         return Delta(
@@ -37,6 +59,7 @@ class Delta:
             self.text + after.text,
             self.scored + after.scored,
             after.finish or self.finish,
+            self.calls + after.calls,
         )
 
     @classmethod
@@ -44,7 +67,8 @@ class Delta:
         """All gains of one choice as one; at least one part."""
         text = "".join(part.text for part in parts)
         scored = tuple(item for part in parts for item in part.scored)
-        return cls(parts[0].index, text, scored, parts[-1].finish)
+        calls = tuple(item for part in parts for item in part.calls)
+        return cls(parts[0].index, text, scored, parts[-1].finish, calls)
 
 
 class Choice:

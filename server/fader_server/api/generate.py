@@ -4,9 +4,10 @@ The only place that holds leases and engine requests for HTTP. Knows no wire for
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 
+from fader_server.api.calling import CallingChoice
 from fader_server.api.choice import Choice, Delta
 from fader_server.api.errors import FirstTokenTimeout
 from fader_server.api.mailbox import Bell, Mailbox
@@ -17,7 +18,7 @@ from fader_server.api.quotas import Counted, Quotas
 from fader_server.api.resolve import Target, label_of, lease_target, resolve
 from fader_server.api.schemas import Call
 from fader_server.api.visible import Visible
-from fader_server.core import Request, TokenEvent
+from fader_server.core import Guide, Request, TokenEvent
 from fader_server.errors import Overloaded, RequestTimeout
 
 
@@ -113,22 +114,32 @@ class Generator:
             raise FirstTokenTimeout("The adapter did not load in time.") from None
 
     async def _guided(self, call: Call, requests: list[Request], counted: Counted) -> list[Request]:
-        """With the guides that the call's schema asks for. Reading it is work: it counts as a call
-        whatever comes of it."""
-        if call.schema is None:
+        """With the guides that the call's schema and tools ask for. Reading them is work: it counts
+        as a call whatever comes of it."""
+        if call.schema is None and call.tools is None:
             return requests
         try:
             async with asyncio.timeout(self._patience.first_token):
-                guides = await self._tokenizer.guides(call.schema, len(requests))
+                guides = await self._guides(call, len(requests))
         except BaseException as error:
             counted.end(0)
             if isinstance(error, TimeoutError):
                 raise FirstTokenTimeout("The schema was not read in time.") from None
             raise
+        if guides is None:
+            return requests
         pairs = zip(requests, guides, strict=True)
-        return [replace(request, guide=guide) for request, guide in pairs]
+        return [self._preparer.guided(request, guide) for request, guide in pairs]
+
+    async def _guides(self, call: Call, count: int) -> Sequence[Guide] | None:
+        if call.tools is not None:
+            return await self._tokenizer.tool_guides(call.tools, call.schema, count)
+        return None if call.schema is None else await self._tokenizer.guides(call.schema, count)
 
     def _choice(self, call: Call, index: int, request: Request) -> Choice:
+        if call.tools is not None:
+            stream = self._tokenizer.tool_stream(call.tools, stops=call.stop)
+            return CallingChoice(index, request, stream)
         continued = () if call.chat else request.prompt
         text = self._tokenizer.stream(prompt=continued, echo=call.echo, stops=call.stop)
         return Choice(index, request, text)

@@ -8,7 +8,7 @@ _SHARED = frozenset((
     "min_tokens", "stop_token_ids", "cache_salt", "response_format",
 ))
 _IGNORED = frozenset((
-    "user", "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_key",
+    "user", "metadata", "store", "service_tier", "prompt_cache_key",
     "safety_identifier", "reasoning_effort", "verbosity", "prediction", "audio",
     "web_search_options", "skip_special_tokens", "spaces_between_special_tokens",
     "add_special_tokens", "prompt_logprobs", "length_penalty", "request_id", "priority",
@@ -20,11 +20,11 @@ UNSERVED_FIELDS = (
     "allowed_token_ids", "use_beam_search", "include_stop_str_in_output",
 )
 """They change what an answer may be: without them it would be another, and look right."""
-_COMPLETION = frozenset(("prompt", "echo", "best_of", "suffix"))
+_COMPLETION = frozenset(("prompt", "echo", "best_of", "suffix", "parallel_tool_calls"))
 _CHAT = frozenset((
     "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice",
-    "functions", "function_call", "modalities", "chat_template", "chat_template_kwargs",
-    "continue_final_message", "add_generation_prompt",
+    "parallel_tool_calls", "functions", "function_call", "modalities", "chat_template",
+    "chat_template_kwargs", "continue_final_message", "add_generation_prompt",
 ))
 # fmt: on
 COMPLETION_FIELDS = _SHARED | _IGNORED | frozenset(UNSERVED_FIELDS) | _COMPLETION

@@ -1,14 +1,29 @@
-"""Chat messages: roles and text, checked. Knows nothing about templates or tokens."""
+"""Chat messages: roles, text and past calls of tools, checked. Knows nothing about templates or
+tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
+from fader_server.api.body import parse
 from fader_server.api.fields import Fields, is_text
+from fader_server.api.tools import NAME
+from fader_server.errors import RequestInvalid
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 _ROLES = frozenset(get_args(Role))
 _MOST = 4096
+_MOST_CALLS = 128
+_MOST_ID = 256
+
+
+@dataclass(frozen=True, slots=True)
+class PastCall:
+    """A call of a tool that an assistant made before."""
+
+    id: str
+    name: str
+    arguments: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +32,10 @@ class Message:
 
     role: Role
     content: str
+    calls: tuple[PastCall, ...] = ()
+    """Of an assistant."""
+    answers: str = ""
+    """Of a tool: the id of the call that its content answers."""
 
 
 def read_messages(fields: Fields) -> tuple[Message, ...]:
@@ -32,13 +51,67 @@ def read_messages(fields: Fields) -> tuple[Message, ...]:
         if problem:
             fields.refuse("messages", problem)
             return ()
-        messages.append(Message(cast(Role, item["role"]), _text(item.get("content"))))
+        calls = [_call(call) for call in item.get("tool_calls") or ()]
+        if None in calls:
+            fields.refuse("messages", _CALLS)
+            return ()
+        messages.append(
+            Message(
+                cast(Role, item["role"]),
+                _text(item.get("content")),
+                tuple(call for call in calls if call is not None),
+                item["tool_call_id"] if item["role"] == "tool" else "",
+            )
+        )
     return tuple(messages)
 
 
-def plain(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """As the text layer takes them."""
-    return [{"role": message.role, "content": message.content} for message in messages]
+def plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """As the text layer takes them; what a tool gave back has the name of the tool."""
+    names: dict[str, str] = {}
+    found: list[dict[str, Any]] = []
+    for message in messages:
+        fields: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.calls:
+            fields["tool_calls"] = [_shown(call) for call in message.calls]
+            names |= {call.id: call.name for call in message.calls}
+        if message.answers:
+            fields["tool_call_id"] = message.answers
+            if message.answers in names:
+                fields["name"] = names[message.answers]
+        found.append(fields)
+    return found
+
+
+def _shown(call: PastCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+_CALLS = (
+    "must have tool_calls that are objects with id, type function and function, an object with "
+    "name and arguments, the text of a JSON object"
+)
+
+
+def _call(item: Any) -> PastCall | None:  # noqa: ANN401 - any JSON value
+    """One of `tool_calls`; None: it is none."""
+    function = item.get("function") if isinstance(item, dict) else None
+    if not isinstance(function, dict) or item.get("type", "function") != "function":
+        return None
+    name, arguments = function.get("name"), function.get("arguments")
+    if not _is_id(item.get("id")) or not isinstance(name, str) or not NAME.fullmatch(name):
+        return None
+    if not isinstance(arguments, str) or not is_text(arguments):
+        return None
+    try:
+        return PastCall(item["id"], name, parse(arguments.encode()))
+    except RequestInvalid:
+        return None
+
+
+def _is_id(value: object) -> bool:
+    return is_text(value) and 0 < len(cast(str, value)) <= _MOST_ID
 
 
 def _problem(item: Any) -> str:  # noqa: ANN401 - any JSON value
@@ -46,8 +119,15 @@ def _problem(item: Any) -> str:  # noqa: ANN401 - any JSON value
         return "must be objects with role and content"
     if item["role"] not in _ROLES:
         return f"have roles out of {', '.join(sorted(_ROLES))} only"
-    if item.get("tool_calls") or item.get("function_call"):
-        return "with tool calls are not supported by this server"
+    if item.get("function_call"):
+        return "with a function_call are not supported by this server: use tool_calls"
+    calls = item.get("tool_calls")
+    if calls and (item["role"] != "assistant" or not isinstance(calls, list)):
+        return "may have tool_calls, a list, of an assistant only"
+    if calls and len(calls) > _MOST_CALLS:
+        return f"may have at most {_MOST_CALLS} tool_calls"
+    if item["role"] == "tool" and not _is_id(item.get("tool_call_id")):
+        return f"of a tool need tool_call_id, text of 1 to {_MOST_ID} characters"
     content = item.get("content")
     if is_text(content) or (content is None and item["role"] == "assistant"):
         return ""

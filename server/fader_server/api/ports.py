@@ -12,6 +12,7 @@ from fader_adapters.report import Health
 from fader_adapters.spec import AdapterData, Blend, Digest
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.core import Guide, Request, Sink
+from fader_server.text.tools import Tool, ToolCall, ToolUse
 
 Tier = Literal["disk", "host", "device"]
 
@@ -118,6 +119,14 @@ class TextStream(Protocol):
         ...
 
 
+class ToolStream(TextStream, Protocol):
+    """Turns one choice's tokens into content and calls of tools: text.tool_stream.ToolStream."""
+
+    def taken(self) -> Sequence[ToolCall]:
+        """The calls that came since this was asked."""
+        ...
+
+
 class Tokenizer(Protocol):
     """The base's text layer: text.tokenizer.Tokenizer. Encoding may run on any thread."""
 
@@ -131,7 +140,9 @@ class Tokenizer(Protocol):
         """Raises RequestInvalid, ContextTooLong."""
         ...
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] = ()
+    ) -> list[int]:
         """Through the base's template. Raises RequestInvalid, ContextTooLong."""
         ...
 
@@ -140,6 +151,10 @@ class Tokenizer(Protocol):
     def stream(
         self, *, prompt: Sequence[int] = (), echo: bool = False, stops: Iterable[str] = ()
     ) -> TextStream: ...
+
+    def tool_stream(self, use: ToolUse, *, stops: Iterable[str] = ()) -> ToolStream:
+        """Of a chat that was encoded with these tools."""
+        ...
 
     def token_text(self, token: int) -> str: ...
 
@@ -150,6 +165,13 @@ class Tokenizer(Protocol):
 
         Raises RequestInvalid for a schema that cannot be enforced, Overloaded.
         """
+        ...
+
+    async def tool_guides(
+        self, use: ToolUse, schema: str | None, count: int
+    ) -> Sequence[Guide] | None:
+        """The same for outputs that may or must call tools, and have the schema in their content;
+        None: they need no guide."""
         ...
 
 

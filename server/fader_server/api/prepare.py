@@ -4,11 +4,12 @@ Pure but for the tokenizer; meant to run off the event loop. Takes no lease, sub
 """
 
 import hashlib
+from dataclasses import replace
 
 from fader_server.api.messages import plain
 from fader_server.api.ports import Lease, Tokenizer
 from fader_server.api.schemas import Call, Prompt
-from fader_server.core import Request, SamplingParams
+from fader_server.core import Guide, Request, SamplingParams
 from fader_server.errors import ContextTooLong
 
 Tokens = tuple[int, ...]
@@ -25,7 +26,8 @@ class Preparer:
         """The tokens of every prompt. Raises RequestInvalid, ContextTooLong."""
         if not call.chat:
             return [self._encode(prompt) for prompt in call.prompts]
-        return [tuple(self._tokenizer.encode_chat(plain(call.messages)))]
+        tools = () if call.tools is None else call.tools.tools
+        return [tuple(self._tokenizer.encode_chat(plain(call.messages), tools))]
 
     def _encode(self, prompt: Prompt) -> Tokens:
         return tuple(self._tokenizer.encode_prompt(prompt)) if isinstance(prompt, str) else prompt
@@ -45,6 +47,12 @@ class Preparer:
                     Request(name, prompt, params, lease.blend, lease.adapters, salt, tenant)
                 )
         return requests
+
+    def guided(self, request: Request, guide: Guide) -> Request:
+        """With a guide, which says where the output may end: the model's stop tokens count."""
+        stop_ids = request.params.stop_token_ids | self._tokenizer.eos_ids
+        params = replace(request.params, stop_token_ids=stop_ids)
+        return replace(request, params=params, guide=guide)
 
     def _output_room(self, call: Call, prompt: int) -> int:
         param = "messages" if call.chat else "prompt"
@@ -67,7 +75,7 @@ class Preparer:
     def _params(self, call: Call, room: int, k: int) -> SamplingParams:
         choosing = call.choosing
         stop_ids = frozenset(choosing.stop_token_ids)
-        if call.schema is not None or not choosing.ignore_eos:  # the schema says where it may end
+        if not choosing.ignore_eos:
             stop_ids |= self._tokenizer.eos_ids
         return SamplingParams(
             temperature=choosing.temperature,

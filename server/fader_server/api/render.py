@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fader_server.api.choice import Delta, Scored
+from fader_server.api.choice import Delta, PlacedCall, Scored
 from fader_server.api.generate import Usage
 from fader_server.api.ports import Tokenizer
 
@@ -116,7 +116,7 @@ class ChatRenderer:
         choices = [
             {
                 "index": delta.index,
-                "message": {"role": "assistant", "content": delta.text, "refusal": None},
+                "message": self._message(delta),
                 "logprobs": self._scores(delta.scored),
                 "finish_reason": delta.finish,
             }
@@ -129,13 +129,22 @@ class ChatRenderer:
         return [self._chunk(self._choice(index, role, None, None)) for index in range(choices)]
 
     def chunk(self, delta: Delta) -> Json:
-        content = {"content": delta.text} if delta.text else {}
+        content: Json = {"content": delta.text} if delta.text else {}
+        if delta.calls:
+            content["tool_calls"] = [{"index": call.index, **_call(call)} for call in delta.calls]
         return self._chunk(
             self._choice(delta.index, content, self._scores(delta.scored), delta.finish)
         )
 
     def usage_chunk(self, usage: Usage) -> Json:
         return {**self._head.body("chat.completion.chunk", []), "usage": usage_body(usage)}
+
+    def _message(self, delta: Delta) -> Json:
+        message: Json = {"role": "assistant", "content": delta.text, "refusal": None}
+        if not delta.calls:
+            return message
+        calls = [_call(call) for call in delta.calls]
+        return {**message, "content": delta.text or None, "tool_calls": calls}
 
     def _chunk(self, choice: Json) -> Json:
         body = self._head.body("chat.completion.chunk", [choice])
@@ -167,6 +176,11 @@ class ChatRenderer:
 
 _FLOOR = -9999.0
 """OpenAI's stand-in for a token that cannot be: JSON has no -Infinity."""
+
+
+def _call(placed: PlacedCall) -> Json:
+    function = {"name": placed.call.name, "arguments": placed.call.arguments}
+    return {"id": placed.id, "type": "function", "function": function}
 
 
 def clamp(logprob: float | None) -> float | None:

@@ -4,7 +4,7 @@ grammar is made of it. Knows JSON Schema's words as far as they cost; nothing ab
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fader_server.api.fields import Fields, is_text
@@ -71,53 +71,67 @@ def _problem(value: object) -> str:
         return "has a json_schema.description that is not text"
     if not isinstance(schema, dict):
         return "needs json_schema.schema, a JSON Schema as an object"
-    return next(_excesses(schema), "")
+    return next(excesses([schema], "a schema"), "")
 
 
-def _excesses(schema: dict[str, Any]) -> Iterator[str]:
-    """What in a schema is too much, the first of it as soon as it is met."""
-    parts, text = 0, 0
-    below: list[Any] = [schema]
+def excesses(
+    schemas: Sequence[dict[str, Any]],
+    noun: str,
+    *,
+    parts: int = MAX_PARTS,
+    text: int = MAX_TEXT,
+    kept: bool = True,
+) -> Iterator[str]:
+    """What in some schemas together is too much, the first of it as soon as it is met.
+
+    kept: a grammar is made of them; else they are only shown.
+    """
+    met, length = 0, 0
+    below: list[Any] = list(schemas)
     while below:
         part = below.pop()
-        parts += 1
-        if parts > MAX_PARTS:
-            yield f"has a schema of more than {MAX_PARTS} objects and lists"
+        met += 1
+        if met > parts:
+            yield f"has {noun} of more than {parts} objects and lists"
         pairs = part.items() if isinstance(part, dict) else (("", item) for item in part)
         for key, value in pairs:
-            text += len(key) + (len(value) if isinstance(value, str) else 1)
-            if text > MAX_TEXT:
-                yield f"has a schema of more than {MAX_TEXT} characters"
-            yield from _excess(key, value)
+            length += len(key) + (len(value) if isinstance(value, str) else 1)
+            if length > text:
+                yield f"has {noun} of more than {text} characters"
+            yield from (f"has {noun} {what}" for what in _malformed(key, value))
+            if kept:
+                yield from (f"has {noun} {what}" for what in _excess(key, value))
             if isinstance(value, dict | list):
                 below.append(value)
 
 
+def _malformed(key: str, value: object) -> Iterator[str]:
+    if isinstance(value, str) and not is_text(value):
+        yield "with text that is no valid Unicode"
+    if isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) < 1e300:
+        yield "with a number beyond 1e300"
+    if not is_text(key) or len(key) > MAX_STRING:
+        yield f"with a name that is no Unicode or longer than {MAX_STRING}"
+
+
 def _excess(key: str, value: object) -> Iterator[str]:
     if isinstance(value, str):
-        if not is_text(value):
-            yield "has a schema with text that is no valid Unicode"
         if key == "$ref" and not value.startswith("#"):
-            yield "has a schema with a $ref that leaves it: only #/… is followed"
+            yield "with a $ref that leaves it: only #/… is followed"
         if key == "pattern":
             yield from _heavy(value)
         if key not in _NOTES and len(value) > MAX_STRING:
-            yield f"has a schema with text of more than {MAX_STRING} characters"
+            yield f"with text of more than {MAX_STRING} characters"
     elif key == "patternProperties" and isinstance(value, dict):
         for pattern in value:
             yield from _heavy(pattern)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        if not abs(value) < 1e300:
-            yield "has a schema with a number beyond 1e300"
-        if key in _COUNTS and value > MAX_COUNT:
-            yield f"has a schema with a {key} above {MAX_COUNT}"
-    if not is_text(key) or len(key) > MAX_STRING:
-        yield f"has a schema with a name that is no Unicode or longer than {MAX_STRING}"
+    elif isinstance(value, int | float) and key in _COUNTS and value > MAX_COUNT:
+        yield f"with a {key} above {MAX_COUNT}"
 
 
 def _heavy(pattern: str) -> Iterator[str]:
     if len(pattern) > MAX_PATTERN:
-        yield f"has a schema with a pattern of more than {MAX_PATTERN} characters"
+        yield f"with a pattern of more than {MAX_PATTERN} characters"
     counts = (count for pair in _REPEATS.findall(pattern) for count in pair if count)
     if any(len(count) > 4 or int(count) > MAX_COUNT for count in counts):
-        yield f"has a schema with a pattern that repeats more than {MAX_COUNT} times"
+        yield f"with a pattern that repeats more than {MAX_COUNT} times"

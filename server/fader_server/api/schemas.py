@@ -12,7 +12,9 @@ from fader_server.api.fields import Fields, is_text
 from fader_server.api.known import CHAT_FIELDS, COMPLETION_FIELDS, UNSERVED_FIELDS
 from fader_server.api.messages import Message, read_messages
 from fader_server.api.response_format import read_schema
+from fader_server.api.tools import read_tools
 from fader_server.errors import RequestInvalid
+from fader_server.text.tools import ToolUse
 
 Prompt = str | tuple[int, ...]
 
@@ -33,7 +35,9 @@ class Call:
     choosing: Choosing
     stop: tuple[str, ...]
     schema: str | None
-    """The JSON Schema that every answer must have, as text; None: any text."""
+    """The JSON Schema that the text of every answer must have, as text; None: any text."""
+    tools: ToolUse | None
+    """What every answer may or must call; None: nothing."""
     logprobs: int | None
     echo: bool
     stream: bool
@@ -63,7 +67,7 @@ def read_completion(body: dict[str, Any], limits: Limits) -> Call:
     _refuse_unserved(fields)
     return _call(
         fields, limits, ignored, prompts=prompts, messages=(), n=n, max_tokens=most,
-        logprobs=logprobs, echo=echo,
+        tools=None, logprobs=logprobs, echo=echo,
     )  # fmt: skip
 
 
@@ -84,10 +88,11 @@ def read_chat(body: dict[str, Any], limits: Limits) -> Call:
         fields.refuse("top_logprobs", "needs logprobs to be true")
     _refuse_unserved(fields)
     _refuse_of_chat(fields)
+    tools = read_tools(fields)
     n = fields.integer("n", 1, low=1, high=limits.max_n)
     return _call(
         fields, limits, ignored, prompts=(), messages=messages, n=n, max_tokens=most,
-        logprobs=logprobs, echo=False,
+        tools=tools, logprobs=logprobs, echo=False,
     )  # fmt: skip
 
 
@@ -100,10 +105,9 @@ def _refuse_unserved(fields: Fields) -> None:
 
 
 def _refuse_of_chat(fields: Fields) -> None:
-    for offered, choice in (("tools", "tool_choice"), ("functions", "function_call")):
-        if fields.raw(choice) != "none":  # then none is called, and the model is shown none
-            fields.only(offered, lambda v: v == [], f'{_MISSING} unless {choice} is "none"')
-        fields.only(choice, lambda v: v in ("none", "auto"), _MISSING)
+    if fields.raw("function_call") != "none":  # then none is called, and the model is shown none
+        fields.only("functions", lambda v: v == [], f'{_MISSING} unless function_call is "none"')
+    fields.only("function_call", lambda v: v in ("none", "auto"), _MISSING)
     fields.only("modalities", lambda v: v == ["text"], _MISSING)
     fields.only("continue_final_message", lambda v: v is False, _MISSING)
     fields.only("add_generation_prompt", lambda v: v is True, "is always true here")
@@ -120,6 +124,7 @@ def _call(
     messages: tuple[Message, ...],
     n: int,
     max_tokens: int | None,
+    tools: ToolUse | None,
     logprobs: int | None,
     echo: bool,
 ) -> Call:
@@ -136,6 +141,7 @@ def _call(
         choosing=read_choosing(fields, limits, max_tokens),
         stop=_stop(fields),
         schema=read_schema(fields),
+        tools=tools,
         logprobs=logprobs,
         echo=echo,
         stream=stream,

@@ -126,7 +126,9 @@ class EventStream(Response):
         opening = b"".join(event(chunk) for chunk in self._renderer.opening(choices))
         batch = await self._started.first
         while batch is not None:
-            chunks = b"".join([event(self._renderer.chunk(delta)) for delta in batch])
+            chunks = b"".join(
+                [event(self._renderer.chunk(part)) for delta in batch for part in delta.told]
+            )
             await self._write(send, opening + chunks)
             opening = b""
             batch = await anext(self._started.batches, None)

@@ -23,6 +23,7 @@ from fader_server.api.fields import Fields
 from fader_server.api.messages import plain, read_messages
 from fader_server.api.ports import LoadOrder
 from fader_server.api.resolve import resolve
+from fader_server.api.tools import read_tools
 from fader_server.errors import ModelNotFound, RequestInvalid
 
 _LOAD_FIELDS = frozenset(("lora_name", "lora_path", "load_inplace", "is_3d_lora_weight"))
@@ -125,6 +126,7 @@ async def tokenize(request: Request) -> Response:
     fields = Fields(body)
     chat = fields.raw("messages") is not None
     messages = read_messages(fields) if chat else ()
+    use = read_tools(fields) if chat else None
     prompt = "" if chat else fields.string("prompt", required="prompt" not in body)
     special = fields.boolean("add_special_tokens", default=True)
     strings = fields.boolean("return_token_strs")
@@ -134,7 +136,7 @@ async def tokenize(request: Request) -> Response:
     def encode() -> dict[str, Any]:
         tokenizer = context.tokenizer
         if chat:
-            tokens = tokenizer.encode_chat(plain(messages))
+            tokens = tokenizer.encode_chat(plain(messages), use.tools if use else ())
         else:
             tokens = tokenizer.encode_prompt(prompt, special=special)
         texts = [tokenizer.token_text(token) for token in tokens] if strings else None

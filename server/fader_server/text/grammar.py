@@ -1,4 +1,4 @@
-"""One schema as a grammar over a vocabulary, and the guides of outputs that follow it.
+"""One schema or grammar over a vocabulary, and the guides of outputs that follow it.
 
 The library's parser does the work within bounds on every step; what it calls an error ends one
 request. Knows no tensors and no HTTP.
@@ -26,7 +26,6 @@ _OPTIONS = {
     # At most a space or a line break with its indentation: a model that is forced may not stop to
     # write them else.
     "whitespace_pattern": r"( |\n[ \t]{0,64})?",
-    "lenient": False,
 }
 
 _CREDIT = 0.5
@@ -41,18 +40,28 @@ _WORN = 1024
 about it, and the bound on that."""
 
 
-class Grammar:
-    """Compiled from the text of a schema; `problem` says why it cannot be used."""
+HEAD = '%llguidance {"no_forcing": true}\n'
+"""Of every grammar: the model chooses between the ways to tokenise a text that is certain."""
 
-    def __init__(self, schema: str, vocabulary: Vocabulary) -> None:
-        """Takes some milliseconds, and half a second for the worst that the bounds let through."""
+
+def json_rule(schema: str, *, lenient: bool = False) -> str:
+    """What stands in a grammar for JSON of a schema. lenient: as far as its keywords are known."""
+    options = {**_OPTIONS, "lenient": lenient}
+    return "%json " + json.dumps(json.loads(schema) | {"x-guidance": options})
+
+
+class Grammar:
+    """Compiled from a text; `problem` says why it cannot be used."""
+
+    def __init__(self, source: str, vocabulary: Vocabulary) -> None:
+        """source: a JSON Schema, or a grammar in the library's words that begins with HEAD.
+
+        Takes some milliseconds, and half a second for the worst that the bounds let through."""
         self._vocabulary = vocabulary
         self._used = 0
-        # no_forcing: the model chooses between the ways to tokenise a text that is certain
-        asked = json.dumps(json.loads(schema) | {"x-guidance": _OPTIONS})
         self._matcher = LLMatcher(
             vocabulary.tokens,
-            f'%llguidance {{"no_forcing": true}}\nstart: %json {asked}\n',
+            source if source.startswith(HEAD) else f"{HEAD}start: {json_rule(source)}\n",
             log_level=0,
             limits=LLParserLimits(**_LIMITS),
         )

@@ -50,41 +50,44 @@ class Guides:
         self._lock = threading.Lock()  # guards what is kept between the thread and the loop
         self._waiting = 0
 
-    async def start(self, schema: str, count: int) -> list[JsonGuide]:
-        """Guides for so many outputs. Raises RequestInvalid, Overloaded."""
-        grammar = self._find(schema)
+    async def start(
+        self, source: str, count: int, *, param: str = "response_format"
+    ) -> list[JsonGuide]:
+        """Guides for so many outputs under a schema or a grammar, which the field `param` asks for.
+        Raises RequestInvalid, Overloaded."""
+        grammar = self._find(source)
         if grammar is None:
             if self._waiting >= _WAITING:
                 raise Overloaded("many schemas are being read: try again later", retry_after=2)
             self._waiting += 1
             try:
-                work = self._executor.submit(self._make, schema)
+                work = self._executor.submit(self._make, source)
                 grammar = await asyncio.wrap_future(work)
             finally:
                 self._waiting -= 1
         if grammar.problem:
-            raise RequestInvalid(_told(grammar.problem), param="response_format")
+            raise RequestInvalid(_told(grammar.problem, param), param=param)
         return [grammar.guide() for _ in range(count)]
 
-    def _find(self, schema: str) -> Grammar | None:
+    def _find(self, source: str) -> Grammar | None:
         with self._lock:
-            grammar = self._kept.get(schema)
+            grammar = self._kept.get(source)
             if grammar is None or grammar.worn:
                 return None
-            self._kept.move_to_end(schema)
+            self._kept.move_to_end(source)
             return grammar
 
-    def _make(self, schema: str) -> Grammar:
+    def _make(self, source: str) -> Grammar:
         """On the thread."""
-        found = self._find(schema)
+        found = self._find(source)
         if found is not None:  # somebody in front had the same
             return found
         if self._vocabulary is None:
             self._vocabulary = self._read()
-        grammar = Grammar(schema, self._vocabulary)
+        grammar = Grammar(source, self._vocabulary)
         with self._lock:
-            self._kept[schema] = grammar
-            self._kept.move_to_end(schema)
+            self._kept[source] = grammar
+            self._kept.move_to_end(source)
             if len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
         return grammar
@@ -100,7 +103,7 @@ class Guides:
         return executor
 
 
-def _told(problem: str) -> str:
+def _told(problem: str, param: str) -> str:
     """A sentence for the client of what the library says, whose later lines quote the schema."""
     first = problem.partition("\n")[0]
     unknown = _UNKNOWN.search(first)
@@ -109,4 +112,5 @@ def _told(problem: str) -> str:
         found = f"with {', '.join(named) or 'keywords'}: not supported here"
     else:
         found = next((text for sign, text in _SIGNS if sign in first), "that is not valid here")
-    return f"response_format has a schema {found}"
+    noun = "parameters" if param == "tools" else "a schema"
+    return f"{param} has {noun} {found}"

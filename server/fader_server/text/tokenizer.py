@@ -18,6 +18,9 @@ from fader_server.text.detokenizer import Detokenizer
 from fader_server.text.encoding import check_length, encode
 from fader_server.text.pieces import Pieces
 from fader_server.text.stream import TextStream
+from fader_server.text.tool_format import ToolFormat
+from fader_server.text.tool_stream import ToolStream
+from fader_server.text.tools import Tool, ToolUse
 
 if TYPE_CHECKING:
     from fader_server.text.grammar import JsonGuide
@@ -46,14 +49,14 @@ class Tokenizer:
         self._backend.no_padding()
         self._max_model_len = max_model_len
         self._pieces = Pieces(self._backend)
-        self._chat = (
-            ChatEncoder(tokenizer, self._backend)
-            if getattr(tokenizer, "chat_template", None)
-            else None
-        )
         own = tokenizer.eos_token_id
         self.eos_ids = frozenset(eos_ids) | ({own} if isinstance(own, int) else frozenset())
         """Tokens that end an output."""
+        self._chat = (
+            ChatEncoder(tokenizer, self._backend, ends=self.eos_ids)
+            if getattr(tokenizer, "chat_template", None)
+            else None
+        )
         self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
         """One more than the highest id; the model's logits may be wider."""
 
@@ -87,14 +90,16 @@ class Tokenizer:
         check_length(len(text), self._max_model_len, param="prompt")
         return encode(self._backend, text, param="prompt", special=special)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] = ()
+    ) -> list[int]:
         """Ids of a chat; see ChatEncoder.encode. Control tokens in it are plain text."""
         if self._chat is None:
             raise RequestInvalid(
                 "this model has no chat template: use /v1/completions", param="messages"
             )
-        check_length(characters(messages), self._max_model_len, param="messages")
-        return self._chat.encode(messages)
+        check_length(characters(messages, tools), self._max_model_len, param="messages")
+        return self._chat.encode(messages, tools)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of all tokens, special ones left out: what a TextStream of them gives."""
@@ -114,6 +119,16 @@ class Tokenizer:
             self._pieces, prompt=prompt, echo=echo, stops=stops, include_stop=include_stop
         )
 
+    def tool_stream(self, use: ToolUse, *, stops: Iterable[str] = ()) -> ToolStream:
+        """The content and the calls of a new choice in a chat that was encoded with tools."""
+        return ToolStream(self._pieces, self._tool_format, use, stops=stops)
+
+    @property
+    def _tool_format(self) -> ToolFormat:
+        found = None if self._chat is None else self._chat.tool_format
+        assert found is not None, "encode_chat takes no tools without one"
+        return found
+
     def token_text(self, token: int) -> str:
         """A token for people: part of a character shows as U+FFFD, a special token by its name."""
         name = self._pieces.special_name(token)
@@ -126,6 +141,18 @@ class Tokenizer:
     async def guides(self, schema: str, count: int) -> "list[JsonGuide]":
         """For so many outputs under one JSON Schema. Raises RequestInvalid, Overloaded."""
         return await self._guides.start(schema, count)
+
+    async def tool_guides(
+        self, use: ToolUse, schema: str | None, count: int
+    ) -> "list[JsonGuide] | None":
+        """For outputs that may or must call tools, and have the schema in their content; None: they
+        need none. Raises RequestInvalid, Overloaded."""
+        from fader_server.text.tool_grammar import tool_grammar
+
+        if schema is not None:
+            await self._guides.start(schema, 0)  # what is wrong with it is told by itself
+        grammar = tool_grammar(self._tool_format, use, schema)
+        return None if grammar is None else await self._guides.start(grammar, count, param="tools")
 
     @cached_property
     def _guides(self) -> "Guides":

@@ -40,6 +40,9 @@ from fader_server.engine.stats import TenantStats
 from fader_server.errors import RequestInvalid
 from fader_server.metrics import Metrics
 from fader_server.recipes import RecipeBook
+from fader_server.text.tool_format import Frame, ToolFormat
+from fader_server.text.tool_reader import CallReader
+from fader_server.text.tools import Tool, ToolCall, ToolUse
 
 EOS = 256
 VOCAB = 257
@@ -98,18 +101,77 @@ class FakeTextStream:
         return held
 
 
+FORMAT = ToolFormat(
+    "object", '<call>{"name": "', '", "arguments": ', '}</call><call>{"name": "', "}</call>",
+    Frame("<call>", "</call>", "<call>", ""), False, {}, ("name", "arguments"),
+)  # fmt: skip
+
+
+class FakeToolStream:
+    """Content and calls, of bytes."""
+
+    echoed = ()
+
+    def __init__(self, use: ToolUse, *, stops: Iterable[str]) -> None:
+        self._bytes = FakeTextStream((), echo=False, stops=())
+        self._content = FakeTextStream((), echo=False, stops=stops)
+        self._reader = CallReader(FORMAT, use)
+        self._calls: list[ToolCall] = []
+        self._parallel = use.parallel
+        self._ended = False
+
+    def feed(self, token: int) -> FakeDelta:
+        shown = self._shown(self._reader.feed(self._bytes.feed(token).text))
+        return FakeDelta(shown, 0, self._ended)
+
+    def finish(self) -> str:
+        if self._ended:
+            return ""
+        pieces = self._reader.feed(self._bytes.finish()) + self._reader.finish()
+        return self._shown(pieces) + self._content.finish()
+
+    def taken(self) -> list[ToolCall]:
+        calls, self._calls = self._calls, []
+        return calls
+
+    def _shown(self, pieces: Sequence[str | ToolCall]) -> str:
+        text = ""
+        for piece in pieces:
+            if isinstance(piece, str):
+                text += self._content._match(piece)
+                self._ended = self._content._stopped
+            elif not self._ended:
+                self._calls.append(piece)
+                self._ended = not self._parallel
+        return text
+
+
 class FakeTokenizer:
     vocab_size = VOCAB
     eos_ids = frozenset({EOS})
 
     def __init__(self) -> None:
         self.schemas: list[str] = []
+        self.uses: list[tuple[ToolUse, str | None]] = []
 
     def encode_prompt(self, text: str, *, special: bool = True) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        return list("".join(f"{m['role']}:{m['content']}\n" for m in messages).encode())
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] = ()
+    ) -> list[int]:
+        if any(tool.name == "unreadable" for tool in tools):
+            raise RequestInvalid("this model has no tools", param="tools")
+        shown = "".join(f"{tool.shown}\n" for tool in tools)
+        rest = [
+            {key: value for key, value in m.items() if key not in ("role", "content")}
+            for m in messages
+        ]
+        lines = (
+            f"{m['role']}:{m['content']}{more or ''}\n"
+            for m, more in zip(messages, rest, strict=True)
+        )
+        return list((shown + "".join(lines)).encode())
 
     def decode(self, tokens: Iterable[int]) -> str:
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
@@ -124,6 +186,16 @@ class FakeTokenizer:
 
     def token_bytes(self, token: int) -> bytes | None:
         return None if token == EOS else bytes([token])
+
+    def tool_stream(self, use: ToolUse, *, stops: Iterable[str] = ()) -> FakeToolStream:
+        return FakeToolStream(use, stops=stops)
+
+    async def tool_guides(
+        self, use: ToolUse, schema: str | None, count: int
+    ) -> list["FakeGuide"] | None:
+        """Those that must call are guided."""
+        self.uses.append((use, schema))
+        return [FakeGuide() for _ in range(count)] if use.must else None
 
     async def guides(self, schema: str, count: int) -> list["FakeGuide"]:
         """Of a schema with `wait` never, with `refuse` a refusal."""

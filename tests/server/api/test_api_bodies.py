@@ -207,15 +207,12 @@ async def test_what_changes_nothing_in_a_chat_is_plain_chat(client, world: World
     assert world.engine.seen[0].params == world.engine.seen[1].params
 
 
-@pytest.mark.parametrize(
-    ("offered", "choice"), [("tools", "tool_choice"), ("functions", "function_call")]
-)
 @pytest.mark.parametrize("value", [None, "auto"])
-async def test_tools_that_the_model_may_call_are_refused(client, offered, choice, value):
-    body = GOOD["/v1/chat/completions"] | {offered: [TOOL], choice: value}
+async def test_functions_of_the_old_form_are_refused(client, value):
+    body = GOOD["/v1/chat/completions"] | {"functions": [{"name": "f"}], "function_call": value}
     error = check_envelope(await client.post("/v1/chat/completions", json=body))
-    assert error["param"] == offered
-    assert f'{choice} is "none"' in error["message"]
+    assert error["param"] == "functions"
+    assert 'function_call is "none"' in error["message"]
 
 
 async def test_unknown_fields_are_counted(client, world: World):

@@ -1,0 +1,364 @@
+"""Tools over HTTP: what is refused, what reaches the model, and calls in whole and streamed."""
+
+import json
+import re
+
+import pytest
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from fader_server.api import tools as tools_module
+from fader_server.api.fields import Fields
+from fader_server.text.tools import Tool, ToolUse
+from tests.server.api.api_fakes import EOS, World, say
+from tests.server.api.conftest import asgi
+from tests.server.api.test_api_bodies import GOOD, check_envelope
+from tests.server.api.test_api_streaming import events, text_of
+
+ROUTE = "/v1/chat/completions"
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": SCHEMA}}
+PLAIN = Tool("f", "d", SCHEMA)
+NAMED = {"type": "function", "function": {"name": "f"}}
+OFFER = {"tools": [TOOL]}
+
+
+def tool(**changes: object) -> dict:
+    return {"type": "function", "function": {**TOOL["function"], **changes}}
+
+
+def called(city: str) -> str:
+    arguments = json.dumps({"city": city}, ensure_ascii=False)
+    return f'<call>{{"name": "f", "arguments": {arguments}}}</call>'
+
+
+async def ask(client, **others):
+    body = json.dumps(GOOD[ROUTE] | {"max_tokens": 400, **others})
+    return await client.post(ROUTE, content=body, headers={"content-type": "application/json"})
+
+
+@pytest.mark.parametrize(
+    ("extra", "use"),
+    [
+        ({}, ToolUse((PLAIN,))),
+        ({"tool_choice": "auto", "parallel_tool_calls": None}, ToolUse((PLAIN,))),
+        ({"parallel_tool_calls": False}, ToolUse((PLAIN,), parallel=False)),
+        ({"tool_choice": "required"}, ToolUse((PLAIN,), must=True)),
+        ({"tool_choice": NAMED}, ToolUse((PLAIN,), must=True, only="f")),
+        ({"tools": [tool(strict=True)]}, ToolUse((Tool("f", "d", SCHEMA, strict=True),))),
+        ({"tools": [tool(strict=False, description=None)]}, ToolUse((Tool("f", "", SCHEMA),))),
+        (
+            {"tools": [tool(parameters=None)]},
+            ToolUse((Tool("f", "d", {"type": "object", "properties": {}}),)),
+        ),
+        (
+            {"tools": [tool(parameters={"anyOf": [{}], "x-guidance": {"lenient": True}})]},
+            ToolUse((Tool("f", "d", {"type": "object", "anyOf": [{}]}),)),
+        ),
+    ],
+)
+async def test_what_is_offered_reaches_the_text_layer(client, world: World, extra, use):
+    answer = await ask(client, **{**OFFER, **extra})
+    assert answer.status_code == 200, answer.text
+    assert world.tokenizer.uses == [(use, None)]
+    (request,) = world.engine.seen
+    assert (request.guide is not None) == use.must
+    assert "'name': 'f'" in bytes(request.prompt).decode()
+
+
+@pytest.mark.parametrize("choice", ["none", None])
+async def test_without_tools_or_with_none_to_call_nothing_is_other_than_before(
+    client, world, choice
+):
+    extra = {**OFFER, "tool_choice": "none"} if choice else {"tools": [], "tool_choice": "auto"}
+    await ask(client, seed=1, **extra)
+    await ask(client, seed=1)
+    assert world.tokenizer.uses == []
+    first, second = world.engine.seen
+    assert (first.prompt, first.params, first.guide) == (second.prompt, second.params, None)
+
+
+async def test_a_schema_for_the_content_goes_with_the_tools(client, world: World):
+    form = {"type": "json_object"}
+    await ask(client, **OFFER, response_format=form)
+    assert world.tokenizer.uses == [(ToolUse((PLAIN,)), '{"type": "object"}')]
+    assert world.tokenizer.schemas == []
+
+
+MANY = [tool(name=f"f{i}") for i in range(129)]
+BAD_TOOLS = [
+    *("f", 1, {}, [1], [{}], [None], MANY, [TOOL, TOOL]),
+    [{"type": "function"}],
+    [{"type": "custom", "custom": {"name": "f"}}],
+    [{"function": {"name": "f"}}],
+    [{**TOOL, "more": 1}],
+    [{"type": "function", "function": []}],
+    *([tool(name=name)] for name in (None, "", 1, "a b", "é", "x" * 65, "f\n", "<call>", [])),
+    *([tool(description=text)] for text in (1, [], "\ud800")),
+    *([tool(strict=value)] for value in (1, "true", [])),
+    *([tool(parameters=value)] for value in (1, [], "{}", True, {"type": "string"}, {"type": 1})),
+    [tool(more=1)],
+    [tool(parameters={"properties": {"\ud800": {}}})],
+    [tool(parameters={"properties": {"a": {"const": "SECRET\ud800"}}})],
+    [tool(description="SECRET" * 50_000)],
+    [tool(name=f"f{i}", description="x" * 5_000) for i in range(60)],
+    [tool(parameters={"enum": [[] for _ in range(20_000)]})],
+    [tool(parameters={"properties": {"a": {"maximum": 10**400}}})],
+]
+
+
+@pytest.mark.parametrize("choice", [{}, {"tool_choice": "none"}])
+@pytest.mark.parametrize("tools", BAD_TOOLS)
+async def test_what_are_no_tools_is_one_400(client, world: World, tools, choice):
+    answer = await ask(client, tools=tools, **choice)
+    assert answer.status_code == 400, answer.text
+    error = check_envelope(answer)
+    assert error["param"] == "tools"
+    assert "SECRET" not in error["message"]
+    assert world.engine.seen == world.tokenizer.uses == []
+
+
+KEPT = {
+    "references": {"a": {"$ref": "https://example.com/SECRET"}},
+    "patterns": {"a": {"pattern": "SECRET" * 100}},
+    "counts": {"a": {"maxLength": 10**9}},
+    "texts": {"a": {"const": "SECRET" * 400}},
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+async def test_what_is_too_much_for_a_grammar_is_refused_where_one_is_made(client, world, name):
+    parameters = {"properties": KEPT[name]}
+    loose = {"tools": [tool(parameters=parameters)]}
+    strict = {"tools": [tool(parameters=parameters, strict=True)]}
+    assert (await ask(client, **loose)).status_code == 200
+    beside = {"tools": [*loose["tools"], tool(name="g", strict=True)]}
+    form = loose | {"response_format": {"type": "json_object"}}
+    required, named = ({**loose, "tool_choice": choice} for choice in ("required", NAMED))
+    for body in (strict, beside, form, required, named):
+        answer = await ask(client, **body)
+        assert answer.status_code == 400, answer.text
+        assert check_envelope(answer)["param"] == "tools"
+        assert "SECRET" not in answer.text
+    assert len(world.engine.seen) == 1
+
+
+def test_tools_within_the_bounds_pass():
+    long = "x" * (tools_module.MAX_TEXT // 128 - 200)
+    fields = Fields({"tools": [tool(name=f"f{i}", description=long) for i in range(128)]})
+    use = tools_module.read_tools(fields)
+    fields.finish()
+    assert use is not None
+    assert len(use.tools) == 128
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        *("any", "f", 1, True, [], {}, "NONE"),
+        {"type": "function"},
+        {"type": "function", "function": {}},
+        {"type": "function", "function": {"name": 1}},
+        {"type": "function", "function": {"name": "g"}},
+        {"type": "function", "function": {"name": "f"}, "more": 1},
+        {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NAMED]}},
+        {"type": "function", "name": "f"},
+    ],
+)
+async def test_what_is_no_choice_is_one_400(client, world: World, choice):
+    answer = await ask(client, **OFFER, tool_choice=choice)
+    assert answer.status_code == 400, answer.text
+    assert check_envelope(answer)["param"] == "tool_choice"
+    assert world.engine.seen == []
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED])
+async def test_a_call_cannot_be_asked_for_without_tools(client, choice):
+    error = check_envelope(await ask(client, tool_choice=choice))
+    assert error["param"] == "tool_choice"
+
+
+async def test_parallel_tool_calls_is_true_or_false(client):
+    error = check_envelope(await ask(client, **OFFER, parallel_tool_calls="no"))
+    assert error["param"] == "parallel_tool_calls"
+
+
+async def test_a_base_that_cannot_be_read_says_so(client, world: World):
+    error = check_envelope(await ask(client, tools=[tool(name="unreadable")]))
+    assert error["param"] == "tools"
+    assert world.idle
+
+
+def past(**changes: object) -> dict:
+    function = {"name": "f", "arguments": '{"city": "Köln"}'}
+    return {"id": "c1", "type": "function", "function": function, **changes}
+
+
+def history(call: object, *, content: object = None, id: object = "c1") -> list[dict]:
+    return [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": content, "tool_calls": [call], "refusal": None},
+        {"role": "tool", "content": "sunny", "tool_call_id": id},
+    ]
+
+
+@pytest.mark.parametrize("offer", [{}, OFFER])
+async def test_past_calls_reach_the_text_layer_as_objects(client, world: World, offer):
+    answer = await ask(client, messages=history(past()), **offer)
+    assert answer.status_code == 200, answer.text
+    shown = bytes(world.engine.seen[0].prompt).decode()
+    assert "'function': {'name': 'f', 'arguments': {'city': 'Köln'}}" in shown
+    assert "tool:sunny{'tool_call_id': 'c1', 'name': 'f'}" in shown
+
+
+async def test_an_answer_without_calls_may_say_so(client):
+    for nothing in (None, []):
+        messages = [{"role": "assistant", "content": "x", "tool_calls": nothing}]
+        assert (await ask(client, messages=messages)).status_code == 200
+
+
+def arguments(text: object) -> dict:
+    return past(function={"name": "f", "arguments": text})
+
+
+BAD_HISTORY = [
+    *(history(call) for call in (1, {}, None, past(id=None), past(id=""), past(id="x" * 257))),
+    *(history(past(type="custom")), history(past(function=None)), history(past(function=[]))),
+    *(history(past(function={"name": name, "arguments": "{}"})) for name in (None, 1, "", "a b")),
+    *(history(arguments(text)) for text in (None, {}, "", "[]", "1", "{", '{"a": NaN}')),
+    *(history(arguments(text)) for text in ('{"a": 1, "a": 2}', '{"a":' * 40 + "1" + "}" * 40)),
+    *(history(past(), id=id) for id in (None, 1, "", "x" * 257)),
+    [{"role": "user", "content": "x", "tool_calls": [past()]}],
+    [{"role": "assistant", "tool_calls": {"a": 1}}],
+    [{"role": "assistant", "tool_calls": [past()] * 129}],
+    [{"role": "assistant", "content": "x", "function_call": {"name": "f", "arguments": "{}"}}],
+    [{"role": "tool", "content": "x"}],
+]
+
+
+@pytest.mark.parametrize("messages", BAD_HISTORY)
+async def test_what_is_no_past_call_is_one_400(client, world: World, messages):
+    answer = await ask(client, messages=messages, **OFFER)
+    assert answer.status_code == 400, answer.text
+    assert check_envelope(answer)["param"] == "messages"
+    assert world.engine.seen == []
+
+
+SAID = f"Let me see.\n{called('Köln')}\n{called('<b>')}"
+
+
+async def test_calls_are_told_apart_from_content(worlds):
+    world = worlds(script=say(SAID))
+    async with asgi(world) as client:
+        body = (await ask(client, **OFFER, n=2)).json()
+    ChatCompletion.model_validate(body)
+    for choice in body["choices"]:
+        assert choice["finish_reason"] == "tool_calls"
+        assert choice["message"]["content"] == "Let me see."
+        calls = choice["message"]["tool_calls"]
+        assert [json.loads(c["function"]["arguments"])["city"] for c in calls] == ["Köln", "<b>"]
+        assert {c["function"]["name"] for c in calls} == {"f"}
+        assert {c["type"] for c in calls} == {"function"}
+    ids = [c["id"] for choice in body["choices"] for c in choice["message"]["tool_calls"]]
+    assert len(set(ids)) == 4
+    assert all(re.fullmatch(r"[A-Za-z0-9]{9}", id) for id in ids)
+    assert body["usage"]["completion_tokens"] == 2 * (len(SAID.encode()) + 1)
+
+
+async def test_an_answer_of_calls_alone_has_no_content(worlds):
+    world = worlds(script=say(f"\n{called('x')}\n"))
+    async with asgi(world) as client:
+        message = (await ask(client, **OFFER)).json()["choices"][0]["message"]
+    assert message["content"] is None
+    assert len(message["tool_calls"]) == 1
+
+
+async def test_the_same_text_without_tools_is_text(worlds):
+    world = worlds(script=say(SAID))
+    async with asgi(world) as client:
+        choice = (await ask(client)).json()["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": SAID, "refusal": None}
+    assert choice["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    "text", ["plain", '<call>{"name": "g", "arguments": {}}</call>', "<call>{", "a <call"]
+)
+async def test_text_that_is_no_call_is_content(worlds, text):
+    world = worlds(script=say(text))
+    async with asgi(world) as client:
+        choice = (await ask(client, **OFFER)).json()["choices"][0]
+        chunks = await events(client, ROUTE, GOOD[ROUTE] | OFFER | {"stream": True})
+    assert choice["message"] == {"role": "assistant", "content": text, "refusal": None}
+    assert choice["finish_reason"] == "stop"
+    assert text_of(chunks) == text
+
+
+async def test_a_stream_has_one_chunk_a_call_and_is_the_whole_answer(worlds):
+    world = worlds(script=say(SAID))
+    body = GOOD[ROUTE] | OFFER | {"stream": True, "max_tokens": 400}
+    body["stream_options"] = {"include_usage": True}
+    async with asgi(world) as client:
+        chunks = await events(client, ROUTE, body)
+    for chunk in chunks:
+        ChatCompletionChunk.model_validate(chunk)
+    choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
+    assert "".join(c["delta"].get("content", "") for c in choices) == "Let me see."
+    calls = [call for c in choices for call in c["delta"].get("tool_calls", ())]
+    assert [call["index"] for call in calls] == [0, 1]
+    assert [json.loads(c["function"]["arguments"])["city"] for c in calls] == ["Köln", "<b>"]
+    ends = [(c["finish_reason"], c["delta"]) for c in choices if c["finish_reason"]]
+    assert ends == [("tool_calls", {})], "clients look for it behind the calls"
+    assert chunks[-1]["usage"]["completion_tokens"] == len(SAID.encode()) + 1
+
+
+async def test_one_call_is_the_end_where_there_may_be_no_other(worlds):
+    world = worlds(script=say(SAID + "more"))
+    async with asgi(world) as client:
+        choice = (await ask(client, **OFFER, parallel_tool_calls=False)).json()["choices"][0]
+    assert len(choice["message"]["tool_calls"]) == 1
+    assert choice["finish_reason"] == "tool_calls"
+    assert world.engine.aborted == [world.engine.seen[0].id]
+
+
+async def test_an_answer_that_is_cut_off_says_so_and_keeps_its_whole_calls(worlds):
+    world = worlds(script=say(SAID))
+    most = len(SAID.encode()) - len('"}}</call>')
+    async with asgi(world) as client:
+        choice = (await ask(client, **OFFER, max_tokens=most)).json()["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert len(choice["message"]["tool_calls"]) == 1
+    assert "<b>" in choice["message"]["content"]
+
+
+async def test_stop_strings_end_content_and_do_not_count_in_calls(worlds):
+    world = worlds(script=say(SAID))
+    async with asgi(world) as client:
+        whole = (await ask(client, **OFFER, stop=["Köln"])).json()["choices"][0]
+        cut = (await ask(client, **OFFER, stop=["me"])).json()["choices"][0]
+    assert len(whole["message"]["tool_calls"]) == 2
+    assert cut["message"] == {"role": "assistant", "content": "Let ", "refusal": None}
+    assert cut["finish_reason"] == "stop"
+
+
+async def test_logprobs_are_those_of_every_token_calls_included(worlds):
+    world = worlds(script=say(SAID))
+    async with asgi(world) as client:
+        choice = (await ask(client, **OFFER, logprobs=True)).json()["choices"][0]
+    assert len(choice["logprobs"]["content"]) == len(SAID.encode())
+
+
+async def test_a_guided_call_ends_at_the_models_stop_tokens_also_under_ignore_eos(client, world):
+    await ask(client, **OFFER, tool_choice="required", ignore_eos=True)
+    await ask(client, **OFFER, ignore_eos=True)
+    guided, free = (request.params.stop_token_ids for request in world.engine.seen)
+    assert guided == {EOS}
+    assert free == frozenset()
+
+
+async def test_tokenize_counts_tools(client):
+    body = {"model": "base", "messages": [{"role": "user", "content": "x"}]}
+    counts = [
+        (await client.post("/tokenize", json=body | more)).json()["count"]
+        for more in ({}, OFFER, OFFER | {"tool_choice": "none"})
+    ]
+    assert counts[0] == counts[2] < counts[1]

@@ -1,0 +1,502 @@
+"""Tools through real templates: formats found, calls read back, forged markers, any cuts."""
+
+import json
+import random
+import time
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fader_server.errors import RequestInvalid
+from fader_server.text.tokenizer import Tokenizer
+from fader_server.text.tool_reader import CallReader, Piece
+from fader_server.text.tool_values import types_of, ways_of
+from fader_server.text.tools import Tool, ToolCall, ToolUse
+from tests.server.text_worlds import CONTROLS
+from tests.server.tool_worlds import ADDED, NO_TOOLS, SPECIAL, TEMPLATES, hf
+
+SHAPE = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "days": {"type": "integer"},
+        "more": {"type": ["object", "null"]},
+    },
+}
+TOOLS = (Tool("weather", "Tells it.", SHAPE), Tool("time-of_day", "", SHAPE))
+USE = ToolUse(TOOLS)
+NASTY = 'Grüße </tool_call> \n"x"\\ [TOOL_CALLS] <|tool_call|>] {"name": </parameter 🦊'
+ARGUMENTS = {"city": NASTY, "days": 3, "more": {"a": [1.5, None, True, "}]"]}}
+WORLDS = {name: Tokenizer(hf(text), max_model_len=4096) for name, text in TEMPLATES.items()}
+SPEAKS = [name for name in TEMPLATES if name in ("hermes", "granite", "coder", "glm", "invoke")]
+"""Those whose answers with calls may have content."""
+
+
+def call(name: str = "weather", id: str = "abcdefgh1", **arguments: object) -> dict:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def answer(*calls: dict, content: str = "") -> list[dict]:
+    said = {"role": "assistant", "content": content, "tool_calls": list(calls)}
+    return [{"role": "user", "content": "u"}, said]
+
+
+def form_of(world: Tokenizer):
+    form = world._chat.tool_format if world._chat else None
+    assert form is not None
+    return form
+
+
+def spoken(world: Tokenizer, *calls: dict, content: str = "") -> list[int]:
+    """The tokens that the template makes of an answer."""
+    messages = answer(*calls, content=content)
+    whole = world.encode_chat(messages, TOOLS)
+    prompt = world.encode_chat(messages[:1], TOOLS)
+    start = next(
+        (at for at, pair in enumerate(zip(whole, prompt, strict=False)) if pair[0] != pair[1]),
+        len(prompt),
+    )
+    ends = {world.token_text(t): t for t in range(world.vocab_size)}
+    stops = {ends["</s>"], ends["<|im_end|>"], ends["<|eot_id|>"]}
+    found = whole[start:]
+    return found[: next(at for at, token in enumerate(found) if token in stops)]
+
+
+def heard(
+    world: Tokenizer, tokens: list[int], use: ToolUse = USE, **more
+) -> tuple[str, list[ToolCall]]:
+    stream = world.tool_stream(use, **more)
+    text, calls = "", []
+    for token in tokens:
+        text += stream.feed(token).text
+        calls += stream.taken()
+    text += stream.finish()
+    return text, [*calls, *stream.taken()]
+
+
+def plain(calls: list[ToolCall]) -> list[tuple[str, dict]]:
+    return [(made.name, json.loads(made.arguments)) for made in calls]
+
+
+@pytest.mark.parametrize("style", TEMPLATES)
+def test_calls_that_the_template_writes_are_read_back(style: str):
+    world = WORLDS[style]
+    calls = [call(**ARGUMENTS), call("time-of_day", "abcdefgh2"), call(id="abcdefgh3", city="")]
+    if form_of(world).between is None:
+        calls = calls[:1]
+    text, found = heard(world, spoken(world, *calls))
+    assert text == ""
+    assert plain(found) == [(c["function"]["name"], c["function"]["arguments"]) for c in calls]
+    assert len(calls) == (1 if style == "llama" else 3)
+
+
+@pytest.mark.parametrize("style", SPEAKS)
+def test_content_before_calls_stays_content(style: str):
+    world = WORLDS[style]
+    tokens = spoken(world, call(city="x"), content="Let me see: <tool_call> is a marker.")
+    text, found = heard(world, tokens)
+    assert text == "Let me see: <tool_call> is a marker."
+    assert plain(found) == [("weather", {"city": "x"})]
+
+
+@pytest.mark.parametrize("style", TEMPLATES)
+def test_a_plain_answer_is_what_it_is_without_tools(style: str):
+    world = WORLDS[style]
+    for said in ("hello", " \n two  spaces \n", "{", '{"name": "weather"}', "<tool_call>\n", NASTY):
+        tokens = world.encode_prompt(said, special=False)
+        assert heard(world, tokens) == (world.decode(tokens), [])
+
+
+@pytest.mark.parametrize("style", ["granite", "mistral", "mistral_args", "deepseek"])
+def test_a_special_marker_that_is_spelled_out_is_no_marker(style: str):
+    world = WORLDS[style]
+    tokens = spoken(world, call(city="x"))
+    names = [world.token_text(token) for token in tokens]
+    assert set(names) & set(SPECIAL)
+    spelled = [
+        piece
+        for token, name in zip(tokens, names, strict=True)
+        for piece in (_bytes(world, name) if name in SPECIAL else [token])
+    ]
+    assert heard(world, tokens)[1] != []
+    assert heard(world, spelled)[1] == []
+
+
+def _bytes(world: Tokenizer, text: str) -> list[int]:
+    half = len(text) // 2
+    return [
+        t for part in (text[:half], text[half:]) for t in world.encode_prompt(part, special=False)
+    ]
+
+
+@pytest.mark.parametrize("style", NO_TOOLS)
+def test_a_base_without_readable_calls_refuses_tools_and_past_calls(style: str):
+    world = Tokenizer(hf(NO_TOOLS[style]), max_model_len=4096)
+    with pytest.raises(RequestInvalid, match='only tool_choice "none"') as caught:
+        world.encode_chat([{"role": "user", "content": "x"}], TOOLS)
+    assert caught.value.param == "tools"
+    with pytest.raises(RequestInvalid) as caught:
+        world.encode_chat(answer(call()))
+    assert caught.value.param == "messages"
+    assert world.encode_chat([{"role": "user", "content": "x"}])
+
+
+def test_a_thought_that_the_template_adds_is_no_part_of_a_call():
+    role = "<|im_start|>{{ m.role }}\n"
+    thought = "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    template = TEMPLATES["hermes"].replace(role, role + thought)
+    assert template != TEMPLATES["hermes"]
+    assert form_of(Tokenizer(hf(template), max_model_len=64)) == form_of(WORLDS["hermes"])
+
+
+def test_a_template_of_its_own_for_tools_is_used():
+    both = hf("")
+    both.chat_template = {"default": NO_TOOLS["silent"], "tool_use": TEMPLATES["hermes"]}
+    world = Tokenizer(both, max_model_len=4096)
+    messages = [{"role": "user", "content": "x"}]
+    assert world.encode_chat(messages, TOOLS) == WORLDS["hermes"].encode_chat(messages, TOOLS)
+
+
+# Encoding: nothing that a client writes is a control token
+
+
+def reference(style: str, messages: list[dict], tools: tuple[Tool, ...]) -> list[int]:
+    source = hf(TEMPLATES[style])
+    if form_of(WORLDS[style]).text_arguments:
+        messages = [form_of(WORLDS[style]).history(m) if "tool_calls" in m else m for m in messages]
+    text = source.apply_chat_template(
+        messages, tools=[tool.shown for tool in tools], tokenize=False, add_generation_prompt=True
+    )
+    return source(text, add_special_tokens=False)["input_ids"]
+
+
+def controls(style: str, ids: list[int]) -> Counter:
+    """Those that are structure in this style."""
+    world = WORLDS[style]
+    names = {*CONTROLS, *SPECIAL, *(name for name in ADDED if name in TEMPLATES[style])}
+    return Counter(name for name in map(world.token_text, ids) if name in names)
+
+
+@pytest.mark.parametrize("style", TEMPLATES)
+def test_an_honest_chat_with_tools_gets_the_ids_transformers_gives(style: str):
+    messages = [
+        *answer(call(city="größe > x", days=3)),
+        {"role": "tool", "content": "sunny", "tool_call_id": "abcdefgh1", "name": "weather"},
+    ]
+    assert WORLDS[style].encode_chat(messages, TOOLS) == reference(style, messages, TOOLS)
+
+
+FORGED = "".join((*CONTROLS, *SPECIAL, *ADDED))
+
+
+def chat(word: str, *, id: str = "abcdefgh1") -> tuple[list[dict], tuple[Tool, ...]]:
+    """One with this word wherever a client may write."""
+    shape = {
+        "type": "object",
+        "properties": {word: {"type": "string", "description": word, "enum": [word]}},
+        "required": [word],
+        word: word,
+    }
+    given = {word: word, "list": [word, {word: [word]}]}
+    messages = [
+        *answer({**call("weather", id), "function": {"name": "weather", "arguments": given}}),
+        {"role": "tool", "content": word, "tool_call_id": id, "name": word},
+    ]
+    return messages, (Tool("weather", word, shape), Tool("other", word, shape))
+
+
+@pytest.mark.parametrize("style", TEMPLATES)
+def test_forged_markers_in_tools_and_calls_are_plain_text(style: str):
+    world = WORLDS[style]
+    honest = controls(style, world.encode_chat(*chat("hello")))
+    for name in (*CONTROLS, *SPECIAL, *ADDED, FORGED):
+        ids = world.encode_chat(*chat(f"x{name}y"))
+        assert controls(style, ids) == honest, name
+        assert f"x{name}y" in world.decode(ids)
+    assert controls(style, reference(style, *chat(FORGED))) != honest  # it would have worked
+
+
+@pytest.mark.parametrize("style", ["hermes", "deepseek", "invoke"])
+def test_a_forged_id_is_plain_text(style: str):
+    world = WORLDS[style]
+    honest = controls(style, world.encode_chat(*chat("x")))
+    assert controls(style, world.encode_chat(*chat("x", id=FORGED))) == honest
+
+
+def test_the_templates_text_cannot_complete_a_marker_with_a_name_or_a_key():
+    style = "hermes"
+    template = TEMPLATES[style].replace("{{ tool | tojson }}", "<|{{ tool.function.name }}|>")
+    world = Tokenizer(hf(template), max_model_len=4096)
+    messages = [{"role": "user", "content": "x"}]
+    ids = world.encode_chat(messages, (Tool("im_end", "", SHAPE),))
+    honest = world.encode_chat(messages, (Tool("im_ends", "", SHAPE),))
+    assert controls(style, ids) == controls(style, honest)
+    forged = hf(template).apply_chat_template(
+        messages, tools=[Tool("im_end", "", SHAPE).shown], tokenize=False
+    )
+    assert forged.count("<|im_end|>") > controls(style, honest)["<|im_end|>"]
+
+
+def test_words_of_json_schema_stay_what_templates_look_up():
+    """A seam in them would hide a parameter's type from the template."""
+    template = TEMPLATES["coder"].replace("<|im_start|>system\n{%", "<|im_start|><|type|>{%")
+    source = hf(template)
+    source.add_special_tokens({"additional_special_tokens": ["<|type|>", "<|string|>"]})
+    world = Tokenizer(source, max_model_len=4096)
+    text = world.decode(world.encode_chat([{"role": "user", "content": "x"}], TOOLS))
+    assert "<type>string</type>" in text
+
+
+@given(parts=st.lists(st.sampled_from([*CONTROLS, *SPECIAL, *ADDED, "<|", "|>", ">", "[", "]",
+    "im_end", "\ue000", '"', "\\", "{", "}", " ", "\n", "x"]), max_size=9),
+    style=st.sampled_from(sorted(TEMPLATES)))  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_no_word_adds_a_control_token(parts: list[str], style: str):
+    world = WORLDS[style]
+    honest = controls(style, world.encode_chat(*chat("hello")))
+    assert controls(style, world.encode_chat(*chat("x" + "".join(parts) + "x"))) == honest
+
+
+# Reading: the same whatever the cuts, each broken call content to where it breaks
+
+PARTS = [
+    "Hello", " ", "\n", "{", "}", '"', ",", "[", "]", "weather", "<tool_call>", "</tool_call>",
+    "<tool_call>\n{", '{"name": "weather", "arguments": {"days": 1}}', '{"name": "x"}',
+    "<function=weather>", "<parameter=days>\n", "5", "\n</parameter>", "</function>", "<calls>",
+    '<invoke name="weather">', '<parameter name="days">', "</parameter>", "</invoke>", "</calls>",
+    "<arg_key>days</arg_key>", "<arg_value>7</arg_value>", "\ud800", "\ud801", "\ud802",
+]  # fmt: skip
+
+
+def pieces_of(style: str, chunks: list[str]) -> list[Piece]:
+    reader = CallReader(form_of(WORLDS[style]), USE)
+    found = [piece for chunk in chunks for piece in reader.feed(chunk)] + reader.finish()
+    joined: list[Piece] = []
+    for piece in found:
+        if joined and isinstance(piece, str) and isinstance(joined[-1], str):
+            joined[-1] += piece
+        else:
+            joined.append(piece)
+    return joined
+
+
+@given(
+    st.lists(st.sampled_from(PARTS), max_size=25), st.sampled_from(sorted(TEMPLATES)), st.randoms()
+)
+@settings(max_examples=300, deadline=None)
+def test_cuts_change_nothing_and_no_text_is_lost(parts: list[str], style: str, rng: random.Random):
+    text = "".join(parts)
+    whole = pieces_of(style, [text])
+    cuts = sorted(rng.randrange(len(text) + 1) for _ in range(rng.randrange(9)))
+    chunks = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert pieces_of(style, chunks) == whole
+    assert pieces_of(style, list(text)) == whole
+    if not any(isinstance(piece, ToolCall) for piece in whole):
+        shown = text.translate({0xD800: None, 0xD801: None, 0xD802: None})
+        assert "".join(map(str, whole)) == shown
+
+
+def test_content_is_held_back_only_while_it_may_be_a_marker_or_space_before_one():
+    reader = CallReader(form_of(WORLDS["hermes"]), USE)
+    assert reader.feed("Hello <tool") == ["Hello"]
+    assert reader.feed("s") == [" <tools"]
+    assert reader.feed("\n\n") == []
+    assert reader.feed("and") == ["\n\nand"]
+
+
+GOOD = '{"name": "weather", "arguments": {"days": 1}}'
+MADE = ToolCall("weather", '{"days": 1}')
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"<tool_call>{GOOD}</tool_call>", [MADE]),
+        (f"<tool_call> \n\t{GOOD}\n\n</tool_call>\n", [MADE]),
+        (f"<tool_call>\n{GOOD}", [MADE]),  # the model ended it there
+        (f"<tool_call>\n{GOOD}\n</tool", [MADE]),
+        (f"a <tool_call>{GOOD}</tool_call> b", ["a", MADE, "b"]),
+        (f"<tool_call>{GOOD}</tool_call>" * 2, [MADE, MADE]),
+        (f'<tool_call>{GOOD.replace("arguments", "parameters")}</tool_call>', [MADE]),
+        (f'<tool_call>{GOOD[:-1]}, "id": 1}}</tool_call>', [MADE]),
+        ('<tool_call>{"arguments": {"days": 1}, "name": "weather"}</tool_call>', [MADE]),
+        (f"<tool_call>x{GOOD}</tool_call>", None),
+        (f"<tool_call>{GOOD}x</tool_call>", None),
+        (f"<tool_call>{GOOD.replace('weather', 'other')}</tool_call>", None),
+        ('<tool_call>{"name": "weather"}</tool_call>', None),
+        ('<tool_call>{"name": "weather", "arguments": "{}"}</tool_call>', None),
+        ('<tool_call>{"name": "weather", "arguments": {"a": NaN}}</tool_call>', None),
+        (
+            '<tool_call>{"name": "weather", "arguments": {"a": [-1e999, "\\ud800 é"]}}</tool_call>',
+            [ToolCall("weather", '{"a": [-1.7976931348623157e+308, "\\ud800 \\u00e9"]}')],
+        ),
+        (f'<tool_call>{{"name": "weather", "arguments": {{"a": {"9" * 5000}}}}}</tool_call>', None),
+        (f"<tool_call>[{GOOD}]</tool_call>", None),
+        ('<tool_call>{"name": "weather", "arguments": {"days": 1]}</tool_call>', None),
+        (f"<tool_call>{'{' * 100}", None),
+        ("<tool_call>", None),
+        ("<tool_call", None),
+        (f"<tool_call><tool_call>{GOOD}</tool_call>", ["<tool_call>", MADE]),
+        (f"<tool_call>{{x}}<tool_call>{GOOD}</tool_call>", ["<tool_call>{x}", MADE]),
+    ],
+)  # fmt: skip
+def test_what_is_a_call_and_what_is_not(text: str, expected: list[Piece] | None):
+    assert pieces_of("hermes", [text]) == ([text] if expected is None else expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ('{"name": "weather", "parameters": {"days": 1}}', True),
+        (' \n{"name": "weather", "parameters": {"days": 1}}\n', True),
+        ('{"name": "weather", "parameters": {"days": 1}} is it', False),
+        ('It is {"name": "weather", "parameters": {"days": 1}}', False),
+        ('{"name": "weather", "parameters": {"days": 1}', False),
+    ],
+)
+def test_a_call_without_a_mark_is_the_whole_answer_or_none(text: str, whole: bool):
+    assert pieces_of("llama", [text]) == ([MADE] if whole else [text])
+
+
+@pytest.mark.parametrize(
+    ("lead", "apart", "tail"),
+    [("<tool>", "\n", ""), ("<tool>", ";", ""), ("<tool>", "; ", "</tool>")],
+)
+def test_one_marker_for_several_calls_is_read(lead: str, apart: str, tail: str):
+    world = Tokenizer(hf(_listed(lead, apart, tail)), max_model_len=4096)
+    written = [call(city="x"), call("time-of_day", "abcdefgh2", city="y")]
+    found = plain(heard(world, spoken(world, *written))[1])
+    assert found == [(c["function"]["name"], c["function"]["arguments"]) for c in written]
+
+
+def test_several_calls_without_a_marker_are_refused():
+    """They could not be told from content, as it comes."""
+    world = Tokenizer(hf(_listed("[", ", ", "]")), max_model_len=4096)
+    with pytest.raises(RequestInvalid, match="chat template"):
+        world.encode_chat([{"role": "user", "content": "x"}], TOOLS)
+
+
+def _listed(lead: str, apart: str, tail: str) -> str:
+    template = TEMPLATES["granite"]
+    start, stop = template.index("<|tool_call|>"), template.index("]{% endif %}<|im_end|>") + 1
+    calls = (
+        lead + "{% for call in m.tool_calls %}{{ call.function | tojson }}{% if not loop.last %}"
+        "{{ '" + apart.replace("\n", "\\n") + "' }}{% endif %}{% endfor %}" + tail
+    )
+    return template[:start] + calls + template[stop:]
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "value"),
+    [
+        ("city", "5", "5"),
+        ("city", "true", "true"),
+        ("city", "\n a\n\n", "\n a\n\n"),
+        ("days", "5", 5),
+        ("days", " 5 ", 5),
+        ("days", "five", None),
+        ("days", "5.5", None),
+        ("more", '{"a": "</parameter>"}', {"a": "</parameter>"}),
+        ("more", "null", ...),
+        ("more", "None", ...),
+        ("unknown", "5", 5),
+        ("unknown", "True", True),
+        ("unknown", "five", "five"),
+        ("unknown", '"five"', '"five"'),
+        ("unknown", "1e999", 1.7976931348623157e308),
+        ("unknown", "[" * 20_000, "[" * 20_000),
+        ("more", '{"a":' * 70 + "1" + "}" * 70, None),
+    ],
+)
+def test_text_of_a_field_is_the_value_its_schema_says(key: str, written: str, value: object):
+    text = (
+        f"<tool_call>\n<function=weather>\n<parameter={key}>\n{written}\n</parameter>\n"
+        "</function>\n</tool_call>"
+    )
+    pieces = pieces_of("coder", [text])
+    if value is None:
+        assert pieces == [text]
+    else:
+        (made,) = pieces
+        assert isinstance(made, ToolCall)
+        assert json.loads(made.arguments) == {key: None if value is ... else value}
+
+
+def test_types_are_found_through_references_and_alternatives():
+    shape = {
+        "type": "object",
+        "properties": {
+            "a": {"$ref": "#/$defs/number"},
+            "b": {"anyOf": [{"$ref": "#/$defs/name"}, {"type": "null"}]},
+            "c": {"enum": [1, 2]},
+            "d": {"$ref": "#/$defs/d"},
+        },
+        "$defs": {
+            "number": {"type": "number"},
+            "name": {"enum": ["5", "6"]},
+            "d": {"$ref": "#/$defs/d"},
+        },
+    }
+    reader = CallReader(form_of(WORLDS["glm"]), ToolUse((Tool("f", "", shape),)))
+    fields = "".join(
+        f"<arg_key>{k}</arg_key><arg_value>{v}</arg_value>"
+        for k, v in (("a", "5"), ("b", "null"), ("c", "2"), ("d", "5"))
+    )
+    (made,) = reader.feed(f"<tool_call>f\n{fields}</tool_call>")
+    assert isinstance(made, ToolCall)
+    assert json.loads(made.arguments) == {"a": 5, "b": None, "c": 2, "d": 5}
+
+
+def test_alternatives_without_end_are_any_type():
+    wide = {"anyOf": [{"$ref": f"#/$defs/{i}"} for i in range(300)]}
+    none = {"anyOf": []}
+    for last in (wide, none):
+        shape = {"properties": {"a": wide}, "$defs": dict.fromkeys(map(str, range(300)), last)}
+        began = time.process_time()
+        assert types_of(ways_of(shape, "a")) == frozenset()
+        assert time.process_time() - began < 0.5
+
+
+def test_only_the_named_tool_is_called():
+    use = ToolUse(TOOLS, must=True, only="time-of_day")
+    reader = CallReader(form_of(WORLDS["hermes"]), use)
+    text = f"<tool_call>{GOOD}</tool_call>"
+    assert reader.feed(text) + reader.finish() != [MADE]
+
+
+@pytest.mark.parametrize("style", sorted(TEMPLATES))
+def test_a_stop_string_counts_in_content_alone(style: str):
+    world = WORLDS[style]
+    tokens = spoken(world, call(city="stop here"))
+    assert plain(heard(world, tokens, stops=["stop"])[1]) == [("weather", {"city": "stop here"})]
+    if style in SPEAKS:
+        tokens = spoken(world, call(city="x"), content="Now stop here.")
+        assert heard(world, tokens, stops=["stop"]) == ("Now ", [])
+
+
+def test_one_call_ends_an_answer_where_there_may_be_no_other():
+    world = WORLDS["hermes"]
+    tokens = spoken(world, call(city="a"), call(city="b", id="abcdefgh2"), content="x")
+    stream = world.tool_stream(ToolUse(TOOLS, parallel=False), stops=["xyz"])
+    deltas = [stream.feed(token) for token in tokens]
+    assert deltas[-1].stopped
+    assert "".join(delta.text for delta in deltas) + stream.finish() == "x"
+    assert plain(list(stream.taken())) == [("weather", {"city": "a"})]
+
+
+@pytest.mark.parametrize("style", ["hermes", "coder", "invoke", "llama"])
+@pytest.mark.parametrize("part", [" ", "<tool_call>", '<tool_call>{"', "<tool_call>{}", "<calls>",
+    '<tool_call>\n<function=weather>\n<parameter=a>\n', "{", '{"a": "'])  # fmt: skip
+def test_reading_takes_time_in_proportion_to_the_text(style: str, part: str):
+    def seconds(count: int) -> float:
+        reader = CallReader(form_of(WORLDS[style]), USE)
+        began = time.process_time()
+        for _ in range(count):
+            reader.feed(part)
+        reader.finish()
+        return time.process_time() - began
+
+    size = 6_000 // len(part)
+    assert seconds(4 * size) < 40 * max(seconds(size), 0.001)
