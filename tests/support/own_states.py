@@ -11,7 +11,7 @@ from fader_server.core import Plan
 from fader_server.engine.limits import Limits
 from tests.server.parity.test_many_families import adapters, asks
 from tests.support.many_families import write_many
-from tests.support.solo_families import SOLO
+from tests.support.solo_families import BY_KEY, SOLO
 from tests.support.world import Answer, TinyWorld
 
 LIMITS = Limits(max_rows=8, max_step_tokens=40, chunk_size=32, max_model_len=512)
@@ -28,7 +28,7 @@ class Setting:
 
     @classmethod
     def of(cls, family: str, folder: Path, backend: BackendName = "auto") -> "Setting":
-        base = write_many(*SOLO[family], folder / "base")
+        base = write_many(*(SOLO | BY_KEY)[family], folder / "base")
         return cls(base, adapters(base, folder, TinyWorld(base)), backend)
 
     def world(self, **options: Any) -> TinyWorld:

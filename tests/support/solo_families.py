@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tests.support.many_families import MOE
+from tests.support.many_families import LATENT, MOE
 
 DELTA = {
     "layer_types": ["linear_attention", "full_attention"],
@@ -13,6 +13,11 @@ DELTA = {
     "linear_value_head_dim": 32,
 }
 """Gated delta rules beside attention."""
+KEYED = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_heads": 4,
+    "linear_head_dim": 32,
+}
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16}
 STATE_SPACE = {"layer_types": ["mamba", "attention"], **MAMBA2, "shared_intermediate_size": 192}
 
@@ -73,3 +78,9 @@ SOLO: dict[str, tuple[str, Mapping[str, Any]]] = {
     ),
 }
 """Name → model type, and what its config says beside COMMON."""
+
+BY_KEY: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "bailing-hybrid": ("bailing_hybrid", {**MOE, **LATENT, **KEYED}),
+    "kimi-linear": ("kimi_linear", {**MOE, **LATENT, **KEYED}),
+}
+"""The same of families whose delta rules decay by key; attention is not for the native kernels."""

@@ -22,13 +22,15 @@ KNOWN: dict[Any, Map] = {
     F.sigmoid: Map.SIGMOID,
     torch.exp: Map.EXP,
     Tensor.exp: Map.EXP,
+    torch.log: Map.LOG,
+    Tensor.log: Map.LOG,
     F.softplus: Map.SOFTPLUS,
     F.silu: Map.SILU,
 }
 UNKNOWN = frozenset(
     {
         *(torch.tanh, Tensor.tanh, F.tanh, torch.erf, Tensor.erf, F.gelu, F.logsigmoid, F.mish),
-        *(torch.log, Tensor.log, torch.log1p, Tensor.log1p, torch.log2, Tensor.log2),
+        *(torch.log1p, Tensor.log1p, torch.log2, Tensor.log2, torch.log10, Tensor.log10),
         *(torch.exp2, Tensor.exp2, torch.expm1, Tensor.expm1, torch.cos, torch.sin, F.elu),
     }
 )

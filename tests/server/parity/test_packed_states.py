@@ -24,7 +24,7 @@ from tests.support.lanes import merge, publish
 from tests.support.many_families import write_many
 from tests.support.oracle import Oracle
 from tests.support.own_states import LIMITS, Setting, Twice, bits, same_bits_alone
-from tests.support.solo_families import SOLO
+from tests.support.solo_families import BY_KEY, SOLO
 from tests.support.world import Ask, TinyWorld, greedy
 
 PACKED = {
@@ -34,6 +34,7 @@ PACKED = {
 QUICK = frozenset({"granite-hybrid-moe", "lfm2", "qwen3.5"})
 STATEFUL = "qwen3.5"
 FAMILIES = [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in sorted(PACKED)]
+KEYED = [pytest.param(f, marks=[] if f == "kimi-linear" else pytest.mark.slow) for f in BY_KEY]
 
 
 @pytest.fixture(autouse=True)
@@ -50,9 +51,9 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return Setting.of(STATEFUL, tmp_path_factory.mktemp(STATEFUL))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *KEYED])
 def test_mixed_batches_equal_peft(family: str, tmp_path: Path):
-    base = write_many(*SOLO[family], tmp_path / "base")
+    base = write_many(*(SOLO | BY_KEY)[family], tmp_path / "base")
     world = TinyWorld(base)
     assert world.base.solo is None
     assert world.base.packed_states is not None
@@ -62,7 +63,7 @@ def test_mixed_batches_equal_peft(family: str, tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", sorted(PACKED))
+@pytest.mark.parametrize("family", sorted({*PACKED, *BY_KEY}))
 def test_in_every_family_a_row_has_the_bits_that_it_has_alone(
     family: str, dtype: torch.dtype, tmp_path: Path
 ):

@@ -40,6 +40,7 @@ class Map(IntEnum):
     SIGMOID = 7
     SOFTPLUS = 8
     EXP = 9
+    LOG = 10
 
 
 class Op(ctypes.Structure):

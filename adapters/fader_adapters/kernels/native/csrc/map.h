@@ -1,6 +1,8 @@
 // Elementwise work on tensors of up to four dimensions: copies, sums, products, activations. Knows strides
 // and one element type a call; rounds once an element, as torch does.
 #pragma once
+#include <math.h>
+
 #include "simd.h"
 
 namespace {
@@ -21,6 +23,13 @@ FADER_INLINE V vsoftplus(V x) {
     return vfma(vmul(s, vset(2.0f)), y, vmax(vzero(), x));
 }
 
+FADER_INLINE V vlog(V x) { // few need it: one by one
+    float f[W];
+    vstore(f, x);
+    for (int i = 0; i < W; i++) f[i] = logf(f[i]);
+    return vload(f);
+}
+
 template <int MAP> FADER_INLINE V mapped(V x, V y) {
     if constexpr (MAP == FADER_MAP_NEG) return vmul(x, vset(-1.0f));
     if constexpr (MAP == FADER_MAP_ADD) return vadd(x, y);
@@ -31,6 +40,7 @@ template <int MAP> FADER_INLINE V mapped(V x, V y) {
     if constexpr (MAP == FADER_MAP_SIGMOID) return vsigmoid(x);
     if constexpr (MAP == FADER_MAP_SOFTPLUS) return vsoftplus(x);
     if constexpr (MAP == FADER_MAP_EXP) return vexp(x);
+    if constexpr (MAP == FADER_MAP_LOG) return vlog(x);
     return x;
 }
 
@@ -76,6 +86,7 @@ template <class T> static int map_typed(const fader_op_t &o) {
     case FADER_MAP_SIGMOID: map_all<FADER_MAP_SIGMOID, T, T, false>(o); return 0;
     case FADER_MAP_SOFTPLUS: map_all<FADER_MAP_SOFTPLUS, T, T, false>(o); return 0;
     case FADER_MAP_EXP: map_all<FADER_MAP_EXP, T, T, false>(o); return 0;
+    case FADER_MAP_LOG: map_all<FADER_MAP_LOG, T, T, false>(o); return 0;
     case FADER_MAP_ADD: (binary ? map_all<FADER_MAP_ADD, T, T, true> : map_all<FADER_MAP_ADD, T, T, false>)(o); return 0;
     case FADER_MAP_SUB: (binary ? map_all<FADER_MAP_SUB, T, T, true> : map_all<FADER_MAP_SUB, T, T, false>)(o); return 0;
     case FADER_MAP_MUL: (binary ? map_all<FADER_MAP_MUL, T, T, true> : map_all<FADER_MAP_MUL, T, T, false>)(o); return 0;
