@@ -1,9 +1,9 @@
-"""A mixture with adapters of its experts: Fader's engine beside PEFT on the same NF4 base.
+"""Fader's engine beside PEFT on one NF4 base: a mixture with adapters of its experts, a hybrid.
 
-Without HTTP, the ways in turn, prompts included. PEFT runs one adapter a batch where experts are
-adapted; Fader one a row. No figure unless both give the same logprobs in fp32 first.
+Without HTTP, the ways in turn, prompts included. Fader runs another adapter for each row, and so
+does PEFT but where experts are adapted. No figure unless both give the same logprobs in fp32 first.
 
-    python -m bench.mixture [--rounds 5] [--json FILE]
+    python -m bench.beside_peft mixture|hybrid [--rounds 5] [--json FILE]
 """
 
 import argparse
@@ -13,14 +13,19 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -33,24 +38,55 @@ from fader_server.bench.stats import spread
 from fader_server.model.loader import load_base
 from fader_server.verification import verify
 
-SHAPE = {
-    "vocab_size": 8192, "hidden_size": 512, "moe_intermediate_size": 256, "num_hidden_layers": 8,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "num_experts": 32,
-    "num_experts_per_tok": 4,
+
+@dataclass(frozen=True)
+class Family:
+    """What is timed."""
+
+    model: type[PreTrainedModel]
+    config: type[PretrainedConfig]
+    shape: dict[str, int]
+    mixed: bool
+    """Whether PEFT runs another adapter for each row of a batch; else one for all of them."""
+
+
+FAMILIES = {
+    "mixture": Family(
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {
+            "vocab_size": 8192, "hidden_size": 512, "moe_intermediate_size": 256,
+            "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
+            "head_dim": 64, "num_experts": 32, "num_experts_per_tok": 4,
+        },
+        mixed=False,
+    ),
+    "hybrid": Family(
+        Qwen3_5ForCausalLM,
+        Qwen3_5TextConfig,
+        {
+            "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536,
+            "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2,
+            "head_dim": 64, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+            "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+        },
+        mixed=True,
+    ),
 }  # fmt: skip
+"""Adapters of a mixture change its experts; three of four layers of a hybrid keep states."""
 RANK = 8
 ROWS = 8
 PROMPT, ANSWER = 64, 48
 CPU = torch.device("cpu")
 
 
-def write(folder: Path) -> tuple[Path, dict[str, Path]]:
+def write(family: Family, folder: Path) -> tuple[Path, dict[str, Path]]:
     """A random base in bf16 and adapters over all that PEFT takes for linear, experts included."""
     torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig.from_dict(SHAPE)).bfloat16()
+    model = family.model(family.config.from_dict(family.shape)).bfloat16()
     base, adapters = folder / "base", folder / "adapters"
     model.save_pretrained(base)
-    write_tokenizer(base, SHAPE["vocab_size"])
+    write_tokenizer(base, family.shape["vocab_size"])
     found: dict[str, Path] = {}
     for number in range(ROWS):
         plain = AutoModelForCausalLM.from_pretrained(base)
@@ -73,15 +109,15 @@ def check(base: Path, adapters: Mapping[str, Path]) -> float:
     return max(finding.difference for finding in verified.findings)
 
 
-def prompts(rows: int) -> torch.Tensor:
+def prompts(rows: int, vocab: int) -> torch.Tensor:
     """[rows, PROMPT]"""
     g = torch.Generator().manual_seed(7)
-    return torch.randint(3, SHAPE["vocab_size"], (rows, PROMPT), generator=g)
+    return torch.randint(3, vocab, (rows, PROMPT), generator=g)
 
 
-def fader(rig: Rig, rows: int) -> Callable[[], None]:
-    """Answer `rows` prompts; who was in first gets some tokens more, which do not count."""
-    given = [tuple(row) for row in prompts(rows).tolist()]
+def fader(rig: Rig, ids: torch.Tensor) -> Callable[[], None]:
+    """Answer prompts [rows, PROMPT]; who was in first gets some tokens more, which do not count."""
+    given, rows = [tuple(row) for row in ids.tolist()], len(ids)
 
     def run() -> None:
         rig.fill(given, max_tokens=2 * ANSWER)
@@ -92,10 +128,15 @@ def fader(rig: Rig, rows: int) -> Callable[[], None]:
     return run
 
 
-def generated(model: PeftModel, rows: int, *, adapted: bool) -> Callable[[], None]:
-    """The same by PEFT's `generate`."""
-    ids = prompts(rows)
-    exactly = {"min_new_tokens": ANSWER, "max_new_tokens": ANSWER, "do_sample": False}
+def generated(
+    model: PeftModel, ids: torch.Tensor, *, adapted: bool, names: list[str] | None
+) -> Callable[[], None]:
+    """The same by PEFT's `generate`; names: of each row's adapter, where it takes such."""
+    exactly: dict[str, Any] = {
+        "min_new_tokens": ANSWER, "max_new_tokens": ANSWER, "do_sample": False
+    }  # fmt: skip
+    if adapted and names is not None:
+        exactly["adapter_names"] = names
 
     def run() -> None:
         with torch.inference_mode():
@@ -108,7 +149,9 @@ def generated(model: PeftModel, rows: int, *, adapted: bool) -> Callable[[], Non
     return run
 
 
-def ways(base: Path, adapters: Mapping[str, Path]) -> dict[str, tuple[int, Callable[[], None]]]:
+def ways(
+    family: Family, base: Path, adapters: Mapping[str, Path]
+) -> dict[str, tuple[int, Callable[[], None]]]:
     """What is timed, by name, each with its rows."""
     backend = choose(CPU, torch.bfloat16, "native")
     loaded = load_base(str(base), dtype=torch.bfloat16, device=CPU, backend=backend)
@@ -123,21 +166,28 @@ def ways(base: Path, adapters: Mapping[str, Path]) -> dict[str, tuple[int, Calla
             bnb_4bit_compute_dtype=torch.bfloat16,
         ),
     )
-    peft = PeftModel.from_pretrained(quantised, adapters["a0"]).eval()
+    first, *others = adapters
+    peft = PeftModel.from_pretrained(quantised, adapters[first], adapter_name=first)
+    for name in others if family.mixed else ():
+        peft.load_adapter(str(adapters[name]), name)
+    peft.eval()
     found: dict[str, tuple[int, Callable[[], None]]] = {}
     for rows in (1, ROWS):
+        ids = prompts(rows, family.shape["vocab_size"])
+        names = list(adapters)[:rows] if family.mixed else None
         length = PROMPT + 2 * ANSWER
         rigs = {"base": Rig(loaded, [], rows=rows, length=length)}
         rigs["adapters"] = Rig(loaded, own[:rows], rows=rows, length=length)
         for name, rig in rigs.items():
-            found[f"fader, {name}, {rows}"] = rows, fader(rig, rows)
-            adapted = name == "adapters"
-            found[f"peft, {name}, {rows}"] = rows, generated(peft, rows, adapted=adapted)
+            found[f"fader, {name}, {rows}"] = rows, fader(rig, ids)
+            other = generated(peft, ids, adapted=name == "adapters", names=names)
+            found[f"peft, {name}, {rows}"] = rows, other
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
@@ -145,9 +195,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # PEFT's patterns for experts
     with tempfile.TemporaryDirectory() as folder:
-        base, adapters = write(Path(folder))
+        family = FAMILIES[args.family]
+        base, adapters = write(family, Path(folder))
         difference = check(base, adapters)
-        timed = ways(base, adapters)
+        timed = ways(family, base, adapters)
         rates: dict[str, list[float]] = {name: [] for name in timed}
         for number in range(args.rounds + 1):
             for name, (rows, run) in timed.items():
@@ -156,9 +207,10 @@ def main() -> None:
                 if number:  # the first is for caches and recordings
                     rates[name].append(rows * ANSWER / (time.perf_counter() - begin))
     document = {
-        "command": [Path(sys.executable).name, "-m", "bench.mixture", *sys.argv[1:]],
+        "command": [Path(sys.executable).name, "-m", "bench.beside_peft", *sys.argv[1:]],
         "machine": machine_facts() | {"torch": torch.__version__, "threads": args.threads},
-        "shape": SHAPE | {"rank": RANK, "prompt": PROMPT, "answer": ANSWER},
+        "family": args.family,
+        "shape": family.shape | {"rank": RANK, "prompt": PROMPT, "answer": ANSWER},
         "parity": {"largest_logprob_difference_fp32": difference},
         "output_tokens_per_second": {name: asdict(spread(own)) for name, own in rates.items()},
     }
