@@ -6,6 +6,7 @@ expert, for they are what a delta belongs to. Knows transformers' interface for 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,7 +92,8 @@ def _install_experts(module: nn.Module, stacks: Iterable[Stack], state: StepStat
             if merged is not None:
                 return merged.grouped(x, routing)
             y = stack.weight.grouped(x, routing)
-            state.recorder.run(adds[stack], y, x, routing.token, routing.expert)
+            add = partial(adds[stack], chosen=routing.chosen)
+            state.recorder.run(add, y, x, routing.order, routing.token, routing.expert)
             return y
 
         return experts_forward(
@@ -108,9 +110,17 @@ def _added(stack: Stack, state: StepState) -> Callable[..., None]:
     """What adds to the pairs' y, in place, the deltas of the step that runs."""
     nobody = torch.empty(0)
 
-    def add(y: torch.Tensor, x: torch.Tensor, token: torch.Tensor, expert: torch.Tensor) -> None:
+    def add(
+        y: torch.Tensor,
+        x: torch.Tensor,
+        order: torch.Tensor,
+        token: torch.Tensor,
+        expert: torch.Tensor,
+        *,
+        chosen: int,
+    ) -> None:
         if state.step is not None:
-            routing = Routing(nobody, token, expert, nobody, stack.spec.experts)
+            routing = Routing(order, token, expert, nobody, stack.spec.experts, chosen)
             done = stack.kernel(y, x, routing, state.step)
             if done is not y:
                 y.copy_(done)
@@ -150,7 +160,7 @@ def experts_forward(
 def _install_router(module: nn.Module, stack: Stack, state: StepState) -> None:
     """Let the router's one product take the deltas of the step that runs."""
     inner: Callable[..., Any] = module.forward
-    add = _added(stack, state)
+    add = partial(_added(stack, state), chosen=1)
 
     def adapted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         merged = None if state.lane is None else state.lane.stacks.get(stack.index)
@@ -162,8 +172,8 @@ def _install_router(module: nn.Module, stack: Stack, state: StepState) -> None:
         state.check_tokens(rows.shape[0])
         everyone = one_expert(rows)
         state.recorder.run(
-            add, y.view(len(rows), -1), rows, everyone.token, everyone.expert
-        )  # fmt: skip
+            add, y.view(len(rows), -1), rows, everyone.order, everyone.token, everyone.expert
+        )
         return y
 
     def forward(*args: object, **kwargs: object) -> object:

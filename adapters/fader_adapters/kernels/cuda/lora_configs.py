@@ -137,7 +137,7 @@ def _joins(arch: Arch) -> list[tuple[int, int]]:
 
 _PHASE = dict.fromkeys(("tokens", "first", "last", "cell", "header"), "*i32:16")
 _RESOLVE = (
-    dict.fromkeys(("slot", "chunk", "rank", "in_features", "out_features", "left"), "*i32:16")
+    dict.fromkeys(("slot", "chunk", "rank", "in_features", "out_features", "left", "rank_at"), "*i32:16")
     | dict.fromkeys(
         (f"{what}_{where}" for what in ("a", "b", "gain", "bias") for where in ("offset", "at")),
         "*i64:16",
