@@ -34,10 +34,10 @@ class ExpertShrink:
 
 
 SHRINK: Mapping[tuple[Arch, Phase], tuple[tuple[int, ExpertShrink], ...]] = {
-    (80, "decode"): ((1024, ExpertShrink(128, 4, 4, 3)), (0, ExpertShrink(64, 1, 4, 3))),
-    (90, "decode"): ((1024, ExpertShrink(128, 4, 4, 3)), (0, ExpertShrink(64, 1, 4, 3))),
-    (80, "prefill"): ((2048, ExpertShrink(128, 2, 4, 3)), (0, ExpertShrink(64, 1, 4, 3))),
-    (90, "prefill"): ((2048, ExpertShrink(128, 2, 4, 3)), (0, ExpertShrink(64, 1, 4, 3))),
+    (80, "decode"): ((1024, ExpertShrink(128, 4, 4, 3)), (0, ExpertShrink(128, 2, 4, 3))),
+    (90, "decode"): ((1024, ExpertShrink(128, 4, 4, 3)), (0, ExpertShrink(128, 2, 4, 3))),
+    (80, "prefill"): ((0, ExpertShrink(128, 2, 4, 3)),),
+    (90, "prefill"): ((0, ExpertShrink(128, 2, 4, 3)),),
 }
 """Rows of (least input width, configuration), widest first."""
 
