@@ -6,7 +6,7 @@ expert, for they are what a delta belongs to. Knows transformers' interface for 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ def _install_experts(module: nn.Module, stacks: Iterable[Stack], state: StepStat
     named = dict(zip(stack_names(module), stacks, strict=True))
     down = named.pop(DOWN)
     (up,) = named.values()
-    adds = {stack: _added(stack, state) for stack in (up, down)}
+    adds = cache(partial(_added, state))
 
     def forward(
         hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -92,7 +92,7 @@ def _install_experts(module: nn.Module, stacks: Iterable[Stack], state: StepStat
             if merged is not None:
                 return merged.grouped(x, routing)
             y = stack.weight.grouped(x, routing)
-            add = partial(adds[stack], chosen=routing.chosen)
+            add = adds(stack, routing.chosen)
             state.recorder.run(add, y, x, routing.order, routing.token, routing.expert)
             return y
 
@@ -106,7 +106,7 @@ def _install_experts(module: nn.Module, stacks: Iterable[Stack], state: StepStat
     setattr(module, "forward", forward)  # noqa: B010
 
 
-def _added(stack: Stack, state: StepState) -> Callable[..., None]:
+def _added(state: StepState, stack: Stack, chosen: int) -> Callable[..., None]:
     """What adds to the pairs' y, in place, the deltas of the step that runs."""
     nobody = torch.empty(0)
 
@@ -116,8 +116,6 @@ def _added(stack: Stack, state: StepState) -> Callable[..., None]:
         order: torch.Tensor,
         token: torch.Tensor,
         expert: torch.Tensor,
-        *,
-        chosen: int,
     ) -> None:
         if state.step is not None:
             routing = Routing(order, token, expert, nobody, stack.spec.experts, chosen)
@@ -160,7 +158,7 @@ def experts_forward(
 def _install_router(module: nn.Module, stack: Stack, state: StepState) -> None:
     """Let the router's one product take the deltas of the step that runs."""
     inner: Callable[..., Any] = module.forward
-    add = partial(_added(stack, state), chosen=1)
+    add = _added(state, stack, 1)
 
     def adapted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         merged = None if state.lane is None else state.lane.stacks.get(stack.index)
@@ -170,10 +168,8 @@ def _install_router(module: nn.Module, stack: Stack, state: StepState) -> None:
         y = F.linear(x, weight, bias)
         rows = x.reshape(-1, x.shape[-1])
         state.check_tokens(rows.shape[0])
-        everyone = one_expert(rows)
-        state.recorder.run(
-            add, y.view(len(rows), -1), rows, everyone.order, everyone.token, everyone.expert
-        )
+        every = torch.arange(len(rows), device=rows.device)
+        state.recorder.run(add, y.view(len(rows), -1), rows, every, every, torch.zeros_like(every))
         return y
 
     def forward(*args: object, **kwargs: object) -> object:
