@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fader_adapters.kernels.cuda.lora_tables import TILE, Arch, ExpandConfig, Phase
-from fader_adapters.kernels.cuda.shipped import Shipped
+from fader_adapters.kernels.cuda.shipped import Shipped, joined, signature_of
 
 MOST_PAIRS: Mapping[Phase, int] = {"decode": 1, "prefill": 16}
 """Pairs of a program: those of rows of one token have lists and experts of their own."""
@@ -76,13 +76,12 @@ def pairs_of_program(phase: Phase, pairs: int, experts: int) -> int:
 
 
 def parts_of_list(programs: int) -> int:
-    """Programs that share a list's entries, where there are few otherwise."""
-    return max(1, min(MOST_PARTS, BUSY // programs))
+    """Programs that share a list's entries, where there are few otherwise; a power of two."""
+    parts = max(1, min(MOST_PARTS, BUSY // programs))
+    return 1 << (parts.bit_length() - 1)
 
 
-def shrink_constants(
-    config: ExpertShrink, phase: Phase, *, exact: bool
-) -> dict[str, int | bool]:
+def shrink_constants(config: ExpertShrink, phase: Phase, *, exact: bool) -> dict[str, int | bool]:
     """The constants of `expert_shrink`; exact: operands as float32."""
     return {
         "TILE": TILE[phase].rows,
@@ -109,31 +108,24 @@ def shipped() -> list[Shipped]:
     routers have them, of float32 ones. Imports triton."""
     from fader_adapters.kernels.cuda.expert_kernels import expert_expand, expert_shrink
 
-    found: dict[object, Shipped] = {}
-
-    def add(kernel, config, constants, types, arch) -> None:
-        names = kernel.arg_names
-        signature = {
-            name: "constexpr" if name in constants else types.get(name, "i32") for name in names
-        }
-        entry = Shipped(kernel, signature, constants, config.warps, config.stages, (arch,))
-        key = (kernel.__name__, *types.items(), *constants.items(), config.warps, config.stages)
-        before = found.get(key)
-        found[key] = entry if before is None else before._replace(archs=(*before.archs, arch))
-
+    found = []
     for (arch, phase), rows in SHRINK.items():
         expand = EXPAND[arch, phase]
-        for _, config in rows:
+        for _, shrink in rows:
             for exact in (False, True):
-                types = _TYPES | dict.fromkeys("xy", "*fp32:16" if exact else "*bf16:16")
-                constants = shrink_constants(config, phase, exact=exact)
-                add(expert_shrink, config, constants, types, arch)
-                constants = expand_constants(expand, phase, splits=config.splits, exact=exact)
-                add(expert_expand, expand, constants, types, arch)
-    return list(found.values())
+                types = {**_TYPES} | dict.fromkeys("xy", "*fp32:16" if exact else "*bf16:16")
+                made = shrink_constants(shrink, phase, exact=exact)
+                signature = signature_of(expert_shrink, types, made)
+                launch = (shrink.warps, shrink.stages)
+                found.append(Shipped(expert_shrink, signature, made, *launch, archs=(arch,)))
+                made = expand_constants(expand, phase, splits=shrink.splits, exact=exact)
+                signature = signature_of(expert_expand, types, made)
+                launch = (expand.warps, expand.stages)
+                found.append(Shipped(expert_expand, signature, made, *launch, archs=(arch,)))
+    return joined(found)
 
 
-_TYPES = (
+_TYPES: Mapping[str, str] = (
     dict.fromkeys(("place", "first", "last", "cell", "left", "rank_at"), "*i32:16")
     | dict.fromkeys(("order", "expert", "a_at", "b_at"), "*i64:16")
     | dict.fromkeys(("z", "gamma", "scale_at"), "*fp32:16")

@@ -76,9 +76,7 @@ def lowest_of(bits: tl.tensor) -> Any:  # noqa: ANN401
     return (alone.to(tl.int32, bitcast=True) >> 23) - 127
 
 
-@triton.jit(
-    do_not_specialize=["pairs", "block", "chosen", "places", "linear", "capacity", "cells"]
-)
+@triton.jit(do_not_specialize=["pairs", "block", "chosen", "places", "linear", "capacity", "cells"])
 def expert_shrink(
     x: tl.tensor,
     arena: tl.tensor,
@@ -187,9 +185,7 @@ def expert_shrink(
                     bits &= bits - 1
 
 
-@triton.jit(
-    do_not_specialize=["pairs", "block", "chosen", "places", "linear", "capacity", "cells"]
-)
+@triton.jit(do_not_specialize=["pairs", "block", "chosen", "places", "linear", "capacity", "cells"])
 def expert_expand(
     y: tl.tensor,
     arena: tl.tensor,
@@ -219,7 +215,8 @@ def expert_expand(
     SPLITS: tl.constexpr,
     F32: tl.constexpr,
 ) -> None:
-    """y[pair] += Σ_e coefficient·(Σ_split z)·B[n], rounded once; pairs without terms stay untouched.
+    """y[pair] += Σ_e coefficient·(Σ_split z)·B[n], rounded once; pairs without terms stay as they
+    are.
 
     Grid (⌈pairs/block⌉, ⌈width/BLOCK_N⌉).
     y        [pairs, width] row stride y_stride, any float dtype

@@ -43,8 +43,8 @@ def resolve(
     slot, chunk              [entries] int32
     a_offset … bias_offset   [slots, linears] int64; rank int32; scale float32: the tables
     in_features, out_features [linears] int32, of one expert where a linear is a stack
-    a_at, b_at               [linears, capacity] int64, offset in the arena of the entry's first row,
-                             a stack's first expert's
+    a_at, b_at               [linears, capacity] int64, offset in the arena of the entry's first
+                             row; of a stack, its first expert's
     gain_at, bias_at         [linears, capacity] int64, the same of a slot's vectors at its first
                              entry; −1 at the others and where there is none
     left                     [linears, capacity] int32, ranks of the entry, 0 to 16
