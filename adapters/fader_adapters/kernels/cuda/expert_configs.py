@@ -1,4 +1,4 @@
-"""Which launch a stack's deltas take by machine, phase and shape, and every variant of them.
+"""Which launch a stack's deltas take by machine and phase, and every variant of them.
 
 As with other deltas a configuration never depends on the number of rows, so a pair is computed
 alike in every step. How many pairs a program takes does, and changes no bit.
@@ -33,13 +33,13 @@ class ExpertShrink:
     stages: int
 
 
-SHRINK: Mapping[tuple[Arch, Phase], tuple[tuple[int, ExpertShrink], ...]] = {
-    (80, "decode"): ((1024, ExpertShrink(128, 4, 4, 3)), (0, ExpertShrink(128, 2, 4, 3))),
-    (90, "decode"): ((1024, ExpertShrink(128, 4, 4, 3)), (0, ExpertShrink(128, 2, 4, 3))),
-    (80, "prefill"): ((0, ExpertShrink(128, 2, 4, 3)),),
-    (90, "prefill"): ((0, ExpertShrink(128, 2, 4, 3)),),
+SHRINK: Mapping[tuple[Arch, Phase], ExpertShrink] = {
+    (80, "decode"): ExpertShrink(128, 4, 4, 3),
+    (90, "decode"): ExpertShrink(128, 4, 4, 3),
+    (80, "prefill"): ExpertShrink(128, 2, 4, 3),
+    (90, "prefill"): ExpertShrink(128, 2, 4, 3),
 }
-"""Rows of (least input width, configuration), widest first."""
+"""One for any width: a split that is left without columns gives zeros."""
 
 EXPAND: Mapping[tuple[Arch, Phase], ExpandConfig] = {
     (80, "decode"): ExpandConfig(32, 4, 3),
@@ -58,13 +58,10 @@ class ExpertConfigs:
     expand: Mapping[Phase, ExpandConfig]
 
 
-def expert_configs(arch: Arch, in_features: int) -> ExpertConfigs:
+def expert_configs(arch: Arch) -> ExpertConfigs:
     """The tables' choice for a stack."""
     return ExpertConfigs(
-        {
-            phase: next(config for least, config in SHRINK[arch, phase] if in_features >= least)
-            for phase in TILE
-        },
+        {phase: SHRINK[arch, phase] for phase in TILE},
         {phase: EXPAND[arch, phase] for phase in TILE},
     )
 
@@ -109,19 +106,18 @@ def shipped() -> list[Shipped]:
     from fader_adapters.kernels.cuda.expert_kernels import expert_expand, expert_shrink
 
     found = []
-    for (arch, phase), rows in SHRINK.items():
+    for (arch, phase), shrink in SHRINK.items():
         expand = EXPAND[arch, phase]
-        for _, shrink in rows:
-            for exact in (False, True):
-                types = {**_TYPES} | dict.fromkeys("xy", "*fp32:16" if exact else "*bf16:16")
-                made = shrink_constants(shrink, phase, exact=exact)
-                signature = signature_of(expert_shrink, types, made)
-                launch = (shrink.warps, shrink.stages)
-                found.append(Shipped(expert_shrink, signature, made, *launch, archs=(arch,)))
-                made = expand_constants(expand, phase, splits=shrink.splits, exact=exact)
-                signature = signature_of(expert_expand, types, made)
-                launch = (expand.warps, expand.stages)
-                found.append(Shipped(expert_expand, signature, made, *launch, archs=(arch,)))
+        for exact in (False, True):
+            types = {**_TYPES} | dict.fromkeys("xy", "*fp32:16" if exact else "*bf16:16")
+            made = shrink_constants(shrink, phase, exact=exact)
+            signature = signature_of(expert_shrink, types, made)
+            launch = (shrink.warps, shrink.stages)
+            found.append(Shipped(expert_shrink, signature, made, *launch, archs=(arch,)))
+            made = expand_constants(expand, phase, splits=shrink.splits, exact=exact)
+            signature = signature_of(expert_expand, types, made)
+            launch = (expand.warps, expand.stages)
+            found.append(Shipped(expert_expand, signature, made, *launch, archs=(arch,)))
     return joined(found)
 
 

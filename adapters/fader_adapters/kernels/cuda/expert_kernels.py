@@ -38,8 +38,8 @@ def worn_by(
     TILE: tl.constexpr,
 ) -> Any:  # noqa: ANN401
     """Of one pair or several: its row of z, in rows of 16, at the first entry of its list; its lane
-    of the coefficients; begin and end of the list, which is empty where the token has none; its
-    expert."""
+    of the coefficients; begin and end of the list, begin −1 where the token has none or an empty
+    one; its expert."""
     choice = tl.load(order + pair, mask=inside, other=0).to(tl.int32)
     token = choice // chosen
     at = tl.load(place + token, mask=inside & (token < places), other=0) - 1
@@ -51,6 +51,7 @@ def worn_by(
     to = ((choice - token * chosen).to(tl.int64) * SPLITS * cells + here) * TILE + row
     begin = tl.load(first + tile, mask=worn, other=0)
     end = tl.load(last + tile, mask=worn, other=0)
+    begin = tl.where(begin < end, begin, -1)
     which = tl.load(expert + pair, mask=worn, other=0)
     return to, row % LANES, begin, end, which
 
@@ -145,9 +146,10 @@ def expert_shrink(
         leader += 1
         if TILE > LANES:
             if (start == start_before) & (own == own_before):
-                stop = start
-            start_before, own_before = start, own
-        if start < stop:
+                start = -1
+            else:
+                start_before, own_before = start, own
+        if start >= 0:
             to, lane, begin, _end, which = worn_by(  # pyright: ignore[reportGeneralTypeIssues]
                 pair, inside,
                 order, expert, place, first, last, cell, chosen, places, cells, SPLITS, TILE,
@@ -245,9 +247,10 @@ def expert_expand(
         leader += 1
         if TILE > LANES:
             if (start == start_before) & (own == own_before):
-                stop = start
-            start_before, own_before = start, own
-        if start < stop:
+                start = -1
+            else:
+                start_before, own_before = start, own
+        if start >= 0:
             to, lane, begin, _end, which = worn_by(  # pyright: ignore[reportGeneralTypeIssues]
                 pair, inside,
                 order, expert, place, first, last, cell, chosen, places, cells, SPLITS, TILE,

@@ -130,7 +130,7 @@ class DeltaKernels:
         """Take a stack of experts in, or a router: in and out are those of one expert."""
         (linear,), (out,) = site.linears, site.out_features
         assert self._fixed is None
-        configs = expert_configs(self._arch, site.in_features)
+        configs = expert_configs(self._arch)
         bound = StackSite(linear, site.in_features, out, configs)
         self._stacks.append(bound)
         return bound
