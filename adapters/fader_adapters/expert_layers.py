@@ -59,6 +59,7 @@ def install_mixtures(
         weight = stack_weight(model.get_submodule(path), item, name)
         stacks[index] = Stack.bound(backend, index, item, weight)
         modules.setdefault(path, []).append(stacks[index])
+    state.mixtures = bool(stacks)
     for path, own in modules.items():
         module = model.get_submodule(path)
         if own[0].spec.role == "router":

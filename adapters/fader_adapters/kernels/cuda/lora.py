@@ -182,7 +182,7 @@ class DeltaKernels:
         vectors = any(self._tables.vectors[slot] for slot in slots)
         stacks = any(self._stacked[slot] for slot in slots)
         step = self._step(tiles, room, tables.arena, vectors=vectors)
-        room.step = replace(step, stacks=stacks)
+        room.step = replace(step, stacks=stacks, turn=room.buffers.turn)
         return room.step
 
     def _refresh(self, tables: Tables) -> bool:
@@ -216,10 +216,10 @@ class DeltaKernels:
         decode = PhaseLaunch("decode", buffers.decode, -(-(rows or 1) // LANES), cells)
         if rows is not None:
             step = LoraStep(rows, rows, (decode,), buffers, tables.arena, vectors, covers=True)
-            return replace(step, stacks=stacks)
+            return replace(step, stacks=stacks, turn=buffers.turn)
         prefill = PhaseLaunch("prefill", buffers.prefill, 1, buffers.capacity.prefill_cells)
         step = LoraStep(0, None, (decode, prefill), buffers, tables.arena, vectors)
-        return replace(step, stacks=stacks)
+        return replace(step, stacks=stacks, turn=buffers.turn)
 
     def blank_prompt(
         self, tables: Tables, tokens: int, *, vectors: bool = False, stacks: bool = False
@@ -229,13 +229,13 @@ class DeltaKernels:
         assert tokens in self._prompt_buckets
         buffers = self._emptied(self._prompts, tables)
         step = self._prompt_step(0, tokens, buffers, tables.arena, vectors=vectors)
-        return replace(step, stacks=stacks)
+        return replace(step, stacks=stacks, turn=buffers.turn)
 
     def _emptied(self, room: Room, tables: Tables) -> StepBuffers:
         """The room's buffers, with nothing to add in them."""
         self._refresh(tables)
         room.rows = room.step = None
-        room.buffers.block.zero_()
+        room.buffers.clear()
         assert self._shapes is not None
         resolve(room.buffers, self._tables, self._shapes, entries=0)
         return room.buffers

@@ -86,6 +86,8 @@ class StepBuffers:
         device: torch.device,
     ) -> None:
         self.layout = layout
+        self.turn = 0
+        """How often they were filled or emptied: a step before the last is no longer here."""
         capacity = self.capacity
         self.block = torch.zeros(layout.words, dtype=torch.int32, device=device)
         shape = (linears, capacity.entries)
@@ -129,9 +131,15 @@ class StepBuffers:
 
     def fill(self, step: StepTiles) -> None:
         """One pinned copy, in order on the current stream; waits for nothing."""
+        self.turn += 1
         staged = host_block(self.layout.words, torch.int32, self.block.device)
         words = self.layout.pack(step, staged.numpy())
         self.block[:words].copy_(staged[:words], non_blocking=True)
+
+    def clear(self) -> None:
+        """Hold a step without any tile."""
+        self.turn += 1
+        self.block.zero_()
 
 
 def host_block(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -68,3 +68,10 @@ class LoraStep:
     prompt: int | None = None
     """Tokens bucket of a step of prompts that may be captured or replayed, as `bucket` is of one of
     decode rows."""
+    turn: int = 0
+    """Of the buffers, when they were filled for this step."""
+
+    @property
+    def valid(self) -> bool:
+        """Whether the buffers still hold it."""
+        return self.turn == self.buffers.turn
