@@ -183,11 +183,6 @@ def _install_router(module: nn.Module, stack: Stack, state: StepState) -> None:
     setattr(module, "forward", forward)  # noqa: B010
 
 
-def one_expert(rows: torch.Tensor) -> Routing:
-    """The routing of rows [n, in] that all go to the one there is."""
-    return Routing.of(torch.zeros(len(rows), 1, dtype=torch.int64, device=rows.device), 1)
-
-
 class OtherProduct(TorchFunctionMode):
     """Inside, F.linear by a weight of the router's shape is computed by `product` instead."""
 

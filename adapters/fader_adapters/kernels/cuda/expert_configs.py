@@ -18,7 +18,6 @@ BUSY = 64
 
 MOST_PARTS = 4
 
-
 EXACT_BLOCK = 32
 """Columns that float32 operands are multiplied by at a time: more do not fit into registers."""
 
