@@ -9,8 +9,11 @@ from transformers import Qwen3MoeConfig
 pytest.importorskip("triton", reason="the CUDA kernels need triton")
 
 from fader_adapters.kernels.cuda.backend import CudaStack
+from fader_adapters.lane import MergedLane
 from fader_server.model import graph_kinds, graphs, prompt_graphs
-from tests.support.lanes import merge, publish
+from fader_server.model.fidelity import measure
+from fader_server.model.probe import ProbeModel
+from tests.support.lanes import changes_of, merge, publish
 from tests.support.pretend_cuda import PretendDevice, unavailable
 from tests.support.pretend_cuda.setting import SMALL, Setting, check, on_device, opened
 from tests.support.pretend_cuda.world import LIMITS, PretendWorld
@@ -142,13 +145,20 @@ def test_a_decode_step_waits_for_its_own_copy_alone(
 def test_a_lane_beside_streams(setting: Setting, world: PretendWorld) -> None:
     blend = {"all": 0.7, "experts": -0.4}
 
-    def lane(under: TinyWorld) -> object:
-        return publish(under, merge(under, blend, form="bf16"))
+    def lane(under: TinyWorld) -> MergedLane:
+        made = merge(under, blend, form="bf16")
+        publish(under, made)
+        return made
 
     reference = TinyWorld(setting.source, limits=LIMITS, blocks=40, backend="reference")
     setting.load(reference)
-    lane(reference)
-    lane(world)
+    wanted, made = lane(reference), lane(world)
+    tokens = list(range(5, 25))
+    measured = [
+        measure(ProbeModel(under.base, lambda: None), tokens, changes_of(under, blend), own).kl
+        for under, own in ((reference, wanted), (world, made))
+    ]
+    assert measured[1] == pytest.approx(measured[0], abs=1e-6)
     mixed = asks(blend, {"all": 1.0}, {}, start=90)
     before = len(world.plans)
     got, want = world.run(mixed), reference.run(mixed)
