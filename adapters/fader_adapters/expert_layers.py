@@ -6,6 +6,7 @@ expert, for they are what a delta belongs to. Knows transformers' interface for 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ def install_mixtures(
         weight = stack_weight(model.get_submodule(path), item, name)
         stacks[index] = Stack.bound(backend, index, item, weight)
         modules.setdefault(path, []).append(stacks[index])
+    state.mixtures = bool(stacks)
     for path, own in modules.items():
         module = model.get_submodule(path)
         if own[0].spec.role == "router":
@@ -78,7 +80,7 @@ def _install_experts(module: nn.Module, stacks: Iterable[Stack], state: StepStat
     named = dict(zip(stack_names(module), stacks, strict=True))
     down = named.pop(DOWN)
     (up,) = named.values()
-    adds = {stack: _added(stack, state) for stack in (up, down)}
+    adds = cache(partial(_added, state))
 
     def forward(
         hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -91,7 +93,8 @@ def _install_experts(module: nn.Module, stacks: Iterable[Stack], state: StepStat
             if merged is not None:
                 return merged.grouped(x, routing)
             y = stack.weight.grouped(x, routing)
-            state.recorder.run(adds[stack], y, x, routing.token, routing.expert)
+            add = adds(stack, routing.chosen)
+            state.recorder.run(add, y, x, routing.order, routing.token, routing.expert)
             return y
 
         return experts_forward(
@@ -104,13 +107,19 @@ def _install_experts(module: nn.Module, stacks: Iterable[Stack], state: StepStat
     setattr(module, "forward", forward)  # noqa: B010
 
 
-def _added(stack: Stack, state: StepState) -> Callable[..., None]:
+def _added(state: StepState, stack: Stack, chosen: int) -> Callable[..., None]:
     """What adds to the pairs' y, in place, the deltas of the step that runs."""
     nobody = torch.empty(0)
 
-    def add(y: torch.Tensor, x: torch.Tensor, token: torch.Tensor, expert: torch.Tensor) -> None:
+    def add(
+        y: torch.Tensor,
+        x: torch.Tensor,
+        order: torch.Tensor,
+        token: torch.Tensor,
+        expert: torch.Tensor,
+    ) -> None:
         if state.step is not None:
-            routing = Routing(nobody, token, expert, nobody, stack.spec.experts)
+            routing = Routing(order, token, expert, nobody, stack.spec.experts, chosen)
             done = stack.kernel(y, x, routing, state.step)
             if done is not y:
                 y.copy_(done)
@@ -150,7 +159,7 @@ def experts_forward(
 def _install_router(module: nn.Module, stack: Stack, state: StepState) -> None:
     """Let the router's one product take the deltas of the step that runs."""
     inner: Callable[..., Any] = module.forward
-    add = _added(stack, state)
+    add = _added(state, stack, 1)
 
     def adapted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         merged = None if state.lane is None else state.lane.stacks.get(stack.index)
@@ -160,10 +169,8 @@ def _install_router(module: nn.Module, stack: Stack, state: StepState) -> None:
         y = F.linear(x, weight, bias)
         rows = x.reshape(-1, x.shape[-1])
         state.check_tokens(rows.shape[0])
-        everyone = one_expert(rows)
-        state.recorder.run(
-            add, y.view(len(rows), -1), rows, everyone.token, everyone.expert
-        )  # fmt: skip
+        every = torch.arange(len(rows), device=rows.device)
+        state.recorder.run(add, y.view(len(rows), -1), rows, every, every, torch.zeros_like(every))
         return y
 
     def forward(*args: object, **kwargs: object) -> object:
@@ -174,11 +181,6 @@ def _install_router(module: nn.Module, stack: Stack, state: StepState) -> None:
             return inner(*args, **kwargs)
 
     setattr(module, "forward", forward)  # noqa: B010
-
-
-def one_expert(rows: torch.Tensor) -> Routing:
-    """The routing of rows [n, in] that all go to the one there is."""
-    return Routing.of(torch.zeros(len(rows), 1, dtype=torch.int64, device=rows.device), 1)
 
 
 class OtherProduct(TorchFunctionMode):

@@ -20,14 +20,14 @@ def name_parameters(named: Named, targets: Targets, base: BaseSpec) -> Named:
     """The tensors of experts under the paths of their parameters, all others as they are.
 
     Raises AdapterInvalid where a module has tensors for more parameters than are selected, and
-    AdapterMismatch where the kernels that serve the base adapt no experts.
+    AdapterMismatch where the base's experts are no targets.
     """
     order = _orders(base)
     apart = any(map(EXPERT.fullmatch, named.modules))
     if "experts" in base.left_out and (targets.parameters or apart):
         raise AdapterMismatch(
-            "the adapter changes experts of a mixture, which the kernels of this device do not: "
-            "serve the base on a CPU (--device cpu), or train on the other linears alone"
+            "the adapter changes experts of a mixture that computes otherwise than by products "
+            "with its experts' matrices: train on the other linears alone"
         )
     if not targets.parameters or not order:
         return named

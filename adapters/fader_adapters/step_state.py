@@ -65,6 +65,8 @@ class StepState:
         """None: the base's own weights."""
         self.tokens: int | None = None
         """Of the forward that runs now; a linear that is given others is refused. None: unknown."""
+        self.mixtures = False
+        """Whether experts and routers, which are no linears, ask for the step, too."""
         self.recorder: Recorder = NOBODY
         """Who may record forwards, to run them again under other steps."""
 

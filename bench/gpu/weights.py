@@ -52,8 +52,10 @@ def base_of(sites: Sequence[tuple[int, tuple[int, ...]]]) -> tuple[BaseSpec, tup
 
 
 def adapter_spec(base: BaseSpec, number: int, rank: int) -> AdapterSpec:
-    """An adapter of one rank at every linear; the output head stays the base's."""
-    inner = [i for i, linear in enumerate(base.linears) if linear.role == "linear"]
+    """An adapter of one rank at every linear, expert and router; the output head stays the
+    base's."""
+    adapted = ("linear", "experts", "router")
+    inner = [i for i, linear in enumerate(base.linears) if linear.role in adapted]
     parts = [RankScale(i, rank, 0.5 + 0.25 * (i % 3)) for i in inner]
     return lay_out(base, Digest(f"{number:064x}"), parts)
 
@@ -77,7 +79,8 @@ def publish_adapters(base: BaseSpec, ranks: Sequence[int], rig: Rig) -> Tables:
                 (delta.a_offset, linear.in_features, SPREAD),
                 (delta.b_offset, linear.out_features, B_SPREAD),
             ):
-                fill(arena[offset + at : offset + at + delta.rank * width], spread)
+                count = delta.rank * width * linear.experts
+                fill(arena[offset + at : offset + at + count], spread)
         tables.publish(slot, spec, offset)
         offset += spec.numel + 64
     return tables

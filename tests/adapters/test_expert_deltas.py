@@ -1,27 +1,17 @@
 """Deltas of stacks of experts: every backend against fp64, pair by pair, and a row's own bits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fader_adapters.kernels import native
 from fader_adapters.kernels.backend import StackBackend, choose
 from fader_adapters.kernels.routing import Routing
-from fader_adapters.kernels.tables import Tables
-from fader_adapters.spec import (
-    BaseSpec,
-    Digest,
-    LinearSpec,
-    RankScale,
-    RowTerms,
-    SiteSpec,
-    StepTerms,
-    lay_out,
-)
+from fader_adapters.spec import RowTerms, StepTerms
 from tests.support.deltas import steps
+from tests.support.stacks import EXPERTS, IN, OUT, RANKS, SITE, World, chosen, routed
 
-IN, OUT, EXPERTS, CHOSEN = 96, 72, 5, 2
-RANKS = (8, 16, 64, 1, 16, 8)
-SITE = SiteSpec((1,), IN, (OUT,))
 STEPS = steps()
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 BACKENDS = [
@@ -30,57 +20,6 @@ BACKENDS = [
     ),
     "reference",
 ]
-
-
-class World:
-    """A stack beside a linear, and six adapters in an arena whose gaps are NaN."""
-
-    def __init__(self, dtype: torch.dtype, *, first: int = 0) -> None:
-        """first: the slot of the first adapter."""
-        g = torch.Generator().manual_seed(1)
-        linears = (
-            LinearSpec("q", IN, OUT, 0),
-            LinearSpec("experts.up", IN, OUT, 0, role="experts", experts=EXPERTS),
-        )
-        base = BaseSpec(linears, Digest("0" * 64), "test")
-        self.tables = Tables(torch.full((1 << 19,), float("nan"), dtype=dtype), len(linears))
-        self.factors: dict[int, tuple[torch.Tensor, torch.Tensor, float]] = {}
-        offset = 64
-        for slot, rank in enumerate(RANKS, first):
-            # one adapter leaves the stack alone
-            part = RankScale(0 if slot == first + 3 else 1, rank, 0.5)
-            spec = lay_out(base, Digest(f"{slot:064x}"), [part])
-            for delta in spec.deltas:
-                stack = linears[delta.linear].experts
-                a = (0.1 * torch.randn(stack, rank, IN, generator=g)).to(dtype)
-                b = (0.1 * torch.randn(stack, rank, OUT, generator=g)).to(dtype)
-                for at, values in ((delta.a_offset, a), (delta.b_offset, b)):
-                    start = offset + at
-                    self.tables.arena[start : start + values.numel()] = values.view(-1)
-                if delta.linear == 1:
-                    self.factors[slot] = (a.double(), b.double(), delta.scale)
-            self.tables.publish(slot, spec, offset)
-            offset += spec.numel + 64
-
-    def expected(
-        self, y: torch.Tensor, x: torch.Tensor, routing: Routing, terms: StepTerms
-    ) -> torch.Tensor:
-        rows = [row.terms for row in terms.rows for _ in range(row.tokens)]
-        total = y.double()
-        for pair, (token, expert) in enumerate(
-            zip(routing.token.tolist(), routing.expert.tolist(), strict=True)
-        ):
-            for slot, gamma in rows[token]:
-                if slot in self.factors:
-                    a, b, scale = self.factors[slot]
-                    total[pair] += gamma * scale * (x[pair].double() @ a[expert].T) @ b[expert]
-        return total
-
-
-def routed(tokens: int, *, seed: int = 2, experts: int = EXPERTS) -> Routing:
-    g = torch.Generator().manual_seed(seed)
-    chosen = torch.stack([torch.randperm(experts, generator=g)[:CHOSEN] for _ in range(tokens)])
-    return Routing.of(chosen, experts)
 
 
 def computed(
@@ -108,7 +47,7 @@ def test_every_pair_gets_its_own_blend_at_its_own_expert(backend, mix, dtype):
     assert torch.equal(got[~changed], y[~changed]), "a pair without terms keeps its bits"
     if changed.any():
         assert float((y.double() - expected).abs().max()) > 0.1, "the check could not fail"
-        other = Routing(routing.order, routing.token, 4 - routing.expert, routing.ends, EXPERTS)
+        other = replace(routing, expert=EXPERTS - 1 - routing.expert)
         wrong = computed("reference", world, terms, other, x, y)
         assert float((wrong.double() - expected).abs().max()) > 0.1, "experts are told apart"
 
@@ -118,16 +57,15 @@ def test_a_rows_bits_are_its_own_whatever_slots_and_company(backend):
     world, moved = World(torch.bfloat16), World(torch.bfloat16, first=7)
     terms = STEPS["blends and prefill"]
     tokens = [row.tokens for row in terms.rows]
-    routing = routed(sum(tokens))
+    choice = chosen(sum(tokens))
+    routing = Routing.of(choice, EXPERTS)
     x = torch.randn(len(routing.token), IN, dtype=torch.bfloat16)
     y = torch.randn(len(routing.token), OUT, dtype=torch.bfloat16)
     together = computed(backend, world, terms, routing, x, y)
     begin = 0
     for row in terms.rows:
         own = (routing.token >= begin) & (routing.token < begin + row.tokens)
-        alone = Routing(
-            torch.empty(0), routing.token[own] - begin, routing.expert[own], torch.empty(0), EXPERTS
-        )
+        alone = Routing.of(choice[begin : begin + row.tokens], EXPERTS)
         shifted = RowTerms(row.tokens, tuple((slot + 7, gamma) for slot, gamma in row.terms))
         got = computed(backend, moved, StepTerms((shifted,)), alone, x[own], y[own])
         assert torch.equal(got, together[own])

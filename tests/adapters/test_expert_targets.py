@@ -275,14 +275,14 @@ def test_a_file_may_name_every_expert_of_its_base():
 
 
 @pytest.mark.parametrize("as_modules", [False, True])
-def test_kernels_that_adapt_no_experts_say_so(as_modules: bool):
+def test_experts_that_are_no_targets_are_refused_by_name(as_modules: bool):
     kept = tuple(item for item in BASE.linears if item.role == "linear")
     base = replace(BASE, linears=kept, left_out=frozenset({"experts", "router"}))
     names = ("gate_proj", "up_proj", "down_proj")
     raw = make_raw(config(), tensors())
     if as_modules:
         raw = make_raw(make_config(r=2, target_modules=list(names)), older(names))
-    with pytest.raises(AdapterMismatch, match="kernels of this device"):
+    with pytest.raises(AdapterMismatch, match="computes otherwise"):
         read(raw, base)
     only = pair("layers.0.self_attn.q_proj", (3, 64), (64, 3), 1)
     raw = make_raw(make_config(r=3, target_modules=["0.self_attn.q_proj"]), only)

@@ -82,7 +82,8 @@ class ExpertsWeight(Protocol):
 
 
 Step = object
-"""A step's delta metadata on the device, made once by a backend and read by its sites only."""
+"""A step's delta metadata on the device, made once by a backend and read by its sites only. One
+with a `valid` that is false has given its place to a later one, and is to be prepared again."""
 
 
 class SiteKernel(Protocol):

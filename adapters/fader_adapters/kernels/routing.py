@@ -18,6 +18,8 @@ class Routing:
     ends: torch.Tensor
     """[experts] int32: where each expert's pairs end."""
     experts: int
+    chosen: int
+    """Experts of a token: k."""
 
     @staticmethod
     def of(chosen: torch.Tensor, experts: int) -> "Routing":
@@ -25,4 +27,5 @@ class Routing:
         expert, order = torch.sort(chosen.reshape(-1), stable=True)
         every = torch.arange(experts, device=chosen.device)
         ends = torch.searchsorted(expert, every, right=True).to(torch.int32)
-        return Routing(order, order // chosen.shape[1], expert, ends, experts)
+        count = chosen.shape[1]
+        return Routing(order, order // count, expert, ends, experts, count)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fader_adapters.expert_layers import OtherProduct, Stack, experts_forward, one_expert
+from fader_adapters.expert_layers import OtherProduct, Stack, experts_forward
 from fader_adapters.kernels.routing import Routing
 from fader_adapters.layers import Installed
 from fader_adapters.stacks import DOWN
@@ -61,7 +61,8 @@ def _show_router(module: nn.Module, stack: Stack, glass: Glass) -> None:
     def routed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         every = None if bias is None else bias[None]
-        y = _product(stack, one_expert(rows), glass, every, rows)
+        nowhere_else = torch.zeros(len(rows), 1, dtype=torch.int64, device=rows.device)
+        y = _product(stack, Routing.of(nowhere_else, 1), glass, every, rows)
         return y.view(*x.shape[:-1], -1)
 
     def forward(*args: object, **kwargs: object) -> object:

@@ -24,7 +24,17 @@ from fader_server.model.batch import Batch
 from fader_server.model.cuda_attention import CudaAttention
 from fader_server.model.decode import Forward, decodes
 from fader_server.model.graph_inputs import GraphInputs
-from fader_server.model.graph_kinds import KINDS, Kind, Record, Run, RunBatch, kind_of
+from fader_server.model.graph_kinds import (
+    EXPERT_KINDS,
+    Blank,
+    Kind,
+    Record,
+    Run,
+    RunBatch,
+    every_kind,
+    kind_of,
+    vectors,
+)
 from fader_server.model.kv_cache import KVCache
 from fader_server.model.loaded import LoadedBase
 from fader_server.model.prompt_graphs import PromptGraphs, PromptInputs
@@ -63,10 +73,11 @@ class DecodeGraphs:
     """Decode steps of up to the largest bucket of rows, and steps of prompts where those were
     captured, too; steps it cannot take go the usual way."""
 
-    def __init__(self, inputs: GraphInputs, blank: Callable[[int, Kind], Step | None]) -> None:
-        """`blank`: a step of a kind that adds nothing to so many rows, over real ones' buffers."""
+    def __init__(self, inputs: GraphInputs, blank: Blank, kinds: Sequence[Kind]) -> None:
+        """`kinds`: of the steps that may come."""
         self._inputs = inputs
         self._blank = blank
+        self._kinds = kinds
         self._graphs: dict[tuple[int, Kind], Run] = {}
         self._logits = torch.empty(0)
         self._buckets: list[int] = []
@@ -91,13 +102,13 @@ class DecodeGraphs:
 
         self._capture = capture
         for bucket in reversed(self._buckets):
-            for kind in KINDS:
+            for kind in self._kinds:
                 self._graphs[bucket, kind] = capture(bucket, kind)
 
     def sibling(self, lane: LaneWeights) -> "DecodeGraphs":
         """The same for a lane's weights, without prompts: each bucket is captured when a step first
         asks for it."""
-        other = DecodeGraphs(self._inputs, self._blank)
+        other = DecodeGraphs(self._inputs, self._blank, self._kinds)
         other._logits, other._buckets = self._logits, self._buckets
         other._capture = self._capture
         return other
@@ -175,13 +186,15 @@ def capture(
     )
 
     def blank(rows: int, kind: Kind) -> Step | None:
-        step = backend.blank(tables, rows, vectors=kind == "vectors")
+        stacks = kind in EXPERT_KINDS
+        step = backend.blank(tables, rows, vectors=vectors(kind), stacks=stacks)
         return None if kind == "base" else step
 
-    graphs, record = DecodeGraphs(inputs, blank), record or GraphRecorder(base.device)
+    every = every_kind(stacks=bool(base.installed.stacks))
+    graphs, record = DecodeGraphs(inputs, blank, every), record or GraphRecorder(base.device)
     started, free = time.perf_counter(), _free(base.device)
     try:
-        _warm(inputs, run, backend.blank(tables, None, vectors=True))
+        _warm(inputs, run, backend.blank(tables, None, vectors=True, stacks=True))
         warmed = time.perf_counter()
         graphs.capture(buckets, run=run, record=record)
     except RuntimeError as error:
@@ -191,8 +204,9 @@ def capture(
     try:
         if sizes:
             graphs.prompts = _capture_prompts(
-                backend, attention, cache=cache, tables=tables, run=run, record=record, sizes=sizes
-            )
+                *(backend, attention, every),
+                cache=cache, tables=tables, run=run, record=record, sizes=sizes,
+            )  # fmt: skip
     except RuntimeError as error:
         log.warning("steps of prompts run without CUDA graphs: %s", first_line(error))
     prompts = graphs.prompts
@@ -209,6 +223,7 @@ def capture(
 def _capture_prompts(
     backend: CudaBackend,
     attention: CudaAttention,
+    kinds: Sequence[Kind],
     *,
     cache: KVCache,
     tables: Tables,
@@ -223,11 +238,13 @@ def _capture_prompts(
             context=attention.max_context,
             block_size=cache.block_size,
             device=cache.device,
-        )
+        ),
+        kinds,
     )
 
     def blank(tokens: int, kind: Kind) -> Step | None:
-        step = backend.blank_prompt(tables, tokens, vectors=kind == "vectors")
+        stacks = kind in EXPERT_KINDS
+        step = backend.blank_prompt(tables, tokens, vectors=vectors(kind), stacks=stacks)
         return None if kind == "base" else step
 
     prompts.capture(sizes, blank, run=run, record=record)

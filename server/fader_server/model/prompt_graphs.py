@@ -4,7 +4,7 @@ A prompt's own work on a GPU is short beside what a model's code costs the host.
 batches; how a run is captured is the recorder's business.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -18,7 +18,7 @@ from fader_server.core import Plan
 from fader_server.model.batch import AttentionRow, Batch
 from fader_server.model.decode import Forward
 from fader_server.model.graph_inputs import Mirror
-from fader_server.model.graph_kinds import KINDS, Kind, Record, Run, RunBatch, kind_of
+from fader_server.model.graph_kinds import Blank, Kind, Record, Run, RunBatch, kind_of
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
@@ -114,8 +114,10 @@ class PromptInputs:
 class PromptGraphs:
     """Steps of few prompts, of up to the largest bucket of tokens."""
 
-    def __init__(self, inputs: PromptInputs) -> None:
+    def __init__(self, inputs: PromptInputs, kinds: Sequence[Kind]) -> None:
+        """`kinds`: of the steps that may come."""
         self._inputs = inputs
+        self._kinds = kinds
         self._graphs: dict[tuple[int, Kind], Run] = {}
         self._logits = torch.empty(0)
         self._buckets: list[int] = []
@@ -129,16 +131,15 @@ class PromptGraphs:
     def capture(
         self,
         sizes: Sequence[int],
-        blank: Callable[[int, Kind], Step | None],
+        blank: Blank,
         *,
         run: RunBatch,
         record: Record,
     ) -> None:
-        """Capture every bucket, the largest first. blank: a step of a kind that adds nothing to so
-        many tokens, over the buffers of real ones."""
+        """Capture every bucket, the largest first."""
         for bucket in sorted(sizes, reverse=True):
             batch = self._inputs.batch(bucket)
-            for kind in KINDS:
+            for kind in self._kinds:
                 step = blank(bucket, kind)
                 if not self._logits.numel():
                     self._logits = torch.empty_like(run(batch, None))

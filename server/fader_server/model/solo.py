@@ -144,6 +144,7 @@ class _Step:
         self._state = state
         self._prepare = prepare
         self._found: dict[object, Step | None] = {}
+        self._begun: set[int] = set()
         self._threads = torch.get_num_threads()
 
     def linear(self, there: list[int], counts: list[int], *, head: bool) -> None:
@@ -157,15 +158,18 @@ class _Step:
     def forward(self, index: int) -> None:
         """One token is too little work to share, and its bits must not depend on the others.
 
-        What takes deltas beside linears is told of this row alone.
+        What takes deltas beside linears is told of this row alone: an embedding, where a row
+        begins, and experts anywhere.
         """
         count = self._plan.rows[index].count
         torch.set_num_threads(1 if count == 1 else self._threads)
-        self._tell(self._of([index], [count]), count)
+        if index not in self._begun or self._state.mixtures:
+            self._begun.add(index)
+            self._tell(self._of([index], [count]), count)
 
     def _of(self, there: list[int], counts: list[int]) -> Step | None:
         key = (*there, *counts)
-        if key not in self._found:
+        if key not in self._found or not getattr(self._found[key], "valid", True):
             pairs = zip(there, counts, strict=True)
             rows = tuple(RowTerms(count, self._plan.terms.rows[i].terms) for i, count in pairs)
             self._found[key] = self._prepare(StepTerms(rows))

@@ -16,6 +16,7 @@ from fader_server.model import graphs
 from fader_server.model.attention import PagedAttention
 from fader_server.model.cuda_attention import CudaAttention
 from fader_server.model.graph_inputs import GraphInputs
+from fader_server.model.graph_kinds import KINDS
 from fader_server.model.kernels import choose_attention
 from fader_server.model.loaded import LoadedBase
 from tests.support import world as support
@@ -170,7 +171,7 @@ def test_captured_steps_give_the_bits_of_steps_run_operator_by_operator(
     ran: list[tuple[int, str]] = []
 
     def record(run: graphs.Run) -> graphs.Run:
-        which = [(n, kind) for n in (4, 2, 1) for kind in graphs.KINDS][len(made)]
+        which = [(n, kind) for n in (4, 2, 1) for kind in KINDS][len(made)]
         made.append(which)
 
         def noted() -> None:

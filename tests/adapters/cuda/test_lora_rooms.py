@@ -46,6 +46,18 @@ def test_the_same_rows_again_are_not_built_again(shared, monkeypatch):
         shared.prepare(steps()["skewed"])
 
 
+def test_a_step_tells_that_a_later_one_took_its_place(shared):
+    first = shared.prepare(steps()["all distinct"])
+    assert first.valid
+    shared.prepare(steps()["blends and prefill"])
+    assert first.valid, "in buffers of its own"
+    second = shared.prepare(steps()["one adapter, every row"])
+    assert (first.valid, second.valid) == (False, True)
+    assert shared.prepare(steps()["one adapter, every row"]) is second
+    shared.kernels.blank(shared.world.tables, 1)
+    assert not second.valid
+
+
 def test_a_decode_step_too_large_for_the_fixed_room_runs_outside_it():
     made = rig(entries=6, decode_rows=8)
     small = StepTerms((RowTerms(1, ((2, 1.0),)),))

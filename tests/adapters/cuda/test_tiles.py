@@ -1,6 +1,7 @@
 """Tiles and lists: every row meets exactly its own terms, in its own order."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -209,11 +210,27 @@ def test_a_packed_step_reads_back(terms):
         assert mine.cell.tolist() == theirs.cell.tolist()
 
 
+@given(steps(blends))
+def test_every_token_finds_its_place_in_the_tiles(terms):
+    step = BUILDER.build(terms, CHUNKS)
+    tokens = step.tokens + 3
+    layout = StepLayout(replace(Capacity(1, 1, 4, 4, 4).grown(step), tokens=tokens), 64)
+    block = np.full(layout.words, -77, np.int32)
+    layout.pack(step, block)
+    tiled = set()
+    for at, phase in ((layout.decode, step.decode), (layout.prefill, step.prefill)):
+        place = block[at.place : at.place + tokens]
+        own = np.flatnonzero(place)
+        assert (phase.tokens.reshape(-1)[place[own] - 1] == own).all()
+        tiled |= set(own.tolist())
+    assert tiled == {t for p in (step.decode, step.prefill) for t in p.tokens.reshape(-1) if t >= 0}
+
+
 def test_offsets_depend_on_the_capacity_alone_and_are_aligned():
-    layout = StepLayout(Capacity(4, 7, 1000, 1004, 64), 64)
+    layout = StepLayout(Capacity(4, 7, 1000, 1004, 64, 30), 64)
     offsets = [layout.slot, layout.chunk, layout.gamma]
     for at in (layout.decode, layout.prefill):
-        offsets += [at.tokens, at.first, at.last, at.cell]
+        offsets += [at.tokens, at.first, at.last, at.cell, at.place]
     assert all(offset % 32 == 0 for offset in offsets)
     assert min(offsets) >= HEADER
     assert len(set(offsets)) == len(offsets)
@@ -223,13 +240,13 @@ def test_offsets_depend_on_the_capacity_alone_and_are_aligned():
 
 
 @pytest.mark.parametrize(
-    "field", ["decode_tiles", "prefill_tiles", "entries", "decode_cells", "prefill_cells"]
+    "field", ["decode_tiles", "prefill_tiles", "entries", "decode_cells", "prefill_cells", "tokens"]
 )
 def test_a_step_beyond_any_capacity_is_noticed_and_grown_for(field):
     rows = (RowTerms(1, ((5, 1.0),)), RowTerms(70, ((1, 1.0),)))
     step = BUILDER.build(StepTerms(rows), CHUNKS)
     room = {"decode_tiles": 1, "prefill_tiles": 2, "entries": 20}
-    exact = Capacity(**room, decode_cells=16, prefill_cells=8)
+    exact = Capacity(**room, decode_cells=16, prefill_cells=8, tokens=71)
     assert exact.holds(step)
     short = Capacity(**{**vars(exact), field: vars(exact)[field] - 1})
     assert not short.holds(step)

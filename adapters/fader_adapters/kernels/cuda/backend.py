@@ -9,13 +9,16 @@ from fader_adapters.errors import first_line
 from fader_adapters.kernels.cuda import nf4
 from fader_adapters.kernels.cuda.beside import Beside
 from fader_adapters.kernels.cuda.dense import FixedRows
+from fader_adapters.kernels.cuda.expert_calls import stack_delta
 from fader_adapters.kernels.cuda.lora import DeltaKernels, DeltaSite, LoraStep
 from fader_adapters.kernels.cuda.lora_launch import add, delta, join, lookup_delta, shrink
+from fader_adapters.kernels.cuda.lora_step import StackSite
 from fader_adapters.kernels.cuda.lora_tables import Arch, arch_of
 from fader_adapters.kernels.cuda.nf4_codes import CODES
 from fader_adapters.kernels.dense import DenseLinear, filled
 from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight
 from fader_adapters.kernels.nf4 import filled as nf4_filled
+from fader_adapters.kernels.routing import Routing
 from fader_adapters.kernels.stack_weights import StackWeight, filled_stack
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import SiteSpec, StepTerms
@@ -71,6 +74,22 @@ class CudaLookup:
         if step is not None:
             assert isinstance(step, LoraStep)
             lookup_delta(y, ids, self._bound, step)
+
+
+class CudaStack:
+    """The deltas of one stack of experts, or of a router; none where no row changes any."""
+
+    def __init__(self, bound: StackSite) -> None:
+        self._bound = bound
+
+    def __call__(
+        self, y: torch.Tensor, x: torch.Tensor, routing: Routing, step: object | None
+    ) -> torch.Tensor:
+        if step is not None:
+            assert isinstance(step, LoraStep)
+            if step.stacks:
+                stack_delta(y, x, routing, self._bound, step)
+        return y
 
 
 class CudaRoom:
@@ -152,6 +171,9 @@ class CudaBackend:
     def bind_lookup(self, site: SiteSpec) -> CudaLookup:
         return CudaLookup(self._deltas.bind_lookup(site))
 
+    def bind_stack(self, site: SiteSpec, experts: int) -> CudaStack:
+        return CudaStack(self._deltas.bind_stack(site))
+
     def prepare(self, tables: Tables, terms: StepTerms) -> LoraStep | None:
         """One copy and one launch, none where rows and tables are those of the step before.
 
@@ -160,15 +182,19 @@ class CudaBackend:
         self._scratch.way = "fused" if all(r.tokens == 1 for r in terms.rows) else "pieces"
         return self._deltas.prepare(tables, terms)
 
-    def blank(self, tables: Tables, rows: int | None, *, vectors: bool = False) -> LoraStep:
+    def blank(
+        self, tables: Tables, rows: int | None, *, vectors: bool = False, stacks: bool = False
+    ) -> LoraStep:
         """A step that adds nothing, to capture or compile with; see DeltaKernels.blank."""
         self._scratch.way = "pieces" if rows is None else "fused"
-        return self._deltas.blank(tables, rows, vectors=vectors)
+        return self._deltas.blank(tables, rows, vectors=vectors, stacks=stacks)
 
-    def blank_prompt(self, tables: Tables, tokens: int, *, vectors: bool = False) -> LoraStep:
+    def blank_prompt(
+        self, tables: Tables, tokens: int, *, vectors: bool = False, stacks: bool = False
+    ) -> LoraStep:
         """The same for a step of prompts; see DeltaKernels.blank_prompt."""
         self._scratch.way = "pieces"
-        return self._deltas.blank_prompt(tables, tokens, vectors=vectors)
+        return self._deltas.blank_prompt(tables, tokens, vectors=vectors, stacks=stacks)
 
     def reserve_prompts(self, tables: Tables, buckets: Sequence[int]) -> None:
         """Buffers of steps of prompts that may be captured; see DeltaKernels.reserve_prompts."""

@@ -1,10 +1,12 @@
 """The batched delta on a GPU: which buffers a step lives in. Knows tables and rows, not models."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from fader_adapters.errors import BaseUnsupported, KernelUnavailable
+from fader_adapters.kernels.cuda.expert_configs import expert_configs
 from fader_adapters.kernels.cuda.lora_buffers import DeviceTables, StepBuffers
 from fader_adapters.kernels.cuda.lora_calls import resolve
 from fader_adapters.kernels.cuda.lora_launch import delta
@@ -15,7 +17,13 @@ from fader_adapters.kernels.cuda.lora_rooms import (
     prompt_capacity,
     prompt_tiles,
 )
-from fader_adapters.kernels.cuda.lora_step import MAX_MEMBERS, DeltaSite, LoraStep, PhaseLaunch
+from fader_adapters.kernels.cuda.lora_step import (
+    MAX_MEMBERS,
+    DeltaSite,
+    LoraStep,
+    PhaseLaunch,
+    StackSite,
+)
 from fader_adapters.kernels.cuda.lora_tables import (
     DECODE_TILE,
     PREFILL_TILE,
@@ -71,6 +79,9 @@ class DeltaKernels:
         self._decode_rows = decode_rows
         self._entries = entries
         self._sites: list[DeltaSite] = []
+        self._stacks: list[StackSite] = []
+        self._stacked: Sequence[bool] = ()
+        """Whether a slot changes any of them."""
         self._builder = TileBuilder(DECODE_TILE, PREFILL_TILE)
         self._tables = DeviceTables(device)
         self._shapes: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -115,6 +126,15 @@ class DeltaKernels:
         configs = site_configs(self._arch, site.in_features, sum(site.out_features))
         return self.bind(site, unsplit(configs))
 
+    def bind_stack(self, site: SiteSpec) -> StackSite:
+        """Take a stack of experts in, or a router: in and out are those of one expert."""
+        (linear,), (out,) = site.linears, site.out_features
+        assert self._fixed is None
+        configs = expert_configs(self._arch)
+        bound = StackSite(linear, site.in_features, out, configs)
+        self._stacks.append(bound)
+        return bound
+
     def reserve(self, tables: Tables) -> int:
         """Allocate the fixed buffers, once, before any capture; the bytes they take."""
         if self._fixed is None:
@@ -142,7 +162,7 @@ class DeltaKernels:
         if terms.idle:
             return None
         self.reserve(tables)
-        if self._tables.refresh(tables):
+        if self._refresh(tables):
             for room in self._rooms:
                 room.rows = None
         for room in self._rooms:
@@ -158,17 +178,30 @@ class DeltaKernels:
         assert self._shapes is not None
         resolve(room.buffers, self._tables, self._shapes, entries=tiles.entries)
         room.rows = terms.rows
-        has = self._tables.vectors
-        vectors = any(has[slot] for row in terms.rows for slot, _ in row.terms)
-        room.step = self._step(tiles, room, tables.arena, vectors=vectors)
+        slots = {slot for row in terms.rows for slot, _ in row.terms}
+        vectors = any(self._tables.vectors[slot] for slot in slots)
+        stacks = any(self._stacked[slot] for slot in slots)
+        step = self._step(tiles, room, tables.arena, vectors=vectors)
+        room.step = replace(step, stacks=stacks, turn=room.buffers.turn)
         return room.step
 
-    def blank(self, tables: Tables, rows: int | None, *, vectors: bool = False) -> LoraStep:
+    def _refresh(self, tables: Tables) -> bool:
+        """Follow the tables; whether they changed."""
+        changed = self._tables.refresh(tables)
+        if changed:
+            ranks = tables.rank[:, [stack.linear for stack in self._stacks]]
+            self._stacked = ranks.any(dim=1).tolist()
+        return changed
+
+    def blank(
+        self, tables: Tables, rows: int | None, *, vectors: bool = False, stacks: bool = False
+    ) -> LoraStep:
         """A step that adds nothing, over the buffers that real steps use.
 
         rows     a member of ROW_BUCKETS: launches and addresses of that bucket, for a capture;
                  None: those of a step with prefill rows, to have the kernels compiled
         vectors  launch what adapters with gains and biases need, too
+        stacks   and what those of experts and routers need
         The last prepared step is no longer valid. Allocates like `prepare`, and has its kernel
         compiled: no first adapter waits for that.
         """
@@ -182,22 +215,27 @@ class DeltaKernels:
         cells = buffers.capacity.decode_cells
         decode = PhaseLaunch("decode", buffers.decode, -(-(rows or 1) // LANES), cells)
         if rows is not None:
-            return LoraStep(rows, rows, (decode,), buffers, tables.arena, vectors, covers=True)
+            step = LoraStep(rows, rows, (decode,), buffers, tables.arena, vectors, covers=True)
+            return replace(step, stacks=stacks, turn=buffers.turn)
         prefill = PhaseLaunch("prefill", buffers.prefill, 1, buffers.capacity.prefill_cells)
-        return LoraStep(0, None, (decode, prefill), buffers, tables.arena, vectors)
+        step = LoraStep(0, None, (decode, prefill), buffers, tables.arena, vectors)
+        return replace(step, stacks=stacks, turn=buffers.turn)
 
-    def blank_prompt(self, tables: Tables, tokens: int, *, vectors: bool = False) -> LoraStep:
+    def blank_prompt(
+        self, tables: Tables, tokens: int, *, vectors: bool = False, stacks: bool = False
+    ) -> LoraStep:
         """The same of a bucket of `reserve_prompts`, which comes first."""
         assert self._prompts is not None
         assert tokens in self._prompt_buckets
         buffers = self._emptied(self._prompts, tables)
-        return self._prompt_step(0, tokens, buffers, tables.arena, vectors=vectors)
+        step = self._prompt_step(0, tokens, buffers, tables.arena, vectors=vectors)
+        return replace(step, stacks=stacks, turn=buffers.turn)
 
     def _emptied(self, room: Room, tables: Tables) -> StepBuffers:
         """The room's buffers, with nothing to add in them."""
-        self._tables.refresh(tables)
+        self._refresh(tables)
         room.rows = room.step = None
-        room.buffers.block.zero_()
+        room.buffers.clear()
         assert self._shapes is not None
         resolve(room.buffers, self._tables, self._shapes, entries=0)
         return room.buffers
@@ -226,6 +264,8 @@ class DeltaKernels:
                 cells = capacity.decode_cells if phase == "decode" else capacity.prefill_cells
                 planes = len(site.widths) * site.configs.shrink[phase].splits
                 scratch = max(scratch, planes * cells * shape.rows * CHUNK)
+        if not self._stacks:
+            capacity = replace(capacity, tokens=0)
         layout = StepLayout(capacity, PREFILL_TILE.rows)
         return Room(StepBuffers(layout, DECODE_TILE.rows, linears, scratch, self._device))
 
@@ -235,6 +275,8 @@ class DeltaKernels:
             for member, columns in enumerate(site.widths):
                 width[site.linear + member] = site.in_features
                 out[site.linear + member] = columns
+        for stack in self._stacks:
+            width[stack.linear], out[stack.linear] = stack.in_features, stack.out_features
         return (
             torch.tensor(width, dtype=torch.int32, device=self._device),
             torch.tensor(out, dtype=torch.int32, device=self._device),

@@ -55,12 +55,15 @@ class DeviceTables:
 class PhaseBuffers:
     """The arrays of one phase of a step, at fixed addresses; see tiles.Phase."""
 
-    def __init__(self, block: torch.Tensor, at: PhaseAt, tiles: int, rows: int, cells: int) -> None:
+    def __init__(
+        self, block: torch.Tensor, at: PhaseAt, tiles: int, *, rows: int, cells: int, tokens: int
+    ) -> None:
         self.header = block[at.header :]
         self.tokens = block[at.tokens : at.tokens + tiles * rows]
         self.first = block[at.first : at.first + tiles]
         self.last = block[at.last : at.last + tiles]
         self.cell = block[at.cell : at.cell + tiles]
+        self.place = block[at.place : at.place + tokens]
         self.cells = cells
         """Capacity in cells."""
 
@@ -69,8 +72,8 @@ class StepBuffers:
     """Room for one step up to `capacity`; every tensor keeps its address for life.
 
     block   int32 words: tiles and entries as StepLayout places them, one copy a step
-    a_at, b_at, gain_at, bias_at  [linears, entries] int64, left int32, scale_at float32: entries
-            resolved per linear
+    a_at, b_at, gain_at, bias_at  [linears, entries] int64, left, rank_at int32, scale_at float32:
+            entries resolved per linear
     z       float32 scratch of the widest site
     """
 
@@ -83,6 +86,8 @@ class StepBuffers:
         device: torch.device,
     ) -> None:
         self.layout = layout
+        self.turn = 0
+        """How often they were filled or emptied: a step before the last is no longer here."""
         capacity = self.capacity
         self.block = torch.zeros(layout.words, dtype=torch.int32, device=device)
         shape = (linears, capacity.entries)
@@ -91,17 +96,24 @@ class StepBuffers:
         self.gain_at = torch.full(shape, -1, dtype=torch.int64, device=device)
         self.bias_at = torch.full(shape, -1, dtype=torch.int64, device=device)
         self.left = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.rank_at = torch.zeros(shape, dtype=torch.int32, device=device)
         self.scale_at = torch.zeros(shape, dtype=torch.float32, device=device)
         self.z = torch.empty(z, dtype=torch.float32, device=device)
         self.decode = PhaseBuffers(
-            self.block, layout.decode, capacity.decode_tiles, decode_rows, capacity.decode_cells
+            self.block,
+            layout.decode,
+            capacity.decode_tiles,
+            rows=decode_rows,
+            cells=capacity.decode_cells,
+            tokens=capacity.tokens,
         )
         self.prefill = PhaseBuffers(
             self.block,
             layout.prefill,
             capacity.prefill_tiles,
-            layout.prefill_rows,
-            capacity.prefill_cells,
+            rows=layout.prefill_rows,
+            cells=capacity.prefill_cells,
+            tokens=capacity.tokens,
         )
         self.slot = self.block[layout.slot : layout.slot + capacity.entries]
         self.chunk = self.block[layout.chunk : layout.chunk + capacity.entries]
@@ -114,14 +126,20 @@ class StepBuffers:
     @property
     def nbytes(self) -> int:
         offsets = (self.a_at, self.b_at, self.gain_at, self.bias_at)
-        tensors = (self.block, *offsets, self.left, self.scale_at, self.z)
+        tensors = (self.block, *offsets, self.left, self.rank_at, self.scale_at, self.z)
         return sum(tensor.nbytes for tensor in tensors)
 
     def fill(self, step: StepTiles) -> None:
         """One pinned copy, in order on the current stream; waits for nothing."""
+        self.turn += 1
         staged = host_block(self.layout.words, torch.int32, self.block.device)
         words = self.layout.pack(step, staged.numpy())
         self.block[:words].copy_(staged[:words], non_blocking=True)
+
+    def clear(self) -> None:
+        """Hold a step without any tile."""
+        self.turn += 1
+        self.block.zero_()
 
 
 def host_block(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -212,6 +212,7 @@ def resolve(
         buffers.gain_at,
         buffers.bias_at,
         buffers.left,
+        buffers.rank_at,
         buffers.scale_at,
         entries,
         linears,

@@ -1,7 +1,6 @@
 """The compile-time arguments of the delta kernels, and every variant that can be launched."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from fader_adapters.kernels.cuda import nf4_configs
 from fader_adapters.kernels.cuda.lora_tables import (
@@ -15,7 +14,7 @@ from fader_adapters.kernels.cuda.lora_tables import (
     ShrinkConfig,
     site_configs,
 )
-from fader_adapters.kernels.cuda.shipped import Shipped
+from fader_adapters.kernels.cuda.shipped import Shipped, joined, signature_of
 from fader_adapters.kernels.cuda.tiles import LANES
 
 RESOLVE_BLOCK = 128
@@ -86,41 +85,41 @@ def shipped() -> list[Shipped]:
 
     both: tuple[Arch, ...] = (80, 90)
     block: dict[str, int | bool] = {"BLOCK": RESOLVE_BLOCK}
-    signature = _signature(kernels.resolve, _RESOLVE, block)
+    signature = signature_of(kernels.resolve, _RESOLVE, block)
     found = [Shipped(kernels.resolve, signature, block, RESOLVE_WARPS, RESOLVE_STAGES, both)]
     launch = (VECTORS_WARPS, VECTORS_STAGES)
     for phase in TILE:
         constants = pick_constants(phase)
-        signature = _signature(pick, _SHRINK | {"ids": "*i64:16"}, constants)
+        signature = signature_of(pick, _SHRINK | {"ids": "*i64:16"}, constants)
         found.append(Shipped(pick, signature, constants, PICK_WARPS, 1, archs=both))
         for bias in (False, True):
             constants = vectors_constants(phase, bias=bias)
-            signature = _signature(vectors, _VECTORS, constants)
+            signature = signature_of(vectors, _VECTORS, constants)
             found.append(Shipped(vectors, signature, constants, *launch, archs=both))
     constants = vectors_constants("decode", bias=False)
-    signature = _signature(vectors, _VECTORS | {"y": "*fp32:16"}, constants)
+    signature = signature_of(vectors, _VECTORS | {"y": "*fp32:16"}, constants)
     found.append(Shipped(vectors, signature, constants, *launch, archs=both))
     for arch, phase in SHRINK:
         shrinks = dict.fromkeys(config for _, config in SHRINK[arch, phase])
         for shrink in shrinks:
             constants = shrink_constants(shrink, phase, exact=False)
-            signature = _signature(kernels.shrink, _SHRINK, constants)
+            signature = signature_of(kernels.shrink, _SHRINK, constants)
             launch = (shrink.warps, shrink.stages)
             found.append(Shipped(kernels.shrink, signature, constants, *launch, archs=(arch,)))
         for splits in dict.fromkeys(config.splits for config in shrinks):
             for _, expand in EXPAND[arch, phase]:
                 constants = expand_constants(expand, phase, splits=splits, exact=False)
-                signature = _signature(expands.expand, _EXPAND, constants)
+                signature = signature_of(expands.expand, _EXPAND, constants)
                 launch = (expand.warps, expand.stages)
                 found.append(Shipped(expands.expand, signature, constants, *launch, archs=(arch,)))
     for arch in both:
         for planes, splits in _joins(arch):
             for bias in (False, True):
                 constants = join_constants(planes=planes, splits=splits, bias=bias, exact=False)
-                signature = _signature(expands.join, _JOIN, constants)
+                signature = signature_of(expands.join, _JOIN, constants)
                 launch = (JOIN.warps, JOIN.stages)
                 found.append(Shipped(expands.join, signature, constants, *launch, archs=(arch,)))
-    return _joined(found)
+    return joined(found)
 
 
 def _joins(arch: Arch) -> list[tuple[int, int]]:
@@ -137,7 +136,9 @@ def _joins(arch: Arch) -> list[tuple[int, int]]:
 
 _PHASE = dict.fromkeys(("tokens", "first", "last", "cell", "header"), "*i32:16")
 _RESOLVE = (
-    dict.fromkeys(("slot", "chunk", "rank", "in_features", "out_features", "left"), "*i32:16")
+    dict.fromkeys(
+        ("slot", "chunk", "rank", "in_features", "out_features", "left", "rank_at"), "*i32:16"
+    )
     | dict.fromkeys(
         (f"{what}_{where}" for what in ("a", "b", "gain", "bias") for where in ("offset", "at")),
         "*i64:16",
@@ -172,24 +173,3 @@ _JOIN = _EXPAND | {
     "columns": "i32:16",
 }
 _VECTORS = _EXPAND | {"own": "*bf16:16"} | dict.fromkeys(("gain_at", "bias_at"), "*i64:16")
-
-
-def _signature(
-    kernel: Any,  # noqa: ANN401
-    types: Mapping[Any, str],
-    constants: Mapping[str, int | bool],
-) -> dict[str, str]:
-    names: Iterable[str] = kernel.arg_names
-    return {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-
-
-def _joined(found: Iterable[Shipped]) -> list[Shipped]:
-    """Each variant once, with every architecture that launches it."""
-    joined: dict[object, Shipped] = {}
-    for entry in found:
-        types = entry.signature.items()
-        key = (entry.kernel.__name__, *types, *entry.constexprs.items(), *entry[3:5])
-        before = joined.get(key)
-        archs = entry.archs if before is None else (*before.archs, *entry.archs)
-        joined[key] = entry._replace(archs=archs)
-    return list(joined.values())

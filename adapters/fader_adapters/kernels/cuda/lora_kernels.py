@@ -31,6 +31,7 @@ def resolve(
     gain_at: tl.tensor,
     bias_at: tl.tensor,
     left: tl.tensor,
+    rank_at: tl.tensor,
     scale_at: tl.tensor,
     entries: int,
     linears: int,
@@ -41,11 +42,13 @@ def resolve(
 
     slot, chunk              [entries] int32
     a_offset … bias_offset   [slots, linears] int64; rank int32; scale float32: the tables
-    in_features, out_features [linears] int32
-    a_at, b_at               [linears, capacity] int64, offset in the arena of the entry's first row
+    in_features, out_features [linears] int32, of one expert where a linear is a stack
+    a_at, b_at               [linears, capacity] int64, offset in the arena of the entry's first
+                             row; of a stack, its first expert's
     gain_at, bias_at         [linears, capacity] int64, the same of a slot's vectors at its first
                              entry; −1 at the others and where there is none
     left                     [linears, capacity] int32, ranks of the entry, 0 to 16
+    rank_at                  [linears, capacity] int32, all ranks of its slot there
     scale_at                 [linears, capacity] float32, 0 where left is 0
     """
     linear = tl.program_id(1)
@@ -53,7 +56,8 @@ def resolve(
     inside = entry < entries
     row = tl.load(slot + entry, mask=inside, other=0).to(tl.int64) * linears + linear
     begin = tl.load(chunk + entry, mask=inside, other=0) * CHUNK
-    ranks = tl.load(rank + row, mask=inside, other=0) - begin
+    whole = tl.load(rank + row, mask=inside, other=0)
+    ranks = whole - begin
     ranks = tl.minimum(tl.maximum(ranks, 0), CHUNK)
     live = inside & (ranks > 0)
     a = tl.load(a_offset + row, mask=live, other=0)
@@ -68,6 +72,7 @@ def resolve(
     tl.store(gain_at + to, gain, mask=inside)
     tl.store(bias_at + to, bias, mask=inside)
     tl.store(left + to, ranks, mask=inside)
+    tl.store(rank_at + to, whole, mask=inside)
     tl.store(scale_at + to, tl.load(scale + row, mask=live, other=0.0), mask=inside)
 
 

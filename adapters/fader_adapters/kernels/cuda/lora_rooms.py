@@ -9,7 +9,7 @@ from fader_adapters.kernels.cuda.step_layout import Capacity
 from fader_adapters.kernels.cuda.tiles import LANES
 from fader_adapters.spec import RowTerms
 
-LEAST = Capacity(4, 32, 256, 256, 256)
+LEAST = Capacity(4, 32, 256, 256, 256, 256)
 """Of those that grow, at first."""
 
 PROMPT_ROWS = 8
@@ -32,13 +32,13 @@ class Room:
 def decode_capacity(rows: int, entries: int) -> Capacity:
     """Room for a decode step of so many rows and 16-rank chunks, however they fall into tiles."""
     tiles = -(-rows // LANES)
-    return Capacity(tiles, 0, entries, _cells(entries, tiles, DECODE_TILE.group), 0)
+    return Capacity(tiles, 0, entries, _cells(entries, tiles, DECODE_TILE.group), 0, rows)
 
 
 def prompt_capacity(tokens: int) -> Capacity:
     """Room for a step of so many tokens of prompts."""
     cells = _cells(PROMPT_ENTRIES, prompt_tiles(tokens), PREFILL_TILE.group)
-    return Capacity(0, prompt_tiles(tokens), PROMPT_ENTRIES, 0, cells)
+    return Capacity(0, prompt_tiles(tokens), PROMPT_ENTRIES, 0, cells, tokens)
 
 
 def prompt_tiles(tokens: int) -> int:

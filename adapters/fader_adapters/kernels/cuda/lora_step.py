@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fader_adapters.kernels.cuda.expert_configs import ExpertConfigs
 from fader_adapters.kernels.cuda.lora_buffers import PhaseBuffers, StepBuffers
 from fader_adapters.kernels.cuda.lora_tables import Phase, SiteConfigs
 
@@ -25,6 +26,16 @@ class DeltaSite:
     @property
     def out_features(self) -> int:
         return sum(self.widths)
+
+
+@dataclass(frozen=True, slots=True)
+class StackSite:
+    """The shape of one expert of a stack, or a router's, and its launch configurations."""
+
+    linear: int
+    in_features: int
+    out_features: int
+    configs: ExpertConfigs
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +63,15 @@ class LoraStep:
     """Whether a row may use an adapter with a gain or a bias: one launch more a phase."""
     covers: bool = False
     """Whether every row is of one token and has a lane: `join` may write them all."""
+    stacks: bool = False
+    """Whether a row may use an adapter that changes a stack of experts or a router."""
     prompt: int | None = None
     """Tokens bucket of a step of prompts that may be captured or replayed, as `bucket` is of one of
     decode rows."""
+    turn: int = 0
+    """Of the buffers, when they were filled for this step."""
+
+    @property
+    def valid(self) -> bool:
+        """Whether the buffers still hold it."""
+        return self.turn == self.buffers.turn

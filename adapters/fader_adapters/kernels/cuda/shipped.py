@@ -1,5 +1,6 @@
 """What a server can compile, as the ahead-of-time test builds it."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 ARCHS = (80, 90)
@@ -19,3 +20,25 @@ class Shipped(NamedTuple):
     num_warps: int
     num_stages: int
     archs: tuple[int, ...] = ARCHS
+
+
+def signature_of(
+    kernel: Any,  # noqa: ANN401
+    types: Mapping[Any, str],
+    constants: Mapping[str, int | bool],
+) -> dict[str, str]:
+    """Of every argument of a kernel; those of which `types` says nothing are int32."""
+    names: Iterable[str] = kernel.arg_names
+    return {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+
+
+def joined(found: Iterable[Shipped]) -> list[Shipped]:
+    """Each variant once, with every architecture that launches it."""
+    every: dict[object, Shipped] = {}
+    for entry in found:
+        types = entry.signature.items()
+        key = (entry.kernel.__name__, *types, *entry.constexprs.items(), *entry[3:5])
+        before = every.get(key)
+        archs = entry.archs if before is None else (*before.archs, *entry.archs)
+        every[key] = entry._replace(archs=archs)
+    return list(every.values())

@@ -23,6 +23,8 @@ class Capacity:
     entries: int
     decode_cells: int
     prefill_cells: int
+    tokens: int = 0
+    """Whose places in the tiles are told; 0: nobody asks for those."""
 
     def holds(self, step: StepTiles) -> bool:
         return (
@@ -31,6 +33,7 @@ class Capacity:
             and step.entries <= self.entries
             and step.decode.cells <= self.decode_cells
             and step.prefill.cells <= self.prefill_cells
+            and (not self.tokens or step.tokens <= self.tokens)
         )
 
     def grown(self, step: StepTiles) -> "Capacity":
@@ -41,6 +44,7 @@ class Capacity:
             _grow(self.entries, step.entries),
             _grow(self.decode_cells, step.decode.cells),
             _grow(self.prefill_cells, step.prefill.cells),
+            self.tokens and _grow(self.tokens, step.tokens),
         )
 
 
@@ -53,6 +57,8 @@ class PhaseAt:
     first: int
     last: int
     cell: int
+    place: int
+    """1 + tile · rows of a tile + row of each token, 0 for one without a tile."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +75,12 @@ class StepLayout:
     @cached_property
     def prefill(self) -> PhaseAt:
         tiles = self.capacity.prefill_tiles
-        begin = _phase_end(self.decode, self.capacity.decode_tiles)
+        begin = _phase_end(self.decode, self.capacity)
         return _phase_at(HEADER // 2, begin, tiles, self.prefill_rows)
 
     @cached_property
     def slot(self) -> int:
-        return _phase_end(self.prefill, self.capacity.prefill_tiles)
+        return _phase_end(self.prefill, self.capacity)
 
     @cached_property
     def chunk(self) -> int:
@@ -92,8 +98,9 @@ class StepLayout:
         """Write a step that the capacity holds into block [words]; the words used."""
         assert self.capacity.holds(step)
         block[:HEADER] = 0
-        _put(block, self.decode, step.decode)
-        _put(block, self.prefill, step.prefill)
+        for at, phase in ((self.decode, step.decode), (self.prefill, step.prefill)):
+            _put(block, at, phase)
+            _put_places(block[at.place : at.place + self.capacity.tokens], phase)
         block[self.slot : self.slot + step.entries] = step.slot
         block[self.chunk : self.chunk + step.entries] = step.chunk
         end = self.gamma + step.entries * LANES
@@ -108,14 +115,22 @@ def _put(block: Ints, at: PhaseAt, phase: Phase) -> None:
         block[offset : offset + phase.tiles] = values
 
 
+def _put_places(block: Ints, phase: Phase) -> None:
+    block[:] = 0
+    if len(block):
+        tokens = phase.tokens.reshape(-1)
+        (here,) = np.nonzero(tokens >= 0)
+        block[tokens[here]] = here + 1
+
+
 def _phase_at(header: int, begin: int, tiles: int, rows: int) -> PhaseAt:
     first = begin + _align(tiles * rows)
     step = _align(tiles)
-    return PhaseAt(header, begin, first, first + step, first + 2 * step)
+    return PhaseAt(header, begin, first, first + step, first + 2 * step, first + 3 * step)
 
 
-def _phase_end(at: PhaseAt, tiles: int) -> int:
-    return at.cell + _align(tiles)
+def _phase_end(at: PhaseAt, capacity: Capacity) -> int:
+    return at.place + _align(capacity.tokens)
 
 
 def _align(words: int) -> int:
