@@ -68,15 +68,15 @@ def run_alone(
     `packed`: why rows cannot share forwards of the model's own code. `tape`: of the native kernels,
     where states may lie in theirs.
     """
+    if tape is not None:
+        kept = rehearse_states(model, source, dtype=dtype, tape=tape)
+        if kept is not None:
+            states, layers = kept
+            log.info("%s: %d layers keep states in native kernels", source, len(states))
+            return Apart(None, states, layers, states.state)
     solo = rehearse_solo(model, state, dtype=dtype, packed=packed)
     shape = measured(solo.solo, made_up(model, 2 * MEASURED).tolist())
     solo.end()
-    if tape is not None:
-        shared = rehearse_states(model, source, dtype=dtype, tape=tape)
-        if shared is not None:
-            states, layers = shared
-            log.info("%s: %d layers keep states in native kernels", source, len(states))
-            return Apart(None, states, layers, states.state)
     shared = rehearse_mixers(model, source, dtype=dtype)
     if shared is not None:
         mixers, layers = shared
@@ -113,8 +113,10 @@ def rehearse_solo(
 def rehearse_states(
     model: PreTrainedModel, source: str, *, dtype: torch.dtype, tape: Tape
 ) -> tuple[PackedStates, dict[nn.Module, LayerShape]] | None:
-    """The layers of a model that was rehearsed alone that keep their states in native kernels, and
-    the shapes of the others' caches. None where they cannot.
+    """The layers of a model that keep their states in native kernels, and the shapes of the others'
+    caches. None where they cannot.
+
+    What those kernels compute is causal, and proven in pieces: no need to rehearse the model alone.
     """
     states, apart = None, keep_rows_apart(model)
     try:

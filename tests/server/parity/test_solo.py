@@ -57,11 +57,14 @@ def test_in_every_family_a_row_has_the_bits_that_it_has_alone(
     same_bits_alone(Setting.of(family, tmp_path, ELSEWHERE), dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_a_row_has_the_bits_that_it_has_alone(setting: Setting, dtype: torch.dtype):
     same_bits_alone(setting, dtype)
 
 
+@pytest.mark.slow
 def test_who_is_sent_back_goes_on_with_the_same_bits(setting: Setting):
     questions = [replace(ask, params=greedy(40)) for ask in asks(512)[1::2]]
     roomy, narrow = setting.world(limits=LIMITS), setting.world(limits=LIMITS, blocks=32)
@@ -71,6 +74,7 @@ def test_who_is_sent_back_goes_on_with_the_same_bits(setting: Setting):
     assert not roomy.scheduler.preemptions
 
 
+@pytest.mark.slow
 def test_computed_again_in_chunks_the_bits_would_be_others(setting: Setting):
     """The rule that answers are computed again token by token is needed."""
     questions = [replace(ask, params=greedy(40)) for ask in asks(512)[1::2]]
@@ -225,7 +229,7 @@ def _noisy(packed):
 
 def refused(base: Path) -> str:
     with pytest.raises(ModelUnsupported) as error:
-        TinyWorld(base)
+        TinyWorld(base, backend=ELSEWHERE)
     return str(error.value)
 
 
