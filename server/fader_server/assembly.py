@@ -109,6 +109,8 @@ def runner_of(
         dtype=base.dtype,
         device=base.device,
     )
+    if base.packed_states is not None:
+        base.packed_states.reserve(config.max_batch_rows)
     if isinstance(base.backend, NativeBackend):
         for tensor in (tables.arena, *cache.tensors()):
             in_huge_pages(tensor)

@@ -76,6 +76,11 @@ class PackedStates:
         for layer in self._layers:
             layer.end()
 
+    def reserve(self, rows: int) -> None:
+        """Have room for so many sequences, so that no step waits for it; memory is taken as it is
+        written to."""
+        self._have(max(self._room, SPARE + 2 * rows))
+
     def places(self, plan: Plan) -> tuple[list[int], list[int]]:
         """Of each row the slot it goes on from and the one its state goes to, in which there is
         room now. Raises EngineFault when a state is not known."""

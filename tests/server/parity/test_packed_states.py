@@ -160,13 +160,21 @@ def test_a_state_that_is_not_there_is_a_fault(setting: Setting):
         world.runner.run(later)
 
 
-def test_slots_return_when_sequences_end(setting: Setting):
+@pytest.mark.parametrize("reserved", [False, True])
+def test_slots_return_when_sequences_end_and_what_was_reserved_is_enough(
+    setting: Setting, reserved: bool, monkeypatch: pytest.MonkeyPatch
+):
     world = setting.world(limits=LIMITS)
-    states = world.base.packed_states
+    states, grown = world.base.packed_states, []
     assert states is not None
+    if reserved:
+        states.reserve(LIMITS.max_rows)
+    grow = StateKernels.grow
+    monkeypatch.setattr(StateKernels, "grow", lambda *a: (grown.append(a), grow(*a))[1])
     for _ in range(3):
         world.run([replace(ask, params=greedy(3)) for ask in asks(512)])
-    assert states._slots.count <= SPARE + 2 * (LIMITS.max_rows + 1)
+    assert states._slots.count <= SPARE + 2 * LIMITS.max_rows
+    assert bool(grown) == (not reserved)
 
 
 @pytest.mark.parametrize("ask", asks(512)[:2], ids=["base", "adapter"])
