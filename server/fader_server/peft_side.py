@@ -17,6 +17,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from fader_adapters.architecture import auto_class
 from fader_adapters.describe import kept_plain_of
+from fader_adapters.embed_scale import round_embed_scales
 from fader_adapters.errors import first_line
 from fader_server.errors import ConfigInvalid
 
@@ -53,6 +54,7 @@ def nf4_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
     model.is_loaded_in_4bit = False  # pyright: ignore[reportArgumentType]
     for parameter in model.parameters():  # not the buffers: rotary frequencies stay in fp32
         parameter.data = parameter.data.to(dtype)
+    round_embed_scales(model, dtype)
     return model.eval()
 
 
