@@ -140,6 +140,8 @@ def open_world(
             engine.call(
                 partial(warm_up, runner, blocks, limits, vocab=vocab, seconds=seconds)
             ).result()
+        for folder in sources.passed_over():
+            _skip(folder.name, folder.reason)
         seen = _load_adapters(config, registry, parking, base_name=name)
         background = _background(config, adapters, sources, seen=seen, base_name=name)
         yield World(
@@ -214,6 +216,9 @@ def _load_adapters(
         except AdapterError as error:
             if not isinstance(error, NameReserved):  # that may end while the folder stays
                 seen[found.name] = Seen(found.stamp, "")
-            fields = {"adapter": found.name, "reason": str(error)}
-            log.warning("adapter skipped", extra={"fields": fields})
+            _skip(found.name, str(error))
     return seen
+
+
+def _skip(name: str, reason: str) -> None:
+    log.warning("adapter skipped", extra={"fields": {"adapter": name, "reason": reason}})

@@ -109,11 +109,15 @@ def test_an_adapter_of_another_base_in_a_folder_is_skipped_aloud(tmp_path, caplo
     root = tmp_path / "root"
     write_adapter(base, root / "stranger", rank=4, seed=1)
     shutil.copytree(demo.adapter_dirs()["shout"], root / "friend")
+    (root / "bad name").mkdir()
+    (root / ".hidden").mkdir()
+    (root / "README.md").touch()
     with caplog.at_level(logging.WARNING), _open(adapter_dir=[str(root)]) as world:
         names = {info.name for info in world.adapters.list()}
     assert names == {"friend", *demo.adapter_dirs()}
-    (skipped,) = [r.fields for r in caplog.records if r.message == "adapter skipped"]
-    assert skipped["adapter"] == "stranger"
+    skipped = [r.fields for r in caplog.records if r.message == "adapter skipped"]
+    assert [fields["adapter"] for fields in skipped] == ["bad name", "stranger"]
+    assert all(fields["reason"] for fields in skipped)
 
 
 @pytest.mark.parametrize(
