@@ -46,12 +46,7 @@ class RememberedAdapters:
         self._writer = ThreadPoolExecutor(1, "fader-state")  # one: writes keep their order
         self._last: Future[None] | None = None
         self._written: State | None = None
-        self._refused = False
-
-    @property
-    def unsaved(self) -> bool:
-        """The disk refused the newest write: a restart would bring an older list back."""
-        return self._refused
+        self._refused = False  # the newest write: a restart would bring an older list back
 
     async def restore(self) -> None:
         """Bring back what was asked for before; what cannot be is reported and skipped."""
@@ -183,7 +178,7 @@ class RememberedAdapters:
     def gauges(self) -> Iterator[Metric]:
         """For a scrape."""
         text = "1 while the disk refuses what --state-dir should hold."
-        yield gauge("fader_state_unsaved", text, float(self.unsaved))
+        yield gauge("fader_state_unsaved", text, float(self._refused))
 
     def close(self) -> None:
         """Wait for the last write."""

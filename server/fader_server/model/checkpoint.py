@@ -35,7 +35,6 @@ from fader_adapters.describe import kept_plain_of
 from fader_adapters.errors import BaseUnsupported, first_line
 from fader_adapters.kernels import native
 from fader_adapters.kernels.nf4 import check_width
-from fader_adapters.spec import NESTED_NAME
 from fader_server.errors import ConfigInvalid, ModelUnsupported
 from fader_server.model.quantizer import use_native_kernel
 
@@ -103,9 +102,8 @@ def check_folder(source: str) -> None:
     """What a path says at a glance, before it is taken for a Hub id. Raises ConfigInvalid."""
     folder = Path(source)
     if not folder.is_dir():
-        if source.startswith((".", "/", "~")) or (
-            {"/", "\\"} & set(source) and not NESTED_NAME.fullmatch(source)
-        ):
+        no_id = source.count("/") > 1 or source.endswith("/") or "\\" in source
+        if no_id or source.startswith((".", "/", "~")):
             raise ConfigInvalid(
                 f"no model at {source!r}: no such folder; give a folder or a Hub id"
             )
