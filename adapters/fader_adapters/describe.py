@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from fader_adapters.architecture import auto_class
+from fader_adapters.embed_scale import embed_scale
 from fader_adapters.errors import BaseUnsupported
 from fader_adapters.kernels.nf4 import BLOCK
 from fader_adapters.spec import BaseSpec, Digest, LinearSpec, layer_of
@@ -49,9 +50,9 @@ def describe(model: PreTrainedModel, *, name: str = "") -> BaseSpec:
     for path, module in model.named_modules():
         if module is embedding and isinstance(module, nn.Embedding):
             width, out = module.num_embeddings, module.embedding_dim
-            scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0))
+            scale = embed_scale(module)
             specs.append(
-                LinearSpec(path, width, out, None, True, role="embedding", multiplier=float(scale))
+                LinearSpec(path, width, out, None, True, role="embedding", multiplier=scale)
             )
         elif head is not None and module is head:
             specs.append(LinearSpec(path, head.in_features, head.out_features, None, role="head"))

@@ -19,10 +19,19 @@ class Inspector:
     """One base's eye on adapters. Safe to use from any thread."""
 
     def __init__(
-        self, base: BaseSpec, *, dtype: torch.dtype, weights: BaseWeights | None = None
+        self,
+        base: BaseSpec,
+        *,
+        dtype: torch.dtype,
+        weights: BaseWeights | None = None,
+        also_named: tuple[str, ...] = (),
     ) -> None:
-        """Without `weights` there are no relative norms, and DoRA is refused."""
+        """Without `weights` there are no relative norms, and DoRA is refused.
+
+        `also_named`: what the base is called beside the name it was loaded by.
+        """
         self._base = base
+        self._names = (base.name, *also_named)
         self._dtype = dtype
         self._weights = weights
         self._norms: dict[int, float] = {}
@@ -55,7 +64,7 @@ class Inspector:
             match=BaseMatch(
                 self._base.fingerprint,
                 _public(claimed),
-                verdict(claimed, self._base.name),
+                verdict(claimed, *self._names),
                 self._base.weights,
             ),
         )

@@ -20,6 +20,8 @@ from fader_adapters.tensor_names import ModuleTensors, Named
 from fader_adapters.tokens import TokenRows, check_tokens
 from fader_adapters.views import View, view_base
 
+_ENDS = ("embedding", "head")
+
 
 @dataclass(frozen=True, slots=True)
 class Module:
@@ -40,6 +42,8 @@ class Checked:
 
     modules: tuple[Module, ...]
     tokens: tuple[TokenRows, ...]
+    tied: tuple[Module, Module] | None = None
+    """The embedding and the head, where one delta is to be at both."""
 
     @property
     def by_linear(self) -> dict[int, "Checked"]:
@@ -67,7 +71,7 @@ def check_modules(
     for path, info in named.copies.items():
         if path not in named.modules:
             raise AdapterInvalid(f"tensor {info.name[:160]!r} belongs to no adapted module")
-    _check_targets(config, named, view, tied=config.tying and base.tied, pause=pause)
+    tied = _check_targets(config, named, view, tying=config.tying and base.tied, pause=pause)
     modules: list[Module] = []
     for path, tensors in named.modules.items():
         modules.append(_module(path, tensors, view, config, limits))
@@ -77,21 +81,25 @@ def check_modules(
     for rows in tokens:
         if rows.place.path in taken:
             raise AdapterInvalid(f"{rows.place.path!r} has both LoRA factors and trained tokens")
-    return Checked(tuple(modules), tokens)
+    ends = {module.place.role: module for module in modules if module.place.role in _ENDS}
+    both = tied and len(ends) == len(_ENDS)
+    return Checked(tuple(modules), tokens, (ends["embedding"], ends["head"]) if both else None)
 
 
 def _check_targets(
-    config: LoraConfig, named: Named, view: View, *, tied: bool, pause: Pause
-) -> None:
+    config: LoraConfig, named: Named, view: View, *, tying: bool, pause: Pause
+) -> bool:
     """target_modules and the tensors must mean the same modules of the adapter's model.
 
-    `tied`: whichever of head and embedding is selected, PEFT adapts both and names the embedding.
+    `tying`: whichever of head and embedding is selected by a name that PEFT knows, it adapts both
+    and names the embedding. Returns whether it does.
     """
     targets = config.targets
     theirs = view.theirs_too
     places = {**{path: place for path in named.modules if (place := view.place(path))}, **theirs}
     _check_names(targets, places)
     try:
+        tied = tying and targets.mean_tied()
         selected: set[str] = set()
         for path, place in places.items():
             if _selects(targets, path, place):
@@ -118,6 +126,7 @@ def _check_targets(
             f"adapter_config.json: target_modules or exclude_modules cannot be evaluated safely: "
             f"{error}; list the module names instead"
         ) from None
+    return tied
 
 
 def _check_names(targets: Targets, places: Mapping[str, Place]) -> None:

@@ -98,6 +98,8 @@ def read_adapter(
     for module in checked.modules:
         if module.path in named.copies:
             _check_copy(raw.weights, named.copies[module.path], module, dtype, weights)
+    if checked.tied is not None:
+        _check_tied(raw.weights, *checked.tied)
     by_linear = checked.by_linear
     linears: dict[int, Linear] = {}
     for index, own in by_linear.items():
@@ -142,7 +144,7 @@ def _check_copy(
     if weights is None:
         raise AdapterInvalid(
             f"tensor {info.name[:160]!r} is a copy of the base's own weight, which is not at hand "
-            f"here to compare it with; {remedy}"
+            f"here to compare it with; name the base, or {remedy}"
         )
     place, (span, *others) = module.place, module.place.spans
     copy = _tensor(data, info)
@@ -159,6 +161,20 @@ def _check_copy(
             raise AdapterMismatch(
                 f"tensor {info.name[:160]!r} differs from the base's own weight: it was trained "
                 f"or belongs to another base; where it was not trained, {remedy}"
+            )
+
+
+def _check_tied(data: bytes, embedding: Module, head: Module) -> None:
+    """The head's pair must be the embedding's transposed: PEFT loads both into one place."""
+    for mine, theirs in (
+        (head.tensors.a, embedding.tensors.b),
+        (head.tensors.b, embedding.tensors.a),
+    ):
+        if not torch.equal(_tensor(data, mine).float(), _tensor(data, theirs).t().float()):
+            raise AdapterInvalid(
+                "adapter_config.json: ensure_weight_tying = true, but tensor "
+                f"{mine.name[:160]!r} is not {theirs.name[:160]!r} transposed; save the adapter as "
+                "it was trained, or set it to false where the two were trained apart"
             )
 
 

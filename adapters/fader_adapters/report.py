@@ -181,9 +181,12 @@ def kinds_of(modules: Iterable[ModuleReport], base_norms: Iterable[float]) -> li
     ]
 
 
-def verdict(claimed: str | None, base_name: str) -> Verdict:
-    """Whether an adapter that fits says it was trained on a base of this name."""
+def verdict(claimed: str | None, *base_names: str) -> Verdict:
+    """Whether an adapter that fits says it was trained on a base of one of these names."""
     if not claimed:
         return "unnamed"
-    last = [name.rstrip("/").rpartition("/")[2].lower() for name in (claimed, base_name)]
-    return "named" if last[0] == last[1] else "other"
+    return "named" if _last(claimed) in map(_last, base_names) else "other"
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].lower()

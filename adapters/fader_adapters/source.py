@@ -15,10 +15,8 @@ from fader_adapters.errors import (
     SourceNotFound,
 )
 from fader_adapters.limits import Limits
-from fader_adapters.spec import ADAPTER_NAME
+from fader_adapters.roots import CONFIG_FILE, WEIGHTS_FILE, Found, PassedOver, look
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -36,19 +34,6 @@ class RawAdapter:
     """Where they came from; shown to administrators only."""
     revision: str | None = None
     """The commit a Hub reference meant at that moment."""
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """An adapter directory directly under a root."""
-
-    name: str
-    reference: str
-    """What `fetch` takes."""
-    stamp: tuple[int, ...]
-    """Of both files: inode, size and times; another stamp, another content."""
-    complete: bool
-    """The weights are there too."""
 
 
 class LocalSources:
@@ -103,17 +88,13 @@ class LocalSources:
         """Adapter directories directly under the roots; the first root wins. Raises OSError."""
         found: dict[str, Found] = {}
         for _, root in self._roots:
-            for entry in os.scandir(root):
-                if entry.name in found or not ADAPTER_NAME.fullmatch(entry.name):
-                    continue
-                if not entry.is_dir(follow_symlinks=False):
-                    continue
-                config, weights = _stamp(entry.path, CONFIG_FILE), _stamp(entry.path, WEIGHTS_FILE)
-                if config:
-                    found[entry.name] = Found(
-                        entry.name, entry.name, config + weights, complete=bool(weights)
-                    )
+            for folder in look(root)[0]:
+                found.setdefault(folder.name, folder)
         return sorted(found.values(), key=lambda item: item.name)
+
+    def passed_over(self) -> list[PassedOver]:
+        """Folders directly under the roots that cannot become adapters. Raises OSError."""
+        return [folder for _, root in self._roots for folder in look(root)[1]]
 
     def _candidates(self, reference: str) -> list[tuple[Path, tuple[str, ...]]]:
         path = PurePosixPath(reference)
@@ -239,14 +220,3 @@ def _exists(name: str, directory: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _stamp(directory: str, name: str) -> tuple[int, ...]:
-    """Empty when it is not a regular file."""
-    try:
-        status = os.lstat(os.path.join(directory, name))
-    except OSError:
-        return ()
-    if not stat.S_ISREG(status.st_mode):
-        return ()
-    return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from fader_adapters.errors import AdapterInvalid, SourceForbidden, SourceNotFound
 from fader_adapters.hub import HubRef, HubSource, with_revision
-from fader_adapters.source import Found, LocalSources, RawAdapter
+from fader_adapters.roots import Found, PassedOver
+from fader_adapters.source import LocalSources, RawAdapter
 from fader_adapters.urls import UrlSource
 
 
@@ -84,3 +85,7 @@ class Sources:
     def discover(self) -> list[Found]:
         """Adapter folders directly under the roots. Raises OSError."""
         return self._local.discover()
+
+    def passed_over(self) -> list[PassedOver]:
+        """Folders directly under the roots that cannot become adapters. Raises OSError."""
+        return self._local.passed_over()

@@ -12,6 +12,9 @@ from fader_adapters.patterns import Pattern
 
 ALL_LINEAR = "all-linear"
 
+TIED_NAMES = ("embed_tokens", "lm_head")
+"""What PEFT takes for the embedding or the head of a tied base; it knows no others."""
+
 _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\.", re.ASCII)
 _LITERAL = re.compile(r"\^?[A-Za-z0-9_.-]+", re.ASCII)
 
@@ -43,6 +46,13 @@ class Targets:
     def select_parameter(self, path: str) -> bool:
         """Whether PEFT would adapt the parameter at `path`, be it of a linear or not."""
         return not self.parameters.isdisjoint(_endings(path))
+
+    def mean_tied(self) -> bool:
+        """Whether PEFT finds an end of a tied base among the targets, and so adapts both ends when
+        ensure_weight_tying is set. By names alone: it looks at no base."""
+        if isinstance(self.include, Pattern):
+            return any(self.include.fullmatch(name, self.budget) for name in TIED_NAMES)
+        return any(name.rpartition(".")[2] in TIED_NAMES for name in self.include)
 
     def unmatched(self, paths: Iterable[str]) -> str | None:
         """A name in `include` that no path of the base answers to, None when all do."""

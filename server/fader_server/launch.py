@@ -88,6 +88,7 @@ def run(config: ServeConfig, open_world: OpenWorld, *, version: str) -> None:
                 world.adapters, file, state, base=world.base.fingerprint
             )
             stack.callback(remembered.close)
+            metrics.add_gauges(remembered.gauges)
             world = replace(world, adapters=remembered)
             named = book(remembered, save=remembered.remember_recipes)
         application = app.build(

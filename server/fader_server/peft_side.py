@@ -3,6 +3,7 @@
 Slow and plain on purpose: nothing here is Fader's own, but for the reading of folders' names.
 """
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from fader_adapters.architecture import auto_class
 from fader_adapters.describe import kept_plain_of
+from fader_adapters.embed_scale import round_embed_scales
 from fader_adapters.errors import first_line
 from fader_server.errors import ConfigInvalid
 
@@ -53,6 +55,7 @@ def nf4_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
     model.is_loaded_in_4bit = False  # pyright: ignore[reportArgumentType]
     for parameter in model.parameters():  # not the buffers: rotary frequencies stay in fp32
         parameter.data = parameter.data.to(dtype)
+    round_embed_scales(model, dtype)
     return model.eval()
 
 
@@ -74,41 +77,47 @@ class PeftSide:
 
     def __init__(self, source: str, dtype: torch.dtype, adapters: Mapping[str, Path]) -> None:
         """`adapters`: folders by name. Raises ConfigInvalid without PEFT."""
-        peft = require_peft()
-        plain = nf4_model(source, dtype)
-        text = plain.config.get_text_config(decoder=True)
+        self._peft = require_peft()
+        self._plain: Any = nf4_model(source, dtype)
+        self._adapters = adapters
+        self._under: tuple[str, Any] | None = None
+        """The adapter that was asked for last, and the model that has it."""
+        text = self._plain.config.get_text_config(decoder=True)
         self.sums = int(text.num_hidden_layers * text.hidden_size)
         """How many terms an output adds up, roughly."""
-        self._model: Any = plain  # a PeftModel once an adapter is there
+
+    def logits(self, tokens: Sequence[int], adapter: str | None) -> torch.Tensor:
+        """[len(tokens), vocab] in fp32; another adapter than the last one is loaded first.
+
+        Raises ConfigInvalid.
+        """
+        model = self._plain if adapter is None else self._with(adapter)
+        with torch.inference_mode():
+            ids = torch.tensor([list(tokens)])
+            return model(input_ids=ids, use_cache=False).logits[0].float()
+
+    def _with(self, adapter: str) -> Any:  # noqa: ANN401 - PEFT's model
+        """Modules of its own over the base's one set of weights: what PEFT makes of an adapter
+        depends on what it has loaded into the same modules before, where it can load it at all."""
+        if self._under is None or self._under[0] != adapter:
+            self._under = None
+            tensors = (*self._plain.parameters(), *self._plain.buffers())
+            modules = copy.deepcopy(self._plain, {id(tensor): tensor for tensor in tensors})
+            self._under = adapter, self._load(modules, adapter)
+        return self._under[1]
+
+    def _load(self, modules: object, adapter: str) -> Any:  # noqa: ANN401
         with warnings.catch_warnings():
             # a Conv1D's adapter on the plain linear that holds its decoded weight
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True")
+            # of tables that are tied, which is its advice on training and merging
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
             # PEFT asks transformers by names it has changed since
             warnings.filterwarnings("ignore", category=FutureWarning)
             # of experts, whose names it makes patterns of and then looks for among modules
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
-            for name, path in adapters.items():
-                try:
-                    self._load(peft, name, str(path))
-                except ValueError as error:  # two that change other experts' parameters, say
-                    raise ConfigInvalid(
-                        f"PEFT cannot load {name!r} here ({first_line(error)}); compare one "
-                        "adapter at a time"
-                    ) from None
-        self._model.eval()
-
-    def _load(self, peft: ModuleType, name: str, path: str) -> None:
-        if isinstance(self._model, peft.PeftModel):
-            self._model.load_adapter(path, adapter_name=name)
-        else:
-            self._model = peft.PeftModel.from_pretrained(self._model, path, adapter_name=name)
-
-    def logits(self, tokens: Sequence[int], adapter: str | None) -> torch.Tensor:
-        """[len(tokens), vocab] in fp32."""
-        with torch.inference_mode():
-            ids = torch.tensor([list(tokens)])
-            if adapter is None:
-                with self._model.disable_adapter():
-                    return self._model(input_ids=ids, use_cache=False).logits[0].float()
-            self._model.set_adapter(adapter)
-            return self._model(input_ids=ids, use_cache=False).logits[0].float()
+            folder = str(self._adapters[adapter])
+            try:
+                return self._peft.PeftModel.from_pretrained(modules, folder).eval()
+            except (KeyError, TypeError, ValueError) as error:
+                raise ConfigInvalid(f"PEFT cannot load {folder}: {first_line(error)}") from None

@@ -16,7 +16,8 @@ from fader_adapters.inspection import Inspector
 from fader_adapters.parse import ParsedAdapter
 from fader_adapters.pauses import Pause
 from fader_adapters.report import Health
-from fader_adapters.source import Found, RawAdapter
+from fader_adapters.roots import Found
+from fader_adapters.source import RawAdapter
 from fader_adapters.sources import Sources
 from fader_server.api.ports import LoadOrder
 from fader_server.daemon import call_in_daemon

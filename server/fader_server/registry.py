@@ -18,7 +18,8 @@ from fader_adapters.leases import Lease, Reservation
 from fader_adapters.parse import ParsedAdapter
 from fader_adapters.pool import Pool
 from fader_adapters.records import AdapterStatus
-from fader_adapters.source import Found, RawAdapter
+from fader_adapters.roots import Found
+from fader_adapters.source import RawAdapter
 from fader_adapters.sources import Sources
 from fader_adapters.spec import Digest
 from fader_adapters.store import Store

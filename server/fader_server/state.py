@@ -6,7 +6,7 @@ business.
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import PurePosixPath
@@ -17,6 +17,7 @@ from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.named_blends import Recipe
 from fader_server.api.ports import AdapterInfo, Adapters, AdapterTotals, Lease, Loaded, LoadOrder
 from fader_server.errors import Overloaded
+from fader_server.metrics import Metric, gauge
 from fader_server.state_entries import Origin, State, Wanted, WantedRecipe
 from fader_server.state_file import StateFile
 
@@ -45,6 +46,7 @@ class RememberedAdapters:
         self._writer = ThreadPoolExecutor(1, "fader-state")  # one: writes keep their order
         self._last: Future[None] | None = None
         self._written: State | None = None
+        self._refused = False  # the newest write: a restart would bring an older list back
 
     async def restore(self) -> None:
         """Bring back what was asked for before; what cannot be is reported and skipped."""
@@ -173,6 +175,11 @@ class RememberedAdapters:
     def totals(self) -> AdapterTotals:
         return self._inner.totals()
 
+    def gauges(self) -> Iterator[Metric]:
+        """For a scrape."""
+        text = "1 while the disk refuses what --state-dir should hold."
+        yield gauge("fader_state_unsaved", text, float(self._refused))
+
     def close(self) -> None:
         """Wait for the last write."""
         self._writer.shutdown()
@@ -193,8 +200,10 @@ class RememberedAdapters:
         try:
             self._file.write(state)
             self._written = state
+            self._refused = False
         except OSError as error:
             # The adapter serves; only a restart would not know of it.
+            self._refused = True
             fields = {"reason": error.strerror}
             _log.error("the state cannot be written", extra={"fields": fields})
 

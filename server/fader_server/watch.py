@@ -20,7 +20,7 @@ from fader_adapters.errors import (
     SourceForbidden,
     VersionConflict,
 )
-from fader_adapters.source import Found
+from fader_adapters.roots import Found
 from fader_server.api.blends import AdapterRef
 from fader_server.api.ports import AdapterInfo, Loaded, LoadOrder
 

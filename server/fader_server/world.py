@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from fader_adapters.claims import NONE, Claims
-from fader_adapters.errors import AdapterError, NameReserved
+from fader_adapters.errors import AdapterError, AdapterTooLarge, ArenaFull, NameReserved
 from fader_adapters.inspection import Inspector
 from fader_adapters.kernels.backend import choose
 from fader_adapters.kernels.tables import Tables
@@ -100,7 +100,12 @@ def open_world(
         copies=pool,
     )
     registry = Registry(
-        Inspector(base.installed.spec, dtype=dtype, weights=base.installed),
+        Inspector(
+            base.installed.spec,
+            dtype=dtype,
+            weights=base.installed,
+            also_named=(name,) if config.model else (name, demo.SERVED_NAME),
+        ),
         tier=host_tier(arena, config.host_adapters),
         pool=pool,
         sources=sources,
@@ -140,6 +145,8 @@ def open_world(
             engine.call(
                 partial(warm_up, runner, blocks, limits, vocab=vocab, seconds=seconds)
             ).result()
+        for folder in sources.passed_over():
+            _skip(folder.name, folder.reason)
         seen = _load_adapters(config, registry, parking, base_name=name)
         background = _background(config, adapters, sources, seen=seen, base_name=name)
         yield World(
@@ -197,12 +204,9 @@ def _load_adapters(
     """
     if not config.model:
         for name, path in demo.adapter_dirs().items():
-            registry.load_trusted(name, str(path))
+            _load_named(registry, name, str(path), what=f"the demo's adapter {name}")
     for given in config.adapter:
-        try:
-            registry.load_trusted(given.name, given.source)
-        except AdapterError as error:
-            raise ConfigInvalid(f"--adapter {given.name}: {error}") from error
+        _load_named(registry, given.name, given.source, what=f"--adapter {given.name}")
     taken = {given.name for given in config.adapter} | {base_name}
     seen: dict[str, Seen] = {}
     for found in registry.discover():
@@ -214,6 +218,18 @@ def _load_adapters(
         except AdapterError as error:
             if not isinstance(error, NameReserved):  # that may end while the folder stays
                 seen[found.name] = Seen(found.stamp, "")
-            fields = {"adapter": found.name, "reason": str(error)}
-            log.warning("adapter skipped", extra={"fields": fields})
+            _skip(found.name, str(error))
     return seen
+
+
+def _load_named(registry: Registry, name: str, source: str, *, what: str) -> None:
+    try:
+        registry.load_trusted(name, source)
+    except (AdapterTooLarge, ArenaFull) as error:
+        raise ConfigInvalid(f"{what}: {error} (--arena)") from error
+    except AdapterError as error:
+        raise ConfigInvalid(f"{what}: {error}") from error
+
+
+def _skip(name: str, reason: str) -> None:
+    log.warning("adapter skipped", extra={"fields": {"adapter": name, "reason": reason}})

@@ -84,6 +84,8 @@ def test_without_weights_there_are_no_ratios():
 )
 def test_what_an_adapter_says_of_its_base_is_compared(claimed, base, expected):
     assert verdict(claimed, base) == expected
+    assert verdict(claimed, "else", base) == expected
+    assert verdict(claimed, "else") == ("other" if claimed else "unnamed")
 
 
 def test_the_verdict_names_what_was_claimed():

@@ -1,6 +1,7 @@
 """What DoRA, biases, adapted ends and trained tokens bring along is checked, and folded in fp32."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from fader_adapters.errors import AdapterInvalid, AdapterMismatch, AdapterTooLar
 from fader_adapters.limits import Limits
 from fader_adapters.parse import ParsedAdapter, read_adapter
 from fader_adapters.spec import BaseSpec, Digest, LinearSpec
+from fader_adapters.weightspace.alone import own_linears
 from tests.adapters.peft_files import make_config, make_raw
 
 VOCAB, WIDTH = 40, 64
@@ -119,15 +121,78 @@ def test_trained_tokens_are_rows_of_one_hot_deltas_and_of_a_tied_head_too():
     assert len(versions) == 2
 
 
-def test_a_tied_delta_is_wanted_at_both_ends_and_only_there():
-    ends = {**pair(TABLE, WIDTH, VOCAB), **pair(HEAD, VOCAB, WIDTH)}
-    config: dict[str, Any] = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
-    assert load(ends, base=TIED, **config).report.matched == 2
+def tied_pairs(table: str = TABLE) -> dict[str, torch.Tensor]:
+    """One delta at the embedding and, transposed, at the head, as PEFT saves it."""
+    ends = {name.replace(TABLE, table): t for name, t in pair(TABLE, WIDTH, VOCAB).items()}
+    a, b = ends.values()
+    return {
+        **ends,
+        f"{HEAD}.lora_A.weight": b.t().contiguous(),
+        f"{HEAD}.lora_B.weight": a.t().contiguous(),
+    }
+
+
+TYING: dict[str, Any] = {"ensure_weight_tying": True}
+
+
+@pytest.mark.parametrize(
+    "targets", [["embed_tokens"], ["model.embed_tokens"], r"(?:embed_tokens|^model\.embed_tokens$)"]
+)
+def test_a_tied_delta_is_wanted_at_both_ends_and_only_there(targets):
+    config = {"target_modules": targets, **TYING}
+    assert load(tied_pairs(), base=TIED, **config).report.matched == 2
     with pytest.raises(AdapterInvalid, match="does not select"):
-        load(ends, base=UNTIED, **config)
+        load(tied_pairs(), base=UNTIED, **config)
     with pytest.raises(AdapterInvalid, match="partial"):
         load(pair(TABLE, WIDTH, VOCAB), base=TIED, **config)
     assert load(pair(TABLE, WIDTH, VOCAB), base=UNTIED, **config).report.matched == 1
+
+
+def test_an_embedding_of_a_name_that_peft_does_not_know_is_adapted_alone():
+    path = "transformer.wte"
+    table = f"base_model.model.{path}"
+    base = replace(TIED, linears=(LINEARS[0], replace(LINEARS[1], path=path), LINEARS[2]))
+    ends = tied_pairs(table)
+    alone = {name: tensor for name, tensor in ends.items() if name.startswith(table)}
+    for targets in (["wte"], r".*\.wte"):
+        config = {"target_modules": targets, **TYING}
+        assert load(alone, base=base, **config).report.matched == 1
+        with pytest.raises(AdapterInvalid, match="does not select"):
+            load(ends, base=base, **config)
+    # of these PEFT knows the head, and adapts both
+    config = {"target_modules": ["wte", "lm_head"], **TYING}
+    assert load(ends, base=base, **config).report.matched == 2
+    with pytest.raises(AdapterInvalid, match="partial"):
+        load(alone, base=base, **config)
+
+
+@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
+def test_a_tied_head_that_is_not_the_embedding_transposed_is_refused_by_name(name):
+    config = {"target_modules": ["embed_tokens"], **TYING}
+    other = tied_pairs()
+    other[f"{HEAD}.{name}.weight"] = other[f"{HEAD}.{name}.weight"] + 2.0**-10
+    with pytest.raises(AdapterInvalid, match=rf"ensure_weight_tying.*{HEAD}\.{name}"):
+        load(other, base=TIED, **config)
+    apart = {"target_modules": ["embed_tokens", "lm_head"]}
+    assert load(other, base=TIED, **apart).report.matched == 2
+
+
+def test_without_a_base_the_adapter_of_a_tied_embedding_is_told_like_any_other():
+    config = {"target_modules": ["embed_tokens", "q_proj"], **TYING}
+
+    def alone(tensors: dict[str, torch.Tensor], **config: Any) -> ParsedAdapter:
+        raw = make_raw(make_config(**config), tensors)
+        return read_adapter(raw, own_linears(raw), dtype=torch.float32)
+
+    assert alone({**tied_pairs(), **PLAIN}, **config).report.matched == 3
+    embedding = pair(TABLE, WIDTH, VOCAB)
+    assert alone(embedding, target_modules=["embed_tokens"]).report.matched == 1
+    with pytest.raises(AdapterInvalid, match="does not select"):
+        alone({**tied_pairs(), **PLAIN}, target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(AdapterInvalid, match="does not select"):
+        alone({**tied_pairs(), **PLAIN}, target_modules=["embed_tokens"], **TYING)
+    with pytest.raises(AdapterInvalid, match=r"trainable_token_indices.*name the base"):
+        alone({**PLAIN, **ROWS}, trainable_token_indices=[1, 2, 3])
 
 
 def test_a_saved_copy_of_the_base_is_taken_only_if_it_is_the_bases():

@@ -180,6 +180,31 @@ def test_discovery_lists_adapters_directly_under_the_roots(tmp_path):
     assert all(sources.fetch(item.reference) for item in found)
 
 
+def test_folders_that_cannot_become_adapters_are_told_with_their_reason(tmp_path):
+    root = tmp_path / "root"
+    for name in ("tone", "bad name", "at@x", "größe", "n" * 200, ".hidden", "linked", "pipe"):
+        write_files(root / name)
+    (root / "empty").mkdir()
+    (root / "link").symlink_to(root / "tone")
+    (root / "loop").symlink_to(root / "loop")
+    (root / "file").write_text("of nobody")
+    for name in ("linked", "pipe"):
+        (root / name / CONFIG_FILE).unlink()
+    (root / "linked" / CONFIG_FILE).symlink_to(root / "tone" / CONFIG_FILE)
+    os.mkfifo(root / "pipe" / CONFIG_FILE)
+    os.mkdir(os.fsencode(root) + b"/\xff")
+    sources = LocalSources((root,))
+    told = {folder.name: folder.reason for folder in sources.passed_over()}
+    named = {"bad name", "at@x", "größe", "n" * 200, "\\udcff"}
+    assert told.keys() == named | {"empty", "link", "linked", "pipe"}
+    assert all("rename the folder" in told[name] for name in named)
+    assert "symlink" in told["link"]
+    assert f"no {CONFIG_FILE}" in told["empty"]
+    assert "not a regular file" in told["linked"]
+    assert "not a regular file" in told["pipe"]
+    assert [found.name for found in sources.discover()] == ["tone"]
+
+
 def test_what_is_read_is_one_of_the_files_ever_written(root, sources):
     """A writer swaps the weights all the time: every read is whole, old or new, or refused."""
     good = [make_raw(make_config(), make_tensors(seed=seed)) for seed in (1, 2)]

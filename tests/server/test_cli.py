@@ -2,11 +2,14 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
 from fader_server import config
-from fader_server.cli import main
+from fader_server.cli import app, main
 
 
 @pytest.mark.parametrize(
@@ -55,6 +58,27 @@ def test_every_setting_is_in_the_help():
     for setting in config.settings():
         spelled = setting.metavar if setting.positional else setting.flag
         assert spelled in told
+
+
+def _commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    yield path, command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from _commands(inner, (*path, name))
+
+
+def test_no_help_loses_a_word_in_brackets_to_markup(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    bracketed = 0
+    for path, command in _commands(get_command(app)):
+        texts = [command.help, *(getattr(one, "help", None) for one in command.params)]
+        words = [word for text in texts if text for word in text.split() if "[" in word]
+        if words:
+            assert main([*path, "--help"]) == 0
+            told = capsys.readouterr().out
+            for word in words:
+                assert word.replace("\\[", "[") in told, path
+            bracketed += len(words)
+    assert bracketed > 2
 
 
 def test_a_busy_port_is_told_before_anything_is_loaded(capsys):

@@ -13,6 +13,7 @@ from fader_server import demo, verification
 from fader_server.cli import main
 from fader_server.errors import ConfigInvalid
 from fader_server.peft_side import PeftSide
+from tests.support.families import write_family
 from tests.support.many_families import MANY, write_many
 from tests.support.peft_adapters import write_adapter
 
@@ -129,16 +130,50 @@ def test_an_adapter_given_twice_is_refused(capsys):
     assert "twice" in capsys.readouterr().err
 
 
-def test_adapters_that_peft_does_not_hold_together_are_told_apart(tmp_path):
-    base = write_many(*MANY["mixtral"], tmp_path / "base")
+APART = {
+    "experts": (
+        lambda folder: write_many(*MANY["mixtral"], folder),
+        {
+            name: {"target_modules": ["q_proj"], "target_parameters": [f"experts.{name}"]}
+            for name in ("gate_up_proj", "down_proj")
+        },
+    ),
+    "tables": (
+        lambda folder: write_family("gemma3", folder),
+        {
+            "both": {"target_modules": ["embed_tokens", "lm_head"]},
+            "tied": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+            "rows": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5, 6]},
+        },
+    ),
+}
+"""Adapters that PEFT refuses to hold in one model, or gets wrong there without a word."""
+
+
+@pytest.mark.parametrize("kind", APART)
+def test_adapters_that_peft_does_not_hold_together_are_compared_one_by_one(kind, tmp_path):
+    write, kinds = APART[kind]
+    base = write(tmp_path / "base")
     folders = {
-        name: write_adapter(
-            base, tmp_path / name, rank=4, seed=1,
-            target_modules=["q_proj"], target_parameters=[f"experts.{name}"],
-        )
-        for name in ("gate_up_proj", "down_proj")
-    }  # fmt: skip
-    with pytest.raises(ConfigInvalid, match=r"PEFT cannot load 'down_proj'.*one adapter at a time"):
-        PeftSide(str(base), torch.float32, folders)
-    alone = PeftSide(str(base), torch.float32, {"down_proj": folders["down_proj"]})
-    assert not torch.equal(alone.logits([5, 6], None), alone.logits([5, 6], "down_proj"))
+        name: write_adapter(base, tmp_path / name, rank=4, seed=1, **config)
+        for name, config in kinds.items()
+    }
+    tokens = [5, 6, 3]
+    together = PeftSide(str(base), torch.float32, folders)
+    before = together.logits(tokens, None)
+    for name, folder in folders.items():
+        found = together.logits(tokens, name)
+        alone = PeftSide(str(base), torch.float32, {name: folder})
+        assert torch.equal(found, alone.logits(tokens, name))
+        assert not torch.equal(found, before)
+    assert torch.equal(before, together.logits(tokens, None))
+
+
+def test_an_adapter_that_peft_refuses_is_named_in_one_line(tmp_path):
+    base = write_family("llama", tmp_path / "base")
+    folder = write_adapter(base, tmp_path / "a", rank=4, seed=1)
+    config = folder / "adapter_config.json"
+    config.write_text(config.read_text().replace('"LORA"', '"NOT_THERE"'))
+    side = PeftSide(str(base), torch.float32, {"a": folder})
+    with pytest.raises(ConfigInvalid, match=f"^PEFT cannot load {folder}: "):
+        side.logits([5, 6], "a")

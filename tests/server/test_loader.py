@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import httpx2
 import pytest
 import torch
 import transformers
@@ -13,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from fader_adapters.kernels.backend import choose
 from fader_server import demo
 from fader_server.errors import ConfigInvalid, ModelUnsupported
-from fader_server.model.checkpoint import quantize
+from fader_server.model import checkpoint
+from fader_server.model.checkpoint import quantize, read_config
 from fader_server.model.loaded import LoadedBase
 from fader_server.model.loader import load_base
 from tests.support.families import CONFIGS, write_family
@@ -259,3 +261,30 @@ def test_a_base_whose_first_forward_fails_is_refused_in_one_line(llama, monkeypa
     reason = r"first forward failed: wants pixels; one by one: wants pixels$"
     with pytest.raises(ModelUnsupported, match=reason):
         _load(llama)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    asked: list[str] = []
+    faults: list[Exception] = [httpx2.ConnectError("no network"), httpx2.ReadTimeout("slow")]
+
+    def ask(url: str) -> None:
+        asked.append(url)
+        raise faults[len(asked) - 1]
+
+    def retry(*_: object, **__: object) -> None:
+        raise OSError("the words of transformers")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(checkpoint, "get_hf_file_metadata", ask)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", retry)
+    for fault in list(faults):
+        with pytest.raises(ConfigInvalid, match=f"'no/such-model'.*does not answer .{fault}"):
+            read_config("no/such-model")
+    faults.append(OSError("404"))  # an answer
+    with pytest.raises(ConfigInvalid, match="the words of transformers"):
+        read_config("no/such-model")
+    assert len(asked) == 3
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigInvalid, match="the words of transformers"):
+        read_config("no/such-model")
+    assert len(asked) == 3

@@ -109,11 +109,15 @@ def test_an_adapter_of_another_base_in_a_folder_is_skipped_aloud(tmp_path, caplo
     root = tmp_path / "root"
     write_adapter(base, root / "stranger", rank=4, seed=1)
     shutil.copytree(demo.adapter_dirs()["shout"], root / "friend")
+    (root / "bad name").mkdir()
+    (root / ".hidden").mkdir()
+    (root / "README.md").touch()
     with caplog.at_level(logging.WARNING), _open(adapter_dir=[str(root)]) as world:
         names = {info.name for info in world.adapters.list()}
     assert names == {"friend", *demo.adapter_dirs()}
-    (skipped,) = [r.fields for r in caplog.records if r.message == "adapter skipped"]
-    assert skipped["adapter"] == "stranger"
+    skipped = [r.fields for r in caplog.records if r.message == "adapter skipped"]
+    assert [fields["adapter"] for fields in skipped] == ["bad name", "stranger"]
+    assert all(fields["reason"] for fields in skipped)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +125,10 @@ def test_an_adapter_of_another_base_in_a_folder_is_skipped_aloud(tmp_path, caplo
     [
         ({"model": "no-such-folder"}, "no model at"),
         ({"model": "/no/such/folder"}, "no model at '/no/such/folder': no such folder"),
+        ({"model": "models/no/such"}, "no model at 'models/no/such': no such folder"),
+        ({"model": "models/"}, "no model at 'models/': no such folder"),
+        ({"model": ".models"}, "no model at '.models': no such folder"),
+        ({"arena": "12"}, r"the demo's adapter \w+: .* needs \d+ bytes.*\(--arena\)"),
         ({"adapter": ["x=/no/such/adapter"]}, "--adapter x: .*/no/such/adapter"),
         ({"adapter_dir": ["/no/such/root"]}, "--adapter-dir /no/such/root"),
         ({"served_model_name": "shout"}, "--served-model-name shout"),
@@ -137,6 +145,35 @@ def test_what_the_user_can_mend_is_told_in_one_line(flags, reason, monkeypatch):
     with pytest.raises(ConfigInvalid, match=reason) as caught, _open(**flags):
         pass
     assert "\n" not in str(caught.value)
+
+
+def test_a_named_adapter_that_the_arena_cannot_hold_is_told_with_both_flags(tmp_path: Path):
+    base = demo.base_dir()
+    shout = demo.adapter_dirs()["shout"]
+    flags = {"model": str(base), "adapter": [f"loud={shout}"]}
+    with (
+        pytest.raises(ConfigInvalid, match=r"^--adapter loud: .*\(--arena\)$"),
+        _open(**flags, arena="12"),
+    ):
+        pass
+    with _open(**flags, arena="2MiB") as world:
+        (info,) = world.adapters.list()
+        assert info.name == "loud"
+
+
+@pytest.mark.parametrize(("served", "verdict"), [("org/Fader-Demo", "named"), ("other", "other")])
+def test_an_adapter_that_names_the_base_as_it_is_served_is_no_stranger(served, verdict):
+    flags = {"model": str(demo.base_dir()), "served_model_name": served}
+    shout = demo.adapter_dirs()["shout"]
+    with _open(**flags, adapter=[f"loud={shout}"]) as world:
+        (info,) = world.adapters.list()
+        assert info.health is not None
+        assert info.health.match.verdict == verdict
+
+
+def test_the_demos_own_adapters_are_no_strangers_under_any_name():
+    with _open(served_model_name="mine") as world:
+        assert {info.health.match.verdict for info in world.adapters.list()} == {"named"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -9,7 +9,7 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from fader_adapters.architecture import auto_class
 from fader_adapters.describe import kept_plain_of
@@ -45,7 +45,18 @@ def nf4_oracle(source: Path, dtype: torch.dtype) -> PreTrainedModel:
     model.is_loaded_in_4bit = False  # PEFT is to see plain linears
     for parameter in model.parameters():  # not the buffers: rotary frequencies stay in fp32
         parameter.data = parameter.data.to(dtype)
+    _scale_as_loaded(model, config, dtype)
     return model.eval()
+
+
+def _scale_as_loaded(model: PreTrainedModel, config: PretrainedConfig, dtype: torch.dtype) -> None:
+    """Embeddings multiply by what they would if transformers had loaded the model in `dtype`."""
+    held = {path: b for path, b in model.named_buffers() if path.endswith("embed_scale")}
+    if held:
+        like = dict(auto_class(config).from_config(config, dtype=dtype).named_buffers())
+        for path, buffer in held.items():
+            assert like[path].dtype == dtype
+            buffer.data = like[path].data
 
 
 class Oracle:

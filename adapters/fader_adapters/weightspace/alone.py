@@ -1,5 +1,7 @@
 """What an adapter's own files tell of the base it fits, where no base is at hand."""
 
+from dataclasses import replace
+
 from fader_adapters.errors import AdapterInvalid
 from fader_adapters.header import read_header
 from fader_adapters.limits import Limits
@@ -20,13 +22,31 @@ def own_linears(raw: RawAdapter) -> BaseSpec:
     """A base of just what the adapter has tensors for. Raises AdapterInvalid, AdapterTooLarge."""
     limits = Limits(tensors=1 << 17, header_bytes=1 << 25)  # whatever mixture it was made for
     config = read_config(raw.config, limits)
-    modules = sort_tensors(read_header(raw.weights, limits)).modules
+    named = sort_tensors(read_header(raw.weights, limits))
+    if named.tokens:
+        raise AdapterInvalid(
+            "adapter_config.json: trainable_token_indices replaces rows of the base's own table, "
+            "which is not at hand here; name the base"
+        )
     linears = [
         _linear(path, tensors, config)
-        for path, tensors in modules.items()
+        for path, tensors in named.modules.items()
         if tensors.a.shape and tensors.b.shape
     ]
-    return BaseSpec(tuple(sorted(linears, key=_place)), Digest("0" * 64), "unknown")
+    tables = [linear for linear in linears if linear.role == "embedding"]
+    tied = config.tying and len(tables) == 1
+    if tied:
+        linears = [_as_head(linear, tables[0], config) for linear in linears]
+    linears.sort(key=_place)
+    return BaseSpec(tuple(linears), Digest("0" * 64), "unknown", tied=tied)
+
+
+def _as_head(linear: LinearSpec, table: LinearSpec, config: LoraConfig) -> LinearSpec:
+    """The linear as the output head, if it is the one that PEFT adapts unnamed."""
+    mirrored = (linear.in_features, linear.out_features) == (table.out_features, table.in_features)
+    if linear.role == "linear" and mirrored and not _selects(config.targets, linear.path):
+        return replace(linear, role="head")
+    return linear
 
 
 def _linear(path: str, tensors: ModuleTensors, config: LoraConfig) -> LinearSpec:
@@ -42,7 +62,8 @@ def _linear(path: str, tensors: ModuleTensors, config: LoraConfig) -> LinearSpec
         stack = f"{module}.{chosen[-1 - outside]}"
         experts = tensors.a.shape[0] // config.rank_of(stack)
         return LinearSpec(stack, width, out, layer_of(path), role="experts", experts=experts)
-    return LinearSpec(path, width, out, layer_of(path))
+    role = "embedding" if tensors.embedding else "linear"
+    return LinearSpec(path, width, out, layer_of(path), role=role)
 
 
 def _selects(targets: Targets, path: str) -> bool:

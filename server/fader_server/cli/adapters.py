@@ -13,8 +13,8 @@ Name = Annotated[str, typer.Argument(help="Name of the adapter.", metavar="NAME"
 Source = Annotated[
     str,
     typer.Argument(
-        help="As the server sees it: a folder under its --adapter-dir, org/name[@revision] of the "
-        "Hub, or a URL.",
+        help="As the server sees it: a folder under its --adapter-dir, org/name\\[@revision] of "
+        "the Hub, or a URL.",
         metavar="SOURCE",
     ),
 ]

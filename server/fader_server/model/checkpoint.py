@@ -9,10 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import httpx2
 import torch
 import transformers
 from bitsandbytes.nn.modules import Linear4bit
-from huggingface_hub import snapshot_download
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -21,6 +28,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import CONFIG_NAME
 
 from fader_adapters.architecture import auto_class, model_class, uses_interface
 from fader_adapters.describe import kept_plain_of
@@ -56,6 +64,7 @@ def read_config(source: str) -> PretrainedConfig:
     Raises ConfigInvalid when there is no model, ModelUnsupported.
     """
     check_folder(source)
+    _check_reachable(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -93,7 +102,8 @@ def check_folder(source: str) -> None:
     """What a path says at a glance, before it is taken for a Hub id. Raises ConfigInvalid."""
     folder = Path(source)
     if not folder.is_dir():
-        if source.startswith(("/", "./", "../", "~")):
+        no_id = source.count("/") > 1 or source.endswith("/") or "\\" in source
+        if no_id or source.startswith((".", "/", "~")):
             raise ConfigInvalid(
                 f"no model at {source!r}: no such folder; give a folder or a Hub id"
             )
@@ -104,6 +114,23 @@ def check_folder(source: str) -> None:
                 "here, and this folder as an adapter of it"
             )
         raise ConfigInvalid(f"{source} has no config.json; give the folder of a transformers model")
+
+
+def _check_reachable(source: str) -> None:
+    """Ask the Hub once for a base that is not on this machine: transformers asks again and again
+    before it says that nobody answers. Raises ConfigInvalid."""
+    if Path(source).is_dir() or constants.HF_HUB_OFFLINE:
+        return
+    try:
+        if try_to_load_from_cache(source, CONFIG_NAME) is None:
+            get_hf_file_metadata(hf_hub_url(source, CONFIG_NAME))
+    except httpx2.TransportError as error:
+        raise ConfigInvalid(
+            f"no model at {source!r}: no such folder, and the Hub does not answer "
+            f"({first_line(error)})"
+        ) from error
+    except (OSError, ValueError):
+        return  # an answer, or no name for the Hub: transformers has the words for it
 
 
 def local_copy(source: str, files: Iterable[str] = _FILES) -> Path:

@@ -9,6 +9,7 @@ import torch
 from bitsandbytes.nn.modules import Params4bit
 from transformers import PreTrainedModel
 
+from fader_adapters.embed_scale import round_embed_scales
 from fader_adapters.errors import BaseUnsupported
 from fader_adapters.kernels.backend import Backend
 from fader_adapters.kernels.cpu import NativeBackend
@@ -49,6 +50,7 @@ def load_base(
     for parameter in model.parameters():
         if not isinstance(parameter, Params4bit) and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+    round_embed_scales(model, dtype)
     try:
         installed = install(model, backend, name=source)
     except BaseUnsupported as error:

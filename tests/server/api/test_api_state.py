@@ -9,6 +9,7 @@ from fader_adapters.errors import AdapterInvalid, NameReserved
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.ports import LoadOrder
 from fader_server.errors import ConfigInvalid
+from fader_server.metrics import Metrics
 from fader_server.recipes import RecipeBook
 from fader_server.state import RememberedAdapters, recipes_in
 from fader_server.state_entries import Origin, State, Wanted, WantedRecipe
@@ -122,6 +123,12 @@ async def test_an_unload_is_on_disk_once_it_is_saved(tmp_path):
     adapters.close()
 
 
+def _scraped(adapters: RememberedAdapters) -> str:
+    metrics = Metrics()
+    metrics.add_gauges(adapters.gauges)
+    return metrics.render().decode()
+
+
 async def test_a_load_serves_even_when_it_cannot_be_written(tmp_path, monkeypatch, caplog):
     adapters = remembered(tmp_path)
     monkeypatch.setattr(
@@ -129,6 +136,11 @@ async def test_a_load_serves_even_when_it_cannot_be_written(tmp_path, monkeypatc
     )
     assert (await adapters.load(LoadOrder("a", "one"))).info.version == digest("one")
     assert "state cannot be written" in caplog.text
+    assert "fader_state_unsaved 1.0" in _scraped(adapters)
+    monkeypatch.undo()
+    await adapters.load(LoadOrder("b", "two"))
+    assert "fader_state_unsaved 0.0" in _scraped(adapters)
+    assert set(StateFile(tmp_path).read().adapters) == {"a", "b"}
     adapters.close()
 
 

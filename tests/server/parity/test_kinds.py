@@ -53,6 +53,7 @@ def kinds(family: str) -> list[dict[str, dict[str, Any]]]:
         groups.append({"two_tables": {**rows, "trainable_token_indices": by_name}})
     if family == "gemma3":  # which has one table for the embedding and the head, and scales it
         groups[1]["tied_tokens"] = {**rows, "ensure_weight_tying": True}
+    if family in ("gemma3", "gpt2"):  # of gpt2, whose names it does not know, PEFT ties nothing
         groups.append({"tied": {"target_modules": [table], "ensure_weight_tying": True}})
     return groups
 
