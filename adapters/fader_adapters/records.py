@@ -28,6 +28,27 @@ class AdapterStatus:
     """Earlier versions of this name that are still leased or claimed, sorted."""
 
 
+@dataclass(frozen=True, slots=True)
+class RoomWanted:
+    """What the adapters of one request need of the memory."""
+
+    piece: int
+    """Bytes in one piece that were not there; 0: too many names were loaded."""
+    total: int
+    """Bytes of them all, as far as they are known."""
+    names: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class InTheWay:
+    """Where room could be made with the least to wait for."""
+
+    names: frozenset[str]
+    """What lies there, with the former names of versions that only leases hold."""
+    leases: int
+    """On what lies there; 0: it can go now."""
+
+
 @dataclass(slots=True, eq=False)
 class NameRecord:
     """Where a name stands."""
@@ -57,6 +78,11 @@ class VersionRecord:
     @property
     def wanted(self) -> bool:
         return bool(self.names or self.kept or self.leases or self.reservations)
+
+    @property
+    def labels(self) -> set[str]:
+        """What to call it by: its names, else those it had."""
+        return self.names or self.former
 
     def retired_from(self, name: str) -> bool:
         """Whether the name meant this version before and a lease or a claim still holds it."""
