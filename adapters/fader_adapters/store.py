@@ -14,7 +14,7 @@ from fader_adapters.errors import (
     BlendInvalid,
     NameReserved,
 )
-from fader_adapters.leases import AdapterRef, HostAdapter, Lease, Reservation
+from fader_adapters.leases import AdapterRef, HostAdapter, Lease, Reservation, added_up
 from fader_adapters.parse import ParsedAdapter
 from fader_adapters.records import (
     InTheWay,
@@ -23,6 +23,7 @@ from fader_adapters.records import (
     VersionRecord,
     check_name,
     check_version,
+    check_weight,
 )
 from fader_adapters.spec import Blend, Digest, Term
 from fader_adapters.tiers import HostTier
@@ -230,18 +231,23 @@ class Store(Books):
     def acquire(self, refs: Sequence[AdapterRef]) -> Lease:
         """Resolve every name and lease every version, in one step; no refs: the base.
 
-        Terms of weight 0 are checked and dropped. Raises AdapterNotFound, BlendInvalid.
+        Terms of weight 0 are checked and dropped, weights of names that mean one version added
+        up. Raises AdapterNotFound, BlendInvalid.
         """
         if len(refs) > self._max_terms:
             raise BlendInvalid(f"a blend has at most {self._max_terms} terms, got {len(refs)}")
         terms = [self._resolve(ref) for ref in refs]
-        if len({term.version for term in terms}) < len(terms):
+        if len({(term.name, term.version) for term in terms}) < len(terms):
             raise BlendInvalid("an adapter stands twice in the blend; add its weights")
-        kept = tuple(term for term in terms if term.weight != 0.0)
-        blend = Blend.of(Term(term.version, term.weight) for term in kept)
-        entries = [self._versions[term.version] for term in kept]
-        for term, entry in zip(kept, entries, strict=True):
+        gammas = added_up(terms)
+        for gamma in gammas.values():
+            check_weight(gamma)
+        blend = Blend.of(Term(version, gamma) for version, gamma in gammas.items())
+        kept = tuple(term for term in terms if term.weight != 0.0 and gammas[term.version] != 0.0)
+        entries = [self._versions[term.version] for term in blend.terms]
+        for entry in entries:
             entry.leases += 1
+        for term in kept:
             self._names.move_to_end(term.name)
         self._leases += 1
         adapters = {entry.adapter.version: entry.adapter for entry in entries}
