@@ -12,6 +12,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from fader_server.api.edge import request_id
 from fader_server.api.errors import malformed
 
 _ABSOLUTE = re.compile(rb"https?://([^/?#@]+)(?=[/?]|$)", re.IGNORECASE)
@@ -109,7 +110,8 @@ def bounded_protocol(*, client_seconds: float, max_connections: int) -> type[H11
         def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 - as its parent has it
             super().__init__(*args, **options)
             most = self.config.h11_max_incomplete_event_size
-            self.conn = OriginForm(h11.SERVER, most or DEFAULT_MAX_INCOMPLETE_EVENT_SIZE)
+            assert most is not None  # the bound on request heads
+            self.conn = OriginForm(h11.SERVER, most)
 
         def connection_made(self, transport: Any) -> None:  # noqa: ANN401 - as its parent has it
             self._socket = LingeringTransport(transport, self._sending)
@@ -140,7 +142,7 @@ def bounded_protocol(*, client_seconds: float, max_connections: int) -> type[H11
                 (b"content-type", b"application/json"),
                 (b"content-length", str(len(body)).encode()),
                 (b"connection", b"close"),
-                (b"x-request-id", new_request_id().encode()),
+                (b"x-request-id", self._request_id().encode()),
             ]
             answer = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
             for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
@@ -160,6 +162,10 @@ def bounded_protocol(*, client_seconds: float, max_connections: int) -> type[H11
             self._disarm()
             self._socket.lost()
             super().connection_lost(exc)
+
+        def _request_id(self) -> str:
+            """The client's own where a head was read that has none of the answer yet."""
+            return request_id([] if self._answered() else self.headers or [])
 
         def _answered(self) -> bool:
             return self.cycle is None or self.cycle.response_complete

@@ -217,7 +217,7 @@ def test_a_wrong_value_in_the_file_is_told_where_a_flag_or_a_variable_counts(tmp
     file = tmp_path / "fader.toml"
     file.write_text('port = "many"')
     for flags, env in (({"port": "1"}, {}), ({}, {"FADER_PORT": "1"}), ({}, {})):
-        with pytest.raises(ConfigInvalid, match="fader.toml: port"):
+        with pytest.raises(ConfigInvalid, match=r"fader\.toml: port"):
             load({**flags, "config": str(file)}, env)
     file.write_text("port = 2")
     assert load({"port": "1", "config": str(file)}, {}).port == 1
