@@ -1,10 +1,9 @@
 """What callers hold of the store: references by name, leases on versions, reservations of room."""
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 
@@ -31,23 +30,6 @@ class LeasedTerm:
     name: str
     version: Digest
     weight: float
-
-
-class Weighed(Protocol):
-    """A term as whoever asks knows it."""
-
-    @property
-    def version(self) -> Digest: ...
-    @property
-    def weight(self) -> float: ...
-
-
-def added_up(terms: Iterable[Weighed]) -> dict[Digest, float]:
-    """γ of every version: the sum over all names that mean it, rounded once, in any order."""
-    weights: dict[Digest, list[float]] = {}
-    for term in terms:
-        weights.setdefault(term.version, []).append(term.weight)
-    return {version: math.fsum(parts) for version, parts in weights.items()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

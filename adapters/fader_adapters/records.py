@@ -28,27 +28,6 @@ class AdapterStatus:
     """Earlier versions of this name that are still leased or claimed, sorted."""
 
 
-@dataclass(frozen=True, slots=True)
-class RoomWanted:
-    """What the adapters of one request need of the memory."""
-
-    piece: int
-    """Bytes in one piece that were not there; 0: too many names were loaded."""
-    total: int
-    """Bytes of them all, as far as they are known."""
-    names: frozenset[str]
-
-
-@dataclass(frozen=True, slots=True)
-class InTheWay:
-    """Where room could be made with the least to wait for."""
-
-    names: frozenset[str]
-    """What lies there, with the former names of versions that only leases hold."""
-    leases: int
-    """On what lies there; 0: it can go now."""
-
-
 @dataclass(slots=True, eq=False)
 class NameRecord:
     """Where a name stands."""

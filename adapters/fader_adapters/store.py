@@ -14,18 +14,17 @@ from fader_adapters.errors import (
     BlendInvalid,
     NameReserved,
 )
-from fader_adapters.leases import AdapterRef, HostAdapter, Lease, Reservation, added_up
+from fader_adapters.leases import AdapterRef, HostAdapter, Lease, Reservation
 from fader_adapters.parse import ParsedAdapter
 from fader_adapters.records import (
-    InTheWay,
     NameRecord,
-    RoomWanted,
     VersionRecord,
     check_name,
     check_version,
     check_weight,
 )
-from fader_adapters.spec import Blend, Digest, Term
+from fader_adapters.room import InTheWay, RoomWanted
+from fader_adapters.spec import Blend, Digest, Term, added_up
 from fader_adapters.tiers import HostTier
 
 _SLOW = 1 << 32

@@ -87,7 +87,9 @@ class OriginForm(h11.Connection):
 
     def next_event(self) -> Any:  # noqa: ANN401 - as its parent
         event = super().next_event()
-        found = _ABSOLUTE.match(event.target) if isinstance(event, h11.Request) else None
+        if not isinstance(event, h11.Request):
+            return event
+        found = _ABSOLUTE.match(event.target)
         if found is None:
             return event
         rest = event.target[found.end() :]

@@ -23,7 +23,7 @@ from fader_adapters.errors import (
     SourceUnavailable,
     VersionConflict,
 )
-from fader_adapters.records import InTheWay, RoomWanted
+from fader_adapters.room import InTheWay, RoomWanted
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.ports import AdapterInfo, Adapters, AdapterTotals, Lease, Loaded, LoadOrder
 from fader_server.errors import Overloaded
@@ -115,8 +115,9 @@ class OnDemand:
             if not isinstance(found, RoomWanted):
                 return found
             wanted = found
+        scope = asyncio.timeout(self._room_seconds)
         try:
-            async with asyncio.timeout(self._room_seconds) as scope:
+            async with scope:
                 return await self._wait(terms, names, wanted)
         except TimeoutError:
             if not scope.expired():

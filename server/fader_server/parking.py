@@ -17,7 +17,8 @@ from fader_adapters.errors import (
     SourceUnavailable,
     VersionConflict,
 )
-from fader_adapters.records import InTheWay, RoomWanted, check_version
+from fader_adapters.records import check_version
+from fader_adapters.room import InTheWay, RoomWanted
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.ports import AdapterInfo, Adapters, AdapterTotals, Lease, Loaded, LoadOrder
 

@@ -17,7 +17,8 @@ from fader_adapters.leases import AdapterRef as StoreRef
 from fader_adapters.leases import Lease, Reservation
 from fader_adapters.parse import ParsedAdapter
 from fader_adapters.pool import Pool
-from fader_adapters.records import AdapterStatus, InTheWay, RoomWanted
+from fader_adapters.records import AdapterStatus
+from fader_adapters.room import InTheWay, RoomWanted
 from fader_adapters.source import Found, RawAdapter
 from fader_adapters.sources import Sources
 from fader_adapters.spec import Digest

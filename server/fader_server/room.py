@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from fader_adapters.records import InTheWay, RoomWanted
+from fader_adapters.room import InTheWay, RoomWanted
 from fader_server.errors import Overloaded
 
 Names = frozenset[str]

@@ -3,8 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from fader_adapters.leases import added_up
-from fader_adapters.spec import Digest
+from fader_adapters.spec import Digest, added_up
 from fader_server.api.ports import LeasedTerm
 
 BlendKey = tuple[tuple[Digest, float], ...]
