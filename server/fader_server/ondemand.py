@@ -110,7 +110,7 @@ class OnDemand:
         """
         names = frozenset(term.ref.name for term in terms)
         wanted = None
-        if self._line.passes(names, missing=self._missing):
+        if self._line.passes(names, missing=self._missing) or not await self._exist(names):
             found = await self._attempt(terms, names)
             if not isinstance(found, RoomWanted):
                 return found
@@ -165,13 +165,45 @@ class OnDemand:
         finally:
             self._awaited.subtract(names)
             self._awaited = +self._awaited
-        full = {n: f for n, f in zip(missing, failures, strict=True) if isinstance(f, ArenaFull)}
+        found = {n: f for n, f in zip(missing, failures, strict=True) if f is not None}
+        full = {name: f for name, f in found.items() if isinstance(f, ArenaFull)}
+        others = [f for name, f in found.items() if name not in full]
+        if others:
+            raise copy.copy(others[0])  # one each: a traceback is one request's
         wanted = self._wanted(names, full)
-        if wanted is not None and len(full) == sum(map(bool, failures)) and self._way(wanted, ()):
+        if wanted is not None and self._way(wanted, ()) is not None:
             return wanted
-        for name, failure in full.items():
-            self._refuse(name, failure)
-        raise copy.copy(next(filter(None, failures)))  # one each: a traceback is one request's
+        if len(names) == 1:  # what is too much together may fit alone
+            self._refuse(missing[0], full[missing[0]])
+        raise copy.copy(full[next(iter(full))])
+
+    async def _exist(self, names: frozenset[str]) -> bool:
+        """Whether each is known, or a source of it may exist: others are refused without a wait."""
+        strange = [
+            name for name in names if self._missing(name) and self._inner.order_of(name) is None
+        ]
+        for name in strange:
+            if self._refused(name) is not None or not await self._offered(name):
+                return False
+        return True
+
+    async def _offered(self, name: str) -> bool:
+        if self._loads >= MAX_LOADS:  # a look at a slow disk takes a thread, as a load does
+            raise Overloaded("Too many adapters are being loaded.", retry_after=2)
+        self._loads += 1
+        try:
+            return await asyncio.to_thread(self._offers, name)
+        finally:
+            self._loads -= 1
+
+    def _refused(self, name: str) -> AdapterError | None:
+        """What is known to be refused, without another look."""
+        known = self._refusals.get(name)
+        if known is not None and self._clock() < known.until:
+            return known.kind(known.text)
+        if name in self._barred or name in self._claims.names:
+            return AdapterNotFound.of(name)
+        return None
 
     def _absent(self, names: frozenset[str]) -> list[str]:
         """Those that are not in memory, the largest first."""
@@ -248,11 +280,9 @@ class OnDemand:
 
     async def _bring(self, name: str) -> Exception | None:
         """Have the name loaded; why not, else."""
-        known = self._refusals.get(name)
-        if known is not None and self._clock() < known.until:
-            return known.kind(known.text)
-        if name in self._barred or name in self._claims.names:
-            return AdapterNotFound.of(name)
+        refused = self._refused(name)
+        if refused is not None:
+            return refused
         flight = self._flights.get(name)
         if flight is None:
             flight = asyncio.create_task(self._load(name))

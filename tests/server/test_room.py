@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fader_adapters.errors import ArenaFull
+from fader_adapters.errors import AdapterNotFound, ArenaFull
 from fader_adapters.extents import ExtentAllocator
 from fader_adapters.inspection import Inspector
 from fader_adapters.kernels.tables import Tables
@@ -187,6 +187,22 @@ async def test_what_never_fits_is_refused_at_once_and_what_may_fit_waits(other):
         (await waiting).release()
         with pytest.raises(ArenaFull):
             await served.lease("a-2", "b-3")
+        (await served.lease("b-3")).release()
+        (await served.lease("a-2")).release()  # what is too much together fits alone
+    assert served.at_rest
+
+
+async def test_a_name_that_nothing_has_is_refused_without_a_wait():
+    served = Served(4)
+    await served.load("a-4", "b-4")
+    held = await served.lease("a-4")
+    waiting = served.asked("b-4")
+    await settled(waiting)
+    for names in (("nobody",), ("nobody", "b-4")):
+        with pytest.raises(AdapterNotFound):
+            await asyncio.wait_for(served.lease(*names), 1)
+    held.release()
+    (await waiting).release()
     assert served.at_rest
 
 
