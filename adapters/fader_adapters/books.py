@@ -66,12 +66,15 @@ class Books:
         """Names that could be unloaded to make room, longest unused first: no lease, no pin and
         no claim on any of their versions. Change nothing while this is read."""
         for name, record in self._names.items():
-            if record.pinned or self._versions[record.version].leases:
-                continue
-            if not any(
-                name in self._versions[version].kept for version in (record.version, *record.former)
-            ):
+            if not self._versions[record.version].leases and not self._stays(name):
                 yield name
+
+    def _stays(self, name: str) -> bool:
+        """Whether a pin or a claim keeps the name in memory."""
+        record = self._names[name]
+        return record.pinned or any(
+            name in self._versions[version].kept for version in (record.version, *record.former)
+        )
 
     def check_unclaimed(self, name: str) -> None:
         """What `publish` would say of the name at once. Raises NameReserved."""

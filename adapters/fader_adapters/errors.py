@@ -38,7 +38,15 @@ class AdapterTooLarge(AdapterError):
 
 
 class ArenaFull(AdapterError):
-    """The adapter does not fit beside what is loaded and leased now."""
+    """The adapter does not fit beside what is loaded and leased now.
+
+    `nbytes` is what it needs in one piece; 0: a name less in memory would do; None: no lease that
+    ends would help.
+    """
+
+    def __init__(self, message: str, *, nbytes: int | None = None) -> None:
+        super().__init__(message)
+        self.nbytes = nbytes
 
 
 class AdapterNotFound(AdapterError):

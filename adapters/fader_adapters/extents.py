@@ -1,6 +1,8 @@
 """Extents of a linear space, handed out first-fit. Integers only, neither bytes nor tensors."""
 
 from bisect import bisect_left
+from collections.abc import Mapping
+from itertools import accumulate
 
 from fader_adapters.spec import EXTENT_ALIGN
 
@@ -47,6 +49,25 @@ class ExtentAllocator:
                 self._used += size
                 return offset
         return None
+
+    def clearing(self, size: int, costs: Mapping[int, int]) -> list[int] | None:
+        """Offsets of the extents to release so that `size` elements fit, at the least cost.
+
+        costs  of the extents that may go, by offset; all others stay
+        None: there is no such piece even without all of them. Changes nothing.
+        """
+        size = _round(size)
+        offsets = sorted(self._sizes)
+        cost = [0, *accumulate(costs.get(offset, 0) for offset in offsets)]
+        stay = [0, *accumulate(offset not in costs for offset in offsets)]
+        best: tuple[int, int, int] | None = None
+        for first, start in enumerate((0, *(at + self._sizes[at] for at in offsets))):
+            last = bisect_left(offsets, start + size)
+            if start + size > self.capacity or stay[last] > stay[first]:
+                continue
+            found = (cost[last] - cost[first], first, last)
+            best = found if best is None else min(best, found)
+        return None if best is None else offsets[best[1] : best[2]]
 
     def release(self, offset: int) -> None:
         """Take back the extent at `offset` and join it with the holes beside it."""

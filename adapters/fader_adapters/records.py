@@ -58,6 +58,11 @@ class VersionRecord:
     def wanted(self) -> bool:
         return bool(self.names or self.kept or self.leases or self.reservations)
 
+    @property
+    def labels(self) -> set[str]:
+        """What to call it by: its names, else those it had."""
+        return self.names or self.former
+
     def retired_from(self, name: str) -> bool:
         """Whether the name meant this version before and a lease or a claim still holds it."""
         return name in self.former and (self.leases > 0 or name in self.kept)

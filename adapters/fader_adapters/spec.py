@@ -62,6 +62,23 @@ class Term:
             raise BlendInvalid(f"an adapter weight must be a finite number, got {self.gamma}")
 
 
+class Weighed(Protocol):
+    """A term as whoever asks knows it."""
+
+    @property
+    def version(self) -> Digest: ...
+    @property
+    def weight(self) -> float: ...
+
+
+def added_up(terms: Iterable[Weighed]) -> dict[Digest, float]:
+    """γ of every version: the sum over all names that mean it, rounded once, in any order."""
+    weights: dict[Digest, list[float]] = {}
+    for term in terms:
+        weights.setdefault(term.version, []).append(term.weight)
+    return {version: math.fsum(parts) for version, parts in weights.items()}
+
+
 @dataclass(frozen=True)
 class Blend:
     """Terms sorted by version, without duplicates or zero weights; empty is the base.

@@ -4,7 +4,7 @@ A version's life: reserved → current under one or more names → retired (no n
 claimed) → leaving (`on_retired` was called: the device shall forget it) → reclaimed (memory free).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from fader_adapters.books import Books
 from fader_adapters.claims import Claims
@@ -21,9 +21,14 @@ from fader_adapters.records import (
     VersionRecord,
     check_name,
     check_version,
+    check_weight,
 )
-from fader_adapters.spec import Blend, Digest, Term
+from fader_adapters.room import InTheWay, RoomWanted
+from fader_adapters.spec import Blend, Digest, Term, added_up
 from fader_adapters.tiers import HostTier
+
+_SLOW = 1 << 32
+"""What the leases of a slow name count beside those of others."""
 
 
 class Store(Books):
@@ -75,9 +80,56 @@ class Store(Books):
             raise ArenaFull(
                 f"the adapter needs {parsed.nbytes} bytes in one piece, {self.used_bytes} of "
                 f"{self.total_bytes} are in use; unload an adapter or wait for its last request"
-                + (", or delete recipes that keep versions" if self._claims.versions else "")
+                + (", or delete recipes that keep versions" if self._claims.versions else ""),
+                nbytes=parsed.nbytes,
             )
         return Reservation(parsed, flat, shared=False, give_back=self._cancel)
+
+    def in_the_way(
+        self, wanted: RoomWanted, *, fixed: Collection[str] = (), slow: Collection[str] = ()
+    ) -> InTheWay | None:
+        """Where room could be made once leases end. None: nowhere, whatever ends.
+
+        fixed  names that stay, as pinned and claimed ones do
+        slow   names whose leases are not expected to end soon: other places are better
+        """
+        going = [entry for entry in self._versions.values() if self._may_go(entry, fixed)]
+        room = self.total_bytes - self.used_bytes + sum(entry.adapter.nbytes for entry in going)
+        most = sum(len(entry.names) for entry in going)
+        if room < wanted.total or len(self._names) - most + len(wanted.names) > self._max_adapters:
+            return None
+        beside = [entry for entry in going if wanted.names.isdisjoint(entry.names)]
+        return (
+            self._cheapest(wanted.piece, beside, slow)
+            or self._cheapest(wanted.total, going, slow)  # its own lie in the way: all anew
+            or self._cheapest(wanted.piece, going, slow)
+        )
+
+    def _cheapest(
+        self, piece: int, going: Sequence[VersionRecord], slow: Collection[str]
+    ) -> InTheWay | None:
+        """What of `going` takes the room for a piece, or for one more name."""
+        costs = [
+            entry.leases + (_SLOW if entry.leases and not entry.labels.isdisjoint(slow) else 0)
+            for entry in going
+        ]
+        if piece:
+            flats = [entry.adapter.flat for entry in going]
+            found = self._tier.clearing(piece, list(zip(flats, costs, strict=True)))
+        else:
+            named = [index for index, entry in enumerate(going) if entry.names]
+            found = [min(named, key=lambda index: costs[index])] if named else None
+        if found is None:
+            return None
+        there = [going[index] for index in found]
+        names = frozenset(name for entry in there for name in entry.labels)
+        return InTheWay(names, sum(entry.leases for entry in there))
+
+    def _may_go(self, entry: VersionRecord, fixed: Collection[str]) -> bool:
+        """Whether only leases, if anything, hold the version and its names in memory."""
+        if entry.kept or entry.reservations:
+            return False
+        return not any(name in fixed or self._stays(name) for name in entry.names)
 
     def publish(
         self,
@@ -104,7 +156,9 @@ class Store(Books):
         if record is not None and not replace and if_version is None:
             raise AdapterExists(f"the adapter {name!r} is loaded already; ask to replace it")
         if record is None and len(self._names) >= self._max_adapters:
-            raise ArenaFull(f"{len(self._names)} adapters are loaded, the limit; unload one first")
+            raise ArenaFull(
+                f"{len(self._names)} adapters are loaded, the limit; unload one first", nbytes=0
+            )
         entry = self._settle_reservation(reservation)
         old = self._versions[record.version] if record is not None else None
         if record is None:
@@ -176,18 +230,23 @@ class Store(Books):
     def acquire(self, refs: Sequence[AdapterRef]) -> Lease:
         """Resolve every name and lease every version, in one step; no refs: the base.
 
-        Terms of weight 0 are checked and dropped. Raises AdapterNotFound, BlendInvalid.
+        Terms of weight 0 are checked and dropped, weights of names that mean one version added
+        up. Raises AdapterNotFound, BlendInvalid.
         """
         if len(refs) > self._max_terms:
             raise BlendInvalid(f"a blend has at most {self._max_terms} terms, got {len(refs)}")
         terms = [self._resolve(ref) for ref in refs]
-        if len({term.version for term in terms}) < len(terms):
+        if len({(term.name, term.version) for term in terms}) < len(terms):
             raise BlendInvalid("an adapter stands twice in the blend; add its weights")
-        kept = tuple(term for term in terms if term.weight != 0.0)
-        blend = Blend.of(Term(term.version, term.weight) for term in kept)
-        entries = [self._versions[term.version] for term in kept]
-        for term, entry in zip(kept, entries, strict=True):
+        gammas = added_up(terms)
+        for gamma in gammas.values():
+            check_weight(gamma)
+        blend = Blend.of(Term(version, gamma) for version, gamma in gammas.items())
+        kept = tuple(term for term in terms if term.weight != 0.0 and gammas[term.version] != 0.0)
+        entries = [self._versions[term.version] for term in blend.terms]
+        for entry in entries:
             entry.leases += 1
+        for term in kept:
             self._names.move_to_end(term.name)
         self._leases += 1
         adapters = {entry.adapter.version: entry.adapter for entry in entries}

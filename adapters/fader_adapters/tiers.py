@@ -1,5 +1,6 @@
 """Where adapters rest in host memory: inside the CPU arena, or in buffers under a byte budget."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -28,6 +29,13 @@ class HostTier(Protocol):
         """Take back what `allocate` gave; nobody may read it any more."""
         ...
 
+    def clearing(self, nbytes: int, held: Sequence[tuple[torch.Tensor, int]]) -> list[int] | None:
+        """Which of `held`, buffers and what it costs to free each, to free so that `nbytes` fit.
+
+        Indices, at about the least cost. None: not even without all of them. Changes nothing.
+        """
+        ...
+
 
 class ArenaTier:
     """CPU: the host tier is the device arena itself; an adapter is stored once, never copied."""
@@ -52,7 +60,16 @@ class ArenaTier:
         return None if offset is None else self._arena[offset : offset + numel]
 
     def free(self, flat: torch.Tensor) -> None:
-        self._extents.release(int(flat.storage_offset()) - int(self._arena.storage_offset()))
+        self._extents.release(self._offset(flat))
+
+    def clearing(self, nbytes: int, held: Sequence[tuple[torch.Tensor, int]]) -> list[int] | None:
+        at = {self._offset(flat): index for index, (flat, _) in enumerate(held)}
+        costs = {offset: held[index][1] for offset, index in at.items()}
+        found = self._extents.clearing(-(-nbytes // self._arena.itemsize), costs)
+        return None if found is None else [at[offset] for offset in found]
+
+    def _offset(self, flat: torch.Tensor) -> int:
+        return int(flat.storage_offset()) - int(self._arena.storage_offset())
 
 
 class BufferTier:
@@ -88,6 +105,15 @@ class BufferTier:
 
     def free(self, flat: torch.Tensor) -> None:
         self._used -= flat.nbytes
+
+    def clearing(self, nbytes: int, held: Sequence[tuple[torch.Tensor, int]]) -> list[int] | None:
+        room, found = self._total - self._used, []
+        for index in sorted(range(len(held)), key=lambda index: held[index][1]):
+            if room >= nbytes:
+                break
+            room += held[index][0].nbytes
+            found.append(index)
+        return found if room >= nbytes else None
 
 
 def _too_large(size: int, total: int) -> AdapterTooLarge:

@@ -19,8 +19,8 @@ MIN_CHUNK = 16
 """Tokens of a prompt that every step must have room for beside its running rows."""
 
 _CACHE = ("fader", "adapters")
-_COUNT = partial(kinds.integer, low=1)
-_SECONDS = partial(kinds.number, low=0.0)
+_COUNT = partial(kinds.integer, low=1, high=1 << 20)
+_SECONDS = partial(kinds.number, low=0.0, high=1e8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,9 @@ class ServeConfig:
         False, "merge into nf4 also when it loses too much of the blend", parse=kinds.switch
     )
     merge_share: float = define(
-        0.6, "share of tokens from which auto merges", parse=partial(kinds.number, low=0.0)
+        0.6,
+        "share of tokens from which auto merges",
+        parse=partial(kinds.number, low=0.0, high=1.0),
     )
     merge_seconds: float = define(30.0, "seconds that auto looks back", parse=_SECONDS)
     probe: Path | None = define(  # noqa: RUF009 - a field, as all others
@@ -112,9 +114,13 @@ class ServeConfig:
         None, "device memory for keys and values", parse=kinds.size, metavar="SIZE"
     )
     max_model_len: int | None = define(None, "longest prompt + output, tokens", parse=_COUNT)
-    max_batch_rows: int = define(64, "requests in one step", parse=_COUNT)
+    max_batch_rows: int = define(
+        64, "requests in one step", parse=partial(kinds.integer, low=1, high=4096)
+    )
     max_step_tokens: int = define(512, "tokens in one step", parse=_COUNT)
-    threads: int | None = define(None, "CPU threads of the engine", parse=_COUNT)
+    threads: int | None = define(
+        None, "CPU threads of the engine, default all cores", parse=kinds.threads
+    )
     warm_up: float = define(
         2.0, "seconds of made-up steps before the first request, 0: none", parse=_SECONDS
     )
@@ -143,9 +149,15 @@ class ServeConfig:
     max_waiting: int = define(1024, "queued requests before 503", parse=_COUNT)
     max_connections: int = define(2048, "open sockets", parse=_COUNT)
     max_body: int = define(1 << 20, "largest request body", parse=kinds.size, metavar="SIZE")
-    max_n: int = define(16, "largest n of a request", parse=_COUNT)
+    max_n: int = define(
+        16, "largest n of a request", parse=partial(kinds.integer, low=1, high=4096)
+    )
     max_choices: int = define(256, "prompts times n of a request", parse=_COUNT)
-    max_call_tokens: int = define(1 << 20, "prompts times n times max_tokens", parse=_COUNT)
+    max_call_tokens: int = define(
+        1 << 20,
+        "prompts times n times max_tokens",
+        parse=partial(kinds.integer, low=1, high=1 << 40),
+    )
     max_terms: int = define(8, "adapters in a blend", parse=partial(kinds.integer, low=1, high=64))
     body_timeout: float = define(
         30.0, "seconds to send a request's headers or body", parse=_SECONDS

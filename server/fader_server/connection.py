@@ -5,14 +5,17 @@ Knows bytes and time; nothing of the application.
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from fader_server.api.edge import request_id
 from fader_server.api.errors import malformed
 
+_ABSOLUTE = re.compile(rb"https?://([^/?#@]+)(?=[/?]|$)", re.IGNORECASE)
 LINGER_SECONDS = 5.0
 LINGER_BYTES = 1 << 26
 """What may still come after the last answer: many clients read theirs once all is sent."""
@@ -79,6 +82,25 @@ class LingeringTransport(asyncio.Transport):
         return self._inner.get_extra_info(name, default)
 
 
+class OriginForm(h11.Connection):
+    """Gives requests whose target is a whole URL, as proxies send them, the form of all others."""
+
+    def next_event(self) -> Any:  # noqa: ANN401 - as its parent
+        event = super().next_event()
+        if not isinstance(event, h11.Request):
+            return event
+        found = _ABSOLUTE.match(event.target)
+        if found is None:
+            return event
+        rest = event.target[found.end() :]
+        return h11.Request(
+            method=event.method,
+            target=rest if rest.startswith(b"/") else b"/" + rest,
+            headers=[(k, found[1] if k == b"host" else v) for k, v in event.headers],
+            http_version=event.http_version,
+        )
+
+
 def bounded_protocol(*, client_seconds: float, max_connections: int) -> type[H11Protocol]:
     """uvicorn's h11 protocol with a deadline for request heads, one for bodies that nobody waits
     for any more, and a cap on open sockets."""
@@ -86,6 +108,12 @@ def bounded_protocol(*, client_seconds: float, max_connections: int) -> type[H11
     class BoundedProtocol(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None
         _socket: LingeringTransport
+
+        def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 - as its parent has it
+            super().__init__(*args, **options)
+            most = self.config.h11_max_incomplete_event_size
+            assert most is not None  # the bound on request heads
+            self.conn = OriginForm(h11.SERVER, most)
 
         def connection_made(self, transport: Any) -> None:  # noqa: ANN401 - as its parent has it
             self._socket = LingeringTransport(transport, self._sending)
@@ -116,6 +144,7 @@ def bounded_protocol(*, client_seconds: float, max_connections: int) -> type[H11
                 (b"content-type", b"application/json"),
                 (b"content-length", str(len(body)).encode()),
                 (b"connection", b"close"),
+                (b"x-request-id", self._request_id().encode()),
             ]
             answer = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
             for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
@@ -135,6 +164,10 @@ def bounded_protocol(*, client_seconds: float, max_connections: int) -> type[H11
             self._disarm()
             self._socket.lost()
             super().connection_lost(exc)
+
+        def _request_id(self) -> str:
+            """The client's own where a head was read that has none of the answer yet."""
+            return request_id([] if self._answered() else self.headers or [])
 
         def _answered(self) -> bool:
             return self.cycle is None or self.cycle.response_complete

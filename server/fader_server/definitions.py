@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fader_server.errors import ConfigInvalid
+from fader_server.settings import OneOf, spelled_size
 
 PREFIX = "FADER_"
 _Config = TypeVar("_Config")
@@ -30,6 +31,9 @@ class Setting:
     positional: bool
     switch: bool
     metavar: str
+    """What stands for a value in the help: a word, or all choices."""
+    default: str = ""
+    """As it would be given; "" where none is, or it is chosen at start."""
 
     @property
     def flag(self) -> str:
@@ -64,8 +68,23 @@ def settings_of(kind: type) -> Iterator[Setting]:
             many=item.default == (),
             positional=item.metadata["positional"],
             switch=isinstance(item.default, bool),
-            metavar=item.metadata["metavar"] or "N",
+            metavar=item.metadata["metavar"] or _choices(item.metadata["parse"]) or "N",
+            default=_spelled(item.default, item.metadata["metavar"]),
         )
+
+
+def _choices(parse: Callable[[object], Any]) -> str:
+    return "|".join(parse.choices) if isinstance(parse, OneOf) else ""
+
+
+def _spelled(default: object, metavar: str) -> str:
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    if isinstance(default, int) and metavar == "SIZE":
+        return spelled_size(default)
+    if isinstance(default, float):
+        return f"{default:g}"
+    return str(default) if isinstance(default, int | str) else ""
 
 
 def read(
@@ -89,6 +108,9 @@ def read(
     values: dict[str, Any] = {}
     for setting in settings_of(kind):
         name = setting.name
+        in_file = (
+            _parse(setting, table[name], f"{path}: {name}") if name in table else None
+        )  # wrong ones are told even where they do not count
         if flags.get(name) is not None:
             spelled = setting.metavar if setting.positional else setting.flag
             values[name] = _parse(setting, flags[name], spelled)
@@ -98,7 +120,7 @@ def read(
                 setting, raw.split(",") if setting.many else raw, setting.variable
             )
         elif name in table:
-            values[name] = _parse(setting, table[name], f"{path}: {name}")
+            values[name] = in_file
     return kind(**values)
 
 

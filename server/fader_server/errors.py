@@ -6,6 +6,7 @@ FaderError
 ├── RequestInvalid        a malformed or impossible request; carries the offending parameter
 │   └── ContextTooLong    prompt + output exceed the model's context
 ├── ModelNotFound         no such base, adapter, version or recipe for this caller
+├── AdapterUnavailable    the request is fine, what lies at its adapter's source is not
 ├── MergeBusy             the merged lane is being made or measured
 ├── MergeNoMemory         a merged lane does not fit beside what is reserved
 ├── MergeNotFound         there is no merged lane and none is being made
@@ -54,6 +55,10 @@ class ContextTooLong(RequestInvalid):
 
 class ModelNotFound(FaderError):
     """The requested model does not exist for this caller."""
+
+
+class AdapterUnavailable(FaderError):
+    """An adapter that a request names cannot be loaded, whatever the request."""
 
 
 class MergeBusy(FaderError):

@@ -9,7 +9,7 @@ import copy
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,9 +23,11 @@ from fader_adapters.errors import (
     SourceUnavailable,
     VersionConflict,
 )
+from fader_adapters.room import InTheWay, RoomWanted
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.ports import AdapterInfo, Adapters, AdapterTotals, Lease, Loaded, LoadOrder
 from fader_server.errors import Overloaded
+from fader_server.room import Line
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +38,8 @@ PASSING_SECONDS = 3.0
 MAX_REFUSALS = 4096
 MAX_LOADS = 32
 """Loads under way; more are told to come again."""
+MAX_ATTEMPTS = 5
+"""Loads into room that seemed to be there, until its request is told to come again."""
 
 
 class Loader(Adapters, Protocol):
@@ -52,6 +56,8 @@ class Loader(Adapters, Protocol):
     def evict(
         self, may_go: Callable[[str], bool], *, drops: Callable[[str], bool]
     ) -> str | None: ...
+
+    def in_the_way(self, wanted: RoomWanted, *, slow: Collection[str] = ()) -> InTheWay | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +79,14 @@ class OnDemand:
         offers: Callable[[str], bool],
         told: Callable[[str, float], None] = lambda result, seconds: None,
         clock: Callable[[], float] = time.monotonic,
+        room_seconds: float = 150.0,
+        max_waiting: int = 1024,
     ) -> None:
         """`offers(name)`: whether a source of this name may exist; cheap, called on a thread.
 
-        `told` hears of every load that was tried: ok or refused, and its seconds.
+        `told` hears of every load that was tried: ok or refused, and its seconds. A request waits
+        `room_seconds` for leases of others to end where its adapters need the room, and at most
+        `max_waiting` requests do.
         """
         self._inner = inner
         self._offers = offers
@@ -89,6 +99,8 @@ class OnDemand:
         self._barred: set[str] = set()
         self._awaited: Counter[str] = Counter()
         self._claims = NONE
+        self._room_seconds = room_seconds
+        self._line = Line(self._way, longest=max_waiting)
 
     async def lease(self, terms: Sequence[NamedTerm]) -> Lease:
         """Take the lease; names that are missing are loaded first, one load for all who ask.
@@ -96,22 +108,129 @@ class OnDemand:
         Raises AdapterNotFound for what is not there or not allowed, the load's own error for what
         is there and cannot be loaded, Overloaded, BlendInvalid.
         """
+        names = frozenset(term.ref.name for term in terms)
+        wanted = None
+        if self._line.passes(names, missing=self._missing) or not await self._exist(names):
+            found = await self._attempt(terms, names)
+            if not isinstance(found, RoomWanted):
+                return found
+            wanted = found
+        scope = asyncio.timeout(self._room_seconds)
+        try:
+            async with scope:
+                return await self._wait(terms, names, wanted)
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise _no_room() from None
+
+    async def _wait(
+        self, terms: Sequence[NamedTerm], names: frozenset[str], wanted: RoomWanted | None
+    ) -> Lease:
+        """The lease, when its turn for room has come. Raises what `lease` raises."""
+        with self._line.joined(names, wanted) as place:
+            for _ in range(MAX_ATTEMPTS):
+                in_the_way = await self._line.turn(place)
+                self._clear(in_the_way)
+                found = await self._attempt(terms, names)
+                if not isinstance(found, RoomWanted):
+                    return found
+                place.wanted = found
+        raise _no_room()
+
+    async def _attempt(
+        self, terms: Sequence[NamedTerm], names: frozenset[str]
+    ) -> Lease | RoomWanted:
+        """The lease, after what is missing was loaded; or the room that leases took just now."""
         try:
             return self._inner.acquire(terms)
         except AdapterNotFound:
-            names = {term.ref.name for term in terms}
-            missing = [name for name in names if self._missing(name)]
+            missing = self._absent(names)
             if not missing:
                 raise
         self._awaited.update(names)  # none of them is evicted before this lease holds it
         try:
-            for failure in await asyncio.gather(*(self._bring(name) for name in missing)):
-                if failure is not None:
-                    raise copy.copy(failure)  # one each: a traceback belongs to one request
-            return self._inner.acquire(terms)
+            for _ in range(MAX_ATTEMPTS):
+                failures = await asyncio.gather(*(self._bring(name) for name in missing))
+                if any(failures):
+                    break
+                try:
+                    return self._inner.acquire(terms)
+                except AdapterNotFound:
+                    missing = self._absent(names)  # one was leaving before it was awaited
+                    if not missing:
+                        raise
+            else:
+                raise _no_room()
         finally:
             self._awaited.subtract(names)
             self._awaited = +self._awaited
+        found = {n: f for n, f in zip(missing, failures, strict=True) if f is not None}
+        full = {name: f for name, f in found.items() if isinstance(f, ArenaFull)}
+        others = [f for name, f in found.items() if name not in full]
+        if others:
+            raise copy.copy(others[0])  # one each: a traceback is one request's
+        wanted = self._wanted(names, full)
+        if wanted is not None and self._way(wanted, ()) is not None:
+            return wanted
+        if len(names) == 1:  # what is too much together may fit alone
+            self._refuse(missing[0], full[missing[0]])
+        raise copy.copy(full[next(iter(full))])
+
+    async def _exist(self, names: frozenset[str]) -> bool:
+        """Whether each is known, or a source of it may exist: others are refused without a wait."""
+        strange = [
+            name for name in names if self._missing(name) and self._inner.order_of(name) is None
+        ]
+        for name in strange:
+            if self._refused(name) is not None or not await self._offered(name):
+                return False
+        return True
+
+    async def _offered(self, name: str) -> bool:
+        if self._loads >= MAX_LOADS:  # a look at a slow disk takes a thread, as a load does
+            raise Overloaded("Too many adapters are being loaded.", retry_after=2)
+        self._loads += 1
+        try:
+            return await asyncio.to_thread(self._offers, name)
+        finally:
+            self._loads -= 1
+
+    def _refused(self, name: str) -> AdapterError | None:
+        """What is known to be refused, without another look."""
+        known = self._refusals.get(name)
+        if known is not None and self._clock() < known.until:
+            return known.kind(known.text)
+        if name in self._barred or name in self._claims.names:
+            return AdapterNotFound.of(name)
+        return None
+
+    def _absent(self, names: frozenset[str]) -> list[str]:
+        """Those that are not in memory, the largest first."""
+        return sorted(filter(self._missing, names), key=self._size, reverse=True)
+
+    def _clear(self, names: frozenset[str]) -> None:
+        """Let go of those that nobody uses or waits for."""
+        while self._evict(lambda name: name in names and not self._awaited[name]):
+            pass
+
+    def _wanted(self, names: frozenset[str], full: Mapping[str, ArenaFull]) -> RoomWanted | None:
+        """The room that was missing; None: no lease that ends would help."""
+        pieces = [failure.nbytes for failure in full.values() if failure.nbytes is not None]
+        if not pieces or len(pieces) < len(full):
+            return None
+        sizes = {name: full[name].nbytes if name in full else self._size(name) for name in names}
+        return RoomWanted(max(pieces), sum(size or 0 for size in sizes.values()), names)
+
+    def _way(self, wanted: RoomWanted, slow: Collection[str]) -> InTheWay | None:
+        return self._inner.in_the_way(wanted, slow=slow)
+
+    def _size(self, name: str) -> int:
+        """Bytes of an adapter as it was last; 0: not known."""
+        try:
+            return self._inner.get(AdapterRef(name)).bytes
+        except AdapterNotFound:
+            return 0
 
     async def load(self, order: LoadOrder) -> Loaded:
         """What an administrator loads is not ours to evict, and a name barred before is free."""
@@ -161,11 +280,9 @@ class OnDemand:
 
     async def _bring(self, name: str) -> Exception | None:
         """Have the name loaded; why not, else."""
-        known = self._refusals.get(name)
-        if known is not None and self._clock() < known.until:
-            return known.kind(known.text)
-        if name in self._barred or name in self._claims.names:
-            return AdapterNotFound.of(name)
+        refused = self._refused(name)
+        if refused is not None:
+            return refused
         flight = self._flights.get(name)
         if flight is None:
             flight = asyncio.create_task(self._load(name))
@@ -193,7 +310,7 @@ class OnDemand:
         except AdapterError as error:
             self._mine.discard(name)
             self._told("refused", self._clock() - began)
-            return self._refuse(name, error)
+            return error if isinstance(error, ArenaFull) else self._refuse(name, error)
         finally:
             self._loads -= 1
         self._told("ok", self._clock() - began)
@@ -223,10 +340,17 @@ class OnDemand:
 
     def _make_room(self) -> bool:
         """On the loader's thread: let go of one that nobody uses or waits for."""
-        gone = self._inner.evict(
-            lambda name: not self._awaited[name], drops=lambda name: name in self._mine
-        )
+        return self._evict(lambda name: not self._awaited[name])
+
+    def _evict(self, may_go: Callable[[str], bool]) -> bool:
+        gone = self._inner.evict(may_go, drops=lambda name: name in self._mine)
         if gone is None:
             return False
         self._mine.discard(gone)
         return True
+
+
+def _no_room() -> Overloaded:
+    return Overloaded(
+        "The adapters in use left no room for those of this request in time.", retry_after=5
+    )

@@ -4,7 +4,7 @@ A parked name keeps its version, its report and where it came from; a request, o
 brings the same version back. Knows the adapters below as they answer, no files and no memory.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from fader_adapters.errors import (
     VersionConflict,
 )
 from fader_adapters.records import check_version
+from fader_adapters.room import InTheWay, RoomWanted
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.ports import AdapterInfo, Adapters, AdapterTotals, Lease, Loaded, LoadOrder
 
@@ -36,6 +37,10 @@ class Below(Adapters, Protocol):
     ) -> Loaded: ...
 
     def evict(self, may_go: MayGo) -> str | None: ...
+
+    def in_the_way(
+        self, wanted: RoomWanted, *, fixed: Collection[str] = (), slow: Collection[str] = ()
+    ) -> InTheWay | None: ...
 
     def names(self) -> frozenset[str]: ...
 
@@ -86,6 +91,10 @@ class Parking:
             return True
 
         return self._inner.evict(park)
+
+    def in_the_way(self, wanted: RoomWanted, *, slow: Collection[str] = ()) -> InTheWay | None:
+        """Where room could be made once leases end; None: nowhere, whatever ends."""
+        return self._inner.in_the_way(wanted, fixed=self._fixed, slow=slow)
 
     async def load(
         self, order: LoadOrder, *, make_room: Callable[[], bool] = lambda: False

@@ -6,7 +6,7 @@ Reading, hashing and checking files happen outside it.
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -18,6 +18,7 @@ from fader_adapters.leases import Lease, Reservation
 from fader_adapters.parse import ParsedAdapter
 from fader_adapters.pool import Pool
 from fader_adapters.records import AdapterStatus
+from fader_adapters.room import InTheWay, RoomWanted
 from fader_adapters.roots import Found
 from fader_adapters.source import RawAdapter
 from fader_adapters.sources import Sources
@@ -117,6 +118,13 @@ class Registry:
                     self._evictions += 1
                     return name
         return None
+
+    def in_the_way(
+        self, wanted: RoomWanted, *, fixed: Collection[str] = (), slow: Collection[str] = ()
+    ) -> InTheWay | None:
+        """Where room could be made once leases end: see Store.in_the_way."""
+        with self._lock:
+            return self._store.in_the_way(wanted, fixed=fixed, slow=slow)
 
     def unload(self, name: str) -> None:
         """The name is gone at once, its memory with its last lease. Raises AdapterNotFound."""

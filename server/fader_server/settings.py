@@ -3,8 +3,9 @@
 Every reader raises ValueError saying what it expects. Knows no setting by name.
 """
 
+import os
 import re
-from collections.abc import Callable
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,9 @@ _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,255}")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB|KB|MB|GB|TB|K|M|G|T)?", re.IGNORECASE)
 _BINARY = {"": 0, "B": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _SWITCH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+MANY_THREADS = 64
+"""Always allowed; four times the cores of the machine, where that is more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,15 +137,22 @@ def integer(value: object, *, low: int, high: int | None = None) -> int:
     return value
 
 
-def number(value: object, *, low: float) -> float:
+def threads(value: object) -> int:
+    """CPU threads: far more than there are cores do not start, or only wait for each other."""
+    return integer(value, low=1, high=max(MANY_THREADS, 4 * (os.cpu_count() or 1)))
+
+
+def number(value: object, *, low: float, high: float = sys.float_info.max) -> float:
     wanted = f"expected a number from {low:g}"
+    if high < sys.float_info.max:
+        wanted += f" to {high:g}"
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(wanted)
     try:
         result = float(value)
     except ValueError:
         raise ValueError(wanted) from None
-    if not low <= result < float("inf"):
+    if not low <= result <= high:
         raise ValueError(wanted)
     return result
 
@@ -167,10 +178,24 @@ def switch(value: object) -> bool:
     raise ValueError("expected true or false")
 
 
-def one_of(*choices: str) -> Callable[[object], str]:
-    def read(value: object) -> str:
-        if value not in choices:
-            raise ValueError(f"expected one of {', '.join(choices)}")
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """Reads one of a few words."""
+
+    choices: tuple[str, ...]
+
+    def __call__(self, value: object) -> str:
+        if value not in self.choices:
+            raise ValueError(f"expected one of {', '.join(self.choices)}")
         return str(value)
 
-    return read
+
+def one_of(*choices: str) -> OneOf:
+    return OneOf(choices)
+
+
+def spelled_size(size: int) -> str:
+    """As `size` reads it: 10GiB."""
+    units = ("", "KiB", "MiB", "GiB", "TiB")
+    power = next(p for p in range(4, -1, -1) if size % 1024**p == 0)
+    return f"{size >> 10 * power}{units[power]}"

@@ -122,7 +122,13 @@ def open_world(
     parking = Parking(registry, fixed=frozenset(fixed), limit=config.max_adapters)
     model = BaseModel(name, base.installed.spec.identity, plan.max_model_len, started)
     offers = sources.offers if config.resolve_adapters else (lambda name: False)
-    adapters = OnDemand(parking, offers=offers, told=metrics.loaded)
+    adapters = OnDemand(
+        parking,
+        offers=offers,
+        told=metrics.loaded,
+        room_seconds=config.first_token_timeout / 2,
+        max_waiting=config.max_waiting,
+    )
     parts = Parts(
         base,
         runner,

@@ -73,7 +73,6 @@ def test_duplicates_and_too_many_terms_are_refused(world):
     world.load("b", P[1])
     for refs in (
         [AdapterRef("a"), AdapterRef("a")],
-        [AdapterRef("a"), AdapterRef("same")],
         [AdapterRef("a"), AdapterRef("a", P[0].spec.version[:12], 0.0)],
     ):
         with pytest.raises(BlendInvalid, match="twice"):
@@ -82,6 +81,35 @@ def test_duplicates_and_too_many_terms_are_refused(world):
         world.store.acquire([AdapterRef("a")] * 9)
     assert world.store.leases == 0
     assert world.lease("a", "b").blend
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_weights_of_names_that_mean_one_version_are_added_up(world, order):
+    world.load("a", P[0])
+    world.load("same", P[0])
+    world.load("also", P[0])
+    world.load("b", P[1])
+    refs = [AdapterRef(n, None, w) for n, w in (("a", 0.1), ("same", 0.2), ("also", 0.3))]
+    sum_of = Blend.of([Term(P[0].spec.version, 0.6)])
+    with world.store.acquire(refs[::order]) as lease:
+        assert lease.blend.digest == sum_of.digest, "0.1 + 0.2 + 0.3 is not 0.6 in every order"
+        assert sorted(term.name for term in lease.terms) == ["a", "also", "same"]
+        assert world.store.status("a").leases == 1
+    assert world.store.status("a").leases == world.store.leases == 0
+
+
+def test_weights_that_add_up_to_nothing_drop_out_and_too_much_is_refused(world):
+    world.load("a", P[0])
+    world.load("same", P[0])
+    world.load("b", P[1])
+    half = [AdapterRef("a", None, 9.0), AdapterRef("same", None, -9.0), AdapterRef("b")]
+    with world.store.acquire(half) as lease:
+        assert lease.blend == Blend.of([Term(P[1].spec.version, 1.0)])
+        assert [term.name for term in lease.terms] == ["b"]
+        assert world.store.status("a").leases == 0
+    with pytest.raises(BlendInvalid, match="16"):
+        world.store.acquire([AdapterRef("a", None, 9.0), AdapterRef("same", None, 9.0)])
+    assert world.store.leases == 0
 
 
 def test_a_refused_acquire_leases_nothing(world):

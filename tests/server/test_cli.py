@@ -55,9 +55,22 @@ def test_every_setting_is_in_the_help():
         env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "200"},
         check=True,
     ).stdout
+    told = " ".join(told.replace("│", " ").split())
     for setting in config.settings():
         spelled = setting.metavar if setting.positional else setting.flag
         assert spelled in told
+    for shown in (
+        "--device auto|cpu|cuda where the base lives (default: auto)",
+        "--dtype auto|bfloat16|float16|float32 compute type (default: auto)",
+        "--log-level debug|info|warning|error",
+        "--merge-dtype nf4|bf16",
+        "--adapter-cache SIZE disk for fetched adapters (default: 10GiB)",
+        "--max-call-tokens N prompts times n times max_tokens (default: 1048576)",
+        "seconds of made-up steps before the first request, 0: none (default: 2)",
+        "--port N port to bind, 0: any free (default: 8000)",
+    ):
+        assert shown in told
+    assert "(default: None)" not in told
 
 
 def _commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

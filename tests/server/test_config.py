@@ -1,4 +1,5 @@
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -193,3 +194,30 @@ def test_merge_takes_a_name_a_version_or_auto():
     assert load({"merge": f"{name}=-1"}, {}).merge == (BlendTerm(name, -1.0),)
     with pytest.raises(ConfigInvalid, match="--merge-share"):
         load({"merge": "auto", "merge_share": "1"}, {})
+
+
+@pytest.mark.parametrize("kind", [ServeConfig, ClientConfig])
+def test_no_number_is_without_bounds(kind):
+    for setting in settings_of(kind):
+        if setting.metavar == "N" and not setting.switch:
+            with pytest.raises(ValueError, match=r"from .* to"):
+                setting.parse("9" * 18)
+            assert setting.parse("1") == 1
+
+
+def test_more_threads_than_any_use_are_refused_and_those_of_the_cores_are_not():
+    cores = os.cpu_count() or 1
+    assert load({"threads": str(cores)}, {}).threads == cores
+    most = max(64, 4 * cores)
+    with pytest.raises(ConfigInvalid, match=f"--threads: expected a whole number from 1 to {most}"):
+        load({"threads": str(most + 1)}, {})
+
+
+def test_a_wrong_value_in_the_file_is_told_where_a_flag_or_a_variable_counts(tmp_path):
+    file = tmp_path / "fader.toml"
+    file.write_text('port = "many"')
+    for flags, env in (({"port": "1"}, {}), ({}, {"FADER_PORT": "1"}), ({}, {})):
+        with pytest.raises(ConfigInvalid, match=r"fader\.toml: port"):
+            load({**flags, "config": str(file)}, env)
+    file.write_text("port = 2")
+    assert load({"port": "1", "config": str(file)}, {}).port == 1

@@ -23,14 +23,14 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _VERSION = re.compile(r"[0-9a-f]{12,64}")
 
 
-@user_router.get("/v1/adapters")
+@user_router.api_route("/v1/adapters", methods=["GET", "HEAD"])
 async def list_adapters(request: Request) -> Response:
     """The health report of every adapter that the caller may use."""
     reports = [report(info, request) for info in visible_to(request).adapters()]
     return JSONResponse({"object": "list", "data": reports})
 
 
-@user_router.get("/v1/adapters/{name:path}")
+@user_router.api_route("/v1/adapters/{name:path}", methods=["GET", "HEAD"])
 async def one_adapter(request: Request) -> Response:
     """One adapter's health report; `name@version` works too."""
     ref = AdapterRef.read(request.path_params["name"])

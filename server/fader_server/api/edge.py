@@ -8,6 +8,7 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +45,7 @@ class Edge:
             await self._app(scope, receive, send)
             return
         began = time.monotonic()
-        log = RequestLog(_request_id(scope))
+        log = RequestLog(request_id(scope["headers"]))
         scope["state"] = {**scope.get("state", {}), "log": log}
         status = 0
 
@@ -89,8 +90,9 @@ class Edge:
         _log.info("request", extra={"fields": fields})
 
 
-def _request_id(scope: Scope) -> str:
-    given = [value for name, value in scope["headers"] if name == b"x-request-id"]
+def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """The client's own, where it gave one that can be repeated."""
+    given = [value for name, value in headers if name == b"x-request-id"]
     if len(given) == 1 and _ID.fullmatch(given[0]):
         return given[0].decode()
     return f"req-{secrets.token_hex(12)}"

@@ -85,6 +85,7 @@ _TABLE: tuple[tuple[type[Exception], Answer], ...] = (  # the first match wins: 
     (server.ContextTooLong, Answer(400, INVALID, "context_length_exceeded")),
     (server.RequestInvalid, Answer(400, INVALID, None)),
     (server.ModelNotFound, Answer(404, INVALID, "model_not_found", param="model")),
+    (server.AdapterUnavailable, Answer(409, INVALID, "adapter_load_failed", retry=False)),
     (server.MergeBusy, Answer(409, INVALID, "merge_busy", retry=False)),
     (server.MergeNoMemory, Answer(507, FAULT, "merge_no_memory", retry=False)),
     (server.MergeNotFound, Answer(404, INVALID, "merge_not_found")),

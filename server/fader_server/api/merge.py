@@ -52,7 +52,7 @@ async def start(request: Request) -> Response:
     return JSONResponse(document(status), 202 if status.busy else 200)
 
 
-@admin_router.get("/v1/merge")
+@admin_router.api_route("/v1/merge", methods=["GET", "HEAD"])
 async def show(request: Request) -> Response:
     """The lane, the merge under way or what became of the last one, and the loss report."""
     return JSONResponse(document(_merging(request).status()))

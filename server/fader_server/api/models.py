@@ -17,7 +17,7 @@ from fader_server.errors import ModelNotFound
 router = APIRouter()
 
 
-@router.get("/v1/models")
+@router.api_route("/v1/models", methods=["GET", "HEAD"])
 async def list_models(request: Request) -> Response:
     """Every model that the caller may use."""
     context, visible = context_of(request), visible_to(request)
@@ -26,7 +26,7 @@ async def list_models(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": cards})
 
 
-@router.get("/v1/models/{id:path}")
+@router.api_route("/v1/models/{id:path}", methods=["GET", "HEAD"])
 async def one_model(request: Request) -> Response:
     """One model, by any spelling that a request may use."""
     context, visible = context_of(request), visible_to(request)

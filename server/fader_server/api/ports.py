@@ -276,7 +276,10 @@ class Adapters(Protocol):
         ...
 
     async def lease(self, terms: Sequence[NamedTerm]) -> Lease:
-        """The same, after loading what is missing where that is allowed. Raises AdapterError."""
+        """The same, after loading what is missing where that is allowed; waits for room.
+
+        Raises AdapterError, Overloaded.
+        """
         ...
 
     async def load(self, order: LoadOrder) -> Loaded:

@@ -27,7 +27,7 @@ async def ready(request: Request) -> Response:
     return _failing(reason, "not_ready") if reason else JSONResponse({"status": "ready"})
 
 
-@metrics_router.get("/metrics")
+@metrics_router.api_route("/metrics", methods=["GET", "HEAD"])
 async def metrics(request: Request) -> Response:
     """Prometheus text."""
     headers = {"content-type": CONTENT_TYPE, "cache-control": "no-store"}

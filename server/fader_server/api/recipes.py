@@ -18,7 +18,7 @@ admin_router = APIRouter()
 _DIGEST = re.compile(r"[0-9a-f]{12,64}")
 
 
-@admin_router.get("/v1/recipes")
+@admin_router.api_route("/v1/recipes", methods=["GET", "HEAD"])
 async def list_recipes(request: Request) -> Response:
     """Every recipe."""
     context = context_of(request)
@@ -26,7 +26,7 @@ async def list_recipes(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": found})
 
 
-@admin_router.get("/v1/recipes/{name:path}")
+@admin_router.api_route("/v1/recipes/{name:path}", methods=["GET", "HEAD"])
 async def one_recipe(request: Request) -> Response:
     """One recipe, with the versions that a request would use now and what is missing."""
     context = context_of(request)

@@ -6,13 +6,13 @@ Knows the grammar, the base's name and the recipes; the store decides whether an
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fader_adapters.errors import AdapterNotFound
+from fader_adapters.errors import AdapterInvalid, AdapterMismatch, AdapterNotFound, AdapterTooLarge
 from fader_server.api.blends import AdapterRef, NamedTerm, read_blend
 from fader_server.api.fields import Fields
 from fader_server.api.named_blends import Recipe
 from fader_server.api.ports import Lease
 from fader_server.api.visible import Known
-from fader_server.errors import ModelNotFound, RecipeIncomplete, RequestInvalid
+from fader_server.errors import AdapterUnavailable, ModelNotFound, RecipeIncomplete, RequestInvalid
 
 FindRecipe = Callable[[str], Recipe | None]
 """Recipes.find, or Visible.find."""
@@ -83,11 +83,15 @@ async def lease_target(target: Target, adapters: Known) -> Lease:
     """Resolve the names to versions and hold those, in one step; the caller releases the lease.
 
     `lease.blend` is what to compute, `lease.terms` are names with versions and weights. Raises
-    ModelNotFound, RecipeIncomplete naming what is missing, and what Adapters.lease raises beside
-    AdapterNotFound.
+    ModelNotFound, RecipeIncomplete naming what is missing, AdapterUnavailable for what can no
+    longer be loaded, and what else Adapters.lease raises.
     """
     try:
         return await adapters.lease(target.terms)
+    except (AdapterInvalid, AdapterMismatch, AdapterTooLarge) as error:
+        raise AdapterUnavailable(
+            f"An adapter of this request cannot be loaded from its source: {error}"
+        ) from error
     except AdapterNotFound:
         if target.recipe is not None:
             raise RecipeIncomplete(told_missing(target.recipe, adapters)) from None

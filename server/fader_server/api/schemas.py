@@ -3,13 +3,23 @@
 Knows OpenAI's fields and our extensions; knows nothing about tokens, adapters that exist, or HTTP.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fader_server.api.blends import NamedTerm, read_named
 from fader_server.api.choosing import Choosing, Limits, is_token_ids, read_choosing
 from fader_server.api.fields import Fields, is_text
-from fader_server.api.known import CHAT_FIELDS, COMPLETION_FIELDS, UNSERVED_FIELDS
+from fader_server.api.known import (
+    CHAT_FIELDS,
+    COMPLETION_FIELDS,
+    FIXED_FIELDS,
+    FIXED_OF_CHAT,
+    FIXED_OF_COMPLETIONS,
+    UNSERVED_FIELDS,
+    Fixed,
+)
 from fader_server.api.messages import Message, read_messages
 from fader_server.api.response_format import read_schema
 from fader_server.api.tools import read_tools
@@ -62,9 +72,7 @@ def read_completion(body: dict[str, Any], limits: Limits) -> Call:
     )
     logprobs = fields.optional_integer("logprobs", low=0, high=20)
     n = fields.integer("n", 1, low=1, high=limits.max_n)
-    fields.only("best_of", lambda v: v == n and type(v) is int, "is not supported beyond n")
-    fields.only("suffix", lambda v: False, "is not supported")
-    _refuse_unserved(fields)
+    _refuse_unserved(fields, n, FIXED_OF_COMPLETIONS)
     return _call(
         fields, limits, ignored, prompts=prompts, messages=(), n=n, max_tokens=most,
         tools=None, logprobs=logprobs, echo=echo,
@@ -86,10 +94,10 @@ def read_chat(body: dict[str, Any], limits: Limits) -> Call:
         logprobs = top or 0
     elif top:
         fields.refuse("top_logprobs", "needs logprobs to be true")
-    _refuse_unserved(fields)
+    n = fields.integer("n", 1, low=1, high=limits.max_n)
+    _refuse_unserved(fields, n, FIXED_OF_CHAT)
     _refuse_of_chat(fields)
     tools = read_tools(fields)
-    n = fields.integer("n", 1, low=1, high=limits.max_n)
     return _call(
         fields, limits, ignored, prompts=(), messages=messages, n=n, max_tokens=most,
         tools=tools, logprobs=logprobs, echo=False,
@@ -99,9 +107,17 @@ def read_chat(body: dict[str, Any], limits: Limits) -> Call:
 _MISSING = "is not supported by this server"
 
 
-def _refuse_unserved(fields: Fields) -> None:
+def _refuse_unserved(fields: Fields, n: int, own: Fixed) -> None:
+    fields.only("best_of", lambda v: v == n and type(v) is int, "is not supported beyond n")
+    for name, (allowed, why) in {**FIXED_FIELDS, **own}.items():
+        fields.only(name, partial(_is_one_of, allowed), why)
     for name in UNSERVED_FIELDS:
         fields.only(name, lambda v: v in (False, "", [], {}), _MISSING)
+
+
+def _is_one_of(allowed: Sequence[object], value: object) -> bool:
+    """Numbers are equal as JSON has them; true is no number."""
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
 
 
 def _refuse_of_chat(fields: Fields) -> None:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from fader_adapters.spec import Digest
+from fader_adapters.spec import Digest, added_up
 from fader_server.api.ports import LeasedTerm
 
 BlendKey = tuple[tuple[Digest, float], ...]
@@ -12,7 +12,7 @@ BlendKey = tuple[tuple[Digest, float], ...]
 
 def blend_key(terms: Sequence[LeasedTerm]) -> BlendKey:
     """The same for equal blends, however they are spelled."""
-    return tuple(sorted((term.version, term.weight) for term in terms))
+    return tuple(sorted(added_up(terms).items()))
 
 
 class Traffic:

@@ -14,13 +14,13 @@ def flags_of(settings: Iterable[Setting]) -> list[inspect.Parameter]:
     found = []
     for setting in settings:
         if setting.positional:
-            argument = typer.Argument(help=setting.help, metavar=setting.metavar)
+            argument = typer.Argument(help=_help(setting), metavar=setting.metavar)
             found.append(_parameter(setting.name, str, argument))
         elif setting.switch:
             names = f"{setting.flag}/--no-{setting.flag.removeprefix('--')}"
-            found.append(_parameter(setting.name, bool, typer.Option(names, help=setting.help)))
+            found.append(_parameter(setting.name, bool, typer.Option(names, help=_help(setting))))
         else:
-            option = typer.Option(setting.flag, help=setting.help, metavar=setting.metavar)
+            option = typer.Option(setting.flag, help=_help(setting), metavar=setting.metavar)
             found.append(_parameter(setting.name, list[str] if setting.many else str, option))
     file = typer.Option("--config", help="TOML file with settings", metavar="FILE")
     return [*found, _parameter("config", str, file)]
@@ -33,3 +33,8 @@ def _parameter(name: str, kind: Any, info: Any) -> inspect.Parameter:  # noqa: A
         default=None,
         annotation=Annotated[kind | None, info],
     )
+
+
+def _help(setting: Setting) -> str:
+    """Without square brackets: they are markup to what renders it."""
+    return f"{setting.help} (default: {setting.default})" if setting.default else setting.help

@@ -7,6 +7,7 @@ from urllib.parse import quote
 import pytest
 from openai.types import Model
 
+from fader_adapters.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge
 from fader_server.api.edge import JsonFormatter
 from fader_server.core import Admission, Request, TokenEvent
 from fader_server.engine.stats import TenantStats
@@ -107,10 +108,39 @@ async def test_no_adapter_takes_the_name_of_the_base(client, world: World):
     assert "base" not in world.adapters.infos
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready"])
-async def test_probes_answer_head(client, path):
-    answer = await client.head(path)
+@pytest.mark.parametrize(
+    "path", ["/health", "/ready", "/metrics", "/v1/models", "/v1/models/tone", "/v1/adapters"]
+)
+async def test_what_answers_get_answers_head(client, path):
+    whole, answer = await client.get(path), await client.head(path)
     assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["content-type"] == whole.headers["content-type"]
+    assert (await client.head("/v1/models/nobody")).status_code == 404
+
+
+@pytest.mark.parametrize("error", [AdapterInvalid, AdapterMismatch, AdapterTooLarge])
+@pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions"])
+async def test_a_request_is_not_blamed_for_what_lies_at_its_adapters_source(
+    client, world: World, monkeypatch, route, error
+):
+    async def lease(terms: object) -> None:
+        raise error("lora_A is missing")
+
+    body = (
+        {"prompt": "a"}
+        if route == "/v1/completions"
+        else {"messages": [{"role": "user", "content": "a"}]}
+    )
+    assert (await client.post(route, json={"model": "tone", **body})).status_code == 200
+    monkeypatch.setattr(world.adapters, "lease", lease)
+    answer = await client.post(route, json={"model": "tone", **body})
+    assert answer.status_code == 409
+    assert answer.headers["x-should-retry"] == "false"
+    told = answer.json()["error"]
+    assert told["code"] == "adapter_load_failed"
+    assert "lora_A is missing" in told["message"]
+    put = await client.put("/v1/adapters/new", json={"source": "broken"})
+    assert put.status_code == 400, "who loads by hand is told that the source is wrong"
 
 
 @pytest.mark.parametrize("name", ["a%0Ab", "..", ".hidden", "%3Cb%3E", "x" * 129, "a@b", "a%00"])

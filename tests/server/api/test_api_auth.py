@@ -46,7 +46,8 @@ def test_the_list_of_routes_is_the_contract(world: World):
     listed = routes(world)
     assert {route for route in listed if route[0] in ("PUT", "PATCH", "DELETE")} < ADMIN
     assert len([route for route in listed if route[0] != "HEAD"]) == 20
-    assert {path for method, path in listed if method == "HEAD"} < OPEN
+    heads, gets = ([path for method, path in listed if method == verb] for verb in ("HEAD", "GET"))
+    assert heads == gets
     assert {path for _, path in listed} >= OPEN
 
 
@@ -67,9 +68,10 @@ async def test_user_key_opens_user_routes_only(worlds):
     async with asgi(world, authorization="Bearer user-key") as client:
         for method, template in routes(world):
             answer = await client.request(method, path_of(template), json={})
-            if (method, template) in ADMIN:
+            if (method.replace("HEAD", "GET"), template) in ADMIN:
                 assert answer.status_code == 403
-                assert answer.json()["error"]["code"] == "permission_denied"
+                told = b"" if method == "HEAD" else b'"code":"permission_denied"'
+                assert told in answer.content
             else:
                 assert answer.status_code in (200, 400), (method, template)
     assert set(world.adapters.infos) == {"tone", "domain"}

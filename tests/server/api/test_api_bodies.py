@@ -120,6 +120,10 @@ BAD = [
     ("response_format", {"type": "regex"}), ("guided_choice", ["yes", "no"]),
     ("structured_outputs", {"choice": ["yes"]}), ("grammar", "root ::= x"), ("bad_words", ["x"]),
     ("use_beam_search", True), ("include_stop_str_in_output", True),
+    ("max_completion_tokens", 5), ("top_logprobs", 2), ("top_logprobs", False),
+    ("add_special_tokens", False), ("skip_special_tokens", False), ("truncate_prompt_tokens", 3),
+    ("truncate_prompt_tokens", -1), ("prompt_logprobs", 0), ("length_penalty", 0.5),
+    ("length_penalty", True), ("skip_special_tokens", 1),
     *[("lora", v) for v in ([{"id": 0, "scale": 1}], [{"id": "tone", "name": "tone", "scale": 1}])],
 ]  # fmt: skip
 
@@ -147,6 +151,9 @@ CHAT_BAD = [
     ("chat_template", "x"), ("chat_template_kwargs", {"a": 1}), ("max_completion_tokens", 0),
     ("functions", [{}]), ("guided_json", {"type": "object"}), ("guided_regex", "a+"),
     ("continue_final_message", True), ("add_generation_prompt", False),
+    ("echo", True), ("suffix", "x"), ("best_of", 2), ("add_special_tokens", True),
+    ("skip_special_tokens", False), ("truncate_prompt_tokens", 3), ("prompt_logprobs", 1),
+    ("length_penalty", 2),
 ]  # fmt: skip
 
 
@@ -169,6 +176,9 @@ async def test_bad_chat_fields_are_named(client, field, value):
         {"use_beam_search": False, "guided_json": None, "bad_words": [], "structured_outputs": {}},
         {"response_format": {"type": "text"}, "include_stop_str_in_output": False, "grammar": ""},
         {"seed": -(2**63), "temperature": 0, "top_k": -1, "logit_bias": {}},
+        {"add_special_tokens": True, "skip_special_tokens": True, "length_penalty": 1},
+        {"max_completion_tokens": None, "top_logprobs": 0, "truncate_prompt_tokens": None},
+        {"length_penalty": 1.0, "prompt_logprobs": None},
     ],
 )
 async def test_harmless_fields_pass(client, extra):
@@ -188,6 +198,8 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
         {"tools": None, "tool_choice": None, "max_tokens": None, "reasoning_effort": None},
         {"logprobs": False, "top_logprobs": 0, "modalities": ["text"], "store": True},
         {"reasoning_effort": "low", "verbosity": "low", "prompt_cache_retention": "24h"},
+        {"echo": False, "suffix": None, "best_of": 1, "n": 1, "add_special_tokens": False},
+        {"skip_special_tokens": True, "truncate_prompt_tokens": None, "length_penalty": 1.0},
         {
             "chat_id": "a",
             "session_id": "b",

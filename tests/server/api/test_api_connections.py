@@ -123,3 +123,54 @@ async def test_nonsense_after_the_answer_ends_in_silence(worlds, caplog):
                 assert await asyncio.wait_for(reader.read(), 5) == b""
         writer.close()
     assert not caplog.records
+
+
+async def ask(port: int, *lines: str) -> tuple[bytes, bytes]:
+    """Head and body of the answer to a request of these lines."""
+    sent = "\r\n".join((*lines, "connection: close", "", "")).encode()
+    answer = await send_all_then_read(port, sent, 0)
+    return answer.partition(b"\r\n\r\n")[::2]
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        ("http://other/v1/models", 200),
+        ("HTTPS://other:8000/v1/models?x=http://y/z", 200),
+        ("http://other/v1/nothing", 404),
+        ("http://other", 404),
+        ("http://user@other/v1/models", 404),
+        ("ftp://other/v1/models", 404),
+        ("/http://other/v1/models", 404),
+    ],
+)
+async def test_a_target_may_be_a_whole_url(world: World, target, status):
+    async with listening(world) as port:
+        head, _ = await ask(port, f"GET {target} HTTP/1.1", "host: a")
+        assert head.startswith(f"HTTP/1.1 {status}".encode())
+
+
+async def test_a_whole_url_needs_the_key_as_its_path_does(worlds):
+    async with listening(worlds(api_key=("sk-1",))) as port:
+        for target in ("/v1/models", "http://a/v1/models", "http://a//health/../v1/models"):
+            head, _ = await ask(port, f"GET {target} HTTP/1.1", "host: a")
+            assert head.startswith(b"HTTP/1.1 401")
+
+
+@pytest.mark.parametrize(
+    ("lines", "id"),
+    [
+        (("nonsense",), b"req-"),
+        (("GET /health HTTP/1.1",), b"req-"),
+        (
+            ("POST /v1/completions HTTP/1.1", "host: a", "content-type: application/json",
+             "x-request-id: mine", "transfer-encoding: chunked", "", "no chunk"),
+            b"mine",
+        ),
+    ],
+)  # fmt: skip
+async def test_what_is_not_http_has_a_request_id_too(world: World, lines, id):
+    async with listening(world) as port:
+        head, _ = await ask(port, *lines)
+        assert head.startswith(b"HTTP/1.1 400")
+        assert b"x-request-id: " + id in head

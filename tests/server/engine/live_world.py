@@ -254,11 +254,12 @@ class LiveWorld:
             lease = self.registry.acquire(terms)
         except AdapterError as error:
             self.refused[type(error).__name__] += 1
-            assert len({self.names.get(n, n) for n, _ in refs}) < len(refs) or not all(
-                n in self.names for n, _ in refs
-            )
+            assert len(refs) > 3 or not all(n in self.names for n, _ in refs)
             return
-        assert {t.version for t in lease.blend.terms} == {self.names[n] for n, _ in refs}
+        gammas: dict[str, float] = {}
+        for ref, gamma in refs:
+            gammas[self.names[ref]] = gammas.get(self.names[ref], 0.0) + gamma
+        assert {t.version: t.gamma for t in lease.blend.terms} == gammas
         prompt = range(start := self.rng.randint(0, 1), start + self.rng.randint(1, 20))
         request = Request(
             name,
@@ -397,7 +398,9 @@ def act(world: LiveWorld) -> None:
 
 def _refs(rng: random.Random) -> list[tuple[str, float]]:
     names = rng.sample("abcd", rng.choice([0, 1, 1, 1, 2, 3]))
-    return [(name, rng.choice([0.5, 1.0])) for name in names]
+    refs = [(name, rng.choice([0.5, 1.0])) for name in names]
+    too_many = len(refs) == 3 and {gamma for _, gamma in refs} == {1.0}
+    return [*refs, *refs[:1]] if too_many else refs
 
 
 def _params(rng: random.Random) -> dict[str, object]:
