@@ -67,10 +67,18 @@ def _reason(entry: os.DirEntry[str]) -> str:
     try:
         mode = os.lstat(os.path.join(entry.path, CONFIG_FILE)).st_mode
     except FileNotFoundError:
-        return f"the folder has no {CONFIG_FILE}"
+        return "" if _holds_folders(entry.path) else f"the folder has no {CONFIG_FILE}"
     except OSError as error:
         return f"{CONFIG_FILE} cannot be examined: {error.strerror}"
     return "" if stat.S_ISREG(mode) else f"{CONFIG_FILE} is not a regular file"
+
+
+def _holds_folders(directory: str) -> bool:
+    """Whether it is a folder of folders, as `team/tone` has."""
+    try:
+        return any(entry.is_dir() for entry in os.scandir(directory))
+    except OSError:
+        return False
 
 
 def _stamp(directory: str, name: str) -> tuple[int, ...]:

@@ -184,6 +184,7 @@ def test_folders_that_cannot_become_adapters_are_told_with_their_reason(tmp_path
     root = tmp_path / "root"
     for name in ("tone", "bad name", "at@x", "größe", "n" * 200, ".hidden", "linked", "pipe"):
         write_files(root / name)
+    write_files(root / "team" / "nested")
     (root / "empty").mkdir()
     (root / "link").symlink_to(root / "tone")
     (root / "loop").symlink_to(root / "loop")

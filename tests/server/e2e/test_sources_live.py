@@ -113,8 +113,8 @@ def test_forbidden_missing_and_malformed_names_cannot_be_told_apart(server, hub)
 def test_a_broken_one_is_fetched_once_and_refused_many_times(server, hub):
     before = hub.downloads
     answers = [ask(server, "org/broken") for _ in range(5)]
-    assert {answer.status_code for answer in answers} == {400}
-    assert {answer.json()["error"]["code"] for answer in answers} == {"adapter_invalid"}
+    assert {answer.status_code for answer in answers} == {409}
+    assert {answer.json()["error"]["code"] for answer in answers} == {"adapter_load_failed"}
     assert hub.downloads == before + 2
 
 
