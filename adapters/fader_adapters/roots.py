@@ -76,7 +76,8 @@ def _reason(entry: os.DirEntry[str]) -> str:
 def _holds_folders(directory: str) -> bool:
     """Whether it is a folder of folders, as `team/tone` has."""
     try:
-        return any(entry.is_dir() for entry in os.scandir(directory))
+        with os.scandir(directory) as entries:
+            return any(entry.is_dir() for entry in entries)
     except OSError:
         return False
 
