@@ -7,6 +7,7 @@ import pytest
 from bench import merge_rounding
 
 
+@pytest.mark.slow
 def test_keep_loses_less_than_plain_and_the_file_says_so(tmp_path, capsys):
     out = tmp_path / "rounding.json"
     assert merge_rounding.main(["--gammas", "0.3", "--adapters", "shout", "--out", str(out)]) == 0

@@ -85,7 +85,7 @@ async def history(server: Served, model: str) -> tuple[list[Op], list[Op]]:
     return writes, [Op(began, ended, number[version]) for began, ended, version in seen]
 
 
-@pytest.mark.parametrize("model", ["moving", "follows"])
+@pytest.mark.parametrize("model", ["moving", pytest.param("follows", marks=pytest.mark.slow)])
 async def test_readers_beside_swaps_see_one_order(root, model):
     async with served(root, max_batch_rows="16") as server:
         await server.put("moving", "team/v0")

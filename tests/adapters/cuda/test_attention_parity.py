@@ -63,6 +63,7 @@ def test_prompts_of_several_tiles_match_float64() -> None:
     assert worst(shape, [(150, 150), (1, 9), (33, 100), (2, 2)]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_more_rows_than_one_look_at_the_row_list_takes() -> None:
     shape = Shape(heads=1, kv_heads=1, dim=16)
     rows = [(1, 1 + seed % 3) for seed in range(130)] + [(3, 4), (2, 20)]

@@ -43,6 +43,7 @@ def serve(family: str, folder: Path, patch: pytest.MonkeyPatch, count: int) -> N
     assert chosen[0].nbytes > 0
 
 
+@pytest.mark.slow
 @interpreted
 def test_chunks_and_decode_of_a_capped_and_windowed_model_equal_peft(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

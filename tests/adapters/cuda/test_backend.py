@@ -90,6 +90,7 @@ def same(got: Told, want: Told) -> None:
         assert logprobs == pytest.approx(others, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_mixed_batches_give_the_references_tokens(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -283,6 +283,7 @@ def test_a_step_whose_adapters_leave_all_stacks_alone_launches_nothing(
         shared.run(mine, routing, x, y)
 
 
+@pytest.mark.slow
 def test_prompts_in_fixed_buffers_have_the_bits_of_others() -> None:
     made = rig()
     terms = StepTerms((RowTerms(5, COMPANY[1]), RowTerms(3), RowTerms(2, COMPANY[0])))
@@ -308,6 +309,7 @@ def test_more_tokens_than_before_find_their_places(monkeypatch: pytest.MonkeyPat
         assert error(made, terms, Routing.of(chosen(rows + others), 5)) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_how_pairs_are_shared_out_changes_no_bit(
     shared: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,6 +91,7 @@ def test_no_request_waits_for_a_compiler(
     assert compilations.seen - ready == set()
 
 
+@pytest.mark.slow
 def test_a_kernel_that_a_start_leaves_out_is_noticed(
     setting: Setting, monkeypatch: pytest.MonkeyPatch, compilations: Compilations
 ) -> None:

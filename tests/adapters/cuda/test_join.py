@@ -131,6 +131,7 @@ def test_a_row_has_the_same_bits_alone_in_company_and_beyond_the_fixed_room() ->
         assert torch.equal(alone[0], together[row])
 
 
+@pytest.mark.slow
 def test_padding_of_a_bucket_is_the_bases_and_none_is_written_past_the_rows_there_are() -> None:
     run, terms = Run(), MIXES["distinct and the base"]
     step = run.backend.prepare(run.world.tables, terms)

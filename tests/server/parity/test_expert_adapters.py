@@ -209,6 +209,7 @@ def test_experts_that_were_modules_equal_peft(family, mixture, names, tmp_path: 
     assert difference(oracle, other, answers[0], 1.0) > 10 * BOUND[torch.float32]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not native.available(), reason=native.reason() or "built")
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]

@@ -131,7 +131,7 @@ def _facts(answers: list[Answer]) -> list[object]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("form", ["nf4", "bf16"])
+@pytest.mark.parametrize("form", ["nf4", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_others_are_bitwise_the_same_before_beside_and_after_a_lane(llama: Setting, form, backend):
     plain = llama.world(backend=backend).run(_others() + _asks())
     world = llama.world(backend=backend)

@@ -13,17 +13,24 @@ from fader_server.errors import EngineFault
 from fader_server.model import packed_states, solo_rehearsal
 from fader_server.model.mixers import Mixers
 from fader_server.model.prefill import NativeReplays
-from fader_server.model.probe import ProbeModel
 from fader_server.model.state_kernels import StateKernels
 from fader_server.model.state_slots import SPARE, StateSlots, _Held
 from fader_server.model.states import StateShape
-from fader_server.model.views import BaseView
 from tests.server.parity.test_families import BOUND, difference
 from tests.server.parity.test_many_families import asks, equals_peft
-from tests.support.lanes import merge, publish
 from tests.support.many_families import write_many
 from tests.support.oracle import Oracle
-from tests.support.own_states import LIMITS, Setting, Twice, bits, same_bits_alone
+from tests.support.own_states import (
+    LIMITS,
+    Setting,
+    Twice,
+    a_half_computed_step_runs_again,
+    a_lane_equals_peft,
+    a_merge_is_measured,
+    bits,
+    nothing_is_found,
+    same_bits_alone,
+)
 from tests.support.solo_families import BY_KEY, SOLO
 from tests.support.world import Ask, TinyWorld, greedy
 
@@ -31,7 +38,7 @@ PACKED = {
     *("bamba", "falcon-h1", "granite-hybrid", "granite-hybrid-moe", "lfm2", "lfm2-moe"),
     *("nemotron-h", "olmo-hybrid", "qwen3-next", "qwen3.5", "qwen3.5-moe"),
 }
-QUICK = frozenset({"granite-hybrid-moe", "lfm2", "qwen3.5"})
+QUICK = frozenset({"lfm2", "qwen3.5"})
 STATEFUL = "qwen3.5"
 FAMILIES = [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in sorted(PACKED)]
 KEYED = [pytest.param(f, marks=[] if f == "kimi-linear" else pytest.mark.slow) for f in BY_KEY]
@@ -105,11 +112,7 @@ def test_who_is_sent_back_goes_on_with_the_same_bits(setting: Setting):
 
 
 def test_nothing_is_found_that_another_computed(setting: Setting):
-    world = setting.world()
-    ask = asks(512)[0]
-    first, again = world.run([ask])[0], world.run([ask])[0]
-    assert bits([first]) == bits([again])
-    assert first.cached == again.cached == world.blocks.cached == 0
+    nothing_is_found(setting)
 
 
 def test_a_step_may_be_run_again(setting: Setting, monkeypatch: pytest.MonkeyPatch):
@@ -131,21 +134,7 @@ def test_a_step_may_be_run_again(setting: Setting, monkeypatch: pytest.MonkeyPat
 def test_a_step_of_which_half_was_computed_may_be_run_again(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ):
-    questions = asks(512)[:4]
-    expected = bits(setting.world(limits=LIMITS).run(questions))
-    world = setting.world(limits=LIMITS)
-    run, last = world.runner.run, world.base.installed.sites[-1]
-
-    def once_more(plan):
-        with monkeypatch.context() as broken:
-            broken.setattr(last, "output", lambda member, x: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                run(plan)
-        return run(plan)
-
-    world.runner._replays = None
-    monkeypatch.setattr(world.runner, "run", once_more)
-    assert bits(world.run(questions)) == expected
+    a_half_computed_step_runs_again(setting, monkeypatch)
 
 
 def test_a_state_that_is_not_there_is_a_fault(setting: Setting):
@@ -195,27 +184,12 @@ def test_tokens_depend_on_what_was_computed_before(setting: Setting, ask: Ask, m
 
 
 def test_a_merged_lane_runs_there_too(setting: Setting):
-    world = setting.world()
-    blend = {"r8": 0.7, "r16": -0.4}
-    questions = [ask for ask in asks(512) if ask.blend == blend]
-    oracle = Oracle(setting.base, torch.float32, setting.adapters)
-    publish(world, merge(world, blend, form="bf16"))
-    for _ in range(3):  # recorded, proven, trusted
-        answers = world.run(questions)
-        assert all(row.lane is not None for plan in world.plans for row in plan.rows)
-        for ask, answer in zip(questions, answers, strict=True):
-            assert difference(oracle, ask, answer, 1.0) <= BOUND[torch.float32]
+    """Recorded, proven, trusted."""
+    a_lane_equals_peft(setting, rounds=3)
 
 
 def test_a_merge_is_measured_there_too(setting: Setting):
-    """By the same text through a copy of the model, chunk by chunk, while steps may run."""
-    world, tokens = setting.world(), asks(512)[2].prompt
-    probe = ProbeModel(world.base, lambda: None)
-    logits = torch.cat([views[0] for views in probe.logits(tokens, [BaseView()])])
-    expected = Oracle(setting.base, torch.float32, {}).logits(tokens, {})
-    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
-    ask = asks(512)[0]
-    assert bits(world.run([ask])) == bits(setting.world().run([ask])), "the copy left it alone"
+    a_merge_is_measured(setting)
 
 
 def test_what_a_sequence_takes_is_what_was_planned(setting: Setting):

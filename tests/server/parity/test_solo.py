@@ -7,26 +7,32 @@ from pathlib import Path
 import pytest
 import torch
 
-from fader_server.core import Plan
 from fader_server.errors import EngineFault, ModelUnsupported
 from fader_server.model import alone, rehearsal
 from fader_server.model import solo as solo_module
 from fader_server.model.mixers import Mixers
-from fader_server.model.probe import ProbeModel
 from fader_server.model.solo import SoloForward
 from fader_server.model.states import StateShape
-from fader_server.model.views import BaseView
 from tests.server.parity.test_families import BOUND, difference
 from tests.server.parity.test_many_families import asks, equals_peft
 from tests.support.families import write_family
-from tests.support.lanes import merge, publish
 from tests.support.many_families import write_many
 from tests.support.oracle import Oracle
-from tests.support.own_states import LIMITS, Setting, Twice, bits, same_bits_alone
+from tests.support.own_states import (
+    LIMITS,
+    Setting,
+    Twice,
+    a_half_computed_step_runs_again,
+    a_lane_equals_peft,
+    a_merge_is_measured,
+    bits,
+    nothing_is_found,
+    same_bits_alone,
+)
 from tests.support.solo_families import SOLO
 from tests.support.world import Ask, TinyWorld, greedy
 
-QUICK = frozenset({"bloom", "granite-hybrid-moe", "lfm2", "qwen3.5"})
+QUICK = frozenset({"bloom", "lfm2"})
 STATEFUL = "qwen3.5"
 ELSEWHERE = "reference"
 """The backend: native kernels take states of all rows at once (`test_packed_states`)."""
@@ -85,13 +91,10 @@ def test_computed_again_in_chunks_the_bits_would_be_others(setting: Setting):
 
 
 def test_nothing_is_found_that_another_computed(setting: Setting):
-    world = setting.world()
-    ask = asks(512)[0]
-    first, again = world.run([ask])[0], world.run([ask])[0]
-    assert bits([first]) == bits([again])
-    assert first.cached == again.cached == world.blocks.cached == 0
+    nothing_is_found(setting)
 
 
+@pytest.mark.slow
 def test_a_step_may_be_run_again(setting: Setting, monkeypatch: pytest.MonkeyPatch):
     questions = asks(512)[:4]
     expected = bits(setting.world(limits=LIMITS).run(questions))
@@ -102,23 +105,11 @@ def test_a_step_may_be_run_again(setting: Setting, monkeypatch: pytest.MonkeyPat
     assert bits(world.run(questions)) != expected
 
 
+@pytest.mark.slow
 def test_a_step_of_which_half_was_computed_may_be_run_again(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ):
-    questions = asks(512)[:4]
-    expected = bits(setting.world(limits=LIMITS).run(questions))
-    world = setting.world(limits=LIMITS)
-    run, last = world.runner.run, world.base.installed.sites[-1]
-
-    def once_more(plan: Plan):
-        with monkeypatch.context() as broken:
-            broken.setattr(last, "output", lambda member, x: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                run(plan)
-        return run(plan)
-
-    monkeypatch.setattr(world.runner, "run", once_more)
-    assert bits(world.run(questions)) == expected
+    a_half_computed_step_runs_again(setting, monkeypatch)
 
 
 def test_a_state_that_is_not_there_is_a_fault(setting: Setting):
@@ -152,28 +143,12 @@ def test_tokens_depend_on_what_was_computed_before(setting: Setting, ask: Ask, m
 
 
 def test_a_merged_lane_runs_there_too(setting: Setting):
-    world = setting.world()
-    blend = {"r8": 0.7, "r16": -0.4}
-    questions = [ask for ask in asks(512) if ask.blend == blend]
-    oracle = Oracle(setting.base, torch.float32, setting.adapters)
-    publish(world, merge(world, blend, form="bf16"))
-    answers = world.run(questions)
-    assert all(row.lane is not None for plan in world.plans for row in plan.rows)
-    for ask, answer in zip(questions, answers, strict=True):
-        assert difference(oracle, ask, answer, 1.0) <= BOUND[torch.float32]
+    a_lane_equals_peft(setting, rounds=1)
 
 
 @pytest.mark.parametrize("family", [STATEFUL, "bloom"])
 def test_a_merge_is_measured_there_too(family: str, tmp_path: Path):
-    """By the same text through a copy of the model, chunk by chunk, while steps may run."""
-    setting = Setting.of(family, tmp_path, ELSEWHERE)
-    world, tokens = setting.world(), asks(512)[2].prompt
-    probe = ProbeModel(world.base, lambda: None)
-    logits = torch.cat([views[0] for views in probe.logits(tokens, [BaseView()])])
-    expected = Oracle(setting.base, torch.float32, {}).logits(tokens, {})
-    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
-    ask = asks(512)[0]
-    assert bits(world.run([ask])) == bits(setting.world().run([ask])), "the copy left it alone"
+    a_merge_is_measured(Setting.of(family, tmp_path, ELSEWHERE))
 
 
 def test_what_a_sequence_takes_is_what_was_planned(setting: Setting):
