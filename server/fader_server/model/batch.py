@@ -1,5 +1,6 @@
 """Turns a plan's integers into the tensors of one packed forward. Decides nothing."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,9 @@ from fader_adapters.kernels.native import StateRows
 from fader_adapters.spec import RowTerms, StepTerms
 from fader_server.core import Plan, PlanRow
 from fader_server.model.passage import packed
+
+Places = Callable[[Plan], tuple[list[int], list[int]]]
+"""Of each row the slot its state is in, and the one its next state goes to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +64,13 @@ class Batch:
         return StepTerms(tuple(rows))
 
     @classmethod
-    def from_plan(cls, plan: Plan, *, block_size: int, device: torch.device) -> "Batch":
-        """One copy to the device, in order on its current stream; the host does not wait."""
+    def from_plan(
+        cls, plan: Plan, *, block_size: int, device: torch.device, states: Places | None = None
+    ) -> "Batch":
+        """One copy to the device, in order on its current stream; the host does not wait.
+
+        states: of a base whose layers keep some
+        """
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -89,6 +98,10 @@ class Batch:
             np.array(index, np.int64),
         )
         tokens, places, written, starts, contexts, tables, wanted = packed(arrays, device)
+        kept = None
+        if states is not None:
+            came_from, to = (torch.tensor(own, dtype=torch.int32) for own in states(plan))
+            kept = StateRows(starts, came_from, to)
         return cls(
             input_ids=tokens,
             position_ids=places,
@@ -100,6 +113,7 @@ class Batch:
             rows=tuple(rows),
             sampling=sampling,
             scored=scored,
+            states=kept,
         )
 
 

@@ -8,7 +8,6 @@ states lie `state_slots`. Each layer proves on a few tokens that it computes wha
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from types import FunctionType, MethodType
 
 import torch
@@ -18,7 +17,6 @@ from transformers import Cache, PretrainedConfig, PreTrainedModel
 from fader_adapters.kernels.native import StateRows, Tape
 from fader_server.core import Plan
 from fader_server.errors import ModelUnsupported
-from fader_server.model.batch import Batch
 from fader_server.model.mixers import found
 from fader_server.model.rehearsal import distance
 from fader_server.model.state_kernels import StateKernels
@@ -38,7 +36,8 @@ class PackedStates:
 
     def __init__(self, model: PreTrainedModel, tape: Tape) -> None:
         """Raises ModelUnsupported where a layer calls no function that is known."""
-        self._rows: StateRows | None = None
+        self.rows: StateRows | None = None
+        """Of the forward that runs now; None: it is none of the engine's, and keeps no states."""
         self._steady = Steady(tape)
         self._config = model.config
         self._slots = StateSlots()
@@ -56,11 +55,6 @@ class PackedStates:
 
     def __len__(self) -> int:
         return len(self._layers)
-
-    @property
-    def rows(self) -> StateRows | None:
-        """Of the forward that runs now; None: it is none of the engine's, and keeps no states."""
-        return self._rows
 
     linears: frozenset[nn.Module] = frozenset()
     """Those that are not given all of a step's tokens: none."""
@@ -89,11 +83,6 @@ class PackedStates:
             self._have(self._slots.count + self._slots.count // 2)
         return places
 
-    def placed(self, plan: Plan, batch: Batch) -> Batch:
-        """The batch of a plan with the places of its states."""
-        came_from, to = (torch.tensor(x, dtype=torch.int32) for x in self.places(plan))
-        return replace(batch, states=StateRows(batch.cu_tokens, came_from, to))
-
     def made_up(self, counts: Sequence[int]) -> StateRows:
         """Up to two rows of nobody's, from their beginning."""
         assert len(counts) <= SPARE
@@ -110,12 +99,12 @@ class PackedStates:
     @contextmanager
     def of(self, rows: StateRows) -> Iterator[None]:
         """The forward that runs inside goes on from these states; a token's bits are its own."""
-        self._rows = rows
+        self.rows = rows
         try:
             with self._steady:
                 yield
         finally:
-            self._rows = None
+            self.rows = None
 
     @contextmanager
     def strictly(self) -> Iterator[None]:
@@ -156,16 +145,15 @@ class _Layer:
     def __init__(self, module: nn.Module, cache: str, tape: Tape, owner: PackedStates) -> None:
         """cache: what it calls the cache it is given."""
         self.module = module
-        self.kernels = StateKernels(tape)
+        self.kernels = StateKernels(tape, lambda: owner.rows)
         self._owner = owner
         self._cache = cache
         self._own: Callable[..., torch.Tensor] = module.forward
-        own, kernels, packed = self._own, self.kernels, _with_functions(module, self.kernels)
+        own, packed = self._own, _with_functions(module, self.kernels)
 
         def forward(*args: object, **kwargs: object) -> torch.Tensor:
             if owner.rows is None:
                 return own(*args, **kwargs)
-            kernels.rows = owner.rows
             with owner.strictly():
                 return packed(*args, **{**kwargs, cache: None})
 

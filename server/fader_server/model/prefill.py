@@ -48,8 +48,8 @@ class PrefillInputs:
 
     def batch(self, plan: Plan) -> Batch:
         """What a plan comes to."""
-        batch = Batch.from_plan(plan, block_size=self._block_size, device=CPU)
-        return batch if self._states is None else self._states.placed(plan, batch)
+        states = None if self._states is None else self._states.places
+        return Batch.from_plan(plan, block_size=self._block_size, device=CPU, states=states)
 
     def fill(self, batch: Batch) -> tuple[Size, StepInputs]:
         """Write a batch's tokens, positions and wanted logits; the rest is taken from it."""

@@ -186,10 +186,13 @@ class ModelRunner:
             state.step = None
 
     def _eager(self, plan: Plan) -> Ready:
-        batch = Batch.from_plan(plan, block_size=self._cache.block_size, device=self._base.device)
         solo, backend, states = self._base.solo, self._base.backend, self._base.packed_states
-        if states is not None:
-            batch = states.placed(plan, batch)
+        batch = Batch.from_plan(
+            plan,
+            block_size=self._cache.block_size,
+            device=self._base.device,
+            states=None if states is None else states.places,
+        )
         step = backend.prepare(self._tables, plan.terms)
 
         def packed() -> torch.Tensor:

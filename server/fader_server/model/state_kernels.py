@@ -19,11 +19,11 @@ SILU = ("silu", "swish")
 
 
 class StateKernels:
-    """Those of one layer. Rows of a step must be told before its functions are called."""
+    """Those of one layer."""
 
-    def __init__(self, tape: Tape) -> None:
-        self.rows: StateRows | None = None
-        """Of the step that runs."""
+    def __init__(self, tape: Tape, rows: Callable[[], StateRows | None]) -> None:
+        """rows: of the step that runs, while one of the functions is called."""
+        self._rows = rows
         self._tape = tape
         self._slots = 1
         self._convolutions: dict[int, Convolution] = {}
@@ -150,8 +150,9 @@ class StateKernels:
         return self._scan(x, gates, self._told(), places=places, dtype=dtype).unsqueeze(0)
 
     def _told(self) -> StateRows:
-        assert self.rows is not None
-        return self.rows
+        rows = self._rows()
+        assert rows is not None
+        return rows
 
 
 def _side_by_side(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[int, int, int]]:

@@ -46,7 +46,21 @@ class StateRows:
         return RowsStruct(self.start.data_ptr(), self.came_from.data_ptr(), self.to.data_ptr())
 
 
-class Convolution:
+class _Slotted:
+    """What keeps states [slots, …], and is told to the library with their place and number."""
+
+    states: Tensor
+    _struct: ConvStruct | ScanStruct
+
+    def grow(self, slots: int) -> None:
+        """Have so many slots; those there were keep what they hold, recorded calls stay good."""
+        grown = self.states.new_empty(slots, *self.states.shape[1:])
+        grown[: len(self.states)] = self.states
+        self.states = grown
+        self._struct.states, self._struct.slots = grown.data_ptr(), slots
+
+
+class Convolution(_Slotted):
     """A causal depthwise convolution over a sequence's tokens."""
 
     def __init__(
@@ -78,11 +92,6 @@ class Convolution:
             channels=self.channels, taps=self.taps, dtype=CODES[weight.dtype], silu=silu,
         )  # fmt: skip
         self._tape = tape
-
-    def grow(self, slots: int) -> None:
-        """Have so many slots; those there were keep what they hold, recorded calls stay good."""
-        self.states = _grown(self.states, slots)
-        self._struct.states, self._struct.slots = self.states.data_ptr(), slots
 
     @staticmethod
     def fits(channels: int, taps: int) -> bool:
@@ -146,7 +155,7 @@ class ScanForm:
         )
 
 
-class Scan:
+class Scan(_Slotted):
     """A gated recurrence over a sequence's tokens: S ← e^g·S + k·uᵀ, y = Sᵀ·q."""
 
     def __init__(
@@ -178,11 +187,6 @@ class Scan:
         )  # fmt: skip
         self._tape = tape
         self._places: tuple[int, int, int] | None = None
-
-    def grow(self, slots: int) -> None:
-        """As Convolution.grow."""
-        self.states = _grown(self.states, slots)
-        self._struct.states, self._struct.slots = self.states.data_ptr(), slots
 
     def __call__(
         self,
@@ -236,9 +240,3 @@ class Scan:
             op.size[0] = x.shape[0]
             self._tape.note(op, x, y=gates, out=out, keep=self)
         return out
-
-
-def _grown(states: Tensor, slots: int) -> Tensor:
-    grown = states.new_empty(slots, *states.shape[1:])
-    grown[: len(states)] = states
-    return grown

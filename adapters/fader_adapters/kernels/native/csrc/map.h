@@ -14,7 +14,6 @@ FADER_INLINE V vgelu_tanh(V x) {
     return vmul(vmul(vset(0.5f), x), vadd(vset(1.0f), vtanh(inner)));
 }
 
-FADER_INLINE V vsigmoid(V x) { return vdiv(vset(1.0f), vadd(vset(1.0f), vexp(vmul(x, vset(-1.0f))))); }
 // max(x, 0) + log(1 + e) with e = exp(-|x|), the logarithm as 2 artanh(e / (2 + e))
 FADER_INLINE V vsoftplus(V x) {
     const V e = vexp(vmin(vmul(x, vset(-1.0f)), x)), s = vdiv(e, vadd(vset(2.0f), e)), z = vmul(s, s);

@@ -50,7 +50,7 @@ static void norm_rows(int64_t M, int64_t K, const void *x, int64_t xs, const voi
 template <int FLAGS, class Tx, class Tg>
 static void gated_norm_row(int64_t K, int64_t group, const Tx *x, const Tg *gate, const float *w, float eps, Tx *y) {
     const auto open = [&](int64_t i) {
-        const V g = vload_as(gate + i), s = vdiv(vset(1.0f), vadd(vset(1.0f), vexp(vmul(g, vset(-1.0f)))));
+        const V g = vload_as(gate + i), s = vsigmoid(g);
         return FLAGS & FADER_GATE_SIGMOID ? s : vmul(g, s);
     };
     const auto input = [&](int64_t i) {

@@ -234,6 +234,7 @@ FADER_INLINE V vtanh(V x) {
     V e = vexp(vmul(vmin(vset(20.0f), vmax(vset(-20.0f), x)), vset(2.0f)));
     return vadd(vset(1.0f), vdiv(vset(-2.0f), vadd(e, vset(1.0f))));
 }
+FADER_INLINE V vsigmoid(V x) { return vdiv(vset(1.0f), vadd(vset(1.0f), vexp(vmul(x, vset(-1.0f))))); }
 FADER_INLINE void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
 FADER_INLINE void prefetch_far(const void *p) { __builtin_prefetch(p, 0, 2); } // no nearer than L2
 
