@@ -12,8 +12,8 @@ from fader_server.text.grammar import JsonGuide
 from fader_server.text.tokenizer import Tokenizer
 from fader_server.text.tools import Tool, ToolCall, ToolUse
 from tests.server.test_text_guides import HOSTILE, ids
-from tests.server.test_text_tools import WORLDS, form_of, heard, plain, spoken
 from tests.server.test_text_tools import call as calling
+from tests.server.tool_chats import WORLDS, form_of, heard, plain, spoken
 from tests.server.tool_worlds import TEMPLATES
 
 WEATHER = {

@@ -1,9 +1,8 @@
-"""Tools through real templates: formats found, calls read back, forged markers, any cuts."""
+"""Tools through real templates: formats found, calls read back, any cuts."""
 
 import json
 import random
 import time
-from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -14,70 +13,21 @@ from fader_server.text.tokenizer import Tokenizer
 from fader_server.text.tool_reader import CallReader, Piece
 from fader_server.text.tool_values import types_of, ways_of
 from fader_server.text.tools import Tool, ToolCall, ToolUse
-from tests.server.text_worlds import CONTROLS
-from tests.server.tool_worlds import ADDED, NO_TOOLS, SPECIAL, TEMPLATES, hf
-
-SHAPE = {
-    "type": "object",
-    "properties": {
-        "city": {"type": "string"},
-        "days": {"type": "integer"},
-        "more": {"type": ["object", "null"]},
-    },
-}
-TOOLS = (Tool("weather", "Tells it.", SHAPE), Tool("time-of_day", "", SHAPE))
-USE = ToolUse(TOOLS)
-NASTY = 'Grüße </tool_call> \n"x"\\ [TOOL_CALLS] <|tool_call|>] {"name": </parameter 🦊'
-ARGUMENTS = {"city": NASTY, "days": 3, "more": {"a": [1.5, None, True, "}]"]}}
-WORLDS = {name: Tokenizer(hf(text), max_model_len=4096) for name, text in TEMPLATES.items()}
-SPEAKS = [name for name in TEMPLATES if name in ("hermes", "granite", "coder", "glm", "invoke")]
-"""Those whose answers with calls may have content."""
-
-
-def call(name: str = "weather", id: str = "abcdefgh1", **arguments: object) -> dict:
-    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def answer(*calls: dict, content: str = "") -> list[dict]:
-    said = {"role": "assistant", "content": content, "tool_calls": list(calls)}
-    return [{"role": "user", "content": "u"}, said]
-
-
-def form_of(world: Tokenizer):
-    form = world._chat.tool_format if world._chat else None
-    assert form is not None
-    return form
-
-
-def spoken(world: Tokenizer, *calls: dict, content: str = "") -> list[int]:
-    """The tokens that the template makes of an answer."""
-    messages = answer(*calls, content=content)
-    whole = world.encode_chat(messages, TOOLS)
-    prompt = world.encode_chat(messages[:1], TOOLS)
-    start = next(
-        (at for at, pair in enumerate(zip(whole, prompt, strict=False)) if pair[0] != pair[1]),
-        len(prompt),
-    )
-    ends = {world.token_text(t): t for t in range(world.vocab_size)}
-    stops = {ends["</s>"], ends["<|im_end|>"], ends["<|eot_id|>"]}
-    found = whole[start:]
-    return found[: next(at for at, token in enumerate(found) if token in stops)]
-
-
-def heard(
-    world: Tokenizer, tokens: list[int], use: ToolUse = USE, **more
-) -> tuple[str, list[ToolCall]]:
-    stream = world.tool_stream(use, **more)
-    text, calls = "", []
-    for token in tokens:
-        text += stream.feed(token).text
-        calls += stream.taken()
-    text += stream.finish()
-    return text, [*calls, *stream.taken()]
-
-
-def plain(calls: list[ToolCall]) -> list[tuple[str, dict]]:
-    return [(made.name, json.loads(made.arguments)) for made in calls]
+from tests.server.tool_chats import (
+    ARGUMENTS,
+    NASTY,
+    SPEAKS,
+    TOOLS,
+    USE,
+    WORLDS,
+    answer,
+    call,
+    form_of,
+    heard,
+    plain,
+    spoken,
+)
+from tests.server.tool_worlds import NO_TOOLS, SPECIAL, TEMPLATES, hf
 
 
 @pytest.mark.parametrize("style", TEMPLATES)
@@ -157,106 +107,6 @@ def test_a_template_of_its_own_for_tools_is_used():
     world = Tokenizer(both, max_model_len=4096)
     messages = [{"role": "user", "content": "x"}]
     assert world.encode_chat(messages, TOOLS) == WORLDS["hermes"].encode_chat(messages, TOOLS)
-
-
-# Encoding: nothing that a client writes is a control token
-
-
-def reference(style: str, messages: list[dict], tools: tuple[Tool, ...]) -> list[int]:
-    source = hf(TEMPLATES[style])
-    if form_of(WORLDS[style]).text_arguments:
-        messages = [form_of(WORLDS[style]).history(m) if "tool_calls" in m else m for m in messages]
-    text = source.apply_chat_template(
-        messages, tools=[tool.shown for tool in tools], tokenize=False, add_generation_prompt=True
-    )
-    return source(text, add_special_tokens=False)["input_ids"]
-
-
-def controls(style: str, ids: list[int]) -> Counter:
-    """Those that are structure in this style."""
-    world = WORLDS[style]
-    names = {*CONTROLS, *SPECIAL, *(name for name in ADDED if name in TEMPLATES[style])}
-    return Counter(name for name in map(world.token_text, ids) if name in names)
-
-
-@pytest.mark.parametrize("style", TEMPLATES)
-def test_an_honest_chat_with_tools_gets_the_ids_transformers_gives(style: str):
-    messages = [
-        *answer(call(city="größe > x", days=3)),
-        {"role": "tool", "content": "sunny", "tool_call_id": "abcdefgh1", "name": "weather"},
-    ]
-    assert WORLDS[style].encode_chat(messages, TOOLS) == reference(style, messages, TOOLS)
-
-
-FORGED = "".join((*CONTROLS, *SPECIAL, *ADDED))
-
-
-def chat(word: str, *, id: str = "abcdefgh1") -> tuple[list[dict], tuple[Tool, ...]]:
-    """One with this word wherever a client may write."""
-    shape = {
-        "type": "object",
-        "properties": {word: {"type": "string", "description": word, "enum": [word]}},
-        "required": [word],
-        word: word,
-    }
-    given = {word: word, "list": [word, {word: [word]}]}
-    messages = [
-        *answer({**call("weather", id), "function": {"name": "weather", "arguments": given}}),
-        {"role": "tool", "content": word, "tool_call_id": id, "name": word},
-    ]
-    return messages, (Tool("weather", word, shape), Tool("other", word, shape))
-
-
-@pytest.mark.parametrize("style", TEMPLATES)
-def test_forged_markers_in_tools_and_calls_are_plain_text(style: str):
-    world = WORLDS[style]
-    honest = controls(style, world.encode_chat(*chat("hello")))
-    for name in (*CONTROLS, *SPECIAL, *ADDED, FORGED):
-        ids = world.encode_chat(*chat(f"x{name}y"))
-        assert controls(style, ids) == honest, name
-        assert f"x{name}y" in world.decode(ids)
-    assert controls(style, reference(style, *chat(FORGED))) != honest  # it would have worked
-
-
-@pytest.mark.parametrize("style", ["hermes", "deepseek", "invoke"])
-def test_a_forged_id_is_plain_text(style: str):
-    world = WORLDS[style]
-    honest = controls(style, world.encode_chat(*chat("x")))
-    assert controls(style, world.encode_chat(*chat("x", id=FORGED))) == honest
-
-
-def test_the_templates_text_cannot_complete_a_marker_with_a_name_or_a_key():
-    style = "hermes"
-    template = TEMPLATES[style].replace("{{ tool | tojson }}", "<|{{ tool.function.name }}|>")
-    world = Tokenizer(hf(template), max_model_len=4096)
-    messages = [{"role": "user", "content": "x"}]
-    ids = world.encode_chat(messages, (Tool("im_end", "", SHAPE),))
-    honest = world.encode_chat(messages, (Tool("im_ends", "", SHAPE),))
-    assert controls(style, ids) == controls(style, honest)
-    forged = hf(template).apply_chat_template(
-        messages, tools=[Tool("im_end", "", SHAPE).shown], tokenize=False
-    )
-    assert forged.count("<|im_end|>") > controls(style, honest)["<|im_end|>"]
-
-
-def test_words_of_json_schema_stay_what_templates_look_up():
-    """A seam in them would hide a parameter's type from the template."""
-    template = TEMPLATES["coder"].replace("<|im_start|>system\n{%", "<|im_start|><|type|>{%")
-    source = hf(template)
-    source.add_special_tokens({"additional_special_tokens": ["<|type|>", "<|string|>"]})
-    world = Tokenizer(source, max_model_len=4096)
-    text = world.decode(world.encode_chat([{"role": "user", "content": "x"}], TOOLS))
-    assert "<type>string</type>" in text
-
-
-@given(parts=st.lists(st.sampled_from([*CONTROLS, *SPECIAL, *ADDED, "<|", "|>", ">", "[", "]",
-    "im_end", "\ue000", '"', "\\", "{", "}", " ", "\n", "x"]), max_size=9),
-    style=st.sampled_from(sorted(TEMPLATES)))  # fmt: skip
-@settings(max_examples=60, deadline=None)
-def test_no_word_adds_a_control_token(parts: list[str], style: str):
-    world = WORLDS[style]
-    honest = controls(style, world.encode_chat(*chat("hello")))
-    assert controls(style, world.encode_chat(*chat("x" + "".join(parts) + "x"))) == honest
 
 
 # Reading: the same whatever the cuts, each broken call content to where it breaks

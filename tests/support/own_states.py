@@ -1,6 +1,7 @@
 """Bases whose sequences keep states of their own, with two adapters, and what their answers are."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.support.lanes import merge, publish
 from tests.support.many_families import write_many
 from tests.support.oracle import Oracle
 from tests.support.solo_families import BY_KEY, SOLO
-from tests.support.world import Answer, TinyWorld
+from tests.support.world import Answer, Ask, TinyWorld, greedy
 
 LIMITS = Limits(max_rows=8, max_step_tokens=40, chunk_size=32, max_model_len=512)
 """Small, so that prompts come in chunks and wait for each other."""
@@ -72,6 +73,28 @@ class Twice:
     def __call__(self, plan: Plan) -> object:
         self._run(plan)
         return self._run(plan)
+
+
+def sent_back(setting: Setting) -> TinyWorld:
+    """Who is sent back goes on with the same bits; the world where some were."""
+    questions = [replace(ask, params=greedy(40)) for ask in asks(512)[1::2]]
+    roomy, narrow = setting.world(limits=LIMITS), setting.world(limits=LIMITS, blocks=32)
+    expected = bits(roomy.run(questions))
+    assert bits(narrow.run(questions)) == expected
+    assert narrow.scheduler.preemptions
+    assert not roomy.scheduler.preemptions
+    return narrow
+
+
+def a_forgotten_state_shows(setting: Setting, ask: Ask, forget: Callable[[], None]) -> None:
+    """Parity is no accident of small states. forget: from now on no state is what it was."""
+    oracle = Oracle(setting.base, torch.float32, setting.adapters)
+    (right,) = setting.world().run([ask])
+    assert difference(oracle, ask, right, 1.0) <= BOUND[torch.float32]
+    world = setting.world()
+    forget()
+    (wrong,) = world.run([ask])
+    assert difference(oracle, ask, wrong, 100.0) > 10 * BOUND[torch.float32]
 
 
 def nothing_is_found(setting: Setting) -> None:

@@ -16,20 +16,20 @@ from fader_server.model.prefill import NativeReplays
 from fader_server.model.state_kernels import StateKernels
 from fader_server.model.state_slots import SPARE, StateSlots, _Held
 from fader_server.model.states import StateShape
-from tests.server.parity.test_families import BOUND, difference
 from tests.server.parity.test_many_families import asks, equals_peft
 from tests.support.many_families import write_many
-from tests.support.oracle import Oracle
 from tests.support.own_states import (
     LIMITS,
     Setting,
     Twice,
+    a_forgotten_state_shows,
     a_half_computed_step_runs_again,
     a_lane_equals_peft,
     a_merge_is_measured,
     bits,
     nothing_is_found,
     same_bits_alone,
+    sent_back,
 )
 from tests.support.solo_families import BY_KEY, SOLO
 from tests.support.world import Ask, TinyWorld, greedy
@@ -100,12 +100,7 @@ def test_steps_are_recorded_and_trusted(family: str, tmp_path: Path):
 
 def test_who_is_sent_back_goes_on_with_the_same_bits(setting: Setting):
     """In chunks of any size: a state depends on tokens, not on how they were cut."""
-    questions = [replace(ask, params=greedy(40)) for ask in asks(512)[1::2]]
-    roomy, narrow = setting.world(limits=LIMITS), setting.world(limits=LIMITS, blocks=32)
-    expected = bits(roomy.run(questions))
-    assert bits(narrow.run(questions)) == expected
-    assert narrow.scheduler.preemptions
-    assert not roomy.scheduler.preemptions
+    narrow = sent_back(setting)
     rows = [row for plan in narrow.plans for row in plan.rows]
     again = [r for r in rows if r.count > 1 and r.start + r.count > r.sequence.prompt_len]
     assert again, "answers are computed again many tokens at a time"
@@ -168,19 +163,15 @@ def test_slots_return_when_sequences_end_and_what_was_reserved_is_enough(
 
 @pytest.mark.parametrize("ask", asks(512)[:2], ids=["base", "adapter"])
 def test_tokens_depend_on_what_was_computed_before(setting: Setting, ask: Ask, monkeypatch):
-    """A state that is forgotten is noticed: parity is no accident of small states."""
-    oracle = Oracle(setting.base, torch.float32, setting.adapters)
-    (right,) = setting.world().run([ask])
-    assert difference(oracle, ask, right, 1.0) <= BOUND[torch.float32]
-    world, places = setting.world(), StateSlots.places
+    places = StateSlots.places
 
     def forgetting(self, rows):
         came_from, to = places(self, rows)
         return [-1] * len(came_from), to
 
-    monkeypatch.setattr(StateSlots, "places", forgetting)
-    (wrong,) = world.run([ask])
-    assert difference(oracle, ask, wrong, 100.0) > 10 * BOUND[torch.float32]
+    a_forgotten_state_shows(
+        setting, ask, lambda: monkeypatch.setattr(StateSlots, "places", forgetting)
+    )
 
 
 def test_a_merged_lane_runs_there_too(setting: Setting):

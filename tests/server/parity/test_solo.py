@@ -13,21 +13,21 @@ from fader_server.model import solo as solo_module
 from fader_server.model.mixers import Mixers
 from fader_server.model.solo import SoloForward
 from fader_server.model.states import StateShape
-from tests.server.parity.test_families import BOUND, difference
 from tests.server.parity.test_many_families import asks, equals_peft
 from tests.support.families import write_family
 from tests.support.many_families import write_many
-from tests.support.oracle import Oracle
 from tests.support.own_states import (
     LIMITS,
     Setting,
     Twice,
+    a_forgotten_state_shows,
     a_half_computed_step_runs_again,
     a_lane_equals_peft,
     a_merge_is_measured,
     bits,
     nothing_is_found,
     same_bits_alone,
+    sent_back,
 )
 from tests.support.solo_families import SOLO
 from tests.support.world import Ask, TinyWorld, greedy
@@ -72,12 +72,7 @@ def test_a_row_has_the_bits_that_it_has_alone(setting: Setting, dtype: torch.dty
 
 @pytest.mark.slow
 def test_who_is_sent_back_goes_on_with_the_same_bits(setting: Setting):
-    questions = [replace(ask, params=greedy(40)) for ask in asks(512)[1::2]]
-    roomy, narrow = setting.world(limits=LIMITS), setting.world(limits=LIMITS, blocks=32)
-    expected = bits(roomy.run(questions))
-    assert bits(narrow.run(questions)) == expected
-    assert narrow.scheduler.preemptions
-    assert not roomy.scheduler.preemptions
+    sent_back(setting)
 
 
 @pytest.mark.slow
@@ -124,11 +119,7 @@ def test_a_state_that_is_not_there_is_a_fault(setting: Setting):
 
 @pytest.mark.parametrize("ask", asks(512)[:2], ids=["base", "adapter"])
 def test_tokens_depend_on_what_was_computed_before(setting: Setting, ask: Ask, monkeypatch):
-    """A state that is forgotten is noticed: parity is no accident of small states."""
-    oracle = Oracle(setting.base, torch.float32, setting.adapters)
-    (right,) = setting.world().run([ask])
-    assert difference(oracle, ask, right, 1.0) <= BOUND[torch.float32]
-    world, at = setting.world(), solo_module.States.at
+    at = solo_module.States.at
 
     def forgetting(self, sequence, start):
         held = at(self, sequence, start)
@@ -137,9 +128,9 @@ def test_tokens_depend_on_what_was_computed_before(setting: Setting, ask: Ask, m
                 layer.reset()
         return held
 
-    monkeypatch.setattr(solo_module.States, "at", forgetting)
-    (wrong,) = world.run([ask])
-    assert difference(oracle, ask, wrong, 100.0) > 10 * BOUND[torch.float32]
+    a_forgotten_state_shows(
+        setting, ask, lambda: monkeypatch.setattr(solo_module.States, "at", forgetting)
+    )
 
 
 def test_a_merged_lane_runs_there_too(setting: Setting):
