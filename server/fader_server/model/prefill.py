@@ -1,4 +1,4 @@
-"""Steps with prompts on the native backend: recorded at a few small sizes, then replayed at any.
+"""Steps with prompts on the native backend: recorded at a few sizes, then replayed at any.
 
 As with decode steps, a replay is trusted after it gave bit for bit what the model's own code gives:
 logits, and all that the tokens leave behind, for of most prompts' tokens no logits are wanted. This
