@@ -16,10 +16,12 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from fader_adapters.kernels.backend import ExpertsWeight, StackBackend, StackKernel
+from fader_adapters.kernels.nf4 import Nf4Weight
+from fader_adapters.kernels.nf4_stack import Nf4Stack
 from fader_adapters.kernels.routing import Routing
 from fader_adapters.kernels.stack_weights import StackWeight
 from fader_adapters.spec import BaseSpec, LinearSpec, SiteSpec
-from fader_adapters.stacks import DOWN, stack_names
+from fader_adapters.stacks import DOWN, absmax_of, in_nf4, stack_names
 from fader_adapters.step_state import StepState
 
 
@@ -69,10 +71,16 @@ def install_mixtures(
     return stacks
 
 
-def stack_weight(module: nn.Module, spec: LinearSpec, name: str) -> StackWeight:
+def stack_weight(module: nn.Module, spec: LinearSpec, name: str) -> StackWeight | Nf4Stack:
     """A parameter of the module, with the biases of its experts; a router's is its own affair."""
     bias = getattr(module, f"{name}_bias", None) if spec.role == "experts" else None
-    return StackWeight(getattr(module, name), bias, transposed=spec.conv1d)
+    source: torch.Tensor = getattr(module, name)
+    if not in_nf4(source):
+        return StackWeight(source, bias, transposed=spec.conv1d)
+    absmax: torch.Tensor = getattr(module, absmax_of(name))
+    rows = spec.experts * spec.out_features
+    weight = Nf4Weight(source.data.view(-1), absmax.view(-1), rows, spec.in_features)
+    return Nf4Stack(weight, spec.experts, bias)
 
 
 def _install_experts(module: nn.Module, stacks: Iterable[Stack], state: StepState) -> None:

@@ -1,5 +1,6 @@
 """Whether a mixture computes as the deltas of its experts and router assume: a few tokens tell."""
 
+import copy
 from typing import Any
 
 import torch
@@ -9,9 +10,11 @@ from torch.nn import functional as F
 from fader_adapters.expert_layers import OtherProduct, experts_forward, stack_weight
 from fader_adapters.kernels.routing import Routing
 from fader_adapters.spec import BaseSpec, LinearSpec
-from fader_adapters.stacks import DOWN, stack_names, stack_of
+from fader_adapters.stacks import DOWN, in_nf4, stack_names, stack_of
 
 TOKENS = 5
+SOME = 4
+"""Experts that tell what a module does with those it holds packed."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """Of the largest element."""
 
@@ -35,6 +38,8 @@ def unproven(model: nn.Module, spec: BaseSpec) -> set[str]:
 @torch.inference_mode()
 def _experts_as_assumed(module: nn.Module) -> bool:
     """Whether the module's own forward gives what its two products, gate and weights give."""
+    if any(in_nf4(getattr(module, name)) for name in stack_names(module)):
+        module = _some_experts(module)
     stacks = {name: stack_of(module, name) for name in stack_names(module)}
     (up,) = (name for name in stacks if name != DOWN)
     weight = getattr(module, up)
@@ -62,6 +67,31 @@ def _experts_as_assumed(module: nn.Module) -> bool:
         and own.shape == ours.shape
         and bool((own - ours).abs().max() <= TOLERANCE[weight.dtype] * own.abs().max())
     )
+
+
+def _some_experts(module: nn.Module) -> nn.Module:
+    """The module with a few of its experts, whose packed matrices are decoded: its own forward
+    multiplies by nothing else. Its other parts are the same."""
+    twin: Any = copy.copy(module)
+    count = min(SOME, stack_of(module, DOWN).experts)
+    floats = [p.dtype for p in module.parameters() if p.is_floating_point()]
+    dtype = floats[0] if floats else torch.float32
+    twin._parameters, twin.num_experts = {}, count
+    for name, parameter in module.named_parameters(recurse=False):
+        part = parameter.data[:count] if parameter.dim() > 1 else parameter.data
+        if name in stack_names(module) and in_nf4(parameter):
+            part = _decoded(module, name, count).to(dtype)
+        twin._parameters[name] = nn.Parameter(part, requires_grad=False)
+    return twin
+
+
+def _decoded(module: nn.Module, name: str, count: int) -> torch.Tensor:
+    """[count, out, in] fp32, or transposed where the module holds them so."""
+    spec = stack_of(module, name)
+    packed = stack_weight(module, spec, name)
+    values = packed.rows(0, count * spec.out_features)
+    values = values.view(count, spec.out_features, spec.in_features)
+    return values.mT.contiguous() if spec.conv1d else values
 
 
 @torch.inference_mode()

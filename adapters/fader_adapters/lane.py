@@ -11,6 +11,7 @@ import torch
 
 from fader_adapters.changes import Changes
 from fader_adapters.errors import BlendInvalid
+from fader_adapters.expert_layers import Stack
 from fader_adapters.kernels import native
 from fader_adapters.kernels.backend import Backend, BaseLinear, ExpertsWeight
 from fader_adapters.kernels.native.panels import PANEL
@@ -95,10 +96,11 @@ class Merger:
     def need(self) -> Need:
         """What the lane holds, and at most beside it while it is made."""
         own = [self._bytes(site) for site in self._sites]
-        one = [stack.weight.nbytes // stack.spec.experts for stack in self._stacks]
+        stacks = [self._stack_bytes(stack) for stack in self._stacks]
+        one = [size // stack.spec.experts for stack, size in zip(self._stacks, stacks, strict=True)]
         scratch = max((*own, *one), default=0)
         widths = [site.spec.in_features for site in self._sites]
-        own += [stack.weight.nbytes for stack in self._stacks]
+        own += stacks
         widths += [stack.spec.in_features for stack in self._stacks]
         if self._embedding is not None:
             linear, table = self._installed.spec.linears[self._embedding], self._installed.table
@@ -132,7 +134,7 @@ class Merger:
                 losses += work.losses
             stacks: dict[int, ExpertsWeight] = {}
             for stack in self._stacks:
-                experts = StackWork(stack, self._changes, device=self._device)
+                experts = self._stack_work(stack)
                 stacks[stack.index] = experts.run(room, pause, count)
                 losses.append(experts.loss)
             if self._embedding is not None:
@@ -153,6 +155,9 @@ class Merger:
             device=self._device,
         )
 
+    def _stack_work(self, stack: Stack) -> StackWork:
+        return StackWork(stack, self._changes, self.spec, dtype=self._dtype, device=self._device)
+
     def _table_work(self, linear: int) -> TableWork:
         table, change = self._installed.table, self._changes.of(linear)
         assert table is not None
@@ -167,3 +172,7 @@ class Merger:
             return base.nbytes
         rows = -(-sum(site.spec.out_features) // PANEL) * PANEL
         return rows * site.spec.in_features * dtype.itemsize
+
+    def _stack_bytes(self, stack: Stack) -> int:
+        dtype = weight_dtype(stack.weight, self.spec.form, self._dtype)
+        return stack.weight.nbytes if dtype is None else stack.spec.weights * dtype.itemsize

@@ -10,7 +10,7 @@ import torch
 
 from fader_adapters.changes import Change, Changes
 from fader_adapters.kernels import nf4
-from fader_adapters.kernels.backend import BaseLinear, Room
+from fader_adapters.kernels.backend import BaseLinear, ExpertsWeight, Room
 from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.layers import Installed, Site
 from fader_adapters.pauses import Pause
@@ -58,7 +58,9 @@ class LaneSpec:
         return Digest(hashlib.sha256(told.encode()).hexdigest())
 
 
-def weight_dtype(base: BaseLinear, form: Form, dtype: torch.dtype) -> torch.dtype | None:
+def weight_dtype(
+    base: BaseLinear | ExpertsWeight, form: Form, dtype: torch.dtype
+) -> torch.dtype | None:
     """Of the merged weight, `dtype` being the activations'; None: NF4.
 
     An unquantised weight stays one in a lane of either form.
@@ -98,9 +100,12 @@ class SiteWork:
         dtype = weight_dtype(self._base, self._spec.form, self._dtype)
         if dtype is None:
             keep = self._spec.rounding == "keep"
-            return room.nf4(self._chunks(self._pack, pause, told, keep=keep), shape, bias)
-        make = room.head if self._site.head else room.plain
-        return make(self._chunks(partial(self._round, dtype), pause, told), shape, bias)
+            make = partial(packed, self._device)
+            return room.nf4(self._chunks(make, pause, told, keep=keep), shape, bias)
+        place = room.head if self._site.head else room.plain
+        return place(
+            self._chunks(partial(rounded, dtype, self._device), pause, told), shape, bias
+        )  # fmt: skip
 
     def _chunks(
         self,
@@ -110,40 +115,15 @@ class SiteWork:
         *,
         keep: bool = False,
     ) -> Iterator[Made]:
-        width, begin = self._base.in_features, 0
-        step = chunk_rows(width)
+        begin = 0
         for linear, size in zip(self._site.spec.linears, self._site.spec.out_features, strict=True):
+            part = Part(self._base, begin, size, self._base.in_features, self._linears[linear].path)
+            lost: list[LinearLoss] = []
             change = self._changes.of(linear)
-            basis = None
-            if change is not None and keep:
-                basis = directions(change.delta.a)
-            parts: list[LinearLoss] = []
-            for start in range(begin, begin + size, step):
-                stop = min(start + step, begin + size)
-                given = self._base.rows(start, stop).cpu()
-                wanted = given if change is None else change.of_weight(given, start - begin)
-                pause()
-                kept = None if basis is None else Keep.of(basis, given, wanted)
-                made, values = make(wanted, kept)
-                yield made
-                pause()
-                if change is not None:
-                    path, rank = self._linears[linear].path, change.delta.rank
-                    parts.append(loss_of(path, rank, given, wanted, values))
-                pause()
-                told((stop - start) * width)
-            if parts:
-                self.losses.append(joined(parts))
+            yield from merged_rows(part, change, make, pause, told, lost, keep=keep)
+            if lost:
+                self.losses.append(joined(lost))
             begin += size
-
-    def _pack(self, wanted: torch.Tensor, kept: Keep | None) -> tuple[nf4.Nf4Weight, torch.Tensor]:
-        packed = quantise(wanted, kept)
-        return _moved(packed, self._device), nf4.dense(packed, torch.float32)
-
-    def _round(
-        self, dtype: torch.dtype, wanted: torch.Tensor, kept: Keep | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return rounded(wanted, dtype, self._device)
 
     def _bias(self) -> torch.Tensor | None:
         """The base's, unless a term adds to it; then in the activations' dtype."""
@@ -157,6 +137,65 @@ class SiteWork:
         return total.to(self._device, self._dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of a weight that are one linear's, or one expert's of a stack."""
+
+    weight: BaseLinear | ExpertsWeight
+    first: int
+    rows: int
+    width: int
+    path: str
+
+
+def merged_rows(
+    part: Part,
+    change: Change | None,
+    make: Make[Made],
+    pause: Pause,
+    told: Callable[[int], None],
+    lost: list[LinearLoss],
+    *,
+    keep: bool,
+) -> Iterator[Made]:
+    """The rows of W + Δ as `make` makes them, a chunk at a time; what each chunk lost goes to
+    `lost`, `told` hears its weights once it is done. keep: see `rounding`."""
+    basis = directions(change.delta.a) if change is not None and keep else None
+    step = chunk_rows(part.width)
+    for start in range(0, part.rows, step):
+        stop = min(start + step, part.rows)
+        given = part.weight.rows(part.first + start, part.first + stop).cpu()
+        wanted = given if change is None else change.of_weight(given, start)
+        pause()
+        kept = None if basis is None else Keep.of(basis, given, wanted)
+        made, values = make(wanted, kept)
+        yield made
+        pause()
+        if change is not None:
+            lost.append(loss_of(part.path, change.delta.rank, given, wanted, values))
+        pause()
+        told(given.numel())
+
+
+def packed(
+    device: torch.device, wanted: torch.Tensor, kept: Keep | None
+) -> tuple[nf4.Nf4Weight, torch.Tensor]:
+    """Weights in NF4 on `device`, and what they are now, in fp32. Raises CheckpointInvalid (NaN or
+    Inf)."""
+    made = quantise(wanted, kept)
+    return _moved(made, device), nf4.dense(made, torch.float32)
+
+
+def rounded(
+    dtype: torch.dtype, device: torch.device, wanted: torch.Tensor, kept: Keep | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in `dtype`; nothing is kept."""
+    made = wanted.to(dtype)
+    values = made.float()
+    require_finite(values)
+    return made.to(device), values
+
+
 def _moved(weight: nf4.Nf4Weight, device: torch.device) -> nf4.Nf4Weight:
     if device.type == "cpu":
         return weight
@@ -168,17 +207,6 @@ def _added(change: Change | None, size: int) -> torch.Tensor:
     if change is None or change.bias is None:
         return torch.zeros(size)
     return change.bias
-
-
-def rounded(
-    wanted: torch.Tensor, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights in `dtype` on `device`, and what they are now, in fp32. Raises CheckpointInvalid (NaN
-    or Inf)."""
-    kept = wanted.to(dtype)
-    values = kept.float()
-    require_finite(values)
-    return kept.to(device), values
 
 
 def loss_of(

@@ -37,7 +37,7 @@ class TableWork:
         for ids in torch.arange(len(table)).split(chunk_rows(table.shape[1])):
             given = self._base.lookup(ids.to(table.device)).float().cpu()
             wanted = self._change.of_lookup(given, ids)
-            kept, made = rounded(wanted, table.dtype, table.device)
+            kept, made = rounded(table.dtype, table.device, wanted)
             table[ids[0] : ids[-1] + 1] = kept
             self._parts.append(loss_of(self._linear.path, rank, given, wanted, made))
             pause()

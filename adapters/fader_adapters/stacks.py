@@ -5,6 +5,7 @@ Knows transformers' interface for experts; looks at no weight but to prove a for
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from fader_adapters.spec import LinearSpec
@@ -43,6 +44,17 @@ def stack_names(module: nn.Module) -> list[str]:
     ]
 
 
+def in_nf4(parameter: torch.Tensor) -> bool:
+    """Whether a stack of weights is packed: uint8 [experts, out, in/2], in whichever order the
+    module itself would hold them, and fp32 [experts, out, in/64] in the buffer `absmax_of`."""
+    return parameter.dtype == torch.uint8
+
+
+def absmax_of(name: str) -> str:
+    """The buffer that holds the scales of a packed stack."""
+    return f"{name}_absmax"
+
+
 def width_of(module: nn.Module) -> int:
     """Features of what the experts are given."""
     (up,) = (name for name in stack_names(module) if name != DOWN)
@@ -51,8 +63,12 @@ def width_of(module: nn.Module) -> int:
 
 def stack_of(module: nn.Module, name: str, path: str = "", layer: int | None = None) -> LinearSpec:
     """One parameter of the module as a target."""
-    shape = tuple(getattr(module, name).shape)
-    count, out, width = (shape[0], *shape[:0:-1]) if module.is_transposed else shape
+    parameter = getattr(module, name)
+    count, out, width = tuple(parameter.shape)
+    if in_nf4(parameter):
+        width *= 2
+    elif module.is_transposed:
+        out, width = width, out
     parts = (out // 2, out // 2) if name == "gate_up_proj" else (out,)
     if not getattr(module, "is_concatenated", True):
         parts = ()

@@ -11,8 +11,10 @@ from fader_adapters.errors import KernelUnavailable
 from fader_adapters.kernels import native
 from fader_adapters.kernels.cpu import NativeBackend
 from fader_adapters.kernels.nf4 import Nf4Weight
+from fader_adapters.kernels.nf4_stack import Nf4Stack
 from fader_adapters.kernels.reference import ReferenceBackend
 from fader_adapters.kernels.routing import Routing
+from fader_adapters.kernels.stack_weights import StackWeight
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import SiteSpec, StepTerms
 
@@ -60,7 +62,9 @@ class ExpertsWeight(Protocol):
     """[experts, out]"""
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def plain_dtype(self) -> torch.dtype | None:
+        """The weight's, where it is not quantised; None: NF4."""
+        ...
 
     @property
     def nbytes(self) -> int:
@@ -135,6 +139,13 @@ class Room(Protocol):
         each is stored before the next is asked for. On any thread."""
         ...
 
+    def nf4_stack(
+        self, rows: Iterable[Nf4Weight], shape: tuple[int, int, int], bias: torch.Tensor | None
+    ) -> ExpertsWeight:
+        """The same in NF4, with the kernels of a base's; rows of [experts · out, in] in order, some
+        at a time."""
+        ...
+
 
 class Backend(Protocol):
     """Base linears and batched deltas on one kind of device."""
@@ -204,6 +215,11 @@ class StackBackend(Protocol):
 
     def bind_stack(self, site: SiteSpec, experts: int) -> StackKernel:
         """Prepare the call of one stack: in and out are those of one expert."""
+        ...
+
+    def pack_stack(self, weight: StackWeight | Nf4Stack) -> ExpertsWeight:
+        """Bring a base's experts into this backend's layout, once, at load; as they are where it
+        has none."""
         ...
 
 

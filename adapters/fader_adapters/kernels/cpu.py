@@ -22,6 +22,7 @@ from fader_adapters.kernels.native import (
 )
 from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight
+from fader_adapters.kernels.nf4_stack import Nf4Stack
 from fader_adapters.kernels.stack_weights import StackWeight
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import SiteSpec, StepTerms
@@ -140,6 +141,13 @@ class NativeRoom:
     ) -> "PanelStack | StackWeight":
         return PanelStack.of(
             matrices, shape, bias, store=self._store, scratch=self._scratch, tape=self._tape
+        )
+
+    def nf4_stack(
+        self, rows: Iterable[Nf4Weight], shape: tuple[int, int, int], bias: torch.Tensor | None
+    ) -> "PanelStack | Nf4Stack":
+        return PanelStack.of_nf4(
+            rows, shape, bias, store=self._store, scratch=self._scratch, tape=self._tape
         )
 
 
@@ -264,17 +272,15 @@ class NativeBackend:
         self._sites.append(kernel)
         return kernel
 
-    def pack_stack(self, weight: StackWeight) -> "PanelStack | StackWeight":
-        """A base's experts in the kernels' layout, once, at load; plain where it has none."""
+    def pack_stack(self, weight: StackWeight | Nf4Stack) -> "PanelStack | StackWeight | Nf4Stack":
+        bias = None if weight.bias is None else weight.bias.data
+        place = {"store": self._store, "scratch": self._scratch, "tape": self.tape}
+        if isinstance(weight, Nf4Stack):
+            matrices = map(weight.matrix, range(weight.experts))
+            return PanelStack.of_nf4(matrices, weight.shape, bias, **place)
         experts, out, width = weight.values.shape
-        return PanelStack.of(
-            (matrix.contiguous() for matrix in weight.values),
-            (experts, out, width),
-            None if weight.bias is None else weight.bias.data,
-            store=self._store,
-            scratch=self._scratch,
-            tape=self.tape,
-        )
+        dense = (matrix.contiguous() for matrix in weight.values)
+        return PanelStack.of(dense, (experts, out, width), bias, **place)
 
     def prepare(self, tables: Tables, terms: StepTerms) -> StepPlan | None:
         if terms.idle:

@@ -15,7 +15,9 @@ import torch
 
 from fader_adapters.kernels.native import (
     ExpertPanels,
+    Nf4Panels,
     PanelStore,
+    PlainPanels,
     Site,
     SiteTables,
     StepPlan,
@@ -26,6 +28,8 @@ from fader_adapters.kernels.native import (
 )
 from fader_adapters.kernels.native.checks import FLOATS
 from fader_adapters.kernels.native.panels import PANEL
+from fader_adapters.kernels.nf4 import Nf4Weight
+from fader_adapters.kernels.nf4_stack import Nf4Stack
 from fader_adapters.kernels.routing import Routing
 from fader_adapters.kernels.stack_weights import StackWeight, filled_stack
 from fader_adapters.kernels.tables import Tables
@@ -71,14 +75,34 @@ class PanelStack:
         parts = chain([first], parts)
         if not ExpertPanels.fits(*shape[1:]) or first.dtype not in FLOATS:
             return filled_stack(parts, shape, bias)
-        panels = ExpertPanels(
-            parts, shape, first.dtype, bias=bias, store=store, workspace=scratch, tape=tape
-        )
-        return PanelStack(panels, bias)
+        experts, out, width = shape
+        panels = PlainPanels.blank(experts * out, width, first.dtype, store=store)
+        panels.fill(parts)
+        own = ExpertPanels(panels, experts, bias=bias, workspace=scratch, tape=tape)
+        return PanelStack(own, bias)
+
+    @staticmethod
+    def of_nf4(
+        rows: Iterable[Nf4Weight],
+        shape: tuple[int, int, int],
+        bias: torch.Tensor | None,
+        *,
+        store: PanelStore,
+        scratch: Workspace,
+        tape: Tape,
+    ) -> "PanelStack | Nf4Stack":
+        """The same in NF4, of rows of [experts · out, in], some at a time."""
+        experts, out, width = shape
+        if not ExpertPanels.fits(out, width):
+            return Nf4Stack.of(rows, shape, bias)
+        panels = Nf4Panels.blank(experts * out, width, store=store)
+        panels.fill((part.packed, part.absmax, part.out_features) for part in rows)
+        own = ExpertPanels(panels, experts, bias=bias, workspace=scratch, tape=tape)
+        return PanelStack(own, bias)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.panels.dtype
+    def plain_dtype(self) -> torch.dtype | None:
+        return None if isinstance(self.panels, Nf4Panels) else self.panels.dtype
 
     @property
     def nbytes(self) -> int:
@@ -89,7 +113,8 @@ class PanelStack:
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         first = start // PANEL * PANEL
-        return self.panels.rows(first, stop).dense(torch.float32)[start - first :]
+        panels = self.panels.rows(first, stop)
+        return panels.dense(torch.float32, alone=True)[start - first :]
 
     def product(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         first = start // PANEL * PANEL

@@ -9,6 +9,7 @@ import torch
 from fader_adapters.kernels import nf4
 from fader_adapters.kernels.dense import ByRows, DenseLinear, filled, linear
 from fader_adapters.kernels.nf4 import Nf4Weight, dense, stack
+from fader_adapters.kernels.nf4_stack import Nf4Stack
 from fader_adapters.kernels.stack_weights import StackWeight, filled_stack
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import SiteSpec, StepTerms
@@ -77,6 +78,11 @@ class TorchRoom:
         bias: torch.Tensor | None,
     ) -> StackWeight:
         return filled_stack(matrices, shape, bias)
+
+    def nf4_stack(
+        self, rows: Iterable[Nf4Weight], shape: tuple[int, int, int], bias: torch.Tensor | None
+    ) -> Nf4Stack:
+        return Nf4Stack.of(rows, shape, bias)
 
 
 @dataclass(frozen=True)
@@ -191,6 +197,9 @@ class ReferenceBackend:
         from fader_adapters.kernels.reference_experts import ReferenceStack  # it knows our steps
 
         return ReferenceStack(site, experts)
+
+    def pack_stack(self, weight: StackWeight | Nf4Stack) -> StackWeight | Nf4Stack:
+        return weight
 
 
 class ReferenceSite:

@@ -38,7 +38,7 @@ class StackWeight(ByRows):
         return self.source.data.mT if self.transposed else self.source.data
 
     @property
-    def dtype(self) -> torch.dtype:
+    def plain_dtype(self) -> torch.dtype:
         return self.source.dtype
 
     @property

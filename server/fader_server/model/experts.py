@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 from fader_adapters.kernels.cpu import NativeBackend
 from fader_adapters.kernels.cpu_experts import PanelStack
 from fader_adapters.kernels.dense import linear
+from fader_adapters.kernels.native import Nf4Panels, PlainPanels
+from fader_adapters.kernels.nf4_stack import Nf4Stack
 from fader_adapters.kernels.stack_weights import StackWeight
 from fader_adapters.layers import Installed, SiteLinear
-from fader_adapters.stacks import experts
+from fader_adapters.stacks import absmax_of, experts
 
 BLOCK = 8
 """Rows of a product: few tokens of a step meet in one expert."""
@@ -53,10 +55,17 @@ def pack_experts(model: PreTrainedModel, installed: Installed, backend: NativeBa
     """Bring stacks of experts into panels, one after the other; parameters keep those alone."""
     for stack in installed.stacks.values():
         if stack.spec.role == "experts":
-            assert isinstance(stack.weight, StackWeight)
+            assert isinstance(stack.weight, StackWeight | Nf4Stack)
             stack.weight = backend.pack_stack(stack.weight)
             if isinstance(stack.weight, PanelStack):
-                model.get_parameter(stack.spec.path).data = stack.weight.panels.panels
+                _keep_only(model, stack.spec.path, stack.weight.panels)
+
+
+def _keep_only(model: nn.Module, path: str, panels: Nf4Panels | PlainPanels) -> None:
+    """Let a module hold a stack in panels and nothing of what they were made of."""
+    model.get_parameter(path).data = panels.panels
+    if isinstance(panels, Nf4Panels):
+        model.get_buffer(absmax_of(path)).data = panels.scales
 
 
 def routed(model: nn.Module) -> Iterator[nn.Module]:

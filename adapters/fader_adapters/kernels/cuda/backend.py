@@ -18,6 +18,7 @@ from fader_adapters.kernels.cuda.nf4_codes import CODES
 from fader_adapters.kernels.dense import DenseLinear, filled
 from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight
 from fader_adapters.kernels.nf4 import filled as nf4_filled
+from fader_adapters.kernels.nf4_stack import Nf4Stack
 from fader_adapters.kernels.routing import Routing
 from fader_adapters.kernels.stack_weights import StackWeight, filled_stack
 from fader_adapters.kernels.tables import Tables
@@ -119,6 +120,11 @@ class CudaRoom:
     ) -> StackWeight:
         return filled_stack(matrices, shape, bias)
 
+    def nf4_stack(
+        self, rows: Iterable[Nf4Weight], shape: tuple[int, int, int], bias: torch.Tensor | None
+    ) -> Nf4Stack:
+        return Nf4Stack.of(rows, shape, bias)
+
 
 class CudaBackend:
     """bf16 on sm_80 and newer; fp16 and fp32 too, with every weight decoded at every call.
@@ -173,6 +179,9 @@ class CudaBackend:
 
     def bind_stack(self, site: SiteSpec, experts: int) -> CudaStack:
         return CudaStack(self._deltas.bind_stack(site))
+
+    def pack_stack(self, weight: StackWeight | Nf4Stack) -> StackWeight | Nf4Stack:
+        return weight
 
     def prepare(self, tables: Tables, terms: StepTerms) -> LoraStep | None:
         """One copy and one launch, none where rows and tables are those of the step before.

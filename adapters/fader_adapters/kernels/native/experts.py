@@ -2,7 +2,6 @@
 no routers, no adapters."""
 
 import ctypes
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -10,37 +9,43 @@ from torch import Tensor
 from fader_adapters.kernels.native import checks
 from fader_adapters.kernels.native.library import CODES, ExpertsStruct, library
 from fader_adapters.kernels.native.ops import Kind, Op, Tape
-from fader_adapters.kernels.native.panels import PANEL, PanelStore
+from fader_adapters.kernels.native.panels import PANEL, Nf4Panels
 from fader_adapters.kernels.native.plain import PlainPanels
 from fader_adapters.kernels.native.quantise import BLOCK
+from fader_adapters.kernels.native.site import PLAIN
 from fader_adapters.kernels.native.workspace import Workspace
 
 
 class ExpertPanels:
-    """W [experts, n, k] in plain panels, and what multiplies by it."""
+    """What multiplies by W [experts, n, k] in panels."""
 
     def __init__(
         self,
-        matrices: Iterable[Tensor],
-        shape: tuple[int, int, int],
-        dtype: torch.dtype,
+        panels: Nf4Panels | PlainPanels,
+        experts: int,
         *,
         bias: Tensor | None = None,
-        store: PanelStore | None = None,
         workspace: Workspace | None = None,
         tape: Tape | None = None,
     ) -> None:
-        """Copies the contiguous matrices [n, k] one by one; shape: (experts, n, k), n a multiple of
-        32 and k of 64; bias [experts, n]. Raises: TypeError, ValueError."""
-        self.experts, self.n, self.k = shape
-        if not self.fits(self.n, self.k):
-            raise ValueError(f"n must be a multiple of {PANEL} and k of {BLOCK}, got {shape}")
-        self.panels = PlainPanels.blank(self.experts * self.n, self.k, dtype, store=store)
-        self.panels.fill(matrices)
+        """panels: of W [experts · n, k], n a multiple of 32; bias [experts, n]. Raises: TypeError,
+        ValueError."""
+        self.panels, self.experts, self.k = panels, experts, panels.k
+        self.n = panels.n // checks.positive("experts", experts)
+        if panels.n % experts or not self.fits(self.n, self.k):
+            raise ValueError(
+                f"n must be a multiple of {PANEL} and k of {BLOCK}, "
+                f"got {panels.n} rows of {panels.k} for {experts} experts"
+            )
         self._workspace = workspace or Workspace()
         self._tape = tape
-        self._struct = ExpertsStruct(n=self.n, k=self.k, experts=self.experts)
-        self._struct.panels = self.panels.panels.data_ptr()
+        self._struct = ExpertsStruct(n=self.n, k=self.k, experts=experts)
+        self._struct.panels = panels.panels.data_ptr()
+        if isinstance(panels, Nf4Panels):
+            self._struct.scales = panels.scales.data_ptr()
+        else:
+            self._struct.weights = PLAIN
+        self._inputs = (panels.dtype,) if isinstance(panels, PlainPanels) else checks.FLOATS
         if bias is not None:
             bias = checks.tensor(
                 "bias", bias, checks.FLOATS, shape=(self.experts, self.n)
@@ -55,11 +60,11 @@ class ExpertPanels:
 
     def __call__(self, x: Tensor, ends: Tensor) -> Tensor:
         """x [T, k], rows expert by expert, ends int32 [experts]: where each expert's end → [T, n]
-        in x's dtype, one rounding from fp32 sums.
+        in x's dtype, one rounding from fp32 sums. x is bf16 or fp32, over plain panels their dtype.
 
         A row's bits depend on nothing but the row and its expert. Raises: TypeError, ValueError.
         """
-        checks.inputs("x", x, (self.panels.dtype,), self.k)
+        checks.inputs("x", x, self._inputs, self.k)
         checks.tensor("ends", ends, (torch.int32,), shape=(self.experts,))
         out = torch.empty((x.shape[0], self.n), dtype=x.dtype)
         code, stride = CODES[x.dtype], checks.row_stride(x)

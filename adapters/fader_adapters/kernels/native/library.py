@@ -12,7 +12,7 @@ import torch  # first: its libgomp must be the one both use
 
 from fader_adapters.kernels.native.build import LIBRARY
 
-ABI = 8
+ABI = 9
 BUILDER = "fader_adapters.kernels.native.build"
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -71,8 +71,9 @@ class ExpertsStruct(ctypes.Structure):
     """fader_experts_t of csrc/fader.h, field for field."""
 
     _fields_ = [
-        *[(name, _P) for name in ("panels", "bias")],
+        *[(name, _P) for name in ("panels", "scales", "bias")],
         *[(name, _L) for name in ("n", "k", "experts")],
+        ("weights", ctypes.c_int32),
     ]
 
 

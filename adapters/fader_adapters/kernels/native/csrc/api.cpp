@@ -206,6 +206,7 @@ int fader_experts(const fader_experts_t *s, int64_t T, const int32_t *ends, cons
                   int out_dtype, int64_t os, void *scratch, int64_t bytes, int64_t *need, int nt) {
     if (!s || !need || T < 0 || nt < 1 || !s->panels || s->n <= 0 || s->n % PANEL || s->k <= 0 || s->k % BLOCK) return FADER_E_ARG;
     if (s->experts < 1 || dtype < 0 || dtype > FADER_BF16 || out_dtype < 0 || out_dtype > FADER_BF16) return FADER_E_ARG;
+    if (s->weights != FADER_PLAIN && !s->scales) return FADER_E_ARG;
     if (!T) return 0;
     if (!ends || !x || !out || !scratch || ((uintptr_t)scratch & 63) || xs < s->k || os < s->n) return FADER_E_ARG;
     int32_t from = 0;

@@ -49,6 +49,7 @@ int experts_run(const fader_experts_t *s, int64_t T, const int32_t *ends, const 
                 Pack::block(from, xs, g.rows, b, packs + g.first * per_row + b * g.rows * Pack::PER_BLOCK);
         });
     const int64_t esize = out_dtype == FADER_F32 ? 4 : 2, weights = panels * (K / 2) * E::PAIR;
+    const int64_t scales = panels * blocks * PANEL;
     share(nt, count * col_blocks, [&](int64_t i, int me) {
         float *const acc = (float *)(scratch + own * me);
         const Segment &g = list[i / col_blocks];
@@ -57,8 +58,9 @@ int experts_run(const fader_experts_t *s, int64_t T, const int32_t *ends, const 
         Rows<X> rows = Pack::direct(from, g.rows, xs)
                            ? Pack::view(from, xs)
                            : Rows<X>{packs + g.first * per_row, Pack::PER_BLOCK, g.rows * (int64_t)Pack::PER_BLOCK};
-        Gemm<E>::run(g.rows, K, rows, s->panels + g.expert * weights + p0 * (K / 2) * E::PAIR, 0, (int)min64(bp, panels - p0), acc, width,
-                     (char *)acc + acc_bytes);
+        Gemm<E>::run(g.rows, K, rows, s->panels + g.expert * weights + p0 * (K / 2) * E::PAIR,
+                     s->scales + (E::SCALED ? g.expert * scales + p0 * blocks * PANEL : 0),
+                     (int)min64(bp, panels - p0), acc, width, (char *)acc + acc_bytes);
         for (int64_t m = 0; m < g.rows; m++)
             finish_row(acc + m * width, s->bias ? s->bias + g.expert * n + c0 : 0, c1 - c0,
                        (char *)out + ((g.first + m) * os + c0) * esize, out_dtype);
@@ -69,9 +71,18 @@ int experts_run(const fader_experts_t *s, int64_t T, const int32_t *ends, const 
 int experts(const fader_experts_t *s, int64_t T, const int32_t *ends, const void *x, int dtype, int64_t xs, void *out,
             int od, int64_t os, void *scratch, int64_t bytes, int64_t *need, int nt) {
     char *sc = (char *)scratch;
-    if (dtype == FADER_F32)
-        return experts_run<float, PlainFp>(s, T, ends, (const float *)x, xs, out, od, os, sc, bytes, need, nt);
-    return experts_run<u16, PlainBf>(s, T, ends, (const u16 *)x, xs, out, od, os, sc, bytes, need, nt);
+    const float *const f = (const float *)x;
+    const u16 *const h = (const u16 *)x;
+    if (s->weights == FADER_PLAIN) {
+        if (dtype == FADER_F32) return experts_run<float, PlainFp>(s, T, ends, f, xs, out, od, os, sc, bytes, need, nt);
+        return experts_run<u16, PlainBf>(s, T, ends, h, xs, out, od, os, sc, bytes, need, nt);
+    }
+    if (dtype == FADER_F32) return experts_run<float, Fp>(s, T, ends, f, xs, out, od, os, sc, bytes, need, nt);
+#if FADER_ISA >= 3
+    return experts_run<u16, Bf>(s, T, ends, h, xs, out, od, os, sc, bytes, need, nt);
+#else
+    return experts_run<u16, Fp>(s, T, ends, h, xs, out, od, os, sc, bytes, need, nt);
+#endif
 }
 
 } // namespace

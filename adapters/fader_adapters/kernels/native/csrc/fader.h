@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define FADER_ABI 8
+#define FADER_ABI 9
 enum { FADER_F32 = 0, FADER_BF16 = 1, FADER_F16 = 2 };
 enum { FADER_NF4 = 0, FADER_PLAIN = 1 };
 enum { FADER_SCALAR = 0, FADER_AVX2 = 1, FADER_AVX512 = 2, FADER_AVX512_BF16 = 3 };
@@ -109,11 +109,13 @@ int fader_lookup(const fader_site_t *site, const int32_t *plan, int64_t T, const
 
 /* ---- A stack of experts ---------------------------------------------------------------------------
  * out[p] = x[p] . W[e]^T + bias[e]; the rows of expert e are those from ends[e-1] (0 for the first) to ends[e].
- * panels: plain ones of the matrix [experts*n, k], of x's dtype, n % 32 == 0. */
+ * panels: of the matrix [experts*n, k], n % 32 == 0: NF4 with its scales, or plain ones of x's dtype. */
 typedef struct {
     const uint8_t *panels;
-    const float *bias; /* [experts, n] or NULL */
+    const float *scales; /* of NF4 */
+    const float *bias;   /* [experts, n] or NULL */
     int64_t n, k, experts;
+    int32_t weights; /* FADER_NF4 or FADER_PLAIN */
 } fader_experts_t;
 /* x [T,k], out [T,n], rows x_stride and out_stride elements apart; ends [experts], the last one T */
 int fader_experts(const fader_experts_t *stack, int64_t T, const int32_t *ends, const void *x, int dtype,
