@@ -43,6 +43,7 @@ class ServeConfig:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = define(
         "auto", "compute type", parse=kinds.one_of("auto", "bfloat16", "float16", "float32")
     )
+    quantize_experts: bool = define(False, "hold mixtures' experts in NF4, too", parse=kinds.switch)
     adapter: tuple[AdapterSource, ...] = define(
         (),
         "adapter to load at start (repeatable)",

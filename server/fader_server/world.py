@@ -72,7 +72,13 @@ def open_world(
     dtype = choose_dtype(config.dtype, device)
     backend = choose(device, dtype)
     set_threads(config.threads, backend)
-    base = load_base(source, dtype=dtype, device=device, backend=backend)
+    base = load_base(
+        source,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+        quantize_experts=config.quantize_experts,
+    )
     available = free_bytes(device)
     plan = memory_of(config, base, available)
     fields = {

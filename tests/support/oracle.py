@@ -16,8 +16,9 @@ from fader_adapters.describe import kept_plain_of
 from tests.support.peft_adapters import PATTERNS, TIED
 
 
-def nf4_oracle(source: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The base quantised by bitsandbytes, then plain linears that hold the decoded weights."""
+def nf4_oracle(source: Path, dtype: torch.dtype, *, experts: bool = False) -> PreTrainedModel:
+    """The base quantised by bitsandbytes, then plain linears that hold the decoded weights; with
+    `experts` those of mixtures as well."""
     config = AutoConfig.from_pretrained(source)
     model = auto_class(config).from_pretrained(
         source,
@@ -42,11 +43,30 @@ def nf4_oracle(source: Path, dtype: torch.dtype) -> PreTrainedModel:
                 plain.bias.data = module.bias.data
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, plain)
+    if experts:
+        _decode_experts(model, dtype)
     model.is_loaded_in_4bit = False  # PEFT is to see plain linears
     for parameter in model.parameters():  # not the buffers: rotary frequencies stay in fp32
         parameter.data = parameter.data.to(dtype)
     _scale_as_loaded(model, config, dtype)
     return model.eval()
+
+
+def _decode_experts(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    for module in model.modules():
+        for name in ("gate_up_proj", "up_proj", "down_proj"):
+            stack = dict(module.named_parameters(recurse=False)).get(name)
+            if stack is None or stack.dim() != 3:
+                continue
+            rows = stack.data.mT if module.is_transposed else stack.data
+            if rows.shape[-1] % 64:
+                continue
+            packed, state = bnb.functional.quantize_4bit(
+                rows.contiguous().view(-1, rows.shape[-1]), blocksize=64, quant_type="nf4"
+            )
+            state.dtype = dtype
+            decoded = bnb.functional.dequantize_4bit(packed, state).view(rows.shape)
+            stack.data = decoded.mT.contiguous() if module.is_transposed else decoded
 
 
 def _scale_as_loaded(model: PreTrainedModel, config: PretrainedConfig, dtype: torch.dtype) -> None:

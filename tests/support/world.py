@@ -53,10 +53,15 @@ class TinyWorld:
         poison: bool = True,
         device: torch.device = CPU,
         arena: int = 1 << 22,
+        quantize_experts: bool = False,
     ) -> None:
         """arena: its elements."""
         self.base = load_base(
-            str(source), dtype=dtype, device=device, backend=choose(device, dtype, backend)
+            str(source),
+            dtype=dtype,
+            device=device,
+            backend=choose(device, dtype, backend),
+            quantize_experts=quantize_experts,
         )
         weights = torch.full((arena,), float("nan"), dtype=dtype, device=device)
         self.tables = Tables(weights, len(self.base.installed.spec.linears))

@@ -23,7 +23,6 @@ from huggingface_hub import (
 from torch import nn
 from transformers import (
     AutoConfig,
-    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -36,7 +35,7 @@ from fader_adapters.errors import BaseUnsupported, first_line
 from fader_adapters.kernels import native
 from fader_adapters.kernels.nf4 import check_width
 from fader_server.errors import ConfigInvalid, ModelUnsupported
-from fader_server.model.quantizer import use_native_kernel
+from fader_server.model.quantizer import Nf4Config, read_packed_experts
 
 log = logging.getLogger(__name__)
 
@@ -158,18 +157,33 @@ def _check_quantization(source: str, config: PretrainedConfig) -> None:
 
 
 def read_nf4(
-    source: str, config: PretrainedConfig, *, device: torch.device, attn_implementation: str | None
+    source: str,
+    config: PretrainedConfig,
+    *,
+    device: torch.device,
+    attn_implementation: str | None,
+    quantize_experts: bool = False,
 ) -> PreTrainedModel:
-    """The model with bitsandbytes' NF4 linears: read as they are, or quantised while loading."""
-    ready = getattr(config, "quantization_config", None) is not None
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
+    """The model with bitsandbytes' NF4 linears: read as they are, or quantised while loading.
+
+    quantize_experts: mixtures' experts too, where they are not already.
+    """
+    facts = getattr(config, "quantization_config", None)
+    ready = facts is not None
+    if ready:
+        config.quantization_config = read_packed_experts(facts)
+        if quantize_experts and not facts.get("experts_in_nf4"):
+            raise ConfigInvalid(
+                f"{source} is quantised already, but not its experts; quantise the original with "
+                "`fader quantize --experts`, or serve this one without --quantize-experts"
+            )
+    nf4 = Nf4Config(
+        native_kernel=device.type == "cpu" and native.available(),
+        experts_in_nf4=quantize_experts,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    if not ready and device.type == "cpu" and native.available():
-        use_native_kernel(nf4)
     try:
         with quiet_libraries():
             nf4.llm_int8_skip_modules = None if ready else kept_plain_of(config)
@@ -216,8 +230,9 @@ def read_nf4(
     return model
 
 
-def quantize(source: str, target: Path, *, device: torch.device) -> None:
-    """Write `source` as a bitsandbytes NF4 checkpoint that transformers and Fader read.
+def quantize(source: str, target: Path, *, device: torch.device, experts: bool = False) -> None:
+    """Write `source` as a bitsandbytes NF4 checkpoint that transformers and Fader read; with its
+    experts in NF4, too, Fader alone.
 
     Raises ConfigInvalid when the target exists or the source is quantised already.
     """
@@ -226,8 +241,11 @@ def quantize(source: str, target: Path, *, device: torch.device) -> None:
         raise ConfigInvalid(f"{source} is quantised already; serve it as it is")
     if target.exists() and any(target.iterdir()):
         raise ConfigInvalid(f"{target} is not empty; name a new directory")
-    model = read_nf4(source, config, device=device, attn_implementation=None)
-    model.save_pretrained(target)
+    model = read_nf4(
+        source, config, device=device, attn_implementation=None, quantize_experts=experts
+    )
+    # packed stacks do not come apart into the matrices that some families store
+    model.save_pretrained(target, save_original_format=not experts)
     try:
         transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(
             target

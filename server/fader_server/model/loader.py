@@ -3,6 +3,7 @@
 Knows module trees; knows nothing of files, requests or adapters.
 """
 
+import logging
 from dataclasses import replace
 
 import torch
@@ -29,11 +30,19 @@ from fader_server.model.rotary import longest
 from fader_server.model.states import NO_STATE
 from fader_server.model.wanted import keep_wanted
 
+log = logging.getLogger(__name__)
+
 
 def load_base(
-    source: str, *, dtype: torch.dtype, device: torch.device, backend: Backend
+    source: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: Backend,
+    quantize_experts: bool = False,
 ) -> LoadedBase:
-    """Read `source`, a local directory or Hub id, quantising to NF4 unless it already is.
+    """Read `source`, a local directory or Hub id, quantising to NF4 unless it already is; mixtures'
+    experts as well, if asked.
 
     The checkpoint on disk is never written. Raises ConfigInvalid when nothing is there and
     ModelUnsupported, in one line, when it cannot be served.
@@ -42,7 +51,13 @@ def load_base(
     text = config.get_text_config(decoder=True)
     attention.register()
     reason = why_not_packed(config)
-    model = read_nf4(source, config, device=device, attn_implementation=None)
+    model = read_nf4(
+        source,
+        config,
+        device=device,
+        attn_implementation=None,
+        quantize_experts=quantize_experts,
+    )
     if not reason:  # only now: some towers choose their class by what they are built with
         with quiet_libraries():
             model.set_attn_implementation(attention.NAME)
@@ -55,6 +70,8 @@ def load_base(
         installed = install(model, backend, name=source)
     except BaseUnsupported as error:
         raise ModelUnsupported(f"{source}: {error}") from error
+    if quantize_experts and all(stack.weight.plain_dtype for stack in installed.stacks.values()):
+        log.warning("%s has no experts that could be held in NF4", source)
     # experts are let go of one by one as they are packed: nobody may still be hashing them
     digest = identity.digest() if installed.stacks else None
     if isinstance(backend, NativeBackend):

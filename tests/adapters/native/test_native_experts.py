@@ -129,7 +129,7 @@ def test_ends_that_are_none_are_refused(ends, told: str):
 @pytest.mark.parametrize(("rows", "experts"), [(66, 2), (64, 3), (64, 0)])
 def test_shapes_that_panels_do_not_hold_are_refused(rows: int, experts: int):
     panels = PlainPanels.pack(torch.randn(rows, 64))
-    with pytest.raises(ValueError, match="multiple of 32|positive"):
+    with pytest.raises(ValueError, match=r"multiple of 32|positive"):
         ExpertPanels(panels, experts)
     assert ExpertPanels.fits(32, 64)
     assert not ExpertPanels.fits(33, 64)

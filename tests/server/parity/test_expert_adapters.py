@@ -22,7 +22,7 @@ from fader_server.engine.limits import Limits
 from tests.server.parity.test_families import BOUND, check, difference
 from tests.server.parity.test_many_families import asks
 from tests.support.many_families import MANY, write_many
-from tests.support.oracle import Oracle
+from tests.support.oracle import Oracle, nf4_oracle
 from tests.support.peft_adapters import write_adapter
 from tests.support.solo_families import SOLO
 from tests.support.world import Ask, TinyWorld, greedy
@@ -109,14 +109,19 @@ def settings(*backends: BackendName) -> list:
     ]
 
 
-def opened(family: str, folder: Path, **options) -> tuple[TinyWorld, Summed]:
+def opened(
+    family: str, folder: Path, *, quantize_experts: bool = False, **options
+) -> tuple[TinyWorld, Summed]:
     """A world with two adapters, and PEFT with the same."""
     base = base_of(family, folder)
-    world = TinyWorld(base, limits=LIMITS, arena=ARENA, **options)
+    world = TinyWorld(
+        base, limits=LIMITS, arena=ARENA, quantize_experts=quantize_experts, **options
+    )
     given = written(family, folder, world, base)
     for name, path in given.items():
         world.load(name, path)
-    return world, Summed(base, world.base.dtype, given)
+    oracle = nf4_oracle(base, world.base.dtype, experts=quantize_experts)
+    return world, Summed(oracle, world.base.dtype, given)
 
 
 @pytest.mark.parametrize(("family", "backend"), settings("auto", "reference"))
