@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from bitsandbytes import functional
@@ -20,7 +20,11 @@ from fader_adapters.architecture import auto_class
 from fader_adapters.describe import kept_plain_of
 from fader_adapters.embed_scale import round_embed_scales
 from fader_adapters.errors import first_line
+from fader_adapters.kernels.nf4 import BLOCK
+from fader_adapters.stacks import absmax_of, in_nf4, stack_names
+from fader_adapters.stacks import experts as mixtures
 from fader_server.errors import ConfigInvalid
+from fader_server.model.quantizer import read_packed_experts
 
 
 def require_peft() -> ModuleType:
@@ -36,9 +40,12 @@ def require_peft() -> ModuleType:
 
 def nf4_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
     """The base quantised by bitsandbytes, then plain linears that hold the decoded weights."""
-    given = {"attn_implementation": "eager", "device_map": {"": "cpu"}, "dtype": "auto"}
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    if getattr(config, "quantization_config", None) is None:
+    given = {"attn_implementation": "eager", "device_map": {"": "cpu"}, "dtype": "auto"}
+    facts = getattr(config, "quantization_config", None)
+    if facts is not None:
+        config.quantization_config = read_packed_experts(facts)
+    else:
         given["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -46,11 +53,15 @@ def nf4_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=kept_plain_of(config),
         )
-    model = auto_class(config).from_pretrained(source, **given)
+    model = auto_class(config).from_pretrained(source, config=config, **given)
     for path, module in list(model.named_modules()):
         if isinstance(module, Linear4bit):
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, _plain(module, dtype))
+    for _, experts in mixtures(model):
+        for name in stack_names(experts):
+            if in_nf4(getattr(experts, name)):
+                _decode(experts, name, dtype)
     # PEFT is to see plain linears
     model.is_loaded_in_4bit = False  # pyright: ignore[reportArgumentType]
     for parameter in model.parameters():  # not the buffers: rotary frequencies stay in fp32
@@ -70,6 +81,23 @@ def _plain(module: Linear4bit, dtype: torch.dtype) -> nn.Linear:
     if bias is not None:
         plain.bias.data = bias.data
     return plain
+
+
+def _decode(experts: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Let a module hold a packed stack's values instead of it."""
+    packed: torch.Tensor = getattr(experts, name)
+    state = functional.QuantState(
+        absmax=getattr(experts, absmax_of(name)).reshape(-1),
+        shape=torch.Size((*packed.shape[:-1], 2 * packed.shape[-1])),
+        code=functional.get_4bit_type("nf4", device="cpu"),
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=dtype,
+    )
+    values = functional.dequantize_4bit(packed.data.reshape(-1, 1), state)
+    if cast(Any, experts).is_transposed:
+        values = values.mT.contiguous()
+    setattr(experts, name, nn.Parameter(values, requires_grad=False))
 
 
 class PeftSide:

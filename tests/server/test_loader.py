@@ -92,8 +92,9 @@ def test_head_and_embedding_are_targets_outside_the_layers_and_take_no_more_room
         ("lm_head", "head"),
     ]
     weights = sum(linear.in_features * linear.out_features for linear in outside) * 4
-    norms = sum(p.nbytes for p in base.model.parameters() if p.dim() == 1)
-    assert base.nbytes == base.installed.nbytes + weights + norms
+    rest = sum(p.nbytes for p in base.model.parameters() if p.dim() == 1)
+    rest += sum(buffer.nbytes for buffer in base.model.buffers())
+    assert base.nbytes == base.installed.nbytes + weights + rest
 
 
 def test_fingerprints_tell_shapes_apart_and_nothing_else(llama, tmp_path):

@@ -120,8 +120,8 @@ def test_the_loaded_model_says_bitsandbytes_and_nothing_of_ours_is_saved(tmp_pat
         device_map={"": "cpu"},
         quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True),
     )
-    assert not isinstance(plain.hf_quantizer, quantizer.NativeNf4Quantizer)
-    assert AUTO_QUANTIZER_MAPPING[quantizer.METHOD] is quantizer.NativeNf4Quantizer
+    assert not isinstance(plain.hf_quantizer, quantizer.Nf4Quantizer)
+    assert AUTO_QUANTIZER_MAPPING[quantizer.METHOD] is quantizer.Nf4Quantizer
 
 
 def test_non_finite_weights_are_refused_in_one_line_that_says_so(tmp_path):

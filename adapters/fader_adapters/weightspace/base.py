@@ -26,9 +26,10 @@ from fader_adapters.errors import (
 )
 from fader_adapters.kernels import nf4
 from fader_adapters.spec import BaseSpec, LinearSpec
+from fader_adapters.stacks import absmax_of
 from fader_adapters.strict_json import load_object
 from fader_adapters.weightspace import quantised
-from fader_adapters.weightspace.stored_experts import StoredRows, stored_rows
+from fader_adapters.weightspace.stored_experts import StoredRows, read_packed, stored_rows
 from fader_adapters.weightspace.tensors import Checkpoint
 
 CONFIG_FILE = "config.json"
@@ -93,6 +94,10 @@ class Base:
         quantised.refuse_others(key, self.checkpoint.tensors)
         return f"{key}.{quantised.STATE}" in self.checkpoint.tensors
 
+    def holds_packed(self, key: str) -> bool:
+        """Whether what is stored under `key` is a whole stack of experts in NF4."""
+        return absmax_of(key) in self.checkpoint.tensors
+
     def packed(self, key: str) -> quantised.Packed:
         """The NF4 weight under `key`. Raises CheckpointInvalid."""
         parts = {
@@ -150,8 +155,13 @@ class Base:
     def matrices(
         self, linear: LinearSpec, part: StoredRows
     ) -> Iterator[tuple[StoredRows, torch.Tensor]]:
-        """What is stored under one key of a stack, as rows of each expert [rows, in], views of one
-        tensor in the file's dtype."""
+        """What is stored under one key of a stack, as rows of each expert [rows, in]: views of one
+        tensor in the file's dtype, or in fp32 what is packed. Raises CheckpointInvalid."""
+        if self.holds_packed(part.key):
+            stack = read_packed(linear, part.key, self.checkpoint)
+            for expert in range(linear.experts):
+                yield replace(part, expert=expert), nf4.dense(stack.matrix(expert), torch.float32)
+            return
         stored = self.checkpoint.read(part.key)
         if part.expert is not None:
             yield part, stored

@@ -16,8 +16,9 @@ from fader_adapters.errors import AdapterError, TargetTaken
 from fader_adapters.kernels import nf4
 from fader_adapters.weightspace import disk, quantised, surroundings
 from fader_adapters.weightspace.base import CONFIG_FILE, Base, densely, open_base
-from fader_adapters.weightspace.loss import LinearLoss, Rows, joined, measure, overall
+from fader_adapters.weightspace.loss import LinearLoss, joined, measure, overall
 from fader_adapters.weightspace.manifest import Finished, Inputs, open_manifest
+from fader_adapters.weightspace.merged_experts import rows_of, write_experts
 from fader_adapters.weightspace.plan import Form, Piece, Shard, nests, plan, unties
 from fader_adapters.weightspace.progress import Progress, silent
 from fader_adapters.weightspace.terms import Ingredient, Mixture, mix, read_raw
@@ -165,7 +166,7 @@ def _write_linear(
 ) -> LinearLoss | None:
     linear = job.base.spec.linears[index]
     if linear.role == "experts":
-        return _write_experts(job, piece, index, writer)
+        return write_experts(job.base, job.mixture, job.form, piece, writer)
     stored = job.base.stored(linear)
     merged = densely(stored)
     if merged is stored:  # an fp32 base: keep W for the comparison
@@ -175,59 +176,23 @@ def _write_linear(
         delta.add_to(merged)
     quantised.require_finite(merged)
     dtype = stored.dtype
-    served = before = _rows(stored)
+    served = before = rows_of(stored)
     if piece.fate == "nf4":
         nested = nests(job.base, piece.key)
         packed = quantised.quantise(merged, dtype=dtype, nested=nested)
         for name, part in packed.tensors(piece.key).items():
             writer.add(name, [part], dtype=part.dtype, shape=tuple(part.shape))
-        after = _rows(packed)
+        after = rows_of(packed)
         if delta is not None and not isinstance(stored, quantised.Packed):
-            served = _rows(quantised.quantise(densely(stored), dtype=dtype, nested=nested))
+            served = rows_of(quantised.quantise(densely(stored), dtype=dtype, nested=nested))
     else:
         rounded = merged.to(torch.bfloat16 if job.form == "bf16" else dtype)
         laid = rounded.T.contiguous() if linear.conv1d else rounded
         writer.add(piece.key, [laid], dtype=laid.dtype, shape=tuple(laid.shape))
-        after = _rows(rounded)
+        after = rows_of(rounded)
     if delta is None:
         return None
     return measure(linear.path, delta.rank, merged, before=before, served=served, after=after)
-
-
-def _write_experts(
-    job: _Job, piece: Piece, index: int, writer: disk.ShardWriter
-) -> LinearLoss | None:
-    """What is stored under one key of a stack: one matrix of an expert, or all of every expert."""
-    linear = job.base.spec.linears[index]
-    (part,) = (part for part in job.base.experts(linear) if part.key == piece.key)
-    given = job.base.checkpoint.tensors[piece.key]
-    made = torch.empty(given.shape, dtype=torch.bfloat16 if job.form == "bf16" else given.dtype)
-    places = [made] if part.expert is not None else list(made.mT if linear.conv1d else made)
-    losses: list[LinearLoss] = []
-    for place, (rows, stored) in zip(places, job.base.matrices(linear, part), strict=True):
-        delta = job.mixture.sum(index, rows.expert)
-        merged = stored.to(torch.float32, copy=True)
-        if delta is not None:
-            merged.addmm_(delta.b[rows.start : rows.stop], delta.a)
-        quantised.require_finite(merged)
-        place.copy_(merged)
-        if delta is not None:
-            before = _rows(stored)
-            losses.append(
-                measure(
-                    *(linear.path, delta.rank, merged),
-                    before=before, served=before, after=_rows(place),
-                )
-            )  # fmt: skip
-    writer.add(piece.key, [made], dtype=made.dtype, shape=given.shape)
-    return joined(losses) if losses else None
-
-
-def _rows(weight: torch.Tensor | quantised.Packed) -> Rows:
-    if isinstance(weight, torch.Tensor):
-        return lambda start, stop: weight[start:stop].to(torch.float32)
-    readable = weight.weight
-    return lambda start, stop: nf4.dense(readable.rows(start, stop), torch.float32)
 
 
 def _report(job: _Job, shards: Sequence[Finished]) -> dict[str, Any]:

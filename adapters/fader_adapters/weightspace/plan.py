@@ -6,6 +6,7 @@ from typing import Literal
 
 from fader_adapters.errors import BaseUnsupported, CheckpointInvalid
 from fader_adapters.kernels.nf4 import BLOCK
+from fader_adapters.stacks import absmax_of
 from fader_adapters.weightspace import quantised
 from fader_adapters.weightspace.base import Base
 from fader_adapters.weightspace.tensors import SINGLE_FILE, Stored
@@ -111,6 +112,10 @@ def _pieces(
         if base.is_packed(key)
         for part in quantised.COMPONENTS
     }
+    for i, linear in enumerate(linears):
+        for key in base.keys(linear) if linear.role == "experts" else ():
+            if base.holds_packed(key):
+                indices[key], inside[absmax_of(key)] = i, key
     untied = _untied(base) if unties(base, adapted) else None
     if untied is not None:
         indices[untied.table] = untied.embedding
@@ -158,7 +163,7 @@ def _fresh(base: Base, linear: int, form: Form) -> bool:
 
 
 def _fate(base: Base, key: str, linear: int | None, adapted: Collection[int], form: Form) -> Fate:
-    packed = base.is_packed(key)
+    packed = base.is_packed(key) or base.holds_packed(key)
     if form == "bf16":
         if packed or linear in adapted:
             return "dense"
@@ -178,6 +183,9 @@ def _piece(base: Base, stored: Stored, fate: Fate, linear: int | None) -> Piece:
     key, names = stored.key, (stored.key,)
     if fate == "copy":
         return Piece(key, fate, linear, names, stored.nbytes)
+    if fate == "nf4" and base.holds_packed(key):
+        weights = 2 * stored.numel
+        return Piece(key, fate, linear, (key, absmax_of(key)), weights // 2 + weights // BLOCK * 4)
     if fate == "nf4":
         parts = [part for part in quantised.COMPONENTS if nests(base, key) or "nested" not in part]
         names = (key, *(f"{key}.{part}" for part in parts))
@@ -192,6 +200,8 @@ def nests(base: Base, key: str) -> bool:
 
 
 def _weights(base: Base, stored: Stored, linear: int | None) -> int:
+    if base.holds_packed(stored.key):
+        return 2 * stored.numel
     if not base.is_packed(stored.key):
         return stored.numel
     if linear is None:

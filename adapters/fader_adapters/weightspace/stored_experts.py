@@ -1,6 +1,6 @@
 """How a checkpoint holds stacks of experts: each as one tensor, or every expert's matrices apart.
 
-Knows transformers' conversions by what they do, and headers; reads no weight.
+Knows transformers' conversions by what they do, and headers.
 """
 
 import re
@@ -9,7 +9,11 @@ from dataclasses import dataclass
 
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
+from fader_adapters.errors import CheckpointInvalid
+from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight
+from fader_adapters.kernels.nf4_stack import Nf4Stack
 from fader_adapters.spec import LinearSpec
+from fader_adapters.stacks import absmax_of, in_nf4
 from fader_adapters.weightspace.tensors import Checkpoint
 
 _NUMBER = re.compile(r".*\.(\d+)\.[^.]+\.weight", re.ASCII)
@@ -72,3 +76,16 @@ def _rows(
         if len(shape) != 2 or shape[1] != linear.in_features:
             return
         yield StoredRows(key, expert, at, at := at + shape[0])
+
+
+def read_packed(linear: LinearSpec, key: str, checkpoint: Checkpoint) -> Nf4Stack:
+    """The stack that `key` and its scales are, in NF4. Raises CheckpointInvalid."""
+    codes, absmax = checkpoint.read(key), checkpoint.read(absmax_of(key))
+    count, out, width = linear.experts, linear.out_features, linear.in_features
+    shapes = ((count, out, width // 2), (count, out, width // BLOCK))
+    if (tuple(codes.shape), tuple(absmax.shape)) != shapes or not in_nf4(codes):
+        raise CheckpointInvalid(
+            f"{key!r} is {codes.dtype} of shape {tuple(codes.shape)} with scales of shape "
+            f"{tuple(absmax.shape)}, expected NF4 of {count} matrices [{out}, {width}]"
+        )
+    return Nf4Stack(Nf4Weight(codes.view(-1), absmax.view(-1), count * out, width), count, None)

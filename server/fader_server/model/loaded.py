@@ -50,6 +50,7 @@ class LoadedBase:
 
     @property
     def nbytes(self) -> int:
-        """Resident bytes of the base: NF4 weights, embeddings, norms and the output layer."""
-        rest = {p.data_ptr(): p.nbytes for p in self.model.parameters()}
+        """Resident bytes of the base: NF4 weights, experts, embeddings, norms, the output layer."""
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        rest = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
         return self.installed.nbytes + sum(rest.values())
