@@ -10,6 +10,7 @@ import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,7 +28,7 @@ from fader_adapters.room import InTheWay, RoomWanted
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.ports import AdapterInfo, Adapters, AdapterTotals, Lease, Loaded, LoadOrder
 from fader_server.errors import Overloaded
-from fader_server.room import Line
+from fader_server.room import Counted, Line
 
 _log = logging.getLogger(__name__)
 
@@ -81,12 +82,13 @@ class OnDemand:
         clock: Callable[[], float] = time.monotonic,
         room_seconds: float = 150.0,
         max_waiting: int = 1024,
+        counted: Counted = lambda tenant: nullcontext(),
     ) -> None:
         """`offers(name)`: whether a source of this name may exist; cheap, called on a thread.
 
         `told` hears of every load that was tried: ok or refused, and its seconds. A request waits
         `room_seconds` for leases of others to end where its adapters need the room, and at most
-        `max_waiting` requests do.
+        `max_waiting` requests do, each of them within `counted`.
         """
         self._inner = inner
         self._offers = offers
@@ -100,13 +102,17 @@ class OnDemand:
         self._awaited: Counter[str] = Counter()
         self._claims = NONE
         self._room_seconds = room_seconds
-        self._line = Line(self._way, longest=max_waiting)
+        self._line = Line(self._way, longest=max_waiting, counted=counted)
 
-    async def lease(self, terms: Sequence[NamedTerm]) -> Lease:
+    def share(self, weights: Mapping[str, float]) -> None:
+        """Weights of the tenants that have another than 1, where they wait for room."""
+        self._line.share(weights)
+
+    async def lease(self, terms: Sequence[NamedTerm], *, tenant: str = "") -> Lease:
         """Take the lease; names that are missing are loaded first, one load for all who ask.
 
         Raises AdapterNotFound for what is not there or not allowed, the load's own error for what
-        is there and cannot be loaded, Overloaded, BlendInvalid.
+        is there and cannot be loaded, Overloaded, TenantBusy, BlendInvalid.
         """
         names = frozenset(term.ref.name for term in terms)
         wanted = None
@@ -118,17 +124,22 @@ class OnDemand:
         scope = asyncio.timeout(self._room_seconds)
         try:
             async with scope:
-                return await self._wait(terms, names, wanted)
+                return await self._wait(terms, names, wanted, tenant=tenant)
         except TimeoutError:
             if not scope.expired():
                 raise
             raise _no_room() from None
 
     async def _wait(
-        self, terms: Sequence[NamedTerm], names: frozenset[str], wanted: RoomWanted | None
+        self,
+        terms: Sequence[NamedTerm],
+        names: frozenset[str],
+        wanted: RoomWanted | None,
+        *,
+        tenant: str,
     ) -> Lease:
         """The lease, when its turn for room has come. Raises what `lease` raises."""
-        with self._line.joined(names, wanted) as place:
+        with self._line.joined(names, wanted, tenant=tenant) as place:
             for _ in range(MAX_ATTEMPTS):
                 in_the_way = await self._line.turn(place)
                 self._clear(in_the_way)
