@@ -86,6 +86,7 @@ def open_world(
     }
     log.info("memory plan", extra={"fields": fields})
     tokenizer = Tokenizer.load(source, max_model_len=plan.max_model_len)
+    log.info("calls of tools", extra={"fields": tokenizer.calls_told})
     arena = torch.empty(plan.arena // dtype.itemsize, dtype=dtype, device=device)
     tables = Tables(arena, len(base.installed.spec.linears))
     pool = Pool(tables, in_place=device.type == "cpu")

@@ -109,6 +109,42 @@ def test_a_template_of_its_own_for_tools_is_used():
     assert world.encode_chat(messages, TOOLS) == WORLDS["hermes"].encode_chat(messages, TOOLS)
 
 
+TOLD = {
+    "hermes": ("a JSON object a call", "<tool_call>", True),
+    "granite": ("a JSON list of calls", "<|tool_call|>", True),
+    "llama": ("a JSON object a call", "", False),
+    "deepseek": ("a name and a JSON object a call", "<|calls|><|call|>function<|sep|>", True),
+    "coder": ("a name and fields a call", "<tool_call>\n<function=", True),
+}
+REASONS = {
+    "repr": "writes calls in a form that is not known here",
+    "channels": "writes calls in the channels that answers are in",
+    "silent": "shows no tools to the model",
+    "mute": "writes no calls",
+    "bare": "cannot be told from text",
+}
+
+
+@pytest.mark.parametrize("style", TOLD)
+def test_the_form_that_was_learnt_is_told_in_words(style: str):
+    form, marker, several = TOLD[style]
+    assert WORLDS[style].calls_told == {"form": form, "marker": marker, "several": several}
+
+
+@pytest.mark.parametrize("style", REASONS)
+def test_why_no_form_was_learnt_is_told_in_words(style: str):
+    told = Tokenizer(hf(NO_TOOLS[style]), max_model_len=99).calls_told
+    assert told["form"] == "none"
+    assert REASONS[style] in str(told["reason"])
+
+
+def test_a_base_without_a_chat_template_is_told_as_one():
+    plain = hf(TEMPLATES["hermes"])
+    plain.chat_template = None
+    told = Tokenizer(plain, max_model_len=99).calls_told
+    assert told == {"form": "none", "reason": "there is no chat template"}
+
+
 # Reading: the same whatever the cuts, each broken call content to where it breaks
 
 PARTS = [

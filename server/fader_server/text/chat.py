@@ -11,7 +11,7 @@ from fader_server.errors import ModelUnsupported, RequestInvalid
 from fader_server.text.controls import Controls, Marking, strings
 from fader_server.text.encoding import encode
 from fader_server.text.tool_format import ToolFormat
-from fader_server.text.tool_probe import find_format
+from fader_server.text.tool_probe import Unread, find_format
 from fader_server.text.tools import Tool
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -46,8 +46,11 @@ class ChatEncoder:
         self._controls = Controls(backend, self._template + with_tools)
         added = backend.get_added_tokens_decoder().items()
         special = {entry.content: token for token, entry in added if entry.special}
-        self.tool_format: ToolFormat | None = find_format(self._try, special, ends)
+        found = find_format(self._try, special, ends)
+        self.tool_format: ToolFormat | None = found if isinstance(found, ToolFormat) else None
         """None where the template has no calls of tools, or none that can be read."""
+        self.unread = found.reason if isinstance(found, Unread) else ""
+        """Why there is no tool_format, in words."""
 
     def encode(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] = ()
