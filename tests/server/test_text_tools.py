@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import time
 
 import pytest
@@ -107,6 +108,34 @@ def test_a_template_of_its_own_for_tools_is_used():
     world = Tokenizer(both, max_model_len=4096)
     messages = [{"role": "user", "content": "x"}]
     assert world.encode_chat(messages, TOOLS) == WORLDS["hermes"].encode_chat(messages, TOOLS)
+
+
+def test_ids_of_other_servers_become_short_where_a_template_takes_no_others():
+    told = TEMPLATES["mistral"].replace('{"content', '{{ m.tool_call_id }}{"content')
+    assert told != TEMPLATES["mistral"]
+    world = Tokenizer(hf(told), max_model_len=4096)
+
+    def ids(*given: str) -> list[str]:
+        chat = answer(*(call(id=id) for id in given))
+        chat += [{"role": "tool", "tool_call_id": id, "content": "ok"} for id in given]
+        text = "".join(map(world.token_text, world.encode_chat(chat, TOOLS)))
+        written = re.findall(r'"id": "(.*?)"', text)
+        assert re.findall(r"\[TOOL_RESULTS\] (.*?)\{", text) == written
+        return written
+
+    foreign = ids("call_1", "call_2", "sparrow01", "[TOOL_CALLS]")
+    assert foreign[2] == "sparrow01"
+    assert len(set(foreign)) == 4
+    assert all(re.fullmatch("[a-z0-9]{9}", id) for id in foreign)
+    assert ids("call_2") == foreign[1:2], "the same in every turn: prefixes are found again"
+
+
+@pytest.mark.parametrize("style", TEMPLATES)
+def test_where_any_id_is_taken_it_stays_as_it_is(style: str):
+    world = WORLDS[style]
+    assert world._chat is not None
+    assert world._chat._short_ids == (style == "mistral")
+    world.encode_chat(answer(call(id="call_abc-123")), TOOLS)
 
 
 TOLD = {

@@ -90,7 +90,7 @@ def _shown(call: PastCall) -> dict[str, Any]:
 
 _CALLS = (
     "must have tool_calls that are objects with id, type function and function, an object with "
-    "name and arguments, the text of a JSON object"
+    "name and arguments, the text of a JSON object or none"
 )
 
 
@@ -105,7 +105,7 @@ def _call(item: Any) -> PastCall | None:  # noqa: ANN401 - any JSON value
     if not isinstance(arguments, str) or not is_text(arguments):
         return None
     try:
-        return PastCall(item["id"], name, parse(arguments.encode()))
+        return PastCall(item["id"], name, parse(arguments.encode() or b"{}"))
     except RequestInvalid:
         return None
 

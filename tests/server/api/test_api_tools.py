@@ -210,6 +210,12 @@ async def test_past_calls_reach_the_text_layer_as_objects(client, world: World, 
     assert "tool:sunny{'tool_call_id': 'c1', 'name': 'f'}" in shown
 
 
+async def test_arguments_without_any_text_are_none(client, world: World):
+    answer = await ask(client, messages=history(arguments("")))
+    assert answer.status_code == 200, answer.text
+    assert "'arguments': {}" in bytes(world.engine.seen[0].prompt).decode()
+
+
 async def test_an_answer_without_calls_may_say_so(client):
     for nothing in (None, []):
         messages = [{"role": "assistant", "content": "x", "tool_calls": nothing}]
@@ -224,7 +230,7 @@ BAD_HISTORY = [
     *(history(call) for call in (1, {}, None, past(id=None), past(id=""), past(id="x" * 257))),
     *(history(past(type="custom")), history(past(function=None)), history(past(function=[]))),
     *(history(past(function={"name": name, "arguments": "{}"})) for name in (None, 1, "", "a b")),
-    *(history(arguments(text)) for text in (None, {}, "", "[]", "1", "{", '{"a": NaN}')),
+    *(history(arguments(text)) for text in (None, {}, " ", "[]", "1", "{", '{"a": NaN}')),
     *(history(arguments(text)) for text in ('{"a": 1, "a": 2}', '{"a":' * 40 + "1" + "}" * 40)),
     *(history(past(), id=id) for id in (None, 1, "", "x" * 257)),
     [{"role": "user", "content": "x", "tool_calls": [past()]}],
