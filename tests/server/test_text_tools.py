@@ -375,7 +375,7 @@ def test_alternatives_without_end_are_any_type():
 
 
 def test_only_the_named_tool_is_called():
-    use = ToolUse(TOOLS, must=True, only="time-of_day")
+    use = ToolUse(TOOLS, must=True, only=("time-of_day",))
     reader = CallReader(form_of(WORLDS["hermes"]), use)
     text = f"<tool_call>{GOOD}</tool_call>"
     assert reader.feed(text) + reader.finish() != [MADE]
