@@ -28,6 +28,7 @@ from fader_adapters.room import InTheWay, RoomWanted
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.ports import AdapterInfo, Adapters, AdapterTotals, Lease, Loaded, LoadOrder
 from fader_server.errors import Overloaded
+from fader_server.portions import Portions
 from fader_server.room import Counted, Line
 
 _log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ PASSING_SECONDS = 3.0
 """The same for a refusal that time may mend: no room, no answer."""
 MAX_REFUSALS = 4096
 MAX_LOADS = 32
-"""Loads under way; more are told to come again."""
+"""Loads under way; more are told to come again, of tenants that have their part of them."""
 MAX_ATTEMPTS = 5
 """Loads into room that seemed to be there, until its request is told to come again."""
 
@@ -95,7 +96,7 @@ class OnDemand:
         self._told = told
         self._clock = clock
         self._flights: dict[str, asyncio.Task[Exception | None]] = {}
-        self._loads = 0
+        self._loads = Portions()
         self._refusals: OrderedDict[str, _Refusal] = OrderedDict()
         self._mine: set[str] = set()
         self._barred: set[str] = set()
@@ -116,8 +117,9 @@ class OnDemand:
         """
         names = frozenset(term.ref.name for term in terms)
         wanted = None
-        if self._line.passes(names, missing=self._missing) or not await self._exist(names):
-            found = await self._attempt(terms, names)
+        passes = self._line.passes(names, missing=self._missing)
+        if passes or not await self._exist(names, tenant):
+            found = await self._attempt(terms, names, tenant)
             if not isinstance(found, RoomWanted):
                 return found
             wanted = found
@@ -143,14 +145,14 @@ class OnDemand:
             for _ in range(MAX_ATTEMPTS):
                 in_the_way = await self._line.turn(place)
                 self._clear(in_the_way)
-                found = await self._attempt(terms, names)
+                found = await self._attempt(terms, names, tenant)
                 if not isinstance(found, RoomWanted):
                     return found
                 place.wanted = found
         raise _no_room()
 
     async def _attempt(
-        self, terms: Sequence[NamedTerm], names: frozenset[str]
+        self, terms: Sequence[NamedTerm], names: frozenset[str], tenant: str
     ) -> Lease | RoomWanted:
         """The lease, after what is missing was loaded; or the room that leases took just now."""
         try:
@@ -162,7 +164,7 @@ class OnDemand:
         self._awaited.update(names)  # none of them is evicted before this lease holds it
         try:
             for _ in range(MAX_ATTEMPTS):
-                failures = await asyncio.gather(*(self._bring(name) for name in missing))
+                failures = await asyncio.gather(*(self._bring(name, tenant) for name in missing))
                 if any(failures):
                     break
                 try:
@@ -188,24 +190,21 @@ class OnDemand:
             self._refuse(missing[0], full[missing[0]])
         raise copy.copy(full[next(iter(full))])
 
-    async def _exist(self, names: frozenset[str]) -> bool:
+    async def _exist(self, names: frozenset[str], tenant: str) -> bool:
         """Whether each is known, or a source of it may exist: others are refused without a wait."""
         strange = [
             name for name in names if self._missing(name) and self._inner.order_of(name) is None
         ]
         for name in strange:
-            if self._refused(name) is not None or not await self._offered(name):
+            if self._refused(name) is not None or not await self._offered(name, tenant):
                 return False
         return True
 
-    async def _offered(self, name: str) -> bool:
-        if self._loads >= MAX_LOADS:  # a look at a slow disk takes a thread, as a load does
-            raise Overloaded("Too many adapters are being loaded.", retry_after=2)
-        self._loads += 1
-        try:
+    async def _offered(self, name: str, tenant: str) -> bool:
+        if self._loads.full(tenant, MAX_LOADS):  # a look at a slow disk takes a thread, as a load
+            raise _too_many_loads()
+        with self._loads.one(tenant):
             return await asyncio.to_thread(self._offers, name)
-        finally:
-            self._loads -= 1
 
     def _refused(self, name: str) -> AdapterError | None:
         """What is known to be refused, without another look."""
@@ -289,41 +288,34 @@ class OnDemand:
         except AdapterNotFound:
             return True
 
-    async def _bring(self, name: str) -> Exception | None:
+    async def _bring(self, name: str, tenant: str) -> Exception | None:
         """Have the name loaded; why not, else."""
         refused = self._refused(name)
         if refused is not None:
             return refused
         flight = self._flights.get(name)
         if flight is None:
-            flight = asyncio.create_task(self._load(name))
+            flight = asyncio.create_task(self._load(name, tenant))
             self._flights[name] = flight
             flight.add_done_callback(lambda _: self._flights.pop(name, None))
         return await asyncio.shield(flight)  # who asked first may leave; the others wait on
 
-    async def _load(self, name: str) -> Exception | None:
-        if self._loads >= MAX_LOADS:  # a look at a slow disk takes a thread, as a load does
-            return Overloaded("Too many adapters are being loaded.", retry_after=2)
-        self._loads += 1
+    async def _load(self, name: str, tenant: str) -> Exception | None:
+        if self._loads.full(tenant, MAX_LOADS):
+            return _too_many_loads()
         began = self._clock()
         try:
-            parked = self._inner.order_of(name) is not None
-            if not parked and not await asyncio.to_thread(self._offers, name):
-                return self._refuse(name, SourceNotFound("no such source"))
-            if parked:
-                loaded = await self._inner.bring(name, make_room=self._make_room)
-            else:
-                self._mine.add(name)
-                order = LoadOrder(name, name, if_version="")
-                loaded = await self._inner.load(order, make_room=self._make_room)
+            with self._loads.one(tenant):
+                parked = self._inner.order_of(name) is not None
+                if not parked and not await asyncio.to_thread(self._offers, name):
+                    return self._refuse(name, SourceNotFound("no such source"))
+                loaded = await self._fetch(name, parked=parked)
         except VersionConflict:
             return None  # somebody else loaded the name meanwhile
         except AdapterError as error:
             self._mine.discard(name)
             self._told("refused", self._clock() - began)
             return error if isinstance(error, ArenaFull) else self._refuse(name, error)
-        finally:
-            self._loads -= 1
         self._told("ok", self._clock() - began)
         if name in self._barred:  # unloaded while it was loading
             self._inner.unload(name)
@@ -333,6 +325,14 @@ class OnDemand:
         fields = {"adapter": name, "version": loaded.info.version}
         _log.info("adapter loaded on demand", extra={"fields": fields})
         return None
+
+    async def _fetch(self, name: str, *, parked: bool) -> Loaded | None:
+        """From where it was, or from a source of its name. Raises AdapterError."""
+        if parked:
+            return await self._inner.bring(name, make_room=self._make_room)
+        self._mine.add(name)
+        order = LoadOrder(name, name, if_version="")
+        return await self._inner.load(order, make_room=self._make_room)
 
     def _refuse(self, name: str, error: AdapterError) -> AdapterError:
         """Remember the failure. What is forbidden looks like what is not there."""
@@ -359,6 +359,10 @@ class OnDemand:
             return False
         self._mine.discard(gone)
         return True
+
+
+def _too_many_loads() -> Overloaded:
+    return Overloaded("Too many adapters are being loaded.", retry_after=2)
 
 
 def _no_room() -> Overloaded:

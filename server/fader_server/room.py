@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from fader_adapters.room import InTheWay, RoomWanted
 from fader_server.errors import Overloaded
+from fader_server.portions import Portions
 
 Names = frozenset[str]
 FindWay = Callable[[RoomWanted, Collection[str]], InTheWay | None]
@@ -56,8 +57,7 @@ class Line:
     def __init__(
         self, find: FindWay, *, longest: int, counted: Counted = lambda tenant: nullcontext()
     ) -> None:
-        """`longest`: requests that may wait; a full line still takes the equal part of a tenant
-        that has less. `counted` is entered by each that waits."""
+        """`longest`: requests that may wait, see Portions. `counted` is entered by each."""
         self._find = find
         self._longest = longest
         self._counted = counted
@@ -65,7 +65,7 @@ class Line:
         self._places: dict[Names, Place] = {}
         self._queues: dict[str, dict[Names, Place]] = {}
         """Of the tenants that wait, in the order in which they asked."""
-        self._waiting: Counter[str] = Counter()
+        self._waiting = Portions()
         self._clocks: dict[str, float] = {}
         """Turns over weight, from when it came; of all who waited since the line was empty."""
         self._first: Place | None = None
@@ -75,7 +75,7 @@ class Line:
     @property
     def waiting(self) -> int:
         """Requests in line."""
-        return self._waiting.total()
+        return self._waiting.total
 
     def share(self, weights: Mapping[str, float]) -> None:
         """Weights of the tenants that have another than 1, from the next turn on."""
@@ -91,8 +91,9 @@ class Line:
     @contextmanager
     def joined(self, names: Names, wanted: RoomWanted | None, *, tenant: str) -> Iterator[Place]:
         """A place, shared with those who want the same. Raises Overloaded, TenantBusy."""
-        self._check(tenant)
-        with self._counted(tenant):
+        if self._waiting.full(tenant, self._longest):
+            raise Overloaded("Too many requests wait for room for their adapters.", retry_after=2)
+        with self._counted(tenant), self._waiting.one(tenant):
             place = self._join(names, tenant)
             place.wanted = place.wanted or wanted
             try:
@@ -108,26 +109,20 @@ class Line:
             place.look = asyncio.create_task(self._watch(place))
         return await asyncio.shield(place.look)  # who looks may leave; the others wait on
 
-    def _check(self, tenant: str) -> None:
-        own, tenants = self._waiting[tenant], self._waiting.keys() | {tenant}
-        if self.waiting >= self._longest and own >= max(1, self._longest // len(tenants)):
-            raise Overloaded("Too many requests wait for room for their adapters.", retry_after=2)
-
     def _join(self, names: Names, tenant: str) -> Place:
-        if tenant not in self._waiting:  # time in which it asked for nothing is not saved up
-            slowest = min((self._clocks[other] for other in self._waiting), default=0.0)
+        if tenant not in self._queues:  # time in which it asked for nothing is not saved up
+            slowest = min((self._clocks[other] for other in self._queues), default=0.0)
             self._clocks[tenant] = max(self._clocks.get(tenant, 0.0), slowest)
         place = self._places.setdefault(names, Place(names))
         place.waiting[tenant] += 1
-        self._waiting[tenant] += 1
         self._queues.setdefault(tenant, {})[names] = place
         self._call_first()
         return place
 
     def _leave(self, place: Place, tenant: str) -> None:
-        _take(self._waiting, tenant)
-        _take(place.waiting, tenant)
-        if tenant not in place.waiting:
+        place.waiting[tenant] -= 1
+        if not place.waiting[tenant]:
+            del place.waiting[tenant]
             del self._queues[tenant][place.names]
             if not self._queues[tenant]:
                 del self._queues[tenant]
@@ -175,9 +170,3 @@ class Line:
             place.barred, place.since = names, now
         elif now >= place.since + SLOW_SECONDS:
             place.slow |= names
-
-
-def _take(counts: Counter[str], tenant: str) -> None:
-    counts[tenant] -= 1
-    if not counts[tenant]:
-        del counts[tenant]
