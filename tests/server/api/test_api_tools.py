@@ -221,6 +221,25 @@ async def test_past_calls_reach_the_text_layer_as_objects(client, world: World, 
     assert "tool:sunny{'tool_call_id': 'c1', 'name': 'f'}" in shown
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"content": None, "refusal": "No."},
+        {"content": [{"type": "refusal", "refusal": "No."}]},
+        {"content": "No.", "refusal": None},
+    ],
+)
+async def test_a_refusal_is_what_an_assistant_said(client, world: World, said):
+    asked = {"role": "user", "content": "x"}
+    answer = await ask(client, messages=[asked, {"role": "assistant", **said}, asked])
+    assert answer.status_code == 200, answer.text
+    assert "assistant:No.\n" in bytes(world.engine.seen[0].prompt).decode()
+    for bad in ({**asked, "refusal": "No."}, {"role": "assistant", "content": "", "refusal": 1}):
+        assert check_envelope(await ask(client, messages=[bad]))["param"] == "messages"
+    part = [{"type": "refusal", "refusal": "No."}]
+    assert (await ask(client, messages=[{"role": "user", "content": part}])).status_code == 400
+
+
 async def test_arguments_without_any_text_are_none(client, world: World):
     answer = await ask(client, messages=history(arguments("")))
     assert answer.status_code == 200, answer.text
