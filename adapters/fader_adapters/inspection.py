@@ -25,8 +25,10 @@ class Inspector:
         dtype: torch.dtype,
         weights: BaseWeights | None = None,
         also_named: tuple[str, ...] = (),
+        trust_copies: bool = False,
     ) -> None:
-        """Without `weights` there are no relative norms, and DoRA is refused.
+        """Without `weights` there are no relative norms, DoRA is refused, and so are copies of the
+        base's weights unless `trust_copies`.
 
         `also_named`: what the base is called beside the name it was loaded by.
         """
@@ -34,6 +36,7 @@ class Inspector:
         self._names = (base.name, *also_named)
         self._dtype = dtype
         self._weights = weights
+        self._trust_copies = trust_copies
         self._norms: dict[int, float] = {}
         self._refusals = Refusals()
         self._lock = threading.Lock()
@@ -42,9 +45,15 @@ class Inspector:
         """Check an adapter against the base. Raises as `read_adapter` does, for bytes that were
         refused lately without reading them again."""
         self._refusals.check(raw, pause)
-        dtype, weights = self._dtype, self._weights
         try:
-            return read_adapter(raw, self._base, dtype=dtype, weights=weights, pause=pause)
+            return read_adapter(
+                raw,
+                self._base,
+                dtype=self._dtype,
+                weights=self._weights,
+                trust_copies=self._trust_copies,
+                pause=pause,
+            )
         except AdapterError as error:
             self._refusals.note(raw, error, pause)
             raise

@@ -76,11 +76,14 @@ def read_adapter(
     dtype: torch.dtype,
     limits: Limits | None = None,
     weights: BaseWeights | None = None,
+    trust_copies: bool = False,
     pause: Pause = never,
 ) -> ParsedAdapter:
     """Check everything about an adapter and cast its weights to `dtype`.
 
     weights  the base's own, which DoRA is folded with; without them such an adapter is refused
+    trust_copies  of the base's own weights beside the adapter, where `weights` are not at hand to
+             compare them with; the report names them
     pause  called between the pieces of the work; see `pauses`
     The tensors decide which modules are adapted; the config must agree with them. Shapes and ranks
     are checked from the header, before any weight is touched. Raises AdapterInvalid (malformed, not
@@ -95,9 +98,9 @@ def read_adapter(
     named = sort_tensors(header)
     pause()
     checked = check_modules(named, config, base, limits, pause)
-    for module in checked.modules:
-        if module.path in named.copies:
-            _check_copy(raw.weights, named.copies[module.path], module, dtype, weights)
+    copied = [(named.copies[m.path], m) for m in checked.modules if m.path in named.copies]
+    for info, module in copied:
+        _check_copy(raw.weights, info, module, dtype, weights, trusted=trust_copies)
     if checked.tied is not None:
         _check_tied(raw.weights, *checked.tied)
     by_linear = checked.by_linear
@@ -124,6 +127,7 @@ def read_adapter(
         source_dtypes=named.dtypes,
         base_name=config.base_name,
         kinds=config.kinds,
+        copies_not_compared=tuple(info.name for info, _ in copied if weights is None),
     )
     factors = tuple(linear.factors for linear in linears.values())
     return ParsedAdapter(spec, report, dtype, factors)
@@ -135,23 +139,27 @@ def _check_copy(
     module: Module,
     dtype: torch.dtype,
     weights: BaseWeights | None,
+    *,
+    trusted: bool,
 ) -> None:
     """A weight of the base that PEFT saved beside the adapter must be the base's own, rounded.
 
     PEFT does so by default for the embedding and the output head, and loads them in their place.
     """
     remedy = "save with save_embedding_layers=False"
-    if weights is None:
-        raise AdapterInvalid(
-            f"tensor {info.name[:160]!r} is a copy of the base's own weight, which is not at hand "
-            f"here to compare it with; name the base, or {remedy}"
-        )
     place, (span, *others) = module.place, module.place.spans
     copy = _tensor(data, info)
     copy = copy.t() if place.role == "embedding" else copy
     if others or copy.shape != (place.out_features, place.in_features):
         raise AdapterMismatch(
             f"tensor {info.name[:160]!r} has shape {info.shape}, {place.path!r} of the base another"
+        )
+    if weights is None and trusted:
+        return
+    if weights is None:
+        raise AdapterInvalid(
+            f"tensor {info.name[:160]!r} is a copy of the base's own weight, which is not at hand "
+            f"here to compare it with; name the base, or {remedy}"
         )
     at = 0
     for panel in weights.panels(span.linear):

@@ -35,6 +35,8 @@ class AdapterReport:
     """What the adapter says it was trained on."""
     kinds: tuple[str, ...] = ()
     """What it has beside A and B: "dora", "lora_bias"."""
+    copies_not_compared: tuple[str, ...] = ()
+    """Tensors that must be the base's own weights, which were not at hand."""
 
     @property
     def matched(self) -> int:

@@ -93,6 +93,11 @@ def shares_of(tenants: tuple[Tenant, ...]) -> dict[str, Share]:
     return {tenant.name: Share(tenant.weight, tenant.max_share) for tenant in tenants}
 
 
+def weights_of(tenants: tuple[Tenant, ...]) -> dict[str, float]:
+    """Of the tenants that have another than 1."""
+    return {t.name: t.weight for t in tenants if t.weight != 1}
+
+
 def max_waiting_of(tenants: tuple[Tenant, ...]) -> dict[str, int]:
     """What the engine knows of them."""
     return {t.name: t.max_waiting for t in tenants if t.max_waiting is not None}

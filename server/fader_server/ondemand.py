@@ -10,6 +10,7 @@ import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,7 +28,8 @@ from fader_adapters.room import InTheWay, RoomWanted
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.ports import AdapterInfo, Adapters, AdapterTotals, Lease, Loaded, LoadOrder
 from fader_server.errors import Overloaded
-from fader_server.room import Line
+from fader_server.portions import Portions
+from fader_server.room import Counted, Line
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ PASSING_SECONDS = 3.0
 """The same for a refusal that time may mend: no room, no answer."""
 MAX_REFUSALS = 4096
 MAX_LOADS = 32
-"""Loads under way; more are told to come again."""
+"""Loads under way; more are told to come again, of tenants that have their part of them."""
 MAX_ATTEMPTS = 5
 """Loads into room that seemed to be there, until its request is told to come again."""
 
@@ -81,65 +83,76 @@ class OnDemand:
         clock: Callable[[], float] = time.monotonic,
         room_seconds: float = 150.0,
         max_waiting: int = 1024,
+        counted: Counted = lambda tenant: nullcontext(),
     ) -> None:
         """`offers(name)`: whether a source of this name may exist; cheap, called on a thread.
 
         `told` hears of every load that was tried: ok or refused, and its seconds. A request waits
         `room_seconds` for leases of others to end where its adapters need the room, and at most
-        `max_waiting` requests do.
+        `max_waiting` requests do, each of them within `counted`.
         """
         self._inner = inner
         self._offers = offers
         self._told = told
         self._clock = clock
         self._flights: dict[str, asyncio.Task[Exception | None]] = {}
-        self._loads = 0
+        self._loads = Portions()
         self._refusals: OrderedDict[str, _Refusal] = OrderedDict()
         self._mine: set[str] = set()
         self._barred: set[str] = set()
         self._awaited: Counter[str] = Counter()
         self._claims = NONE
         self._room_seconds = room_seconds
-        self._line = Line(self._way, longest=max_waiting)
+        self._line = Line(self._way, longest=max_waiting, counted=counted)
 
-    async def lease(self, terms: Sequence[NamedTerm]) -> Lease:
+    def share(self, weights: Mapping[str, float]) -> None:
+        """Weights of the tenants that have another than 1, where they wait for room."""
+        self._line.share(weights)
+
+    async def lease(self, terms: Sequence[NamedTerm], *, tenant: str = "") -> Lease:
         """Take the lease; names that are missing are loaded first, one load for all who ask.
 
         Raises AdapterNotFound for what is not there or not allowed, the load's own error for what
-        is there and cannot be loaded, Overloaded, BlendInvalid.
+        is there and cannot be loaded, Overloaded, TenantBusy, BlendInvalid.
         """
         names = frozenset(term.ref.name for term in terms)
         wanted = None
-        if self._line.passes(names, missing=self._missing) or not await self._exist(names):
-            found = await self._attempt(terms, names)
+        passes = self._line.passes(names, missing=self._missing)
+        if passes or not await self._exist(names, tenant):
+            found = await self._attempt(terms, names, tenant)
             if not isinstance(found, RoomWanted):
                 return found
             wanted = found
         scope = asyncio.timeout(self._room_seconds)
         try:
             async with scope:
-                return await self._wait(terms, names, wanted)
+                return await self._wait(terms, names, wanted, tenant=tenant)
         except TimeoutError:
             if not scope.expired():
                 raise
             raise _no_room() from None
 
     async def _wait(
-        self, terms: Sequence[NamedTerm], names: frozenset[str], wanted: RoomWanted | None
+        self,
+        terms: Sequence[NamedTerm],
+        names: frozenset[str],
+        wanted: RoomWanted | None,
+        *,
+        tenant: str,
     ) -> Lease:
         """The lease, when its turn for room has come. Raises what `lease` raises."""
-        with self._line.joined(names, wanted) as place:
+        with self._line.joined(names, wanted, tenant=tenant) as place:
             for _ in range(MAX_ATTEMPTS):
                 in_the_way = await self._line.turn(place)
                 self._clear(in_the_way)
-                found = await self._attempt(terms, names)
+                found = await self._attempt(terms, names, tenant)
                 if not isinstance(found, RoomWanted):
                     return found
                 place.wanted = found
         raise _no_room()
 
     async def _attempt(
-        self, terms: Sequence[NamedTerm], names: frozenset[str]
+        self, terms: Sequence[NamedTerm], names: frozenset[str], tenant: str
     ) -> Lease | RoomWanted:
         """The lease, after what is missing was loaded; or the room that leases took just now."""
         try:
@@ -151,7 +164,7 @@ class OnDemand:
         self._awaited.update(names)  # none of them is evicted before this lease holds it
         try:
             for _ in range(MAX_ATTEMPTS):
-                failures = await asyncio.gather(*(self._bring(name) for name in missing))
+                failures = await asyncio.gather(*(self._bring(name, tenant) for name in missing))
                 if any(failures):
                     break
                 try:
@@ -177,24 +190,21 @@ class OnDemand:
             self._refuse(missing[0], full[missing[0]])
         raise copy.copy(full[next(iter(full))])
 
-    async def _exist(self, names: frozenset[str]) -> bool:
+    async def _exist(self, names: frozenset[str], tenant: str) -> bool:
         """Whether each is known, or a source of it may exist: others are refused without a wait."""
         strange = [
             name for name in names if self._missing(name) and self._inner.order_of(name) is None
         ]
         for name in strange:
-            if self._refused(name) is not None or not await self._offered(name):
+            if self._refused(name) is not None or not await self._offered(name, tenant):
                 return False
         return True
 
-    async def _offered(self, name: str) -> bool:
-        if self._loads >= MAX_LOADS:  # a look at a slow disk takes a thread, as a load does
-            raise Overloaded("Too many adapters are being loaded.", retry_after=2)
-        self._loads += 1
-        try:
+    async def _offered(self, name: str, tenant: str) -> bool:
+        if self._loads.full(tenant, MAX_LOADS):  # a look at a slow disk takes a thread, as a load
+            raise _too_many_loads()
+        with self._loads.one(tenant):
             return await asyncio.to_thread(self._offers, name)
-        finally:
-            self._loads -= 1
 
     def _refused(self, name: str) -> AdapterError | None:
         """What is known to be refused, without another look."""
@@ -278,41 +288,34 @@ class OnDemand:
         except AdapterNotFound:
             return True
 
-    async def _bring(self, name: str) -> Exception | None:
+    async def _bring(self, name: str, tenant: str) -> Exception | None:
         """Have the name loaded; why not, else."""
         refused = self._refused(name)
         if refused is not None:
             return refused
         flight = self._flights.get(name)
         if flight is None:
-            flight = asyncio.create_task(self._load(name))
+            flight = asyncio.create_task(self._load(name, tenant))
             self._flights[name] = flight
             flight.add_done_callback(lambda _: self._flights.pop(name, None))
         return await asyncio.shield(flight)  # who asked first may leave; the others wait on
 
-    async def _load(self, name: str) -> Exception | None:
-        if self._loads >= MAX_LOADS:  # a look at a slow disk takes a thread, as a load does
-            return Overloaded("Too many adapters are being loaded.", retry_after=2)
-        self._loads += 1
+    async def _load(self, name: str, tenant: str) -> Exception | None:
+        if self._loads.full(tenant, MAX_LOADS):
+            return _too_many_loads()
         began = self._clock()
         try:
-            parked = self._inner.order_of(name) is not None
-            if not parked and not await asyncio.to_thread(self._offers, name):
-                return self._refuse(name, SourceNotFound("no such source"))
-            if parked:
-                loaded = await self._inner.bring(name, make_room=self._make_room)
-            else:
-                self._mine.add(name)
-                order = LoadOrder(name, name, if_version="")
-                loaded = await self._inner.load(order, make_room=self._make_room)
+            with self._loads.one(tenant):
+                parked = self._inner.order_of(name) is not None
+                if not parked and not await asyncio.to_thread(self._offers, name):
+                    return self._refuse(name, SourceNotFound("no such source"))
+                loaded = await self._fetch(name, parked=parked)
         except VersionConflict:
             return None  # somebody else loaded the name meanwhile
         except AdapterError as error:
             self._mine.discard(name)
             self._told("refused", self._clock() - began)
             return error if isinstance(error, ArenaFull) else self._refuse(name, error)
-        finally:
-            self._loads -= 1
         self._told("ok", self._clock() - began)
         if name in self._barred:  # unloaded while it was loading
             self._inner.unload(name)
@@ -322,6 +325,14 @@ class OnDemand:
         fields = {"adapter": name, "version": loaded.info.version}
         _log.info("adapter loaded on demand", extra={"fields": fields})
         return None
+
+    async def _fetch(self, name: str, *, parked: bool) -> Loaded | None:
+        """From where it was, or from a source of its name. Raises AdapterError."""
+        if parked:
+            return await self._inner.bring(name, make_room=self._make_room)
+        self._mine.add(name)
+        order = LoadOrder(name, name, if_version="")
+        return await self._inner.load(order, make_room=self._make_room)
 
     def _refuse(self, name: str, error: AdapterError) -> AdapterError:
         """Remember the failure. What is forbidden looks like what is not there."""
@@ -348,6 +359,10 @@ class OnDemand:
             return False
         self._mine.discard(gone)
         return True
+
+
+def _too_many_loads() -> Overloaded:
+    return Overloaded("Too many adapters are being loaded.", retry_after=2)
 
 
 def _no_room() -> Overloaded:

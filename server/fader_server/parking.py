@@ -182,8 +182,8 @@ class Parking:
     def acquire(self, terms: Sequence[NamedTerm]) -> Lease:
         return self._inner.acquire(terms)
 
-    async def lease(self, terms: Sequence[NamedTerm]) -> Lease:
-        return await self._inner.lease(terms)
+    async def lease(self, terms: Sequence[NamedTerm], *, tenant: str = "") -> Lease:
+        return await self._inner.lease(terms, tenant=tenant)
 
     async def revive(self, order: LoadOrder) -> None:
         await self._inner.revive(order)

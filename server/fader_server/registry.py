@@ -77,8 +77,8 @@ class Registry:
         with self._lock:
             return LockedLease(self._store.acquire(refs), self._lock)
 
-    async def lease(self, terms: Sequence[NamedTerm]) -> "LockedLease":
-        """The same: what is not loaded is not there."""
+    async def lease(self, terms: Sequence[NamedTerm], *, tenant: str = "") -> "LockedLease":
+        """The same: what is not loaded is not there, and nobody waits."""
         return self.acquire(terms)
 
     async def load(self, order: LoadOrder, *, make_room: MakeRoom = lambda: False) -> Loaded:

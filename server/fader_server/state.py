@@ -163,8 +163,8 @@ class RememberedAdapters:
     def acquire(self, terms: Sequence[NamedTerm]) -> Lease:
         return self._inner.acquire(terms)
 
-    async def lease(self, terms: Sequence[NamedTerm]) -> Lease:
-        return await self._inner.lease(terms)
+    async def lease(self, terms: Sequence[NamedTerm], *, tenant: str = "") -> Lease:
+        return await self._inner.lease(terms, tenant=tenant)
 
     def get(self, ref: AdapterRef) -> AdapterInfo:
         return self._inner.get(ref)

@@ -44,12 +44,13 @@ class Tenant:
     adapters: tuple[str, ...] = ("*",)
     """Globs of the names of adapters and recipes that exist for it. The base does for everybody."""
     weight: float = 1.0
-    """Of the tokens that are computed while others wait, too."""
+    """Of the tokens that are computed, and of the turns for adapters' room, while others wait."""
     max_share: float = 1.0
     """Of the rows, of the blocks for keys and values and of the adapters' memory that its running
     requests may have at a time; one request may always run."""
     max_waiting: int | None = None
-    """Queued requests before 429; None: as many as the server's own queue holds."""
+    """Queued requests before 429, with those that wait for room for their adapters; None: as many
+    as the server's own queue holds."""
     requests_per_minute: int | None = None
     """Calls that generate."""
     tokens_per_minute: int | None = None

@@ -28,6 +28,7 @@ from fader_server.assembly import (
     runner_of,
     scheduler_of,
     shares_of,
+    weights_of,
 )
 from fader_server.config import ServeConfig
 from fader_server.engine.loop import Engine
@@ -91,6 +92,7 @@ def open_world(
     }
     log.info("memory plan", extra={"fields": fields})
     tokenizer = Tokenizer.load(source, max_model_len=plan.max_model_len)
+    log.info("calls of tools", extra={"fields": tokenizer.calls_told})
     arena = torch.empty(plan.arena // dtype.itemsize, dtype=dtype, device=device)
     tables = Tables(arena, len(base.installed.spec.linears))
     pool = Pool(tables, in_place=device.type == "cpu")
@@ -134,7 +136,9 @@ def open_world(
         told=metrics.loaded,
         room_seconds=config.first_token_timeout / 2,
         max_waiting=config.max_waiting,
+        counted=engine.counted,
     )
+    adapters.share(weights_of(tenants))
     parts = Parts(
         base,
         runner,
@@ -148,6 +152,7 @@ def open_world(
     def share(tenants: tuple[Tenant, ...]) -> None:
         engine.limit_waiting(max_waiting_of(tenants))
         engine.call(partial(scheduler.share, shares_of(tenants)))
+        adapters.share(weights_of(tenants))
 
     # the engine first: it lets go of what makes room for the next
     with engine, open_merging(config, parts) as lanes:

@@ -63,6 +63,33 @@ def test_alone_it_is_told_without_ratios(capsys):
         assert told[absent] is None
 
 
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_copies_of_the_base_are_compared_with_it_or_named(target, tmp_path, capsys):
+    base, other = write_family("llama", tmp_path / "base"), tmp_path / "other"
+    folder = write_adapter(
+        base, tmp_path / "a", rank=4, seed=1, copies=True, target_modules=["q_proj", target]
+    )
+    told = inspect(capsys, folder)
+    (name,) = told["copies_not_compared"]
+    assert name.endswith(f"{target}.base_layer.weight")
+    assert told["modules"] == inspect(capsys, folder, "--base", base)["modules"]
+    assert main(["inspect", str(folder)]) == 0
+    assert "not compared" in capsys.readouterr().out
+    assert main(["inspect", str(folder), "--base", str(base)]) == 0
+    assert "not compared" not in capsys.readouterr().out
+    assert inspect(capsys, SHOUT)["copies_not_compared"] == []
+
+    tensors = load_file(folder / WEIGHTS_FILE)
+    shutil.copytree(folder, other)
+    save_file({**tensors, name: tensors[name] + 1}, other / WEIGHTS_FILE)
+    assert inspect(capsys, other)["copies_not_compared"] == [name]
+    assert main(["inspect", str(other), "--base", str(base)]) == 2
+    assert "differs from the base's own weight" in capsys.readouterr().err
+    save_file({**tensors, name: tensors[name][:-1].clone()}, other / WEIGHTS_FILE)
+    assert main(["inspect", str(other)]) == 2, "what can be checked without a base is"
+    assert "has shape" in capsys.readouterr().err
+
+
 def silence(tensors):
     for name, tensor in tensors.items():
         tensors[name] = tensor * ("lora_A" in name)

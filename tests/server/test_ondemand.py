@@ -195,6 +195,33 @@ async def test_loads_at_one_time_are_bounded(monkeypatch):
     await lease_all(adapters, "c")  # not remembered against it
 
 
+@pytest.mark.parametrize("other", ["quiet", "flood"])
+async def test_loads_that_one_tenant_takes_up_keep_no_other_out(monkeypatch, other):
+    monkeypatch.setattr(ondemand, "MAX_LOADS", 2)
+    loader = FakeLoader()
+    loader.gate.clear()
+    adapters, _, _ = make(loader)
+
+    def ask(name: str, tenant: str) -> "asyncio.Task":
+        return asyncio.create_task(adapters.lease(terms(name), tenant=tenant))
+
+    flood = [ask(name, "flood") for name in ("a", "b")]
+    for _ in flood:
+        await loader.started.acquire()
+    third, fourth = ask("c", other), ask("d", other)
+    if other == "quiet":
+        await loader.started.acquire()
+        flood.append(third)
+    for _ in range(10):  # turns of the loop: all have asked
+        await asyncio.sleep(0)
+    loader.gate.set()
+    found = await asyncio.gather(third, fourth, return_exceptions=True)
+    assert [isinstance(one, Overloaded) for one in found] == [other == "flood", True]
+    for lease in await asyncio.gather(*flood):
+        lease.release()
+    assert adapters._loads.total == 0
+
+
 async def test_looks_at_a_slow_disk_are_bounded_too(monkeypatch):
     monkeypatch.setattr(ondemand, "MAX_LOADS", 2)
     slow = threading.Event()

@@ -7,6 +7,8 @@ import pytest
 
 from fader_server import demo
 from fader_server.engine.line import Line
+from fader_server.ondemand import OnDemand
+from fader_server.tenants import Tenant
 from tests.server.engine.engine_world import by_arrival
 from tests.server.served_world import Served, served
 
@@ -61,6 +63,21 @@ async def test_who_asks_beside_a_flood_waits_for_a_row_only(root):
         assert told["x"].tokens > FLOOD * 24
         text = (await server.http.get("/metrics")).text
         assert f'fader_tenant_tokens_total{{tenant="x"}} {float(told["x"].tokens)}' in text
+
+
+async def test_weights_and_bounds_hold_where_tenants_wait_for_room_too(root):
+    file = root.parent / "tenants.toml"
+    file.write_text('[x]\nkeys = ["key-x"]\nweight = 3\nmax_waiting = 1\n[y]\nkeys = ["y"]\n')
+    async with served(root, **flags(root)) as server:
+        adapters = server.world.adapters
+        assert isinstance(adapters, OnDemand)
+        line = adapters._line
+        assert line._weights == {"x": 3.0}
+        with line.joined(frozenset({"a"}), None, tenant="x"):
+            assert await ask(server, "x", 1, []) == 429
+        assert await ask(server, "x", 1, []) == 200
+        server.world.share((Tenant("y", (), weight=2.0),))
+        assert line._weights == {"y": 2.0}
 
 
 async def test_a_line_by_arrival_would_be_noticed(root, monkeypatch):

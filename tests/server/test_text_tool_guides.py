@@ -91,7 +91,8 @@ async def test_what_must_call_is_calls_that_conform_and_nothing_else(style: str,
         [
             *(ToolUse(tools, must=True),) * 9,
             *(ToolUse(tools, must=True, parallel=False),) * 2,
-            *(ToolUse(tools, must=True, only="clock"),) * 2,
+            *(ToolUse(tools, must=True, only=("clock",)),) * 2,
+            *(ToolUse(tools, must=True, only=("clock",), parallel=False),) * 2,
         ]
     ):
         guide = await guide_of(world, use)
@@ -102,7 +103,7 @@ async def test_what_must_call_is_calls_that_conform_and_nothing_else(style: str,
         assert all(conforms(name, given) for name, given in plain(found))
         assert {made.name for made in found} <= {tool.name for tool in use.offered}
         assert len(found) >= 1
-        if use.only or not use.parallel or form_of(world).between is None:
+        if not use.parallel or form_of(world).between is None:
             assert len(found) == 1
         counts.add(len(found))
         free = [random.Random(seed).randrange(world.vocab_size) for _ in tokens]

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import time
 
 import pytest
@@ -107,6 +108,70 @@ def test_a_template_of_its_own_for_tools_is_used():
     world = Tokenizer(both, max_model_len=4096)
     messages = [{"role": "user", "content": "x"}]
     assert world.encode_chat(messages, TOOLS) == WORLDS["hermes"].encode_chat(messages, TOOLS)
+
+
+def test_ids_of_other_servers_become_short_where_a_template_takes_no_others():
+    told = TEMPLATES["mistral"].replace('{"content', '{{ m.tool_call_id }}{"content')
+    assert told != TEMPLATES["mistral"]
+    world = Tokenizer(hf(told), max_model_len=4096)
+
+    def ids(*given: str) -> list[str]:
+        chat = answer(*(call(id=id) for id in given))
+        chat += [{"role": "tool", "tool_call_id": id, "content": "ok"} for id in given]
+        text = "".join(map(world.token_text, world.encode_chat(chat, TOOLS)))
+        written = re.findall(r'"id": "(.*?)"', text)
+        assert re.findall(r"\[TOOL_RESULTS\] (.*?)\{", text) == written
+        return written
+
+    foreign = ids("call_1", "call_2", "sparrow01", "[TOOL_CALLS]")
+    assert foreign[2] == "sparrow01"
+    assert len(set(foreign)) == 4
+    assert all(re.fullmatch("[a-z0-9]{9}", id) for id in foreign)
+    assert ids("call_2") == foreign[1:2], "the same in every turn: prefixes are found again"
+
+
+@pytest.mark.parametrize("style", TEMPLATES)
+def test_where_any_id_is_taken_it_stays_as_it_is(style: str):
+    world = WORLDS[style]
+    assert world._chat is not None
+    assert world._chat._short_ids == (style == "mistral")
+    world.encode_chat(answer(call(id="call_abc-123")), TOOLS)
+
+
+TOLD = {
+    "hermes": ("a JSON object a call", "<tool_call>", True),
+    "granite": ("a JSON list of calls", "<|tool_call|>", True),
+    "llama": ("a JSON object a call", "", False),
+    "deepseek": ("a name and a JSON object a call", "<|calls|><|call|>function<|sep|>", True),
+    "coder": ("a name and fields a call", "<tool_call>\n<function=", True),
+}
+REASONS = {
+    "repr": "writes calls in a form that is not known here",
+    "channels": "writes calls in the channels that answers are in",
+    "silent": "shows no tools to the model",
+    "mute": "writes no calls",
+    "bare": "cannot be told from text",
+}
+
+
+@pytest.mark.parametrize("style", TOLD)
+def test_the_form_that_was_learnt_is_told_in_words(style: str):
+    form, marker, several = TOLD[style]
+    assert WORLDS[style].calls_told == {"form": form, "marker": marker, "several": several}
+
+
+@pytest.mark.parametrize("style", REASONS)
+def test_why_no_form_was_learnt_is_told_in_words(style: str):
+    told = Tokenizer(hf(NO_TOOLS[style]), max_model_len=99).calls_told
+    assert told["form"] == "none"
+    assert REASONS[style] in str(told["reason"])
+
+
+def test_a_base_without_a_chat_template_is_told_as_one():
+    plain = hf(TEMPLATES["hermes"])
+    plain.chat_template = None
+    told = Tokenizer(plain, max_model_len=99).calls_told
+    assert told == {"form": "none", "reason": "there is no chat template"}
 
 
 # Reading: the same whatever the cuts, each broken call content to where it breaks
@@ -310,7 +375,7 @@ def test_alternatives_without_end_are_any_type():
 
 
 def test_only_the_named_tool_is_called():
-    use = ToolUse(TOOLS, must=True, only="time-of_day")
+    use = ToolUse(TOOLS, must=True, only=("time-of_day",))
     reader = CallReader(form_of(WORLDS["hermes"]), use)
     text = f"<tool_call>{GOOD}</tool_call>"
     assert reader.feed(text) + reader.finish() != [MADE]

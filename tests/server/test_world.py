@@ -17,6 +17,7 @@ from fader_server.assembly import host_tier
 from fader_server.core import Request, SamplingParams, TokenEvent
 from fader_server.errors import ConfigInvalid, ModelUnsupported
 from fader_server.metrics import Metrics
+from fader_server.text.tokenizer import Tokenizer
 from fader_server.world import open_world
 from tests.support.families import write_family
 from tests.support.peft_adapters import write_adapter
@@ -74,6 +75,13 @@ def test_the_memory_plan_is_told_once_in_bytes(caplog):
     assert plan["arena_bytes"] == 8 << 20
     assert 3 << 20 < plan["kv_cache_bytes"] <= 4 << 20
     assert plan["total_bytes"] == sum(plan[k] for k in plan if k.endswith("_bytes")) / 2
+
+
+def test_how_the_base_writes_calls_of_tools_is_told_once(caplog):
+    with caplog.at_level(logging.INFO), _open() as world:
+        (told,) = [r.fields for r in caplog.records if r.message == "calls of tools"]
+    assert isinstance(world.tokenizer, Tokenizer)
+    assert told == world.tokenizer.calls_told
 
 
 def test_gateways_are_told_what_the_arena_can_hold_not_what_is_there():

@@ -132,6 +132,8 @@ NO_TOOLS = {
         "{% endfor %}){% endfor %}]"
     ),
     "names": _chatml(_EACH + "<tool_call>{{ f.name }}</tool_call>{% endfor %}"),
+    "mute": _chatml(""),
+    "bare": _chatml(_EACH + "{{ f.name }} {{ f.arguments | tojson }}\n{% endfor %}"),
 }
 
 

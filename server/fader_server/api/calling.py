@@ -16,8 +16,8 @@ _LENGTH = 9
 class CallingChoice(Choice):
     """Ends with `tool_calls` where a choice without tools would with `stop`, once it called one."""
 
-    def __init__(self, index: int, request: Request, text: ToolStream) -> None:
-        super().__init__(index, request, text)
+    def __init__(self, index: int, request: Request, text: ToolStream, *, ids: bool) -> None:
+        super().__init__(index, request, text, ids=ids)
         self._calls = text
         self._made = 0
 

@@ -34,17 +34,19 @@ Finish = FinishReason | Literal["tool_calls"]
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What a choice gained: text, tokens with logprobs when asked for, calls, maybe its end."""
+    """What a choice gained: text, tokens with logprobs or ids when asked for, calls, maybe its
+    end."""
 
     index: int
     text: str = ""
     scored: tuple[Scored, ...] = ()
     finish: Finish | None = None
     calls: tuple[PlacedCall, ...] = ()
+    ids: tuple[int, ...] = ()
 
     @property
     def empty(self) -> bool:
-        return not (self.text or self.scored or self.calls) and self.finish is None
+        return not (self.text or self.scored or self.calls or self.ids) and self.finish is None
 
     @property
     def told(self) -> tuple["Delta", ...]:
@@ -60,6 +62,7 @@ class Delta:
             self.scored + after.scored,
             after.finish or self.finish,
             self.calls + after.calls,
+            self.ids + after.ids,
         )
 
     @classmethod
@@ -68,19 +71,22 @@ class Delta:
         text = "".join(part.text for part in parts)
         scored = tuple(item for part in parts for item in part.scored)
         calls = tuple(item for part in parts for item in part.calls)
-        return cls(parts[0].index, text, scored, parts[-1].finish, calls)
+        ids = tuple(token for part in parts for token in part.ids)
+        return cls(parts[0].index, text, scored, parts[-1].finish, calls, ids)
 
 
 class Choice:
     """Follows one engine request to its end."""
 
-    def __init__(self, index: int, request: Request, text: TextStream) -> None:
+    def __init__(self, index: int, request: Request, text: TextStream, *, ids: bool) -> None:
+        """ids: deltas have those of all tokens, of one that ends the text too."""
         self.index = index
         self.request = request
         self.generated = 0
         self.cached = 0
         self.finish: FinishReason | None = None
         self._text = text
+        self._ids = ids
         self._echoes = bool(text.echoed)
         self._prompt_scores: list[TokenLogprob] = []
 
@@ -93,6 +99,8 @@ class Choice:
         delta = self._take_echo()
         if event.token is not None:
             delta = delta.plus(self._take_token(event, event.token))
+            if self._ids:
+                delta = delta.plus(Delta(self.index, ids=(event.token,)))
         if event.finish is not None and self.finish is None:
             self.finish = event.finish
             delta = delta.plus(Delta(self.index, self._text.finish(), finish=event.finish))

@@ -88,7 +88,8 @@ def principal_of(request: Request) -> Principal:
 def visible_to(request: Request) -> Visible:
     """What exists for the caller; routes for users know no other adapters and recipes."""
     context = context_of(request)
-    return Visible(context.adapters, context.recipes, sees=principal_of(request).sees)
+    caller = principal_of(request)
+    return Visible(context.adapters, context.recipes, sees=caller.sees, tenant=caller.tenant)
 
 
 async def body_of(request: Request) -> dict[str, Any]:

@@ -139,10 +139,10 @@ class Generator:
     def _choice(self, call: Call, index: int, request: Request) -> Choice:
         if call.tools is not None:
             stream = self._tokenizer.tool_stream(call.tools, stops=call.stop)
-            return CallingChoice(index, request, stream)
+            return CallingChoice(index, request, stream, ids=call.return_ids)
         continued = () if call.chat else request.prompt
         text = self._tokenizer.stream(prompt=continued, echo=call.echo, stops=call.stop)
-        return Choice(index, request, text)
+        return Choice(index, request, text, ids=call.return_ids)
 
 
 class Generation:
@@ -240,6 +240,11 @@ class Generation:
             if event.finish is None:  # a stop string: the engine does not know
                 self._engine.abort(event.request_id)
         return delta
+
+    @property
+    def prompts(self) -> tuple[tuple[int, ...], ...]:
+        """The tokens that each choice goes on from."""
+        return tuple(choice.request.prompt for choice in self._choices.values())
 
     @property
     def usage(self) -> Usage:

@@ -9,17 +9,18 @@ _SHARED = frozenset((
     "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs",
     "stream", "stream_options", "adapters", "lora", "lora_path", "ignore_eos",
     "min_tokens", "stop_token_ids", "cache_salt", "response_format", "best_of",
+    "return_token_ids",
 ))
 _IGNORED = frozenset((
     "user", "metadata", "store", "service_tier", "prompt_cache_key",
     "safety_identifier", "reasoning_effort", "verbosity", "prediction", "audio",
     "web_search_options", "spaces_between_special_tokens", "request_id", "priority",
-    "return_token_ids", "detokenize",
 ))
 FIXED_FIELDS: Fixed = {
     "skip_special_tokens": ((True,), "is always true here"),
     "prompt_logprobs": ((), "is not supported; completions have echo with logprobs"),
     "truncate_prompt_tokens": ((), "is not supported; send a prompt that fits"),
+    "detokenize": ((True,), "is always true here; return_token_ids adds the ids of the tokens"),
     "length_penalty": ((1.0,), "is of beam search, which is not supported"),
 }
 """What both bodies may only say as it is done here: the values that say so, and why no other."""
@@ -38,6 +39,7 @@ UNSERVED_FIELDS = (
     "guided_json", "guided_regex", "guided_choice", "guided_grammar",
     "structured_outputs", "json_schema", "grammar", "regex", "ebnf", "bad_words",
     "allowed_token_ids", "use_beam_search", "include_stop_str_in_output",
+    "return_tokens_as_token_ids",
 )
 """They change what an answer may be: without them it would be another, and look right."""
 _COMPLETION = frozenset(("prompt", "echo", "parallel_tool_calls"))

@@ -28,7 +28,7 @@ class PastCall:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message; text parts are joined."""
+    """One message; text parts are joined, and an assistant's refusal is what it said."""
 
     role: Role
     content: str
@@ -58,7 +58,7 @@ def read_messages(fields: Fields) -> tuple[Message, ...]:
         messages.append(
             Message(
                 cast(Role, item["role"]),
-                _text(item.get("content")),
+                _text(item.get("content")) or item.get("refusal") or "",
                 tuple(call for call in calls if call is not None),
                 item["tool_call_id"] if item["role"] == "tool" else "",
             )
@@ -90,7 +90,7 @@ def _shown(call: PastCall) -> dict[str, Any]:
 
 _CALLS = (
     "must have tool_calls that are objects with id, type function and function, an object with "
-    "name and arguments, the text of a JSON object"
+    "name and arguments, the text of a JSON object or none"
 )
 
 
@@ -105,7 +105,7 @@ def _call(item: Any) -> PastCall | None:  # noqa: ANN401 - any JSON value
     if not isinstance(arguments, str) or not is_text(arguments):
         return None
     try:
-        return PastCall(item["id"], name, parse(arguments.encode()))
+        return PastCall(item["id"], name, parse(arguments.encode() or b"{}"))
     except RequestInvalid:
         return None
 
@@ -128,19 +128,23 @@ def _problem(item: Any) -> str:  # noqa: ANN401 - any JSON value
         return f"may have at most {_MOST_CALLS} tool_calls"
     if item["role"] == "tool" and not _is_id(item.get("tool_call_id")):
         return f"of a tool need tool_call_id, text of 1 to {_MOST_ID} characters"
-    content = item.get("content")
+    content, refusal = item.get("content"), item.get("refusal")
+    if refusal is not None and not (item["role"] == "assistant" and is_text(refusal)):
+        return "may have a refusal, text, of an assistant only"
+    kinds = ("text", "refusal") if item["role"] == "assistant" else ("text",)
     if is_text(content) or (content is None and item["role"] == "assistant"):
         return ""
-    if isinstance(content, list) and content and all(_is_text_part(part) for part in content):
+    if isinstance(content, list) and content and all(_is_part(part, kinds) for part in content):
         return ""
     return "must have content that is text or a list of text parts"
 
 
-def _is_text_part(part: Any) -> bool:  # noqa: ANN401 - any JSON value
-    return isinstance(part, dict) and part.get("type") == "text" and is_text(part.get("text"))
+def _is_part(part: Any, kinds: Sequence[str]) -> bool:  # noqa: ANN401 - any JSON value
+    """Whether it has its text in the field that is called as its type."""
+    return isinstance(part, dict) and part.get("type") in kinds and is_text(part.get(part["type"]))
 
 
 def _text(content: str | list[dict[str, str]] | None) -> str:
     if isinstance(content, list):
-        return "".join(part["text"] for part in content)
+        return "".join(part[part["type"]] for part in content)
     return content or ""

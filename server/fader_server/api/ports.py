@@ -275,10 +275,11 @@ class Adapters(Protocol):
         """
         ...
 
-    async def lease(self, terms: Sequence[NamedTerm]) -> Lease:
-        """The same, after loading what is missing where that is allowed; waits for room.
+    async def lease(self, terms: Sequence[NamedTerm], *, tenant: str = "") -> Lease:
+        """The same, after loading what is missing where that is allowed; waits for room, in which
+        tenants take turns.
 
-        Raises AdapterError, Overloaded.
+        Raises AdapterError, Overloaded, TenantBusy.
         """
         ...
 

@@ -32,6 +32,26 @@ class Head:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What an answer says beside its words."""
+
+    logprobs: bool
+    include_usage: bool
+    """In a stream."""
+    prompts: Sequence[Sequence[int]] | None
+    """The tokens that each choice goes on from, where ids of tokens are told; as vLLM tells them:
+    a completion's choice has `prompt_token_ids`, a chat as a whole, a stream's first chunks."""
+
+    def ids(self, delta: Delta) -> Json:
+        """Fields of a choice."""
+        return {} if self.prompts is None else {"token_ids": list(delta.ids)}
+
+    def prompt(self, index: int) -> Json:
+        """Fields that tell the prompt of a choice."""
+        return {} if self.prompts is None else {"prompt_token_ids": list(self.prompts[index])}
+
+
 class Renderer(Protocol):
     """One of the two wire formats."""
 
@@ -51,24 +71,28 @@ class Renderer(Protocol):
 class CompletionRenderer:
     """text_completion; `logprobs` is null unless asked for."""
 
-    def __init__(
-        self, head: Head, tokenizer: Tokenizer, *, logprobs: bool, include_usage: bool
-    ) -> None:
+    def __init__(self, head: Head, tokenizer: Tokenizer, told: Told) -> None:
         self._head = head
         self._tokenizer = tokenizer
-        self._logprobs = logprobs
-        self._include_usage = include_usage
+        self._told = told
 
     def whole(self, deltas: Sequence[Delta], usage: Usage) -> Json:
-        body = self._head.body("text_completion", [self._choice(delta) for delta in deltas])
+        choices = [self._choice(delta) | self._told.prompt(delta.index) for delta in deltas]
+        body = self._head.body("text_completion", choices)
         return {**body, "usage": usage_body(usage)}
 
     def opening(self, choices: int) -> list[Json]:
-        return []
+        if self._told.prompts is None:
+            return []
+        empty = [Delta(index) for index in range(choices)]
+        return [self._chunk(self._choice(d) | self._told.prompt(d.index)) for d in empty]
 
     def chunk(self, delta: Delta) -> Json:
-        body = self._head.body("text_completion", [self._choice(delta)])
-        return {**body, "usage": None} if self._include_usage else body
+        return self._chunk(self._choice(delta))
+
+    def _chunk(self, choice: Json) -> Json:
+        body = self._head.body("text_completion", [choice])
+        return {**body, "usage": None} if self._told.include_usage else body
 
     def usage_chunk(self, usage: Usage) -> Json:
         return {**self._head.body("text_completion", []), "usage": usage_body(usage)}
@@ -77,8 +101,9 @@ class CompletionRenderer:
         return {
             "index": delta.index,
             "text": delta.text,
-            "logprobs": self._scores(delta.scored) if self._logprobs else None,
+            "logprobs": self._scores(delta.scored) if self._told.logprobs else None,
             "finish_reason": delta.finish,
+            **self._told.ids(delta),
         }
 
     def _scores(self, scored: Sequence[Scored]) -> Json:
@@ -104,13 +129,10 @@ class CompletionRenderer:
 class ChatRenderer:
     """chat.completion and chat.completion.chunk."""
 
-    def __init__(
-        self, head: Head, tokenizer: Tokenizer, *, logprobs: bool, include_usage: bool
-    ) -> None:
+    def __init__(self, head: Head, tokenizer: Tokenizer, told: Told) -> None:
         self._head = head
         self._tokenizer = tokenizer
-        self._logprobs = logprobs
-        self._include_usage = include_usage
+        self._told = told
 
     def whole(self, deltas: Sequence[Delta], usage: Usage) -> Json:
         choices = [
@@ -119,22 +141,26 @@ class ChatRenderer:
                 "message": self._message(delta),
                 "logprobs": self._scores(delta.scored),
                 "finish_reason": delta.finish,
+                **self._told.ids(delta),
             }
             for delta in deltas
         ]
-        return {**self._head.body("chat.completion", choices), "usage": usage_body(usage)}
+        body = self._head.body("chat.completion", choices) | self._told.prompt(0)
+        return {**body, "usage": usage_body(usage)}
 
     def opening(self, choices: int) -> list[Json]:
         role = {"role": "assistant", "content": ""}
-        return [self._chunk(self._choice(index, role, None, None)) for index in range(choices)]
+        return [
+            self._chunk(self._choice(index, role, None, None)) | self._told.prompt(index)
+            for index in range(choices)
+        ]
 
     def chunk(self, delta: Delta) -> Json:
         content: Json = {"content": delta.text} if delta.text else {}
         if delta.calls:
             content["tool_calls"] = [{"index": call.index, **_call(call)} for call in delta.calls]
-        return self._chunk(
-            self._choice(delta.index, content, self._scores(delta.scored), delta.finish)
-        )
+        choice = self._choice(delta.index, content, self._scores(delta.scored), delta.finish)
+        return self._chunk(choice | self._told.ids(delta))
 
     def usage_chunk(self, usage: Usage) -> Json:
         return {**self._head.body("chat.completion.chunk", []), "usage": usage_body(usage)}
@@ -148,13 +174,13 @@ class ChatRenderer:
 
     def _chunk(self, choice: Json) -> Json:
         body = self._head.body("chat.completion.chunk", [choice])
-        return {**body, "usage": None} if self._include_usage else body
+        return {**body, "usage": None} if self._told.include_usage else body
 
     def _choice(self, index: int, delta: Json, logprobs: Json | None, finish: str | None) -> Json:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
     def _scores(self, scored: Sequence[Scored]) -> Json | None:
-        if not self._logprobs:
+        if not self._told.logprobs:
             return None
         content = [
             {

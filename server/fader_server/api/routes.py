@@ -24,7 +24,7 @@ from fader_server.api.disconnect import while_connected
 from fader_server.api.errors import describe
 from fader_server.api.generate import Generation
 from fader_server.api.observe import CallRecord
-from fader_server.api.render import ChatRenderer, CompletionRenderer, Head, Renderer, encode
+from fader_server.api.render import ChatRenderer, CompletionRenderer, Head, Renderer, Told, encode
 from fader_server.api.resolve import blend_header
 from fader_server.api.schemas import Call, read_chat, read_completion
 from fader_server.api.sse import EventStream, outcome_of, start
@@ -107,7 +107,6 @@ def _renderer(context: Context, generation: Generation, id: str) -> Renderer:
     call = generation.call
     head = Head(id, int(time.time()), call.model, context.fingerprint(generation.lease))
     kind = ChatRenderer if call.chat else CompletionRenderer
-    return kind(
-        head, context.tokenizer, logprobs=call.logprobs is not None,
-        include_usage=call.include_usage,
-    )  # fmt: skip
+    prompts = generation.prompts if call.return_ids else None
+    told = Told(call.logprobs is not None, call.include_usage, prompts)
+    return kind(head, context.tokenizer, told)

@@ -52,6 +52,8 @@ class Call:
     echo: bool
     stream: bool
     include_usage: bool
+    return_ids: bool
+    """The answer has the ids of its tokens and of the prompt's."""
     cache_salt: str
     ignored: int
     """Unknown fields that were ignored."""
@@ -162,6 +164,7 @@ def _call(
         echo=echo,
         stream=stream,
         include_usage=_include_usage(fields, stream=stream),
+        return_ids=fields.boolean("return_token_ids"),
         cache_salt=fields.string("cache_salt", longest=256),
         ignored=ignored,
     )

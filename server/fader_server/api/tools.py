@@ -3,7 +3,8 @@ bounds. Knows no format of calls and no grammar.
 """
 
 import re
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from fader_server.api.fields import Fields, is_text
 from fader_server.api.response_format import FIELD as SCHEMA
@@ -21,30 +22,41 @@ _FORM = (
     "must be objects with type function and function, an object with name and maybe description, "
     "parameters and strict"
 )
+_CHOICES = (
+    'must be none, auto, required, {"type": "function", "function": {"name": …}} or {"type": '
+    '"allowed_tools", "allowed_tools": {"mode": "auto" or "required", "tools": […]}}'
+)
 _KNOWN = ("name", "description", "parameters", "strict")
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """What `tool_choice` says."""
+
+    mode: Literal["none", "auto", "required"]
+    only: tuple[str, ...] | None = None
+    """The functions that it names."""
+    one: bool = False
+    """One call."""
 
 
 def read_tools(fields: Fields) -> ToolUse | None:
     """None: the model is shown none. Problems are noted in `fields`."""
     parallel = fields.boolean("parallel_tool_calls", default=True)
     tools = _tools(fields)
-    choice = fields.raw("tool_choice")
-    only = _named(choice)
-    if only is None and choice not in (None, "none", "auto", "required"):
-        fields.refuse(
-            "tool_choice",
-            'must be none, auto, required or {"type": "function", "function": {"name": …}}',
-        )
+    choice = _choice(fields.raw("tool_choice"))
+    if choice is None:
+        fields.refuse("tool_choice", _CHOICES)
         return None
-    if choice == "none" or (not tools and choice in (None, "auto")):
+    if choice.mode == "none" or (not tools and choice == _Choice("auto")):
         return None
-    if only is not None and only not in [tool.name for tool in tools]:
+    if not {*(choice.only or ())} <= {tool.name for tool in tools}:
         fields.refuse("tool_choice", "names a function that is not among the tools")
         return None
     if not tools:
         fields.refuse("tool_choice", "needs tools")
         return None
-    use = ToolUse(tools, choice not in (None, "auto"), only, parallel)
+    use = ToolUse(tools, choice.mode == "required", choice.only, parallel and not choice.one)
     if use.must or fields.raw(SCHEMA) is not None or any(tool.strict for tool in use.offered):
         kept = [dict(tool.parameters) for tool in use.offered]  # a grammar is made of them
         problem = next(excesses(kept, "parameters", parts=MAX_PARTS, text=MAX_TEXT), "")
@@ -110,11 +122,30 @@ def _tool(function: dict[str, Any]) -> Tool:
     )
 
 
-def _named(choice: Any) -> str | None:  # noqa: ANN401 - any JSON value
-    """The name in a `tool_choice` of that form."""
-    if not isinstance(choice, dict) or choice.get("type") != "function" or len(choice) != 2:
+def _choice(value: Any) -> _Choice | None:  # noqa: ANN401 - any JSON value
+    """None: it has none of the known forms."""
+    if value in (None, "none", "auto", "required"):
+        return _Choice(value or "auto")
+    kind = value.get("type") if isinstance(value, dict) and len(value) == 2 else None
+    if kind == "function":
+        name = _name(value)
+        return None if name is None else _Choice("required", (name,), one=True)
+    allowed = value.get("allowed_tools") if kind == "allowed_tools" else None
+    if not isinstance(allowed, dict) or {*allowed} != {"mode", "tools"}:
         return None
-    function = choice.get("function")
+    mode, tools = allowed["mode"], allowed["tools"]
+    if mode not in ("auto", "required") or not isinstance(tools, list):
+        return None
+    names = [_name(tool) for tool in tools[: _MOST + 1]]
+    kept = tuple(name for name in names if name is not None)
+    return _Choice(mode, kept) if 0 < len(kept) == len(names) <= _MOST else None
+
+
+def _name(item: Any) -> str | None:  # noqa: ANN401 - any JSON value
+    """The name in {"type": "function", "function": {"name": …}}."""
+    if not isinstance(item, dict) or item.get("type") != "function" or len(item) != 2:
+        return None
+    function = item.get("function")
     if not isinstance(function, dict) or len(function) != 1:
         return None
     name = function.get("name")

@@ -31,10 +31,13 @@ class Known(Protocol):
 class Visible:
     """The adapters and recipes of this server as one caller sees them."""
 
-    def __init__(self, adapters: Adapters, recipes: Recipes, *, sees: Sees) -> None:
+    def __init__(
+        self, adapters: Adapters, recipes: Recipes, *, sees: Sees, tenant: str = ""
+    ) -> None:
         self._adapters = adapters
         self._recipes = recipes
         self._sees = sees
+        self._tenant = tenant
 
     def find(self, name: str) -> Recipe | None:
         """The recipe, as Recipes.find."""
@@ -55,17 +58,20 @@ class Visible:
         return self._adapters.get(ref)
 
     async def lease(self, terms: Sequence[NamedTerm]) -> Lease:
-        """As Adapters.lease, terms of weight 0 included. Raises AdapterNotFound, AdapterError."""
+        """As Adapters.lease, terms of weight 0 included. Raises AdapterNotFound, AdapterError,
+        Overloaded, TenantBusy."""
         seen = [term for term in terms if self._sees(term.ref.name)]
         if len(seen) == len(terms):
-            return await self._adapters.lease(terms)
+            return await self._adapters.lease(terms, tenant=self._tenant)
         if seen:  # beside a name that nothing has they would be loaded on demand, too
             with contextlib.suppress(BlendInvalid):
-                (await self._adapters.lease(seen)).release()
+                (await self._adapters.lease(seen, tenant=self._tenant)).release()
         raise AdapterNotFound("an adapter of the blend is not loaded")
 
     def within(self, recipe: Recipe | None) -> Known:
         """Where terms are looked up. Those of a recipe were chosen by an administrator: who may
         use it may use them in it, whatever their names. None: terms of the caller's own.
         """
-        return self if recipe is None else self._adapters
+        if recipe is None:
+            return self
+        return Visible(self._adapters, self._recipes, sees=everything, tenant=self._tenant)

@@ -27,6 +27,7 @@ def inspect(
     """What an adapter holds and, with --base, whether it fits and how much it changes.
 
     Everything is checked as a server would; what a server refuses is refused here, exit code 2.
+    Without --base, copies of the base's weights beside the adapter are named, not compared.
     """
     import torch
 
@@ -39,7 +40,7 @@ def inspect(
     raw = LocalSources(()).fetch_trusted(find_adapter(adapter, adapter_dir or ()))
     kind = getattr(torch, dtype.value)
     if base is None:
-        inspector = Inspector(own_linears(raw), dtype=kind)
+        inspector = Inspector(own_linears(raw), dtype=kind, trust_copies=True)
     else:
         opened = open_base(open_model(base))
         inspector = Inspector(opened.spec, dtype=kind, weights=opened)
@@ -48,6 +49,7 @@ def inspect(
     facts = {"adapter": adapter, "version": parsed.spec.version, **health_facts(health)}
     if base is None:
         facts |= {"total_modules": None, "base_match": None, "largest_relative_norm": None}
+        facts |= {"copies_not_compared": list(parsed.report.copies_not_compared)}
     if as_json:
         typer.echo(json.dumps(facts, indent=1))
         return
@@ -71,6 +73,10 @@ def _show(console: Console, version: str, health: "Health", *, against: str | No
     }
     if against:
         facts["fingerprint"] = health.match.fingerprint
+    if report.copies_not_compared:
+        facts["not compared"] = (
+            f"{', '.join(report.copies_not_compared)}: must be the base's own; name it with --base"
+        )
     table = Table(show_header=False)
     table.add_column()
     table.add_column(overflow="fold")

@@ -8,9 +8,9 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Self, TypeVar
@@ -54,7 +54,7 @@ class Engine:
         copies: Copies | None = None,
     ) -> None:
         """max_waiting: requests that were accepted and do not run; max_waiting_of: of one tenant
-        that were never admitted, for those that have a limit of their own."""
+        that were never admitted, for those that have a limit of their own; see also `counted`."""
         self._scheduler = scheduler
         self._stepper = Stepper(
             scheduler,
@@ -71,9 +71,10 @@ class Engine:
         self._on_fatal = on_fatal
         self._thread = threading.Thread(target=self._main, name="fader-engine", daemon=True)
         self._inbound: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._lock = threading.Lock()  # guards the next five between submitters and the end
+        self._lock = threading.Lock()  # guards the next six between submitters and the end
         self._sinks: dict[str, Sink] = {}
         self._queued: Counter[str] = Counter()
+        self._elsewhere: Counter[str] = Counter()
         self._draining = False
         self._closed: FaderError | None = None
         self._fatal = ""
@@ -99,11 +100,7 @@ class Engine:
             if self._draining:
                 raise Overloaded("the server is draining: send the request to another one")
             tenant = request.tenant
-            most = self._max_waiting_of.get(tenant)
-            if most is not None and (
-                self._queued[tenant] + self._scheduler.waiting_of(tenant) >= most
-            ):
-                raise TenantBusy(f"{most} requests of yours are waiting: try again later")
+            self._check_own(tenant)
             if self._queued.total() + self._scheduler.waiting >= self._max_waiting:
                 raise Overloaded(f"{self._max_waiting} requests are waiting: try again later")
             if request.id in self._sinks:
@@ -111,6 +108,25 @@ class Engine:
             self._sinks[request.id] = sink
             self._queued[tenant] += 1
             self._inbound.put(partial(self._accept, request, self._clock()))
+
+    @contextmanager
+    def counted(self, tenant: str) -> Iterator[None]:
+        """Count one that waits elsewhere before it comes here among its tenant's. Raises
+        TenantBusy."""
+        with self._lock:
+            self._check_own(tenant)
+            self._elsewhere[tenant] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._elsewhere[tenant] -= 1
+
+    def _check_own(self, tenant: str) -> None:
+        most = self._max_waiting_of.get(tenant)
+        own = self._queued[tenant] + self._elsewhere[tenant] + self._scheduler.waiting_of(tenant)
+        if most is not None and own >= most:
+            raise TenantBusy(f"{most} requests of yours are waiting: try again later")
 
     def limit_waiting(self, max_waiting_of: Mapping[str, int]) -> None:
         """Other limits of the tenants, see the constructor."""

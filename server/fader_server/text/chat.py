@@ -1,5 +1,7 @@
 """Chats to token ids by the base's own template. What a client writes is never a control token."""
 
+import hashlib
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,13 +13,15 @@ from fader_server.errors import ModelUnsupported, RequestInvalid
 from fader_server.text.controls import Controls, Marking, strings
 from fader_server.text.encoding import encode
 from fader_server.text.tool_format import ToolFormat
-from fader_server.text.tool_probe import find_format
+from fader_server.text.tool_probe import Unread, find_format
 from fader_server.text.tools import Tool
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _FIELDS = ("content", "name", "tool_call_id")
 _WORD = "parrot"
 """What a template is asked to repeat."""
+_SHORT = re.compile(r"[A-Za-z0-9]{9}", re.ASCII)
+"""The only ids of calls that some templates, Mistral's, take."""
 _TEMPLATE_FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
@@ -46,8 +50,12 @@ class ChatEncoder:
         self._controls = Controls(backend, self._template + with_tools)
         added = backend.get_added_tokens_decoder().items()
         special = {entry.content: token for token, entry in added if entry.special}
-        self.tool_format: ToolFormat | None = find_format(self._try, special, ends)
+        found = find_format(self._try, special, ends)
+        self.tool_format: ToolFormat | None = found if isinstance(found, ToolFormat) else None
         """None where the template has no calls of tools, or none that can be read."""
+        self.unread = found.reason if isinstance(found, Unread) else ""
+        """Why there is no tool_format, in words."""
+        self._short_ids = self._takes_id("parrot024") and not self._takes_id("call_parrot24")
 
     def encode(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] = ()
@@ -62,6 +70,8 @@ class ChatEncoder:
         if not messages:
             raise RequestInvalid("expected at least one message", param="messages")
         plain = [self._message(at, message) for at, message in enumerate(messages)]
+        if self._short_ids:  # a chat may have begun at another server
+            plain = [_with_short_ids(message) for message in plain]
         shown = [tool.shown for tool in tools]
         if shown and self.tool_format is None:
             raise RequestInvalid(
@@ -133,6 +143,17 @@ class ChatEncoder:
         assert isinstance(text, str)
         return text
 
+    def _takes_id(self, id: str) -> bool:
+        """Whether the template takes a call with this id and its result."""
+        function = {"name": _WORD, "arguments": {}}
+        call = {"id": id, "type": "function", "function": function}
+        messages = [
+            {"role": "user", "content": _WORD},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": _WORD, "tool_call_id": id, "name": _WORD},
+        ]
+        return self._try(self._written(messages), [], prompt=True) is not None
+
     def _try(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], *, prompt: bool
     ) -> str | None:
@@ -153,6 +174,20 @@ def _marked_call(call: Mapping[str, Any], marking: Marking) -> dict[str, Any]:
             "arguments": marking.json(function["arguments"]),
         },
     }
+
+
+def _with_short_ids(message: dict[str, Any]) -> dict[str, Any]:
+    found = dict(message)
+    if "tool_calls" in found:
+        found["tool_calls"] = [c | {"id": _short(c["id"])} for c in found["tool_calls"]]
+    if "tool_call_id" in found:
+        found["tool_call_id"] = _short(found["tool_call_id"])
+    return found
+
+
+def _short(id: str) -> str:
+    """The id where it has nine letters and digits, else such an id of its own."""
+    return id if _SHORT.fullmatch(id) else hashlib.sha256(id.encode()).hexdigest()[:9]
 
 
 def _wants_parts(tokenizer: PreTrainedTokenizerBase) -> bool:

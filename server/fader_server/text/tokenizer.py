@@ -124,6 +124,18 @@ class Tokenizer:
         return ToolStream(self._pieces, self._tool_format, use, stops=stops)
 
     @property
+    def calls_told(self) -> dict[str, str | bool]:
+        """What is known of how this base writes calls of tools, as fields for a log."""
+        if self._chat is None:
+            return {"form": "none", "reason": "there is no chat template"}
+        form = self._chat.tool_format
+        if form is None:
+            return {"form": "none", "reason": self._chat.unread}
+        names = {ord(char): self.token_text(token) for char, token in form.controls.items()}
+        marker = form.frame.first.strip().translate(names)
+        return {"form": form.told, "marker": marker, "several": form.between is not None}
+
+    @property
     def _tool_format(self) -> ToolFormat:
         found = None if self._chat is None else self._chat.tool_format
         assert found is not None, "encode_chat takes no tools without one"

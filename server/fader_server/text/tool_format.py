@@ -68,6 +68,16 @@ class ToolFormat:
     """Of a body of fields."""
 
     @property
+    def told(self) -> str:
+        """The form in words, without its markers."""
+        return {
+            "object": "a JSON object a call",
+            "list": "a JSON list of calls",
+            "named": "a name and a JSON object a call",
+            "fields": "a name and fields a call",
+        }[self.body]
+
+    @property
     def bare(self) -> bool:
         """No marker tells a call from text: an answer is one as a whole, or it has none."""
         return not self.frame.first.strip()

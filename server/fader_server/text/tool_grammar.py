@@ -35,7 +35,7 @@ def tool_grammar(form: ToolFormat, use: ToolUse, content: str | None) -> str | N
     if not (use.must or content or any(tool.strict for tool in use.offered)):
         return None
     rules = _Rules(form, use)
-    several = use.parallel and use.only is None and form.between is not None
+    several = use.parallel and form.between is not None
     calls = rules.calls(_MOST if use.must and several else None if several else 1)
     if use.must:
         return rules.text(f"start: {calls}")

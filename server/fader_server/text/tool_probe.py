@@ -21,23 +21,37 @@ from fader_server.text.tool_samples import (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """No calls can be read."""
+
+    reason: str
+    """In words."""
+
+
 def find_format(
     render: Render, special: Mapping[str, int], ends: Collection[int]
-) -> ToolFormat | None:
-    """None: the template shows no tools, or the calls it writes cannot be read here: also where
-    special tokens of calls are those in which an answer that is text is wrapped, as channels are.
+) -> ToolFormat | Unread:
+    """The format, or why there is none that can be read here: not either where special tokens of
+    calls are those in which an answer that is text is wrapped, as channels are.
 
     special: ids of special tokens by name. ends: tokens that end an answer.
     """
     samples = Samples(render, special, ends)
     if not samples.shown:
-        return None
+        return Unread("the chat template shows no tools to the model")
     # as text only where the template takes nothing else: another it would write down unread
     as_text = samples.write(ONE, as_text=False) is None
+    if as_text and samples.write(ONE, as_text=True) is None:
+        return Unread("the chat template writes no calls")
     found = _Probe(samples, as_text=as_text).read()
-    if found is None or not _recognised(found):
-        return None
-    return None if samples.wrapping & set(found.controls.values()) else found
+    if found is None:
+        return Unread("the chat template writes calls in a form that is not known here")
+    if not _recognised(found):
+        return Unread("the calls that the chat template writes cannot be told from text")
+    if samples.wrapping & set(found.controls.values()):
+        return Unread("the chat template writes calls in the channels that answers are in")
+    return found
 
 
 def _recognised(found: ToolFormat) -> bool:

@@ -37,15 +37,15 @@ class ToolUse:
     """All of them are shown to the model."""
     must: bool = False
     """The answer is calls and nothing else."""
-    only: str | None = None
-    """The one tool that may be called."""
+    only: tuple[str, ...] | None = None
+    """The tools that may be called; None: all."""
     parallel: bool = True
     """Several calls in one answer."""
 
     @property
     def offered(self) -> tuple[Tool, ...]:
         """Those that may be called."""
-        return tuple(tool for tool in self.tools if self.only in (None, tool.name))
+        return tuple(tool for tool in self.tools if self.only is None or tool.name in self.only)
 
 
 @dataclass(frozen=True, slots=True)

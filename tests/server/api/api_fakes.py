@@ -390,6 +390,7 @@ class FakeAdapters:
     def __init__(self, names: Sequence[str] = ("tone", "domain")) -> None:
         self.infos = {name: self._info(name, name) for name in names}
         self.leases = 0
+        self.lessees: list[str] = []
         self.claims = NONE
         self.earlier: dict[str, list[AdapterInfo]] = {}
 
@@ -408,7 +409,8 @@ class FakeAdapters:
         self.leases += 1
         return FakeLease(Blend.of(Term(t.version, t.weight) for t in kept), tuple(kept), self)
 
-    async def lease(self, terms: Sequence[NamedTerm]) -> FakeLease:
+    async def lease(self, terms: Sequence[NamedTerm], *, tenant: str = "") -> FakeLease:
+        self.lessees.append(tenant)
         return self.acquire(terms)
 
     def get(self, ref: AdapterRef) -> AdapterInfo:

@@ -123,7 +123,7 @@ async def test_what_answers_get_answers_head(client, path):
 async def test_a_request_is_not_blamed_for_what_lies_at_its_adapters_source(
     client, world: World, monkeypatch, route, error
 ):
-    async def lease(terms: object) -> None:
+    async def lease(terms: object, *, tenant: str) -> None:
         raise error("lora_A is missing")
 
     body = (
@@ -453,7 +453,7 @@ async def test_names_of_two_parts_reach_every_route(client, world: World):
 async def test_a_load_on_first_use_has_the_time_of_a_first_token(worlds):
     world = worlds(first_token_timeout=0.02)
 
-    async def hang(terms: object) -> None:
+    async def hang(terms: object, *, tenant: str) -> None:
         await asyncio.Event().wait()
 
     world.adapters.lease = hang

@@ -123,7 +123,8 @@ BAD = [
     ("max_completion_tokens", 5), ("top_logprobs", 2), ("top_logprobs", False),
     ("add_special_tokens", False), ("skip_special_tokens", False), ("truncate_prompt_tokens", 3),
     ("truncate_prompt_tokens", -1), ("prompt_logprobs", 0), ("length_penalty", 0.5),
-    ("length_penalty", True), ("skip_special_tokens", 1),
+    ("length_penalty", True), ("skip_special_tokens", 1), ("detokenize", False),
+    ("return_token_ids", 1), ("return_tokens_as_token_ids", True),
     *[("lora", v) for v in ([{"id": 0, "scale": 1}], [{"id": "tone", "name": "tone", "scale": 1}])],
 ]  # fmt: skip
 
@@ -153,7 +154,7 @@ CHAT_BAD = [
     ("continue_final_message", True), ("add_generation_prompt", False),
     ("echo", True), ("suffix", "x"), ("best_of", 2), ("add_special_tokens", True),
     ("skip_special_tokens", False), ("truncate_prompt_tokens", 3), ("prompt_logprobs", 1),
-    ("length_penalty", 2),
+    ("length_penalty", 2), ("detokenize", False), ("return_token_ids", "yes"),
 ]  # fmt: skip
 
 
@@ -178,7 +179,7 @@ async def test_bad_chat_fields_are_named(client, field, value):
         {"seed": -(2**63), "temperature": 0, "top_k": -1, "logit_bias": {}},
         {"add_special_tokens": True, "skip_special_tokens": True, "length_penalty": 1},
         {"max_completion_tokens": None, "top_logprobs": 0, "truncate_prompt_tokens": None},
-        {"length_penalty": 1.0, "prompt_logprobs": None},
+        {"length_penalty": 1.0, "prompt_logprobs": None, "detokenize": True},
     ],
 )
 async def test_harmless_fields_pass(client, extra):

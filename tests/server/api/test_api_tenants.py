@@ -289,6 +289,19 @@ async def test_no_two_tenants_share_a_prefix_cache(worlds):
     assert len(set(salts.values())) == 4
 
 
+async def test_a_lease_is_taken_in_the_name_of_its_tenant(worlds):
+    world = await build(worlds, full=True)
+    await recipe(world, "acme-mix", secret=1.0)
+    world.adapters.lessees.clear()
+    async with asgi(world) as client:
+        for key in (ACME, "sk-acme-2", ALL, "user-key"):
+            assert (await send(client, generations("tone")[0], key)).status_code == 200
+        assert (await send(client, generations("acme-mix")[0], ACME)).status_code == 200
+        await send(client, blends("secret")[8], ACME)
+    key = digest_of("user-key").hex()[:12]
+    assert world.adapters.lessees == ["acme", "acme", "all", key, "acme", "acme"]
+
+
 async def test_log_lines_name_the_tenant_and_no_key(worlds, caplog):
     caplog.set_level(logging.INFO)
     world = await build(worlds, full=True)

@@ -26,6 +26,10 @@ def tool(**changes: object) -> dict:
     return {"type": "function", "function": {**TOOL["function"], **changes}}
 
 
+def allowed(mode: object, *tools: object) -> dict:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(tools)}}
+
+
 def called(city: str) -> str:
     arguments = json.dumps({"city": city}, ensure_ascii=False)
     return f'<call>{{"name": "f", "arguments": {arguments}}}</call>'
@@ -43,7 +47,9 @@ async def ask(client, **others):
         ({"tool_choice": "auto", "parallel_tool_calls": None}, ToolUse((PLAIN,))),
         ({"parallel_tool_calls": False}, ToolUse((PLAIN,), parallel=False)),
         ({"tool_choice": "required"}, ToolUse((PLAIN,), must=True)),
-        ({"tool_choice": NAMED}, ToolUse((PLAIN,), must=True, only="f")),
+        ({"tool_choice": NAMED}, ToolUse((PLAIN,), must=True, only=("f",), parallel=False)),
+        ({"tool_choice": allowed("auto", NAMED)}, ToolUse((PLAIN,), only=("f",))),
+        ({"tool_choice": allowed("required", NAMED)}, ToolUse((PLAIN,), must=True, only=("f",))),
         ({"tools": [tool(strict=True)]}, ToolUse((Tool("f", "d", SCHEMA, strict=True),))),
         ({"tools": [tool(strict=False, description=None)]}, ToolUse((Tool("f", "", SCHEMA),))),
         (
@@ -160,7 +166,12 @@ def test_tools_within_the_bounds_pass():
         {"type": "function", "function": {"name": 1}},
         {"type": "function", "function": {"name": "g"}},
         {"type": "function", "function": {"name": "f"}, "more": 1},
-        {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NAMED]}},
+        {"type": "allowed_tools"},
+        {"type": "allowed_tools", "allowed_tools": {"mode": "auto"}},
+        *(allowed(mode, NAMED) for mode in ("none", None, {})),
+        *(allowed("auto", *tools) for tools in ((), (NAMED, "f"), (NAMED,) * 129, (TOOL,))),
+        allowed("auto", NAMED, {"type": "function", "function": {"name": "g"}}),
+        {**allowed("auto", NAMED), "more": 1},
         {"type": "function", "name": "f"},
     ],
 )
@@ -171,7 +182,7 @@ async def test_what_is_no_choice_is_one_400(client, world: World, choice):
     assert world.engine.seen == []
 
 
-@pytest.mark.parametrize("choice", ["required", NAMED])
+@pytest.mark.parametrize("choice", ["required", NAMED, allowed("auto", NAMED)])
 async def test_a_call_cannot_be_asked_for_without_tools(client, choice):
     error = check_envelope(await ask(client, tool_choice=choice))
     assert error["param"] == "tool_choice"
@@ -210,6 +221,31 @@ async def test_past_calls_reach_the_text_layer_as_objects(client, world: World, 
     assert "tool:sunny{'tool_call_id': 'c1', 'name': 'f'}" in shown
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"content": None, "refusal": "No."},
+        {"content": [{"type": "refusal", "refusal": "No."}]},
+        {"content": "No.", "refusal": None},
+    ],
+)
+async def test_a_refusal_is_what_an_assistant_said(client, world: World, said):
+    asked = {"role": "user", "content": "x"}
+    answer = await ask(client, messages=[asked, {"role": "assistant", **said}, asked])
+    assert answer.status_code == 200, answer.text
+    assert "assistant:No.\n" in bytes(world.engine.seen[0].prompt).decode()
+    for bad in ({**asked, "refusal": "No."}, {"role": "assistant", "content": "", "refusal": 1}):
+        assert check_envelope(await ask(client, messages=[bad]))["param"] == "messages"
+    part = [{"type": "refusal", "refusal": "No."}]
+    assert (await ask(client, messages=[{"role": "user", "content": part}])).status_code == 400
+
+
+async def test_arguments_without_any_text_are_none(client, world: World):
+    answer = await ask(client, messages=history(arguments("")))
+    assert answer.status_code == 200, answer.text
+    assert "'arguments': {}" in bytes(world.engine.seen[0].prompt).decode()
+
+
 async def test_an_answer_without_calls_may_say_so(client):
     for nothing in (None, []):
         messages = [{"role": "assistant", "content": "x", "tool_calls": nothing}]
@@ -224,7 +260,7 @@ BAD_HISTORY = [
     *(history(call) for call in (1, {}, None, past(id=None), past(id=""), past(id="x" * 257))),
     *(history(past(type="custom")), history(past(function=None)), history(past(function=[]))),
     *(history(past(function={"name": name, "arguments": "{}"})) for name in (None, 1, "", "a b")),
-    *(history(arguments(text)) for text in (None, {}, "", "[]", "1", "{", '{"a": NaN}')),
+    *(history(arguments(text)) for text in (None, {}, " ", "[]", "1", "{", '{"a": NaN}')),
     *(history(arguments(text)) for text in ('{"a": 1, "a": 2}', '{"a":' * 40 + "1" + "}" * 40)),
     *(history(past(), id=id) for id in (None, 1, "", "x" * 257)),
     [{"role": "user", "content": "x", "tool_calls": [past()]}],
