@@ -71,6 +71,12 @@ class ExpertsWeight(Protocol):
         """Resident bytes of the weight."""
         ...
 
+    @property
+    def resident(self) -> tuple[torch.Tensor, ...]:
+        """What it lies in, its codes or values and then its scales; () where that is what the
+        model's module holds anyway."""
+        ...
+
     def grouped(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Each pair's product with its expert's weight: x [pairs, in] in the routing's order →
         [pairs, out] in x's dtype. A pair's bits depend on the pair alone."""

@@ -9,6 +9,7 @@ import torch
 from fader_adapters.kernels.cpu_experts import NativeStack, PairPlans, PanelStack, views
 from fader_adapters.kernels.dense import DenseLinear, filled
 from fader_adapters.kernels.native import (
+    ExpertPanels,
     Lookup,
     Nf4Panels,
     PanelStore,
@@ -274,11 +275,14 @@ class NativeBackend:
 
     def pack_stack(self, weight: StackWeight | Nf4Stack) -> "PanelStack | StackWeight | Nf4Stack":
         bias = None if weight.bias is None else weight.bias.data
+        packed = isinstance(weight, Nf4Stack)
+        experts, out, width = weight.shape if packed else weight.values.shape
+        if not ExpertPanels.fits(out, width):
+            return weight
         place = {"store": self._store, "scratch": self._scratch, "tape": self.tape}
-        if isinstance(weight, Nf4Stack):
-            matrices = map(weight.matrix, range(weight.experts))
+        if packed:
+            matrices = map(weight.matrix, range(experts))
             return PanelStack.of_nf4(matrices, weight.shape, bias, **place)
-        experts, out, width = weight.values.shape
         dense = (matrix.contiguous() for matrix in weight.values)
         return PanelStack.of(dense, (experts, out, width), bias, **place)
 

@@ -108,6 +108,13 @@ class PanelStack:
     def nbytes(self) -> int:
         return self.panels.nbytes
 
+    @property
+    def resident(self) -> tuple[torch.Tensor, ...]:
+        panels = self.panels
+        if isinstance(panels, Nf4Panels):
+            return panels.panels, panels.scales
+        return (panels.panels,)
+
     def grouped(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         return self._own(x, routing.ends)
 

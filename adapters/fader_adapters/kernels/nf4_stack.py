@@ -42,6 +42,10 @@ class Nf4Stack(ByRows):
         """Resident bytes."""
         return self.weight.nbytes
 
+    @property
+    def resident(self) -> tuple[torch.Tensor, ...]:
+        return ()
+
     def matrix(self, expert: int) -> Nf4Weight:
         """One expert's W [out, in], a view."""
         _, out, _ = self.shape

@@ -46,6 +46,10 @@ class StackWeight(ByRows):
         """Resident bytes."""
         return self.source.nbytes
 
+    @property
+    def resident(self) -> tuple[torch.Tensor, ...]:
+        return ()
+
     def rows(self, start: int, stop: int) -> torch.Tensor:
         values, parts = self.values, []
         stack = values if values.dim() == 3 else values[None]

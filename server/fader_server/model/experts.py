@@ -9,10 +9,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from fader_adapters.kernels.cpu import NativeBackend
-from fader_adapters.kernels.cpu_experts import PanelStack
+from fader_adapters.kernels.backend import StackBackend
 from fader_adapters.kernels.dense import linear
-from fader_adapters.kernels.native import Nf4Panels, PlainPanels
 from fader_adapters.kernels.nf4_stack import Nf4Stack
 from fader_adapters.kernels.stack_weights import StackWeight
 from fader_adapters.layers import Installed, SiteLinear
@@ -51,21 +49,17 @@ def keep_rows_apart(model: PreTrainedModel) -> Callable[[], None]:
     return end
 
 
-def pack_experts(model: PreTrainedModel, installed: Installed, backend: NativeBackend) -> None:
-    """Bring stacks of experts into panels, one after the other; parameters keep those alone."""
+def pack_experts(model: PreTrainedModel, installed: Installed, backend: StackBackend) -> None:
+    """Bring stacks of experts into a backend's layout, one after the other; the model's modules
+    keep nothing of what they were made of."""
     for stack in installed.stacks.values():
         if stack.spec.role == "experts":
             assert isinstance(stack.weight, StackWeight | Nf4Stack)
             stack.weight = backend.pack_stack(stack.weight)
-            if isinstance(stack.weight, PanelStack):
-                _keep_only(model, stack.spec.path, stack.weight.panels)
-
-
-def _keep_only(model: nn.Module, path: str, panels: Nf4Panels | PlainPanels) -> None:
-    """Let a module hold a stack in panels and nothing of what they were made of."""
-    model.get_parameter(path).data = panels.panels
-    if isinstance(panels, Nf4Panels):
-        model.get_buffer(absmax_of(path)).data = panels.scales
+            names = (stack.spec.path, absmax_of(stack.spec.path))
+            for name, tensor in zip(names, stack.weight.resident, strict=False):
+                held = model.get_parameter(name) if name == names[0] else model.get_buffer(name)
+                held.data = tensor
 
 
 def routed(model: nn.Module) -> Iterator[nn.Module]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from fader_adapters.embed_scale import round_embed_scales
 from fader_adapters.errors import BaseUnsupported
-from fader_adapters.kernels.backend import Backend
+from fader_adapters.kernels.backend import Backend, StackBackend
 from fader_adapters.kernels.cpu import NativeBackend
 from fader_adapters.layers import Installed, install
 from fader_server.errors import ModelUnsupported
@@ -80,6 +80,8 @@ def load_base(
         from fader_server.model.cuda_modules import use_cuda  # imports triton
 
         use_cuda(model)
+    if isinstance(backend, StackBackend):
+        pack_experts(model, installed, backend)
     keep_wanted(model)
     layers, solo, packed_states, state = {}, None, None, NO_STATE
     try:
@@ -127,4 +129,3 @@ def _use_native(
         if "RotaryEmbedding" in type(module).__name__:
             make_opaque(module, tape)
     replace_ends(model, installed, backend, dtype=dtype)
-    pack_experts(model, installed, backend)
