@@ -99,7 +99,7 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
     ) -> None:
         super()._process_model_before_weight_loading(model, device_map, **given)
         if self.experts_in_nf4:
-            make_room(model)
+            make_room(model, packed=self.pre_quantized)
 
     def _process_model_after_weight_loading(
         self,
@@ -118,8 +118,11 @@ register_quantization_config(METHOD)(Nf4Config)
 register_quantizer(METHOD)(Nf4Quantizer)
 
 
-def make_room(model: nn.Module) -> None:
-    """Let a model without values hold packed experts, of all stacks whose rows are whole blocks."""
+def make_room(model: nn.Module, *, packed: bool) -> None:
+    """Let a model without values take packed experts, of all stacks whose rows are whole blocks.
+
+    packed: they are read so; else parameters wait, as they are, for values that are packed later.
+    """
     for _, module in experts(model):
         for name in stack_names(module):
             spec = stack_of(module, name)
@@ -129,7 +132,8 @@ def make_room(model: nn.Module) -> None:
             with torch.device(getattr(module, name).device):
                 codes = torch.empty(*rows, spec.in_features // 2, dtype=torch.uint8)
                 absmax = torch.empty(*rows, spec.in_features // native.BLOCK)
-            setattr(module, name, nn.Parameter(codes, requires_grad=False))
+            if packed:
+                setattr(module, name, nn.Parameter(codes, requires_grad=False))
             module.register_buffer(absmax_of(name), absmax)
 
 
