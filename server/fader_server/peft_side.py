@@ -1,6 +1,7 @@
 """transformers and PEFT on the very same NF4 base: what a server's answers are compared with.
 
-Slow and plain on purpose: nothing here is Fader's own, but for the reading of folders' names.
+Slow and plain on purpose: nothing here is Fader's own, but for the reading of folders' names and of
+checkpoints that are NF4 already.
 """
 
 import copy
@@ -24,7 +25,7 @@ from fader_adapters.kernels.nf4 import BLOCK
 from fader_adapters.stacks import absmax_of, in_nf4, stack_names
 from fader_adapters.stacks import experts as mixtures
 from fader_server.errors import ConfigInvalid
-from fader_server.model.quantizer import read_packed_experts
+from fader_server.model.checkpoint import read_nf4
 
 
 def require_peft() -> ModuleType:
@@ -41,19 +42,22 @@ def require_peft() -> ModuleType:
 def nf4_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
     """The base quantised by bitsandbytes, then plain linears that hold the decoded weights."""
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    given = {"attn_implementation": "eager", "device_map": {"": "cpu"}, "dtype": "auto"}
-    facts = getattr(config, "quantization_config", None)
-    if facts is not None:
-        config.quantization_config = read_packed_experts(facts)
+    if getattr(config, "quantization_config", None) is not None:
+        model = read_nf4(source, config, device=torch.device("cpu"), attn_implementation="eager")
     else:
-        given["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=kept_plain_of(config),
+        model = auto_class(config).from_pretrained(
+            source,
+            attn_implementation="eager",
+            device_map={"": "cpu"},
+            dtype="auto",
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+                llm_int8_skip_modules=kept_plain_of(config),
+            ),
         )
-    model = auto_class(config).from_pretrained(source, config=config, **given)
     for path, module in list(model.named_modules()):
         if isinstance(module, Linear4bit):
             parent, _, child = path.rpartition(".")

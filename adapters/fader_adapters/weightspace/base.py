@@ -33,6 +33,8 @@ from fader_adapters.weightspace.stored_experts import StoredRows, read_packed, s
 from fader_adapters.weightspace.tensors import Checkpoint
 
 CONFIG_FILE = "config.json"
+_BESIDE = tuple(f".weight.{part}" for part in quantised.COMPONENTS)
+"""Ends of the keys of what lies beside a packed weight."""
 PANEL_ROWS = 256
 
 
@@ -162,6 +164,9 @@ class Base:
             for expert in range(linear.experts):
                 yield replace(part, expert=expert), nf4.dense(stack.matrix(expert), torch.float32)
             return
+        if self.is_packed(part.key):
+            yield part, nf4.dense(self.packed(part.key).weight, torch.float32)
+            return
         stored = self.checkpoint.read(part.key)
         if part.expert is not None:
             yield part, stored
@@ -235,6 +240,8 @@ def _names(
     names: dict[str, str] = {}
     parts: dict[str, list[tuple[str, str]]] = {}
     for key in sorted(checkpoint.tensors):
+        if key.endswith(_BESIDE):
+            continue
         name, fused = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
         if fused is not None:
             parts.setdefault(name, []).append((key, fused))

@@ -12,6 +12,7 @@ from fader_adapters.weightspace import disk, quantised
 from fader_adapters.weightspace.base import Base
 from fader_adapters.weightspace.loss import LinearLoss, Rows, joined, measure
 from fader_adapters.weightspace.plan import Form, Piece
+from fader_adapters.weightspace.stored_experts import StoredRows
 from fader_adapters.weightspace.terms import Mixture
 
 
@@ -26,7 +27,7 @@ def write_experts(
     assert index is not None
     linear = base.spec.linears[index]
     (part,) = (part for part in base.experts(linear) if part.key == piece.key)
-    made = _made(base, form, piece, linear, whole=part.expert is None)
+    made = _made(base, form, piece, linear, part)
     losses: list[LinearLoss] = []
     for place, (rows, stored) in enumerate(base.matrices(linear, part)):
         delta = mixture.sum(index, rows.expert)
@@ -49,16 +50,25 @@ def write_experts(
 
 @dataclass(frozen=True, slots=True)
 class _Experts:
-    """What is written under one key of a stack, and the places of its matrices."""
+    """What is written under one key of a stack."""
 
     tensors: dict[str, torch.Tensor]
-    places: Sequence[torch.Tensor]
-    """[rows, in] each, or packed [rows, in/2]."""
-    absmax: torch.Tensor | None
-    """[experts, out, in/64] where they are packed."""
+    places: Sequence[torch.Tensor] = ()
+    """Where its matrices go: [rows, in] each, or packed [rows, in/2]; () for one in bitsandbytes'
+    own form."""
+    absmax: torch.Tensor | None = None
+    """[experts, out, in/64] where a whole stack is packed."""
+    like: quantised.Packed | None = None
+    """What one in that form is made like."""
+    key: str = ""
 
     def put(self, place: int, merged: torch.Tensor) -> Rows:
         """Round one matrix; the rows that it has then."""
+        if self.like is not None:
+            nested = self.like.state.nested
+            packed = quantised.quantise(merged, dtype=self.like.dtype, nested=nested)
+            self.tensors.update(packed.tensors(self.key))
+            return rows_of(packed)
         if self.absmax is None:
             self.places[place].copy_(merged)
             return rows_of(self.places[place])
@@ -68,20 +78,24 @@ class _Experts:
         return rows_of(packed)
 
 
-def _made(base: Base, form: Form, piece: Piece, linear: LinearSpec, *, whole: bool) -> _Experts:
-    """whole: a tensor of all experts, not one of a matrix."""
-    given = base.checkpoint.tensors[piece.key]
+def _made(base: Base, form: Form, piece: Piece, linear: LinearSpec, part: StoredRows) -> _Experts:
+    key, given = piece.key, base.checkpoint.tensors[piece.key]
     rows, width = (linear.experts, linear.out_features), linear.in_features
+    if piece.fate == "nf4" and part.expert is not None:
+        return _Experts({}, like=base.packed(key), key=key)
     if piece.fate == "nf4":
         codes = torch.empty(given.shape, dtype=torch.uint8)
         absmax = torch.empty(*rows, width // nf4.BLOCK)
-        return _Experts({piece.key: codes, absmax_of(piece.key): absmax}, list(codes), absmax)
-    shape, dtype = given.shape, torch.bfloat16 if form == "bf16" else given.dtype
-    if base.holds_packed(piece.key):
+        return _Experts({key: codes, absmax_of(key): absmax}, list(codes), absmax)
+    shape = given.shape
+    if part.expert is not None:
+        shape = (part.stop - part.start, width)
+    elif base.holds_packed(key):
         shape = (rows[0], width, rows[1]) if linear.conv1d else (*rows, width)
-    made = torch.empty(shape, dtype=dtype)
-    places = list(made.mT if linear.conv1d else made) if whole else [made]
-    return _Experts({piece.key: made}, places, None)
+    made = torch.empty(shape, dtype=torch.bfloat16 if form == "bf16" else given.dtype)
+    if part.expert is not None:
+        return _Experts({key: made}, [made])
+    return _Experts({key: made}, list(made.mT if linear.conv1d else made))
 
 
 def rows_of(weight: torch.Tensor | quantised.Packed) -> Rows:

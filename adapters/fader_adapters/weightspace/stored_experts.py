@@ -3,6 +3,7 @@
 Knows transformers' conversions by what they do, and headers.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight
 from fader_adapters.kernels.nf4_stack import Nf4Stack
 from fader_adapters.spec import LinearSpec
 from fader_adapters.stacks import absmax_of, in_nf4
+from fader_adapters.weightspace.quantised import STATE
 from fader_adapters.weightspace.tensors import Checkpoint
 
 _NUMBER = re.compile(r".*\.(\d+)\.[^.]+\.weight", re.ASCII)
@@ -73,6 +75,8 @@ def _rows(
     at = 0
     for _, key in sorted(keys.items()):
         shape = checkpoint.tensors[key].shape
+        if f"{key}.{STATE}" in checkpoint.tensors:  # bytes of two weights
+            shape = (2 * math.prod(shape) // linear.in_features, linear.in_features)
         if len(shape) != 2 or shape[1] != linear.in_features:
             return
         yield StoredRows(key, expert, at, at := at + shape[0])

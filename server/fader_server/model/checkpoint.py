@@ -35,6 +35,7 @@ from fader_adapters.errors import BaseUnsupported, first_line
 from fader_adapters.kernels import native
 from fader_adapters.kernels.nf4 import check_width
 from fader_server.errors import ConfigInvalid, ModelUnsupported
+from fader_server.model.by_expert import packed_by_expert
 from fader_server.model.quantizer import Nf4Config, read_packed_experts
 
 log = logging.getLogger(__name__)
@@ -168,9 +169,11 @@ def read_nf4(
 
     quantize_experts: mixtures' experts too, where they are not already.
     """
-    facts = getattr(config, "quantization_config", None)
-    ready = facts is not None
-    if ready:
+    facts: dict[str, Any] | None = getattr(config, "quantization_config", None)
+    ready, values = facts is not None, None
+    if facts is not None:
+        values = packed_by_expert(local_copy(source))
+        facts = facts if values is None else {**facts, "experts_in_nf4": True}
         config.quantization_config = read_packed_experts(facts)
         if quantize_experts and not facts.get("experts_in_nf4"):
             raise ConfigInvalid(
@@ -187,8 +190,11 @@ def read_nf4(
     try:
         with quiet_libraries():
             nf4.llm_int8_skip_modules = None if ready else kept_plain_of(config)
-            read: Any = auto_class(config).from_pretrained(
-                source,
+            # by its own class where there is no file to read, which the other looks at
+            kind = auto_class(config) if values is None else model_class(config)
+            read: Any = kind.from_pretrained(
+                source if values is None else None,
+                state_dict=values,
                 output_loading_info=True,
                 config=config,
                 dtype="auto",
