@@ -1,7 +1,7 @@
 """Experts in NF4 in Triton's interpreter, in fp32, against float64 and the reference: every pair
 by its own expert, and a pair's bits in any company."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -24,6 +24,7 @@ from fader_adapters.kernels.nf4_stack import Nf4Stack
 from fader_adapters.kernels.routing import Routing
 from fader_adapters.kernels.stack_weights import StackWeight
 from tests.support.nf4_weights import random_weight, rms, values
+from tests.support.stacks import counted
 
 CPU = torch.device("cpu")
 EXPERTS, OUT, IN = 5, 150, 192
@@ -45,12 +46,6 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def routing_of(counts: Sequence[int]) -> Routing:
-    """Tokens with one expert each, that many of every expert."""
-    expert = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    return Routing.of(expert[:, None], len(counts))
 
 
 def made(
@@ -79,7 +74,7 @@ def test_memory_is_poisoned() -> None:
 @pytest.mark.parametrize("mix", COUNTS)
 def test_each_pair_meets_its_own_expert(mix: str, bias: bool) -> None:
     plain, packed = made(bias=bias)
-    routing = routing_of(COUNTS[mix])
+    routing = counted(COUNTS[mix])
     x = torch.randn(sum(COUNTS[mix]), IN)
     got = packed.grouped(x, routing)
     assert rms(got, expect(plain, x, routing.expert)) <= LIMIT
@@ -96,7 +91,7 @@ def test_any_number_of_experts_and_rows_of_them(shape: tuple[int, int, int]) -> 
     counts = [0] * shape[0]
     for expert in (shape[0] // 2, shape[0] - 1, shape[0] - 2, 0):
         counts[expert] += 2
-    routing = routing_of(counts)
+    routing = counted(counts)
     x = torch.randn(sum(counts), shape[2])
     assert rms(packed.grouped(x, routing), expect(plain, x, routing.expert)) <= LIMIT
     assert shape[0] <= 130 or shape[0] > 2 * SCAN.value
@@ -124,7 +119,7 @@ def sparse(pairs: int) -> torch.Tensor:
 def test_a_pair_has_the_same_bits_alone_and_in_any_company() -> None:
     _, packed = made()
     counts = COUNTS["skewed"]
-    routing = routing_of(counts)
+    routing = counted(counts)
     x = sparse(sum(counts))
     together = packed.grouped(x, routing)
     launches = set()
@@ -134,7 +129,7 @@ def test_a_pair_has_the_same_bits_alone_and_in_any_company() -> None:
             company = [0] * EXPERTS
             company[expert] = before + 1 + after
             company[(expert + 2) % EXPERTS] = 5 if before else 0
-            other = routing_of(company)
+            other = counted(company)
             at = int((other.expert < expert).sum()) + before
             xs = sparse(sum(company))
             xs[at] = x[pair]
@@ -153,7 +148,7 @@ def test_a_pair_has_the_same_bits_alone_and_in_any_company() -> None:
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_non_finite_pairs_stay_by_themselves() -> None:
     _, packed = made()
-    routing = routing_of((2, 20, 1, 0, 1))
+    routing = counted((2, 20, 1, 0, 1))
     x = torch.randn(24, IN)
     clean = packed.grouped(x, routing)
     x[3, 5], x[22, 1] = torch.inf, torch.nan
@@ -165,7 +160,7 @@ def test_non_finite_pairs_stay_by_themselves() -> None:
 
 def test_strided_rows_and_no_rows() -> None:
     _, packed = made()
-    routing, wide = routing_of((2, 0, 3, 1, 0)), torch.randn(6, 3 * IN)
+    routing, wide = counted((2, 0, 3, 1, 0)), torch.randn(6, 3 * IN)
     want = packed.grouped(wide[:, 16 : 16 + IN].contiguous(), routing)
     assert torch.equal(packed.grouped(wide[:, 16 : 16 + IN], routing), want)
     every_other = wide[:, : 2 * IN : 2]
@@ -173,8 +168,8 @@ def test_strided_rows_and_no_rows() -> None:
         packed.grouped(every_other, routing), packed.grouped(every_other.contiguous(), routing)
     )
     assert not torch.equal(packed.grouped(every_other, routing), want)
-    assert packed.grouped(wide[:0, :IN], routing_of((0,) * EXPERTS)).shape == (0, OUT)
-    one = routing_of((0, 0, 1, 0, 0))
+    assert packed.grouped(wide[:0, :IN], counted((0,) * EXPERTS)).shape == (0, OUT)
+    one = counted((0, 0, 1, 0, 0))
     column = torch.randn(IN, 9).T[4:5]
     assert torch.equal(packed.grouped(column, one), packed.grouped(column.contiguous(), one))
 
@@ -182,7 +177,7 @@ def test_strided_rows_and_no_rows() -> None:
 def test_half_precision_is_multiplied_as_such() -> None:
     """Codes and result are rounded to it, the sums are not."""
     plain, packed = made()
-    routing = routing_of(COUNTS["few pairs"])
+    routing = counted(COUNTS["few pairs"])
     x = torch.randn(7, IN).half()
     got = packed.grouped(x, routing)
     assert got.dtype == torch.float16
@@ -289,7 +284,7 @@ def test_what_a_launch_is_given_is_what_was_shipped(monkeypatch: pytest.MonkeyPa
     ):
         monkeypatch.setattr(packed, "_arch", arch)
         for counts in COUNTS.values():
-            packed.grouped(torch.randn(sum(counts), IN).to(dtype), routing_of(counts))
+            packed.grouped(torch.randn(sum(counts), IN).to(dtype), counted(counts))
             grid, options = given[-1]
             exact = not arch or dtype != torch.bfloat16
             kind = {torch.bfloat16: "*bf16:16", torch.float16: "*fp16:16"}.get(dtype, "*fp32:16")
