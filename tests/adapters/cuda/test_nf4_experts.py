@@ -83,7 +83,7 @@ def test_each_pair_meets_its_own_expert(mix: str, bias: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 128, 64), (3, 1, 128), (2, 257, 64), (130, 3, 64), (260, 2, 64)]
+    "shape", [(1, 1, 128), (3, 128, 64), (2, 257, 64), (130, 3, 64), (260, 2, 64)]
 )
 def test_any_number_of_experts_and_rows_of_them(shape: tuple[int, int, int]) -> None:
     """More than are looked at in one load, too."""
