@@ -51,6 +51,7 @@ def sections() -> "tuple[Section, ...]":
         section("parity attention", "parity", "check_attention", 60),
         section("parity modules", "modules", "check_modules", 45),
         section("parity experts", "experts", "check_experts", 45),
+        section("parity nf4 experts", "nf4_experts", "check_nf4_experts", 25),
         section("graphs", "steps", "check_graphs", 140),
         section("decode", "steps", "measure_decode", 30, "graphs"),
         section("ahead", "ahead", "measure_ahead", 20, "graphs"),
@@ -61,6 +62,7 @@ def sections() -> "tuple[Section, ...]":
         section("nf4", "figures", "measure_nf4", 60),
         section("lora", "deltas", "measure_lora", 60),
         section("experts", "experts", "measure_experts", 30),
+        section("nf4 experts", "nf4_experts", "measure_nf4_experts", 40),
         section("sweep", "sweep", "sweep_nf4", 80),
         section("sweep prefill", "sweep", "sweep_prefill", 25),
         section("merged", "merged", "measure_merged", 60, "graphs"),
@@ -192,7 +194,7 @@ def _table(outcomes: "Sequence[Outcome]", document: dict[str, Any]) -> None:
     print(f"\n{gpu}, {document['seconds']:.0f} s in all")
     for outcome in outcomes:
         told = f": {outcome.error}" if outcome.error else ""
-        print(f"{outcome.name:17} {outcome.state:11} {outcome.seconds:6.1f} s{told}")
+        print(f"{outcome.name:18} {outcome.state:11} {outcome.seconds:6.1f} s{told}")
         for line in outcome.lines:
             print(f"    {line}")
 

@@ -88,14 +88,15 @@ def test_a_section_past_its_budget_ends_with_its_figures() -> None:
 
 
 def test_wrong_numbers_leave_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.gpu import deltas, figures
+    from bench.gpu import deltas, figures, nf4_experts
 
     def wrong(rig: Rig, result: Result) -> None:
         raise ParityFailed("wrong")
 
     monkeypatch.setattr(figures, "check_nf4", wrong)
     monkeypatch.setattr(deltas, "check_lora", wrong)
-    for run in (figures.measure_nf4, deltas.measure_lora):
+    monkeypatch.setattr(nf4_experts, "check_nf4_experts", wrong)
+    for run in (figures.measure_nf4, deltas.measure_lora, nf4_experts.measure_nf4_experts):
         outcome = run_section(rig(), Section("figures", run, 1.0))
         assert (outcome.state, outcome.figures) == ("failed", [])
 

@@ -1,5 +1,7 @@
 """One stack of experts beside a linear, adapters of it in an arena, and the answer in fp64."""
 
+from collections.abc import Sequence
+
 import torch
 
 from fader_adapters.kernels.routing import Routing
@@ -69,6 +71,12 @@ def chosen(tokens: int, *, experts: int = EXPERTS, count: int = CHOSEN) -> torch
     """[tokens, count]: a router's choice."""
     g = torch.Generator().manual_seed(2)
     return torch.stack([torch.randperm(experts, generator=g)[:count] for _ in range(tokens)])
+
+
+def counted(counts: Sequence[int], *, device: str = "cpu") -> Routing:
+    """Of tokens with one expert each, so many of every expert."""
+    expert = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    return Routing.of(expert[:, None].to(device), len(counts))
 
 
 def routed(tokens: int) -> Routing:

@@ -28,6 +28,8 @@ SECTIONS = (
     "parity join",
     "parity attention",
     "parity modules",
+    "parity nf4 experts",
+    "nf4 experts",
 )
 OVER_A_MODEL = ("graphs", "ahead", "swap")
 

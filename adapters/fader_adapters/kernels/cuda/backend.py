@@ -15,6 +15,7 @@ from fader_adapters.kernels.cuda.lora_launch import add, delta, join, lookup_del
 from fader_adapters.kernels.cuda.lora_step import StackSite
 from fader_adapters.kernels.cuda.lora_tables import Arch, arch_of
 from fader_adapters.kernels.cuda.nf4_codes import CODES
+from fader_adapters.kernels.cuda.nf4_experts import CudaNf4Stack
 from fader_adapters.kernels.dense import DenseLinear, filled
 from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight
 from fader_adapters.kernels.nf4 import filled as nf4_filled
@@ -122,8 +123,8 @@ class CudaRoom:
 
     def nf4_stack(
         self, rows: Iterable[Nf4Weight], shape: tuple[int, int, int], bias: torch.Tensor | None
-    ) -> Nf4Stack:
-        return Nf4Stack.of(rows, shape, bias)
+    ) -> CudaNf4Stack:
+        return CudaNf4Stack(rows, shape, bias, self._scratch)
 
 
 class CudaBackend:
@@ -131,7 +132,8 @@ class CudaBackend:
 
     A row's bits do not depend on its company: rows of one token go through the fused NF4 product,
     all longer ones through dequantised weights and the vendor's GEMM, always on the same number of
-    rows at a time. On a CPU device the kernels run in Triton's interpreter, in fp32, for tests.
+    rows at a time; those of NF4 experts all go through one fused product. On a CPU device the
+    kernels run in Triton's interpreter, in fp32, for tests.
     """
 
     name = "cuda"
@@ -180,8 +182,10 @@ class CudaBackend:
     def bind_stack(self, site: SiteSpec, experts: int) -> CudaStack:
         return CudaStack(self._deltas.bind_stack(site))
 
-    def pack_stack(self, weight: StackWeight | Nf4Stack) -> StackWeight | Nf4Stack:
-        return weight
+    def pack_stack(self, weight: StackWeight | Nf4Stack) -> StackWeight | CudaNf4Stack:
+        if isinstance(weight, StackWeight):
+            return weight
+        return CudaNf4Stack([weight.weight], weight.shape, weight.bias, self._scratch)
 
     def prepare(self, tables: Tables, terms: StepTerms) -> LoraStep | None:
         """One copy and one launch, none where rows and tables are those of the step before.

@@ -16,7 +16,8 @@ from fader_adapters.kernels.cuda.nf4_tiles import TILE, Nf4Tiles, tile
 from fader_adapters.kernels.dense import ByRows
 from fader_adapters.kernels.nf4 import Nf4Weight
 
-_WORDS = {f"w{i}": word for i, word in enumerate(table_words())}
+WORDS = {f"w{i}": word for i, word in enumerate(table_words())}
+"""Arguments of a kernel that looks codes up in registers."""
 
 
 Way = Literal["rows", "fused", "pieces"]
@@ -83,7 +84,7 @@ class Nf4Linear(ByRows):
         self.out_features = self.tiles.out_features
         self.in_features = self.tiles.in_features
         self._scratch = scratch
-        self._arch = _arch(self.tiles.codes.device) or 80
+        self._arch = family_of(self.tiles.codes.device) or 80
         self._launch: configs.Launch | None = None
         self._split_blocks = configs.split_blocks(self._arch, self.out_features, self.in_features)
 
@@ -171,9 +172,9 @@ class Nf4Linear(ByRows):
             blocks=tiles.blocks,
             split_blocks=self._split_blocks,
             x_stride=x.stride(0) if rows > 1 else self.in_features,
-            **_WORDS,
+            **WORDS,
             **configs.gemm_constants(config, bias=bias is not None, exact=interpreted(x)),
-            **_options(config.warps, config.stages),
+            **options(config.warps, config.stages),
         )
 
     def through_scratch(
@@ -219,7 +220,7 @@ def linear(
 ) -> Nf4Linear | BitsandbytesLinear:
     """The base linear of this shape on the weights' device; the one choice between the two."""
     n, k = sum(w.out_features for w in weights), weights[0].in_features
-    if configs.method(_arch(weights[0].packed.device), n, k, 1) == "bitsandbytes":
+    if configs.method(family_of(weights[0].packed.device), n, k, 1) == "bitsandbytes":
         return BitsandbytesLinear(weights, bias)
     return Nf4Linear(weights, bias, scratch)
 
@@ -234,7 +235,7 @@ def add_planes(planes: torch.Tensor, bias: torch.Tensor | None, out: torch.Tenso
         rows,
         n,
         **configs.sum_constants(splits, bias=bias is not None),
-        **_options(configs.SMALL_WARPS, 1),
+        **options(configs.SMALL_WARPS, 1),
     )
 
 
@@ -256,7 +257,7 @@ def dequantise(tiles: Nf4Tiles, out: torch.Tensor, table: torch.Tensor, *, first
         tiles.blocks,
         first // TILE,
         **configs.dense_constants(),
-        **_options(configs.SMALL_WARPS, 1),
+        **options(configs.SMALL_WARPS, 1),
     )
 
 
@@ -265,13 +266,13 @@ def interpreted(x: torch.Tensor) -> bool:
     return not x.is_cuda
 
 
-def _arch(device: torch.device) -> int:
+def family_of(device: torch.device) -> int:
     """The tables for a device; those of sm_80 for a CPU, where Triton interprets."""
     if device.type != "cuda":
         return 80
     return configs.family(torch.cuda.get_device_capability(device))
 
 
-def _options(warps: int, stages: int) -> dict[str, Any]:
+def options(warps: int, stages: int) -> dict[str, Any]:
     """Options of a launch, which are no parameters of the kernel."""
     return {"num_warps": warps, "num_stages": stages}

@@ -19,6 +19,66 @@ def _gather(nibbles, table):
     return tl.reshape(tl.gather(table, flat, 0), nibbles.shape)
 
 
+@triton.jit
+def block_sums(
+    x_at,
+    code_at,
+    scale_at,
+    table_ptr,
+    blocks,
+    w0,
+    w1,
+    w2,
+    w3,
+    w4,
+    w5,
+    w6,
+    w7,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    EXACT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """[BN, BM] fp32: Σ_b scale[i, b] · Σ_{j in b} code[i, j] · x[m, j] over `blocks` blocks.
+
+    x_at, code_at, scale_at  [BM, 32], [BN, 32] and [BN] places of the first block, Nf4Tiles' layout
+    A block's products are summed first and scaled then, in fp32, blocks in ascending order: an
+    element's bits depend on its own row of x and of W and on the blocks, not on BM or BN. W is the
+    first operand, so its codes go from registers to the matrix unit. EXACT takes the codes from
+    `table` in x's own dtype, in Triton's interpreter too; else x is bf16 and they come from the
+    words. STAGES is given to the loop itself: without it the scales, which feed no product, would
+    not be pipelined.
+    """
+    if EXACT:
+        table = tl.load(table_ptr + tl.arange(0, 16))
+    acc = tl.zeros((BN, BM), tl.float32)
+    for _ in tl.range(0, blocks, num_stages=STAGES):
+        packed = tl.load(code_at, eviction_policy="evict_first")
+        x_high = tl.load(x_at)
+        x_low = tl.load(x_at + _HALF)
+        scale = tl.load(scale_at, eviction_policy="evict_first")
+        if EXACT:
+            high = _gather(packed >> 4, table).to(x_high.dtype)
+            low = _gather(packed & 15, table).to(x_low.dtype)
+            part = tl.dot(high, tl.trans(x_high), input_precision="ieee")
+            part = tl.dot(low, tl.trans(x_low), part, input_precision="ieee")
+        else:
+            high, low = tl.inline_asm_elementwise(
+                _LOOKUP,
+                _CONSTRAINTS,
+                [packed, w0, w1, w2, w3, w4, w5, w6, w7],
+                dtype=(tl.bfloat16, tl.bfloat16),
+                is_pure=True,
+                pack=4,
+            )
+            part = tl.dot(low, tl.trans(x_low), tl.dot(high, tl.trans(x_high)))
+        acc += part * scale[:, None]
+        code_at += _TILE * _HALF
+        scale_at += _TILE
+        x_at += 2 * _HALF
+    return acc
+
+
 @triton.jit(do_not_specialize=["rows", "blocks", "split_blocks"])
 def nf4_gemm(
     x_ptr,
@@ -55,11 +115,9 @@ def nf4_gemm(
     out     [splits, rows, n], fp32 planes or the result in its own dtype
     w0..w7  the words of nf4_codes.table_words, read unless EXACT
     grid    (⌈n/BN⌉, splits, ⌈rows/BM⌉); split s covers blocks s·split_blocks and on
-    A block's products are summed first and scaled then, in fp32, blocks in ascending order: an
-    element's bits depend on split_blocks, not on rows, BM or BN. Rows of x past `rows` read the
-    last one and are not stored. W is the first operand, so its codes go from registers to the
-    matrix unit. EXACT runs in fp32 with fp32 codes, and in Triton's interpreter. STAGES is given to
-    the loop itself: without it the scales, which feed no product, would not be pipelined.
+    Summed as `block_sums` says: an element's bits depend on split_blocks, not on rows, BM or BN.
+    Rows of x past `rows` read the last one and are not stored. EXACT runs in fp32 with fp32 codes,
+    and in Triton's interpreter.
     """
     column = tl.program_id(0) * BN
     split = tl.program_id(1)
@@ -73,32 +131,10 @@ def nf4_gemm(
     scale_at = scales_ptr + start + row
     line = tl.minimum(token, rows - 1).to(tl.int64) * x_stride + first * 2 * _HALF
     x_at = x_ptr + line[:, None] + byte[None, :]
-    if EXACT:
-        table = tl.load(table_ptr + tl.arange(0, 16))
-    acc = tl.zeros((BN, BM), tl.float32)
-    for _ in tl.range(first, last, num_stages=STAGES):
-        packed = tl.load(code_at, eviction_policy="evict_first")
-        x_high = tl.load(x_at)
-        x_low = tl.load(x_at + _HALF)
-        scale = tl.load(scale_at, eviction_policy="evict_first")
-        if EXACT:
-            high, low = _gather(packed >> 4, table), _gather(packed & 15, table)
-            part = tl.dot(high, tl.trans(x_high), input_precision="ieee")
-            part = tl.dot(low, tl.trans(x_low), part, input_precision="ieee")
-        else:
-            high, low = tl.inline_asm_elementwise(
-                _LOOKUP,
-                _CONSTRAINTS,
-                [packed, w0, w1, w2, w3, w4, w5, w6, w7],
-                dtype=(tl.bfloat16, tl.bfloat16),
-                is_pure=True,
-                pack=4,
-            )
-            part = tl.dot(low, tl.trans(x_low), tl.dot(high, tl.trans(x_high)))
-        acc += part * scale[:, None]
-        code_at += _TILE * _HALF
-        scale_at += _TILE
-        x_at += 2 * _HALF
+    acc = block_sums(  # pyright: ignore[reportGeneralTypeIssues]
+        x_at, code_at, scale_at, table_ptr, last - first,
+        w0, w1, w2, w3, w4, w5, w6, w7, BM, BN, EXACT, STAGES,
+    )  # fmt: skip
     out_column = column + tl.arange(0, BN)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + out_column, mask=out_column < n, other=0.0)
