@@ -12,7 +12,7 @@ import torch  # first: its libgomp must be the one both use
 
 from fader_adapters.kernels.native.build import LIBRARY
 
-ABI = 8
+ABI = 9
 BUILDER = "fader_adapters.kernels.native.build"
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
