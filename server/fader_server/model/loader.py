@@ -18,7 +18,7 @@ from fader_server.errors import ModelUnsupported
 from fader_server.model import attention
 from fader_server.model.activation import replace_activations
 from fader_server.model.checkpoint import quiet_libraries, read_config, read_nf4, why_not_packed
-from fader_server.model.experts import keep_rows_apart, pack_experts
+from fader_server.model.experts import keep_rows_apart, one_by_one, pack_experts
 from fader_server.model.head import replace_ends
 from fader_server.model.identity import Identity
 from fader_server.model.loaded import LoadedBase
@@ -64,17 +64,20 @@ def load_base(
 
         use_cuda(model)
     keep_wanted(model)
+    tape = backend.tape if isinstance(backend, NativeBackend) else None
     layers, solo, packed_states, state = {}, None, None, NO_STATE
     try:
         if reason:
             raise ModelUnsupported(f"{source}: {reason}")
-        layers = rehearse(model, source, dtype=dtype)
         if device.type == "cpu":
-            keep_rows_apart(model)
+            one_by_one(model)
+        rehearsed = rehearse(model, source, dtype=dtype)
+        layers = rehearsed.layers
+        if device.type == "cpu":
+            keep_rows_apart(model, rehearsed.calls, tape)
     except ModelUnsupported as error:
         from fader_server.model.solo_rehearsal import run_alone  # imports greenlet
 
-        tape = backend.tape if isinstance(backend, NativeBackend) else None
         alone = run_alone(
             model, installed.state, source, dtype=dtype, packed=error, tape=tape
         )  # fmt: skip
