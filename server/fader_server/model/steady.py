@@ -5,6 +5,7 @@ so a token's bits would depend on how many there are. Inside a `Steady` they do 
 kernels compute what they know; what they do not is computed in fp64 and rounded.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -77,6 +78,7 @@ class Steady(TorchFunctionMode):
             if kind is not None:
                 return activation(x.reshape(-1, x.shape[-1]), kind, tape=self._tape).view(x.shape)
             if func in UNSTEADY and unsteady(Heard(UNSTEADY[func], x.dtype)):
+                func = _gelu if func is F.gelu else func
                 return func(x.double(), *args[1:], **given).to(x.dtype)
         return func(*args, **given)
 
@@ -97,6 +99,13 @@ def _kind(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     if func is F.gelu:
         return GELUS.get(kwargs.get("approximate", "none"))
     return None if any(kwargs.values()) else NATIVE.get(func)
+
+
+def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """torch's own loses digits where x is below 0, in fp64, too."""
+    if approximate == "tanh":
+        return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
+    return x * torch.special.erfc(x * -math.sqrt(0.5)) / 2
 
 
 def _rows(x: Tensor) -> bool:
