@@ -65,8 +65,8 @@ def keep_rows_apart(
 
 
 def _without_modes(model: PreTrainedModel, apart: Collection[nn.Module]) -> Iterator[nn.Module]:
-    """The children of modules that run in a mode which need none, where calls cost less without:
-    nobody but the model's class and the native experts says how they run."""
+    """Those children of modules in a mode that need none, and cost less without: their code is
+    the model's own, and calls nothing that is kept apart, or that of installed experts."""
     installed = {module for _, module in experts(model)} - set(apart)
     for module in apart:
         for child in module.children():

@@ -162,14 +162,8 @@ FADER_INLINE float vtop(V a) {
     return t;
 }
 FADER_INLINE V vround(V a) { FADER_LANES a.f[i] = __builtin_rintf(a.f[i]); return a; }
-FADER_INLINE V vwhere_less(V a, V b, V v, V w) {
-    FADER_LANES w.f[i] = a.f[i] < b.f[i] ? v.f[i] : w.f[i];
-    return w;
-}
-FADER_INLINE V vsquare_rest(V a, V s) {
-    FADER_LANES s.f[i] = (float)((double)a.f[i] * a.f[i] - s.f[i]);
-    return s;
-}
+FADER_INLINE V vwhere_less(V a, V b, V v, V w) { FADER_LANES w.f[i] = a.f[i] < b.f[i] ? v.f[i] : w.f[i]; return w; }
+FADER_INLINE V vsquare_rest(V a, V s) { FADER_LANES s.f[i] = (float)((double)a.f[i] * a.f[i] - s.f[i]); return s; }
 FADER_INLINE V vpow2(V n) {
     FADER_LANES n.f[i] = bits_float((u32)((int)n.f[i] + 127) << 23);
     return n;
