@@ -51,6 +51,8 @@ ONE_CODE: dict[str, Function] = {
 """Those that nobody keeps steady where a model calls them."""
 OFTEN = {"sigmoid", "softplus", "silu", "gelu by tanh", "mish", "elu", "exp2"}
 """Of which torch's own differ in fp32 in more than one element of a thousand at an end."""
+VECTORS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+"""Whether torch has such other code here."""
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +89,7 @@ def test_an_elements_bits_do_not_depend_on_how_many_there_are(name, dtype, tape)
     tolerance = 5e-3 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(steady.double(), exact, rtol=tolerance, atol=1e-6)
     assert steady.dtype == dtype
-    if dtype == torch.float32 and name in OFTEN:
+    if VECTORS and dtype == torch.float32 and name in OFTEN:
         assert moved(function, dtype), "the comparison sees nothing"
 
 

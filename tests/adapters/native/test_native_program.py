@@ -64,7 +64,7 @@ def test_every_element_is_computed_once_whoever_computes_it(level: str, shape, t
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
-def test_an_activations_bits_depend_on_no_place_and_no_number_of_threads(kind: Map):
+def test_an_activations_bits_depend_on_no_place_and_no_number_of_threads(level: str, kind: Map):
     x = torch.randn(601, 67).abs().add(1e-3)
     alone = torch.cat([activation(row, kind) for row in x.split(1)])
     assert len(alone.unique()) > 20_000

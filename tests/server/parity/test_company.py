@@ -95,6 +95,10 @@ def test_a_rows_logits_are_the_same_alone_and_beside_one_to_nine_others(name, dt
     assert replays.prefill._trusted
 
 
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    reason="torch has one code for these functions without vectors",
+)
 @pytest.mark.parametrize("name", ["no such kernel", "sigmoid of one column"])
 def test_torchs_own_functions_would_show(name, tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "keep_rows_apart", lambda *_: None)
