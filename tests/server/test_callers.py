@@ -48,6 +48,14 @@ def test_a_call_belongs_to_the_innermost_module_whose_code_makes_it():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_what_runs_inside_of_modules_that_see_to_it_themselves_is_nobodys():
+    model = Model()
+    callers = Callers(model, but=[model.gate])
+    with torch.inference_mode(), callers.listening():
+        model(torch.randn(2, 8))
+    assert set(callers.calls) == {model, model.act}
+
+
 def test_only_modules_that_call_such_functions_run_in_a_mode_and_all_are_given_back():
     model = Model()
     x = torch.randn(3, 8)

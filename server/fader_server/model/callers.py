@@ -3,7 +3,7 @@
 Knows module trees and names of operators; what follows from a call others know.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,18 +27,22 @@ class Heard:
 class Callers(TorchDispatchMode):
     """Of one model, by the innermost module that was running."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, but: Iterable[nn.Module] = ()) -> None:
+        """but: modules whose calls, and those of modules inside them, are nobody's."""
         super().__init__()
         self.calls: dict[nn.Module, set[Heard]] = {}
         self._model = model
+        self._but = frozenset(but)
         self._running: list[nn.Module] = []
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Hear what runs inside."""
+        within = {m for module in self._but for m in module.modules() if m is not module}
         handles = [
             handle
             for module in self._model.modules()
+            if module not in within  # whose order, side by side, says nothing
             for handle in (
                 module.register_forward_pre_hook(self._begins),
                 module.register_forward_hook(self._ends),
@@ -66,7 +70,7 @@ class Callers(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> object:
         x = next((arg for arg in args if isinstance(arg, torch.Tensor)), None)
-        if x is not None and x.dim() > 1 and self._running:
+        if x is not None and x.dim() > 1 and self._running and self._running[-1] not in self._but:
             heard = Heard(func._schema.name.rpartition("::")[2], x.dtype)
             self.calls.setdefault(self._running[-1], set()).add(heard)
         return func(*args, **(kwargs or {}))

@@ -55,6 +55,11 @@ class PackedStates:
     def __len__(self) -> int:
         return len(self._layers)
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The layers."""
+        return [layer.module for layer in self._layers]
+
     linears: frozenset[nn.Module] = frozenset()
     """Those that are not given all of a step's tokens: none."""
 

@@ -5,7 +5,7 @@ What a model does across a step's tokens outside its attention (convolutions, re
 positions of its own counting) is found here, before it can answer anybody.
 """
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -37,6 +37,11 @@ class Aside(Protocol):
     """Layers of a model whose rows run alone in a forward that the others share."""
 
     @property
+    def modules(self) -> Iterable[nn.Module]:
+        """The layers, which see to it that a row's bits are its own."""
+        ...
+
+    @property
     def linears(self) -> Container[nn.Module]:
         """Those inside them."""
         ...
@@ -64,7 +69,7 @@ def rehearse(
     `dtype`: of the activations; some models give logits of another. `aside`: the layers whose rows
     run alone.
     """
-    callers = Callers(model)
+    callers = Callers(model, but=() if aside is None else aside.modules)
     ids = made_up(model, sum(LENGTHS))
     try:
         probe = attention.Probe(LENGTHS)
