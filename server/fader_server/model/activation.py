@@ -6,7 +6,7 @@ from torch import nn
 from fader_adapters.kernels.native import Map, Tape, activation
 from fader_server.model.norm import TOLERANCE, replace_modules
 
-KINDS = (Map.SILU, Map.GELU_TANH)
+KINDS = (Map.SILU, Map.GELU, Map.GELU_TANH, Map.TANH)
 
 
 class NativeActivation(nn.Module):

@@ -1,65 +1,84 @@
-"""Mixtures of experts on a CPU: a row's bits are its own there, too."""
+"""On a CPU a row's bits are its own, in mixtures of experts and where elements are mapped."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from fader_adapters.kernels.backend import StackBackend
 from fader_adapters.kernels.dense import linear
-from fader_adapters.kernels.nf4_stack import Nf4Stack
-from fader_adapters.kernels.stack_weights import StackWeight
-from fader_adapters.layers import Installed, SiteLinear
-from fader_adapters.stacks import absmax_of, experts
+from fader_adapters.kernels.native import Tape
+from fader_adapters.layers import SiteLinear
+from fader_adapters.stacks import experts
+from fader_server.model.callers import Heard
+from fader_server.model.steady import Steady, unsteady, within
 
 BLOCK = 8
 """Rows of a product: few tokens of a step meet in one expert."""
 
-_SIGMOIDS = (torch.sigmoid, torch.Tensor.sigmoid)
-_PRODUCTS = (torch.matmul, torch.Tensor.matmul)
+_MATMULS = (torch.matmul, torch.Tensor.matmul)
+_PRODUCTS = frozenset({"linear", "matmul", "mm", "addmm"})
+"""What torch's operators are called that multiply by a router's or experts' weights."""
 
 
-def keep_rows_apart(model: PreTrainedModel) -> Callable[[], None]:
-    """Compute each row of an fp32 router or expert alike, whoever takes part; what ends that.
+def one_by_one(model: PreTrainedModel) -> None:
+    """In fp32 there is one product an expert, by F.linear or x @ weight."""
+    if model.dtype == torch.float32 and any(True for _ in routed(model)):
+        model.set_experts_implementation("eager")
+
+
+def keep_rows_apart(
+    model: PreTrainedModel, calls: Mapping[nn.Module, Collection[Heard]], tape: Tape | None
+) -> Callable[[], None]:
+    """Compute each row alike, whoever takes part: functions of single elements, and products of
+    fp32 routers and experts. In the modules that were heard to call such; what ends that.
 
     In bf16 torch's own products are as they should be, and those of a step's experts are one call.
     """
-    before = {block: block.forward for block in routed(model)}
+    inside = {module for block in routed(model) for module in block.modules()}
+    elements, products = Steady(tape), _Apart(tape)
+    before: dict[nn.Module, Callable[..., Any]] = {}
+    for module, heard in calls.items():
+        own = module in inside and not isinstance(module, SiteLinear)
+        if own and any(c.name in _PRODUCTS and c.dtype == torch.float32 for c in heard):
+            mode = products
+        elif any(map(unsteady, heard)):
+            mode = elements
+        else:
+            continue
+        before[module] = module.forward
+        setattr(module, "forward", within(mode, module.forward))  # noqa: B010 - a method by assignment
+    for child in list(_without_modes(model, before)):
+        before[child] = child.forward
+        setattr(child, "forward", _plainly(child.forward))  # noqa: B010
 
     def end() -> None:
-        for block, forward in before.items():
-            setattr(block, "forward", forward)  # noqa: B010 - a method by assignment
+        for module, forward in before.items():
+            setattr(module, "forward", forward)  # noqa: B010
 
-    if not before:
-        return end
-    if model.dtype == torch.float32:
-        # one product an expert, by F.linear or x @ weight
-        model.set_experts_implementation("eager")
-    for block, forward in before.items():
-        setattr(block, "forward", _apart(forward))  # noqa: B010
-    if model.dtype != torch.float32:
-        for _, module in experts(model):
-            if "forward" in vars(module) and module not in before:
-                before[module] = module.forward
-                setattr(module, "forward", _as_they_are(module.forward))  # noqa: B010
     return end
 
 
-def pack_experts(model: PreTrainedModel, installed: Installed, backend: StackBackend) -> None:
-    """Bring stacks of experts into a backend's layout, one after the other; the model's modules
-    keep nothing of what they were made of."""
-    for stack in installed.stacks.values():
-        if stack.spec.role == "experts":
-            assert isinstance(stack.weight, StackWeight | Nf4Stack)
-            stack.weight = backend.pack_stack(stack.weight)
-            names = (stack.spec.path, absmax_of(stack.spec.path))
-            for name, tensor in zip(names, stack.weight.resident, strict=False):
-                held = model.get_parameter(name) if name == names[0] else model.get_buffer(name)
-                held.data = tensor
+def _without_modes(model: PreTrainedModel, apart: Collection[nn.Module]) -> Iterator[nn.Module]:
+    """Those children of modules in a mode that need none, and cost less without: their code is
+    the model's own, and calls nothing that is kept apart, or that of installed experts."""
+    installed = {module for _, module in experts(model)} - set(apart)
+    for module in apart:
+        for child in module.children():
+            if not any("forward" in vars(m) and m not in installed for m in child.modules()):
+                yield child
+
+
+def _plainly(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward, out of all modes."""
+
+    def plain(*args: object, **kwargs: object) -> object:
+        with torch._C.DisableTorchFunction():
+            return forward(*args, **kwargs)
+
+    return plain
 
 
 def routed(model: nn.Module) -> Iterator[nn.Module]:
@@ -70,26 +89,8 @@ def routed(model: nn.Module) -> Iterator[nn.Module]:
             yield model.get_submodule(path.rpartition(".")[0])
 
 
-def _apart(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def apart(*args: object, **kwargs: object) -> object:
-        with _Apart():
-            return forward(*args, **kwargs)
-
-    return apart
-
-
-def _as_they_are(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """For experts whose products are kernels: nothing in them is fp32, and calls cost less."""
-
-    def plain(*args: object, **kwargs: object) -> object:
-        with torch._C.DisableTorchFunction():
-            return forward(*args, **kwargs)
-
-    return plain
-
-
-class _Apart(TorchFunctionMode):
-    """What a row becomes does not depend on the number of rows, nor on its place among them."""
+class _Apart(Steady):
+    """Nor do products depend on the number of rows."""
 
     def __torch_function__(
         self,
@@ -101,11 +102,9 @@ class _Apart(TorchFunctionMode):
         if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float32:
             if func is F.linear:
                 return _product(*args, **(kwargs or {}))
-            if func in _PRODUCTS and not kwargs and args[1].dim() == 2:  # weights [in, out]
+            if func in _MATMULS and not kwargs and args[1].dim() == 2:  # weights [in, out]
                 return _product(args[0], args[1].T)
-            if func in _SIGMOIDS:  # torch's differs between the middle and the end of a tensor
-                return args[0].double().sigmoid().float()
-        return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def _product(

@@ -14,12 +14,15 @@ from fader_adapters.embed_scale import round_embed_scales
 from fader_adapters.errors import BaseUnsupported
 from fader_adapters.kernels.backend import Backend, StackBackend
 from fader_adapters.kernels.cpu import NativeBackend
+from fader_adapters.kernels.nf4_stack import Nf4Stack
+from fader_adapters.kernels.stack_weights import StackWeight
 from fader_adapters.layers import Installed, install
+from fader_adapters.stacks import absmax_of
 from fader_server.errors import ModelUnsupported
 from fader_server.model import attention
 from fader_server.model.activation import replace_activations
 from fader_server.model.checkpoint import quiet_libraries, read_config, read_nf4, why_not_packed
-from fader_server.model.experts import keep_rows_apart, pack_experts
+from fader_server.model.experts import keep_rows_apart, one_by_one
 from fader_server.model.head import replace_ends
 from fader_server.model.identity import Identity
 from fader_server.model.loaded import LoadedBase
@@ -81,19 +84,22 @@ def load_base(
 
         use_cuda(model)
     if isinstance(backend, StackBackend):
-        pack_experts(model, installed, backend)
+        _pack_experts(model, installed, backend)
     keep_wanted(model)
+    tape = backend.tape if isinstance(backend, NativeBackend) else None
     layers, solo, packed_states, state = {}, None, None, NO_STATE
     try:
         if reason:
             raise ModelUnsupported(f"{source}: {reason}")
-        layers = rehearse(model, source, dtype=dtype)
         if device.type == "cpu":
-            keep_rows_apart(model)
+            one_by_one(model)
+        rehearsed = rehearse(model, source, dtype=dtype)
+        layers = rehearsed.layers
+        if device.type == "cpu":
+            keep_rows_apart(model, rehearsed.calls, tape)
     except ModelUnsupported as error:
         from fader_server.model.solo_rehearsal import run_alone  # imports greenlet
 
-        tape = backend.tape if isinstance(backend, NativeBackend) else None
         alone = run_alone(
             model, installed.state, source, dtype=dtype, packed=error, tape=tape
         )  # fmt: skip
@@ -129,3 +135,16 @@ def _use_native(
         if "RotaryEmbedding" in type(module).__name__:
             make_opaque(module, tape)
     replace_ends(model, installed, backend, dtype=dtype)
+
+
+def _pack_experts(model: PreTrainedModel, installed: Installed, backend: StackBackend) -> None:
+    """Bring stacks of experts into a backend's layout, one after the other; the model's modules
+    keep nothing of what they were made of."""
+    for stack in installed.stacks.values():
+        if stack.spec.role == "experts":
+            assert isinstance(stack.weight, StackWeight | Nf4Stack)
+            stack.weight = backend.pack_stack(stack.weight)
+            names = (stack.spec.path, absmax_of(stack.spec.path))
+            for name, tensor in zip(names, stack.weight.resident, strict=False):
+                held = model.get_parameter(name) if name == names[0] else model.get_buffer(name)
+                held.data = tensor

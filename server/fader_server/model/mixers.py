@@ -48,6 +48,11 @@ class Mixers:
         return len(self._mixers)
 
     @property
+    def modules(self) -> list[nn.Module]:
+        """The layers."""
+        return [mixer.module for mixer in self._mixers]
+
+    @property
     def threads(self) -> int:
         """Of everything that rows share."""
         return self._threads

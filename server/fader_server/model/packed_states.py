@@ -22,7 +22,7 @@ from fader_server.model.rehearsal import distance
 from fader_server.model.state_kernels import StateKernels
 from fader_server.model.state_slots import NOBODY, SPARE, StateSlots
 from fader_server.model.states import StateShape, new_cache
-from fader_server.model.steady import Steady
+from fader_server.model.steady import Steady, within
 
 PIECES = ((6,), (1, 9), (1,), (5,))
 """Tokens of the first sequence, and of another beside it, step by step of the proof."""
@@ -38,7 +38,6 @@ class PackedStates:
         """Raises ModelUnsupported where a layer calls no function that is known."""
         self.rows: StateRows | None = None
         """Of the forward that runs now; None: it is none of the engine's, and keeps no states."""
-        self._steady = Steady(tape)
         self._config = model.config
         self._slots = StateSlots()
         self._room = 0
@@ -55,6 +54,11 @@ class PackedStates:
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The layers."""
+        return [layer.module for layer in self._layers]
 
     linears: frozenset[nn.Module] = frozenset()
     """Those that are not given all of a step's tokens: none."""
@@ -98,22 +102,12 @@ class PackedStates:
 
     @contextmanager
     def of(self, rows: StateRows) -> Iterator[None]:
-        """The forward that runs inside goes on from these states; a token's bits are its own."""
+        """The forward that runs inside goes on from these states."""
         self.rows = rows
-        try:
-            with self._steady:
-                yield
-        finally:
-            self.rows = None
-
-    @contextmanager
-    def strictly(self) -> Iterator[None]:
-        """One of the layers runs."""
-        self._steady.strict = True
         try:
             yield
         finally:
-            self._steady.strict = False
+            self.rows = None
 
     @contextmanager
     def rows_of(self, counts: Sequence[int]) -> Iterator[None]:
@@ -149,13 +143,13 @@ class _Layer:
         self._owner = owner
         self._cache = cache
         self._own: Callable[..., torch.Tensor] = module.forward
-        own, packed = self._own, _with_functions(module, self.kernels)
+        own = self._own
+        packed = within(Steady(tape), _with_functions(module, self.kernels))
 
         def forward(*args: object, **kwargs: object) -> torch.Tensor:
             if owner.rows is None:
                 return own(*args, **kwargs)
-            with owner.strictly():
-                return packed(*args, **{**kwargs, cache: None})
+            return packed(*args, **{**kwargs, cache: None})
 
         # a function, which a copy of the model may share, where a method would bring its owner
         setattr(module, "forward", forward)  # noqa: B010

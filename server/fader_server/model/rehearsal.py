@@ -5,8 +5,9 @@ What a model does across a step's tokens outside its attention (convolutions, re
 positions of its own counting) is found here, before it can answer anybody.
 """
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from fader_adapters.errors import first_line
 from fader_adapters.layers import SiteHead, SiteLinear
 from fader_server.errors import ModelUnsupported
 from fader_server.model import attention
+from fader_server.model.callers import Callers, Heard
 from fader_server.model.kv_cache import LayerShape
 
 LENGTHS = (5, 6)
@@ -35,6 +37,11 @@ class Aside(Protocol):
     """Layers of a model whose rows run alone in a forward that the others share."""
 
     @property
+    def modules(self) -> Iterable[nn.Module]:
+        """The layers, which see to it that a row's bits are its own."""
+        ...
+
+    @property
     def linears(self) -> Container[nn.Module]:
         """Those inside them."""
         ...
@@ -44,18 +51,30 @@ class Aside(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Rehearsed:
+    """What a packed forward showed."""
+
+    layers: dict[nn.Module, LayerShape]
+    """The shape of every attention layer's cache."""
+    calls: dict[nn.Module, set[Heard]]
+    """What the modules called, by their own code."""
+
+
 def rehearse(
     model: PreTrainedModel, source: str, *, dtype: torch.dtype, aside: Aside | None = None
-) -> dict[nn.Module, LayerShape]:
-    """The shape of every attention layer's cache. Raises ModelUnsupported, in one line.
+) -> Rehearsed:
+    """Raises ModelUnsupported, in one line.
 
     `dtype`: of the activations; some models give logits of another. `aside`: the layers whose rows
     run alone.
     """
+    callers = Callers(model, but=() if aside is None else aside.modules)
     ids = made_up(model, sum(LENGTHS))
     try:
         probe = attention.Probe(LENGTHS)
-        packed = _packed(model, ids, probe, WANTED, aside)
+        with callers.listening():
+            packed = _packed(model, ids, probe, WANTED, aside)
         if aside is None:
             _expect_layers(model, source, len(probe.shapes))
         with torch.inference_mode(), _as(model, "eager"):
@@ -75,7 +94,7 @@ def rehearse(
             f"(logits differ by {found:.2g} of their spread): it mixes tokens, or counts "
             "positions, outside its attention"
         )
-    return probe.shapes
+    return Rehearsed(probe.shapes, callers.calls)
 
 
 def same_bits(model: PreTrainedModel, aside: Aside) -> bool:

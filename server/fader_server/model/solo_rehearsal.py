@@ -77,7 +77,7 @@ def run_alone(
     solo = rehearse_solo(model, state, dtype=dtype, packed=packed)
     shape = measured(solo.solo, made_up(model, 2 * MEASURED).tolist())
     solo.end()
-    shared = rehearse_mixers(model, source, dtype=dtype)
+    shared = rehearse_mixers(model, source, dtype=dtype, tape=tape)
     if shared is not None:
         mixers, layers = shared
         log.warning("%s: %d layers run row by row, which is slower", packed, len(mixers))
@@ -118,13 +118,14 @@ def rehearse_states(
 
     What those kernels compute is causal, and proven in pieces: no need to rehearse the model alone.
     """
-    states, apart = None, keep_rows_apart(model)
+    states, apart = None, _nothing
     try:
         states = PackedStates(model, tape)
         states.prove(dtype)
-        layers = rehearse(model, source, dtype=dtype, aside=states)
+        rehearsed = rehearse(model, source, dtype=dtype, aside=states)
+        apart = keep_rows_apart(model, rehearsed.calls, tape)
         if same_bits(model, states):
-            return states, layers
+            return states, rehearsed.layers
     except Exception as error:  # noqa: BLE001 - whatever it is, the model's own code is left
         log.debug("%s: states cannot lie in native kernels: %s", source, error)
     attend_as_built(model)
@@ -135,7 +136,7 @@ def rehearse_states(
 
 
 def rehearse_mixers(
-    model: PreTrainedModel, source: str, *, dtype: torch.dtype
+    model: PreTrainedModel, source: str, *, dtype: torch.dtype, tape: Tape | None
 ) -> tuple[Mixers, dict[nn.Module, LayerShape]] | None:
     """The layers of a model that was rehearsed alone whose rows run alone while they share the
     rest, and the shapes of the others' caches. None where they cannot share it.
@@ -143,12 +144,14 @@ def rehearse_mixers(
     mixers = Mixers(model)
     if not len(mixers):
         return None
-    on_cpu = model.device.type == "cpu"
-    apart = keep_rows_apart(model) if on_cpu else _nothing
+    apart = _nothing
     try:
-        layers = rehearse(model, source, dtype=dtype, aside=mixers)
-        if not on_cpu or same_bits(model, mixers):  # a GPU's kernels see to it, step by step
-            return mixers, layers
+        rehearsed = rehearse(model, source, dtype=dtype, aside=mixers)
+        if model.device.type != "cpu":  # a GPU's kernels see to it, step by step
+            return mixers, rehearsed.layers
+        apart = keep_rows_apart(model, rehearsed.calls, tape)
+        if same_bits(model, mixers):
+            return mixers, rehearsed.layers
     except ModelUnsupported as error:
         log.debug("%s: rows cannot share the rest: %s", source, error)
     attend_as_built(model)

@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from fader_adapters.kernels import native
-from fader_adapters.kernels.native import Kind, Map, Op, Program, StepInputs, Workspace
+from fader_adapters.kernels.native import (
+    Kind,
+    Map,
+    Op,
+    Program,
+    StepInputs,
+    Workspace,
+    activation,
+)
+from fader_adapters.kernels.native.activation import ACTIVATIONS
 
 CODES = {torch.float32: 0, torch.bfloat16: 1}
 SHAPES = [(1, 1, 1, 70_001), (1, 1, 37, 4096), (1, 5, 300, 64), (3, 700, 2, 32), (1, 1, 3, 70_000)]
@@ -52,6 +61,19 @@ def test_every_element_is_computed_once_whoever_computes_it(level: str, shape, t
         assert torch.equal(run(Map.NEG, x, None, torch.empty_like(x)), -x)
     wide = run(Map.COPY, x, None, torch.empty(shape))
     assert torch.equal(wide, x.float())
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_an_activations_bits_depend_on_no_place_and_no_number_of_threads(level: str, kind: Map):
+    x = torch.randn(601, 67).abs().add(1e-3)
+    alone = torch.cat([activation(row, kind) for row in x.split(1)])
+    assert len(alone.unique()) > 20_000
+    for first, count in ((0, 601), (5, 1), (7, 57), (1, 600)):
+        part = x[first : first + count].contiguous().view(1, 1, count, 67)
+        for threads in (1, 2, 3, 6):
+            native.set_threads(threads)
+            out = run(kind, part, None, torch.full_like(part, float("nan")))
+            assert torch.equal(out[0, 0], alone[first : first + count])
 
 
 def test_a_call_that_a_kernel_refuses_is_named_whoever_ran_it():

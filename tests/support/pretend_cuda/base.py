@@ -87,13 +87,13 @@ def read_bases(device: PretendDevice, patch: pytest.MonkeyPatch) -> None:
         config: PretrainedConfig,
         *,
         device: torch.device,
-        attn_implementation: str | None,
+        **given: Any,
     ) -> PreTrainedModel:
         if device.type == "cpu":
-            return read(source, config, device=CPU, attn_implementation=attn_implementation)
+            return read(source, config, device=CPU, **given)
         with owner.plainly(), pytest.MonkeyPatch.context() as absent:
             absent.setattr(torch.cuda, "is_available", lambda: False)
-            model = read(source, config, device=CPU, attn_implementation=attn_implementation)
+            model = read(source, config, device=CPU, **given)
         return bring(model, owner)
 
     owner = device

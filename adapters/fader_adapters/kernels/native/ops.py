@@ -41,6 +41,8 @@ class Map(IntEnum):
     SOFTPLUS = 8
     EXP = 9
     LOG = 10
+    GELU = 11
+    TANH = 12
 
 
 class Op(ctypes.Structure):

@@ -197,11 +197,12 @@ int fader_scan(const fader_scan_t *scan, int64_t T, int64_t R, const fader_rows_
 
 /* ---- Elementwise ---------------------------------------------------------------------------------
  * out = map(x, y) over `size`, steps in elements; y NULL: `scalar` stands for it. dtype is that of x and y;
- * only a copy may change it. */
+ * only a copy may change it. GELU is x Phi(x), by erf; GELU_TANH its approximation. An element's bits depend
+ * on nothing but itself: a tail goes through the same code. */
 enum { FADER_OP_SITE, FADER_OP_NORM, FADER_OP_WRITE_KV, FADER_OP_ATTEND, FADER_OP_GATHER, FADER_OP_MAP, FADER_OP_LOOKUP, FADER_OP_EXPERTS,
        FADER_OP_CONV, FADER_OP_SCAN, FADER_OP_GATED_NORM };
 enum { FADER_MAP_COPY, FADER_MAP_NEG, FADER_MAP_ADD, FADER_MAP_SUB, FADER_MAP_MUL, FADER_MAP_SILU, FADER_MAP_GELU_TANH,
-       FADER_MAP_SIGMOID, FADER_MAP_SOFTPLUS, FADER_MAP_EXP, FADER_MAP_LOG };
+       FADER_MAP_SIGMOID, FADER_MAP_SOFTPLUS, FADER_MAP_EXP, FADER_MAP_LOG, FADER_MAP_GELU, FADER_MAP_TANH };
 typedef struct {
     int32_t kind, map, dtype, out_dtype; /* map: NORM: about_one; GATED_NORM: flags; GATHER: rows are panels;
                                             SITE: base only. out_dtype: GATED_NORM: of y, the gate */

@@ -37,7 +37,7 @@ FADER_INLINE V nearest(V t, const float *mid, uint8_t *code) {
     return _mm512_permutexvar_ps(at, vload(NF4));
 #else
     V above = vzero();
-    for (int m = 0; m < 15; m++) above = vadd(above, vunless_less(vset(mid[m]), t, vset(1.0f)));
+    for (int m = 0; m < 15; m++) above = vadd(above, vwhere_less(vset(mid[m]), t, vzero(), vset(1.0f)));
     float lanes[W];
     vstore(lanes, above);
     for (int l = 0; l < W; l++) {

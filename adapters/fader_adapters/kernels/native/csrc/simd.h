@@ -44,9 +44,10 @@ FADER_INLINE void vsum16(const V *a, float *out) {
 }
 FADER_INLINE float vtop(V a) { return _mm512_reduce_max_ps(a); }
 FADER_INLINE V vround(V a) { return _mm512_roundscale_ps(a, 8); }
-FADER_INLINE V vunless_less(V a, V b, V v) { // 0 where a < b, else v (NaN in a keeps v)
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ), v);
+FADER_INLINE V vwhere_less(V a, V b, V v, V w) { // v where a < b, else w (NaN in a: w)
+    return _mm512_mask_mov_ps(w, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), v);
 }
+FADER_INLINE V vsquare_rest(V a, V s) { return _mm512_fmsub_ps(a, a, s); } // a*a - s, rounded once
 FADER_INLINE V vpow2(V n) { // 2^n for whole n in [-126, 127]
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
@@ -103,9 +104,10 @@ FADER_INLINE float vtop(V a) {
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 FADER_INLINE V vround(V a) { return _mm256_round_ps(a, 8); }
-FADER_INLINE V vunless_less(V a, V b, V v) {
-    return _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ), v);
+FADER_INLINE V vwhere_less(V a, V b, V v, V w) {
+    return _mm256_blendv_ps(w, v, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }
+FADER_INLINE V vsquare_rest(V a, V s) { return _mm256_fmsub_ps(a, a, s); }
 FADER_INLINE V vpow2(V n) {
     return _mm256_castsi256_ps(
         _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
@@ -160,10 +162,8 @@ FADER_INLINE float vtop(V a) {
     return t;
 }
 FADER_INLINE V vround(V a) { FADER_LANES a.f[i] = __builtin_rintf(a.f[i]); return a; }
-FADER_INLINE V vunless_less(V a, V b, V v) {
-    FADER_LANES v.f[i] = a.f[i] < b.f[i] ? 0.0f : v.f[i];
-    return v;
-}
+FADER_INLINE V vwhere_less(V a, V b, V v, V w) { FADER_LANES w.f[i] = a.f[i] < b.f[i] ? v.f[i] : w.f[i]; return w; }
+FADER_INLINE V vsquare_rest(V a, V s) { FADER_LANES s.f[i] = (float)((double)a.f[i] * a.f[i] - s.f[i]); return s; }
 FADER_INLINE V vpow2(V n) {
     FADER_LANES n.f[i] = bits_float((u32)((int)n.f[i] + 127) << 23);
     return n;
@@ -228,11 +228,19 @@ FADER_INLINE V vexp(V x) { // e^x, exactly 0 below -87; relative error 2e-7
     y = vfma(y, r, vset(1.6666665459e-1f));
     y = vfma(y, r, vset(5.0000001201e-1f));
     y = vadd(vfma(y, vmul(r, r), r), vset(1.0f));
-    return vunless_less(x, vset(-87.0f), vmul(y, vpow2(n)));
+    return vwhere_less(x, vset(-87.0f), vzero(), vmul(y, vpow2(n)));
 }
+// below 0.625 Cephes' polynomial, above by exp; relative error 2e-7
 FADER_INLINE V vtanh(V x) {
-    V e = vexp(vmul(vmin(vset(20.0f), vmax(vset(-20.0f), x)), vset(2.0f)));
-    return vadd(vset(1.0f), vdiv(vset(-2.0f), vadd(e, vset(1.0f))));
+    const V minus = vmul(x, vset(-1.0f)), u = vmin(vset(20.0f), vmax(minus, x)), z = vmul(u, u);
+    V y = vset(-5.70498872745e-3f);
+    y = vfma(y, z, vset(2.06390887954e-2f));
+    y = vfma(y, z, vset(-5.37397155531e-2f));
+    y = vfma(y, z, vset(1.33314422036e-1f));
+    y = vfma(y, z, vset(-3.33332819422e-1f));
+    const V near = vfma(vmul(y, z), x, x);
+    const V far = vadd(vset(1.0f), vdiv(vset(-2.0f), vadd(vexp(vadd(u, u)), vset(1.0f))));
+    return vwhere_less(u, vset(0.625f), near, vwhere_less(x, vzero(), vmul(far, vset(-1.0f)), far));
 }
 FADER_INLINE V vsigmoid(V x) { return vdiv(vset(1.0f), vadd(vset(1.0f), vexp(vmul(x, vset(-1.0f))))); }
 FADER_INLINE void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
