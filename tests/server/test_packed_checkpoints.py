@@ -59,6 +59,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Made(request.param, tmp_path_factory.mktemp(request.param))
 
 
+@pytest.mark.slow
 def test_verify_compares_with_peft_over_the_decoded_experts(made: Made, tmp_path: Path):
     one = write_adapter(made.plain, tmp_path / "one", rank=4, target_modules=["o_proj"], seed=1)
     found = verify(str(made.base), {"one": one}, dtype=torch.float32, tokens=4)

@@ -126,7 +126,7 @@ def test_a_row_has_the_same_bits_alone_in_company_and_beyond_the_fixed_room() ->
     assert step is not None
     assert step.bucket is None
     assert torch.equal(small(x, terms), together)
-    for row in (0, 1, 2, 23):
+    for row in (0, 2):
         alone = run(x[row : row + 1], StepTerms(terms.rows[row : row + 1]))
         assert torch.equal(alone[0], together[row])
 

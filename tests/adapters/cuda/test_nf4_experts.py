@@ -125,7 +125,7 @@ def test_a_pair_has_the_same_bits_alone_and_in_any_company() -> None:
     launches = set()
     for pair in (0, 100, 136, 155):
         expert = int(routing.expert[pair])
-        for before, after in ((0, 0), (3, 1), (40, 25), (90, 160)):
+        for before, after in ((0, 0), (40, 25)) if pair else ((3, 1), (90, 160)):
             company = [0] * EXPERTS
             company[expert] = before + 1 + after
             company[(expert + 2) % EXPERTS] = 5 if before else 0

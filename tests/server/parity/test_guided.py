@@ -155,7 +155,8 @@ def test_a_step_that_fails_and_runs_in_parts_leaves_guides_where_they_are(llama,
     assert [raw(a) for a in world.run(asks(grammar))] == alone
 
 
-@pytest.mark.parametrize("family", ["bloom", pytest.param("qwen3.5", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bloom", "qwen3.5"])
 def test_bases_whose_sequences_run_alone_are_guided(family: str, grammar, tmp_path: Path):
     make = partial(TinyWorld, write_many(*SOLO[family], tmp_path / "base"))
     given = [replace(ask, blend={}) for ask in asks(grammar, count=4)]
