@@ -153,14 +153,13 @@ def experts_forward(
     weights  [tokens, k]: the router's
     """
     own: Any = module
-    y = up(hidden[routing.token])
+    y = up(hidden.index_select(0, routing.token))
     y = own._apply_gate(y) if own.has_gate else own.act_fn(y)
     y = down(y)
     if getattr(own, "has_post_expert_norm", False):
         y = own.post_expert_norm(y)
-    y = y * weights.reshape(-1)[routing.order].unsqueeze(-1)
-    back = torch.empty_like(y)
-    back[routing.order] = y
+    y = y * weights.reshape(-1).index_select(0, routing.order).unsqueeze(-1)
+    back = torch.empty_like(y).index_copy_(0, routing.order, y)
     return back.view(*weights.shape, -1).sum(dim=1).to(hidden.dtype)
 
 
