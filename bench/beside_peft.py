@@ -1,7 +1,9 @@
 """Fader's engine beside PEFT on one NF4 base: a mixture with adapters of its experts, a hybrid.
 
 Without HTTP, the ways in turn, prompts included. Fader runs another adapter for each row, and so
-does PEFT but where experts are adapted. No figure unless both give the same logprobs in fp32 first.
+does PEFT but where experts are adapted; of a mixture there is also Fader with experts in NF4
+("packed"). No figure unless both give the same logprobs in fp32 first. Each side has its threads as
+it would: Fader's as its server sets them, PEFT torch's.
 
     python -m bench.beside_peft mixture|hybrid [--rounds 5] [--json FILE]
 """
@@ -32,9 +34,12 @@ from transformers import (
 
 from bench.make_model import write_tokenizer
 from bench.step_rig import Rig, read_adapters
-from fader_adapters.kernels.backend import choose
+from fader_adapters.kernels.backend import Backend, choose
 from fader_server.bench.machine import machine_facts
 from fader_server.bench.stats import spread
+from fader_server.model.checkpoint import quantize
+from fader_server.model.device import set_threads
+from fader_server.model.loaded import LoadedBase
 from fader_server.model.loader import load_base
 from fader_server.verification import verify
 
@@ -149,13 +154,38 @@ def generated(
     return run
 
 
+@dataclass(frozen=True)
+class Way:
+    """What is timed."""
+
+    rows: int
+    run: Callable[[], None]
+    backend: Backend | None
+    """None: PEFT's."""
+
+
+def opened(family: Family, base: Path, threads: int) -> dict[str, LoadedBase]:
+    """Fader's bases by the name of their side."""
+    found: dict[str, LoadedBase] = {}
+    for side in ("fader", "packed") if "num_experts" in family.shape else ("fader",):
+        backend = choose(CPU, torch.bfloat16, "native")
+        set_threads(threads, backend)
+        found[side] = load_base(
+            str(base),
+            dtype=torch.bfloat16,
+            device=CPU,
+            backend=backend,
+            quantize_experts=side == "packed",
+        )
+    return found
+
+
 def ways(
-    family: Family, base: Path, adapters: Mapping[str, Path]
-) -> dict[str, tuple[int, Callable[[], None]]]:
-    """What is timed, by name, each with its rows."""
-    backend = choose(CPU, torch.bfloat16, "native")
-    loaded = load_base(str(base), dtype=torch.bfloat16, device=CPU, backend=backend)
-    own = read_adapters(next(iter(adapters.values())).parent, loaded, ROWS)
+    family: Family, base: Path, adapters: Mapping[str, Path], bases: Mapping[str, LoadedBase]
+) -> dict[str, Way]:
+    """What is timed, by name."""
+    folder = next(iter(adapters.values())).parent
+    own = {side: read_adapters(folder, loaded, ROWS) for side, loaded in bases.items()}
     quantised = AutoModelForCausalLM.from_pretrained(
         base,
         dtype=torch.bfloat16,
@@ -171,18 +201,30 @@ def ways(
     for name in others if family.mixed else ():
         peft.load_adapter(str(adapters[name]), name)
     peft.eval()
-    found: dict[str, tuple[int, Callable[[], None]]] = {}
+    found: dict[str, Way] = {}
+    length = PROMPT + 2 * ANSWER
     for rows in (1, ROWS):
         ids = prompts(rows, family.shape["vocab_size"])
         names = list(adapters)[:rows] if family.mixed else None
-        length = PROMPT + 2 * ANSWER
-        rigs = {"base": Rig(loaded, [], rows=rows, length=length)}
-        rigs["adapters"] = Rig(loaded, own[:rows], rows=rows, length=length)
-        for name, rig in rigs.items():
-            found[f"fader, {name}, {rows}"] = rows, fader(rig, ids)
-            other = generated(peft, ids, adapted=name == "adapters", names=names)
-            found[f"peft, {name}, {rows}"] = rows, other
+        for what in ("base", "adapters"):
+            for side, loaded in bases.items():
+                worn = own[side][:rows] if what == "adapters" else []
+                rig = Rig(loaded, worn, rows=rows, length=length)
+                found[f"{side}, {what}, {rows}"] = Way(rows, fader(rig, ids), loaded.backend)
+            other = generated(peft, ids, adapted=what == "adapters", names=names)
+            found[f"peft, {what}, {rows}"] = Way(rows, other, None)
     return found
+
+
+def tokens_per_second(way: Way, threads: int) -> float:
+    """Of the output."""
+    if way.backend is None:
+        torch.set_num_threads(threads)
+    else:
+        set_threads(threads, way.backend)
+    begin = time.perf_counter()
+    way.run()
+    return way.rows * ANSWER / (time.perf_counter() - begin)
 
 
 def main() -> None:
@@ -198,20 +240,24 @@ def main() -> None:
         family = FAMILIES[args.family]
         base, adapters = write(family, Path(folder))
         difference = check(base, adapters)
-        timed = ways(family, base, adapters)
+        bases = opened(family, base, args.threads)
+        if "packed" in bases:
+            quantize(str(base), Path(folder) / "packed", device=CPU, experts=True)
+            difference = max(difference, check(Path(folder) / "packed", adapters))
+        timed = ways(family, base, adapters, bases)
         rates: dict[str, list[float]] = {name: [] for name in timed}
         for number in range(args.rounds + 1):
-            for name, (rows, run) in timed.items():
-                begin = time.perf_counter()
-                run()
+            for name, way in timed.items():
+                rate = tokens_per_second(way, args.threads)
                 if number:  # the first is for caches and recordings
-                    rates[name].append(rows * ANSWER / (time.perf_counter() - begin))
+                    rates[name].append(rate)
     document = {
         "command": [Path(sys.executable).name, "-m", "bench.beside_peft", *sys.argv[1:]],
         "machine": machine_facts() | {"torch": torch.__version__, "threads": args.threads},
         "family": args.family,
         "shape": family.shape | {"rank": RANK, "prompt": PROMPT, "answer": ANSWER},
         "parity": {"largest_logprob_difference_fp32": difference},
+        "base_bytes": {side: loaded.nbytes for side, loaded in bases.items()},
         "output_tokens_per_second": {name: asdict(spread(own)) for name, own in rates.items()},
     }
     if args.json:

@@ -40,6 +40,7 @@ def small(monkeypatch):
     monkeypatch.setattr(beside_peft, "ANSWER", 8)
     yield
     torch.set_num_threads(threads)
+    native.set_threads(None)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -50,9 +51,13 @@ def test_every_way_is_timed_and_told(family, tmp_path, monkeypatch, capsys):
     beside_peft.main()
     document = json.loads(out.read_text())
     rates = document["output_tokens_per_second"]
+    sides = ("fader", "packed", "peft") if family == "mixture" else ("fader", "peft")
+    assert set(document["base_bytes"]) == set(sides) - {"peft"}
+    if family == "mixture":
+        assert document["base_bytes"]["packed"] < document["base_bytes"]["fader"]
     assert set(rates) == {
         f"{side}, {what}, {rows}"
-        for side in ("fader", "peft") for what in ("base", "adapters") for rows in (1, 2)
+        for side in sides for what in ("base", "adapters") for rows in (1, 2)
     }  # fmt: skip
     assert all(rate["low"] > 0 for rate in rates.values())
     assert document["parity"]["largest_logprob_difference_fp32"] < 1e-4

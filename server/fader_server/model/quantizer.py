@@ -131,7 +131,7 @@ def make_room(model: nn.Module, *, packed: bool) -> None:
             rows = (spec.experts, spec.out_features)
             with torch.device(getattr(module, name).device):
                 codes = torch.empty(*rows, spec.in_features // 2, dtype=torch.uint8)
-                absmax = torch.empty(*rows, spec.in_features // native.BLOCK)
+                absmax = torch.empty(*rows, spec.in_features // native.BLOCK, dtype=torch.float32)
             if packed:
                 setattr(module, name, nn.Parameter(codes, requires_grad=False))
             module.register_buffer(absmax_of(name), absmax)
