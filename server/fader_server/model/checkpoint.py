@@ -36,7 +36,7 @@ from fader_adapters.kernels import native
 from fader_adapters.kernels.nf4 import check_width
 from fader_server.errors import ConfigInvalid, ModelUnsupported
 from fader_server.model.by_expert import packed_by_expert
-from fader_server.model.quantizer import Nf4Config, read_packed_experts
+from fader_server.model.quantizer import Nf4Config, packed_stacks, read_packed_experts
 
 log = logging.getLogger(__name__)
 
@@ -250,8 +250,11 @@ def quantize(source: str, target: Path, *, device: torch.device, experts: bool =
     model = read_nf4(
         source, config, device=device, attn_implementation=None, quantize_experts=experts
     )
+    packed = any(True for _ in packed_stacks(model))
+    if experts and not packed:
+        log.warning("%s has no experts that could be held in NF4", source)
     # packed stacks do not come apart into the matrices that some families store
-    model.save_pretrained(target, save_original_format=not experts)
+    model.save_pretrained(target, save_original_format=not packed)
     try:
         transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(
             target

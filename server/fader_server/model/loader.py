@@ -27,6 +27,7 @@ from fader_server.model.head import replace_ends
 from fader_server.model.identity import Identity
 from fader_server.model.loaded import LoadedBase
 from fader_server.model.norm import replace_gated_norms, replace_norms
+from fader_server.model.quantizer import packed_stacks
 from fader_server.model.recording import make_opaque
 from fader_server.model.rehearsal import rehearse
 from fader_server.model.rotary import longest
@@ -73,8 +74,14 @@ def load_base(
         installed = install(model, backend, name=source)
     except BaseUnsupported as error:
         raise ModelUnsupported(f"{source}: {error}") from error
-    if quantize_experts and all(stack.weight.plain_dtype for stack in installed.stacks.values()):
+    packed = set(packed_stacks(model))
+    if quantize_experts and not packed:
         log.warning("%s has no experts that could be held in NF4", source)
+    if strange := packed.difference(stack.spec.path for stack in installed.stacks.values()):
+        raise ModelUnsupported(
+            f"{source}: {min(strange)} is in NF4, and its module computes otherwise than Fader's "
+            "kernels; serve the original without --quantize-experts"
+        )
     # experts are let go of one by one as they are packed: nobody may still be hashing them
     digest = identity.digest() if installed.stacks else None
     if isinstance(backend, NativeBackend):

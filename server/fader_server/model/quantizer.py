@@ -4,6 +4,7 @@ one; experts too, if asked. Reads those that a file holds packed.
 Knows transformers' loading steps and bitsandbytes' parameters; knows no files and no models.
 """
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from fader_adapters.kernels import native
-from fader_adapters.stacks import absmax_of, experts, stack_names, stack_of
+from fader_adapters.stacks import absmax_of, experts, in_nf4, stack_names, stack_of
 
 METHOD = "fader_nf4"
 """The name under which transformers finds the quantiser; no checkpoint carries it."""
@@ -108,7 +109,9 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
     ) -> PreTrainedModel:
         if self.refused:
             raise ValueError(self.refused[0])
-        self.quantization_config.quant_method = QuantizationMethod.BITS_AND_BYTES
+        told = cast(Nf4Config, self.quantization_config)
+        told.experts_in_nf4 = any(True for _ in packed_stacks(model))
+        told.quant_method = QuantizationMethod.BITS_AND_BYTES
         cast(Any, model).quantization_method = QuantizationMethod.BITS_AND_BYTES
         return super()._process_model_after_weight_loading(model, **given)
 
@@ -135,6 +138,14 @@ def make_room(model: nn.Module, *, packed: bool) -> None:
             if packed:
                 setattr(module, name, nn.Parameter(codes, requires_grad=False))
             module.register_buffer(absmax_of(name), absmax)
+
+
+def packed_stacks(model: nn.Module) -> Iterator[str]:
+    """Paths of the stacks that a model holds packed."""
+    for path, module in experts(model):
+        for name in stack_names(module):
+            if in_nf4(getattr(module, name)):
+                yield f"{path}.{name}"
 
 
 class _Quantise(Bnb4bitQuantize):

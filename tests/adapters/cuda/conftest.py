@@ -7,6 +7,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    # Triton decides at its import which kind of function it makes; an earlier import was without
+    # Triton decides at its import which kind of function it makes; an earlier import was without.
+    # Its library stays: what that is made of is there only once.
     for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
-        del sys.modules[name]
+        if not name.startswith("triton._C"):
+            del sys.modules[name]

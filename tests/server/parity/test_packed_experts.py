@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fader_adapters import layers
 from fader_adapters.kernels import native
 from fader_adapters.kernels.backend import BackendName
 from fader_adapters.kernels.cpu_experts import PanelStack
@@ -202,9 +203,20 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path):
         TinyWorld(base, quantize_experts=True)
 
 
+def test_experts_that_compute_otherwise_are_not_served_packed(tmp_path: Path, monkeypatch):
+    base = base_of("qwen3-moe", tmp_path)
+    paths = {f"model.layers.1.mlp.experts.{name}_proj" for name in ("gate_up", "down")}
+    monkeypatch.setattr(layers, "unproven", lambda model, spec: paths)
+    with pytest.raises(ModelUnsupported, match=f"{min(paths)} is in NF4"):
+        TinyWorld(base, quantize_experts=True)
+    TinyWorld(base)
+
+
 def test_a_base_without_experts_says_that_there_are_none(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     base = write_many("llama", {}, tmp_path / "base")
     TinyWorld(base, quantize_experts=True)
-    assert "no experts that could be held in NF4" in caplog.text
+    quantize(str(base), tmp_path / "nf4", device=CPU, experts=True)
+    assert caplog.text.count("no experts that could be held in NF4") == 2
+    assert "experts_in_nf4" not in (tmp_path / "nf4" / "config.json").read_text()
