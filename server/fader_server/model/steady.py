@@ -72,7 +72,8 @@ class Steady(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> object:
         given = kwargs or {}
-        if (func in NATIVE or func in UNSTEADY) and _rows(args[0]) and not given.get("inplace"):
+        known = (func in NATIVE or func in UNSTEADY) and bool(args)
+        if known and _rows(args[0]) and not given.get("inplace"):
             x: Tensor = args[0]
             kind = None if self._tape is None else _kind(func, args, given)
             if kind is not None:
