@@ -54,6 +54,12 @@ def arch(request: pytest.FixtureRequest) -> int:
     return request.param
 
 
+each_when_slow = pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=[] if arch == 90 else pytest.mark.slow) for arch in ARCHS]
+)
+"""Looked at for one in every run, for all in the slow one."""
+
+
 def per_weight(made: aot.Compiled) -> float:
     """Instructions of the main loop over the weights a thread decodes in a turn of it."""
     assert made.loop
@@ -97,6 +103,7 @@ def test_each_kernel_compiles_without_spills_and_within_shared_memory(
     assert [line for made in found for line in made.complaints] == []
 
 
+@each_when_slow
 def test_a_spill_an_oversize_and_an_error_are_seen(compiled: Compile, arch: int) -> None:
     tree, spilling, too_big, broken = compiled((NEGATIVES,), arch)
     assert not tree.complaints
@@ -105,12 +112,14 @@ def test_a_spill_an_oversize_and_an_error_are_seen(compiled: Compile, arch: int)
     assert broken.error
 
 
+@each_when_slow
 def test_a_select_tree_and_a_waiting_load_are_seen(compiled: Compile, arch: int) -> None:
     trees = [made for made in compiled((NEGATIVES,), arch) if made.kernel == "select_tree"]
     trees = [made for made in trees if not made.error]
     assert len(trees) == len(over_budget(trees)) == len(waiting_loads(trees)) == 1
 
 
+@each_when_slow
 def test_the_decode_loop_keeps_to_its_budget_and_never_waits(compiled: Compile, arch: int) -> None:
     linears = products(compiled((NF4,), arch, pick="tiles"))
     experts = products(compiled((EXPERTS,), arch, pick="tiles"))
