@@ -113,9 +113,9 @@ def _pieces(
         for part in quantised.COMPONENTS
     }
     for i, linear in enumerate(linears):
-        for key in base.keys(linear) if linear.role == "experts" else ():
-            if base.holds_packed(key):
-                indices[key], inside[absmax_of(key)] = i, key
+        for part in base.stacks.get(linear.path, ()):  # what does not change may be stored anyhow
+            if base.holds_packed(part.key):
+                indices[part.key], inside[absmax_of(part.key)] = i, part.key
     untied = _untied(base) if unties(base, adapted) else None
     if untied is not None:
         indices[untied.table] = untied.embedding

@@ -217,6 +217,8 @@ def read_nf4(
         raise ModelUnsupported(
             f"{source}: {len(missing)} weights are missing or of another shape, first {missing[0]}"
         )
+    if quantize_experts and not any(True for _ in packed_stacks(model)):
+        log.warning("%s has no experts that could be held in NF4", source)
     model.eval()
     for path, module in model.named_modules():
         if isinstance(module, Linear4bit):
@@ -250,10 +252,8 @@ def quantize(source: str, target: Path, *, device: torch.device, experts: bool =
     model = read_nf4(
         source, config, device=device, attn_implementation=None, quantize_experts=experts
     )
-    packed = any(True for _ in packed_stacks(model))
-    if experts and not packed:
-        log.warning("%s has no experts that could be held in NF4", source)
     # packed stacks do not come apart into the matrices that some families store
+    packed = any(True for _ in packed_stacks(model))
     model.save_pretrained(target, save_original_format=not packed)
     try:
         transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(

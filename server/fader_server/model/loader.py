@@ -3,7 +3,6 @@
 Knows module trees; knows nothing of files, requests or adapters.
 """
 
-import logging
 from dataclasses import replace
 
 import torch
@@ -33,8 +32,6 @@ from fader_server.model.rehearsal import rehearse
 from fader_server.model.rotary import longest
 from fader_server.model.states import NO_STATE
 from fader_server.model.wanted import keep_wanted
-
-log = logging.getLogger(__name__)
 
 
 def load_base(
@@ -74,10 +71,8 @@ def load_base(
         installed = install(model, backend, name=source)
     except BaseUnsupported as error:
         raise ModelUnsupported(f"{source}: {error}") from error
-    packed = set(packed_stacks(model))
-    if quantize_experts and not packed:
-        log.warning("%s has no experts that could be held in NF4", source)
-    if strange := packed.difference(stack.spec.path for stack in installed.stacks.values()):
+    served = {stack.spec.path for stack in installed.stacks.values()}
+    if strange := set(packed_stacks(model)) - served:
         raise ModelUnsupported(
             f"{source}: {min(strange)} is in NF4, and its module computes otherwise than Fader's "
             "kernels; serve the original without --quantize-experts"

@@ -131,13 +131,14 @@ def make_room(model: nn.Module, *, packed: bool) -> None:
             spec = stack_of(module, name)
             if spec.in_features % native.BLOCK:
                 continue
-            rows = (spec.experts, spec.out_features)
-            with torch.device(getattr(module, name).device):
-                codes = torch.empty(*rows, spec.in_features // 2, dtype=torch.uint8)
-                absmax = torch.empty(*rows, spec.in_features // native.BLOCK, dtype=torch.float32)
-            if packed:
-                setattr(module, name, nn.Parameter(codes, requires_grad=False))
+            shape = (spec.experts, spec.out_features, spec.in_features // native.BLOCK)
+            device = getattr(module, name).device
+            absmax = torch.empty(shape, dtype=torch.float32, device=device)
             module.register_buffer(absmax_of(name), absmax)
+            if packed:
+                shape = (*shape[:2], spec.in_features // 2)
+                codes = torch.empty(shape, dtype=torch.uint8, device=device)
+                setattr(module, name, nn.Parameter(codes, requires_grad=False))
 
 
 def packed_stacks(model: nn.Module) -> Iterator[str]:

@@ -142,3 +142,6 @@ def test_a_checkpoint_that_lacks_an_expert_is_refused(tmp_path: Path):
     with pytest.raises(CheckpointInvalid, match=r"no tensor for .*1\.mlp\.experts\.gate_up_proj"):
         merge(damaged, made.blend, tmp_path / "out", form="bf16")
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.safetensors"))
+    one = write_adapter(made.base, tmp_path / "one", rank=4, seed=3, target_modules=["o_proj"])
+    done = merge(damaged, [Ingredient(one)], tmp_path / "linears", form="bf16")
+    assert {loss["path"].rpartition(".")[2] for loss in done.report["linears"]} == {"o_proj"}
