@@ -21,6 +21,7 @@ from fader_server.api.observe import Board, gauges, merge_gauges
 from fader_server.api.ports import Adapters, Engine, Tokenizer
 from fader_server.api.quotas import Quotas
 from fader_server.api.sse import Pace
+from fader_server.api.trace import Spans
 from fader_server.config import ServeConfig
 from fader_server.errors import FaderError
 from fader_server.metrics import Metrics
@@ -39,11 +40,13 @@ def build(
     version: str,
     merging: Merging | None = None,
     tenants: tuple[Tenant, ...] = (),
+    spans: Spans | None = None,
 ) -> FastAPI:
     """The application; `app.state.context` is what its routes share. Starts nothing.
 
     `metrics` is given because the engine tells its steps to the same one; `tenants` are those of
-    config.tenants. Not ready until `context.readiness.reason` is set to "".
+    config.tenants; `spans` takes those of requests. Not ready until
+    `context.readiness.reason` is set to "".
     """
     context = _context(
         config, base, engine, adapters, recipes, tokenizer, metrics, version, merging, tenants
@@ -76,7 +79,7 @@ def build(
     protected = [Depends(requires(guard.observer))] if config.protect_metrics else []
     app.include_router(probes.metrics_router, dependencies=protected)
     _answer_errors(app, guard)
-    app.add_middleware(Edge, metrics=metrics)
+    app.add_middleware(Edge, metrics=metrics, spans=spans)
     if config.allow_origin:
         app.add_middleware(Pages, origins=config.allow_origin)
     return app

@@ -182,6 +182,13 @@ class ServeConfig:
         "info", "least severe log line", parse=kinds.one_of("debug", "info", "warning", "error")
     )
 
+    otlp_traces_endpoint: str | None = define(
+        None,
+        "where spans of requests go, OTLP over HTTP, as http://127.0.0.1:4318/v1/traces",
+        parse=kinds.otlp_url,
+        metavar="URL",
+    )
+
     def __post_init__(self) -> None:
         names = [item.name for item in self.adapter]
         for name in names:

@@ -29,6 +29,7 @@ from fader_server.state import RememberedAdapters, recipes_in
 from fader_server.state_entries import State
 from fader_server.state_file import StateFile
 from fader_server.tenants import Tenant, tenants_of
+from fader_server.tracing import open_spans
 
 _log = logging.getLogger("fader")
 
@@ -78,6 +79,7 @@ def run(config: ServeConfig, open_world: OpenWorld, *, version: str) -> None:
             stack.enter_context(file.locked())
         state = file.read() if file is not None else State()
         recipes = recipes_in(state)
+        spans = stack.enter_context(open_spans(config.otlp_traces_endpoint, version=version))
         sock = stack.enter_context(bind(config))
         world = stack.enter_context(open_world(config, metrics, claims_of(recipes), tenants))
         book = partial(RecipeBook, base=world.base.name, most=config.max_recipes, recipes=recipes)
@@ -102,6 +104,7 @@ def run(config: ServeConfig, open_world: OpenWorld, *, version: str) -> None:
             version=version,
             merging=world.merging,
             tenants=tenants,
+            spans=spans,
         )
         asyncio.run(_serve(application, world, named, sock))
     _log.info("ended")

@@ -126,6 +126,14 @@ def http_url(value: object) -> str:
     return found
 
 
+def otlp_url(value: object) -> str:
+    """The whole address that takes spans."""
+    found = value.strip() if isinstance(value, str) else ""
+    if not re.fullmatch(r"https?://[A-Za-z0-9.\-_\[\]:]+/[\w./~%-]+", found):
+        raise ValueError("expected an address like http://127.0.0.1:4318/v1/traces")
+    return found
+
+
 def integer(value: object, *, low: int, high: int | None = None) -> int:
     wanted = f"expected a whole number from {low}" + ("" if high is None else f" to {high}")
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d{1,18}", value.strip()):

@@ -1,4 +1,4 @@
-"""The outermost layer: request ids, one log line a request, and the last resort for exceptions.
+"""The outermost layer: request ids, a log line and a span a request, the last resort of exceptions.
 
 Pure ASGI, so that it sees streams as they are. Knows no route.
 """
@@ -17,9 +17,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fader_server.api.errors import AmbiguousLength, ClientGone, describe
 from fader_server.api.observe import CallRecord
+from fader_server.api.trace import Answered, Spans, parent_of
 from fader_server.metrics import Metrics
 
 _log = logging.getLogger("fader.request")
+NO_ROUTE = "none"
+"""The route of a request that no route takes."""
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -36,9 +39,10 @@ class RequestLog:
 class Edge:
     """Wraps the application; `scope["state"]["log"]` is the request's RequestLog."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, spans: Spans | None = None) -> None:
         self._app = app
         self._metrics = metrics
+        self._spans = spans
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -75,7 +79,7 @@ class Edge:
             self._finish(scope, log, status, time.monotonic() - began)
 
     def _finish(self, scope: Scope, log: RequestLog, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "none")
+        route = getattr(scope.get("route"), "path", NO_ROUTE)
         self._metrics.answered(route, status)
         fields = {
             "request_id": log.request_id,
@@ -87,7 +91,17 @@ class Edge:
             **log.extra,
             **(log.call.log_fields() if log.call else {}),
         }
-        _log.info("request", extra={"fields": fields})
+        _log.info("request", extra={"fields": fields | self._traced(scope, fields, seconds)})
+
+    def _traced(self, scope: Scope, fields: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """Where the trace of a request is found, if it has one."""
+        parent = parent_of(scope["headers"])
+        if self._spans is not None:
+            ended = time.time_ns()
+            answered = Answered(ended - int(seconds * 1e9), ended, fields)
+            if (ids := self._spans.add(answered, parent)) is not None:
+                return {"trace_id": ids[0], "span_id": ids[1]}
+        return {"trace_id": parent.trace_id} if parent is not None else {}
 
 
 def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:

@@ -513,6 +513,7 @@ class World:
 
 def build_world(**changes: Any) -> World:
     script, merging = changes.pop("script", None), changes.pop("merging", None)
+    spans = changes.pop("spans", None)
     tenants = changes.pop("tenants", ())
     if tenants:
         changes["tenants"] = Path("tenants.toml")
@@ -532,6 +533,7 @@ def build_world(**changes: Any) -> World:
         version="9",
         merging=merging,
         tenants=tenants,
+        spans=spans,
     )
     application.state.context.readiness.reason = ""
     return World(engine, adapters, recipes, metrics, application)
