@@ -16,8 +16,9 @@ from fader_server import demo
 from fader_server.errors import EngineFault, Overloaded, RequestInvalid
 from fader_server.text import grammar as grammars
 from fader_server.text import guides as guides_module
-from fader_server.text.grammar import Grammar, JsonGuide
+from fader_server.text.grammar import Grammar, GrammarGuide, grammar_of
 from fader_server.text.guides import Guides
+from fader_server.text.shape import Shape
 from fader_server.text.tokenizer import Tokenizer
 from fader_server.text.vocabulary import Vocabulary, read_vocabulary
 from tests.server.text_worlds import BUILDERS, backend, hf
@@ -55,7 +56,7 @@ def ids(bits: bytes) -> list[int]:
     return np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little").nonzero()[0].tolist()
 
 
-def walk(guide: JsonGuide, rng: random.Random, most: int = 400) -> Iterator[int]:
+def walk(guide: GrammarGuide, rng: random.Random, most: int = 400) -> Iterator[int]:
     for _ in range(most):
         token = rng.choice(ids(guide.allowed()))
         guide.accept(token)
@@ -73,8 +74,12 @@ def tokenizer() -> Tokenizer:
     return demo_tokenizer()
 
 
-async def guide_of(tokenizer: Tokenizer, schema: dict) -> JsonGuide:
-    (guide,) = await tokenizer.guides(json.dumps(schema), 1)
+def of_schema(text: str) -> Shape:
+    return Shape("schema", text)
+
+
+async def guide_of(tokenizer: Tokenizer, schema: dict) -> GrammarGuide:
+    (guide,) = await tokenizer.guides(of_schema(json.dumps(schema)), 1)
     return guide
 
 
@@ -87,7 +92,7 @@ async def test_any_walk_under_a_guide_is_an_answer_that_conforms(family: str):
     tokenizer = demo_tokenizer() if own else Tokenizer(hf(family), max_model_len=512)
     rng = random.Random(3)
     try:
-        made = await tokenizer.guides(json.dumps(PERSON), 8)
+        made = await tokenizer.guides(of_schema(json.dumps(PERSON)), 8)
     except RequestInvalid:
         names = tokenizer._backend.get_vocab()
         assert not any(set(n) <= {"{", "▁", "Ġ"} and "{" in n for n in names), family
@@ -151,17 +156,17 @@ async def test_without_a_stop_token_the_grammar_ends_by_itself():
     own = Vocabulary(
         read_vocabulary(tokenizer._pieces, tokenizer.vocab_size, ()).tokens, tokenizer.vocab_size
     )
-    guide = Grammar(json.dumps(PERSON), own).guide()
+    guide = Grammar(grammar_of(of_schema(json.dumps(PERSON))), own).guide()
     tokens = list(walk(guide, random.Random(0)))
     assert guide.ended
     assert conforms(json.loads(tokenizer.decode(tokens)))
-    guide = Grammar('{"type": "integer", "maximum": 10}', own).guide()
+    guide = Grammar(grammar_of(of_schema('{"type": "integer", "maximum": 10}')), own).guide()
     guide.accept(tokenizer.encode_prompt("1", special=False)[0])
     assert max(ids(guide.allowed())) < tokenizer.vocab_size
 
 
 async def test_asking_again_changes_nothing_and_guides_of_one_grammar_are_apart(tokenizer):
-    one, two = await tokenizer.guides(json.dumps(PERSON), 2)
+    one, two = await tokenizer.guides(of_schema(json.dumps(PERSON)), 2)
     first = one.allowed()
     assert one.allowed() == first == two.allowed()
     list(walk(one, random.Random(1), 3))
@@ -245,7 +250,7 @@ async def test_reading_a_schema_stalls_no_loop_and_happens_once(monkeypatch):
 
     heart = asyncio.create_task(beat())
     schema = json.dumps(PERSON)
-    made = await asyncio.gather(*(tokenizer.guides(schema, 2) for _ in range(5)))
+    made = await asyncio.gather(*(tokenizer.guides(of_schema(schema), 2) for _ in range(5)))
     heart.cancel()
     assert len(threads) == 1
     assert threads[0].startswith("fader-grammar")
@@ -259,25 +264,25 @@ async def test_only_so_many_schemas_wait_and_only_so_many_are_kept(monkeypatch):
     tokenizer = demo_tokenizer()
     schemas = [json.dumps({"const": i}) for i in range(6)]
     results = await asyncio.gather(
-        *(tokenizer.guides(s, 1) for s in schemas), return_exceptions=True
+        *(tokenizer.guides(of_schema(s), 1) for s in schemas), return_exceptions=True
     )
     assert [isinstance(r, Overloaded) for r in results] == [False] * 3 + [True] * 3
-    assert list(tokenizer._guides._kept) == schemas[1:3]
+    assert list(tokenizer._guides._kept) == [grammar_of(of_schema(s)) for s in schemas[1:3]]
     assert tokenizer._guides._waiting == 0
-    await tokenizer.guides(schemas[1], 1)
-    await tokenizer.guides(schemas[4], 1)
-    assert list(tokenizer._guides._kept) == [schemas[1], schemas[4]]
+    await tokenizer.guides(of_schema(schemas[1]), 1)
+    await tokenizer.guides(of_schema(schemas[4]), 1)
+    assert list(tokenizer._guides._kept) == [grammar_of(of_schema(schemas[i])) for i in (1, 4)]
 
 
 async def test_who_stops_waiting_is_forgotten():
     tokenizer = demo_tokenizer()
-    task = asyncio.create_task(tokenizer.guides('{"type": "object"}', 1))
+    task = asyncio.create_task(tokenizer.guides(of_schema('{"type": "object"}'), 1))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert tokenizer._guides._waiting == 0
-    assert await tokenizer.guides('{"type": "object"}', 1)
+    assert await tokenizer.guides(of_schema('{"type": "object"}'), 1)
 
 
 def chain(links: int) -> dict:
@@ -341,10 +346,10 @@ HOSTILE = {
 async def test_a_hostile_schema_costs_its_request_and_little_else(tokenizer: Tokenizer, name: str):
     """What the API's own bounds let through: some are refused, some work, some fail later."""
     guides = Guides(partial(read_vocabulary, tokenizer._pieces, tokenizer.vocab_size, [0]))
-    await guides.start("{}", 1)
+    await guides.start_shape(of_schema("{}"), 1)
     began = time.process_time()
     with contextlib.suppress(RequestInvalid, EngineFault):
-        (guide,) = await guides.start(json.dumps(HOSTILE[name]), 1)
+        (guide,) = await guides.start_shape(of_schema(json.dumps(HOSTILE[name])), 1)
         assert time.process_time() - began < 2.0
         most = 0.0
         rng = random.Random(0)
@@ -384,7 +389,7 @@ async def test_a_grammar_in_use_is_made_anew_before_its_states_run_out(monkeypat
         monkeypatch.setattr(grammars, "_WORN", worn)
         tokenizer, rng, found = demo_tokenizer(), random.Random(0), 0
         for _ in range(60):
-            (guide,) = await tokenizer.guides(schema, 1)
+            (guide,) = await tokenizer.guides(of_schema(schema), 1)
             try:
                 list(walk(guide, rng, 60))
             except EngineFault:

@@ -8,7 +8,8 @@ import time
 import pytest
 
 from fader_server.errors import EngineFault, RequestInvalid
-from fader_server.text.grammar import JsonGuide
+from fader_server.text.grammar import GrammarGuide
+from fader_server.text.shape import Shape
 from fader_server.text.tokenizer import Tokenizer
 from fader_server.text.tools import Tool, ToolCall, ToolUse
 from tests.server.test_text_guides import HOSTILE, ids
@@ -53,13 +54,13 @@ def conforms(name: str, given: dict) -> bool:
     )
 
 
-async def guide_of(world: Tokenizer, use: ToolUse, schema: str | None = None) -> JsonGuide:
-    guides = await world.tool_guides(use, schema, 1)
+async def guide_of(world: Tokenizer, use: ToolUse, schema: str | None = None) -> GrammarGuide:
+    guides = await world.tool_guides(use, None if schema is None else Shape("schema", schema), 1)
     assert guides is not None
     return guides[0]
 
 
-def walk(world: Tokenizer, guide: JsonGuide, rng: random.Random, most: int = 4000) -> list[int]:
+def walk(world: Tokenizer, guide: GrammarGuide, rng: random.Random, most: int = 4000) -> list[int]:
     """Its tokens up to the one that ends it."""
     tokens: list[int] = []
     for _ in range(most):
@@ -74,7 +75,7 @@ def walk(world: Tokenizer, guide: JsonGuide, rng: random.Random, most: int = 400
     return tokens
 
 
-def write(guide: JsonGuide, tokens: list[int]) -> int:
+def write(guide: GrammarGuide, tokens: list[int]) -> int:
     """How many of these tokens the guide lets through."""
     for at, token in enumerate(tokens):
         if guide.ended or token not in ids(guide.allowed()):
@@ -215,14 +216,14 @@ async def test_content_with_a_schema_is_that_or_calls(style: str):
 
 async def test_where_calls_are_plain_json_content_has_no_schema_beside_them():
     with pytest.raises(RequestInvalid, match="plain JSON") as caught:
-        await WORLDS["llama"].tool_guides(ToolUse(TOOLS), "{}", 1)
+        await WORLDS["llama"].tool_guides(ToolUse(TOOLS), Shape("schema", "{}"), 1)
     assert caught.value.param == "response_format"
-    assert await WORLDS["llama"].tool_guides(ToolUse(TOOLS, must=True), "{}", 1) is not None
+    assert await guide_of(WORLDS["llama"], ToolUse(TOOLS, must=True), "{}") is not None
 
 
 async def test_a_schema_of_the_content_that_is_wrong_is_told_by_its_name():
     with pytest.raises(RequestInvalid, match="response_format has a schema") as caught:
-        await WORLDS["hermes"].tool_guides(ToolUse(TOOLS), '{"not": {}}', 1)
+        await WORLDS["hermes"].tool_guides(ToolUse(TOOLS), Shape("schema", '{"not": {}}'), 1)
     assert caught.value.param == "response_format"
 
 

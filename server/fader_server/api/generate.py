@@ -114,9 +114,9 @@ class Generator:
             raise FirstTokenTimeout("The adapter did not load in time.") from None
 
     async def _guided(self, call: Call, requests: list[Request], counted: Counted) -> list[Request]:
-        """With the guides that the call's schema and tools ask for. Reading them is work: it counts
+        """With the guides that the call's shape and tools ask for. Reading them is work: it counts
         as a call whatever comes of it."""
-        if call.schema is None and call.tools is None:
+        if call.shape is None and call.tools is None:
             return requests
         try:
             async with asyncio.timeout(self._patience.first_token):
@@ -124,7 +124,7 @@ class Generator:
         except BaseException as error:
             counted.end(0)
             if isinstance(error, TimeoutError):
-                raise FirstTokenTimeout("The schema was not read in time.") from None
+                raise FirstTokenTimeout("The grammar was not made in time.") from None
             raise
         if guides is None:
             return requests
@@ -133,8 +133,8 @@ class Generator:
 
     async def _guides(self, call: Call, count: int) -> Sequence[Guide] | None:
         if call.tools is not None:
-            return await self._tokenizer.tool_guides(call.tools, call.schema, count)
-        return None if call.schema is None else await self._tokenizer.guides(call.schema, count)
+            return await self._tokenizer.tool_guides(call.tools, call.shape, count)
+        return None if call.shape is None else await self._tokenizer.guides(call.shape, count)
 
     def _choice(self, call: Call, index: int, request: Request) -> Choice:
         if call.tools is not None:

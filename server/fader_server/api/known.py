@@ -2,19 +2,21 @@
 
 from collections.abc import Mapping
 
+from fader_server.api.shapes import SHAPE_FIELDS
+
 Fixed = Mapping[str, tuple[tuple[object, ...], str]]
 # fmt: off
 _SHARED = frozenset((
     "model", "max_tokens", "n", "stop", "seed", "logit_bias", "temperature", "top_p", "top_k",
     "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs",
     "stream", "stream_options", "adapters", "lora", "lora_path", "ignore_eos",
-    "min_tokens", "stop_token_ids", "cache_salt", "response_format", "best_of",
-    "return_token_ids",
+    "min_tokens", "stop_token_ids", "cache_salt", "best_of", "return_token_ids",
 ))
 _IGNORED = frozenset((
     "user", "metadata", "store", "service_tier", "prompt_cache_key",
     "safety_identifier", "reasoning_effort", "verbosity", "prediction", "audio",
     "web_search_options", "spaces_between_special_tokens", "request_id", "priority",
+    "guided_decoding_backend",
 ))
 FIXED_FIELDS: Fixed = {
     "skip_special_tokens": ((True,), "is always true here"),
@@ -36,8 +38,7 @@ FIXED_OF_CHAT: Fixed = {
     "suffix": ((), "is of completions, and not supported there"),
 }
 UNSERVED_FIELDS = (
-    "guided_json", "guided_regex", "guided_choice", "guided_grammar",
-    "structured_outputs", "json_schema", "grammar", "regex", "ebnf", "bad_words",
+    "guided_grammar", "guided_whitespace_pattern", "grammar", "ebnf", "bad_words",
     "allowed_token_ids", "use_beam_search", "include_stop_str_in_output",
     "return_tokens_as_token_ids",
 )
@@ -49,6 +50,6 @@ _CHAT = frozenset((
     "chat_template_kwargs", "continue_final_message", "add_generation_prompt",
 ))
 # fmt: on
-_BOTH = _SHARED | _IGNORED | frozenset(UNSERVED_FIELDS) | FIXED_FIELDS.keys()
+_BOTH = _SHARED | SHAPE_FIELDS | _IGNORED | frozenset(UNSERVED_FIELDS) | FIXED_FIELDS.keys()
 COMPLETION_FIELDS = _BOTH | _COMPLETION | FIXED_OF_COMPLETIONS.keys()
 CHAT_FIELDS = _BOTH | _CHAT | FIXED_OF_CHAT.keys()

@@ -12,6 +12,7 @@ from fader_adapters.report import Health
 from fader_adapters.spec import AdapterData, Blend, Digest
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.core import Guide, Request, Sink
+from fader_server.text.shape import Shape
 from fader_server.text.tools import Tool, ToolCall, ToolUse
 
 Tier = Literal["disk", "host", "device"]
@@ -160,17 +161,17 @@ class Tokenizer(Protocol):
 
     def token_bytes(self, token: int) -> bytes | None: ...
 
-    async def guides(self, schema: str, count: int) -> Sequence[Guide]:
-        """For so many outputs under one JSON Schema. Waits for its grammar, which others share.
+    async def guides(self, shape: Shape, count: int) -> Sequence[Guide]:
+        """For so many outputs of one shape. Waits for its grammar, which others share.
 
-        Raises RequestInvalid for a schema that cannot be enforced, Overloaded.
+        Raises RequestInvalid for a shape that cannot be enforced, Overloaded.
         """
         ...
 
     async def tool_guides(
-        self, use: ToolUse, schema: str | None, count: int
+        self, use: ToolUse, shape: Shape | None, count: int
     ) -> Sequence[Guide] | None:
-        """The same for outputs that may or must call tools, and have the schema in their content;
+        """The same for outputs that may or must call tools, and have the shape in their content;
         None: they need no guide."""
         ...
 

@@ -49,8 +49,12 @@ def read_schema(fields: Fields) -> str | None:
     if problem:
         fields.refuse(FIELD, problem)
         return None
-    schema = value["json_schema"]["schema"]
-    # a grammar library's options among the keywords are not the client's to set
+    return kept(value["json_schema"]["schema"])
+
+
+def kept(schema: dict[str, Any]) -> str:
+    """As text, without a grammar library's options among its keywords: those are not the client's
+    to set."""
     return json.dumps({key: part for key, part in schema.items() if key != "x-guidance"})
 
 
@@ -119,19 +123,20 @@ def _excess(key: str, value: object) -> Iterator[str]:
         if key == "$ref" and not value.startswith("#"):
             yield "with a $ref that leaves it: only #/… is followed"
         if key == "pattern":
-            yield from _heavy(value)
+            yield from (f"with a pattern {what}" for what in heavy(value))
         if key not in _NOTES and len(value) > MAX_STRING:
             yield f"with text of more than {MAX_STRING} characters"
     elif key == "patternProperties" and isinstance(value, dict):
         for pattern in value:
-            yield from _heavy(pattern)
+            yield from (f"with a pattern {what}" for what in heavy(pattern))
     elif isinstance(value, int | float) and key in _COUNTS and value > MAX_COUNT:
         yield f"with a {key} above {MAX_COUNT}"
 
 
-def _heavy(pattern: str) -> Iterator[str]:
+def heavy(pattern: str) -> Iterator[str]:
+    """What about a pattern is too much."""
     if len(pattern) > MAX_PATTERN:
-        yield f"with a pattern of more than {MAX_PATTERN} characters"
+        yield f"of more than {MAX_PATTERN} characters"
     counts = (count for pair in _REPEATS.findall(pattern) for count in pair if count)
     if any(len(count) > 4 or int(count) > MAX_COUNT for count in counts):
-        yield f"with a pattern that repeats more than {MAX_COUNT} times"
+        yield f"that repeats more than {MAX_COUNT} times"

@@ -21,9 +21,10 @@ from fader_server.api.known import (
     Fixed,
 )
 from fader_server.api.messages import Message, read_messages
-from fader_server.api.response_format import read_schema
+from fader_server.api.shapes import read_shape
 from fader_server.api.tools import read_tools
 from fader_server.errors import RequestInvalid
+from fader_server.text.shape import Shape
 from fader_server.text.tools import ToolUse
 
 Prompt = str | tuple[int, ...]
@@ -44,7 +45,7 @@ class Call:
     longest: int
     choosing: Choosing
     stop: tuple[str, ...]
-    schema: str | None
+    shape: Shape | None
     """The JSON Schema that the text of every answer must have, as text; None: any text."""
     tools: ToolUse | None
     """What every answer may or must call; None: nothing."""
@@ -158,7 +159,7 @@ def _call(
         longest=limits.longest,
         choosing=read_choosing(fields, limits, max_tokens),
         stop=_stop(fields),
-        schema=read_schema(fields),
+        shape=read_shape(fields),
         tools=tools,
         logprobs=logprobs,
         echo=echo,

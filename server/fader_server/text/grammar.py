@@ -1,4 +1,4 @@
-"""One schema or grammar over a vocabulary, and the guides of outputs that follow it.
+"""One grammar over a vocabulary, and the guides of outputs that follow it.
 
 The library's parser does the work within bounds on every step; what it calls an error ends one
 request. Knows no tensors and no HTTP.
@@ -10,6 +10,7 @@ from time import thread_time
 from llguidance import LLMatcher, LLParserLimits
 
 from fader_server.errors import EngineFault
+from fader_server.text.shape import Shape
 from fader_server.text.vocabulary import Vocabulary
 
 _LIMITS = {
@@ -50,18 +51,33 @@ def json_rule(schema: str, *, lenient: bool = False) -> str:
     return "%json " + json.dumps(json.loads(schema) | {"x-guidance": options})
 
 
+def rule_of(shape: Shape) -> str:
+    """What stands in a grammar for a text of that shape."""
+    if shape.kind == "choice":
+        return " | ".join(json.dumps(text, ensure_ascii=False) for text in json.loads(shape.text))
+    if shape.kind == "regex":
+        (made,) = json.loads(LLMatcher.grammar_from_regex(shape.text))["grammars"]
+        return made["lark_grammar"].removeprefix("start: ")
+    return json_rule(shape.text)
+
+
+def grammar_of(shape: Shape) -> str:
+    """A grammar in the library's words, for Grammar."""
+    return f"{HEAD}start: {rule_of(shape)}\n"
+
+
 class Grammar:
     """Compiled from a text; `problem` says why it cannot be used."""
 
     def __init__(self, source: str, vocabulary: Vocabulary) -> None:
-        """source: a JSON Schema, or a grammar in the library's words that begins with HEAD.
+        """source: in the library's words, beginning with HEAD.
 
         Takes some milliseconds, and half a second for the worst that the bounds let through."""
         self._vocabulary = vocabulary
         self._used = 0
         self._matcher = LLMatcher(
             vocabulary.tokens,
-            source if source.startswith(HEAD) else f"{HEAD}start: {json_rule(source)}\n",
+            source,
             log_level=0,
             limits=LLParserLimits(**_LIMITS),
         )
@@ -72,9 +88,9 @@ class Grammar:
         """Whether the next output should have another one."""
         return self._used > _WORN
 
-    def guide(self) -> "JsonGuide":
+    def guide(self) -> "GrammarGuide":
         """Of one output, at its start."""
-        return JsonGuide(self._matcher.deep_copy(), self)
+        return GrammarGuide(self._matcher.deep_copy(), self)
 
     @property
     def size(self) -> int:
@@ -100,7 +116,7 @@ class Grammar:
         return ""
 
 
-class JsonGuide:
+class GrammarGuide:
     """A core.Guide over the library's matcher."""
 
     def __init__(self, matcher: LLMatcher, grammar: Grammar) -> None:

@@ -1,4 +1,4 @@
-"""Grammars by schema, made on a thread of their own and kept; guides of outputs under them.
+"""Grammars by their text, made on a thread of their own and kept; guides of outputs under them.
 
 Used on the event loop. Knows no words of JSON Schema and no tokens.
 """
@@ -12,12 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 from fader_server.errors import Overloaded, RequestInvalid
-from fader_server.text.grammar import Grammar, JsonGuide
+from fader_server.text.grammar import Grammar, GrammarGuide, grammar_of
+from fader_server.text.shape import Shape
 from fader_server.text.vocabulary import Vocabulary
 
+PATTERN = "a pattern"
+_NOUNS = {"schema": "a schema", "regex": PATTERN, "choice": "choices"}
 _KEPT = 64
 _WAITING = 32
-"""Schemas that may wait for the thread."""
+"""Grammars that may wait for the thread."""
 _STACK = 256 << 20
 """Bytes of address space: the library follows references by recursion, some kilobytes each."""
 
@@ -50,15 +53,18 @@ class Guides:
         self._lock = threading.Lock()  # guards what is kept between the thread and the loop
         self._waiting = 0
 
-    async def start(
-        self, source: str, count: int, *, param: str = "response_format"
-    ) -> list[JsonGuide]:
-        """Guides for so many outputs under a schema or a grammar, which the field `param` asks for.
+    async def start_shape(self, shape: Shape, count: int) -> list[GrammarGuide]:
+        """Guides for so many outputs of a shape. Raises RequestInvalid, Overloaded."""
+        noun = _NOUNS[shape.kind]
+        return await self.start(grammar_of(shape), count, param=shape.param, noun=noun)
+
+    async def start(self, source: str, count: int, *, param: str, noun: str) -> list[GrammarGuide]:
+        """The same under a grammar, for what the field `param` has in it.
         Raises RequestInvalid, Overloaded."""
         grammar = self._find(source)
         if grammar is None:
             if self._waiting >= _WAITING:
-                raise Overloaded("many schemas are being read: try again later", retry_after=2)
+                raise Overloaded("many grammars are being made: try again later", retry_after=2)
             self._waiting += 1
             try:
                 work = self._executor.submit(self._make, source)
@@ -66,7 +72,7 @@ class Guides:
             finally:
                 self._waiting -= 1
         if grammar.problem:
-            raise RequestInvalid(_told(grammar.problem, param), param=param)
+            raise RequestInvalid(_told(grammar.problem, param, noun), param=param)
         return [grammar.guide() for _ in range(count)]
 
     def _find(self, source: str) -> Grammar | None:
@@ -103,7 +109,7 @@ class Guides:
         return executor
 
 
-def _told(problem: str, param: str) -> str:
+def _told(problem: str, param: str, noun: str) -> str:
     """A sentence for the client of what the library says, whose later lines quote the schema."""
     first = problem.partition("\n")[0]
     unknown = _UNKNOWN.search(first)
@@ -112,5 +118,6 @@ def _told(problem: str, param: str) -> str:
         found = f"with {', '.join(named) or 'keywords'}: not supported here"
     else:
         found = next((text for sign, text in _SIGNS if sign in first), "that is not valid here")
-    noun = "parameters" if param == "tools" else "a schema"
-    return f"{param} has {noun} {found}"
+    return (
+        f"{param} has {noun} {found.removeprefix('with a pattern ') if noun == PATTERN else found}"
+    )

@@ -17,13 +17,14 @@ from fader_server.text.chat import ChatEncoder, characters
 from fader_server.text.detokenizer import Detokenizer
 from fader_server.text.encoding import check_length, encode
 from fader_server.text.pieces import Pieces
+from fader_server.text.shape import Shape
 from fader_server.text.stream import TextStream
 from fader_server.text.tool_format import ToolFormat
 from fader_server.text.tool_stream import ToolStream
 from fader_server.text.tools import Tool, ToolUse
 
 if TYPE_CHECKING:
-    from fader_server.text.grammar import JsonGuide
+    from fader_server.text.grammar import GrammarGuide
     from fader_server.text.guides import Guides
 
 
@@ -150,21 +151,23 @@ class Tokenizer:
         """The bytes a token adds inside a text; None for one that adds none."""
         return self._pieces.piece(token) or None
 
-    async def guides(self, schema: str, count: int) -> "list[JsonGuide]":
-        """For so many outputs under one JSON Schema. Raises RequestInvalid, Overloaded."""
-        return await self._guides.start(schema, count)
+    async def guides(self, shape: Shape, count: int) -> "list[GrammarGuide]":
+        """For so many outputs of one shape. Raises RequestInvalid, Overloaded."""
+        return await self._guides.start_shape(shape, count)
 
     async def tool_guides(
-        self, use: ToolUse, schema: str | None, count: int
-    ) -> "list[JsonGuide] | None":
-        """For outputs that may or must call tools, and have the schema in their content; None: they
+        self, use: ToolUse, shape: Shape | None, count: int
+    ) -> "list[GrammarGuide] | None":
+        """For outputs that may or must call tools, and have the shape in their content; None: they
         need none. Raises RequestInvalid, Overloaded."""
         from fader_server.text.tool_grammar import tool_grammar
 
-        if schema is not None:
-            await self._guides.start(schema, 0)  # what is wrong with it is told by itself
-        grammar = tool_grammar(self._tool_format, use, schema)
-        return None if grammar is None else await self._guides.start(grammar, count, param="tools")
+        if shape is not None:
+            await self._guides.start_shape(shape, 0)  # what is wrong with it is told by itself
+        grammar = tool_grammar(self._tool_format, use, shape)
+        if grammar is None:
+            return None
+        return await self._guides.start(grammar, count, param="tools", noun="parameters")
 
     @cached_property
     def _guides(self) -> "Guides":

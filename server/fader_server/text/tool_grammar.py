@@ -1,8 +1,8 @@
 """The grammar of an answer that calls tools, in the grammar library's words, for one format.
 
-Must it call, the answer is calls alone, and a schema of its content says nothing. May it, text is
+Must it call, the answer is calls alone, and a shape of its content says nothing. May it, text is
 free until it begins a call, which is then held to its form: to the schema of a strict tool, to any
-object of another (its fields, where those are written one by one). Content with a schema of its
+object of another (its fields, where those are written one by one). Content with a shape of its
 own takes the place of free text.
 """
 
@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fader_server.errors import RequestInvalid
-from fader_server.text.grammar import HEAD, json_rule
+from fader_server.text.grammar import HEAD, json_rule, rule_of
+from fader_server.text.shape import Shape
 from fader_server.text.tool_format import CONTROL, ID, FieldStyle, ToolFormat
 from fader_server.text.tool_values import read_value, types_in, types_of, values_of, ways_of
 from fader_server.text.tools import Tool, ToolUse
@@ -27,8 +28,8 @@ _PLAIN = frozenset((
 """Keywords that fields follow to the letter: of the parameters, and of those that are text."""
 
 
-def tool_grammar(form: ToolFormat, use: ToolUse, content: str | None) -> str | None:
-    """content: the JSON Schema of the answer's content, as text. None: nothing is to be kept.
+def tool_grammar(form: ToolFormat, use: ToolUse, content: Shape | None) -> str | None:
+    """content: the shape of the answer's content. None: nothing is to be kept.
 
     Raises RequestInvalid for what this format cannot write.
     """
@@ -42,11 +43,11 @@ def tool_grammar(form: ToolFormat, use: ToolUse, content: str | None) -> str | N
     if content is not None:
         if form.bare:
             raise RequestInvalid(
-                "response_format with tools is not possible here: this model writes calls as plain "
-                "JSON, which content with a schema is too",
-                param="response_format",
+                f"{content.param} with tools is not possible here: this model writes calls as "
+                "plain JSON, which such content may be, too",
+                param=content.param,
             )
-        return rules.text(f"start: {calls} | content", f"content: {json_rule(content)}")
+        return rules.text(f"start: {calls} | content", f"content: {rule_of(content)}")
     if form.bare:
         return rules.text(f"start: (WORDS | {calls})?", r"WORDS: /\s*[^{\s](.|\n)*/")
     return rules.text(*rules.free(several=several))

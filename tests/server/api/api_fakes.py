@@ -40,6 +40,7 @@ from fader_server.engine.stats import TenantStats
 from fader_server.errors import RequestInvalid
 from fader_server.metrics import Metrics
 from fader_server.recipes import RecipeBook
+from fader_server.text.shape import Shape
 from fader_server.text.tool_format import Frame, ToolFormat
 from fader_server.text.tool_reader import CallReader
 from fader_server.text.tools import Tool, ToolCall, ToolUse
@@ -151,8 +152,12 @@ class FakeTokenizer:
     eos_ids = frozenset({EOS})
 
     def __init__(self) -> None:
-        self.schemas: list[str] = []
+        self.shapes: list[Shape] = []
         self.uses: list[tuple[ToolUse, str | None]] = []
+
+    @property
+    def schemas(self) -> list[str]:
+        return [shape.text for shape in self.shapes]
 
     def encode_prompt(self, text: str, *, special: bool = True) -> list[int]:
         return list(text.encode())
@@ -191,18 +196,18 @@ class FakeTokenizer:
         return FakeToolStream(use, stops=stops)
 
     async def tool_guides(
-        self, use: ToolUse, schema: str | None, count: int
+        self, use: ToolUse, shape: Shape | None, count: int
     ) -> list["FakeGuide"] | None:
         """Those that must call are guided."""
-        self.uses.append((use, schema))
+        self.uses.append((use, shape and shape.text))
         return [FakeGuide() for _ in range(count)] if use.must else None
 
-    async def guides(self, schema: str, count: int) -> list["FakeGuide"]:
+    async def guides(self, shape: Shape, count: int) -> list["FakeGuide"]:
         """Of a schema with `wait` never, with `refuse` a refusal."""
-        self.schemas.append(schema)
-        if "wait" in schema:
+        self.shapes.append(shape)
+        if "wait" in shape.text:
             await asyncio.sleep(60)
-        if "refuse" in schema:
+        if "refuse" in shape.text:
             raise RequestInvalid("response_format has a schema of no use", param="response_format")
         return [FakeGuide() for _ in range(count)]
 

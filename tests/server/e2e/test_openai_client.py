@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from typing import Annotated, Literal
 
 import httpx
@@ -242,3 +243,21 @@ def test_completions_and_json_objects_take_it_too(client):
             },
         )
     assert caught.value.param == "response_format"
+
+
+@pytest.mark.parametrize("model", [BASE, "german"])
+def test_vllms_fields_choose_among_texts_and_match_expressions(client, model):
+    def ask(**extra: object) -> str:
+        answer = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": SKY}],
+            temperature=0,
+            extra_body=extra,
+        )
+        assert answer.choices[0].finish_reason == "stop"
+        return answer.choices[0].message.content or ""
+
+    assert ask(guided_choice=["red", "a blue one"]) in ("red", "a blue one")
+    assert re.fullmatch("[a-z]{3}/[0-9]{2}", ask(structured_outputs={"regex": "[a-z]{3}/[0-9]{2}"}))
+    assert set(json.loads(ask(guided_json=Place.model_json_schema()))) <= set(Place.model_fields)
+    assert not re.fullmatch("red|a blue one", ask())

@@ -10,7 +10,8 @@ import torch
 
 from fader_server.core import SamplingParams
 from fader_server.engine.limits import Limits
-from fader_server.text.grammar import Grammar
+from fader_server.text.grammar import Grammar, grammar_of
+from fader_server.text.shape import Shape
 from fader_server.text.vocabulary import Vocabulary, read_vocabulary
 from tests.server.parity.test_families import BOUND, Setting, prompts
 from tests.server.test_text_guides import PERSON, conforms
@@ -42,7 +43,7 @@ def vocabulary() -> Vocabulary:
 
 @pytest.fixture(scope="module")
 def grammar(vocabulary: Vocabulary) -> Grammar:
-    return Grammar(json.dumps(PERSON), vocabulary)
+    return Grammar(grammar_of(Shape("schema", json.dumps(PERSON))), vocabulary)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,16 @@
+"""What an answer must look like, as a request asks for it. Knows no grammar and no HTTP."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of the whole answer, or of the content beside calls of tools."""
+
+    kind: Literal["schema", "regex", "choice"]
+    text: str
+    """A JSON Schema, a regular expression that the whole answer matches, or a JSON list of texts,
+    one of which it is."""
+    param: str = "response_format"
+    """The field that asked."""
