@@ -6,69 +6,39 @@ where sources offer them. When room is needed the longest unused leaves, never w
 
 import asyncio
 import copy
-import logging
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Protocol
 
-from fader_adapters.claims import NONE, Claims
-from fader_adapters.errors import (
-    AdapterError,
-    AdapterNotFound,
-    ArenaFull,
-    SourceForbidden,
-    SourceNotFound,
-    SourceUnavailable,
-    VersionConflict,
-)
+from fader_adapters.claims import Claims
+from fader_adapters.errors import AdapterNotFound, ArenaFull
 from fader_adapters.room import InTheWay, RoomWanted
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.ports import AdapterInfo, Adapters, AdapterTotals, Lease, Loaded, LoadOrder
+from fader_server.bringing import Bringing, LoadsByName
 from fader_server.errors import Overloaded
-from fader_server.portions import Portions
 from fader_server.room import Counted, Line
 
-_log = logging.getLogger(__name__)
-
-BROKEN_SECONDS = 30.0
-"""How long a refusal is repeated without another look at the source."""
-PASSING_SECONDS = 3.0
-"""The same for a refusal that time may mend: no room, no answer."""
-MAX_REFUSALS = 4096
-MAX_LOADS = 32
-"""Loads under way; more are told to come again, of tenants that have their part of them."""
 MAX_ATTEMPTS = 5
 """Loads into room that seemed to be there, until its request is told to come again."""
 
 
-class Loader(Adapters, Protocol):
+class Loader(LoadsByName, Adapters, Protocol):
     """The adapters below: they load when they are told to, and can make room."""
 
     async def load(
         self, order: LoadOrder, *, make_room: Callable[[], bool] = lambda: False
     ) -> Loaded: ...
 
-    async def bring(self, name: str, *, make_room: Callable[[], bool]) -> Loaded | None: ...
-
-    def order_of(self, name: str) -> LoadOrder | None: ...
+    def unload(self, name: str) -> None: ...
 
     def evict(
         self, may_go: Callable[[str], bool], *, drops: Callable[[str], bool]
     ) -> str | None: ...
 
     def in_the_way(self, wanted: RoomWanted, *, slow: Collection[str] = ()) -> InTheWay | None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Refusal:
-    """A failed load, remembered."""
-
-    kind: type[AdapterError]
-    text: str
-    until: float
 
 
 class OnDemand:
@@ -85,23 +55,15 @@ class OnDemand:
         max_waiting: int = 1024,
         counted: Counted = lambda tenant: nullcontext(),
     ) -> None:
-        """`offers(name)`: whether a source of this name may exist; cheap, called on a thread.
-
-        `told` hears of every load that was tried: ok or refused, and its seconds. A request waits
-        `room_seconds` for leases of others to end where its adapters need the room, and at most
-        `max_waiting` requests do, each of them within `counted`.
+        """`offers`, `told`: see Bringing. A request waits `room_seconds` for leases of others to
+        end where its adapters need the room, and at most `max_waiting` requests do, each of them
+        within `counted`.
         """
         self._inner = inner
-        self._offers = offers
-        self._told = told
-        self._clock = clock
-        self._flights: dict[str, asyncio.Task[Exception | None]] = {}
-        self._loads = Portions()
-        self._refusals: OrderedDict[str, _Refusal] = OrderedDict()
-        self._mine: set[str] = set()
-        self._barred: set[str] = set()
+        self._bringing = Bringing(
+            inner, offers=offers, make_room=self._make_room, told=told, clock=clock
+        )
         self._awaited: Counter[str] = Counter()
-        self._claims = NONE
         self._room_seconds = room_seconds
         self._line = Line(self._way, longest=max_waiting, counted=counted)
 
@@ -164,7 +126,9 @@ class OnDemand:
         self._awaited.update(names)  # none of them is evicted before this lease holds it
         try:
             for _ in range(MAX_ATTEMPTS):
-                failures = await asyncio.gather(*(self._bring(name, tenant) for name in missing))
+                failures = await asyncio.gather(
+                    *(self._bringing.bring(name, tenant) for name in missing)
+                )
                 if any(failures):
                     break
                 try:
@@ -187,7 +151,7 @@ class OnDemand:
         if wanted is not None and self._way(wanted, ()) is not None:
             return wanted
         if len(names) == 1:  # what is too much together may fit alone
-            self._refuse(missing[0], full[missing[0]])
+            self._bringing.refuse(missing[0], full[missing[0]])
         raise copy.copy(full[next(iter(full))])
 
     async def _exist(self, names: frozenset[str], tenant: str) -> bool:
@@ -196,24 +160,10 @@ class OnDemand:
             name for name in names if self._missing(name) and self._inner.order_of(name) is None
         ]
         for name in strange:
-            if self._refused(name) is not None or not await self._offered(name, tenant):
+            known = self._bringing.refused(name)
+            if known is not None or not await self._bringing.offered(name, tenant):
                 return False
         return True
-
-    async def _offered(self, name: str, tenant: str) -> bool:
-        if self._loads.full(tenant, MAX_LOADS):  # a look at a slow disk takes a thread, as a load
-            raise _too_many_loads()
-        with self._loads.one(tenant):
-            return await asyncio.to_thread(self._offers, name)
-
-    def _refused(self, name: str) -> AdapterError | None:
-        """What is known to be refused, without another look."""
-        known = self._refusals.get(name)
-        if known is not None and self._clock() < known.until:
-            return known.kind(known.text)
-        if name in self._barred or name in self._claims.names:
-            return AdapterNotFound.of(name)
-        return None
 
     def _absent(self, names: frozenset[str]) -> list[str]:
         """Those that are not in memory, the largest first."""
@@ -245,24 +195,20 @@ class OnDemand:
     async def load(self, order: LoadOrder) -> Loaded:
         """What an administrator loads is not ours to evict, and a name barred before is free."""
         loaded = await self._inner.load(order, make_room=self._make_room)
-        self._mine.discard(order.name)
-        self._barred.discard(order.name)
-        self._refusals.pop(order.name, None)
+        self._bringing.free(order.name)
         return loaded
 
     def unload(self, name: str) -> None:
         """The name is gone, and no request brings it back until it is loaded by `load`."""
-        self._barred.add(name)
-        self._mine.discard(name)
+        self._bringing.bar(name)
         self._inner.unload(name)
 
     async def revive(self, order: LoadOrder) -> None:
         await self._inner.revive(order)
 
     def claim(self, claims: Claims) -> None:
-        """Names that are claimed are not looked for in the sources."""
         self._inner.claim(claims)
-        self._claims = claims
+        self._bringing.claim(claims)
 
     async def saved(self) -> None:
         await self._inner.saved()
@@ -288,81 +234,16 @@ class OnDemand:
         except AdapterNotFound:
             return True
 
-    async def _bring(self, name: str, tenant: str) -> Exception | None:
-        """Have the name loaded; why not, else."""
-        refused = self._refused(name)
-        if refused is not None:
-            return refused
-        flight = self._flights.get(name)
-        if flight is None:
-            flight = asyncio.create_task(self._load(name, tenant))
-            self._flights[name] = flight
-            flight.add_done_callback(lambda _: self._flights.pop(name, None))
-        return await asyncio.shield(flight)  # who asked first may leave; the others wait on
-
-    async def _load(self, name: str, tenant: str) -> Exception | None:
-        if self._loads.full(tenant, MAX_LOADS):
-            return _too_many_loads()
-        began = self._clock()
-        try:
-            with self._loads.one(tenant):
-                parked = self._inner.order_of(name) is not None
-                if not parked and not await asyncio.to_thread(self._offers, name):
-                    return self._refuse(name, SourceNotFound("no such source"))
-                loaded = await self._fetch(name, parked=parked)
-        except VersionConflict:
-            return None  # somebody else loaded the name meanwhile
-        except AdapterError as error:
-            self._mine.discard(name)
-            self._told("refused", self._clock() - began)
-            return error if isinstance(error, ArenaFull) else self._refuse(name, error)
-        self._told("ok", self._clock() - began)
-        if name in self._barred:  # unloaded while it was loading
-            self._inner.unload(name)
-            return AdapterNotFound.of(name)
-        if loaded is None:
-            return None
-        fields = {"adapter": name, "version": loaded.info.version}
-        _log.info("adapter loaded on demand", extra={"fields": fields})
-        return None
-
-    async def _fetch(self, name: str, *, parked: bool) -> Loaded | None:
-        """From where it was, or from a source of its name. Raises AdapterError."""
-        if parked:
-            return await self._inner.bring(name, make_room=self._make_room)
-        self._mine.add(name)
-        order = LoadOrder(name, name, if_version="")
-        return await self._inner.load(order, make_room=self._make_room)
-
-    def _refuse(self, name: str, error: AdapterError) -> AdapterError:
-        """Remember the failure. What is forbidden looks like what is not there."""
-        if isinstance(error, SourceForbidden | SourceNotFound | AdapterNotFound):
-            error = AdapterNotFound.of(name)
-        else:
-            fields = {"adapter": name, "reason": str(error)}
-            _log.warning("adapter not loaded on demand", extra={"fields": fields})
-        passing = isinstance(error, ArenaFull | SourceUnavailable)
-        until = self._clock() + (PASSING_SECONDS if passing else BROKEN_SECONDS)
-        self._refusals[name] = _Refusal(type(error), str(error), until)
-        self._refusals.move_to_end(name)
-        while len(self._refusals) > MAX_REFUSALS:
-            self._refusals.popitem(last=False)
-        return error
-
     def _make_room(self) -> bool:
         """On the loader's thread: let go of one that nobody uses or waits for."""
         return self._evict(lambda name: not self._awaited[name])
 
     def _evict(self, may_go: Callable[[str], bool]) -> bool:
-        gone = self._inner.evict(may_go, drops=lambda name: name in self._mine)
+        gone = self._inner.evict(may_go, drops=lambda name: name in self._bringing.mine)
         if gone is None:
             return False
-        self._mine.discard(gone)
+        self._bringing.mine.discard(gone)
         return True
-
-
-def _too_many_loads() -> Overloaded:
-    return Overloaded("Too many adapters are being loaded.", retry_after=2)
 
 
 def _no_room() -> Overloaded:

@@ -17,7 +17,7 @@ from fader_adapters.errors import (
     SourceUnavailable,
     VersionConflict,
 )
-from fader_server import ondemand
+from fader_server import bringing, refusals
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.ports import Loaded, LoadOrder
 from fader_server.errors import Overloaded
@@ -128,7 +128,7 @@ async def test_a_hundred_requests_share_one_failure_and_later_ones_cost_nothing(
         with pytest.raises(AdapterInvalid, match="lora_A"):
             await adapters.lease(terms("new"))
     assert (len(loader.loads), len(asked)) == (1, 1)
-    clock.now += ondemand.BROKEN_SECONDS
+    clock.now += refusals.BROKEN_SECONDS
     del loader.failures["new"]
     await lease_all(adapters, "new")
     assert len(loader.loads) == 2
@@ -143,7 +143,7 @@ async def test_what_time_may_mend_is_tried_again_soon(error):
         with pytest.raises(type(error)):
             await adapters.lease(terms("new"))
     assert len(loader.loads) == 1
-    clock.now += ondemand.PASSING_SECONDS
+    clock.now += refusals.PASSING_SECONDS
     del loader.failures["new"]
     await lease_all(adapters, "new")
 
@@ -165,22 +165,22 @@ async def test_forbidden_and_missing_look_the_same(error):
 
 
 async def test_a_flood_of_bad_names_loads_nothing_and_is_forgotten_in_bounds(monkeypatch):
-    monkeypatch.setattr(ondemand, "MAX_REFUSALS", 50)
+    monkeypatch.setattr(refusals, "MAX_REFUSALS", 50)
     loader = FakeLoader()
     adapters, _, asked = make(loader, lambda name: False)
     for n in range(200):
         with pytest.raises(AdapterNotFound):
             await adapters.lease(terms(f"bad-{n}"))
     assert loader.loads == []
-    assert len(adapters._refusals) == 50
-    assert len(adapters._flights) == 0
+    assert len(adapters._bringing._refusals._kept) == 50
+    assert len(adapters._bringing._flights) == 0
     with pytest.raises(AdapterNotFound):
         await adapters.lease(terms("bad-199"))
     assert len(asked) == 200
 
 
 async def test_loads_at_one_time_are_bounded(monkeypatch):
-    monkeypatch.setattr(ondemand, "MAX_LOADS", 2)
+    monkeypatch.setattr(bringing, "MAX_LOADS", 2)
     loader = FakeLoader()
     loader.gate.clear()
     adapters, _, _ = make(loader)
@@ -197,7 +197,7 @@ async def test_loads_at_one_time_are_bounded(monkeypatch):
 
 @pytest.mark.parametrize("other", ["quiet", "flood"])
 async def test_loads_that_one_tenant_takes_up_keep_no_other_out(monkeypatch, other):
-    monkeypatch.setattr(ondemand, "MAX_LOADS", 2)
+    monkeypatch.setattr(bringing, "MAX_LOADS", 2)
     loader = FakeLoader()
     loader.gate.clear()
     adapters, _, _ = make(loader)
@@ -219,11 +219,11 @@ async def test_loads_that_one_tenant_takes_up_keep_no_other_out(monkeypatch, oth
     assert [isinstance(one, Overloaded) for one in found] == [other == "flood", True]
     for lease in await asyncio.gather(*flood):
         lease.release()
-    assert adapters._loads.total == 0
+    assert adapters._bringing._loads.total == 0
 
 
 async def test_looks_at_a_slow_disk_are_bounded_too(monkeypatch):
-    monkeypatch.setattr(ondemand, "MAX_LOADS", 2)
+    monkeypatch.setattr(bringing, "MAX_LOADS", 2)
     slow = threading.Event()
 
     def offers(name: str) -> bool:
@@ -349,7 +349,7 @@ async def test_a_parked_name_whose_files_changed_is_refused_with_the_reason():
         await adapters.lease(terms("one"))
     assert adapters.get(AdapterRef("one")).tier == "disk"
     del loader.failures["one"]
-    clock.now += ondemand.PASSING_SECONDS
+    clock.now += refusals.PASSING_SECONDS
     await lease_all(adapters, "one")
 
 
@@ -422,7 +422,7 @@ async def test_a_load_by_hand_meanwhile_is_used_and_not_ours():
     waiting = asyncio.create_task(adapters.lease(terms("new")))
     await loader.started.acquire()
     await FakeAdapters.load(loader, LoadOrder("new", "by-hand"))
-    adapters._mine.discard("new")  # what OnDemand.load does when it returns
+    adapters._bringing.mine.discard("new")  # what OnDemand.load does when it returns
     loader.gate.set()
     (await waiting).release()
     assert loader.infos["new"].source == "/roots/by-hand"
