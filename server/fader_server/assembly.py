@@ -19,6 +19,7 @@ from fader_server.model.kv_cache import KVCache
 from fader_server.model.launching import LaunchingRunner, PreparingRunner
 from fader_server.model.loaded import LoadedBase
 from fader_server.model.memory import MemoryPlan, plan_memory, workspace_bytes
+from fader_server.model.packed_states import KEPT
 from fader_server.model.runner import ModelRunner
 from fader_server.model.sampler import Sampler
 from fader_server.tenants import Tenant
@@ -38,8 +39,9 @@ def memory_of(config: ServeConfig, base: LoadedBase, available: int) -> MemoryPl
             f"--max-model-len {config.max_model_len}: the base has {base.max_positions} positions; "
             "ask for at most that many"
         )
+    rows = config.max_batch_rows + (KEPT // 2 if base.packed_states is not None else 0)
     return plan_memory(
-        available=available - room_to_keep(config, base) - config.max_batch_rows * base.state.fixed,
+        available=available - room_to_keep(config, base) - rows * base.state.fixed,
         on_host=base.device.type == "cpu",
         base=base.nbytes,
         block_bytes=base.block_bytes(BLOCK_SIZE),
@@ -79,12 +81,23 @@ def scheduler_of(
         chunk_size=min(CHUNK_SIZE, config.max_step_tokens - config.max_batch_rows),
         max_model_len=plan.max_model_len,
         solo=base.solo is not None,
+        block=BLOCK_SIZE if base.packed_states is not None else 0,
     )
     return Scheduler(
         limits,
-        blocks=BlockManager(plan.blocks, block_size=BLOCK_SIZE, findable=not base.keeps_states),
+        blocks=blocks_of(base, plan.blocks),
         pool=pool,
         shares=shares_of(tenants),
+    )
+
+
+def blocks_of(base: LoadedBase, count: int) -> BlockManager:
+    """The blocks of a base's cache, with the states that layers of its own leave at their ends."""
+    return BlockManager(
+        count,
+        block_size=BLOCK_SIZE,
+        findable=base.solo is None,
+        states=base.packed_states.slots if base.packed_states is not None else None,
     )
 
 

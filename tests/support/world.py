@@ -13,9 +13,8 @@ from fader_adapters.parse import read_adapter
 from fader_adapters.pool import Pool
 from fader_adapters.source import LocalSources
 from fader_adapters.store import Store
-from fader_server.assembly import host_tier
+from fader_server.assembly import blocks_of, host_tier
 from fader_server.core import Guide, Plan, Request, SamplingParams, TokenEvent, TokenLogprob
-from fader_server.engine.blocks import BlockManager
 from fader_server.engine.limits import Limits
 from fader_server.engine.scheduler import Scheduler
 from fader_server.model.kernels import choose_attention
@@ -67,8 +66,7 @@ class TinyWorld:
         self.tables = Tables(weights, len(self.base.installed.spec.linears))
         self.pool = Pool(self.tables, in_place=device.type == "cpu")
         self.store = Store(host_tier(weights, None), on_retired=self._retired)
-        findable = not self.base.keeps_states
-        self.blocks = BlockManager(blocks, block_size=16, findable=findable)
+        self.blocks = blocks_of(self.base, blocks)
         self.cache = KVCache(
             self.base.layers, blocks=blocks, block_size=16, dtype=dtype, device=device
         )
@@ -77,7 +75,10 @@ class TinyWorld:
                 layer.k[1:].fill_(float("nan"))
                 layer.v[1:].fill_(float("nan"))
         limits = limits or Limits(max_rows=32, max_step_tokens=288, max_model_len=512)
-        limits = replace(limits, solo=self.base.solo is not None)
+        states = self.base.packed_states
+        limits = replace(limits, solo=self.base.solo is not None, block=16 if states else 0)
+        if states is not None:
+            states.reserve(limits.max_rows)
         self.runner = self._runner(limits)
         self.scheduler = Scheduler(
             limits,

@@ -6,6 +6,9 @@ Knows block ids and keys; never what a block holds, nor where the device keeps i
 import hashlib
 import struct
 from collections import OrderedDict
+from collections.abc import Iterable
+from collections.abc import Sequence as Many
+from typing import Protocol
 
 from fader_adapters.spec import Digest
 from fader_server.core import Sequence
@@ -27,6 +30,27 @@ def lane_seed(seed: bytes, lane: Digest) -> bytes:
     return hashlib.sha256(b"fader-kv-lane-1" + seed + bytes.fromhex(lane)).digest()
 
 
+class States(Protocol):
+    """What sequences have computed beside keys and values, kept at the ends of some blocks, by the
+    blocks' keys."""
+
+    def longest(self, keys: Many[bytes]) -> int:
+        """How many of a prefix's blocks there are up to the last at whose end a state is kept."""
+        ...
+
+    def resume(self, sequence: Sequence, key: bytes, tokens: int) -> None:
+        """The sequence goes on from the state of its first `tokens`, which is kept."""
+        ...
+
+    def keep(self, sequence: Sequence, key: bytes, blocks: int) -> None:
+        """Keep the state of all that the sequence has computed, so many whole blocks."""
+        ...
+
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """None of these can be found any more."""
+        ...
+
+
 class BlockManager:
     """Blocks 1 .. count-1 of a paged KV cache, by reference count, with a prefix cache.
 
@@ -34,8 +58,16 @@ class BlockManager:
     free. Only full blocks of committed tokens become findable. Not thread-safe.
     """
 
-    def __init__(self, count: int, *, block_size: int = 16, findable: bool = True) -> None:
-        """findable: False where a block alone does not say what a sequence has computed."""
+    def __init__(
+        self,
+        count: int,
+        *,
+        block_size: int = 16,
+        findable: bool = True,
+        states: States | None = None,
+    ) -> None:
+        """findable: False where a block alone does not say what a sequence has computed, and there
+        are no `states` that say the rest."""
         if count < 2 or block_size < 1:
             raise ConfigInvalid(
                 f"the KV cache needs at least 2 blocks of at least 1 token, "
@@ -44,6 +76,7 @@ class BlockManager:
         self.block_size = block_size
         self.findable = findable
         self.total = count - 1
+        self._states = states
         self.queries = 0
         """Blocks that admitted requests looked for."""
         self.hits = 0
@@ -78,6 +111,8 @@ class BlockManager:
             if block is None:
                 break
             found.append(block)
+        if self._states is not None:
+            del found[self._states.longest(sequence.keys[: len(found)]) :]
         return found
 
     def room(self, hits: list[int]) -> int:
@@ -93,6 +128,9 @@ class BlockManager:
             self._refs[block] += 1
         sequence.blocks = hits + [self._take() for _ in range(total - len(hits))]
         sequence.published = len(hits)
+        if hits and self._states is not None:
+            tokens = len(hits) * self.block_size
+            self._states.resume(sequence, sequence.keys[len(hits) - 1], tokens)
         self.hits += len(hits)
         self.queries += sought
 
@@ -118,9 +156,13 @@ class BlockManager:
                 self._by_key[key] = block
                 self._key_of[block] = key
         sequence.published = full
+        if self._states is not None and full * self.block_size == sequence.computed:
+            self._states.keep(sequence, self._key(sequence, full - 1), full)
 
     def withdraw(self, sequence: Sequence) -> None:
         """No block that the sequence holds can be found any more."""
+        if self._states is not None:
+            self._states.forget(sequence.keys)
         for block in sequence.blocks:
             key = self._key_of[block]
             if key is not None:

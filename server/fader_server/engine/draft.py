@@ -4,6 +4,9 @@ from fader_adapters.spec import RowTerms, StepTerms, Upload
 from fader_server.core import Plan, PlanRow, Sequence
 from fader_server.engine.limits import Limits
 
+_LEAST = 128
+"""Tokens, at least a block, that are computed again rather than in a step more."""
+
 
 class Draft:
     """Rows of the next step, the delta work of each, and the tokens for which there is room."""
@@ -13,6 +16,7 @@ class Draft:
         self.uploads: list[Upload] = []
         self._chunk_size = limits.chunk_size
         self._solo = limits.solo
+        self._block = limits.block
         self._rows: list[PlanRow] = []
         self._terms: list[RowTerms] = []
 
@@ -45,8 +49,14 @@ class Draft:
         end = min((start // size + 1) * size, len(sequence.tokens))
         prompt_len = sequence.prompt_len
         if start < prompt_len:
-            return min(end, prompt_len) - start
+            return self._to_a_block(start, min(end, prompt_len), prompt_len)
         return 1 if self._solo else end - start
+
+    def _to_a_block(self, start: int, end: int, prompt_len: int) -> int:
+        """Tokens from `start`: a long last chunk ends on a block, but for its last few."""
+        if self._block and end == prompt_len and end - start > _LEAST:
+            end = (end - 1) // self._block * self._block
+        return end - start
 
     def plan(self) -> Plan | None:
         """None without any row."""

@@ -93,6 +93,8 @@ def probe(runner: Runner) -> Exception | None:
         runner.run(plan)
     except Exception as error:  # noqa: BLE001 - any exception is the answer
         return _bare(error)
+    finally:
+        sequence.blocks = []  # it has ended: what is kept for those that run is free again
     return None
 
 

@@ -26,6 +26,10 @@ class Limits:
     """A sequence that was sent back computes its own tokens again one by one, as it first did: the
     base gives other bits for several at a time."""
 
+    block: int = 0
+    """Tokens of a block, where prompts stop at the end of one for what is kept there; 0: nothing
+    is kept at some places only."""
+
     def __post_init__(self) -> None:
         if min(self.max_rows, self.chunk_size, self.max_model_len) < 1 or self.max_overtakes < 0:
             raise ConfigInvalid(f"the scheduler's limits must be positive, got {self}")

@@ -39,8 +39,7 @@ class LoadedBase:
 
     @property
     def keeps_states(self) -> bool:
-        """Whether a sequence is more than its keys and values: then nobody goes on with another's
-        blocks."""
+        """Whether a sequence is more than its keys and values."""
         return self.solo is not None or self.packed_states is not None
 
     def block_bytes(self, block_size: int) -> int:

@@ -26,6 +26,8 @@ from fader_server.model.steady import Steady, within
 
 PIECES = ((6,), (1, 9), (1,), (5,))
 """Tokens of the first sequence, and of another beside it, step by step of the proof."""
+KEPT = 16
+"""Slots that keep states of prefixes also while all rows run."""
 BOUND = {torch.float32: 1e-3}
 BOUND_ROUNDED = 0.05
 """Largest distance of a layer's output over its spread, in fp32 and in 16-bit floats."""
@@ -39,7 +41,7 @@ class PackedStates:
         self.rows: StateRows | None = None
         """Of the forward that runs now; None: it is none of the engine's, and keeps no states."""
         self._config = model.config
-        self._slots = StateSlots()
+        self.slots = StateSlots()
         self._room = 0
         self._layers: list[_Layer] = []
         try:
@@ -76,15 +78,16 @@ class PackedStates:
 
     def reserve(self, rows: int) -> None:
         """Have room for so many sequences, so that no step waits for it; memory is taken as it is
-        written to."""
-        self._have(max(self._room, SPARE + 2 * rows))
+        written to. What of it no sequence needs keeps states of prefixes."""
+        self.slots.most = max(self.slots.most, SPARE + 2 * rows + KEPT)
+        self._have(max(self._room, self.slots.most))
 
     def places(self, plan: Plan) -> tuple[list[int], list[int]]:
         """Of each row the slot it goes on from and the one its state goes to, in which there is
         room now. Raises EngineFault when a state is not known."""
-        places = self._slots.places(plan.rows)
-        if self._slots.count > self._room:
-            self._have(self._slots.count + self._slots.count // 2)
+        places = self.slots.places(plan.rows)
+        if self.slots.count > self._room:
+            self._have(self.slots.count + self.slots.count // 2)
         return places
 
     def made_up(self, counts: Sequence[int]) -> StateRows:
@@ -98,7 +101,7 @@ class PackedStates:
 
     def computed(self, plan: Plan) -> None:
         """The step's states are there now."""
-        self._slots.computed(plan.rows)
+        self.slots.computed(plan.rows)
 
     @contextmanager
     def of(self, rows: StateRows) -> Iterator[None]:

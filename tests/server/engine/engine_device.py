@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fader_adapters.spec import Digest, Upload
 from fader_server.core import Launched, Plan, PlanRow, RowResult, Sequence, TokenLogprob
 from fader_server.errors import EngineFault
+from fader_server.model.state_slots import NOBODY, StateSlots
 from tests.server.engine.engine_guides import guided
 
 VOCAB = 50
@@ -56,15 +57,23 @@ class Device:
         if any(row.sequence.request.id in self.culprits for row in plan.rows):
             raise RuntimeError("injected")
         self.plans.append(plan)
-        before = [self._read(row.sequence, row.start - 1) for row in plan.rows]
-        for row, terms, content in zip(plan.rows, plan.terms.rows, before, strict=True):
+        after = []
+        for row, terms, content in zip(plan.rows, plan.terms.rows, self._before(plan), strict=True):
             assert terms.tokens == row.count
             key = tuple((self.content(slot), gamma) for slot, gamma in terms.terms)
             for at in range(row.start, row.start + row.count):
                 content = hash((content, row.sequence.tokens[at], key))
                 block = row.sequence.blocks[at // self.size]
                 self.kv[block][at % self.size] = content
+            after.append(content)
+        self._computed(plan, after)
         return [self._result(row) for row in plan.rows]
+
+    def _before(self, plan: Plan) -> list[int]:
+        """What the rows go on from."""
+        return [self._read(row.sequence, row.start - 1) for row in plan.rows]
+
+    def _computed(self, plan: Plan, contents: list[int]) -> None: ...
 
     def _read(self, sequence: Sequence, at: int) -> int:
         return self.kv[sequence.blocks[at // self.size]][at % self.size] if at >= 0 else 0
@@ -89,6 +98,25 @@ class Device:
                 return RowResult(fault=fault)
         finite = sequence.request.id not in self.nan
         return RowResult(token, TokenLogprob(token, 0.0), scored, finite)
+
+
+class Stateful(Device):
+    """Rows go on from states, whatever their blocks hold."""
+
+    def __init__(self, blocks: int, block_size: int) -> None:
+        super().__init__(blocks, block_size)
+        self.slots = StateSlots()
+        self.states = {NOBODY: 0}
+
+    def _before(self, plan: Plan) -> list[int]:
+        came_from, self._to = self.slots.places(plan.rows)
+        assert not set(self._to) & set(came_from), "a state is written over that is read"
+        assert len(set(self._to)) == len(self._to)
+        return [self.states[slot] for slot in came_from]
+
+    def _computed(self, plan: Plan, contents: list[int]) -> None:
+        self.states.update(zip(self._to, contents, strict=True))
+        self.slots.computed(plan.rows)
 
 
 class Ahead(Device):

@@ -27,7 +27,7 @@ from fader_server.engine.scheduler import Scheduler
 from fader_server.engine.shares import Share
 from fader_server.engine.stats import Unobserved
 from fader_server.engine.stepper import Stepper
-from tests.server.engine.engine_device import Ahead, Device, draw
+from tests.server.engine.engine_device import Ahead, Device, Stateful, draw
 from tests.server.engine.engine_guides import Turns, guided
 
 
@@ -276,19 +276,25 @@ class World:
         capacity: int = 3,
         ahead: bool = False,
         shares: Mapping[str, Share] | None = None,
+        states: bool = False,
     ) -> None:
-        """`ahead`: the device computes by itself."""
+        """`ahead`: the device computes by itself; `states`: rows go on from those."""
         limits = Limits(
             max_rows=max_rows,
             chunk_size=chunk_size,
             max_step_tokens=max_step_tokens or max_rows + chunk_size,
             max_model_len=max_model_len,
             max_overtakes=max_overtakes,
+            block=block_size if states else 0,
         )
         self.now = 0.0
-        self.blocks = BlockManager(blocks, block_size=block_size)
+        kind = Stateful if states else Ahead if ahead else Device
+        self.device = kind(blocks, block_size)
+        slots = self.device.slots if isinstance(self.device, Stateful) else None
+        if slots is not None:
+            slots.most += 2 * max_rows
+        self.blocks = BlockManager(blocks, block_size=block_size, states=slots)
         self.pool = FakePool(capacity)
-        self.device = (Ahead if ahead else Device)(blocks, block_size)
         self.scheduler = Scheduler(limits, blocks=self.blocks, pool=self.pool, shares=shares)
         self.stepper = Stepper(
             self.scheduler,

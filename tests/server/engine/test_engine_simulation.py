@@ -8,9 +8,11 @@ import pytest
 
 from fader_adapters.errors import AdapterTooLarge
 from fader_server.core import Sequence
+from fader_server.engine import draft
 from fader_server.engine.blocks import BlockManager
 from fader_server.engine.roster import Roster
-from tests.server.engine.engine_device import Ahead
+from fader_server.model.state_slots import NOBODY, StateSlots
+from tests.server.engine.engine_device import Ahead, Stateful
 from tests.server.engine.engine_guides import Turns
 from tests.server.engine.engine_world import FakePool, World, blend_of, request, version
 
@@ -18,7 +20,7 @@ NAMES = ("a", "b", "c", "d")
 SIZES = {version("a"): 1, version("b"): 1, version("c"): 2, version("d"): 4}  # d never fits
 
 
-def build(rng: random.Random, *, ahead: bool = False) -> World:
+def build(rng: random.Random, *, ahead: bool = False, states: bool = False) -> World:
     rows, chunk = rng.randint(1, 5), rng.choice([4, 8, 11])
     return World(
         blocks=rng.randint(9, 40),
@@ -29,6 +31,7 @@ def build(rng: random.Random, *, ahead: bool = False) -> World:
         max_overtakes=rng.randint(0, 3),
         capacity=3,
         ahead=ahead,
+        states=states,
     )
 
 
@@ -75,10 +78,10 @@ def disturb(rng: random.Random, world: World) -> None:
             world.pool.fail_acquires = rng.choice([0, 1, 2])
 
 
-def live(seed: int) -> World:
+def live(seed: int, *, states: bool = False) -> World:
     """One world, from its first request to the last event; raises on any broken promise."""
     rng = random.Random(seed)
-    world = build(rng, ahead=bool(seed % 2))
+    world = build(rng, ahead=bool(seed % 2), states=states)
     for turn in range(rng.randint(1, 30)):
         for index in range(rng.choice([0, 0, 1, 1, 3])):
             with suppress(AdapterTooLarge):  # "d", refused at the door
@@ -100,10 +103,20 @@ def test_no_world_breaks_a_promise():
     assert sum(w.device.led for w in worlds if isinstance(w.device, Ahead)) > 200
 
 
+def test_no_world_where_rows_go_on_from_states_breaks_a_promise(monkeypatch):
+    monkeypatch.setattr(draft, "_LEAST", 4)  # prompts are short here
+    worlds = [live(seed, states=True) for seed in range(250)]
+    slots = [w.device.slots for w in worlds if isinstance(w.device, Stateful)]
+    assert sum(w.scheduler.preemptions for w in worlds) > 20
+    assert sum(s.cached > 0 for w in worlds for s in w.seen.values()) > 20
+    assert all(own.count <= own.most for own in slots)
+    assert sum(own.kept for own in slots) > 200
+
+
 @pytest.mark.slow
 def test_no_world_of_many_breaks_a_promise():
     for seed in range(600, 4_000):
-        live(seed)
+        live(seed, states=seed % 3 == 0)
 
 
 def test_a_world_is_replayed_by_its_seed():
@@ -199,6 +212,47 @@ def forget_the_end(monkeypatch):
     )
 
 
+def write_over_what_is_kept(monkeypatch):
+    """A sequence goes on writing to a slot that others may go on from."""
+
+    def own(self, held, at):
+        if held.slots[at] == NOBODY:
+            held.slots[at] = self._take()
+        return held.slots[at]
+
+    monkeypatch.setattr(StateSlots, "_own", own)
+
+
+def take_what_is_resumed(monkeypatch):
+    """A state makes room for another while somebody goes on from it."""
+    resume = StateSlots.resume
+
+    def unheld(self, sequence, key, tokens):
+        resume(self, sequence, key, tokens)
+        self._users[self._kept[key]] -= 1
+
+    monkeypatch.setattr(StateSlots, "resume", unheld)
+
+
+def keep_under_the_block_before(monkeypatch):
+    """A state that stands for a block more than its key says."""
+    keep = StateSlots.keep
+    monkeypatch.setattr(
+        StateSlots, "keep", lambda self, s, key, n: keep(self, s, s.keys[max(0, n - 2)], n)
+    )
+
+
+def find_blocks_without_states(monkeypatch):
+    """A prefix is as long as its blocks."""
+    monkeypatch.setattr(StateSlots, "longest", lambda self, keys: len(keys))
+
+
+OF_STATES = [
+    write_over_what_is_kept,
+    take_what_is_resumed,
+    keep_under_the_block_before,
+    find_blocks_without_states,
+]
 PLANTED = [
     publish_at_plan,
     release_twice,
@@ -210,12 +264,12 @@ PLANTED = [
 ]
 
 
-@pytest.mark.parametrize("plant", PLANTED)
+@pytest.mark.parametrize("plant", [*PLANTED, *OF_STATES])
 def test_the_simulation_notices(plant, monkeypatch):
     plant(monkeypatch)
     for seed in range(600):
         try:
-            live(seed)
+            live(seed, states=plant in OF_STATES)
         except Exception:  # noqa: BLE001 - a broken promise may show itself in any way
             return
     pytest.fail("the planted bug went unnoticed")

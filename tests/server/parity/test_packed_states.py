@@ -12,9 +12,10 @@ from fader_adapters.kernels.native import Scan
 from fader_server.errors import EngineFault
 from fader_server.model import packed_states, solo_rehearsal
 from fader_server.model.mixers import Mixers
+from fader_server.model.packed_states import KEPT, PackedStates
 from fader_server.model.prefill import NativeReplays
 from fader_server.model.state_kernels import StateKernels
-from fader_server.model.state_slots import SPARE, StateSlots, _Held
+from fader_server.model.state_slots import NOBODY, SPARE, StateSlots
 from fader_server.model.states import StateShape
 from tests.server.parity.test_many_families import asks, equals_peft
 from tests.support.many_families import write_many
@@ -27,7 +28,6 @@ from tests.support.own_states import (
     a_lane_equals_peft,
     a_merge_is_measured,
     bits,
-    nothing_is_found,
     same_bits_alone,
     sent_back,
 )
@@ -64,7 +64,7 @@ def test_mixed_batches_equal_peft(family: str, tmp_path: Path):
     world = TinyWorld(base)
     assert world.base.solo is None
     assert world.base.packed_states is not None
-    assert not world.blocks.findable
+    assert world.blocks.findable
     equals_peft(base, tmp_path, world)
 
 
@@ -98,16 +98,20 @@ def test_steps_are_recorded_and_trusted(family: str, tmp_path: Path):
     assert replays.prefill._trusted
 
 
-def test_who_is_sent_back_goes_on_with_the_same_bits(setting: Setting):
+def test_who_is_sent_back_goes_on_from_what_was_kept_with_the_same_bits(setting: Setting):
+    narrow = sent_back(setting)
+    assert narrow.blocks.hits
+
+
+def test_who_is_sent_back_and_finds_nothing_goes_on_with_the_same_bits(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+):
     """In chunks of any size: a state depends on tokens, not on how they were cut."""
+    monkeypatch.setattr(StateSlots, "longest", lambda self, keys: 0)
     narrow = sent_back(setting)
     rows = [row for plan in narrow.plans for row in plan.rows]
     again = [r for r in rows if r.count > 1 and r.start + r.count > r.sequence.prompt_len]
     assert again, "answers are computed again many tokens at a time"
-
-
-def test_nothing_is_found_that_another_computed(setting: Setting):
-    nothing_is_found(setting)
 
 
 def test_a_step_may_be_run_again(setting: Setting, monkeypatch: pytest.MonkeyPatch):
@@ -116,12 +120,12 @@ def test_a_step_may_be_run_again(setting: Setting, monkeypatch: pytest.MonkeyPat
     world = setting.world(limits=LIMITS)
     monkeypatch.setattr(world.runner, "run", Twice(world))
     assert bits(world.run(questions)) == expected
-    held = _Held.__init__
+    own = StateSlots._own
 
-    def one_slot(self, slots, tokens):
-        held(self, (slots[0], slots[0]), tokens)
+    def one_slot(self, held, at):
+        return own(self, held, at) if NOBODY in held.slots else held.slots[1 - at]
 
-    monkeypatch.setattr(_Held, "__init__", one_slot)
+    monkeypatch.setattr(StateSlots, "_own", one_slot)
     with pytest.raises(ValueError, match="outside its table"):  # a state is not written over
         world.run(questions)
 
@@ -148,16 +152,16 @@ def test_a_state_that_is_not_there_is_a_fault(setting: Setting):
 def test_slots_return_when_sequences_end_and_what_was_reserved_is_enough(
     setting: Setting, reserved: bool, monkeypatch: pytest.MonkeyPatch
 ):
+    if not reserved:
+        monkeypatch.setattr(PackedStates, "reserve", lambda self, rows: None)
     world = setting.world(limits=LIMITS)
     states, grown = world.base.packed_states, []
     assert states is not None
-    if reserved:
-        states.reserve(LIMITS.max_rows)
     grow = StateKernels.grow
     monkeypatch.setattr(StateKernels, "grow", lambda *a: (grown.append(a), grow(*a))[1])
     for _ in range(3):
         world.run([replace(ask, params=greedy(3)) for ask in asks(512)])
-    assert states._slots.count <= SPARE + 2 * LIMITS.max_rows
+    assert states.slots.count <= SPARE + 2 * LIMITS.max_rows + KEPT * reserved
     assert bool(grown) == (not reserved)
 
 
