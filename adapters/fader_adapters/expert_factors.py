@@ -11,19 +11,24 @@ from fader_adapters.factors import Factors, Linear, Part, product_norm, side_by_
 
 
 def of_stack(
-    a: torch.Tensor, b: torch.Tensor, experts: int, scale: float, dtype: torch.dtype
+    a: torch.Tensor,
+    b: torch.Tensor,
+    experts: int,
+    scale: float,
+    dtype: torch.dtype,
+    *,
+    turned: bool = False,
 ) -> Linear:
     """From PEFT's tensors of one parameter, cast to `dtype`.
 
     a  [experts · rank, in]   expert by expert
     b  [out, rank · experts]  rank by rank, each of all experts
+    turned  a has the width of the output and b the rows of the input
     """
     rank = a.shape[0] // experts
-    return _linear(
-        a.to(dtype).view(experts, rank, -1),
-        b.to(dtype).view(-1, rank, experts).permute(2, 1, 0),
-        scale,
-    )
+    first = a.to(dtype).view(experts, rank, -1)
+    second = b.to(dtype).view(-1, rank, experts).permute(2, 1, 0)
+    return _linear(second, first, scale) if turned else _linear(first, second, scale)
 
 
 def of_experts(

@@ -16,6 +16,10 @@ from fader_adapters.targets import ALL_LINEAR, PathMap, Targets
 
 _NAME = re.compile(r"[A-Za-z0-9_]+", re.ASCII)
 _MAX_NAMES = 4096
+_TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION")
+"""Those whose adapters have no head of their own."""
+_LONGEST_NAME = 512
+"""Characters of a base's name that are shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,8 @@ class LoraConfig:
     """Every B has a bias of its own."""
     tying: bool = False
     """The embedding's delta is the output head's too, where the base ties them."""
+    peft_version: str | None = None
+    """Of the library that saved it, where it says so."""
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Trained token rows by module name; "" is the embedding."""
 
@@ -73,10 +79,12 @@ def read_config(data: bytes, limits: Limits) -> LoraConfig:
     if fields.get("peft_type") != "LORA":  # first: another kind has other fields too
         raise invalid("peft_type", fields.get("peft_type"), '"LORA"')
     require_known(fields)
-    if fields.get("task_type") not in (None, "CAUSAL_LM"):
-        raise invalid("task_type", fields["task_type"], '"CAUSAL_LM" or null')
-    if fields.get("bias") not in (None, "none"):
-        raise invalid("bias", fields["bias"], '"none": biases of the base are shared')
+    if fields.get("task_type") not in (None, *_TASKS):
+        raise invalid("task_type", fields["task_type"], f"null or one of {', '.join(_TASKS)}")
+    if fields.get("bias") not in (None, "none", "all", "lora_only"):
+        raise invalid(
+            "bias", fields["bias"], '"none", or "all" or "lora_only" without any in the file'
+        )
     # Only PEFT's merge reads fan_in_fan_out, and PEFT itself corrects it to the layer's kind.
     _boolean(fields, "fan_in_fan_out")
     check_init(fields.get("init_lora_weights", True))
@@ -84,7 +92,7 @@ def read_config(data: bytes, limits: Limits) -> LoraConfig:
     if dora and bias:
         raise invalid("lora_bias", bias, "false beside use_dora = true")
     budget = Budget()
-    base_name = fields.get("base_model_name_or_path")
+    base_name, version = fields.get("base_model_name_or_path"), fields.get("peft_version")
     return LoraConfig(
         rank=_rank("r", fields.get("r"), limits),
         alpha=_alpha("lora_alpha", fields.get("lora_alpha"), limits),
@@ -100,7 +108,8 @@ def read_config(data: bytes, limits: Limits) -> LoraConfig:
             {k: _alpha(k, v, limits) for k, v in _entries(fields, "alpha_pattern")},
             budget,
         ),
-        base_name=base_name if isinstance(base_name, str) else None,
+        base_name=base_name[:_LONGEST_NAME] if isinstance(base_name, str) else None,
+        peft_version=version if isinstance(version, str) else None,
         dora=dora,
         bias=bias,
         tying=_boolean(fields, "ensure_weight_tying"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fader_adapters.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge
 from fader_adapters.limits import Limits
 from fader_adapters.lora_config import LoraConfig
+from fader_adapters.orientation import turned
 from fader_adapters.parameters import name_parameters
 from fader_adapters.pattern_nodes import PatternUnsafe
 from fader_adapters.pauses import Pause
@@ -34,6 +35,8 @@ class Module:
     rank: int
     alpha: float
     scale: float
+    turned: bool = False
+    """The delta is AᵀBᵀ, for a stack that of every expert."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,8 @@ class Checked:
     tokens: tuple[TokenRows, ...]
     tied: tuple[Module, Module] | None = None
     """The embedding and the head, where one delta is to be at both."""
+    unmatched: tuple[str, ...] = ()
+    """Names of the config that the base has nothing of."""
 
     @property
     def by_linear(self) -> dict[int, "Checked"]:
@@ -71,10 +76,14 @@ def check_modules(
     for path, info in named.copies.items():
         if path not in named.modules:
             raise AdapterInvalid(f"tensor {info.name[:160]!r} belongs to no adapted module")
+    unmatched = _unmatched(config.targets, _all_places(named, view))
     tied = _check_targets(config, named, view, tying=config.tying and base.tied, pause=pause)
     modules: list[Module] = []
+    places = {path: place for path in named.modules if (place := view.place(path))}
+    other_way = turned(named.modules, places, config, base)
     for path, tensors in named.modules.items():
-        modules.append(_module(path, tensors, view, config, limits))
+        module = _module(path, tensors, places[path], config, limits, turned=path in other_way)
+        modules.append(module)
         pause()
     tokens = check_tokens(named.tokens, config.tokens, view, base, limits)
     taken = {module.place.path for module in modules}
@@ -83,7 +92,8 @@ def check_modules(
             raise AdapterInvalid(f"{rows.place.path!r} has both LoRA factors and trained tokens")
     ends = {module.place.role: module for module in modules if module.place.role in _ENDS}
     both = tied and len(ends) == len(_ENDS)
-    return Checked(tuple(modules), tokens, (ends["embedding"], ends["head"]) if both else None)
+    pair = (ends["embedding"], ends["head"]) if both else None
+    return Checked(tuple(modules), tokens, pair, unmatched)
 
 
 def _check_targets(
@@ -95,9 +105,7 @@ def _check_targets(
     and names the embedding. Returns whether it does.
     """
     targets = config.targets
-    theirs = view.theirs_too
-    places = {**{path: place for path in named.modules if (place := view.place(path))}, **theirs}
-    _check_names(targets, places)
+    theirs, places = view.theirs_too, _all_places(named, view)
     try:
         tied = tying and targets.mean_tied()
         selected: set[str] = set()
@@ -129,21 +137,30 @@ def _check_targets(
     return tied
 
 
-def _check_names(targets: Targets, places: Mapping[str, Place]) -> None:
-    """Every name of the config must mean something of the base. Raises AdapterMismatch."""
-    for key, stranger in (
-        ("target_modules", targets.unmatched(path for path, p in places.items() if p.module)),
-        (
-            "target_parameters",
-            targets.unmatched_parameter(_parameter(path, place) for path, place in places.items()),
-        ),
+def _all_places(named: Named, view: View) -> dict[str, Place]:
+    """Of the adapter's modules, and of all that it could have adapted."""
+    own = {path: place for path in named.modules if (place := view.place(path))}
+    return {**own, **view.theirs_too}
+
+
+def _unmatched(targets: Targets, places: Mapping[str, Place]) -> tuple[str, ...]:
+    """Names that mean nothing of the base: lists often name what some families have, and PEFT
+    trains the rest. Raises AdapterMismatch where no name means anything."""
+    modules = targets.unmatched(path for path, place in places.items() if place.module)
+    parameters = targets.unmatched_parameters(
+        _parameter(path, place) for path, place in places.items()
+    )
+    for key, names, strangers in (
+        ("target_modules", targets.include, modules),
+        ("target_parameters", targets.parameters, parameters),
     ):
-        if stranger is not None:
+        if strangers and isinstance(names, frozenset) and len(strangers) == len(names):
             raise AdapterMismatch(
-                f"{key} names {stranger[:160]!r}, the base has nothing of that name that could be "
-                "adapted here; the adapter was made for another base, or its list names more than "
-                f"it was trained on: take the name out of {key} then"
+                f"{key} names {strangers[0][:160]!r}, the base has nothing of that name that could "
+                "be adapted here, nor of any other in the list: the adapter was made for another "
+                "base"
             )
+    return (*modules, *parameters)
 
 
 def _unselected(targets: Targets) -> str:
@@ -164,10 +181,14 @@ def _parameter(path: str, place: Place) -> str:
 
 
 def _module(
-    path: str, tensors: ModuleTensors, view: View, config: LoraConfig, limits: Limits
+    path: str,
+    tensors: ModuleTensors,
+    place: Place,
+    config: LoraConfig,
+    limits: Limits,
+    *,
+    turned: bool,
 ) -> Module:
-    place = view.place(path)
-    assert place is not None
     for info in (tensors.a, tensors.b):
         if len(info.shape) != 2:
             raise AdapterInvalid(f"tensor {info.name!r} has shape {info.shape}, expected a matrix")
@@ -186,14 +207,15 @@ def _module(
             f"[out, {expected}]"
         )
     rank = declared
-    _check_dimensions(tensors, place)
-    _check_vectors(path, tensors, config)
+    _check_dimensions(tensors, place, turned=turned)
+    _check_vectors(path, tensors, place, config)
     alpha = config.alpha_of(key)
-    return Module(path, place, tensors, rank, alpha, config.scale(rank, alpha))
+    return Module(path, place, tensors, rank, alpha, config.scale(rank, alpha), turned)
 
 
-def _check_dimensions(tensors: ModuleTensors, place: Place) -> None:
+def _check_dimensions(tensors: ModuleTensors, place: Place, *, turned: bool) -> None:
     given = (tensors.a.shape[1], tensors.b.shape[0])
+    given = given[::-1] if turned else given
     if tensors.embedding != (place.role == "embedding"):
         expected = "a linear" if tensors.embedding else "an embedding"
         raise AdapterMismatch(f"{place.path!r} of the base is {expected}, of the adapter not")
@@ -204,7 +226,7 @@ def _check_dimensions(tensors: ModuleTensors, place: Place) -> None:
         )
 
 
-def _check_vectors(path: str, tensors: ModuleTensors, config: LoraConfig) -> None:
+def _check_vectors(path: str, tensors: ModuleTensors, place: Place, config: LoraConfig) -> None:
     """DoRA's magnitudes and biases of B stand in every module, or in none: as the config says."""
     bias = config.bias and not tensors.embedding  # PEFT gives embeddings none
     for what, flag, info, wanted in (
@@ -219,3 +241,9 @@ def _check_vectors(path: str, tensors: ModuleTensors, config: LoraConfig) -> Non
         out = tensors.b.shape[0]
         if info is not None and (max(info.shape, default=0), math.prod(info.shape)) != (out, out):
             raise AdapterInvalid(f"tensor {info.name!r} has shape {info.shape}, expected [{out}]")
+    if place.role == "experts" and (tensors.magnitude or tensors.bias):
+        what = "DoRA" if tensors.magnitude else "lora_bias"
+        raise AdapterInvalid(
+            f"{path[:160]!r}: {what} of a mixture's experts is not implemented; train plain LoRA "
+            "on them, or leave them out"
+        )

@@ -127,6 +127,7 @@ def read_adapter(
         source_dtypes=named.dtypes,
         base_name=config.base_name,
         kinds=config.kinds,
+        unmatched=checked.unmatched,
         copies_not_compared=tuple(info.name for info, _ in copied if weights is None),
     )
     factors = tuple(linear.factors for linear in linears.values())
@@ -165,7 +166,10 @@ def _check_copy(
     for panel in weights.panels(span.linear):
         rows = copy[at : at + panel.shape[0]]
         at += panel.shape[0]
-        if not torch.equal(rows.to(dtype), panel.to(dtype).cpu()):
+        own = panel.cpu()
+        if not (
+            torch.equal(rows.to(dtype), own.to(dtype)) or torch.equal(rows, own.to(rows.dtype))
+        ):
             raise AdapterMismatch(
                 f"tensor {info.name[:160]!r} differs from the base's own weight: it was trained "
                 f"or belongs to another base; where it was not trained, {remedy}"
@@ -217,7 +221,7 @@ def _stack(
     first = modules[0]
     if first.place.experts > 1:
         a, b = (_tensor(data, info) for info in (first.tensors.a, first.tensors.b))
-        return of_stack(a, b, linear.experts, first.scale, dtype)
+        return of_stack(a, b, linear.experts, first.scale, dtype, turned=first.turned)
     parts: list[list[Part]] = [[] for _ in range(linear.experts)]
     for module in modules:
         for span in module.place.spans:
@@ -230,14 +234,16 @@ def _stack(
 def _parts(data: bytes, index: int, module: Module) -> Iterable[Part]:
     """What a module adds to the rows of one linear."""
     tensors, at = module.tensors, 0
+    a, b = (_tensor(data, info) for info in (tensors.a, tensors.b))
+    a, b = (b.t(), a.t()) if module.turned else (a, b)
     for span in module.place.spans:
         rows = slice(at, at := at + span.stop - span.start)
         if span.linear == index:
             yield Part(
                 span.start,
                 span.stop,
-                _tensor(data, tensors.a),
-                _tensor(data, tensors.b)[rows],
+                a,
+                b[rows],
                 module.scale,
                 _vector(data, tensors.magnitude, rows),
                 _vector(data, tensors.bias, rows),
@@ -288,7 +294,7 @@ def _report(
     return ModuleReport(path, rank, alpha, max(m.scale for m in own), linear.norm)
 
 
-def _version(weights: bytes, config: LoraConfig, modules: Iterable[Module], pause: Pause) -> Digest:
+def _version(weights: bytes, config: LoraConfig, modules: Sequence[Module], pause: Pause) -> Digest:
     """sha256 of what the config decides, then the weights file, each with its length before it."""
     effective = json.dumps(
         {
@@ -296,6 +302,11 @@ def _version(weights: bytes, config: LoraConfig, modules: Iterable[Module], paus
             "rslora": config.rslora,
             "modules": sorted([m.path, m.rank, m.alpha] for m in modules),
             **dict.fromkeys(config.kinds, True),
+            **(
+                {"turned": other_way}
+                if (other_way := [m.path for m in modules if m.turned])
+                else {}
+            ),
             **({"tokens": config.tokens} if config.tokens else {}),
         },
         sort_keys=True,

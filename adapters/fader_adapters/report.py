@@ -35,6 +35,8 @@ class AdapterReport:
     """What the adapter says it was trained on."""
     kinds: tuple[str, ...] = ()
     """What it has beside A and B: "dora", "lora_bias"."""
+    unmatched: tuple[str, ...] = ()
+    """Names in its lists of targets that the base has nothing of."""
     copies_not_compared: tuple[str, ...] = ()
     """Tensors that must be the base's own weights, which were not at hand."""
 
@@ -137,6 +139,7 @@ def health_facts(health: Health) -> dict[str, Any]:
         "modules": report.matched,
         "total_modules": report.total,
         "targets": list(report.targets),
+        "unmatched_targets": list(report.unmatched),
         "rank": max(report.ranks),
         "ranks": list(report.ranks),
         "scales": list(report.scales),

@@ -201,12 +201,17 @@ def _read_file(name: str, *, directory: int, cap: int, follow: bool) -> bytes:
 def _read_exactly(fd: int, size: int) -> bytes:
     """At most size + 1 bytes, so that growth shows; usually one system call and no second copy."""
     data = os.read(fd, size + 1)
-    while 0 < len(data) <= size:
-        more = os.read(fd, size + 1 - len(data))
-        if not more:
-            break
-        data += more
-    return data
+    if not 0 < len(data) < size:
+        return data + os.read(fd, 1) if len(data) == size else data
+    whole = bytearray(size + 1)  # the system gives no more than 2 GiB at a time
+    view, at = memoryview(whole), len(data)
+    view[:at] = data
+    del data
+    while at <= size and (more := os.readv(fd, [view[at:]])):
+        at += more
+    view.release()
+    del whole[at:]
+    return bytes(whole)
 
 
 def _require_regular(name: str, mode: int) -> None:

@@ -19,7 +19,17 @@ def load_object(data: bytes, what: str) -> dict[str, Any]:
         raise AdapterInvalid(f"{what} is not valid JSON: {reason}") from None
     if not isinstance(value, dict):
         raise AdapterInvalid(f"{what} must be a JSON object, got {type(value).__name__}")
+    if b"\\u" in data and not _is_text(value):
+        raise AdapterInvalid(f"{what} has half a character, which JSON can write but UTF-8 cannot")
     return value
+
+
+def _is_text(value: dict[str, Any]) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -54,11 +54,11 @@ class Targets:
             return any(self.include.fullmatch(name, self.budget) for name in TIED_NAMES)
         return any(name.rpartition(".")[2] in TIED_NAMES for name in self.include)
 
-    def unmatched(self, paths: Iterable[str]) -> str | None:
-        """A name in `include` that no path of the base answers to, None when all do."""
+    def unmatched(self, paths: Iterable[str]) -> list[str]:
+        """The names in `include` that no path of the base answers to, sorted."""
         return _unmatched(self.include, paths)
 
-    def unmatched_parameter(self, paths: Iterable[str]) -> str | None:
+    def unmatched_parameters(self, paths: Iterable[str]) -> list[str]:
         """The same of `parameters`."""
         return _unmatched(self.parameters, paths)
 
@@ -68,11 +68,11 @@ class Targets:
         return not names.isdisjoint(_endings(path))
 
 
-def _unmatched(names: frozenset[str] | Pattern | str, paths: Iterable[str]) -> str | None:
+def _unmatched(names: frozenset[str] | Pattern | str, paths: Iterable[str]) -> list[str]:
     if not isinstance(names, frozenset):
-        return None
+        return []
     known = {ending for path in paths for ending in _endings(path)}
-    return min(names - known, default=None)
+    return sorted(names - known)
 
 
 def _endings(path: str) -> list[str]:

@@ -162,9 +162,9 @@ FAULTS = {
         "target_parameters selects 1 parameters",
     ),
     "names nothing": (
-        config(target_parameters=[*PARAMETERS, "experts.w9"]),
-        tensors(),
-        "target_parameters names 'experts.w9'",
+        config(target_parameters=["gate.w9"]),
+        {k: v for k, v in tensors().items() if "gate.lora" in k},
+        "target_parameters names 'gate.w9'",
     ),
     "as a module": (
         config(target_modules=["gate_up_proj"]),
@@ -287,3 +287,17 @@ def test_experts_that_are_no_targets_are_refused_by_name(as_modules: bool):
     only = pair("layers.0.self_attn.q_proj", (3, 64), (64, 3), 1)
     raw = make_raw(make_config(r=3, target_modules=["0.self_attn.q_proj"]), only)
     assert read(raw, base).report.matched == 1
+
+
+@pytest.mark.parametrize("what", ["DoRA", "lora_bias"])
+def test_vectors_of_experts_by_themselves_are_refused_not_left_out(what: str):
+    names = ("gate_proj", "up_proj", "down_proj")
+    given = older(names)
+    for key in [key for key in given if key.endswith("lora_B.weight")]:
+        vector = torch.ones(len(given[key]))
+        own = "lora_magnitude_vector" if what == "DoRA" else "lora_B.bias"
+        given[key.replace("lora_B.weight", own)] = vector
+    flag = {"use_dora": True} if what == "DoRA" else {"lora_bias": True}
+    config = make_config(r=2, lora_alpha=6, target_modules=list(names), **flag)
+    with pytest.raises(AdapterInvalid, match=f"{what} of a mixture's experts is not implemented"):
+        read(make_raw(config, given), BASE)

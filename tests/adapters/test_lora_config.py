@@ -20,8 +20,7 @@ Q0 = "model.layers.0.self_attn.q_proj"
 
 BAD_CONFIGS = {
     "dora": {"use_dora": True},
-    "bias all": {"bias": "all"},
-    "bias lora_only": {"bias": "lora_only"},
+    "bias": {"bias": "some"},
     "lora_bias": {"lora_bias": True},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
     "pissa": {"init_lora_weights": "pissa"},

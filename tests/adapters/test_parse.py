@@ -262,9 +262,18 @@ def test_wrong_tensors_are_refused_by_name(name):
         read(make_raw(tensors=tensors))
 
 
-def test_a_target_the_base_does_not_have_is_a_mismatch():
-    with pytest.raises(AdapterMismatch, match=r"'c_attn'.*take the name out of target_modules"):
-        read(make_raw(make_config(target_modules=["q_proj", "v_proj", "down_proj", "c_attn"])))
+def test_a_target_the_base_does_not_have_is_told_and_changes_nothing():
+    names = ["q_proj", "v_proj", "down_proj"]
+    found = read(make_raw(make_config(target_modules=[*names, "c_attn", "attn.qkv"])))
+    plain = read(make_raw(make_config(target_modules=names)))
+    assert found.report.unmatched == ("attn.qkv", "c_attn")
+    assert plain.report.unmatched == ()
+    assert found.spec == plain.spec
+
+
+def test_targets_of_which_the_base_has_none_are_a_mismatch():
+    with pytest.raises(AdapterMismatch, match=r"target_modules names 'c_attn'.*another base"):
+        read(make_raw(make_config(target_modules=["c_attn", "c_proj"])))
 
 
 def test_an_adapter_of_the_text_model_fits_a_base_that_also_has_a_tower():

@@ -118,7 +118,6 @@ def test_deltas_are_those_of_peft(name, tmp_path):
     "config",
     [
         {"modules_to_save": ["lm_head"]},
-        {"bias": "all"},
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": "olora"},
     ],

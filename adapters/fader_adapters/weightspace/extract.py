@@ -111,10 +111,10 @@ def _shape(linear: LinearSpec | None) -> str:
 
 
 def _select(base: Base, targets: Targets) -> list[LinearSpec]:
-    stranger = targets.unmatched(linear.path for linear in base.inside)
-    if stranger is not None:
+    strangers = targets.unmatched(linear.path for linear in base.inside)
+    if strangers:
         raise AdapterMismatch(
-            f"no linear of {base.directory} is called {stranger!r}; there are "
+            f"no linear of {base.directory} is called {strangers[0]!r}; there are "
             + ", ".join(sorted({item.path.rpartition(".")[2] for item in base.inside}))
         )
     chosen = [linear for linear in base.inside if targets.select(linear.path)]

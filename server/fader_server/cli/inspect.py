@@ -71,6 +71,8 @@ def _show(console: Console, version: str, health: "Health", *, against: str | No
         "‖ΔW‖": f"{report.delta_norm:.4g}{_ratio(health.relative_norm, ' of ‖W‖')}",
         "base": health.match.told if against else "not looked at: name it with --base",
     }
+    if report.unmatched and against:
+        facts["not in the base"] = f"{', '.join(report.unmatched)}: named as targets"
     if against:
         facts["fingerprint"] = health.match.fingerprint
     if report.copies_not_compared:
