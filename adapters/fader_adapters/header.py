@@ -17,6 +17,9 @@ _NOT_WEIGHTS = {
     b"version https://git-lfs": "a Git LFS pointer (fetch with git lfs pull)",
     b"<!doctype html": "a web page (a download that went wrong)",
     b"<html": "a web page (a download that went wrong)",
+    b"gguf": "a GGUF file",
+    b"pk\x03\x04": "a zip archive, as torch.save makes them",
+    b"\x93numpy": "a NumPy file",
 }
 """How what often lies in the place of weights begins; read as a length it would be a huge one."""
 _MAX_NAME = 512

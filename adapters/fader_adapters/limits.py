@@ -3,10 +3,13 @@
 from dataclasses import dataclass, replace
 from typing import Self
 
+from fader_adapters.pattern_nodes import WORK
 from fader_adapters.spec import BaseSpec
 
 _NAMED = 256
 """Bytes of a header that one tensor takes, at most."""
+_LOOKED_AT = 256
+"""Work of patterns for one module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,8 @@ class Limits:
     tensors: int = 4096
     rank: int = 512
     """Rank of one linear."""
+    pattern_work: int = WORK
+    """Of evaluating a config's patterns, in node visits."""
     alpha: float = 1e6
     delta_norm: float = 1e5
     """Frobenius norm of one linear's scaled delta."""
@@ -33,6 +38,7 @@ class Limits:
             self,
             tensors=self.tensors + 2 * experts,
             header_bytes=self.header_bytes + 2 * experts * _NAMED,
+            pattern_work=self.pattern_work + experts * _LOOKED_AT,
         )
 
 

@@ -16,6 +16,7 @@ from fader_adapters.targets import ALL_LINEAR, PathMap, Targets
 
 _NAME = re.compile(r"[A-Za-z0-9_]+", re.ASCII)
 _MAX_NAMES = 4096
+_LORA = '"LORA"; of many other kinds PEFT makes one: peft.save_as_lora'
 _TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION")
 """Those whose adapters have no head of their own."""
 _LONGEST_NAME = 512
@@ -77,7 +78,7 @@ def read_config(data: bytes, limits: Limits) -> LoraConfig:
     """Check and read adapter_config.json. Raises AdapterInvalid, AdapterTooLarge."""
     fields = load_object(data, "adapter_config.json")
     if fields.get("peft_type") != "LORA":  # first: another kind has other fields too
-        raise invalid("peft_type", fields.get("peft_type"), '"LORA"')
+        raise invalid("peft_type", fields.get("peft_type"), _LORA)
     require_known(fields)
     if fields.get("task_type") not in (None, *_TASKS):
         raise invalid("task_type", fields["task_type"], f"null or one of {', '.join(_TASKS)}")
@@ -91,7 +92,7 @@ def read_config(data: bytes, limits: Limits) -> LoraConfig:
     dora, bias = _boolean(fields, "use_dora"), _boolean(fields, "lora_bias")
     if dora and bias:
         raise invalid("lora_bias", bias, "false beside use_dora = true")
-    budget = Budget()
+    budget = Budget(limits.pattern_work)
     base_name, version = fields.get("base_model_name_or_path"), fields.get("peft_version")
     return LoraConfig(
         rank=_rank("r", fields.get("r"), limits),
@@ -121,7 +122,7 @@ def _targets(fields: dict[str, Any], budget: Budget) -> Targets:
     parameters = _parameters(fields.get("target_parameters"))
     include: frozenset[str] | Pattern | Any = frozenset()
     if not parameters or fields.get("target_modules") not in (None, []):
-        include = _names_or_pattern("target_modules", fields.get("target_modules"))
+        include = _names_or_pattern("target_modules", fields.get("target_modules"), budget)
     if not include and not parameters:
         raise invalid("target_modules", fields.get("target_modules"), "names or a pattern")
     layers = _layers(fields.get("layers_to_transform"))
@@ -136,7 +137,7 @@ def _targets(fields: dict[str, Any], budget: Budget) -> Targets:
         )
     return Targets(
         include=include,
-        exclude=_exclude(fields.get("exclude_modules")),
+        exclude=_exclude(fields.get("exclude_modules"), budget),
         layers=layers,
         layer_names=tuple(names),
         parameters=parameters,
@@ -152,19 +153,23 @@ def _parameters(value: Any) -> frozenset[str]:  # noqa: ANN401
     raise invalid("target_parameters", value, f"a list of 1 to {_MAX_NAMES} names")
 
 
-def _exclude(value: Any) -> frozenset[str] | Pattern:  # noqa: ANN401
+def _exclude(value: Any, budget: Budget) -> frozenset[str] | Pattern:  # noqa: ANN401
     if not value:
         return frozenset()
-    exclude = _names_or_pattern("exclude_modules", value)
-    return Pattern(ALL_LINEAR) if isinstance(exclude, str) else exclude
+    exclude = _names_or_pattern("exclude_modules", value, budget)
+    return Pattern(ALL_LINEAR, budget) if isinstance(exclude, str) else exclude
 
 
-def _names_or_pattern(key: str, value: Any) -> frozenset[str] | Pattern | Any:  # noqa: ANN401
+def _names_or_pattern(
+    key: str,
+    value: Any,  # noqa: ANN401
+    budget: Budget,
+) -> frozenset[str] | Pattern | Any:  # noqa: ANN401
     if isinstance(value, str) and value:
         if value.lower() == ALL_LINEAR:
             return ALL_LINEAR
         try:
-            return Pattern(value)
+            return Pattern(value, budget)
         except PatternUnsafe as error:
             raise _unsafe(key, error) from None
     if _strings(value) and len(value) <= _MAX_NAMES and all(value):

@@ -208,7 +208,7 @@ def _linear(
         if weights is None:
             raise AdapterInvalid(
                 "adapter_config.json: use_dora = true scales the base's own weights, which are not "
-                "at hand here; expected an adapter of low-rank deltas alone"
+                "at hand here; name the base"
             )
         panels = weights.panels(index)
     return put_together(parts, base.linears[index].out_features, dtype, panels)

@@ -45,8 +45,8 @@ class Budget:
                 index[char] = index.get(char, 0) | 1 << place
         return index
 
-    def spend(self) -> None:
-        self._left -= 1
+    def spend(self, work: int = 1) -> None:
+        self._left -= work
         if self._left < 0:
             raise PatternUnsafe("it costs too much to evaluate")
 

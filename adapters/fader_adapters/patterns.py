@@ -25,6 +25,9 @@ MAX_LENGTH = 4096
 MAX_DEPTH = 32
 """Nested groups."""
 
+_READING = 4
+"""Work that reading a character is, in node visits."""
+_TO_A_DOT = r"(?:.*\.)?"
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "a": "\a"}
 _COUNTS = re.compile(r"\{(?!\})(\d*)(?:(,)(\d*))?\}", re.ASCII)
 _MAX_DIGITS = 4
@@ -34,9 +37,14 @@ _ASSERTIONS = {"b", "B", "A", "Z"}
 class Pattern:
     """A compiled pattern."""
 
-    def __init__(self, pattern: str) -> None:
-        """Raises PatternUnsafe for malformed patterns and syntax outside the subset."""
-        self._node = _Parser(pattern).parse()
+    def __init__(self, pattern: str, budget: Budget, *, ending: bool = False) -> None:
+        """ending: it may also follow a dot, whatever is before that.
+
+        Raises PatternUnsafe for malformed patterns, syntax outside the subset, and when the budget
+        ends.
+        """
+        node = _Parser(pattern, budget).parse()
+        self._node = sequence_node([_Parser(_TO_A_DOT, budget).parse(), node]) if ending else node
 
     def fullmatch(self, text: str, budget: Budget) -> bool:
         """What `re.fullmatch` says of ASCII `text`. Raises PatternUnsafe when the budget ends."""
@@ -46,9 +54,10 @@ class Pattern:
 class _Parser:
     """Recursive descent; every method leaves `_at` behind what it consumed."""
 
-    def __init__(self, pattern: str) -> None:
+    def __init__(self, pattern: str, budget: Budget) -> None:
         if len(pattern) > MAX_LENGTH or not pattern.isascii():
             raise PatternUnsafe(f"it is not ASCII or longer than {MAX_LENGTH} characters")
+        budget.spend(_READING * len(pattern))
         self._pattern = pattern
         self._at = 0
 

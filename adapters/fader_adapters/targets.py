@@ -99,7 +99,7 @@ class PathMap:
     def __init__(self, values: dict[str, float], budget: Budget) -> None:
         """Raises PatternUnsafe."""
         self._budget = budget
-        self._rules = [(_PathKey(key), value) for key, value in values.items()]
+        self._rules = [(_PathKey(key, budget), value) for key, value in values.items()]
 
     def get(self, path: str, default: float) -> float:
         """Raises PatternUnsafe when the budget ends."""
@@ -112,12 +112,9 @@ class PathMap:
 class _PathKey:
     """`(.*\\.)?key` as PEFT matches it; keys without operators take a path without regexes."""
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, budget: Budget) -> None:
         self._literal = key if _LITERAL.fullmatch(key) else None
-        self._pattern = None
-        if self._literal is None:
-            Pattern(key)  # alone first: `a)|(b` must not become sound inside our parentheses
-            self._pattern = Pattern(rf"(?:.*\.)?(?:{key})")
+        self._pattern = Pattern(key, budget, ending=True) if self._literal is None else None
 
     def matches(self, path: str, budget: Budget) -> bool:
         budget.spend()

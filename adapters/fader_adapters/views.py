@@ -5,7 +5,7 @@ split. Knows names and shapes; reads no tensors.
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from fader_adapters.errors import AdapterMismatch
+from fader_adapters.errors import AdapterInvalid, AdapterMismatch
 from fader_adapters.expert_places import places_of_experts
 from fader_adapters.places import Place, Span
 from fader_adapters.spec import PACKED, BaseSpec, LinearSpec
@@ -17,6 +17,14 @@ _TOWERS = ("vision_tower.", "vision_model.", "visual.", "audio_tower.", "multi_m
 """What older models name beside their text part, and newer ones inside `model.`."""
 _INNER = ".vision_model."
 """What older ones have inside a tower besides."""
+_AROUND = (
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "base_model.model",
+    "module",
+)
+"""What a wrapper of torch's, or a second one of PEFT's, calls the model inside of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +68,8 @@ class View:
 
 
 def view_base(paths: Iterable[str], base: BaseSpec) -> View:
-    """See the base as a model that has all these modules. Raises AdapterMismatch."""
+    """See the base as a model that has all these modules. Raises AdapterMismatch, and
+    AdapterInvalid for names out of a wrapper."""
     paths = list(paths)
     places = _places({path.rpartition(".")[2] for path in paths}, base)
     places = places_of_experts(paths, places, base)
@@ -77,6 +86,12 @@ def view_base(paths: Iterable[str], base: BaseSpec) -> View:
     if len(found) == 1:
         return next(iter(found.values()))
     stranger = next((path for path in paths if path not in places), paths[0])
+    wrapper = next((name for name in _AROUND if f".{name}." in f".{stranger}"), None)
+    if wrapper is not None:
+        raise AdapterInvalid(
+            f"{stranger[:160]!r} was saved of a wrapped model: take {wrapper!r} out of the "
+            "tensors' names, or save the model inside of the wrapper"
+        )
     problem = "fits several places of" if found else "names no linear of"
     raise AdapterMismatch(
         f"{stranger[:160]!r} {problem} the base ({base.model_type}, {len(base.linears)} linears "

@@ -301,3 +301,29 @@ def test_vectors_of_experts_by_themselves_are_refused_not_left_out(what: str):
     config = make_config(r=2, lora_alpha=6, target_modules=list(names), **flag)
     with pytest.raises(AdapterInvalid, match=f"{what} of a mixture's experts is not implemented"):
         read(make_raw(config, given), BASE)
+
+
+def test_a_pattern_over_every_expert_of_a_large_mixture_is_within_the_budget():
+    layers, experts = 24, 128
+    base = base_of(layers=layers)
+    base = replace(
+        base,
+        linears=tuple(
+            replace(i, experts=experts) if i.role == "experts" else i for i in base.linears
+        ),
+    )
+    names = {"gate_proj": (WIDTH, INNER), "up_proj": (WIDTH, INNER), "down_proj": (INNER, WIDTH)}
+    given = {
+        f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.{name}.lora_{ab}.weight": (
+            torch.ones(1, width) if ab == "A" else torch.ones(out, 1)
+        )
+        for layer in range(layers)
+        for expert in range(experts)
+        for name, (width, out) in names.items()
+        for ab in "AB"
+    }
+    chosen = r"model\.layers\.\d+\.mlp\.experts\.\d+\.(gate|up|down)_proj"
+    raw = make_raw(make_config(r=1, target_modules=chosen), given)
+    assert read(raw, base).report.matched == 2 * layers
+    with pytest.raises(AdapterInvalid, match="costs too much"):
+        read(raw, base, limits=Limits(pattern_work=-(10**9)))

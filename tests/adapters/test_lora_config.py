@@ -226,6 +226,17 @@ def test_thousands_of_patterns_are_answered_in_bounded_time():
     assert time.process_time() - start < 6
 
 
+@pytest.mark.parametrize("piece", ["(a|b)?", "a?", "[^a]", r"\w"])
+def test_long_patterns_are_refused_before_they_take_long(piece: str):
+    long = {f"{piece * (3800 // len(piece))}{n}": 4 for n in range(80)}
+    few = dict(list(long.items())[:2])
+    assert read(make_raw(make_config(rank_pattern=few)))
+    start = time.process_time()
+    with pytest.raises(AdapterInvalid, match="costs too much to evaluate"):
+        read(make_raw(make_config(rank_pattern=long)))
+    assert time.process_time() - start < 3
+
+
 def test_unsafe_patterns_say_what_to_do():
     for changes in (
         {"target_modules": r"(a)\1"},

@@ -347,3 +347,44 @@ def test_the_file_order_of_tensors_does_not_matter_for_the_layout():
     config = json.dumps(make_config()).encode()
     tensors = dict(reversed(list(make_tensors().items())))
     assert read(RawAdapter(config, save(tensors), "x")).spec.deltas == make_parsed().spec.deltas
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "base_model.model."],
+)
+def test_names_out_of_a_wrapper_say_which(wrapper):
+    outer = "base_model.model."
+    given = {k.replace(outer, outer + wrapper, 1): t for k, t in make_tensors().items()}
+    told = rf"saved of a wrapped model: take '{wrapper.rstrip('.')}' out"
+    with pytest.raises(AdapterInvalid, match=told):
+        read(make_raw(tensors=given))
+
+
+def test_a_name_with_half_a_character_is_refused_and_a_long_one_cut():
+    with pytest.raises(AdapterInvalid, match="half a character"):
+        read(make_raw(make_config(base_model_name_or_path="\ud800")))
+    whole = read(make_raw(make_config(base_model_name_or_path="🦊" + "x" * 9000)))
+    assert whole.report.base_name == "🦊" + "x" * 511
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_nobody_trained_change_nothing_and_others_are_refused(bias):
+    plain, named = read(make_raw()), read(make_raw(make_config(bias=bias)))
+    assert named.spec == plain.spec
+    trained = {
+        **make_tensors(),
+        "base_model.model.model.layers.0.self_attn.q_proj.bias": torch.ones(64),
+    }
+    with pytest.raises(AdapterInvalid, match="a trained bias of the base"):
+        read(make_raw(make_config(bias=bias), trained))
+
+
+@pytest.mark.parametrize(
+    ("start", "told"),
+    [(b"GGUF", "a GGUF file"), (b"PK\x03\x04", "torch.save"), (b"\x93NUMPY", "NumPy")],
+)
+def test_other_files_under_the_name_of_the_weights_are_told_apart(start, told):
+    raw = make_raw()
+    with pytest.raises(AdapterInvalid, match=told):
+        read(replace(raw, weights=start + raw.weights))
