@@ -3,15 +3,15 @@
 import torch
 
 from fader_adapters.kernels.native import PagedAttention as Kernel
-from fader_adapters.kernels.native import Tape, Workspace
+from fader_adapters.kernels.native import Tape, Workspace, attention_fits
 from fader_server.model.attention import AttentionParams
 from fader_server.model.batch import Batch
 from fader_server.model.kv_cache import LayerCache, LayerShape
 
 
 def fits(shape: LayerShape) -> bool:
-    """The kernel takes head sizes that are multiples of 16 up to 256, equal for keys and values."""
-    return shape.head_dim == shape.value_dim <= 256 and shape.head_dim % 16 == 0
+    """Whether the kernel takes the layer's heads."""
+    return attention_fits(shape.head_dim) and attention_fits(shape.value_dim)
 
 
 class NativeAttention:

@@ -10,18 +10,28 @@ F32, BF16 = torch.float32, torch.bfloat16
 
 
 def world(
-    contexts: list[int], *, kv_heads: int, dim: int, block: int, dtype: torch.dtype
+    contexts: list[int],
+    *,
+    kv_heads: int,
+    dim: int,
+    block: int,
+    dtype: torch.dtype,
+    value_dim: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
     """Caches whose free tokens are NaN, shuffled block tables, and each row's keys and values in
     order."""
     columns = max(-(-c // block) for c in contexts) + 1
     total = len(contexts) * columns
-    k = torch.full((total, block, kv_heads, dim), torch.nan, dtype=dtype)
-    v = k.clone()
+    k, v = (
+        torch.full((total, block, kv_heads, size), torch.nan, dtype=dtype)
+        for size in (dim, value_dim or dim)
+    )
     tables = torch.randperm(total, dtype=torch.int32).reshape(len(contexts), columns)
     rows = []
     for r, context in enumerate(contexts):
-        keys, values = torch.randn(2, context, kv_heads, dim).to(dtype)
+        keys, values = (
+            torch.randn(context, kv_heads, size).to(dtype) for size in (dim, value_dim or dim)
+        )
         for p in range(context):
             b, o = int(tables[r, p // block]), p % block
             k[b, o], v[b, o] = keys[p], values[p]
@@ -63,13 +73,16 @@ def starts(queries: list[int]) -> Tensor:
     return torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32)
 
 
-CASES = [  # heads, kv_heads, dim, block, window, cap
+CASES = [  # heads, kv_heads, dim or (keys', values'), block, window, cap
     (8, 2, 64, 16, 0, 0.0),
     (4, 4, 32, 16, 0, 0.0),
     (6, 1, 80, 8, 0, 30.0),
     (4, 2, 128, 32, 24, 0.0),
     (2, 1, 256, 16, 70, 50.0),
     (3, 3, 48, 5, 33, 0.0),
+    (4, 4, (192, 128), 16, 0, 0.0),
+    (4, 1, (32, 80), 8, 24, 30.0),
+    (2, 1, 512, 16, 0, 0.0),
 ]
 
 
@@ -82,7 +95,10 @@ def test_decode_and_prefill_match_float64(
     heads, kv_heads, dim, block, window, cap = case
     sinks = sinks_of(heads, dtype) if with_sinks else None
     contexts, queries = [1, 33, 100, 64, 150], [1, 1, 40, 64, 7]
-    k, v, tables, rows = world(contexts, kv_heads=kv_heads, dim=dim, block=block, dtype=dtype)
+    dim, value_dim = dim if isinstance(dim, tuple) else (dim, dim)
+    k, v, tables, rows = world(
+        contexts, kv_heads=kv_heads, dim=dim, value_dim=value_dim, block=block, dtype=dtype
+    )
     q, scale = torch.randn(sum(queries), heads, dim).to(dtype) * 2, dim**-0.5
     got = native.paged_attention(
         q,
@@ -114,12 +130,15 @@ def test_decode_and_prefill_match_float64(
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("window", [0, 40])
 @pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("value_dim", [64, 48])
 def test_a_query_has_the_same_bits_in_any_batch_and_any_chunk(
-    level: str, dtype: torch.dtype, window: int, with_sinks: bool
+    level: str, dtype: torch.dtype, window: int, with_sinks: bool, value_dim: int
 ) -> None:
     sinks = sinks_of(8, dtype) if with_sinks else None
     contexts = [90, 1, 77, 130]
-    k, v, tables, _ = world(contexts, kv_heads=2, dim=64, block=16, dtype=dtype)
+    k, v, tables, _ = world(
+        contexts, kv_heads=2, dim=64, value_dim=value_dim, block=16, dtype=dtype
+    )
     layer = native.PagedAttention(k, v, heads=8, scale=0.125, window=window, sinks=sinks)
     q = torch.randn(90, 8, 64).to(dtype)
     whole = layer(
@@ -151,10 +170,13 @@ def test_a_query_has_the_same_bits_in_any_batch_and_any_chunk(
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("sinks", [None, torch.tensor([1.0, 9.0])])
+@pytest.mark.parametrize("value_dim", [32, 16, 80])
 def test_long_context_is_the_same_for_any_number_of_threads(
-    level: str, dtype: torch.dtype, sinks: Tensor | None
+    level: str, dtype: torch.dtype, sinks: Tensor | None, value_dim: int
 ) -> None:
-    k, v, tables, rows = world([2500], kv_heads=1, dim=32, block=16, dtype=dtype)
+    k, v, tables, rows = world(
+        [2500], kv_heads=1, dim=32, value_dim=value_dim, block=16, dtype=dtype
+    )
     layer = native.PagedAttention(k, v, heads=2, scale=0.2, sinks=sinks)
     q, before, got = torch.randn(1, 2, 32).to(dtype), torch.get_num_threads(), []
     for threads in (1, 4):
@@ -210,12 +232,13 @@ def test_a_later_token_of_the_same_row_cannot_reach_back(level: str) -> None:
     assert not bool(dirty[30:].isfinite().any())
 
 
-def test_write_puts_tokens_in_their_slots_and_skips_minus_one(level: str) -> None:
-    k, v = torch.zeros(2, 4, 4, 2, 16, dtype=BF16)
+@pytest.mark.parametrize("wide", [16, 48])
+def test_write_puts_tokens_in_their_slots_and_skips_minus_one(level: str, wide: int) -> None:
+    k, v = (torch.zeros(4, 4, 2, size, dtype=BF16) for size in (16, wide))
     layer = native.PagedAttention(k, v, heads=2, scale=1.0)
-    qkv = torch.randn(3, 2 * 16 * 3).bfloat16()
-    new_k, new_v = qkv[:, 32:64].view(3, 2, 16), qkv[:, 64:].view(3, 2, 16)
+    qkv = torch.randn(3, 2 * (16 + 16 + wide)).bfloat16()
+    new_k, new_v = qkv[:, 32:64].view(3, 2, 16), qkv[:, 64:].view(3, 2, wide)
     layer.write(new_k, new_v, torch.tensor([5, -1, 14]))
     assert torch.equal(k.view(16, 2, 16)[[5, 14]], new_k[[0, 2]])
-    assert torch.equal(v.view(16, 2, 16)[[5, 14]], new_v[[0, 2]])
+    assert torch.equal(v.view(16, 2, wide)[[5, 14]], new_v[[0, 2]])
     assert int((k.view(16, -1) != 0).any(dim=1).sum()) == 2

@@ -175,10 +175,20 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "StepPlan",
     ),
     "heads": (lambda: attention(q=torch.randn(2, 3, 32)), ValueError, "heads must be a multiple"),
-    "head size": (
-        lambda: attention(k_cache=torch.zeros(3, 4, 2, 24)),
+    "tokens of the values": (
+        lambda: attention(v_cache=torch.zeros(3, 5, 2, 32)),
         ValueError,
         "v_cache must have shape",
+    ),
+    "value head size 24": (
+        lambda: attention(v_cache=torch.zeros(3, 4, 2, 24)),
+        ValueError,
+        "v_cache must have a head size",
+    ),
+    "head size 528": (
+        lambda: attention(k_cache=torch.zeros(3, 4, 2, 528), q=torch.randn(2, 4, 528)),
+        ValueError,
+        "k_cache must have a head size",
     ),
     "head size 24": (
         lambda: attention(k_cache=torch.zeros(3, 4, 2, 24), v_cache=torch.zeros(3, 4, 2, 24)),

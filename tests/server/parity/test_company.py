@@ -9,7 +9,7 @@ import torch
 
 from fader_adapters.kernels import native
 from fader_server.engine.limits import Limits
-from fader_server.model import loader
+from fader_server.model import cpu_attention, loader
 from fader_server.model.prefill import NativeReplays
 from tests.support.many_families import MANY, write_many
 from tests.support.world import Answer, Ask, TinyWorld, greedy
@@ -103,3 +103,26 @@ def test_a_rows_logits_are_the_same_alone_and_beside_one_to_nine_others(name, dt
 def test_torchs_own_functions_would_show(name, tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "keep_rows_apart", lambda *_: None)
     assert differs(opened(name, torch.float32, tmp_path), prompt_logprobs=0)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v2", "deepseek-v3"])
+def test_a_prompt_that_was_found_gives_the_bits_of_one_that_was_not(name, tmp_path, monkeypatch):
+    """Heads whose values are narrower than their keys, and ones of one width."""
+
+    def told(answer: Answer) -> tuple[object, ...]:
+        return answer.tokens, answer.logprobs
+
+    limits = Limits(max_rows=16, max_step_tokens=1024, chunk_size=256, max_model_len=512)
+    base = write_many(*MANY[name], tmp_path)
+
+    def twice() -> bool:
+        world, same = TinyWorld(base, limits=limits), True
+        for count in (35, 50, 66, 130):
+            first, again = (world.run([ask(count, count)])[0] for _ in range(2))
+            assert (first.cached, again.cached) == (0, (count - 1) // 16 * 16)
+            same &= told(first) == told(again)
+        return same
+
+    assert twice()
+    monkeypatch.setattr(cpu_attention, "attention_fits", lambda size: False)
+    assert not twice(), "torch's own products would show"

@@ -6,6 +6,7 @@ models, no requests.
 
 from fader_adapters.kernels.native.activation import activation
 from fader_adapters.kernels.native.attention import PagedAttention, paged_attention
+from fader_adapters.kernels.native.attention import fits as attention_fits
 from fader_adapters.kernels.native.experts import ExpertPanels
 from fader_adapters.kernels.native.library import LEVELS, available, best_isa, isa, reason, set_isa
 from fader_adapters.kernels.native.norm import GateForm, gated_rms_norm, rms_norm
@@ -60,6 +61,7 @@ __all__ = [
     "Workspace",
     "activation",
     "alone",
+    "attention_fits",
     "available",
     "best_isa",
     "delta",

@@ -13,13 +13,20 @@ from fader_adapters.kernels.native.threads import threads
 from fader_adapters.kernels.native.workspace import Workspace
 
 _INTS = (torch.int32,)
+LARGEST = 512
+"""Of a head's sizes."""
+
+
+def fits(size: int) -> bool:
+    """Whether heads of keys or values may be of this size."""
+    return size % 16 == 0 and 16 <= size <= LARGEST
 
 
 class PagedAttention:
     """Causal attention of packed rows against a paged cache, decode and prefill chunks alike.
 
-    k_cache, v_cache: [blocks, block_size, kv_heads, dim], both bf16 or both fp32; dim 16..256, a
-    multiple of 16.
+    k_cache, v_cache: [blocks, block_size, kv_heads, dim], both bf16 or both fp32; dims 16..512,
+    multiples of 16, those of keys and values apart.
     window: a query sees its last `window` positions (0 = all).
     softcap: cap·tanh(score/cap) (0 = none).
     sinks: [heads], one more score of each query head, neither capped nor behind a window, that
@@ -41,12 +48,14 @@ class PagedAttention:
     ) -> None:
         """Raises: TypeError, ValueError."""
         checks.tensor("k_cache", k_cache, checks.FLOATS, shape=(None,) * 4)
-        checks.tensor("v_cache", v_cache, (k_cache.dtype,), shape=k_cache.shape)
+        checks.tensor("v_cache", v_cache, (k_cache.dtype,), shape=(*k_cache.shape[:3], None))
         blocks, block_size, kv_heads, dim = k_cache.shape
-        if dim % 16 or not 16 <= dim <= 256:
-            raise ValueError(
-                f"k_cache must have a head size of 16 to 256 in steps of 16, got {dim}"
-            )
+        value_dim = v_cache.shape[3]
+        for name, size in (("k_cache", dim), ("v_cache", value_dim)):
+            if not fits(size):
+                raise ValueError(
+                    f"{name} must have a head size of 16 to {LARGEST} in steps of 16, got {size}"
+                )
         if not blocks or not block_size or not kv_heads:
             raise ValueError(f"k_cache must not be empty, got {list(k_cache.shape)}")
         if checks.positive("heads", heads) % kv_heads:
@@ -58,7 +67,8 @@ class PagedAttention:
             checks.tensor("sinks", sinks, checks.FLOATS, shape=(heads,))
             # no torch operator: somebody may be recording those
             self._sinks = (ctypes.c_float * heads)(*sinks.tolist())
-        self.heads, self.kv_heads, self.dim, self.dtype = heads, kv_heads, dim, k_cache.dtype
+        self.heads, self.kv_heads, self.dtype = heads, kv_heads, k_cache.dtype
+        self.dim, self.value_dim = dim, value_dim
         self._struct = AttentionStruct(
             k_cache=k_cache.data_ptr(),
             v_cache=v_cache.data_ptr(),
@@ -68,6 +78,7 @@ class PagedAttention:
             kv_heads=kv_heads,
             heads=heads,
             dim=dim,
+            value_dim=value_dim,
             window=window,
             scale=scale,
             softcap=softcap,
@@ -88,7 +99,7 @@ class PagedAttention:
         block_tables: Tensor,
         out: Tensor | None = None,
     ) -> Tensor:
-        """out [T, heads, dim] in q's dtype.
+        """out [T, heads, the values' dim] in q's dtype.
 
         q [T, heads, dim] contiguous, of the caches' dtype; q_start int32 [R+1]: rows' first
         queries, ending at T;
@@ -105,10 +116,11 @@ class PagedAttention:
         rows = q_start.shape[0] - 1
         checks.tensor("context", context, _INTS, shape=(rows,))
         checks.tensor("block_tables", block_tables, _INTS, shape=(rows, None))
+        given = (q.shape[0], self.heads, self.value_dim)
         out = (
-            torch.empty_like(q)
+            q.new_empty(given)
             if out is None
-            else checks.tensor("out", out, (self.dtype,), shape=q.shape)
+            else checks.tensor("out", out, (self.dtype,), shape=given)
         )
         self._struct.max_blocks = max(block_tables.shape[1], 1) if rows > 0 else 1
         self._workspace.call(
@@ -128,19 +140,19 @@ class PagedAttention:
         return out
 
     def write(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
-        """Store k, v [T, kv_heads, dim] (tokens may be strided) at token slots int64 [T]; -1 skips
-        one.
+        """Store k, v [T, kv_heads, their dim] (tokens may be strided) at token slots int64 [T]; -1
+        skips one.
 
         Raises: TypeError, ValueError (shapes, a slot out of range).
         """
-        for name, value in (("k", k), ("v", v)):
-            checks.rows(name, value, (self.dtype,), shape=(None, self.kv_heads, self.dim))
-            if value.shape[0] and self.kv_heads > 1 and value.stride(1) != self.dim:
+        for name, value, size in (("k", k, self.dim), ("v", v, self.value_dim)):
+            checks.rows(name, value, (self.dtype,), shape=(None, self.kv_heads, size))
+            if value.shape[0] and self.kv_heads > 1 and value.stride(1) != size:
                 raise ValueError(
                     f"{name} must have its heads side by side, got strides {value.stride()}"
                 )
-        if k.shape != v.shape:
-            raise ValueError(f"v must have the shape of k {list(k.shape)}, got {list(v.shape)}")
+        if len(k) != len(v):
+            raise ValueError(f"v must have the {len(k)} tokens of k, got {len(v)}")
         checks.tensor("slots", slots, (torch.int64,), shape=(k.shape[0],))
         code = self._write(
             self._ref,

@@ -12,7 +12,7 @@ import torch  # first: its libgomp must be the one both use
 
 from fader_adapters.kernels.native.build import LIBRARY
 
-ABI = 9
+ABI = 10
 BUILDER = "fader_adapters.kernels.native.build"
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -110,7 +110,10 @@ class AttentionStruct(ctypes.Structure):
         *[(name, _P) for name in ("k_cache", "v_cache", "sinks")],
         *[
             (name, _L)
-            for name in ("blocks", "block_size", "kv_heads", "heads", "dim", "max_blocks", "window")
+            for name in (
+                *("blocks", "block_size", "kv_heads", "heads"),
+                *("dim", "value_dim", "max_blocks", "window"),
+            )
         ],
         *[("scale", _F), ("softcap", _F), ("dtype", ctypes.c_int32), ("pad", ctypes.c_int32)],
     ]

@@ -277,7 +277,8 @@ int fader_attention(const fader_attn_t *a, int64_t T, int64_t R, const void *q, 
                     const int32_t *context, const int32_t *tables, void *out, void *scratch, int64_t bytes,
                     int64_t *need, int nt) {
     if (!a || !need || T < 0 || R < 0 || nt < 1 || a->dtype < 0 || a->dtype > FADER_BF16) return FADER_E_ARG;
-    if (a->dim < 16 || a->dim > 256 || a->dim % 16 || a->kv_heads <= 0 || a->heads <= 0 || a->heads % a->kv_heads) return FADER_E_ARG;
+    if (a->dim < 16 || a->dim > 512 || a->dim % 16 || a->value_dim < 16 || a->value_dim > 512 || a->value_dim % 16) return FADER_E_ARG;
+    if (a->kv_heads <= 0 || a->heads <= 0 || a->heads % a->kv_heads) return FADER_E_ARG;
     if (a->block_size <= 0 || a->blocks <= 0 || a->max_blocks <= 0 || a->window < 0) return FADER_E_ARG;
     if (!T || !R) return 0;
     if (!q || !q_start || !context || !tables || !out || !scratch || ((uintptr_t)scratch & 63)) return FADER_E_ARG;
@@ -299,14 +300,15 @@ int fader_write_kv(const fader_attn_t *a, int64_t T, const void *k, int64_t ks, 
     if (!a || T < 0 || nt < 1 || a->dtype < 0 || a->dtype > FADER_BF16) return FADER_E_ARG;
     if (!T) return 0;
     if (!k || !v || !slots || !a->k_cache || !a->v_cache) return FADER_E_ARG;
-    const int64_t size = a->dtype == FADER_BF16 ? 2 : 4, row = a->kv_heads * a->dim * size;
+    const int64_t size = a->dtype == FADER_BF16 ? 2 : 4, row = a->kv_heads * a->dim * size,
+                  value_row = a->kv_heads * a->value_dim * size;
     for (int64_t t = 0; t < T; t++)
         if (slots[t] < -1 || slots[t] >= a->blocks * a->block_size) return FADER_E_BOUNDS;
-#pragma omp parallel for schedule(static) num_threads(nt) if (T * row > (1 << 18))
+#pragma omp parallel for schedule(static) num_threads(nt) if (T * (row + value_row) > (1 << 19))
     for (int64_t t = 0; t < T; t++) {
         if (slots[t] < 0) continue;
         memcpy((char *)a->k_cache + slots[t] * row, (const char *)k + t * ks * size, (size_t)row);
-        memcpy((char *)a->v_cache + slots[t] * row, (const char *)v + t * vs * size, (size_t)row);
+        memcpy((char *)a->v_cache + slots[t] * value_row, (const char *)v + t * vs * size, (size_t)value_row);
     }
     return 0;
 }

@@ -23,7 +23,7 @@ struct AttnRun {
     int64_t group, kt_bytes;
 };
 
-// a query's share of one split, at `part`: m, l, then acc[dim]
+// a query's share of one split, at `part`: m, l, then acc[value_dim]
 FADER_INLINE void join(Query &q, const Query &p, int64_t dim) {
     if (p.l == 0.0f) return;
     if (q.m == -__builtin_inff()) {
@@ -54,7 +54,7 @@ static int item_queries(const AttnRun &r, const AttnItem &it, float *acc, Query 
             q[k].lo = a.window > 0 ? max64(0, pos + 1 - a.window) : 0;
             q[k].m = -__builtin_inff();
             q[k].l = 0.0f;
-            q[k].acc = acc + k * a.dim;
+            q[k].acc = acc + k * a.value_dim;
         }
     return k;
 }
@@ -63,10 +63,11 @@ static int item_queries(const AttnRun &r, const AttnItem &it, float *acc, Query 
 // prefetcher follows. Inline: GCC drops calls that only prefetch.
 template <class Ty>
 FADER_INLINE void fetch_tile(const fader_attn_t &a, const int32_t *table, const Ty *kc, const Ty *vc, int64_t from, int64_t to) {
-    const int64_t stride = a.kv_heads * a.dim;
+    const int64_t line = 64 / (int64_t)sizeof(Ty);
     for (int64_t p = from; p < to; p++) {
-        const int64_t at = (table[p / a.block_size] * (int64_t)a.block_size + p % a.block_size) * stride;
-        for (int64_t d = 0; d < a.dim; d += 64 / (int64_t)sizeof(Ty)) prefetch_far(kc + at + d), prefetch_far(vc + at + d);
+        const int64_t at = (table[p / a.block_size] * (int64_t)a.block_size + p % a.block_size) * a.kv_heads;
+        for (int64_t d = 0; d < a.dim; d += line) prefetch_far(kc + at * a.dim + d);
+        for (int64_t d = 0; d < a.value_dim; d += line) prefetch_far(vc + at * a.value_dim + d);
     }
 }
 
@@ -74,13 +75,13 @@ FADER_INLINE void fetch_tile(const fader_attn_t &a, const int32_t *table, const 
 template <class Ty>
 static void walk(const AttnRun &r, const AttnItem &it, Query *q, int n, int64_t from, int64_t to, u32 *kt, float *s) {
     const fader_attn_t &a = *r.a;
-    const int64_t words = a.dim * (int64_t)sizeof(Ty) / 4, stride = a.kv_heads * a.dim;
+    const int64_t words = a.dim * (int64_t)sizeof(Ty) / 4;
     const int32_t *table = r.tables + it.row * a.max_blocks;
-    const Ty *kc = (const Ty *)a.k_cache + it.head * a.dim, *vc = (const Ty *)a.v_cache + it.head * a.dim;
+    const Ty *kc = (const Ty *)a.k_cache + it.head * a.dim, *vc = (const Ty *)a.v_cache + it.head * a.value_dim;
     for (int64_t i = 0; i < n; i++) {
         q[i].m = -__builtin_inff();
         q[i].l = 0.0f;
-        memset(q[i].acc, 0, (size_t)a.dim * 4);
+        memset(q[i].acc, 0, (size_t)a.value_dim * 4);
     }
     from = max64(from, q[0].lo / KT * KT);
     to = min64(to, q[n - 1].hi);
@@ -90,14 +91,14 @@ static void walk(const AttnRun &r, const AttnItem &it, Query *q, int n, int64_t 
         const int tokens = (int)min64(KT, to - pos);
         const Ty *krow[KT], *vrow[KT];
         for (int t = 0; t < tokens; t++) {
-            const int64_t p = pos + t, at = table[p / a.block_size] * a.block_size + p % a.block_size;
-            krow[t] = kc + at * stride;
-            vrow[t] = vc + at * stride;
+            const int64_t p = pos + t, at = (table[p / a.block_size] * a.block_size + p % a.block_size) * a.kv_heads;
+            krow[t] = kc + at * a.dim;
+            vrow[t] = vc + at * a.value_dim;
         }
         transpose_tile((const u32 *const *)krow, tokens, words, kt);
         scores<Ty>(q, n, words, kt, a.scale, a.softcap, s);
-        for (int i = 0; i < n; i++) soften(q[i], pos, a.dim, s + i * KT);
-        weigh<Ty>(q, n, s, vrow, pos, a.dim);
+        for (int i = 0; i < n; i++) soften(q[i], pos, a.value_dim, s + i * KT);
+        weigh<Ty>(q, n, s, vrow, pos, a.value_dim);
     }
 }
 
@@ -115,9 +116,9 @@ template <class Ty> static void write_out(const AttnRun &r, const AttnItem &it, 
     const fader_attn_t &a = *r.a;
     for (int k = 0; k < n; k++) {
         const int64_t token = r.q_start[it.row] + it.first + k / r.group, head = it.head * r.group + k % r.group;
-        Ty *o = (Ty *)r.out + (token * a.heads + head) * a.dim;
+        Ty *o = (Ty *)r.out + (token * a.heads + head) * a.value_dim;
         const V inv = vset(norm_of(q[k], a.sinks, head));
-        for (int64_t d = 0; d < a.dim; d += W) vstore_as(o + d, vmul(vload(q[k].acc + d), inv));
+        for (int64_t d = 0; d < a.value_dim; d += W) vstore_as(o + d, vmul(vload(q[k].acc + d), inv));
     }
 }
 
@@ -131,15 +132,15 @@ struct AttnMem {
     Query *q, *part;
     float *s, *acc, *part_acc;
     u32 *kt;
-    static int64_t bytes(int64_t nq, int64_t dim) {
-        return 2 * align64(nq * (int64_t)sizeof(Query)) + align64(nq * KT * 4) + 2 * align64(nq * dim * 4) + align64(dim * KT * 4);
+    static int64_t bytes(int64_t nq, const fader_attn_t &a) {
+        return 2 * align64(nq * (int64_t)sizeof(Query)) + align64(nq * KT * 4) + 2 * align64(nq * a.value_dim * 4) + align64(a.dim * KT * 4);
     }
-    AttnMem(char *p, int64_t nq, int64_t dim) {
+    AttnMem(char *p, int64_t nq, const fader_attn_t &a) {
         q = (Query *)p, p += align64(nq * (int64_t)sizeof(Query));
         part = (Query *)p, p += align64(nq * (int64_t)sizeof(Query));
         s = (float *)p, p += align64(nq * KT * 4);
-        acc = (float *)p, p += align64(nq * dim * 4);
-        part_acc = (float *)p, p += align64(nq * dim * 4);
+        acc = (float *)p, p += align64(nq * a.value_dim * 4);
+        part_acc = (float *)p, p += align64(nq * a.value_dim * 4);
         kt = (u32 *)p;
     }
 };
@@ -155,8 +156,8 @@ static int attention_run(AttnRun &r, int64_t R, char *scratch, int64_t bytes, in
     }
     if (!items) return 0;
     const bool wide = items < 2 * (int64_t)nt && splits > 1; // several threads walk one item
-    const int64_t own = AttnMem::bytes(nq, a.dim), list = align64(items * (int64_t)sizeof(AttnItem));
-    const int64_t part = align64(nq * (a.dim + 2) * 4), parts = wide ? items * splits * part : 0;
+    const int64_t own = AttnMem::bytes(nq, a), list = align64(items * (int64_t)sizeof(AttnItem));
+    const int64_t part = align64(nq * (a.value_dim + 2) * 4), parts = wide ? items * splits * part : 0;
     *need = list + own * nt + parts + 64;
     if (bytes < list + own * nt + parts) return FADER_E_SCRATCH;
     AttnItem *item = (AttnItem *)scratch;
@@ -167,7 +168,7 @@ static int attention_run(AttnRun &r, int64_t R, char *scratch, int64_t bytes, in
     char *threads = scratch + list, *shared = threads + own * nt;
     if (wide)
         share(nt, items * splits, [&](int64_t u, int me) {
-            AttnMem mem(threads + own * me, nq, a.dim);
+            AttnMem mem(threads + own * me, nq, a);
             const AttnItem &it = item[u / splits];
             const int64_t at = u % splits * SPLIT;
             float *to = (float *)(shared + u * part);
@@ -176,7 +177,7 @@ static int attention_run(AttnRun &r, int64_t R, char *scratch, int64_t bytes, in
             for (int i = 0; i < n; i++) to[2 * i] = mem.part[i].m, to[2 * i + 1] = mem.part[i].l;
         });
     share(nt, items, [&](int64_t u, int me) {
-        AttnMem mem(threads + own * me, nq, a.dim);
+        AttnMem mem(threads + own * me, nq, a);
         const AttnItem &it = item[u];
         const int n = item_queries(r, it, mem.acc, mem.q);
         item_queries(r, it, mem.part_acc, mem.part);
@@ -185,10 +186,10 @@ static int attention_run(AttnRun &r, int64_t R, char *scratch, int64_t bytes, in
                 const float *from = (const float *)(shared + (u * splits + sp) * part);
                 for (int i = 0; i < n; i++) {
                     mem.part[i].m = from[2 * i], mem.part[i].l = from[2 * i + 1];
-                    mem.part[i].acc = (float *)from + 2 * nq + i * a.dim;
+                    mem.part[i].acc = (float *)from + 2 * nq + i * a.value_dim;
                 }
             } else walk<Ty>(r, it, mem.part, n, sp * SPLIT, (sp + 1) * SPLIT, mem.kt, mem.s);
-            for (int i = 0; i < n; i++) join(mem.q[i], mem.part[i], a.dim);
+            for (int i = 0; i < n; i++) join(mem.q[i], mem.part[i], a.value_dim);
         }
         write_out<Ty>(r, it, mem.q, n);
     });

@@ -12,7 +12,7 @@ struct Query {
     const void *q; // [dim]
     int64_t lo, hi; // positions [lo, hi) it sees
     float m, l;     // maximum and sum so far; m = -inf: nothing seen
-    float *acc;     // [dim]
+    float *acc;     // [value_dim]
 };
 
 #if FADER_ISA >= 2

@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define FADER_ABI 9
+#define FADER_ABI 10
 enum { FADER_F32 = 0, FADER_BF16 = 1, FADER_F16 = 2 };
 enum { FADER_NF4 = 0, FADER_PLAIN = 1 };
 enum { FADER_SCALAR = 0, FADER_AVX2 = 1, FADER_AVX512 = 2, FADER_AVX512_BF16 = 3 };
@@ -144,8 +144,9 @@ int fader_gated_norm(int64_t M, int64_t K, int64_t group, const void *x, int dty
 typedef struct {
     const void *k_cache, *v_cache;
     const float *sinks; /* [heads]; NULL: none */
-    int64_t blocks, block_size, kv_heads, heads, dim;
-    int64_t max_blocks; /* columns of block_tables */
+    int64_t blocks, block_size, kv_heads, heads;
+    int64_t dim, value_dim; /* of queries and keys, of values and outputs */
+    int64_t max_blocks;     /* columns of block_tables */
     int64_t window;
     float scale, softcap; /* softcap 0: none */
     int32_t dtype, pad;
