@@ -248,3 +248,37 @@ def test_no_descriptor_is_left_open(root, sources):
             with pytest.raises((SourceNotFound, SourceForbidden)):
                 sources.fetch(bad)
     assert len(os.listdir("/proc/self/fd")) == count
+
+
+@pytest.mark.parametrize("most", [1, 7, 64, 1 << 20])
+@pytest.mark.parametrize("change", [-1, 0, 1, 9])
+def test_a_file_that_comes_in_pieces_is_whole_or_seen_to_change(
+    root, sources, monkeypatch, most, change
+):
+    """The system gives two gigabytes at a time; here it gives less."""
+    file = write_files(root / "tone") / WEIGHTS_FILE
+    written = file.read_bytes()[:300]
+    file.write_bytes(written)
+    read_all, readv, asked = os.read, os.readv, []
+
+    def grow(fd: int) -> None:
+        """After the size was looked at, before the last piece."""
+        if not asked and os.fstat(fd).st_size == len(written):
+            os.truncate(file, len(written) + change)
+            asked.append(fd)
+
+    def one(fd: int, size: int) -> bytes:
+        grow(fd)
+        return read_all(fd, min(size, most))
+
+    def into(fd: int, views: list[memoryview]) -> int:
+        grow(fd)
+        return readv(fd, [views[0][:most]])
+
+    monkeypatch.setattr("fader_adapters.source.os.read", one)
+    monkeypatch.setattr("fader_adapters.source.os.readv", into)
+    if not change:
+        assert sources.fetch("tone").weights == written
+        return
+    with pytest.raises(AdapterInvalid, match="changed while it was read"):
+        sources.fetch("tone")
