@@ -208,6 +208,8 @@ async def test_what_waits_for_room_counts_among_its_tenants_waiting_requests():
     waiting = [served.asked(name, tenant="x") for name in ("b-4", "c-4")]
     other = served.asked("b-4", tenant="y")
     await settled(*waiting)
+    seen = engine.stats().tenants
+    assert {tenant: stats.waiting for tenant, stats in seen.items()} == {"x": 2, "y": 1}
     with pytest.raises(TenantBusy, match="2 requests of yours"):
         await served.lease("b-4", tenant="x")
     with pytest.raises(TenantBusy):
@@ -221,4 +223,6 @@ async def test_what_waits_for_room_counts_among_its_tenants_waiting_requests():
     for lease in await asyncio.gather(*waiting, other):
         lease.release()
     engine.submit(request("x2", range(4), tenant="x"), lambda event: None)
+    assert engine.stats().tenants["x"].waiting == 2
+    assert "y" not in engine.stats().tenants
     assert served.at_rest

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Self, TypeVar
@@ -20,7 +21,7 @@ from fader_adapters.spec import Digest, Upload
 from fader_server.core import Request, Runner, Sink, TokenEvent
 from fader_server.engine.arrivals import Copies
 from fader_server.engine.scheduler import Scheduler
-from fader_server.engine.stats import EngineStats, StepObserver, Unobserved
+from fader_server.engine.stats import EngineStats, StepObserver, TenantStats, Unobserved
 from fader_server.engine.stepper import Stepper
 from fader_server.errors import EngineFault, FaderError, Overloaded, RequestInvalid, TenantBusy
 
@@ -186,6 +187,16 @@ class Engine:
         """Whether requests run."""
         return self._scheduler.running > 0
 
+    def _tenants(self) -> dict[str, TenantStats]:
+        """The scheduler's, with those that wait before they come to it."""
+        found = self._scheduler.tenants()
+        with self._lock:
+            before = +(self._queued + self._elsewhere)
+        for tenant, waiting in before.items():
+            known = found.get(tenant, TenantStats(running=0, waiting=0, tokens=0))
+            found[tenant] = replace(known, waiting=known.waiting + waiting)
+        return found
+
     def stats(self) -> EngineStats:
         """A snapshot, from any thread, without waiting for the engine's."""
         blocks, stepper = self._scheduler.blocks, self._stepper
@@ -213,7 +224,7 @@ class Engine:
             merged=stepper.merged,
             preemptions=self._scheduler.preemptions,
             faults=stepper.faults,
-            tenants=self._scheduler.tenants(),
+            tenants=self._tenants(),
         )
 
     def _main(self) -> None:

@@ -11,7 +11,7 @@ class TenantStats:
 
     running: int
     waiting: int
-    """Never admitted so far."""
+    """Never admitted so far, wherever they wait."""
     tokens: int
     """Prompt tokens computed when it was admitted and tokens drawn, none of them twice."""
 
