@@ -205,7 +205,7 @@ def test_a_tenants_queue_is_full_before_the_servers():
     for i in range(4, 6):
         ask("x", i)
     stats = engine.stats().tenants
-    assert stats["x"].running + stats["x"].waiting == 3
+    assert stats["x"].running + stats["x"].waiting == 5
     assert stats["x"].tokens >= 4
     while engine._turn():
         pass
