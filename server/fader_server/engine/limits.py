@@ -27,8 +27,8 @@ class Limits:
     base gives other bits for several at a time."""
 
     block: int = 0
-    """Tokens of a block, where prompts stop at the end of one for what is kept there; 0: nothing
-    is kept at some places only."""
+    """Tokens of a block, where a long prompt stops at the end of one, for the state it has there to
+    be kept; 0: there are no states to keep."""
 
     def __post_init__(self) -> None:
         if min(self.max_rows, self.chunk_size, self.max_model_len) < 1 or self.max_overtakes < 0:

@@ -95,7 +95,7 @@ def test_what_others_have_in_common_is_found_at_the_ends_of_chunks(setting: Sett
     assert states.slots.kept == len((32, 64, 128, 256)) + len(asks)
 
 
-def test_nothing_is_found_under_another_blend_weight_or_lane(setting: Setting):
+def test_nothing_is_found_under_another_blend_or_weight(setting: Setting):
     world, said = (
         setting.world(limits=replace(LIMITS, max_rows=24, max_step_tokens=56)),
         text(7, 200),
