@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fader_adapters.errors import AdapterInvalid, AdapterMismatch
+from fader_adapters.copies import check_copy, check_tied, tensor_of
+from fader_adapters.errors import AdapterInvalid
 from fader_adapters.expert_factors import of_experts, of_stack
 from fader_adapters.factors import Factors, Linear, Part, put_together
 from fader_adapters.hashing import absorb
@@ -30,8 +31,6 @@ from fader_adapters.spec import (
 )
 from fader_adapters.tensor_names import sort_tensors
 from fader_adapters.tokens import as_part
-
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +99,9 @@ def read_adapter(
     checked = check_modules(named, config, base, limits, pause)
     copied = [(named.copies[m.path], m) for m in checked.modules if m.path in named.copies]
     for info, module in copied:
-        _check_copy(raw.weights, info, module, dtype, weights, trusted=trust_copies)
+        check_copy(raw.weights, info, module, dtype, weights, trusted=trust_copies)
     if checked.tied is not None:
-        _check_tied(raw.weights, *checked.tied)
+        check_tied(raw.weights, *checked.tied)
     by_linear = checked.by_linear
     linears: dict[int, Linear] = {}
     for index, own in by_linear.items():
@@ -134,62 +133,6 @@ def read_adapter(
     return ParsedAdapter(spec, report, dtype, factors)
 
 
-def _check_copy(
-    data: bytes,
-    info: TensorInfo,
-    module: Module,
-    dtype: torch.dtype,
-    weights: BaseWeights | None,
-    *,
-    trusted: bool,
-) -> None:
-    """A weight of the base that PEFT saved beside the adapter must be the base's own, rounded.
-
-    PEFT does so by default for the embedding and the output head, and loads them in their place.
-    """
-    remedy = "save with save_embedding_layers=False"
-    place, (span, *others) = module.place, module.place.spans
-    copy = _tensor(data, info)
-    copy = copy.t() if place.role == "embedding" else copy
-    if others or copy.shape != (place.out_features, place.in_features):
-        raise AdapterMismatch(
-            f"tensor {info.name[:160]!r} has shape {info.shape}, {place.path!r} of the base another"
-        )
-    if weights is None and trusted:
-        return
-    if weights is None:
-        raise AdapterInvalid(
-            f"tensor {info.name[:160]!r} is a copy of the base's own weight, which is not at hand "
-            f"here to compare it with; name the base, or {remedy}"
-        )
-    at = 0
-    for panel in weights.panels(span.linear):
-        rows = copy[at : at + panel.shape[0]]
-        at += panel.shape[0]
-        own = panel.cpu()
-        if not (
-            torch.equal(rows.to(dtype), own.to(dtype)) or torch.equal(rows, own.to(rows.dtype))
-        ):
-            raise AdapterMismatch(
-                f"tensor {info.name[:160]!r} differs from the base's own weight: it was trained "
-                f"or belongs to another base; where it was not trained, {remedy}"
-            )
-
-
-def _check_tied(data: bytes, embedding: Module, head: Module) -> None:
-    """The head's pair must be the embedding's transposed: PEFT loads both into one place."""
-    for mine, theirs in (
-        (head.tensors.a, embedding.tensors.b),
-        (head.tensors.b, embedding.tensors.a),
-    ):
-        if not torch.equal(_tensor(data, mine).float(), _tensor(data, theirs).t().float()):
-            raise AdapterInvalid(
-                "adapter_config.json: ensure_weight_tying = true, but tensor "
-                f"{mine.name[:160]!r} is not {theirs.name[:160]!r} transposed; save the adapter as "
-                "it was trained, or set it to false where the two were trained apart"
-            )
-
-
 def _linear(
     data: bytes,
     index: int,
@@ -201,7 +144,7 @@ def _linear(
     if base.linears[index].role == "experts":
         return _stack(data, own.modules, base.linears[index], dtype)
     parts = [part for module in own.modules for part in _parts(data, index, module)]
-    parts += [as_part(rows, _tensor(data, rows.info), weights) for rows in own.tokens]
+    parts += [as_part(rows, tensor_of(data, rows.info), weights) for rows in own.tokens]
     parts.sort(key=lambda part: part.start)
     panels = None
     if any(part.magnitude is not None for part in parts):
@@ -220,13 +163,13 @@ def _stack(
     """A stack of experts, given as one parameter or as modules of its experts."""
     first = modules[0]
     if first.place.experts > 1:
-        a, b = (_tensor(data, info) for info in (first.tensors.a, first.tensors.b))
+        a, b = (tensor_of(data, info) for info in (first.tensors.a, first.tensors.b))
         return of_stack(a, b, linear.experts, first.scale, dtype, turned=first.turned)
     parts: list[list[Part]] = [[] for _ in range(linear.experts)]
     for module in modules:
         for span in module.place.spans:
             assert span.expert is not None
-            a, b = (_tensor(data, info) for info in (module.tensors.a, module.tensors.b))
+            a, b = (tensor_of(data, info) for info in (module.tensors.a, module.tensors.b))
             parts[span.expert].append(Part(span.start, span.stop, a, b, module.scale))
     return of_experts(parts, (linear.out_features, linear.in_features), dtype)
 
@@ -234,7 +177,7 @@ def _stack(
 def _parts(data: bytes, index: int, module: Module) -> Iterable[Part]:
     """What a module adds to the rows of one linear."""
     tensors, at = module.tensors, 0
-    a, b = (_tensor(data, info) for info in (tensors.a, tensors.b))
+    a, b = (tensor_of(data, info) for info in (tensors.a, tensors.b))
     a, b = (b.t(), a.t()) if module.turned else (a, b)
     for span in module.place.spans:
         rows = slice(at, at := at + span.stop - span.start)
@@ -251,12 +194,7 @@ def _parts(data: bytes, index: int, module: Module) -> Iterable[Part]:
 
 
 def _vector(data: bytes, info: TensorInfo | None, rows: slice) -> torch.Tensor | None:
-    return None if info is None else _tensor(data, info).reshape(-1)[rows]
-
-
-def _tensor(weights: bytes, info: TensorInfo) -> torch.Tensor:
-    private = bytearray(memoryview(weights)[info.start : info.end])
-    return torch.frombuffer(private, dtype=_DTYPES[info.dtype]).view(info.shape)
+    return None if info is None else tensor_of(data, info).reshape(-1)[rows]
 
 
 def _shape(index: int, linear: Linear, base: BaseSpec) -> RankScale:

@@ -1,0 +1,74 @@
+"""Tensors of an adapter that must be what is there already: the base's own weights, or the pair of
+another module. Knows modules that were checked.
+"""
+
+import torch
+
+from fader_adapters.errors import AdapterInvalid, AdapterMismatch
+from fader_adapters.header import TensorInfo
+from fader_adapters.modules import Module
+from fader_adapters.spec import BaseWeights
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def tensor_of(weights: bytes, info: TensorInfo) -> torch.Tensor:
+    """One tensor of a safetensors buffer, in memory of its own."""
+    private = bytearray(memoryview(weights)[info.start : info.end])
+    return torch.frombuffer(private, dtype=_DTYPES[info.dtype]).view(info.shape)
+
+
+def check_copy(
+    data: bytes,
+    info: TensorInfo,
+    module: Module,
+    dtype: torch.dtype,
+    weights: BaseWeights | None,
+    *,
+    trusted: bool,
+) -> None:
+    """A weight of the base that PEFT saved beside the adapter must be the base's own, rounded.
+
+    PEFT does so by default for the embedding and the output head, and loads them in their place.
+    """
+    remedy = "save with save_embedding_layers=False"
+    place, (span, *others) = module.place, module.place.spans
+    copy = tensor_of(data, info)
+    copy = copy.t() if place.role == "embedding" else copy
+    if others or copy.shape != (place.out_features, place.in_features):
+        raise AdapterMismatch(
+            f"tensor {info.name[:160]!r} has shape {info.shape}, {place.path!r} of the base another"
+        )
+    if weights is None and trusted:
+        return
+    if weights is None:
+        raise AdapterInvalid(
+            f"tensor {info.name[:160]!r} is a copy of the base's own weight, which is not at hand "
+            f"here to compare it with; name the base, or {remedy}"
+        )
+    at = 0
+    for panel in weights.panels(span.linear):
+        rows = copy[at : at + panel.shape[0]]
+        at += panel.shape[0]
+        own = panel.cpu()
+        if not (
+            torch.equal(rows.to(dtype), own.to(dtype)) or torch.equal(rows, own.to(rows.dtype))
+        ):
+            raise AdapterMismatch(
+                f"tensor {info.name[:160]!r} differs from the base's own weight: it was trained "
+                f"or belongs to another base; where it was not trained, {remedy}"
+            )
+
+
+def check_tied(data: bytes, embedding: Module, head: Module) -> None:
+    """The head's pair must be the embedding's transposed: PEFT loads both into one place."""
+    for mine, theirs in (
+        (head.tensors.a, embedding.tensors.b),
+        (head.tensors.b, embedding.tensors.a),
+    ):
+        if not torch.equal(tensor_of(data, mine).float(), tensor_of(data, theirs).t().float()):
+            raise AdapterInvalid(
+                "adapter_config.json: ensure_weight_tying = true, but tensor "
+                f"{mine.name[:160]!r} is not {theirs.name[:160]!r} transposed; save the adapter as "
+                "it was trained, or set it to false where the two were trained apart"
+            )
