@@ -38,12 +38,11 @@ def text(seed: int, tokens: int, vocab: int = 500) -> tuple[int, ...]:
 
 def fresh(setting: Setting, asks: list[Ask], **options: object) -> list:
     """Their bits where nothing can be found."""
-    found = []
-    for ask in asks:
-        (answer,) = setting.world(limits=LIMITS, **options).run([ask])
-        assert answer.cached == 0
-        found += bits([answer])
-    return found
+    world = setting.world(limits=LIMITS, **options)
+    world.blocks.findable = False
+    answers = [world.run([ask])[0] for ask in asks]
+    assert not any(answer.cached for answer in answers)
+    return bits(answers)
 
 
 def turns(blend: dict[str, float], world: TinyWorld, seed: int) -> tuple[list[Ask], list]:
