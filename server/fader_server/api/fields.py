@@ -20,18 +20,20 @@ _OWN = ("adapter", "lora", "gamma", "gama", "blend", "recipe")
 class Fields:
     """One JSON object being read. Ask for every field, then call `finish`."""
 
-    def __init__(self, body: dict[str, Any], *, at: str = "") -> None:
+    def __init__(self, body: dict[str, Any]) -> None:
         self._body = body
-        self._at = at
-        self._problems: list[tuple[str, str]] = []
+        self._problems: list[tuple[str, str]] = []  # the field, the problem in words
 
     def raw(self, name: str) -> Any:  # noqa: ANN401 - any JSON value
         """The value as parsed; None when absent or null."""
         return self._body.get(name)
 
-    def refuse(self, name: str, text: str) -> None:
-        """Note that a field is wrong; `text` completes "<field> …"."""
-        self._problems.append((self._at + name, text))
+    def refuse(self, name: str, text: str, *, inside: str = "") -> None:
+        """Note that a field is wrong; `text` completes "<field> …".
+
+        inside: where in the field, such as [2]; told in words, while `param` is the field.
+        """
+        self._problems.append((name, f"{name}{inside} {text}"))
 
     def integer(self, name: str, default: int, *, low: int, high: int) -> int:
         value = self.raw(name)
@@ -125,7 +127,7 @@ class Fields:
         if not self._problems:
             return
         shown = self._problems[:MAX_PROBLEMS]
-        text = "; ".join(f"{name} {problem}" for name, problem in shown)
+        text = "; ".join(problem for _, problem in shown)
         more = len(self._problems) - len(shown)
         text += f" (and {more} more)" if more else ""
         raise RequestInvalid(text, param=shown[0][0], code=code)

@@ -1,29 +1,22 @@
-"""Chat messages: roles, text and past calls of tools, checked. Knows nothing about templates or
-tokens."""
+"""Chat messages: roles, text and past calls of tools, in the shapes that clients send, checked.
+Knows nothing about templates or tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
-from fader_server.api.body import parse
 from fader_server.api.fields import Fields, is_text
-from fader_server.api.tools import NAME
-from fader_server.errors import RequestInvalid
+from fader_server.api.past_calls import CALLS, MAX_ID, UNSET, PastCall, is_id, read_call
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 _ROLES = frozenset(get_args(Role))
 _MOST = 4096
 _MOST_CALLS = 128
-_MOST_ID = 256
-
-
-@dataclass(frozen=True, slots=True)
-class PastCall:
-    """A call of a tool that an assistant made before."""
-
-    id: str
-    name: str
-    arguments: dict[str, Any]
+_TEXTS = ("text", "input_text", "output_text")
+_MEDIA = (
+    *("image_url", "input_image", "image", "video_url", "input_video", "video"),
+    *("input_audio", "audio_url", "audio"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,24 +39,38 @@ def read_messages(fields: Fields) -> tuple[Message, ...]:
             fields.refuse("messages", "is required")
         return ()
     messages: list[Message] = []
-    for item in items:
-        problem = _problem(item)
-        if problem:
-            fields.refuse("messages", problem)
+    unanswered: set[str] = set()
+    for at, item in enumerate(items):
+        message = _problem(item) or _message(item, at, unanswered)
+        if isinstance(message, str):
+            fields.refuse("messages", message, inside=f"[{at}]")
             return ()
-        calls = [_call(call) for call in item.get("tool_calls") or ()]
-        if None in calls:
-            fields.refuse("messages", _CALLS)
-            return ()
-        messages.append(
-            Message(
-                cast(Role, item["role"]),
-                _text(item.get("content")) or item.get("refusal") or "",
-                tuple(call for call in calls if call is not None),
-                item["tool_call_id"] if item["role"] == "tool" else "",
-            )
-        )
+        messages.append(message)
     return tuple(messages)
+
+
+def _message(item: dict[str, Any], at: int, unanswered: set[str]) -> Message | str:
+    """One without a problem of its own; a text says what is wrong.
+
+    unanswered: ids of the calls before it that no message of a tool answers; it is kept so.
+    """
+    calls: list[PastCall] = []
+    for number, given in enumerate(item.get("tool_calls") or ()):
+        # Nine digits: an id that all templates take, and the same when the chat goes on.
+        call = read_call(given, f"{at:05}{number:04}")
+        if call is None:
+            return CALLS
+        calls.append(call)
+    answers = ""
+    if item["role"] == "tool":
+        only = next(iter(unanswered)) if len(unanswered) == 1 else ""
+        answers = item.get("tool_call_id") or only
+        if not answers:
+            return "of a tool needs tool_call_id: not exactly one call before it is unanswered"
+    unanswered.discard(answers)
+    unanswered.update(call.id for call in calls)
+    text = _text(item.get("content"), item["role"]) or item.get("refusal") or ""
+    return Message(item["role"], text, tuple(calls), answers)
 
 
 def plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -88,63 +95,59 @@ def _shown(call: PastCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": function}
 
 
-_CALLS = (
-    "must have tool_calls that are objects with id, type function and function, an object with "
-    "name and arguments, the text of a JSON object or none"
-)
-
-
-def _call(item: Any) -> PastCall | None:  # noqa: ANN401 - any JSON value
-    """One of `tool_calls`; None: it is none."""
-    function = item.get("function") if isinstance(item, dict) else None
-    if not isinstance(function, dict) or item.get("type", "function") != "function":
-        return None
-    name, arguments = function.get("name"), function.get("arguments")
-    if not _is_id(item.get("id")) or not isinstance(name, str) or not NAME.fullmatch(name):
-        return None
-    if not isinstance(arguments, str) or not is_text(arguments):
-        return None
-    try:
-        return PastCall(item["id"], name, parse(arguments.encode() or b"{}"))
-    except RequestInvalid:
-        return None
-
-
-def _is_id(value: object) -> bool:
-    return is_text(value) and 0 < len(cast(str, value)) <= _MOST_ID
-
-
 def _problem(item: Any) -> str:  # noqa: ANN401 - any JSON value
+    """What is wrong with one of `messages`, whatever the others are."""
     if not isinstance(item, dict) or type(item.get("role")) is not str:
-        return "must be objects with role and content"
-    if item["role"] not in _ROLES:
-        return f"have roles out of {', '.join(sorted(_ROLES))} only"
+        return "must be an object with role and content"
+    role = item["role"]
+    if role not in _ROLES:
+        return f"must have a role out of {', '.join(sorted(_ROLES))}"
     if item.get("function_call"):
-        return "with a function_call are not supported by this server: use tool_calls"
+        return "has a function_call, which is not supported by this server: use tool_calls"
     calls = item.get("tool_calls")
-    if calls and (item["role"] != "assistant" or not isinstance(calls, list)):
-        return "may have tool_calls, a list, of an assistant only"
+    if calls and (role != "assistant" or not isinstance(calls, list)):
+        return "may have tool_calls, a list, if it is of an assistant"
     if calls and len(calls) > _MOST_CALLS:
         return f"may have at most {_MOST_CALLS} tool_calls"
-    if item["role"] == "tool" and not _is_id(item.get("tool_call_id")):
-        return f"of a tool need tool_call_id, text of 1 to {_MOST_ID} characters"
-    content, refusal = item.get("content"), item.get("refusal")
-    if refusal is not None and not (item["role"] == "assistant" and is_text(refusal)):
-        return "may have a refusal, text, of an assistant only"
-    kinds = ("text", "refusal") if item["role"] == "assistant" else ("text",)
-    if is_text(content) or (content is None and item["role"] == "assistant"):
+    answered = item.get("tool_call_id")
+    if role == "tool" and answered not in UNSET and not is_id(answered):
+        return f"has a tool_call_id that is not text of 1 to {MAX_ID} characters"
+    refusal = item.get("refusal")
+    if refusal is not None and not (role == "assistant" and is_text(refusal)):
+        return "may have a refusal, text, if it is of an assistant"
+    return _problem_of_content(item.get("content"), role)
+
+
+def _problem_of_content(content: Any, role: str) -> str:  # noqa: ANN401 - any JSON value
+    kinds = [part.get("type") for part in _parts(content) if isinstance(part, dict)]
+    if any(kind in _MEDIA for kind in kinds):
+        return "has a picture or sound: pictures and sound are not supported by this server"
+    nothing = role == "user" and content in (None, [])
+    if nothing or _text(content, role) is None:
+        return "must have content that is text or a list of text parts"
+    return ""
+
+
+def _parts(content: object) -> Sequence[object]:
+    return content if isinstance(content, list) else ()
+
+
+def _text(content: object, role: str) -> str | None:
+    """The text of a content, of its parts together; None: it has other things."""
+    if content is None:
         return ""
-    if isinstance(content, list) and content and all(_is_part(part, kinds) for part in content):
-        return ""
-    return "must have content that is text or a list of text parts"
+    if not isinstance(content, list):
+        return content if isinstance(content, str) and is_text(content) else None
+    texts = [_text_of_part(part, role) for part in content]
+    kept = [text for text in texts if text is not None]
+    return "".join(kept) if len(kept) == len(texts) else None
 
 
-def _is_part(part: Any, kinds: Sequence[str]) -> bool:  # noqa: ANN401 - any JSON value
-    """Whether it has its text in the field that is called as its type."""
-    return isinstance(part, dict) and part.get("type") in kinds and is_text(part.get(part["type"]))
-
-
-def _text(content: str | list[dict[str, str]] | None) -> str:
-    if isinstance(content, list):
-        return "".join(part[part["type"]] for part in content)
-    return content or ""
+def _text_of_part(part: object, role: str) -> str | None:
+    if isinstance(part, dict):
+        kind = part.get("type")
+        if kind == "thinking":  # templates have no place for what an earlier answer thought
+            return ""
+        if kind in _TEXTS or (kind == "refusal" and role == "assistant"):
+            part = part.get("refusal" if kind == "refusal" else "text")
+    return part if isinstance(part, str) and is_text(part) else None

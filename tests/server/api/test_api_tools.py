@@ -7,7 +7,9 @@ import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from fader_server.api import tools as tools_module
+from fader_server.api.body import parse
 from fader_server.api.fields import Fields
+from fader_server.errors import RequestInvalid
 from fader_server.text.tools import Tool, ToolUse
 from tests.server.api.api_fakes import EOS, World, say
 from tests.server.api.conftest import asgi
@@ -240,10 +242,96 @@ async def test_a_refusal_is_what_an_assistant_said(client, world: World, said):
     assert (await ask(client, messages=[{"role": "user", "content": part}])).status_code == 400
 
 
-async def test_arguments_without_any_text_are_none(client, world: World):
-    answer = await ask(client, messages=history(arguments("")))
+LOST = [
+    *("", " ", "[]", "1", "null", '"x"', "{", '{"a": NaN}', '{"a": 1, "a": 2}', "{'a': 1}"),
+    *('{"a":' * 40 + "1" + "}" * 40, '{"a": "\\ud83d"}', '{"\\ud83d": 1}', '{"a": "\ud800"}'),
+    *('{"a": ' + "1" * 5000 + "}", None, 1, True, [], [{}], {"a": "\ud83d"}),
+]
+
+
+@pytest.mark.parametrize("given", LOST)
+async def test_past_arguments_that_are_no_json_object_are_none(client, world: World, given):
+    answer = await ask(client, messages=history(arguments(given)))
     assert answer.status_code == 200, answer.text
-    assert "'arguments': {}" in bytes(world.engine.seen[0].prompt).decode()
+    assert "{'name': 'f', 'arguments': {}}" in bytes(world.engine.seen[0].prompt).decode()
+
+
+async def test_past_arguments_may_be_left_out(client, world: World):
+    answer = await ask(client, messages=history(past(function={"name": "f"})))
+    assert answer.status_code == 200, answer.text
+    assert "{'name': 'f', 'arguments': {}}" in bytes(world.engine.seen[0].prompt).decode()
+
+
+async def test_past_arguments_may_be_an_object(client, world: World):
+    answer = await ask(client, messages=history(arguments({"city": "Köln"})))
+    assert answer.status_code == 200, answer.text
+    assert "'arguments': {'city': 'Köln'}" in bytes(world.engine.seen[0].prompt).decode()
+
+
+def test_past_arguments_are_bounded_as_the_body_is():
+    deep: dict = {}
+    for _ in range(40):
+        deep = {"a": deep}
+    with pytest.raises(RequestInvalid, match="deeper"):
+        parse(json.dumps({"messages": history(arguments(deep))}).encode())
+
+
+def shown_calls(world: World) -> list[dict]:
+    """The ids and names that the text layer saw, of calls and of answers, in order."""
+    text = bytes(world.engine.seen[-1].prompt).decode()
+    return [
+        dict(zip(("id", "name"), pair, strict=True))
+        for pair in re.findall(r"'(?:tool_call_)?id': '(\w+)'.*?'name': '(\w+)'", text)
+    ]
+
+
+@pytest.mark.parametrize("id", [None, ""])
+async def test_a_past_call_without_an_id_has_one_that_every_template_takes(client, world, id):
+    nameless = {"function": past()["function"], **({} if id is None else {"id": id})}
+    ids = []
+    for extra in ([], [{"role": "user", "content": "more"}]):
+        messages = [*history(past()), *history(nameless, id=id), *extra]
+        answer = await ask(client, messages=messages)
+        assert answer.status_code == 200, answer.text
+        first, _, call, its_answer = shown_calls(world)
+        assert call == its_answer
+        assert re.fullmatch(r"[a-zA-Z0-9]{9}", call["id"])
+        assert call["id"] != first["id"]
+        ids.append(call["id"])
+    assert ids[0] == ids[1], "a chat that goes on keeps its prefix"
+
+
+async def test_calls_without_ids_are_told_apart(client, world: World):
+    call = {"function": past()["function"]}
+    spoken = {"role": "assistant", "content": None, "tool_calls": [call, call]}
+    answer = await ask(client, messages=[spoken, spoken])
+    assert answer.status_code == 200, answer.text
+    ids = re.findall(r"'id': '(\w+)'", bytes(world.engine.seen[0].prompt).decode())
+    assert len(ids) == len(set(ids)) == 4
+
+
+@pytest.mark.parametrize("id", [None, "", ...])
+async def test_an_answer_without_an_id_is_that_of_the_one_call_left(client, world: World, id):
+    result = {"role": "tool", "content": "rain"}
+    result |= {} if id is ... else {"tool_call_id": id}
+    second = {"id": "c2", "function": {"name": "g", "arguments": "{}"}}
+    spoken = {"role": "assistant", "content": "", "tool_calls": [second]}
+    answer = await ask(client, messages=[*history(past()), spoken, result])
+    assert answer.status_code == 200, answer.text
+    shown = bytes(world.engine.seen[0].prompt).decode()
+    assert "tool:rain{'tool_call_id': 'c2', 'name': 'g'}" in shown
+
+
+@pytest.mark.parametrize("calls", [[], [past(), past(id="c2")]])
+async def test_an_answer_without_an_id_is_refused_where_it_may_be_of_none_or_two(client, calls):
+    spoken = {"role": "assistant", "content": "x", "tool_calls": calls}
+    messages = [spoken, {"role": "tool", "content": "rain"}]
+    error = check_envelope(await ask(client, messages=messages))
+    assert error["param"] == "messages"
+    assert error["message"].startswith("messages[1] of a tool needs tool_call_id")
+    answered = {"role": "tool", "content": "sun", "tool_call_id": "c1"}
+    status = (await ask(client, messages=[spoken, answered, messages[1]])).status_code
+    assert status == (200 if calls else 400)
 
 
 async def test_an_answer_without_calls_may_say_so(client):
@@ -257,17 +345,16 @@ def arguments(text: object) -> dict:
 
 
 BAD_HISTORY = [
-    *(history(call) for call in (1, {}, None, past(id=None), past(id=""), past(id="x" * 257))),
+    *(history(call) for call in (1, {}, None, past(id=1), past(id=[]), past(id="x" * 257))),
     *(history(past(type="custom")), history(past(function=None)), history(past(function=[]))),
     *(history(past(function={"name": name, "arguments": "{}"})) for name in (None, 1, "", "a b")),
-    *(history(arguments(text)) for text in (None, {}, " ", "[]", "1", "{", '{"a": NaN}')),
-    *(history(arguments(text)) for text in ('{"a": 1, "a": 2}', '{"a":' * 40 + "1" + "}" * 40)),
-    *(history(past(), id=id) for id in (None, 1, "", "x" * 257)),
+    *(history(past(), id=id) for id in (1, [], "x" * 257, "\ud800")),
     [{"role": "user", "content": "x", "tool_calls": [past()]}],
     [{"role": "assistant", "tool_calls": {"a": 1}}],
     [{"role": "assistant", "tool_calls": [past()] * 129}],
     [{"role": "assistant", "content": "x", "function_call": {"name": "f", "arguments": "{}"}}],
     [{"role": "tool", "content": "x"}],
+    [{"role": "tool", "content": "x"}, *history(past())],
 ]
 
 
@@ -275,7 +362,9 @@ BAD_HISTORY = [
 async def test_what_is_no_past_call_is_one_400(client, world: World, messages):
     answer = await ask(client, messages=messages, **OFFER)
     assert answer.status_code == 400, answer.text
-    assert check_envelope(answer)["param"] == "messages"
+    error = check_envelope(answer)
+    assert error["param"] == "messages"
+    assert re.match(r"messages\[[0-2]\] ", error["message"])
     assert world.engine.seen == []
 
 
