@@ -28,6 +28,9 @@ from fader_server.text.shape import Shape
 from fader_server.text.tools import ToolUse
 
 Prompt = str | tuple[int, ...]
+_MOST_STOPS = 32
+_LONGEST_STOP = 1024
+_MOST_OF_STOPS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,9 +219,13 @@ def _stop(fields: Fields) -> tuple[str, ...]:
     items = [value] if isinstance(value, str) else value
     if items is None or items == []:
         return ()
-    good = isinstance(items, list) and len(items) <= 4
-    if not good or not all(is_text(item) and 0 < len(item) <= 1024 for item in items):
-        fields.refuse("stop", "must be text or a list of up to 4 texts, none empty")
+    good = isinstance(items, list) and len(items) <= _MOST_STOPS
+    if not good or not all(is_text(item) and 0 < len(item) <= _LONGEST_STOP for item in items):
+        form = f"up to {_MOST_STOPS} texts of 1 to {_LONGEST_STOP} characters"
+        fields.refuse("stop", f"must be text or a list of {form}")
+        return ()
+    if sum(map(len, items)) > _MOST_OF_STOPS:
+        fields.refuse("stop", f"must have at most {_MOST_OF_STOPS} characters in all")
         return ()
     return tuple(items)
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.server.api.api_fakes import World, build_world
+from tests.server.api.api_fakes import TEXT, World, build_world
 from tests.server.api.conftest import asgi, listening
 
 GOOD = {
@@ -96,7 +96,8 @@ BAD = [
     *[("repetition_penalty", v) for v in (0, -1)],
     *[("seed", v) for v in (2**63, -(2**63) - 1, "1", True)],
     *[("logprobs", v) for v in (-1, 21, True)],
-    *[("stop", v) for v in ("", [""], ["a"] * 5, [1], 1, {}, ["\ud800"])],
+    *[("stop", v) for v in ("", [""], ["a"] * 33, [1], 1, {}, ["\ud800"], "x" * 1025)],
+    ("stop", ["x" * 1024] * 4 + ["x"]),
     *[("stop_token_ids", v) for v in ([True], [257], "1")],
     *[("logit_bias", v) for v in ({"x": 1}, {"257": 1}, {"1": 101}, {"1": True}, {"1": "1"}, [],
       {"-1": 1}, {"1": 1, "01": 1})],
@@ -226,6 +227,15 @@ async def test_functions_of_the_old_form_are_refused(client, value):
     error = check_envelope(await client.post("/v1/chat/completions", json=body))
     assert error["param"] == "functions"
     assert 'function_call is "none"' in error["message"]
+
+
+@pytest.mark.parametrize("stop", [["x" * 1024] * 4, [f"{n:02}" for n in range(31)] + ["jumps"]])
+async def test_up_to_32_stop_strings_of_4096_characters_count(client, stop):
+    body = {**GOOD["/v1/completions"], "stop": stop, "max_tokens": 99}
+    answer = await client.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    text = answer.json()["choices"][0]["text"]
+    assert text == (TEXT.partition("jumps")[0] if "jumps" in stop else TEXT)
 
 
 async def test_unknown_fields_are_counted(client, world: World):
