@@ -5,14 +5,16 @@ Collects problems instead of stopping at the first, reports at most three, never
 
 import difflib
 import math
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from fader_server.errors import RequestInvalid
 
 MAX_PROBLEMS = 3
 MAX_FIELDS = 64
-"""Unknown names in one object: judging each costs a comparison with every known one."""
+"""Unknown names in one object, or in all of one kind: judging each costs a comparison with every
+known one."""
 _OWN = ("adapter", "lora", "gamma", "gama", "blend", "recipe")
 """Unknown fields that begin like this mean our extension; ignoring them would serve the base."""
 
@@ -21,6 +23,8 @@ class Fields:
     """One JSON object being read. Ask for every field, then call `finish`."""
 
     def __init__(self, body: dict[str, Any]) -> None:
+        self.ignored = 0
+        """Unknown fields so far, and keys in fields, that change nothing here."""
         self._body = body
         self._problems: list[tuple[str, str]] = []  # the field, the problem in words
 
@@ -102,25 +106,38 @@ class Fields:
         if value is not None and not allowed(value):
             self.refuse(name, text)
 
-    def unknown(self, known: Collection[str], *, strict: bool = False) -> int:
+    def unknown(self, known: Collection[str], *, strict: bool = False) -> None:
         """Refuse near misses of `known` (all others when strict); count what is ignored."""
-        ignored = 0
-        strangers = [name for name in self._body if name not in known]
+        strangers = _strangers([self._body], known)
         if len(strangers) > MAX_FIELDS:
             self.refuse("the body", f"has more than {MAX_FIELDS} fields that are not known here")
-            return len(strangers)
+            return
         for name in strangers:
-            near = difflib.get_close_matches(name[:64], known, n=1, cutoff=0.88)
+            near = _near(name, known)
             ours = name.lower().startswith(_OWN)
             if strict or near or ours:
-                hint = f"did you mean {near[0]}?" if near else "see the API's field list"
+                hint = f"did you mean {near}?" if near else "see the API's field list"
                 shown = name if near or (len(name) <= 32 and name.isidentifier()) else "a field"
                 self.refuse(shown if shown.isascii() else "a field", f"is not known here; {hint}")
                 if len(self._problems) >= MAX_PROBLEMS:
                     break
             else:
-                ignored += 1
-        return ignored
+                self.ignored += 1
+
+    def unknown_inside(
+        self, field: str, objects: Iterable[dict[str, Any]], known: Collection[str]
+    ) -> None:
+        """The same for all objects of one kind in a field; a name counts wherever it stands."""
+        strangers = _strangers(objects, known)
+        if len(strangers) > MAX_FIELDS:
+            self.refuse(field, f"has more than {MAX_FIELDS} keys that are not known here")
+            return
+        for name in strangers:
+            near = _near(name, known)
+            if near:
+                shown = name if name.isascii() else "a key"
+                self.refuse(field, f"has {shown}, which is not known here; did you mean {near}?")
+        self.ignored += strangers.total()
 
     def finish(self, *, code: str | None = None) -> None:
         """Raise RequestInvalid with the first problems, if any."""
@@ -131,6 +148,17 @@ class Fields:
         more = len(self._problems) - len(shown)
         text += f" (and {more} more)" if more else ""
         raise RequestInvalid(text, param=shown[0][0], code=code)
+
+
+def _strangers(objects: Iterable[dict[str, Any]], known: Collection[str]) -> Counter[str]:
+    """Names that are not known, how often each has a value that is not null."""
+    pairs = (pair for item in objects for pair in item.items())
+    return Counter(name for name, value in pairs if value is not None and name not in known)
+
+
+def _near(name: str, known: Collection[str]) -> str | None:
+    """The known name that this one may have been meant to be."""
+    return next(iter(difflib.get_close_matches(name[:64], known, n=1, cutoff=0.88)), None)
 
 
 def is_text(value: object) -> bool:

@@ -60,7 +60,7 @@ class Call:
     """The answer has the ids of its tokens and of the prompt's."""
     cache_salt: str
     ignored: int
-    """Unknown fields that were ignored."""
+    """Unknown fields, and keys of tools, that were ignored."""
 
     @property
     def chat(self) -> bool:
@@ -70,7 +70,7 @@ class Call:
 def read_completion(body: dict[str, Any], limits: Limits) -> Call:
     """A /v1/completions body. Raises RequestInvalid."""
     fields = Fields(body)
-    ignored = fields.unknown(COMPLETION_FIELDS)
+    fields.unknown(COMPLETION_FIELDS)
     prompts = _prompts(fields, limits)
     echo = fields.boolean("echo")
     most = fields.integer(
@@ -80,7 +80,7 @@ def read_completion(body: dict[str, Any], limits: Limits) -> Call:
     n = fields.integer("n", 1, low=1, high=limits.max_n)
     _refuse_unserved(fields, n, FIXED_OF_COMPLETIONS)
     return _call(
-        fields, limits, ignored, prompts=prompts, messages=(), n=n, max_tokens=most,
+        fields, limits, prompts=prompts, messages=(), n=n, max_tokens=most,
         tools=None, logprobs=logprobs, echo=echo,
     )  # fmt: skip
 
@@ -88,7 +88,7 @@ def read_completion(body: dict[str, Any], limits: Limits) -> Call:
 def read_chat(body: dict[str, Any], limits: Limits) -> Call:
     """A /v1/chat/completions body. Raises RequestInvalid."""
     fields = Fields(body)
-    ignored = fields.unknown(CHAT_FIELDS)
+    fields.unknown(CHAT_FIELDS)
     messages = read_messages(fields)
     most = None
     for name in ("max_tokens", "max_completion_tokens"):  # the later one wins
@@ -105,7 +105,7 @@ def read_chat(body: dict[str, Any], limits: Limits) -> Call:
     _refuse_of_chat(fields)
     tools = read_tools(fields)
     return _call(
-        fields, limits, ignored, prompts=(), messages=messages, n=n, max_tokens=most,
+        fields, limits, prompts=(), messages=messages, n=n, max_tokens=most,
         tools=tools, logprobs=logprobs, echo=False,
     )  # fmt: skip
 
@@ -140,7 +140,6 @@ def _refuse_of_chat(fields: Fields) -> None:
 def _call(
     fields: Fields,
     limits: Limits,
-    ignored: int,
     *,
     prompts: tuple[Prompt, ...],
     messages: tuple[Message, ...],
@@ -170,7 +169,7 @@ def _call(
         include_usage=_include_usage(fields, stream=stream),
         return_ids=fields.boolean("return_token_ids"),
         cache_salt=fields.string("cache_salt", longest=256),
-        ignored=ignored,
+        ignored=fields.ignored,
     )
     fields.finish()
     _check_budget(call, limits)

@@ -26,7 +26,8 @@ _CHOICES = (
     'must be none, auto, required, {"type": "function", "function": {"name": …}} or {"type": '
     '"allowed_tools", "allowed_tools": {"mode": "auto" or "required", "tools": […]}}'
 )
-_KNOWN = ("name", "description", "parameters", "strict")
+_KNOWN = ("type", "function", "strict")
+_KNOWN_OF_FUNCTION = ("name", "description", "parameters", "strict")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ def _tools(fields: Fields) -> tuple[Tool, ...]:
     if items is None:
         return ()
     problem = next((found for found in map(_problem, items) if found), "")
-    tools = () if problem else tuple(_tool(item["function"]) for item in items)
+    tools = () if problem else tuple(map(_tool, items))
     if not problem and len({tool.name for tool in tools}) != len(tools):
         problem = "has two functions of one name"
     if not problem:
@@ -83,24 +84,24 @@ def _tools(fields: Fields) -> tuple[Tool, ...]:
     if problem:
         fields.refuse("tools", problem)
         return ()
+    fields.unknown_inside("tools", items, _KNOWN)
+    fields.unknown_inside("tools", (item["function"] for item in items), _KNOWN_OF_FUNCTION)
     return tools
 
 
 def _problem(item: Any) -> str:  # noqa: ANN401 - any JSON value
-    """What is wrong with one of `tools`."""
+    """What is wrong with what is read of one of `tools`."""
     if not isinstance(item, dict) or item.get("type") != "function":
         return _FORM
     function = item.get("function")
-    if not isinstance(function, dict) or not {*item} <= {"type", "function"}:
+    if not isinstance(function, dict):
         return _FORM
-    if not {*function} <= {*_KNOWN}:
-        return "has a function with more than name, description, parameters and strict"
     name, parameters = function.get("name"), function.get("parameters")
     if not isinstance(name, str) or not NAME.fullmatch(name):
         return "needs a function.name of up to 64 letters, digits, _ and -"
     if not (function.get("description") is None or is_text(function["description"])):
         return "has a function.description that is not text"
-    if type(function.get("strict")) not in (bool, type(None)):
+    if not {type(item.get("strict")), type(function.get("strict"))} <= {bool, type(None)}:
         return "has a function.strict that is not true or false"
     if (
         not isinstance(parameters, dict | None)
@@ -110,7 +111,9 @@ def _problem(item: Any) -> str:  # noqa: ANN401 - any JSON value
     return ""
 
 
-def _tool(function: dict[str, Any]) -> Tool:
+def _tool(item: dict[str, Any]) -> Tool:
+    function = item["function"]
+    strict = function.get("strict")
     given = function.get("parameters") or _NOTHING
     # a grammar library's options among the keywords are not the client's to set
     parameters = {key: value for key, value in given.items() if key != "x-guidance"}
@@ -118,7 +121,7 @@ def _tool(function: dict[str, Any]) -> Tool:
         function["name"],
         function.get("description") or "",
         {"type": "object", **parameters},
-        function.get("strict") is True,
+        (item.get("strict") if strict is None else strict) is True,
     )
 
 

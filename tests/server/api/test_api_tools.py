@@ -98,13 +98,16 @@ BAD_TOOLS = [
     [{"type": "function"}],
     [{"type": "custom", "custom": {"name": "f"}}],
     [{"function": {"name": "f"}}],
-    [{**TOOL, "more": 1}],
     [{"type": "function", "function": []}],
+    [TOOL, {**tool(name="g"), "functions": {}}],
+    [{**TOOL, **{f"k{n}": 1 for n in range(65)}}],
+    [{**TOOL, "strict": "SECRET"}],
     *([tool(name=name)] for name in (None, "", 1, "a b", "é", "x" * 65, "f\n", "<call>", [])),
     *([tool(description=text)] for text in (1, [], "\ud800")),
     *([tool(strict=value)] for value in (1, "true", [])),
     *([tool(parameters=value)] for value in (1, [], "{}", True, {"type": "string"}, {"type": 1})),
-    [tool(more=1)],
+    *([tool(**{name: 1})] for name in ("paramaters", "parameter", "descripton", "strickt")),
+    [tool(name=f"f{i}", **{f"k{i}": 1}) for i in range(65)],
     [tool(parameters={"properties": {"\ud800": {}}})],
     [tool(parameters={"properties": {"a": {"const": "SECRET\ud800"}}})],
     [tool(description="SECRET" * 50_000)],
@@ -123,6 +126,39 @@ async def test_what_are_no_tools_is_one_400(client, world: World, tools, choice)
     assert error["param"] == "tools"
     assert "SECRET" not in error["message"]
     assert world.engine.seen == world.tokenizer.uses == []
+
+
+@pytest.mark.parametrize(
+    ("level", "name", "meant"),
+    [("item", "functions", "function"), ("function", "paramaters", "parameters")],
+)
+async def test_a_misspelt_key_of_a_tool_is_told(client, level, name, meant):
+    wrong = tool(name="g", **{name: 1}) if level == "function" else tool(name="g") | {name: 1}
+    error = check_envelope(await ask(client, tools=[TOOL, wrong]))
+    assert error["param"] == "tools"
+    assert error["message"] == f"tools has {name}, which is not known here; did you mean {meant}?"
+
+
+async def test_what_others_write_beside_a_function_is_ignored_and_counted(client, world: World):
+    cached = {"cache_control": {"type": "ephemeral"}}
+    first = tool(returns={"type": "string"}, examples=[]) | cached
+    tools = [first, tool(name="g") | cached | {"paramaters": None}]
+    answer = await ask(client, tools=tools, zzz=1)
+    assert answer.status_code == 200, answer.text
+    assert world.tokenizer.uses == [(ToolUse((PLAIN, Tool("g", "d", SCHEMA))), None)]
+    assert "returns" not in bytes(world.engine.seen[0].prompt).decode()
+    assert "fader_ignored_fields_total 5.0" in world.metrics.render().decode()
+
+
+@pytest.mark.parametrize(
+    ("beside", "own", "strict"),
+    [(True, None, True), (True, False, False), (None, True, True), (False, None, False)],
+)
+async def test_strict_beside_a_function_is_that_of_the_function(client, world, beside, own, strict):
+    answer = await ask(client, tools=[tool(strict=own) | {"strict": beside}])
+    assert answer.status_code == 200, answer.text
+    assert world.tokenizer.uses == [(ToolUse((Tool("f", "d", SCHEMA, strict=strict),)), None)]
+    assert "fader_ignored_fields_total 0.0" in world.metrics.render().decode()
 
 
 KEPT = {
