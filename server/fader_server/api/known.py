@@ -7,10 +7,10 @@ from fader_server.api.shapes import SHAPE_FIELDS
 Fixed = Mapping[str, tuple[tuple[object, ...], str]]
 # fmt: off
 _SHARED = frozenset((
-    "model", "max_tokens", "n", "stop", "seed", "logit_bias", "temperature", "top_p", "top_k",
-    "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs",
-    "stream", "stream_options", "adapters", "lora", "lora_path", "ignore_eos",
-    "min_tokens", "stop_token_ids", "cache_salt", "best_of", "return_token_ids",
+    "model", "max_tokens", "max_completion_tokens", "n", "stop", "seed", "logit_bias",
+    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "logprobs", "stream", "stream_options", "adapters", "lora", "lora_path",
+    "ignore_eos", "min_tokens", "stop_token_ids", "cache_salt", "best_of", "return_token_ids",
 ))
 _IGNORED = frozenset((
     "user", "metadata", "store", "service_tier", "prompt_cache_key",
@@ -24,11 +24,11 @@ FIXED_FIELDS: Fixed = {
     "truncate_prompt_tokens": ((), "is not supported; send a prompt that fits"),
     "detokenize": ((True,), "is always true here; return_token_ids adds the ids of the tokens"),
     "length_penalty": ((1.0,), "is of beam search, which is not supported"),
+    "models": (([],), "is not supported; name one in model"),
 }
 """What both bodies may only say as it is done here: the values that say so, and why no other."""
 FIXED_OF_COMPLETIONS: Fixed = {
     "add_special_tokens": ((True,), "is always true here; send token ids instead"),
-    "max_completion_tokens": ((), "is of chat completions; send max_tokens"),
     "top_logprobs": ((0,), "is of chat completions; send the number in logprobs"),
     "suffix": ((), "is not supported"),
 }
@@ -45,7 +45,7 @@ UNSERVED_FIELDS = (
 """They change what an answer may be: without them it would be another, and look right."""
 _COMPLETION = frozenset(("prompt", "echo", "parallel_tool_calls"))
 _CHAT = frozenset((
-    "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice",
+    "messages", "top_logprobs", "tools", "tool_choice",
     "parallel_tool_calls", "functions", "function_call", "modalities", "chat_template",
     "chat_template_kwargs", "continue_final_message", "add_generation_prompt",
 ))

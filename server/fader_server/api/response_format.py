@@ -14,6 +14,7 @@ ANY_OBJECT = '{"type": "object"}'
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _KNOWN = ("type", "json_schema")
+_KNOWN_OF_OBJECT = (*_KNOWN, "schema")
 _KNOWN_OF_SCHEMA = ("name", "description", "schema", "strict")
 
 MAX_PARTS = 4096
@@ -38,18 +39,21 @@ def read_schema(fields: Fields) -> str | None:
     if value is None:
         return None
     kind = value.get("type") if isinstance(value, dict) else None
-    if kind not in ("text", "json_object", "json_schema") or not _only(value, _KNOWN):
+    known = _KNOWN_OF_OBJECT if kind == "json_object" else _KNOWN
+    if kind not in ("text", "json_object", "json_schema") or not _only(value, known):
         fields.refuse(FIELD, "must be an object with type text, json_object or json_schema")
         return None
     if kind == "text":
         return None
-    if kind == "json_object":
+    if kind == "json_object" and value.get("schema") in (None, {}):
         return ANY_OBJECT
-    problem = _problem(value.get("json_schema"))
+    bare = kind == "json_object"  # llama.cpp's form of json_schema
+    inner = None if bare else value.get("json_schema")
+    problem = _problem_of_schema(value["schema"], "schema") if bare else _problem(inner)
     if problem:
         fields.refuse(FIELD, problem)
         return None
-    return kept(value["json_schema"]["schema"])
+    return kept((value if bare else value["json_schema"])["schema"])
 
 
 def kept(schema: dict[str, Any]) -> str:
@@ -66,15 +70,19 @@ def _problem(value: object) -> str:
     """What is wrong with a `json_schema`; empty: nothing that can be told here."""
     if not isinstance(value, dict) or not _only(value, _KNOWN_OF_SCHEMA):
         return "needs json_schema, an object with name, schema and maybe strict and description"
-    name, schema = value.get("name"), value.get("schema")
+    name = value.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         return "needs json_schema.name, up to 64 letters, digits, _ and -"
     if type(value.get("strict", False)) not in (bool, type(None)):
         return "has a json_schema.strict that is not true or false"
     if not isinstance(value.get("description", ""), str | None):
         return "has a json_schema.description that is not text"
+    return _problem_of_schema(value.get("schema"), "json_schema.schema")
+
+
+def _problem_of_schema(schema: object, name: str) -> str:
     if not isinstance(schema, dict):
-        return "needs json_schema.schema, a JSON Schema as an object"
+        return f"needs {name}, a JSON Schema as an object"
     return next(excesses([schema], "a schema"), "")
 
 

@@ -73,10 +73,11 @@ def read_completion(body: dict[str, Any], limits: Limits) -> Call:
     fields.unknown(COMPLETION_FIELDS)
     prompts = _prompts(fields, limits)
     echo = fields.boolean("echo")
-    most = fields.integer(
-        "max_tokens", min(16, limits.longest), low=0 if echo else 1, high=limits.longest
-    )
-    logprobs = fields.optional_integer("logprobs", low=0, high=20)
+    most = _max_tokens(fields, limits, low=0 if echo else 1)
+    most = min(16, limits.longest) if most is None else most
+    logprobs = None
+    if fields.raw("logprobs") is not False:  # a chat's way to say none
+        logprobs = fields.optional_integer("logprobs", low=0, high=20)
     n = fields.integer("n", 1, low=1, high=limits.max_n)
     _refuse_unserved(fields, n, FIXED_OF_COMPLETIONS)
     return _call(
@@ -90,13 +91,11 @@ def read_chat(body: dict[str, Any], limits: Limits) -> Call:
     fields = Fields(body)
     fields.unknown(CHAT_FIELDS)
     messages = read_messages(fields)
-    most = None
-    for name in ("max_tokens", "max_completion_tokens"):  # the later one wins
-        given = fields.optional_integer(name, low=1, high=limits.longest)
-        most = most if given is None else given
+    most = _max_tokens(fields, limits, low=1)
     logprobs = None
     top = fields.optional_integer("top_logprobs", low=0, high=20)
-    if fields.boolean("logprobs"):
+    none = _is_one_of((0,), fields.raw("logprobs"))  # some clients' false
+    if not none and fields.boolean("logprobs"):
         logprobs = top or 0
     elif top:
         fields.refuse("top_logprobs", "needs logprobs to be true")
@@ -108,6 +107,14 @@ def read_chat(body: dict[str, Any], limits: Limits) -> Call:
         fields, limits, prompts=(), messages=messages, n=n, max_tokens=most,
         tools=tools, logprobs=logprobs, echo=False,
     )  # fmt: skip
+
+
+def _max_tokens(fields: Fields, limits: Limits, *, low: int) -> int | None:
+    most = None
+    for name in ("max_tokens", "max_completion_tokens"):  # the later one wins
+        given = fields.optional_integer(name, low=low, high=limits.longest)
+        most = most if given is None else given
+    return most
 
 
 _MISSING = "is not supported by this server"

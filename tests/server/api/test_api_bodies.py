@@ -121,7 +121,9 @@ BAD = [
     ("response_format", {"type": "regex"}), ("guided_choice", ["yes", ""]),
     ("structured_outputs", {"grammar": "root ::= x"}), ("grammar", "root ::= x"),
     ("bad_words", ["x"]), ("use_beam_search", True), ("include_stop_str_in_output", True),
-    ("max_completion_tokens", 5), ("top_logprobs", 2), ("top_logprobs", False),
+    *[("max_completion_tokens", v) for v in (0, "5", True)],
+    ("models", ["tone"]), ("models", "tone"), ("models", False),
+    ("top_logprobs", 2), ("top_logprobs", False),
     ("add_special_tokens", False), ("skip_special_tokens", False), ("truncate_prompt_tokens", 3),
     ("truncate_prompt_tokens", -1), ("prompt_logprobs", 0), ("length_penalty", 0.5),
     ("length_penalty", True), ("skip_special_tokens", 1), ("detokenize", False),
@@ -147,7 +149,8 @@ CHAT_BAD = [
       [{"role": "user", "content": []}],
       [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
       [{"role": "user", "content": "\ud800"}], [{"role": 1, "content": "x"}])],
-    ("top_logprobs", 1), ("logprobs", 1), ("top_logprobs", 21), ("tools", [{"type": "function"}]),
+    ("top_logprobs", 1), ("logprobs", 1), ("logprobs", "0"), ("logprobs", []),
+    ("models", ["tone"]), ("top_logprobs", 21), ("tools", [{"type": "function"}]),
     ("tool_choice", "required"), ("tool_choice", {"type": "function", "function": {"name": "f"}}),
     ("function_call", {"name": "f"}), ("response_format", {"type": "grammar"}),
     ("chat_template", "x"), ("chat_template_kwargs", {"a": 1}), ("max_completion_tokens", 0),
@@ -181,6 +184,8 @@ async def test_bad_chat_fields_are_named(client, field, value):
         {"add_special_tokens": True, "skip_special_tokens": True, "length_penalty": 1},
         {"max_completion_tokens": None, "top_logprobs": 0, "truncate_prompt_tokens": None},
         {"length_penalty": 1.0, "prompt_logprobs": None, "detokenize": True},
+        {"logprobs": False, "models": []},
+        {"temprature": None, "adapter": None, "gamma": None, "max_token": None, "models": None},
     ],
 )
 async def test_harmless_fields_pass(client, extra):
@@ -199,6 +204,8 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
         {"tools": [], "tool_choice": "auto"},
         {"tools": None, "tool_choice": None, "max_tokens": None, "reasoning_effort": None},
         {"logprobs": False, "top_logprobs": 0, "modalities": ["text"], "store": True},
+        {"logprobs": 0, "top_logprobs": 0, "models": []},
+        {"temprature": None, "adapter": None, "gamma": None, "tool": None, "models": None},
         {"reasoning_effort": "low", "verbosity": "low", "prompt_cache_retention": "24h"},
         {"echo": False, "suffix": None, "best_of": 1, "n": 1, "add_special_tokens": False},
         {"skip_special_tokens": True, "truncate_prompt_tokens": None, "length_penalty": 1.0},
@@ -241,6 +248,38 @@ async def test_up_to_32_stop_strings_of_4096_characters_count(client, stop):
 async def test_unknown_fields_are_counted(client, world: World):
     await client.post("/v1/completions", json={**GOOD["/v1/completions"], "zzz": 1, "yyy": 2})
     assert "fader_ignored_fields_total 2.0" in world.metrics.render().decode()
+
+
+async def test_a_field_that_is_null_is_not_there(client, world: World):
+    nothing = dict.fromkeys([f"k{n}" for n in range(100)])
+    answer = await client.post("/v1/completions", json={**GOOD["/v1/completions"], **nothing})
+    assert answer.status_code == 200, answer.text
+    assert "fader_ignored_fields_total 0.0" in world.metrics.render().decode()
+
+
+@pytest.mark.parametrize(
+    ("given", "most"),
+    [
+        ({"max_completion_tokens": 5}, 5),
+        ({"max_completion_tokens": 5, "max_tokens": 9}, 5),
+        ({"max_completion_tokens": None, "max_tokens": 9}, 9),
+        ({"max_completion_tokens": None}, 16),
+        ({"max_completion_tokens": 0, "echo": True}, 0),
+    ],
+)
+async def test_max_completion_tokens_of_completions_are_max_tokens(client, world, given, most):
+    answer = await client.post("/v1/completions", json={**GOOD["/v1/completions"], **given})
+    assert answer.status_code == 200, answer.text
+    assert world.engine.seen[0].params.max_tokens == most
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), [("/v1/completions", False), ("/v1/chat/completions", 0)]
+)
+async def test_logprobs_in_the_other_routes_words_are_none(client, world, path, value):
+    answer = await client.post(path, json={**GOOD[path], "logprobs": value})
+    assert answer.json()["choices"][0]["logprobs"] is None
+    assert world.engine.seen[0].params.logprobs is None
 
 
 async def test_at_most_three_problems_and_no_echo(client):

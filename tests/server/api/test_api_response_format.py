@@ -35,6 +35,13 @@ async def ask(client, route: str, form: object, **others):
     ("form", "kept"),
     [
         ({"type": "json_object"}, '{"type": "object"}'),
+        ({"type": "json_object", "schema": SCHEMA}, json.dumps(SCHEMA)),
+        ({"type": "json_object", "schema": {}}, '{"type": "object"}'),
+        ({"type": "json_object", "schema": None}, '{"type": "object"}'),
+        (
+            {"type": "json_object", "schema": {**SCHEMA, "x-guidance": {"lenient": True}}},
+            json.dumps(SCHEMA),
+        ),
         (given(), json.dumps(SCHEMA)),
         (given(strict=True, description="d"), json.dumps(SCHEMA)),
         (given(strict=None, description=None), json.dumps(SCHEMA)),
@@ -61,7 +68,10 @@ async def test_text_is_not_guided(client, world: World, route, form):
 
 BAD = [
     *("json", 1, True, [], {}, {"type": "regex"}, {"type": 1}, {"type": None}),
-    {"type": "json_object", "schema": {}},
+    *({"type": "json_object", "schema": schema} for schema in ([], "{}", True, 1, False)),
+    {"type": "json_object", "schema": {}, "more": 1},
+    {"type": "text", "schema": {}},
+    {**given(), "schema": {}},
     {"type": "json_schema"},
     {"type": "json_schema", "json_schema": []},
     {"type": "json_schema", "json_schema": {"name": "n"}},
@@ -103,8 +113,9 @@ LARGE = {
 
 
 @pytest.mark.parametrize("name", LARGE)
-async def test_what_is_too_much_is_refused_before_any_grammar(client, world: World, name):
-    answer = await ask(client, ROUTES[1], given(LARGE[name]))
+@pytest.mark.parametrize("form", [given, lambda schema: {"type": "json_object", "schema": schema}])
+async def test_what_is_too_much_is_refused_before_any_grammar(client, world: World, form, name):
+    answer = await ask(client, ROUTES[1], form(LARGE[name]))
     assert answer.status_code == 400, answer.text
     error = check_envelope(answer)
     assert error["param"] == "response_format"
