@@ -1,4 +1,5 @@
 """The outermost layer: request ids, a log line and a span a request, the last resort of exceptions.
+One slash at the end of a path is as none, for routes and keys alike.
 
 Pure ASGI, so that it sees streams as they are. Knows no route.
 """
@@ -51,6 +52,7 @@ class Edge:
         began = time.monotonic()
         log = RequestLog(request_id(scope["headers"]))
         scope["state"] = {**scope.get("state", {}), "log": log}
+        _cut_slash(scope)
         status = 0
 
         async def send_marked(message: Message) -> None:
@@ -102,6 +104,13 @@ class Edge:
             if (ids := self._spans.add(answered, parent)) is not None:
                 return {"trace_id": ids[0], "span_id": ids[1]}
         return {"trace_id": parent.trace_id} if parent is not None else {}
+
+
+def _cut_slash(scope: Scope) -> None:
+    """Cut the one slash at the end: clients write addresses so. One that is encoded is a name's."""
+    raw = scope.get("raw_path") or b""
+    if raw.endswith(b"/") and not raw.endswith(b"//") and raw != b"/":
+        scope["path"], scope["raw_path"] = scope["path"][:-1], raw[:-1]
 
 
 def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:

@@ -7,7 +7,7 @@ from fastapi.routing import APIRoute
 from fader_server.config import ServeConfig
 from fader_server.errors import ConfigInvalid
 from tests.server.api.api_fakes import World
-from tests.server.api.conftest import asgi
+from tests.server.api.conftest import asgi, listening
 
 OPEN = {"/health", "/ready", "/metrics"}
 ADMIN = {
@@ -139,7 +139,53 @@ async def test_two_authorization_headers_are_401(worlds):
         assert (await client.get("/v1/models", headers=pair)).status_code == 401
 
 
-@pytest.mark.parametrize("path", ["/%761/models", "//v1/models", "/v1/models/", "/V1/models"])
+@pytest.mark.parametrize("end", ["", "/", "%2F"])
+async def test_a_slash_at_the_end_opens_nothing(worlds, end):
+    """Without a key, and with a user's on admin routes: as without the slash."""
+    world = worlds(**KEYS, protect_metrics=True)
+    user = {"authorization": "Bearer user-key"}
+    async with asgi(world) as client:
+        for method, template in routes(world):
+            path = path_of(template) + end
+            answer = await client.request(method, path, json={})
+            is_open = template in OPEN - {"/metrics"} and end != "%2F"
+            assert answer.status_code == (200 if is_open else 401), path
+            if (method.replace("HEAD", "GET"), template) in ADMIN:
+                answer = await client.request(method, path, json={}, headers=user)
+                assert answer.status_code in ((403, 404) if end == "%2F" else (403,)), path
+    assert set(world.adapters.infos) == {"tone", "domain"}
+
+
+async def test_one_slash_at_the_end_answers_as_without(worlds, caplog):
+    caplog.set_level("INFO")
+    world = worlds()
+    gets = ["/v1/models", "/v1/models/tone", "/v1/adapters", "/v1/adapters/tone", "/v1/recipes"]
+    async with asgi(world) as client:
+        for path in (*gets, "/health", "/ready", "/metrics"):
+            answer = await client.get(path)
+            slashed = await client.get(path + "/")
+            assert slashed.status_code == answer.status_code == 200, path
+            if path in gets:
+                assert slashed.json() == answer.json()
+        chat = {"model": "base", "messages": [{"role": "user", "content": "x"}]}
+        assert (await client.post("/v1/chat/completions/", json=chat)).status_code == 200
+        assert (await client.put("/v1/adapters/a/", json={"source": "one"})).status_code == 201
+        assert "a" in world.adapters.infos
+        for path in ("/", "//", "/v1/models//", "/v1/models%2F", "/nope/", "/health//"):
+            assert (await client.get(path)).status_code in (400, 404), path
+        assert (await client.get("/v1/chat/completions/")).status_code == 405
+    told = {record.fields["route"] for record in caplog.records if record.name == "fader.request"}
+    assert {"/v1/models", "/v1/chat/completions"} <= told
+
+
+async def test_a_slash_before_a_query_is_at_the_end_too(worlds):
+    async with listening(worlds()) as port, httpx.AsyncClient() as client:
+        for path, status in (("/v1/models/?a=b/", 200), ("/v1/models/", 200), ("/nope/", 404)):
+            answer = await client.get(f"http://127.0.0.1:{port}{path}")
+            assert answer.status_code == status, path
+
+
+@pytest.mark.parametrize("path", ["/%761/models", "//v1/models", "/v1/models//", "/V1/models"])
 async def test_odd_paths_do_not_pass_the_guard(worlds, path):
     world = worlds(**KEYS)
     async with asgi(world) as client:
