@@ -192,7 +192,8 @@ class Generation:
         self._mailbox.fail(error)
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:
-        """What the choices gain, as it comes; ends when every choice has ended.
+        """What the choices gain, as it comes, first when a token has been drawn, though it may
+        have nothing to show yet; ends when every choice has ended.
 
         Raises the engine's error of any choice, FirstTokenTimeout, RequestTimeout.
         """
@@ -207,7 +208,7 @@ class Generation:
             if failure is not None and not told:
                 raise failure  # nothing has been told yet: the error can have a status of its own
             batch = [delta for delta in gained.values() if not delta.empty]
-            if batch:
+            if batch or (self._record.started and not told):
                 yield batch
                 told = True
             if failure is not None:

@@ -43,7 +43,7 @@ class Pace:
 
 @dataclass(slots=True)
 class Started:
-    """A generation whose first word is known, or known to take long."""
+    """A generation whose first token is drawn, or known to take long."""
 
     generation: Generation
     batches: AsyncIterator[list[Delta]]
@@ -129,7 +129,8 @@ class EventStream(Response):
             chunks = b"".join(
                 [event(self._renderer.chunk(part)) for delta in batch for part in delta.told]
             )
-            await self._write(send, opening + chunks)
+            if opening or chunks:
+                await self._write(send, opening + chunks)
             opening = b""
             batch = await anext(self._started.batches, None)
         if call.include_usage:

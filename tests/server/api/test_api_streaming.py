@@ -1,7 +1,10 @@
 import asyncio
+import contextlib
 import json
 import random
 import threading
+import time
+from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import openai
@@ -9,8 +12,9 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletionChunk
 
+from fader_server.core import Request, TokenEvent
 from fader_server.errors import EngineFault, NumericFault, Overloaded
-from tests.server.api.api_fakes import TEXT, World, endless, say
+from tests.server.api.api_fakes import TEXT, Script, World, endless, say
 from tests.server.api.conftest import asgi, listening
 
 BODY = {"model": "base", "prompt": "Hallo", "max_tokens": 99, "stream": True}
@@ -155,6 +159,147 @@ async def test_queued_stream_gets_pings_then_tokens(worlds):
         rest = [line async for line in lines if line.startswith("data:")]
     assert rest[-1] == "data: [DONE]"
     assert TEXT[:5] in rest[0]
+
+
+def held(text: str, go: threading.Event, *, after: int = 1) -> Script:
+    """A script that draws some tokens, then waits for `go` before it draws the rest."""
+
+    def run(request: Request) -> Iterator[TokenEvent]:
+        for count, event in enumerate(say(text)(request)):
+            if count == after:
+                go.wait(10)
+            yield event
+
+    return run
+
+
+@contextlib.asynccontextmanager
+async def streamed(
+    world: World, go: threading.Event, path: str, body: dict
+) -> AsyncIterator[tuple[httpx.Response, AsyncIterator[dict]]]:
+    """An answer whose headers are there, and the events of its stream. Sets `go` at the end."""
+    async with listening(world) as port, httpx.AsyncClient(timeout=5) as client:
+        try:
+            url = f"http://127.0.0.1:{port}{path}"
+            async with client.stream("POST", url, json=body) as answer:
+                lines = answer.aiter_lines()
+                found = (line.removeprefix("data: ") async for line in lines)
+                yield answer, (json.loads(text) async for text in found if text[:1] == "{")
+        finally:
+            go.set()
+
+
+ROLE = {"role": "assistant", "content": ""}
+CALL = '<call>{"name": "f", "arguments": {}}</call>'
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+HELD = {
+    "half a character": ("é!", {}),
+    "a stop string's beginning": ("!a", {"stop": "!?"}),
+    "a call's beginning": (CALL, {"tools": TOOLS}),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+async def test_a_chat_opens_with_its_first_token_though_it_has_no_text_to_show(worlds, name):
+    text, extra = HELD[name]
+    go = threading.Event()
+    world = worlds(script=held(text, go))
+    chat = {**CHAT, **extra}
+    async with streamed(world, go, "/v1/chat/completions", chat) as (answer, chunks):
+        assert answer.status_code == 200
+        assert answer.headers["x-fader-blend"] == "base"
+        first = await anext(chunks)
+        assert [choice["delta"] for choice in first["choices"]] == [ROLE]
+        assert world.engine.open == 1
+        go.set()
+        rest = [choice async for chunk in chunks for choice in chunk["choices"]]
+    deltas = [choice["delta"] for choice in rest]
+    assert ROLE not in deltas
+    told = "".join(delta.get("content", "") for delta in deltas)
+    calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert (told, len(calls)) == (("", 1) if extra.get("tools") else (text, 0))
+    assert [c["finish_reason"] for c in rest if c["finish_reason"]] == [
+        "tool_calls" if calls else "stop"
+    ]
+
+
+async def test_nothing_opens_before_the_first_token(worlds):
+    go = threading.Event()
+    world = worlds(script=held(TEXT, go, after=0))
+    with pytest.raises(httpx.ReadTimeout):
+        async with (
+            listening(world) as port,
+            httpx.AsyncClient(timeout=0.2) as client,
+            client.stream("POST", f"http://127.0.0.1:{port}/v1/chat/completions", json=CHAT),
+        ):
+            pass
+    go.set()
+
+
+async def test_a_completion_has_its_headers_with_its_first_token(worlds):
+    go = threading.Event()
+    world = worlds(script=held("é!", go))
+    async with streamed(world, go, "/v1/completions", BODY) as (answer, chunks):
+        assert answer.status_code == 200
+        assert world.engine.open == 1
+        go.set()
+        found = [chunk async for chunk in chunks]
+    assert text_of(found) == "é!"
+    assert all(
+        chunk["choices"][0]["text"] or chunk["choices"][0]["finish_reason"] for chunk in found
+    )
+
+
+async def test_every_choice_opens_when_one_has_its_first_token(worlds):
+    go, world = threading.Event(), worlds()
+
+    def script(request: Request) -> Iterator[TokenEvent]:
+        late = request.id.endswith("-1")
+        for count, event in enumerate(say("éa")(request)):
+            while (late or count) and not go.is_set():
+                yield TokenEvent(request.id)
+                time.sleep(0.001)
+            yield event
+
+    world.engine.script = script
+    chat = {**CHAT, "n": 3}
+    async with streamed(world, go, "/v1/chat/completions", chat) as (_, chunks):
+        first = [(await anext(chunks))["choices"][0] for _ in range(3)]
+        assert [(choice["index"], choice["delta"]) for choice in first] == [
+            (index, ROLE) for index in range(3)
+        ]
+        go.set()
+        rest = [chunk async for chunk in chunks]
+    assert [text_of(rest, index) for index in range(3)] == ["éa"] * 3
+    assert all(choice["delta"] != ROLE for chunk in rest for choice in chunk["choices"])
+
+
+async def test_an_error_of_one_choice_before_any_token_has_a_real_status(worlds):
+    world = worlds()
+
+    def script(request: Request) -> Iterator[TokenEvent]:
+        if request.id.endswith("-1"):
+            yield TokenEvent(request.id, error=EngineFault("x"))
+        while True:
+            yield TokenEvent(request.id)
+
+    world.engine.script = script
+    async with asgi(world) as client:
+        answer = await client.post("/v1/chat/completions", json={**CHAT, "n": 2})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "engine_error"
+    assert world.idle
+
+
+async def test_an_error_after_a_first_token_without_text_stands_in_the_stream(worlds):
+    world = worlds()
+    fault = NumericFault("row 3")
+    world.engine.script = say("é", fail_after=1, error=fault, fail_when=world.told)
+    async with asgi(world) as client:
+        chunks = await events(client, "/v1/chat/completions", CHAT)
+    assert chunks[0]["choices"][0]["delta"] == ROLE
+    assert chunks[-1]["error"]["code"] == "adapter_numeric_error"
+    assert len(chunks) == 2
 
 
 async def test_first_token_timeout_is_a_504_that_is_not_retried(worlds):
