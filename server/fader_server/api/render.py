@@ -47,6 +47,12 @@ class Told:
         """Fields of a choice."""
         return {} if self.prompts is None else {"token_ids": list(delta.ids)}
 
+    def usage(self, so_far: Usage | None) -> Json:
+        """Fields of a stream's chunk that has a choice; None: it does not tell the usage so far."""
+        if so_far is not None:
+            return {"usage": usage_body(so_far)}
+        return {"usage": None} if self.include_usage else {}
+
     def prompt(self, index: int) -> Json:
         """Fields that tell the prompt of a choice."""
         return {} if self.prompts is None else {"prompt_token_ids": list(self.prompts[index])}
@@ -59,11 +65,11 @@ class Renderer(Protocol):
         """The answer to a call without stream; one delta per choice, in order."""
         ...
 
-    def opening(self, choices: int) -> list[Json]:
-        """Chunks before the first delta."""
+    def opening(self, choices: int, usage: Usage | None) -> list[Json]:
+        """Chunks before the first delta. usage: so far, if chunks are to tell it."""
         ...
 
-    def chunk(self, delta: Delta) -> Json: ...
+    def chunk(self, delta: Delta, usage: Usage | None) -> Json: ...
 
     def usage_chunk(self, usage: Usage) -> Json: ...
 
@@ -81,18 +87,17 @@ class CompletionRenderer:
         body = self._head.body("text_completion", choices)
         return {**body, "usage": usage_body(usage)}
 
-    def opening(self, choices: int) -> list[Json]:
+    def opening(self, choices: int, usage: Usage | None) -> list[Json]:
         if self._told.prompts is None:
             return []
         empty = [Delta(index) for index in range(choices)]
-        return [self._chunk(self._choice(d) | self._told.prompt(d.index)) for d in empty]
+        return [self._chunk(self._choice(d) | self._told.prompt(d.index), usage) for d in empty]
 
-    def chunk(self, delta: Delta) -> Json:
-        return self._chunk(self._choice(delta))
+    def chunk(self, delta: Delta, usage: Usage | None) -> Json:
+        return self._chunk(self._choice(delta), usage)
 
-    def _chunk(self, choice: Json) -> Json:
-        body = self._head.body("text_completion", [choice])
-        return {**body, "usage": None} if self._told.include_usage else body
+    def _chunk(self, choice: Json, usage: Usage | None) -> Json:
+        return self._head.body("text_completion", [choice]) | self._told.usage(usage)
 
     def usage_chunk(self, usage: Usage) -> Json:
         return {**self._head.body("text_completion", []), "usage": usage_body(usage)}
@@ -148,19 +153,19 @@ class ChatRenderer:
         body = self._head.body("chat.completion", choices) | self._told.prompt(0)
         return {**body, "usage": usage_body(usage)}
 
-    def opening(self, choices: int) -> list[Json]:
+    def opening(self, choices: int, usage: Usage | None) -> list[Json]:
         role = {"role": "assistant", "content": ""}
         return [
-            self._chunk(self._choice(index, role, None, None)) | self._told.prompt(index)
+            self._chunk(self._choice(index, role, None, None), usage) | self._told.prompt(index)
             for index in range(choices)
         ]
 
-    def chunk(self, delta: Delta) -> Json:
+    def chunk(self, delta: Delta, usage: Usage | None) -> Json:
         content: Json = {"content": delta.text} if delta.text else {}
         if delta.calls:
             content["tool_calls"] = [{"index": call.index, **_call(call)} for call in delta.calls]
         choice = self._choice(delta.index, content, self._scores(delta.scored), delta.finish)
-        return self._chunk(choice | self._told.ids(delta))
+        return self._chunk(choice | self._told.ids(delta), usage)
 
     def usage_chunk(self, usage: Usage) -> Json:
         return {**self._head.body("chat.completion.chunk", []), "usage": usage_body(usage)}
@@ -172,9 +177,8 @@ class ChatRenderer:
         calls = [_call(call) for call in delta.calls]
         return {**message, "content": delta.text or None, "tool_calls": calls}
 
-    def _chunk(self, choice: Json) -> Json:
-        body = self._head.body("chat.completion.chunk", [choice])
-        return {**body, "usage": None} if self._told.include_usage else body
+    def _chunk(self, choice: Json, usage: Usage | None) -> Json:
+        return self._head.body("chat.completion.chunk", [choice]) | self._told.usage(usage)
 
     def _choice(self, index: int, delta: Json, logprobs: Json | None, finish: str | None) -> Json:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}

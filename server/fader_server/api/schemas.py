@@ -28,6 +28,7 @@ from fader_server.text.shape import Shape
 from fader_server.text.tools import ToolUse
 
 Prompt = str | tuple[int, ...]
+_USAGE_OPTIONS = ("include_usage", "continuous_usage_stats")
 _MOST_STOPS = 32
 _LONGEST_STOP = 1024
 _MOST_OF_STOPS = 4096
@@ -56,6 +57,9 @@ class Call:
     echo: bool
     stream: bool
     include_usage: bool
+    """A chunk at a stream's end tells it."""
+    continuous_usage: bool
+    """Every chunk of a stream tells it as it then is."""
     return_ids: bool
     """The answer has the ids of its tokens and of the prompt's."""
     cache_salt: str
@@ -158,6 +162,7 @@ def _call(
 ) -> Call:
     model = fields.string("model", required=True, longest=512)
     stream = fields.boolean("stream")
+    options = _stream_options(fields, stream=stream)
     call = Call(
         model=model,
         terms=read_named(fields, model, limits.max_terms),
@@ -173,7 +178,8 @@ def _call(
         logprobs=logprobs,
         echo=echo,
         stream=stream,
-        include_usage=_include_usage(fields, stream=stream),
+        include_usage=options.get("include_usage") is True,
+        continuous_usage=options.get("continuous_usage_stats") is True,
         return_ids=fields.boolean("return_token_ids"),
         cache_salt=fields.string("cache_salt", longest=256),
         ignored=fields.ignored,
@@ -236,14 +242,17 @@ def _stop(fields: Fields) -> tuple[str, ...]:
     return tuple(items)
 
 
-def _include_usage(fields: Fields, *, stream: bool) -> bool:
+def _stream_options(fields: Fields, *, stream: bool) -> dict[str, Any]:
+    """The usage options are true, false or null where they are there."""
     value = fields.raw("stream_options")
     if value is None:
-        return False
+        return {}
     if not stream:
         fields.refuse("stream_options", "needs stream to be true")
-        return False
-    if not isinstance(value, dict) or type(value.get("include_usage", False)) is not bool:
-        fields.refuse("stream_options", "must be an object with include_usage true or false")
-        return False
-    return value.get("include_usage", False)
+        return {}
+    kinds = (bool, type(None))
+    if not isinstance(value, dict) or any(type(value.get(n)) not in kinds for n in _USAGE_OPTIONS):
+        names = " and ".join(_USAGE_OPTIONS)
+        fields.refuse("stream_options", f"must be an object with {names} true or false")
+        return {}
+    return value

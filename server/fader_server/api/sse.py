@@ -121,21 +121,20 @@ class EventStream(Response):
         await self._write(send, b"", more=False)
 
     async def _send_batches(self, send: Send) -> None:
-        call = self._started.generation.call
+        generation, renderer = self._started.generation, self._renderer
+        call, opened = generation.call, False
         choices = max(1, len(call.prompts)) * call.n
-        opening = b"".join(event(chunk) for chunk in self._renderer.opening(choices))
         batch = await self._started.first
         while batch is not None:
-            chunks = b"".join(
-                [event(self._renderer.chunk(part)) for delta in batch for part in delta.told]
-            )
-            if opening or chunks:
-                await self._write(send, opening + chunks)
-            opening = b""
+            usage = generation.usage if call.continuous_usage else None
+            chunks = [] if opened else renderer.opening(choices, usage)
+            chunks += [renderer.chunk(part, usage) for delta in batch for part in delta.told]
+            if chunks:
+                await self._write(send, b"".join([event(chunk) for chunk in chunks]))
+            opened = True
             batch = await anext(self._started.batches, None)
         if call.include_usage:
-            usage = self._renderer.usage_chunk(self._started.generation.usage)
-            await self._write(send, event(usage))
+            await self._write(send, event(renderer.usage_chunk(generation.usage)))
 
     async def _watch(self, send: Send) -> Never:
         """Ping while nothing is written; raise ClientStalled when a write takes too long.

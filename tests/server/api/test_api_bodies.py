@@ -104,6 +104,7 @@ BAD = [
     *[("echo", v) for v in (1, "true")],
     *[("stream", v) for v in (1, "true")],
     *[("stream_options", v) for v in ({"include_usage": True}, 1)],
+    ("stream_options", {"continuous_usage_stats": True}),
     *[("best_of", v) for v in (2, True)],
     *[("suffix", v) for v in ("x", "")],
     *[("min_tokens", v) for v in (17, -1)],
@@ -130,6 +131,17 @@ BAD = [
     ("return_token_ids", 1), ("return_tokens_as_token_ids", True),
     *[("lora", v) for v in ([{"id": 0, "scale": 1}], [{"id": "tone", "name": "tone", "scale": 1}])],
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("option", ["include_usage", "continuous_usage_stats"])
+@pytest.mark.parametrize("value", [1, "true", [], ...])
+async def test_stream_options_are_true_or_false(client, world: World, option, value):
+    options = True if value is ... else {option: value}
+    body = {**GOOD["/v1/completions"], "stream": True, "stream_options": options}
+    answer = await client.post("/v1/completions", json=body)
+    assert answer.status_code == 400, answer.text
+    assert check_envelope(answer)["param"] == "stream_options"
+    assert world.engine.seen == []
 
 
 @pytest.mark.parametrize(("field", "value"), BAD)

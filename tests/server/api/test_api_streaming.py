@@ -17,6 +17,7 @@ from fader_server.errors import EngineFault, NumericFault, Overloaded
 from tests.server.api.api_fakes import TEXT, Script, World, endless, say
 from tests.server.api.conftest import asgi, listening
 
+CHATS = "/v1/chat/completions"
 BODY = {"model": "base", "prompt": "Hallo", "max_tokens": 99, "stream": True}
 CHAT = {
     "model": "base",
@@ -74,6 +75,46 @@ async def test_usage_comes_last_and_only_when_asked_for(client):
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"]["completion_tokens"] == len(TEXT.encode()) + 1
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", BODY), (CHATS, CHAT)])
+@pytest.mark.parametrize("last", [True, False, None])
+async def test_usage_so_far_stands_in_every_chunk_where_asked_for(worlds, path, body, last):
+    options = {"continuous_usage_stats": True}
+    options |= {} if last is None else {"include_usage": last}
+    go = threading.Event()
+    world = worlds(script=held("abc", go, after=2))
+    async with streamed(world, go, path, {**body, "stream_options": options}) as (_, chunks):
+        before = await anext(chunks)
+        go.set()
+        found = [before] + [chunk async for chunk in chunks]
+    prompt = before["usage"]["prompt_tokens"]
+    counts = [chunk["usage"]["completion_tokens"] for chunk in found]
+    assert 1 <= counts[0] <= 2, "two tokens were drawn at most"
+    assert counts == sorted(counts)
+    assert counts[-1] == 4
+    for chunk in found:
+        usage = chunk["usage"]
+        assert usage["prompt_tokens"] == prompt > 0
+        assert usage["total_tokens"] == prompt + usage["completion_tokens"]
+    assert [bool(chunk["choices"]) for chunk in found].count(False) == (last is True)
+    assert bool(found[-1]["choices"]) != (last is True)
+
+
+@pytest.mark.parametrize("said", [False, None])
+async def test_usage_so_far_stands_in_no_chunk_otherwise(client, said):
+    options = {"continuous_usage_stats": said, "include_usage": None}
+    chunks = await events(client, "/v1/completions", {**BODY, "stream_options": options})
+    assert all("usage" not in chunk for chunk in chunks)
+
+
+async def test_usage_so_far_is_that_of_all_choices(client):
+    options = {"continuous_usage_stats": True, "include_usage": True}
+    body = {**CHAT, "n": 3, "stream_options": options}
+    chunks = await events(client, CHATS, body)
+    assert all(chunk["usage"]["completion_tokens"] > 0 for chunk in chunks)
+    assert chunks[-2]["usage"] == chunks[-1]["usage"]
+    assert chunks[-1]["usage"]["completion_tokens"] == 3 * (len(TEXT.encode()) + 1)
 
 
 @pytest.mark.parametrize("seed", range(8))
