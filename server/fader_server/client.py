@@ -117,6 +117,8 @@ class Client:
 
 
 def _path(kind: str, name: str) -> str:
+    if not name:  # the path would be that of the list
+        raise ServerRefused("the name is malformed: it is empty")
     return f"/v1/{kind}/{quote(name, safe='@')}"
 
 
