@@ -8,6 +8,7 @@ from starlette.responses import Response
 from fader_adapters.errors import AdapterError
 from fader_server.api import admin, merge, models, probes, routes, vllm
 from fader_server.api import recipes as recipe_routes
+from fader_server.api.adapter_ports import Adapters
 from fader_server.api.auth import Guard, requires
 from fader_server.api.choosing import Limits
 from fader_server.api.context import BaseModel, Context
@@ -18,7 +19,7 @@ from fader_server.api.generate import Generator, Patience
 from fader_server.api.merge_ports import Merging
 from fader_server.api.named_blends import Recipes
 from fader_server.api.observe import Board, gauges, merge_gauges
-from fader_server.api.ports import Adapters, Engine, Tokenizer
+from fader_server.api.ports import Engine, Tokenizer
 from fader_server.api.quotas import Quotas
 from fader_server.api.sse import Pace
 from fader_server.api.trace import Spans

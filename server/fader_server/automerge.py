@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 
 from fader_adapters.errors import AdapterError
+from fader_server.api.adapter_ports import Adapters, LeasedTerm
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.merge_ports import MergeOrder, Merging
-from fader_server.api.ports import Adapters, LeasedTerm
 from fader_server.api.traffic import BlendKey, Traffic, blend_key
 from fader_server.errors import FaderError
 from fader_server.mergepolicy import Decision, Policy

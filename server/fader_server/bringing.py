@@ -15,7 +15,7 @@ from fader_adapters.errors import (
     SourceNotFound,
     VersionConflict,
 )
-from fader_server.api.ports import Loaded, LoadOrder
+from fader_server.api.adapter_ports import Loaded, LoadOrder
 from fader_server.errors import Overloaded
 from fader_server.portions import Portions
 from fader_server.refusals import Refusals

@@ -15,11 +15,12 @@ from rich.console import Console
 
 from fader_adapters.claims import Claims
 from fader_server import app
+from fader_server.api.adapter_ports import Adapters
 from fader_server.api.context import BaseModel
 from fader_server.api.edge import JsonFormatter
 from fader_server.api.merge_ports import Merging
 from fader_server.api.named_blends import Recipes
-from fader_server.api.ports import Adapters, Engine, Tokenizer
+from fader_server.api.ports import Engine, Tokenizer
 from fader_server.config import ServeConfig
 from fader_server.errors import ConfigInvalid
 from fader_server.metrics import Metrics

@@ -7,8 +7,8 @@ from typing import Any
 
 from fader_adapters.changes import Changes
 from fader_adapters.lane import MergedLane, Merger
+from fader_server.api.adapter_ports import Lease
 from fader_server.api.merge_ports import MergeJob, MergeOrder
-from fader_server.api.ports import Lease
 from fader_server.errors import MergeLossy
 from fader_server.model.fidelity import Fidelity, measure
 from fader_server.model.loaded import LoadedBase

@@ -7,10 +7,11 @@ from functools import partial
 
 from fader_adapters.errors import AdapterError
 from fader_server import demo
+from fader_server.api.adapter_ports import Adapters
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.merge_ports import MergeOrder
 from fader_server.api.named_blends import Recipes
-from fader_server.api.ports import Adapters, Tokenizer
+from fader_server.api.ports import Tokenizer
 from fader_server.api.resolve import Target, lease_target
 from fader_server.api.traffic import Traffic
 from fader_server.automerge import AutoMerge

@@ -16,8 +16,8 @@ from fader_adapters.changes import Changes
 from fader_adapters.errors import AdapterError, BlendInvalid
 from fader_adapters.lane import Merger
 from fader_adapters.merged_site import LaneSpec
+from fader_server.api.adapter_ports import Lease
 from fader_server.api.merge_ports import LaneInfo, MergeJob, MergeOrder, MergeStage, MergeStatus
-from fader_server.api.ports import Lease
 from fader_server.api.traffic import Traffic
 from fader_server.core import Lane
 from fader_server.engine.lanes import Lanes

@@ -15,8 +15,15 @@ from typing import Protocol
 from fader_adapters.claims import Claims
 from fader_adapters.errors import AdapterNotFound, ArenaFull
 from fader_adapters.room import InTheWay, RoomWanted
+from fader_server.api.adapter_ports import (
+    AdapterInfo,
+    Adapters,
+    AdapterTotals,
+    Lease,
+    Loaded,
+    LoadOrder,
+)
 from fader_server.api.blends import AdapterRef, NamedTerm
-from fader_server.api.ports import AdapterInfo, Adapters, AdapterTotals, Lease, Loaded, LoadOrder
 from fader_server.bringing import Bringing, LoadsByName
 from fader_server.errors import Overloaded
 from fader_server.room import Counted, Line

@@ -19,8 +19,15 @@ from fader_adapters.errors import (
 )
 from fader_adapters.records import check_version
 from fader_adapters.room import InTheWay, RoomWanted
+from fader_server.api.adapter_ports import (
+    AdapterInfo,
+    Adapters,
+    AdapterTotals,
+    Lease,
+    Loaded,
+    LoadOrder,
+)
 from fader_server.api.blends import AdapterRef, NamedTerm
-from fader_server.api.ports import AdapterInfo, Adapters, AdapterTotals, Lease, Loaded, LoadOrder
 
 MayGo = Callable[[str], bool]
 

@@ -19,7 +19,7 @@ from fader_adapters.report import Health
 from fader_adapters.roots import Found
 from fader_adapters.source import RawAdapter
 from fader_adapters.sources import Sources
-from fader_server.api.ports import LoadOrder
+from fader_server.api.adapter_ports import LoadOrder
 from fader_server.daemon import call_in_daemon
 
 _T = TypeVar("_T")

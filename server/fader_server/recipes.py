@@ -12,9 +12,9 @@ from dataclasses import replace
 from fader_adapters.claims import Claims
 from fader_adapters.errors import NameReserved
 from fader_adapters.spec import ADAPTER_NAME, Digest
+from fader_server.api.adapter_ports import Adapters
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.named_blends import Recipe, Written
-from fader_server.api.ports import Adapters
 from fader_server.api.resolve import refuse_recipes, version_of
 from fader_server.errors import ConfigInvalid, RecipeConflict, RecipeNotFound, RequestInvalid
 

@@ -25,8 +25,8 @@ from fader_adapters.sources import Sources
 from fader_adapters.spec import Digest
 from fader_adapters.store import Store
 from fader_adapters.tiers import HostTier
+from fader_server.api.adapter_ports import AdapterInfo, AdapterTotals, Loaded, LoadOrder
 from fader_server.api.blends import AdapterRef, NamedTerm
-from fader_server.api.ports import AdapterInfo, AdapterTotals, Loaded, LoadOrder
 from fader_server.pacing import Pace
 from fader_server.reading import Facts, Reader
 

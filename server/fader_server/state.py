@@ -13,9 +13,16 @@ from pathlib import PurePosixPath
 
 from fader_adapters.claims import Claims
 from fader_adapters.errors import AdapterError, AdapterNotFound
+from fader_server.api.adapter_ports import (
+    AdapterInfo,
+    Adapters,
+    AdapterTotals,
+    Lease,
+    Loaded,
+    LoadOrder,
+)
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.named_blends import Recipe
-from fader_server.api.ports import AdapterInfo, Adapters, AdapterTotals, Lease, Loaded, LoadOrder
 from fader_server.errors import Overloaded
 from fader_server.metrics import Metric, gauge
 from fader_server.state_entries import Origin, State, Wanted, WantedRecipe

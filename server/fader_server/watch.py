@@ -21,8 +21,8 @@ from fader_adapters.errors import (
     VersionConflict,
 )
 from fader_adapters.roots import Found
+from fader_server.api.adapter_ports import AdapterInfo, Loaded, LoadOrder
 from fader_server.api.blends import AdapterRef
-from fader_server.api.ports import AdapterInfo, Loaded, LoadOrder
 
 _log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from fader_adapters.kernels.tables import Tables
 from fader_adapters.pool import Pool
 from fader_adapters.sources import Sources
 from fader_server import demo
+from fader_server.api.adapter_ports import Adapters, LoadOrder
 from fader_server.api.context import BaseModel
-from fader_server.api.ports import Adapters, LoadOrder
 from fader_server.assembly import (
     host_tier,
     max_waiting_of,

@@ -18,8 +18,8 @@ from fader_adapters.errors import (
     VersionConflict,
 )
 from fader_server import bringing, refusals
+from fader_server.api.adapter_ports import Loaded, LoadOrder
 from fader_server.api.blends import AdapterRef, NamedTerm
-from fader_server.api.ports import Loaded, LoadOrder
 from fader_server.errors import Overloaded
 from fader_server.ondemand import OnDemand
 from fader_server.parking import Parking

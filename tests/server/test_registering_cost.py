@@ -26,8 +26,8 @@ from fader_adapters.report import AdapterReport, ModuleReport
 from fader_adapters.source import RawAdapter
 from fader_adapters.spec import BaseSpec, Digest, LinearSpec, RankScale, lay_out
 from fader_adapters.tiers import ArenaTier
+from fader_server.api.adapter_ports import LoadOrder
 from fader_server.api.blends import AdapterRef, NamedTerm
-from fader_server.api.ports import LoadOrder
 from fader_server.ondemand import OnDemand
 from fader_server.parking import Parking
 from fader_server.registry import Registry

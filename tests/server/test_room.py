@@ -9,7 +9,7 @@ import pytest
 from fader_adapters.errors import AdapterNotFound, ArenaFull
 from fader_adapters.extents import ExtentAllocator
 from fader_server import room
-from fader_server.api.ports import LoadOrder
+from fader_server.api.adapter_ports import LoadOrder
 from fader_server.errors import Overloaded
 from tests.server.room_world import Served, settled
 

@@ -18,8 +18,8 @@ from fader_adapters.errors import (
 )
 from fader_adapters.source import CONFIG_FILE, WEIGHTS_FILE
 from fader_server import config, demo, sourcing
+from fader_server.api.adapter_ports import LoadOrder
 from fader_server.api.blends import AdapterRef, NamedTerm
-from fader_server.api.ports import LoadOrder
 from fader_server.errors import ConfigInvalid
 from fader_server.launch import World
 from fader_server.metrics import Metrics

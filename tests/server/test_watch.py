@@ -10,8 +10,8 @@ import pytest
 
 from fader_adapters.errors import AdapterNotFound, ArenaFull, NameReserved, VersionConflict
 from fader_adapters.source import CONFIG_FILE, WEIGHTS_FILE, LocalSources
+from fader_server.api.adapter_ports import AdapterInfo, Loaded, LoadOrder
 from fader_server.api.blends import AdapterRef
-from fader_server.api.ports import AdapterInfo, Loaded, LoadOrder
 from fader_server.watch import Seen, Watcher, changes_in
 from tests.adapters.peft_files import make_raw, make_tensors, read, write_files
 

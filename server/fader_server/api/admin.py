@@ -11,10 +11,10 @@ from starlette.responses import JSONResponse, Response
 from fader_adapters.errors import AdapterError, AdapterExists
 from fader_adapters.report import health_facts
 from fader_adapters.spec import ADAPTER_NAME, NESTED_NAME
+from fader_server.api.adapter_ports import AdapterInfo, Loaded, LoadOrder
 from fader_server.api.blends import AdapterRef
 from fader_server.api.context import body_of, context_of, log_of, principal_of, visible_to
 from fader_server.api.fields import Fields
-from fader_server.api.ports import AdapterInfo, Loaded, LoadOrder
 from fader_server.errors import RequestInvalid
 
 user_router = APIRouter()

@@ -7,6 +7,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from fader_server.api.adapter_ports import Adapters, Lease
 from fader_server.api.auth import Principal
 from fader_server.api.body import read_json
 from fader_server.api.choosing import Limits
@@ -15,7 +16,7 @@ from fader_server.api.generate import Generator
 from fader_server.api.merge_ports import Merging
 from fader_server.api.named_blends import Recipes
 from fader_server.api.observe import Board, CallRecord
-from fader_server.api.ports import Adapters, Engine, Lease, Tokenizer
+from fader_server.api.ports import Engine, Tokenizer
 from fader_server.api.sse import Pace
 from fader_server.api.visible import Visible
 from fader_server.config import ServeConfig

@@ -7,12 +7,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
+from fader_server.api.adapter_ports import Lease
 from fader_server.api.calling import CallingChoice
 from fader_server.api.choice import Choice, Delta
 from fader_server.api.errors import FirstTokenTimeout
 from fader_server.api.mailbox import Bell, Mailbox
 from fader_server.api.observe import CallRecord
-from fader_server.api.ports import Engine, Lease, Tokenizer
+from fader_server.api.ports import Engine, Tokenizer
 from fader_server.api.prepare import Preparer
 from fader_server.api.quotas import Counted, Quotas
 from fader_server.api.resolve import Target, label_of, lease_target, resolve

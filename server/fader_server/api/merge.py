@@ -7,6 +7,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from fader_server.api.adapter_ports import LeasedTerm
 from fader_server.api.context import body_of, context_of, log_of
 from fader_server.api.fields import Fields
 from fader_server.api.merge_ports import (
@@ -18,7 +19,6 @@ from fader_server.api.merge_ports import (
     MergeStatus,
     Merging,
 )
-from fader_server.api.ports import LeasedTerm
 from fader_server.api.resolve import lease_target, read_target
 from fader_server.errors import RequestInvalid
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from fader_adapters.spec import Digest
-from fader_server.api.ports import Lease, LeasedTerm
+from fader_server.api.adapter_ports import Lease, LeasedTerm
 from fader_server.api.traffic import Traffic
 
 MergeForm = Literal["nf4", "bf16"]

@@ -7,9 +7,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from fader_adapters.errors import AdapterNotFound
+from fader_server.api.adapter_ports import AdapterInfo
 from fader_server.api.context import Context, context_of, visible_to
 from fader_server.api.named_blends import Recipe
-from fader_server.api.ports import AdapterInfo
 from fader_server.api.recipes import lineage
 from fader_server.api.resolve import resolve
 from fader_server.errors import ModelNotFound

@@ -8,9 +8,10 @@ from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from fader_server.api.adapter_ports import Adapters, LeasedTerm
 from fader_server.api.merge_ports import Merging
 from fader_server.api.named_blends import Recipe, Recipes
-from fader_server.api.ports import Adapters, Engine, LeasedTerm, TenantStats
+from fader_server.api.ports import Engine, TenantStats
 from fader_server.api.resolve import exact
 from fader_server.api.traffic import BlendKey, Traffic, blend_key
 from fader_server.core import Admission, LaneName

@@ -6,8 +6,9 @@ Pure but for the tokenizer; meant to run off the event loop. Takes no lease, sub
 import hashlib
 from dataclasses import replace
 
+from fader_server.api.adapter_ports import Lease
 from fader_server.api.messages import plain
-from fader_server.api.ports import Lease, Tokenizer
+from fader_server.api.ports import Tokenizer
 from fader_server.api.schemas import Call, Prompt
 from fader_server.core import Guide, Request, SamplingParams
 from fader_server.errors import ContextTooLong

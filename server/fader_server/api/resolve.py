@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fader_adapters.errors import AdapterInvalid, AdapterMismatch, AdapterNotFound, AdapterTooLarge
+from fader_server.api.adapter_ports import Lease
 from fader_server.api.blends import AdapterRef, NamedTerm, read_blend
 from fader_server.api.fields import Fields
 from fader_server.api.named_blends import Recipe
-from fader_server.api.ports import Lease
 from fader_server.api.visible import Known
 from fader_server.errors import AdapterUnavailable, ModelNotFound, RecipeIncomplete, RequestInvalid
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from fader_adapters.spec import Digest, added_up
-from fader_server.api.ports import LeasedTerm
+from fader_server.api.adapter_ports import LeasedTerm
 
 BlendKey = tuple[tuple[Digest, float], ...]
 """(version, weight) of every term, sorted; empty: the base."""

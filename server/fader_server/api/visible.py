@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from fader_adapters.errors import AdapterNotFound, BlendInvalid
+from fader_server.api.adapter_ports import AdapterInfo, Adapters, Lease
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.named_blends import Recipe, Recipes
-from fader_server.api.ports import AdapterInfo, Adapters, Lease
 
 Sees = Callable[[str], bool]
 """Whether an adapter or a recipe of this name exists for a caller, when there is one."""

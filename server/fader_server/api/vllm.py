@@ -15,13 +15,13 @@ from fader_adapters.errors import (
     SourceNotFound,
 )
 from fader_adapters.spec import ADAPTER_NAME
+from fader_server.api.adapter_ports import LoadOrder
 from fader_server.api.admin import load, unload
 from fader_server.api.choosing import is_token_ids
 from fader_server.api.context import body_of, context_of, visible_to
 from fader_server.api.errors import describe
 from fader_server.api.fields import Fields
 from fader_server.api.messages import plain, read_messages
-from fader_server.api.ports import LoadOrder
 from fader_server.api.resolve import resolve
 from fader_server.api.tools import read_tools
 from fader_server.errors import ModelNotFound, RequestInvalid

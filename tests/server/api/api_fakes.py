@@ -31,9 +31,9 @@ from fader_adapters.report import (
 )
 from fader_adapters.spec import Blend, Digest, Term
 from fader_server import app
+from fader_server.api.adapter_ports import AdapterInfo, AdapterTotals, Loaded, LoadOrder
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.context import BaseModel
-from fader_server.api.ports import AdapterInfo, AdapterTotals, Loaded, LoadOrder
 from fader_server.config import ServeConfig
 from fader_server.core import Request, Sink, TokenEvent, TokenLogprob
 from fader_server.engine.stats import TenantStats

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from fader_server.api.adapter_ports import Lease
 from fader_server.api.merge_ports import LaneInfo, MergeJob, MergeOrder, MergeStatus
-from fader_server.api.ports import Lease
 from fader_server.api.traffic import Traffic
 from fader_server.errors import MergeBusy, MergeNoMemory, MergeNotFound
 from tests.server.api.api_fakes import World, digest

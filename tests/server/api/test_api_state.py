@@ -6,8 +6,8 @@ import threading
 import pytest
 
 from fader_adapters.errors import AdapterInvalid, NameReserved
+from fader_server.api.adapter_ports import LoadOrder
 from fader_server.api.blends import AdapterRef, NamedTerm
-from fader_server.api.ports import LoadOrder
 from fader_server.errors import ConfigInvalid
 from fader_server.metrics import Metrics
 from fader_server.recipes import RecipeBook

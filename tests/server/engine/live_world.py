@@ -24,8 +24,8 @@ from fader_adapters.report import AdapterReport, ModuleReport
 from fader_adapters.source import RawAdapter
 from fader_adapters.spec import BaseSpec, Digest, LinearSpec, RankScale, Upload, lay_out
 from fader_adapters.tiers import ArenaTier, BufferTier
+from fader_server.api.adapter_ports import LoadOrder
 from fader_server.api.blends import AdapterRef, NamedTerm
-from fader_server.api.ports import LoadOrder
 from fader_server.core import Request, SamplingParams, TokenEvent
 from fader_server.engine.blocks import BlockManager
 from fader_server.engine.limits import Limits
