@@ -4,13 +4,11 @@ Tests stand fakes behind these; app.py stands the real ones.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from fader_server.core import Guide, Request, Sink
 from fader_server.text.shape import Shape
 from fader_server.text.tools import Tool, ToolCall, ToolUse
-
-Tier = Literal["disk", "host", "device"]
 
 
 class TenantStats(Protocol):
