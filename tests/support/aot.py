@@ -38,6 +38,7 @@ class Compiled:
     kernel: str
     constexprs: dict[str, Any]
     warps: int
+    stages: int
     arch: int
     error: str = ""
     shared: int = 0
@@ -45,6 +46,8 @@ class Compiled:
     """Instructions that store to local memory."""
     loop: dict[str, int] | None = None
     """Instructions of the loop around the matrix instructions, by opcode."""
+    buffers: int = 0
+    """Turns of a loop that its tiles have shared memory for, of the tile that has the least."""
 
     @property
     def complaints(self) -> list[str]:
@@ -59,7 +62,8 @@ class Compiled:
         return found
 
     def __str__(self) -> str:
-        return f"{self.kernel} {self.constexprs} warps={self.warps} sm_{self.arch}"
+        launch = f"warps={self.warps} stages={self.stages}"
+        return f"{self.kernel} {self.constexprs} {launch} sm_{self.arch}"
 
 
 def config_modules() -> list[str]:
@@ -116,19 +120,26 @@ def main_loop(sass: str) -> dict[str, int]:
 def _compile(module: str, place: int, arch: int) -> Compiled:
     """What becomes of the entry at a place of the module's list."""
     entry = tuple(importlib.import_module(module).shipped())[place]
-    made = Compiled(module, entry.kernel.__name__, entry.constexprs, entry.num_warps, arch)
+    launch = (entry.num_warps, entry.num_stages)
+    made = Compiled(module, entry.kernel.__name__, entry.constexprs, *launch, arch)
     try:
-        shared, cubin = _cubin(entry, arch)
+        built = _built(entry, arch)
     except Exception as error:  # noqa: BLE001  (whatever the compiler raises is the result)
         return Compiled(**asdict(made) | {"error": f"{type(error).__name__}: {error}"[:2000]})
-    sass = _disassemble(cubin)
+    sass = _disassemble(built.asm["cubin"])
     spills = len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/.*\bSTL\b", sass, re.MULTILINE))
-    result = {"shared": shared, "spills": spills, "loop": main_loop(sass)}
+    turns = re.findall(r"local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x", built.asm["ttgir"])
+    result = {
+        "shared": built.metadata.shared,
+        "spills": spills,
+        "loop": main_loop(sass),
+        "buffers": min(map(int, turns), default=0),
+    }
     return Compiled(**asdict(made) | result)
 
 
-def _cubin(entry: Shipped, arch: int) -> tuple[int, bytes]:
-    """Shared memory and machine code of one configuration."""
+def _built(entry: Shipped, arch: int) -> Any:
+    """What Triton makes of one configuration: its metadata, and its text in each language."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -143,8 +154,7 @@ def _cubin(entry: Shipped, arch: int) -> tuple[int, bytes]:
     constants = {(names.index(name),): value for name, value in entry.constexprs.items()}
     source = ASTSource(fn=entry.kernel, signature=types, constexprs=constants, attrs=attrs)
     options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages}
-    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return made.metadata.shared, made.asm["cubin"]
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def _disassemble(cubin: bytes) -> str:

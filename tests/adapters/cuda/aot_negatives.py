@@ -51,8 +51,23 @@ def select_tree(
     tl.store(out_ptr + token[None, :] * n + (column + row)[:, None], acc)
 
 
+@triton.jit
+def followed(q_ptr, k_ptr, table, out_ptr, keys, N: tl.constexpr, DIM: tl.constexpr):
+    """A product with blocks of keys whose numbers are read in the turn that wants them."""
+    row, dim = tl.arange(0, N), tl.arange(0, DIM)
+    q = tl.load(q_ptr + row[:, None] * DIM + dim[None, :])
+    acc = tl.zeros((N, N), tl.float32)
+    for start in tl.range(0, keys, N):
+        block = tl.load(table + (start + row) // 16)
+        place = block.to(tl.int64) * 16 + row % 16
+        k = tl.load(k_ptr + place[None, :] * DIM + dim[:, None])
+        acc += tl.dot(q, k)
+    tl.store(out_ptr + row[:, None] * N + row[None, :], acc)
+
+
 def shipped() -> list[Shipped]:
-    """A select tree, a tile that spills, a pipeline that does not fit, an argument left out."""
+    """A select tree, a tile that spills, a pipeline that does not fit, an argument left out, a
+    table that is followed turn by turn."""
     gemm = next(e for e in configs.shipped() if e.kernel is kernels.nf4_gemm)
     tree = {
         "x_ptr": "*bf16",
@@ -71,4 +86,6 @@ def shipped() -> list[Shipped]:
         found.append(Shipped(kernels.nf4_gemm, gemm.signature, constants, *sizes))
     incomplete = {k: v for k, v in tree.items() if k != "blocks"}
     found.append(Shipped(select_tree, incomplete, {"BM": 32, "BN": 128}, 4, 4))
+    pointers = {"q_ptr": "*bf16", "k_ptr": "*bf16", "table": "*i32", "out_ptr": "*fp32"}
+    found.append(Shipped(followed, pointers | {"keys": "i32"}, {"N": 64, "DIM": 128}, 4, 4))
     return found

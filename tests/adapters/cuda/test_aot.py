@@ -12,6 +12,9 @@ from tests.support import aot
 
 NF4 = "fader_adapters.kernels.cuda.nf4_configs"
 EXPERTS = "fader_adapters.kernels.cuda.nf4_expert_configs"
+FOLLOWING = ("attention_configs", "lora_configs")
+"""Modules of kernels whose loops follow tables: of a cache's blocks, of an arena's rows."""
+FOLLOWERS = ("decode_kernel", "prefill_kernel", "expand", "join", "followed")
 NEGATIVES = "tests.adapters.cuda.aot_negatives"
 
 LOOP_BUDGET = {
@@ -89,6 +92,15 @@ def waiting_loads(found: list[aot.Compiled]) -> list[str]:
     return [f"{made}: {made.loop['LDG']} loads" for made in found if "LDG" in (made.loop or {})]
 
 
+def shallow(found: list[aot.Compiled]) -> list[str]:
+    """Loops through tables whose copies run fewer turns ahead than their stages are meant for."""
+    return [
+        f"{made}: room for {made.buffers} turns"
+        for made in found
+        if made.kernel in FOLLOWERS and made.buffers < made.stages - 1
+    ]
+
+
 def test_the_modules_of_the_package_are_discovered() -> None:
     assert NF4 in aot.config_modules()
     assert NEGATIVES not in aot.config_modules()
@@ -105,11 +117,24 @@ def test_each_kernel_compiles_without_spills_and_within_shared_memory(
 
 @each_when_slow
 def test_a_spill_an_oversize_and_an_error_are_seen(compiled: Compile, arch: int) -> None:
-    tree, spilling, too_big, broken = compiled((NEGATIVES,), arch)
+    tree, spilling, too_big, broken, _ = compiled((NEGATIVES,), arch)
     assert not tree.complaints
     assert "spilling stores" in spilling.complaints[0]
     assert "bytes of shared memory" in too_big.complaints[0]
     assert broken.error
+
+
+@each_when_slow
+def test_a_table_that_is_followed_turn_by_turn_is_seen(compiled: Compile, arch: int) -> None:
+    found = compiled((NEGATIVES,), arch)
+    assert ["followed" in line for line in shallow(found)] == [True]
+
+
+def test_loops_through_tables_copy_ahead(compiled: Compile, arch: int) -> None:
+    modules = [name for name in aot.config_modules() if name.endswith(FOLLOWING)]
+    found = compiled(tuple(modules), arch, pick="kernels")
+    assert {made.kernel for made in found} > {*FOLLOWERS} - {"followed"}
+    assert shallow(found) == []
 
 
 @each_when_slow
@@ -146,3 +171,4 @@ def test_every_shipped_configuration_compiles(compiled: Compile) -> None:
     assert [line for made in found for line in made.complaints] == []
     assert over_budget(products(found)) == []
     assert waiting_loads(products(found)) == []
+    assert shallow(found) == []

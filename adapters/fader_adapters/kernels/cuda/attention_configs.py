@@ -33,29 +33,29 @@ class TileConfig:
 
 _DECODE: Final = {  # (arch, padded head size)
     (80, 16): TileConfig(0, 64, 4, 4),
-    (80, 32): TileConfig(0, 64, 4, 5),
-    (80, 64): TileConfig(0, 64, 4, 5),
-    (80, 128): TileConfig(0, 64, 4, 4),
-    (80, 256): TileConfig(0, 32, 4, 4),
-    (90, 16): TileConfig(0, 64, 4, 5),
-    (90, 32): TileConfig(0, 64, 4, 5),
-    (90, 64): TileConfig(0, 64, 4, 5),
-    (90, 128): TileConfig(0, 64, 4, 5),
-    (90, 256): TileConfig(0, 32, 4, 4),
+    (80, 32): TileConfig(0, 64, 4, 4),
+    (80, 64): TileConfig(0, 64, 4, 4),
+    (80, 128): TileConfig(0, 64, 4, 3),
+    (80, 256): TileConfig(0, 32, 4, 3),
+    (90, 16): TileConfig(0, 64, 4, 4),
+    (90, 32): TileConfig(0, 64, 4, 4),
+    (90, 64): TileConfig(0, 64, 4, 4),
+    (90, 128): TileConfig(0, 64, 4, 3),
+    (90, 256): TileConfig(0, 32, 4, 3),
 }
 _PREFILL: Final = {  # (arch, padded head size)
-    (80, 16): TileConfig(64, 64, 4, 4),
-    (80, 32): TileConfig(64, 64, 4, 4),
-    (80, 64): TileConfig(128, 64, 8, 4),
+    (80, 16): TileConfig(64, 64, 4, 3),
+    (80, 32): TileConfig(64, 64, 4, 3),
+    (80, 64): TileConfig(128, 64, 8, 3),
     (80, 128): TileConfig(128, 64, 8, 3),
     (80, 256): TileConfig(64, 32, 8, 3),
-    (90, 16): TileConfig(64, 64, 4, 4),
-    (90, 32): TileConfig(64, 64, 4, 4),
-    (90, 64): TileConfig(128, 64, 8, 4),
-    (90, 128): TileConfig(128, 64, 8, 4),
-    (90, 256): TileConfig(64, 32, 8, 4),
+    (90, 16): TileConfig(64, 64, 4, 3),
+    (90, 32): TileConfig(64, 64, 4, 3),
+    (90, 64): TileConfig(128, 64, 8, 3),
+    (90, 128): TileConfig(128, 64, 8, 3),
+    (90, 256): TileConfig(64, 32, 8, 3),
 }
-_PREFILL_NARROW: Final = TileConfig(128, 32, 8, 4)
+_PREFILL_NARROW: Final = TileConfig(128, 32, 8, 3)
 """Head sizes 80 to 112 and capped 128: their masks and tanh take registers, which the wider tile
 would spill on sm_80.
 """

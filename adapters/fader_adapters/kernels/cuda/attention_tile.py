@@ -43,15 +43,17 @@ def visit(
 
     q [M, DIM_PAD], zero past DIM; positions [M] int32; m in units of log2. STRIDE: elements a
     token. MASK 0: every block is full and visible; 1: stop at `end`; 2: causal and window as well.
-    Blocks and places at or past `end` are never read.
+    Blocks and places at or past `end` are never read. Block numbers are read a turn ahead: keys and
+    values are then one load away, and the compiler copies them ahead of their use.
     """
     dims = tl.arange(0, DIM_PAD)
+    ahead = begin + tl.arange(0, BLOCK_N)
+    coming = tl.load(table + ahead // PAGE, mask=ahead < end, other=0)
     for start in tl.range(begin, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        if MASK == 0:
-            blocks = tl.load(table + keys // PAGE)
-        else:
-            blocks = tl.load(table + keys // PAGE, mask=keys < end, other=0)
+        blocks = coming
+        ahead = keys + BLOCK_N
+        coming = tl.load(table + ahead // PAGE, mask=ahead < end, other=0)
         places = (blocks.to(tl.int64) * PAGE + keys % PAGE) * STRIDE
         k_at = k_cache + places[None, :] + dims[:, None]
         v_at = v_cache + places[:, None] + dims[None, :]

@@ -39,7 +39,8 @@ def tile_sum(
     z            the first plane's cell of entry `begin`; planes lie `plane` elements apart
     b_at, left, scale_at  of the member at hand, by entry
     present      [ROWS] lanes that hold a row; n [BLOCK_N] the columns of a member of `width`
-    The rest as in `expand`.
+    The rest as in `expand`. Where B lies is read a turn ahead, so that the compiler copies B itself
+    ahead of its use.
     """
     lane = tl.arange(0, ROWS)
     rank = tl.arange(0, CHUNK)
@@ -48,8 +49,14 @@ def tile_sum(
     b_inside = rank[:, None].to(tl.int64) * width + n[None, :]
     acc = tl.full((ROWS, BLOCK_N), 0, tl.float32)
     touched = tl.full((ROWS,), 0, tl.int32)
+    more = begin < end
+    coming = tl.multiple_of(tl.load(b_at + begin, mask=more, other=0), 16)
+    ranks = tl.load(left + begin, mask=more, other=0)
     for entry in tl.range(begin, end):  # pyright: ignore[reportGeneralTypeIssues]
-        live = rank < tl.load(left + entry)
+        b_row, live = coming, rank < ranks
+        more = entry + 1 < end
+        coming = tl.multiple_of(tl.load(b_at + entry + 1, mask=more, other=0), 16)
+        ranks = tl.load(left + entry + 1, mask=more, other=0)
         coefficient = tl.load(gamma + entry * LANES + lane % LANES)
         coefficient = coefficient * tl.load(scale_at + entry)
         used = present & (coefficient != 0)
@@ -59,7 +66,6 @@ def tile_sum(
         for split in tl.static_range(1, SPLITS):  # pyright: ignore[reportGeneralTypeIssues]
             total += tl.load(here + split * plane, mask=wanted, other=0.0)
         total = tl.where(wanted & live[None, :], total * coefficient[:, None], 0.0)
-        b_row = tl.multiple_of(tl.load(b_at + entry), 16)
         b = tl.load(arena + b_row + b_inside, mask=live[:, None] & inside[None, :], other=0.0)
         if F32:
             acc = tl.dot(total, b, acc, input_precision="ieee")

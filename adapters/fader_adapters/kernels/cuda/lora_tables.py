@@ -63,14 +63,14 @@ SHRINK: Mapping[tuple[Arch, Phase], tuple[tuple[int, ShrinkConfig], ...]] = {
 
 EXPAND: Mapping[tuple[Arch, Phase], tuple[tuple[int, ExpandConfig], ...]] = {
     (80, "decode"): (
-        (16384, ExpandConfig(128, 4, 5)),
-        (8192, ExpandConfig(64, 4, 6)),
-        (0, ExpandConfig(32, 4, 6)),
+        (16384, ExpandConfig(128, 4, 4)),
+        (8192, ExpandConfig(64, 4, 4)),
+        (0, ExpandConfig(32, 4, 4)),
     ),
     (90, "decode"): (
-        (16384, ExpandConfig(128, 4, 5)),
-        (8192, ExpandConfig(64, 4, 6)),
-        (0, ExpandConfig(32, 4, 6)),
+        (16384, ExpandConfig(128, 4, 4)),
+        (8192, ExpandConfig(64, 4, 4)),
+        (0, ExpandConfig(32, 4, 4)),
     ),
     (80, "prefill"): ((0, ExpandConfig(128, 4, 3)),),
     # 64 columns until a GPU run clears 128 (wrong code was seen there elsewhere, vLLM #48590)
@@ -79,7 +79,7 @@ EXPAND: Mapping[tuple[Arch, Phase], tuple[tuple[int, ExpandConfig], ...]] = {
 """Rows of (least output width of the site, configuration), widest first."""
 
 
-JOIN = ExpandConfig(32, 4, 6)
+JOIN = ExpandConfig(32, 4, 4)
 """Of the kernel that also sums the base's planes, at any width: what it holds of those leaves no
 registers for more columns."""
 
