@@ -108,7 +108,8 @@ class Merger:
             own.append(linear.weights * table.plain_dtype.itemsize)
             widths.append(linear.out_features)
         factors = max(map(self._changes.factor_bytes, self._changes.linears()))
-        return Need(sum(own), scratch + factors + max(map(scratch_bytes, widths)))
+        chunk = max(scratch_bytes(width, self._device) for width in widths)
+        return Need(sum(own), scratch + factors + chunk)
 
     def run(self, told: Callable[[int], None], pause: Pause) -> MergedLane:
         """Merge all that changes; `told` hears the weights done so far. On one thread, the

@@ -27,18 +27,20 @@ what they are now, in fp32."""
 
 CHUNK = 1 << 14
 """Weights worked on at a time where that is not less than a panel: a fifth of a millisecond."""
+GPU_CHUNK = 1 << 22
+"""The same of weights on a GPU, where each chunk costs a copy there and back."""
 _COPIES = 6 * 4
 """Bytes a weight of a chunk: its copies in fp32."""
 
 
-def chunk_rows(width: int) -> int:
-    """Rows of `width` weights that are worked on at a time."""
-    return max(PANEL, CHUNK // width)
+def chunk_rows(width: int, device: torch.device) -> int:
+    """Rows of `width` weights on `device` that are worked on at a time."""
+    return max(PANEL, (GPU_CHUNK if device.type == "cuda" else CHUNK) // width)
 
 
-def scratch_bytes(width: int) -> int:
+def scratch_bytes(width: int, device: torch.device) -> int:
     """What one chunk takes beside the lane, at most."""
-    return _COPIES * width * chunk_rows(width)
+    return _COPIES * width * chunk_rows(width, device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,8 @@ class SiteWork:
     ) -> Iterator[Made]:
         begin = 0
         for linear, size in zip(self._site.spec.linears, self._site.spec.out_features, strict=True):
-            part = Part(self._base, begin, size, self._base.in_features, self._linears[linear].path)
+            width, path = self._base.in_features, self._linears[linear].path
+            part = Part(self._base, begin, size, width, path, chunk_rows(width, self._device))
             lost: list[LinearLoss] = []
             change = self._changes.of(linear)
             yield from merged_rows(part, change, make, pause, told, lost, keep=keep)
@@ -146,6 +149,8 @@ class Part:
     rows: int
     width: int
     path: str
+    step: int
+    """Rows worked on at a time."""
 
 
 def merged_rows(
@@ -161,9 +166,8 @@ def merged_rows(
     """The rows of W + Δ as `make` makes them, a chunk at a time; what each chunk lost goes to
     `lost`, `told` hears its weights once it is done. keep: see `rounding`."""
     basis = directions(change.delta.a) if change is not None and keep else None
-    step = chunk_rows(part.width)
-    for start in range(0, part.rows, step):
-        stop = min(start + step, part.rows)
+    for start in range(0, part.rows, part.step):
+        stop = min(start + part.step, part.rows)
         given = part.weight.rows(part.first + start, part.first + stop).cpu()
         wanted = given if change is None else change.of_weight(given, start)
         pause()

@@ -16,6 +16,7 @@ from fader_adapters.merged_site import (
     Made,
     Make,
     Part,
+    chunk_rows,
     merged_rows,
     packed,
     rounded,
@@ -73,7 +74,8 @@ class StackWork:
         """W + Δ of one expert, a chunk at a time."""
         spec, out = self._stack.spec, self._stack.spec.out_features
         change = self._changes.of(self._stack.index, expert)
-        part = Part(self._stack.weight, expert * out, out, spec.in_features, spec.path)
+        step = chunk_rows(spec.in_features, self._device)
+        part = Part(self._stack.weight, expert * out, out, spec.in_features, spec.path, step)
         return merged_rows(part, change, make, pause, told, self._parts, keep=keep)
 
     def _matrix(

@@ -34,7 +34,7 @@ class TableWork:
         """[tokens, width]; `told` hears the weights of each chunk once it is done. Raises
         CheckpointInvalid (NaN or Inf)."""
         table, rank = self._table, self._change.delta.rank
-        for ids in torch.arange(len(table)).split(chunk_rows(table.shape[1])):
+        for ids in torch.arange(len(table)).split(chunk_rows(table.shape[1], table.device)):
             given = self._base.lookup(ids.to(table.device)).float().cpu()
             wanted = self._change.of_lookup(given, ids)
             kept, made = rounded(table.dtype, table.device, wanted)

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 Pause = Callable[[], None]
-"""Called by the working thread after pieces of a millisecond or less where work may wait; may
-sleep, or raise to give up."""
+"""Called by the working thread after pieces of a millisecond or less where work may wait, longer
+ones of weights on a GPU; may sleep, or raise to give up."""
 
 
 def never() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fader_adapters.aside import Aside
 from fader_adapters.changes import Changes
 from fader_adapters.lane import MergedLane, Merger
 from fader_server.api.adapter_ports import Lease
@@ -41,7 +42,9 @@ class Job:
         base: LoadedBase,
         probe: Sequence[int],
         pace: Pace,
+        aside: Aside,
     ) -> None:
+        """aside: of the base's device."""
         self.order = order
         self.lease = lease
         self.merger = merger
@@ -49,17 +52,22 @@ class Job:
         self._changes = changes
         self._base = base
         self._probe = probe
+        self._aside = aside
         self.told = MergeJob(
             tuple(lease.terms), lease.blend.digest, order.form, "merging", 0.0, merger.need.total
         )
 
     def run(self) -> Done:
-        """Merge and measure. Raises MergeLossy, Cancelled, AdapterError."""
+        """Merge and measure: the lane's weights are there when this returns. Raises MergeLossy,
+        Cancelled, AdapterError."""
         total = self.merger.weights
-        merged = self.merger.run(lambda done: self._tell(_MERGE_SHARE * done / total), self.pace)
-        self.told = replace(self.told, stage="measuring", progress=_MERGE_SHARE)
-        probe = ProbeModel(self._base, self.pace)
-        fidelity = measure(probe, self._probe, self._changes, merged)
+        with self._aside():
+            merged = self.merger.run(
+                lambda done: self._tell(_MERGE_SHARE * done / total), self.pace
+            )
+            self.told = replace(self.told, stage="measuring", progress=_MERGE_SHARE)
+            probe = ProbeModel(self._base, self.pace)
+            fidelity = measure(probe, self._probe, self._changes, merged)
         report = merged.report | {"rounding": self._rounding, "probe": fidelity.document()}
         self.told = replace(self.told, report=report)
         if self.order.form == "nf4" and fidelity.too_lossy and not self.order.force:

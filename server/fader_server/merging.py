@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from fader_adapters.aside import Aside
 from fader_adapters.changes import Changes
 from fader_adapters.errors import AdapterError, BlendInvalid
 from fader_adapters.lane import Merger
@@ -57,6 +58,7 @@ class MergedLanes:
         self.decisions: Counter[str] = Counter()
         """What a policy did; counted by it, told in the status."""
         self._parts = parts
+        self._aside = Aside(parts.base.device)
         self._lock = threading.Lock()  # guards the next four between loop, merge and engine
         self._job: Job | None = None
         self._ended: MergeJob | None = None
@@ -159,7 +161,10 @@ class MergedLanes:
                 f"{max(room, 0)} are free beside base, arena and KV cache; start with a smaller "
                 "--kv-cache or --arena"
             )
-        return Job(order, lease, merger, changes, base=base, probe=parts.probe, pace=Pace(busy))
+        return Job(
+            *(order, lease, merger, changes),
+            base=base, probe=parts.probe, pace=Pace(busy), aside=self._aside,
+        )  # fmt: skip
 
     def _launch(self, job: Job) -> None:
         thread = threading.Thread(target=self._work, args=(job,), name="fader-merge", daemon=True)
@@ -229,9 +234,10 @@ class MergedLanes:
 
     def _gone(self, lane: Lane) -> None:
         """On the engine thread; the memory is given back elsewhere, which may take a while."""
-        weights = [self._parts.runner.drop_lane(lane)]
+        weights, ended = [self._parts.runner.drop_lane(lane)], self._aside.reached()
 
         def free() -> None:
+            ended()  # its last step may still be under way
             weights.clear()
             with self._lock:
                 del self._held[lane]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fader_adapters.aside import Aside
 from fader_adapters.changes import Changes
 from fader_adapters.lane import MergedLane, Merger
 from fader_adapters.layers import Installed
@@ -36,7 +37,8 @@ def merge(
         dtype=world.base.dtype,
         device=world.base.device,
     )
-    return merger.run(lambda done: None, lambda: None)
+    with Aside(world.base.device)():
+        return merger.run(lambda done: None, lambda: None)
 
 
 @dataclass

@@ -12,7 +12,9 @@ from transformers import LlamaConfig
 
 pytest.importorskip("triton", reason="the CUDA kernels need triton")
 
+from fader_adapters.kernels.backend import BaseLinear
 from fader_adapters.kernels.cuda.backend import CudaBackend
+from fader_adapters.kernels.cuda.nf4 import Nf4Linear
 from fader_server import demo
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.merge_ports import MergeOrder
@@ -85,6 +87,7 @@ async def test_a_server_loads_answers_swaps_and_merges(
         for form in ("bf16", "nf4"):
             await merge(server, {"a": 1.0}, form, meanwhile=want)
             merged = server.engine.stats().merged
+            assert made_aside(runner, device), "or the engine's steps would be waited for"
             await same(server, want if form == "bf16" else {"ends": want["ends"]})
             await server.said("a", **QUESTION)
             assert server.engine.stats().merged > merged
@@ -95,6 +98,19 @@ async def test_a_server_loads_answers_swaps_and_merges(
         await merging.drop()
         await same(server, want)
     assert device.replays
+
+
+def made_aside(runner: LaunchingRunner, device: PretendDevice) -> bool:
+    """Whether a lane's weights were not taken on the stream of the engine's steps."""
+    (lane,) = runner._lanes.values()
+    assert lane.lane is not None
+    return all(owner(base) != device.default.number for base in lane.lane.bases.values())
+
+
+def owner(base: BaseLinear) -> int:
+    """The stream that a weight was taken on."""
+    held = base.tiles.codes if isinstance(base, Nf4Linear) else vars(base)["weight"]
+    return held.home.owner
 
 
 async def same(server: Served, want: Mapping[str, Any]) -> None:
