@@ -121,6 +121,19 @@ def test_an_error_that_sticks_to_the_device_ends_the_engine_without_more_tries(s
         (torch.OutOfMemoryError("CUDA out of memory."), False),
         (RuntimeError("CUDA error: out of memory"), False),
         (RuntimeError("CUDA error: invalid argument"), False),
+        (
+            torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing"),
+            False,
+        ),
+        (
+            RuntimeError("CUDA error: operation failed due to a previous error during capture"),
+            False,
+        ),
+        (RuntimeError("CUDA error: capturing stream has unjoined work"), False),
+        (
+            RuntimeError("CUDA error: dependency created on uncaptured work in another stream"),
+            False,
+        ),
         (RuntimeError("shape '[2]' is invalid for input of size 3"), False),
         (ValueError("CUDA error: not raised by a library"), False),
     ],

@@ -28,8 +28,17 @@ _NO_MEMORY = (
 )
 """How torch's CPU allocator, CUDA and its libraries say so; an OutOfMemoryError has a name."""
 
-_PASSING = ("out of memory", "invalid argument", "invalid configuration", "out of resources")
-"""CUDA's refusals of one call, which leave the device as it was."""
+_PASSING = (
+    "out of memory",
+    "invalid argument",
+    "invalid configuration",
+    "out of resources",
+    "stream is capturing",
+    "error during capture",
+    "capturing stream has unjoined work",
+    "uncaptured work in another stream",
+)
+"""CUDA's refusals of one call or capture, which leave the device as it was."""
 
 
 @dataclass(slots=True)
