@@ -7,7 +7,9 @@ batches; how a run is captured is the recorder's business.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -52,21 +54,53 @@ class GraphRecorder:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._pool: Any = None
+        self.checks = True
+        """Whether work that waits for the device is refused before it is captured, for a capture
+        that fails may leave torch's allocator in one. It takes a mode of the whole process: only
+        for as long as no other thread works on the device."""
 
     def __call__(self, run: Run) -> Run:
-        """Runs `run` once as it is, so that everything is compiled and allocated, then captures."""
+        """Runs `run` once as it is, so that everything is compiled and allocated, then captures.
+        Raises RuntimeError; the thread's stream is what it was."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            run()
+            if self.checks:
+                _run_without_waits(run)
+            else:
+                run()
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
+        capture = torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
+        )
+        with torch.cuda.stream(current), capture:  # torch's own way back is not taken after errors
             run()
         self._pool = self._pool or graph.pool()
         return graph.replay
+
+
+def _run_without_waits(run: Run) -> None:
+    """Raises RuntimeError for work that waits for the device, unless that is when it first runs."""
+    with suppress(RuntimeError), _waits_refused():
+        run()
+        return
+    run()
+    with _waits_refused():
+        run()
+
+
+@contextmanager
+def _waits_refused() -> Iterator[None]:
+    """Operators that let the host wait raise RuntimeError, on every thread."""
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch tells once that it does not know every wait
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class DecodeGraphs:
@@ -82,6 +116,7 @@ class DecodeGraphs:
         self._logits = torch.empty(0)
         self._buckets: list[int] = []
         self._capture: Callable[[int, Kind], Run] | None = None
+        self._failed = False
         self.prompts: PromptGraphs | None = None
 
     @property
@@ -107,7 +142,7 @@ class DecodeGraphs:
 
     def sibling(self, lane: LaneWeights) -> "DecodeGraphs":
         """The same for a lane's weights, without prompts: each bucket is captured when a step first
-        asks for it."""
+        asks for it; steps that cannot be captured run operator by operator."""
         other = DecodeGraphs(self._inputs, self._blank, self._kinds)
         other._logits, other._buckets = self._logits, self._buckets
         other._capture = self._capture
@@ -153,11 +188,23 @@ class DecodeGraphs:
         if step is not None and step.bucket != bucket:
             return forward(self._inputs.batch(bucket))[:rows]
         kind = kind_of(step)
-        if (bucket, kind) not in self._graphs:
-            assert self._capture is not None
-            self._graphs[bucket, kind] = self._capture(bucket, kind)
-        self._graphs[bucket, kind]()
+        if (bucket, kind) not in self._graphs and not self._failed:
+            self._graphs.update(self._captured_late(bucket, kind))
+        graph = self._graphs.get((bucket, kind))
+        if graph is None:
+            return forward(self._inputs.batch(bucket))[:rows]
+        graph()
         return self._logits[:rows]
+
+    def _captured_late(self, bucket: int, kind: Kind) -> dict[tuple[int, Kind], Run]:
+        """Empty where it cannot be captured: that is told, and nothing more is tried."""
+        assert self._capture is not None
+        try:
+            return {(bucket, kind): self._capture(bucket, kind)}
+        except RuntimeError as error:
+            self._failed = True
+            log.warning("a lane's steps run without further CUDA graphs: %s", first_line(error))
+            return {}
 
 
 def capture(
@@ -209,6 +256,8 @@ def capture(
             )  # fmt: skip
     except RuntimeError as error:
         log.warning("steps of prompts run without CUDA graphs: %s", first_line(error))
+    if isinstance(record, GraphRecorder):
+        record.checks = False  # from now on other threads work, too
     prompts = graphs.prompts
     fields = {
         "graphs": len(graphs.captured) + (0 if prompts is None else len(prompts.captured)),

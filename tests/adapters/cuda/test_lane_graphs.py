@@ -27,6 +27,34 @@ def lane_in(world: TinyWorld):
 
 
 @pytest.mark.slow
+def test_a_lane_whose_steps_cannot_be_captured_gives_them_too(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reference = setting.world()
+    lane_in(reference)
+    want = told(reference.run(asks()))
+    serving: list[bool] = []
+
+    def record(run: graphs.Run) -> graphs.Run:
+        if serving:
+            raise RuntimeError(
+                "CUDA error: operation failed due to a previous error during capture"
+            )
+        return run
+
+    use_cuda(monkeypatch)
+    use_graphs(monkeypatch, record)
+    world = setting.world()
+    opened = lane_in(world)
+    serving.append(True)
+    same(told(world.run(asks())), want)
+    own = world.runner._lanes[opened.lane].replays
+    assert isinstance(own, graphs.DecodeGraphs)
+    assert own.captured == []
+    assert caplog.text.count("without further CUDA graphs: CUDA error: operation failed") == 1
+
+
+@pytest.mark.slow
 def test_a_lane_gives_the_references_tokens_through_graphs_of_its_own(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,9 +98,29 @@ def captured(work, *, stream=None, warm: bool = True):
     if warm:
         work()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream or torch.cuda.Stream()):
+    with (
+        torch.cuda.stream(torch.cuda.current_stream()),
+        torch.cuda.graph(graph, stream=stream or torch.cuda.Stream()),
+    ):
         work()
     return graph
+
+
+def test_a_capture_that_fails_leaves_the_thread_on_its_stream(device: PretendDevice) -> None:
+    x, side = torch.ones(3, device=CUDA), torch.cuda.Stream()
+    with pytest.raises(RuntimeError, match="previous error"):  # noqa: SIM117
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side):
+            x.cpu()
+    assert torch.cuda.current_stream() is side
+
+
+def test_waits_of_operators_can_be_refused(device: PretendDevice) -> None:
+    x = torch.ones(3, device=CUDA)
+    torch.cuda.set_sync_debug_mode("error")
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        x.cpu()
+    torch.cuda.set_sync_debug_mode(0)
+    assert x.cpu().tolist() == [1, 1, 1]
 
 
 def test_a_wait_inside_a_capture_is_refused(either: PretendDevice) -> None:
@@ -117,8 +137,9 @@ def test_a_wait_inside_a_capture_is_refused(either: PretendDevice) -> None:
         lambda: event.query(),
         lambda: torch.cuda.synchronize(),
     ):
-        with pytest.raises(RuntimeError, match=CAPTURING):
+        with pytest.raises(RuntimeError, match="previous error during capture") as raised:
             captured(work, warm=False)
+        assert CAPTURING in str(raised.value.__context__)
     captured(lambda: x.copy_(pinned, non_blocking=True))
 
 

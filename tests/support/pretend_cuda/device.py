@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from tests.support.pretend_cuda import guard
 from tests.support.pretend_cuda.clocks import Clocks, Mark
 from tests.support.pretend_cuda.dispatch import DeviceMode
-from tests.support.pretend_cuda.faults import CAPTURING, Notices, PretendFault
+from tests.support.pretend_cuda.faults import Notices, PretendFault
 from tests.support.pretend_cuda.graphs import Graph, Recording
 from tests.support.pretend_cuda.host import Host
 from tests.support.pretend_cuda.memory import Memory, span
@@ -38,7 +38,9 @@ class PretendDevice:
         self.host = Host(self.clocks, self.notices)
         self.waits: Counter[str] = Counter()
         """How often the host waited for the device, by what it called."""
-        self.replays = 0
+        self.replays = self.captures = 0
+        self.sync_mode = 0
+        """Of torch's modes for operators that let the host wait: 2 refuses them."""
         self.default = self.new_stream()
         self.own = Current(self.default)
         self._launches: Any = None
@@ -94,8 +96,11 @@ class PretendDevice:
 
     def wait_for_stream(self, what: str) -> None:
         """An operator lets the host wait for all that its stream holds."""
-        if self.current.capture is not None:
-            raise RuntimeError(CAPTURING.format(what=what))
+        capture = self.current.capture
+        if capture is not None:
+            raise capture.spoilt(what)
+        if self.sync_mode == 2:
+            raise RuntimeError("called a synchronizing CUDA operation")
         self.wait(what, self.clocks.mark(self.current.number))
 
     def synchronize(self, *_: object) -> None:
@@ -106,7 +111,10 @@ class PretendDevice:
     def forbid_in_capture(self, what: str) -> None:
         """Raise RuntimeError where this thread captures."""
         if self.own.capture is not None:
-            raise RuntimeError(CAPTURING.format(what=what))
+            raise self.own.capture.spoilt(what)
+
+    def set_sync_mode(self, mode: int | str) -> None:
+        self.sync_mode = {"default": 0, "warn": 1, "error": 2}.get(mode, mode)
 
     def check(self) -> None:
         """Raise PretendFault for what nobody could be told at once."""
@@ -139,6 +147,8 @@ class PretendDevice:
             "stream": lambda stream: OnStream(device.own, stream),
             "current_stream": lambda *_: device.current,
             "synchronize": self.synchronize,
+            "set_sync_debug_mode": self.set_sync_mode,
+            "get_sync_debug_mode": lambda: self.sync_mode,
             "is_current_stream_capturing": lambda: device.current.capture is not None,
             "mem_get_info": lambda *_: (max(0, device.total - device.memory.nbytes), device.total),
             "get_device_capability": lambda *_: (8, 0),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tests.support.pretend_cuda.faults import CAPTURING
 from tests.support.pretend_cuda.memory import Allocation
 from tests.support.pretend_cuda.streams import OnStream, Stream
 
@@ -36,6 +37,7 @@ class Capture:
 
     def __init__(self, graph: "Graph", origin: Stream) -> None:
         self.open = True
+        self._broken = False
         self._graph = graph
         self._streams = [origin]
         self._begun: dict[int, int] = {}
@@ -61,12 +63,22 @@ class Capture:
     def _fork(self, stream: Stream) -> Stream | None:
         return None if stream is self._streams[0] else stream
 
+    def spoilt(self, what: str) -> RuntimeError:
+        """What a call that no capture allows raises; the capture is of no use from then on."""
+        self._broken = True
+        return RuntimeError(CAPTURING.format(what=what))
+
     def end(self) -> None:
-        """Raises RuntimeError where a fork was not joined."""
+        """Raises RuntimeError where something was refused, or a fork was not joined."""
         self.open = False
         origin, *forks = self._streams
         for stream in self._streams:
             stream.capture = None
+        if self._broken:
+            raise RuntimeError(
+                "CUDA error: operation failed due to a previous error during capture\n"
+                "Search for `cudaErrorStreamCaptureInvalidated' in the documentation"
+            )
         clocks = origin.owner.clocks
         for fork in forks:
             last = clocks.last(fork.number)
@@ -109,7 +121,8 @@ class Graph:
 
 
 class Recording:
-    """`with torch.cuda.graph(...)`."""
+    """`with torch.cuda.graph(...)`. As torch's, it leaves the thread on the capture's stream where
+    the capture cannot be ended."""
 
     def __init__(
         self,
@@ -128,16 +141,13 @@ class Recording:
         owner.synchronize()
         self._on = OnStream(owner.own, self._stream)
         self._on.__enter__()
+        owner.captures += 1
         owner.own.capture = self._capture = Capture(self._graph, self._stream)
 
-    def __exit__(self, kind: type | None, *_: Any) -> None:
+    def __exit__(self, *_: Any) -> None:
         self._owner.own.capture = None
+        self._capture.end()
         self._on.__exit__()
-        try:
-            self._capture.end()
-        except RuntimeError:
-            if kind is None:
-                raise
         for elem in self._graph.made:
             if elem.is_floating_point():
                 with self._owner.plainly():
