@@ -1,6 +1,5 @@
 """Reads adapters for one base and tells what each would do to it. Knows no store and no device."""
 
-import math
 import re
 import threading
 
@@ -83,8 +82,8 @@ class Inspector:
         if self._weights is None:
             return 0.0
         if linear not in self._norms:
-            parts = map(torch.linalg.vector_norm, self._weights.panels(linear))
-            self._norms[linear] = math.hypot(*map(float, parts))
+            parts = torch.stack([*map(torch.linalg.vector_norm, self._weights.panels(linear))])
+            self._norms[linear] = float(torch.linalg.vector_norm(parts.double()))  # the one wait
         return self._norms[linear]
 
 
