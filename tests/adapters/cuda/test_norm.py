@@ -1,5 +1,7 @@
 """RMS norms and the output layer of the CUDA backend: the model's own results, bits of a row."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -42,6 +44,58 @@ def test_a_norm_of_another_formula_stays() -> None:
             return super().forward(hidden_states) * 1.01
 
     assert cuda_modules._norm(norm_of(OddRMSNorm, 64)) is None
+
+
+class Shifted(LlamaRMSNorm):
+    """In bf16, of which Triton's interpreter has none: what it gives is the kernel's, too, but for
+    what is done to it."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__(width, eps)
+        self.weight.data = self.weight.data.bfloat16()
+
+
+def turned(y: torch.Tensor) -> torch.Tensor:
+    """One value in twenty is two roundings off, the others are as they were."""
+    flat = y.clone().view(torch.int16).view(-1)
+    flat[::20] += 2
+    return flat.view(torch.bfloat16).view(y.shape)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "taken"),
+    [
+        (turned, True),
+        (lambda y: y * 1.01, False),
+        (lambda y: torch.where(y == y.max(), y * 1.05, y), False),
+    ],
+    ids=["a rounding turned", "all values off", "one value off"],
+)
+def test_a_norm_may_round_the_other_way_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, kernel: Callable[[torch.Tensor], torch.Tensor], taken: bool
+) -> None:
+    own = Shifted(256, eps=1e-6)
+    monkeypatch.setattr(cuda_modules, "rms_norm", lambda rows, *_, **__: kernel(own(rows)))
+    assert (cuda_modules._norm(own) is not None) is taken
+
+
+def test_norms_that_stay_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    class OddRMSNorm(LlamaRMSNorm):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden_states) * 1.01
+
+    class Model(nn.Module):
+        dtype, device = torch.float32, torch.device("cpu")
+
+        def __init__(self, kind: type[nn.Module]) -> None:
+            super().__init__()
+            self.first, self.second = norm_of(kind, 64), norm_of(kind, 64)
+
+    cuda_modules.use_cuda(Model(LlamaRMSNorm))  # pyright: ignore[reportArgumentType]
+    assert not caplog.messages
+    cuda_modules.use_cuda(Model(OddRMSNorm))  # pyright: ignore[reportArgumentType]
+    assert len(caplog.messages) == 1
+    assert "OddRMSNorm" in caplog.text
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64, 65, 130])
