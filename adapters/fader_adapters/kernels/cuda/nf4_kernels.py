@@ -44,10 +44,11 @@ def block_sums(
     x_at, code_at, scale_at  [BM, 32], [BN, 32] and [BN] places of the first block, Nf4Tiles' layout
     A block's products are summed first and scaled then, in fp32, blocks in ascending order: an
     element's bits depend on its own row of x and of W and on the blocks, not on BM or BN. W is the
-    first operand, so its codes go from registers to the matrix unit. EXACT takes the codes from
-    `table` in x's own dtype, in Triton's interpreter too; else x is bf16 and they come from the
-    words. STAGES is given to the loop itself: without it the scales, which feed no product, would
-    not be pipelined.
+    first operand, so that few rows of x are the narrow side of the matrix instruction; its codes
+    are looked up in registers and reach that instruction through shared memory, by a store and a
+    load for each eight. EXACT takes the codes from `table` in x's own dtype, in Triton's
+    interpreter too; else x is bf16 and they come from the words. STAGES is given to the loop
+    itself: without it the scales, which feed no product, would not be pipelined.
     """
     if EXACT:
         table = tl.load(table_ptr + tl.arange(0, 16))
