@@ -1,6 +1,5 @@
 """Sections that are programs of their own: compute-sanitizer, and a server over loopback."""
 
-import importlib.util
 import json
 import os
 import re
@@ -20,19 +19,10 @@ from typing import IO
 
 from bench.gpu.section import OutOfTime, ParityFailed, Result, Rig, Unavailable
 
-NEEDED = (
-    "bitsandbytes",
-    "fastapi",
-    "uvicorn",
-    "pydantic",
-    "typer",
-    "httpx",
-    "httpx2",
-    "watchfiles",
-    "prometheus_client",
-    "rich",
-    "accelerate",
-)
+SERVED = ("fader_server.assembly", "fader_server.cli", "fader_server.bench.serve")
+"""What a server and its load are made of."""
+LATER = ("accelerate", "bitsandbytes")
+"""Packages that are imported when a base is read."""
 LOAD = ("--adapters", "all", "--compare", "base,uniform", "--concurrency", "16", "--requests", "96")
 """Of `fader bench serve`: the base, then its adapters in turn, interleaved."""
 
@@ -71,11 +61,9 @@ def check_memory(rig: Rig, result: Result) -> None:
 
 def measure_server(rig: Rig, result: Result) -> None:
     """The demo served on the device, loaded over loopback by `fader bench serve`."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise Unavailable(f"not installed on this machine: {', '.join(missing)}")
     if not rig.on_gpu:
         raise Unavailable("a server over loopback is measured on a GPU only")
+    require((*SERVED, *LATER), rig.left)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -100,6 +88,19 @@ def measure_server(rig: Rig, result: Result) -> None:
             serve=json.loads(told.read_text()),
             log=[line for line in log.read_text().splitlines() if "graphs" in line],
         )
+
+
+def require(modules: Sequence[str], seconds: float) -> None:
+    """Raises Unavailable where a process of its own cannot import them: a package that one of them
+    needs counts as much as one that is named. OutOfTime."""
+    command = [sys.executable, "-c", f"import {', '.join(modules)}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        raise OutOfTime from error
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise Unavailable(f"a server cannot run on this machine: {last[0][:200]}")
 
 
 @contextmanager

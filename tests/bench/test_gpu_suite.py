@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("triton", reason="the CUDA kernels need triton")
 
 from bench import gpu_suite
+from bench.gpu import programs
 from bench.gpu.section import (
     BitsDiffer,
     Outcome,
@@ -24,6 +25,7 @@ from bench.gpu.section import (
     Result,
     Rig,
     Section,
+    Unavailable,
     gate,
     run_section,
 )
@@ -58,6 +60,24 @@ def test_sections_run_dry(names: Sequence[str], tmp_path: Path) -> None:
     assert states == {name: "unavailable" if name in ABSENT else "ok" for name in every}
     assert document["dry"]
     assert all(s["figures"] for s in document["sections"] if s["name"] not in ABSENT)
+
+
+def test_a_package_that_a_needed_one_needs_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "needed.py").write_text("import starlette_of_nowhere")
+    (tmp_path / "there.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    programs.require(("there", "json"), 60.0)
+    with pytest.raises(Unavailable, match="No module named 'starlette_of_nowhere'"):
+        programs.require(("there", "needed"), 60.0)
+    with pytest.raises(OutOfTime):
+        programs.require(("there",), 1e-4)
+
+
+def test_what_a_server_is_made_of_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    programs.require((*programs.SERVED, *programs.LATER), 300.0)
 
 
 def failing(rig: Rig, result: Result) -> None:
