@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import httpx2
 from huggingface_hub import HfApi, hf_hub_url, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import (
     DisabledRepoError,
@@ -212,6 +211,8 @@ def _is(file: RepoSibling, data: bytes) -> bool:
 @contextmanager
 def _translated(repo: str) -> Iterator[None]:
     """The Hub's and the network's errors as ours; no address or token in any message."""
+    import httpx2  # who reads folders only can do without
+
     try:
         yield
     except (

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import httpx2
 import torch
 import transformers
 from bitsandbytes.nn.modules import Linear4bit
@@ -121,6 +120,8 @@ def _check_reachable(source: str) -> None:
     before it says that nobody answers. Raises ConfigInvalid."""
     if Path(source).is_dir() or constants.HF_HUB_OFFLINE:
         return
+    import httpx2  # who reads folders only can do without
+
     try:
         if try_to_load_from_cache(source, CONFIG_NAME) is None:
             get_hf_file_metadata(hf_hub_url(source, CONFIG_NAME))
