@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from bench.gpu.deltas import mix
 from bench.gpu.parity import demand, limit, mixes
 from bench.gpu.section import BitsDiffer, ParityFailed, Result, Rig, gate
-from bench.gpu.timing import Times, captured
+from bench.gpu.timing import Times, captured, turns
 from bench.gpu.weights import publish_adapters, rms
 from fader_adapters.kernels.cuda.expert_calls import stack_delta
 from fader_adapters.kernels.cuda.lora import DeltaKernels
@@ -49,6 +50,8 @@ class Mixture:
 
 QWEN3_30B = Mixture(2048, 768, 128, 8)
 SMALL = Mixture(64, 48, 4, 2)
+ROUTINGS = 8
+"""That take turns: their experts are some millions of weights each."""
 
 
 def _bound(rig: Rig, base: BaseSpec) -> tuple[DeltaKernels, list[StackSite]]:
@@ -161,18 +164,22 @@ def measure_experts(rig: Rig, result: Result) -> None:
     rank = 8 if rig.small else 16
     for rows, distinct in ((2, 1), (2, 2)) if rig.small else ((1, 1), (8, 8), (32, 1), (32, 32)):
         rig.check_time()
-        tables = publish_adapters(base, (rank,) * distinct, rig)
-        kernels, sites = _bound(rig, base)
-        step = kernels.prepare(tables, mix(rows, distinct, 1))
-        assert step is not None
-        routing = shape.routing(rows, base.linears[0], rig)
+        routings = [
+            shape.routing(rows, base.linears[0], rig) for _ in range(2 if rig.small else ROUTINGS)
+        ]
         inputs = [
-            torch.randn(len(routing.token), s.in_features, device=rig.device).to(rig.dtype)
+            torch.randn(len(routings[0].token), s.in_features, device=rig.device).to(rig.dtype)
             for s in base.linears[:2]
         ]
-        outs = [w.grouped(x, routing) for w, x in zip(weights, inputs, strict=True)]
-        deltas = captured(rig, [_deltas(sites, outs, inputs, routing, step)])
-        plain = _plain(rig, weights, inputs, routing)
+        outs = [w.grouped(x, routings[0]) for w, x in zip(weights, inputs, strict=True)]
+        works = []
+        for tables in _turns(base, (rank,) * distinct, rig):
+            kernels, sites = _bound(rig, base)
+            step = kernels.prepare(tables, mix(rows, distinct, 1))
+            assert step is not None
+            works.append([_deltas(sites, outs, inputs, routing, step) for routing in routings])
+        deltas = captured(rig, [work for turn in zip(*works, strict=True) for work in turn])
+        plain = _plain(rig, weights, inputs, routings)
         beside = "" if plain is None else f", {deltas.median / plain.median:.3f}× their products"
         result.add(
             f"experts r={rank} rows={rows} adapters={distinct}: {deltas.median * 1e3:.0f} µs"
@@ -183,6 +190,13 @@ def measure_experts(rig: Rig, result: Result) -> None:
             **deltas.facts("deltas"),
             **({} if plain is None else plain.facts("products")),
         )
+
+
+def _turns(base: BaseSpec, ranks: tuple[int, ...], rig: Rig) -> list[Tables]:
+    """As many sets of adapters as no cache holds."""
+    first = publish_adapters(base, ranks, rig)
+    more = turns(first.arena.nbytes, rig) - 1
+    return [first, *(publish_adapters(base, ranks, rig) for _ in range(more))]
 
 
 def _deltas(
@@ -200,14 +214,15 @@ def _deltas(
 
 
 def _plain(
-    rig: Rig, weights: list[StackWeight], inputs: list[torch.Tensor], routing: Routing
+    rig: Rig, weights: list[StackWeight], inputs: list[torch.Tensor], routings: list[Routing]
 ) -> Times | None:
-    """The experts' own products; None where torch's wait for the host, as before sm_90."""
+    """The experts' own products, by each routing in turn; None where torch's wait for the host, as
+    before sm_90."""
     if rig.on_gpu and torch.cuda.get_device_capability(rig.device) < (9, 0):
         return None
 
-    def work() -> None:
+    def work(routing: Routing) -> None:
         for weight, x in zip(weights, inputs, strict=True):
             weight.grouped(x, routing)
 
-    return captured(rig, [work])
+    return captured(rig, [partial(work, routing) for routing in routings])

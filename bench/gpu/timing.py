@@ -47,7 +47,7 @@ def captured(rig: Rig, works: Sequence[Work], repeats: int = 20) -> Times:
     """Time of one of `works`, all of them captured in one graph and replayed; eager on a CPU."""
     if not rig.on_gpu:
         return Times.of([_seconds(work) * 1e3 for work in works])
-    stream = torch.cuda.Stream()
+    stream = _stream(rig)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for work in works:
@@ -61,6 +61,14 @@ def captured(rig: Rig, works: Sequence[Work], repeats: int = 20) -> Times:
     del kept
     count = len(works)
     return Times(times.median / count, times.low / count, times.high / count, repeats)
+
+
+def _stream(rig: Rig) -> torch.cuda.Stream:
+    """One for all captures of a process: torch has so few that a new one each time would some day
+    be the one that the captured work forks to."""
+    if "stream" not in rig.kept:
+        rig.kept["stream"] = torch.cuda.Stream(rig.device)
+    return rig.kept["stream"]
 
 
 def events(rig: Rig, work: Work, repeats: int = 20) -> Times:

@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("triton", reason="the CUDA kernels need triton")
 
 from bench import gpu_suite
-from bench.gpu import programs
+from bench.gpu import programs, timing
 from bench.gpu.section import (
     BitsDiffer,
     Outcome,
@@ -30,6 +30,7 @@ from bench.gpu.section import (
     run_section,
 )
 from bench.gpu.section import run_sections as run_here
+from tests.support.pretend_cuda import pretend, unavailable
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted on the CPU")
 ROOT = Path(__file__).parents[2]
@@ -73,6 +74,26 @@ def test_a_package_that_a_needed_one_needs_is_told(
         programs.require(("there", "needed"), 60.0)
     with pytest.raises(OutOfTime):
         programs.require(("there",), 1e-4)
+
+
+def test_kernels_are_checked_on_a_gpu_without_the_projects_settings() -> None:
+    plain = ("-c", "/dev/null", "--rootdir=.", "-p", "no:cacheprovider", "-p", "no:asyncio")
+    command = [sys.executable, "-m", "pytest", *plain, "--collect-only", "-q", "tests/gpu"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "tests/gpu/test_graphs.py::" in done.stdout
+
+
+@pytest.mark.skipif(bool(unavailable()), reason=unavailable())
+def test_captures_share_one_stream() -> None:
+    on: list[object] = []
+    with pretend() as device:
+        on_gpu = Rig(device.default.device, torch.float32, small=True)
+        for _ in range(2):
+            timing.captured(on_gpu, [lambda: on.append(torch.cuda.current_stream())])
+    assert len(on) == 4
+    assert set(on) == {on_gpu.kept["stream"]}
 
 
 def test_what_a_server_is_made_of_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
