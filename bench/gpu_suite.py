@@ -1,6 +1,6 @@
 """One command that proves the CUDA backend on a GPU and measures it: parity first, then figures.
 
-    python -m bench.gpu_suite [--only NAME,NAME] [--json FILE]
+    python -m bench.gpu_suite [--only NAME,NAME] [--json PATH]
 
 Ends in under nine minutes whatever happens: each section has a budget, runs in a process that can
 be replaced and fails alone; the JSON grows with every section and the table comes last. Exit status
@@ -115,7 +115,13 @@ def _words(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry", action="store_true", help="tiny shapes, on a CPU too")
     parser.add_argument("--small", action="store_true", help="tiny shapes on a GPU")
     parser.add_argument("--only", default="", help="names of sections, with commas between")
-    parser.add_argument("--json", type=Path, default=RESULTS / "gpu.json")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=RESULTS / "gpu.json",
+        metavar="PATH",
+        help="where the figures go, any path; %(default)s by default",
+    )
     parser.add_argument("--in-process", action="store_true", help="no process of their own")
     parser.add_argument("--told", type=Path, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, default=float("inf"), help=argparse.SUPPRESS)
