@@ -17,6 +17,7 @@ from fader_server import demo
 from fader_server.bench.machine import machine_facts
 from fader_server.core import Request, SamplingParams, Sequence
 from fader_server.model.sampler import Sampler
+from fader_server.text.shape import Shape
 from fader_server.text.tokenizer import Tokenizer
 
 SCHEMA = {
@@ -30,13 +31,14 @@ SCHEMA = {
     "required": ["name", "age", "tags", "kind"],
     "additionalProperties": False,
 }
+SHAPE = Shape("schema", json.dumps(SCHEMA))
 
 
 async def guided(tokenizer: Tokenizer, count: int) -> list[float]:
     """Seconds of each token, over whole answers that were parsed."""
     rng, found = random.Random(0), []
     while len(found) < count:
-        (guide,) = await tokenizer.guides(json.dumps(SCHEMA), 1)
+        (guide,) = await tokenizer.guides(SHAPE, 1)
         tokens: list[int] = []
         while not guide.ended:
             began = time.thread_time()
@@ -53,7 +55,7 @@ async def guided(tokenizer: Tokenizer, count: int) -> list[float]:
 
 async def sampled(tokenizer: Tokenizer, rows: int, *, free: bool) -> list[float]:
     """Seconds a row of sampling steps at temperature 1."""
-    guides = await tokenizer.guides(json.dumps(SCHEMA), rows)
+    guides = await tokenizer.guides(SHAPE, rows)
     logits = torch.randn(rows, tokenizer.vocab_size, generator=torch.Generator().manual_seed(0))
     params = SamplingParams(temperature=1.0)
     sequences = [
@@ -76,7 +78,7 @@ async def main() -> None:
     given = parser.parse_args()
     tokenizer = Tokenizer.load(given.base, max_model_len=4096)
     began = time.perf_counter()
-    await tokenizer.guides(json.dumps(SCHEMA), 1)
+    await tokenizer.guides(SHAPE, 1)
     first = time.perf_counter() - began
     costs = [seconds * 1e6 for seconds in await guided(tokenizer, given.tokens)]
     spread = np.quantile(costs, [0.5, 0.99, 1.0])
