@@ -33,22 +33,44 @@ def nf4_oracle(source: Path, dtype: torch.dtype, *, experts: bool = False) -> Pr
             llm_int8_skip_modules=kept_plain_of(config),
         ),
     )
-    for path, module in list(model.named_modules()):
-        if isinstance(module, Linear4bit):
-            state = module.weight.quant_state
-            state.dtype = dtype
-            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            plain.weight.data = bnb.functional.dequantize_4bit(module.weight.data, state)
-            if module.bias is not None:
-                plain.bias.data = module.bias.data
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, plain)
+    decode_linears(model, dtype)
     if experts:
         _decode_experts(model, dtype)
     model.is_loaded_in_4bit = False  # PEFT is to see plain linears
     for parameter in model.parameters():  # not the buffers: rotary frequencies stay in fp32
         parameter.data = parameter.data.to(dtype)
     _scale_as_loaded(model, config, dtype)
+    return model.eval()
+
+
+def decode_linears(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """bitsandbytes' linears become plain ones that hold the decoded weights, or their own where
+    those are not quantised."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit):
+            state = getattr(module.weight, "quant_state", None)
+            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            if state is None:
+                plain.weight = nn.Parameter(module.weight.data)
+            else:
+                state.dtype = dtype
+                plain.weight.data = bnb.functional.dequantize_4bit(module.weight.data, state)
+            if module.bias is not None:
+                plain.bias.data = module.bias.data
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, plain)
+
+
+def ready_oracle(source: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A checkpoint in NF4 as transformers reads it, then plain linears of the decoded weights."""
+    config = AutoConfig.from_pretrained(source)
+    model = auto_class(config).from_pretrained(
+        source, dtype="auto", device_map={"": "cpu"}, attn_implementation="eager"
+    )
+    decode_linears(model, dtype)
+    model.is_loaded_in_4bit = False  # PEFT is to see plain linears
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     return model.eval()
 
 

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 import transformers
-from bitsandbytes.nn.modules import Linear4bit
 from huggingface_hub import (
     constants,
     get_hf_file_metadata,
@@ -19,22 +18,20 @@ from huggingface_hub import (
     snapshot_download,
     try_to_load_from_cache,
 )
-from torch import nn
 from transformers import (
     AutoConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME
 
 from fader_adapters.architecture import auto_class, model_class, uses_interface
 from fader_adapters.describe import kept_plain_of
 from fader_adapters.errors import BaseUnsupported, first_line
 from fader_adapters.kernels import native
-from fader_adapters.kernels.nf4 import check_width
 from fader_server.errors import ConfigInvalid, ModelUnsupported
 from fader_server.model.by_expert import packed_by_expert
+from fader_server.model.decoded import settle
 from fader_server.model.quantizer import Nf4Config, packed_stacks, read_packed_experts
 
 log = logging.getLogger(__name__)
@@ -221,21 +218,10 @@ def read_nf4(
     if quantize_experts and not any(True for _ in packed_stacks(model)):
         log.warning("%s has no experts that could be held in NF4", source)
     model.eval()
-    for path, module in model.named_modules():
-        if isinstance(module, Linear4bit):
-            # each holds the other: without this a weight would outlive its layer until some
-            # collection of garbage, and the base would be in memory twice
-            cast(Any, module.weight).module = None
-            own = getattr(module, "source_cls", nn.Linear)
-            if own not in (nn.Linear, Conv1D):
-                raise ModelUnsupported(
-                    f"{source}: {path} is a {own.__name__}, a linear with a forward of its own, "
-                    "which NF4 would replace"
-                )
-            try:
-                check_width(module.in_features)
-            except BaseUnsupported as error:
-                raise ModelUnsupported(f"{source}: {path}: {error}") from error
+    try:
+        settle(model)
+    except BaseUnsupported as error:
+        raise ModelUnsupported(f"{source}: {error}") from error
     return model
 
 

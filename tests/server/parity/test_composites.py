@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from fader_adapters.errors import AdapterMismatch
 from fader_adapters.weightspace import base as weightspace
 from fader_server.errors import ModelUnsupported
-from fader_server.model import checkpoint
 from fader_server.model.checkpoint import quantize, read_config
 from tests.server.parity.test_many_families import asks, equals_peft
 from tests.support.composites import COMPOSITES, ODD, write_composite
@@ -52,13 +51,6 @@ def test_quantised_composite_is_the_same_base(tmp_path: Path):
     odd = {item.path for item in opened.inside if item.in_features == ODD}
     assert odd
     assert not odd & opened.quantisable
-
-
-def test_odd_width_that_is_to_be_quantised_is_refused(tmp_path: Path, monkeypatch):
-    source = write_composite("gemma3", tmp_path / "base")
-    monkeypatch.setattr(checkpoint, "kept_plain_of", lambda config: None)
-    with pytest.raises(ModelUnsupported, match=f"vision_tower.*width {ODD} is not a multiple"):
-        TinyWorld(source)
 
 
 def test_attention_in_both_directions_is_refused_unless_only_pictures_have_it(tmp_path: Path):
