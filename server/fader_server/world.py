@@ -91,7 +91,9 @@ def open_world(
         "max_model_len": plan.max_model_len,
     }
     log.info("memory plan", extra={"fields": fields})
-    tokenizer = Tokenizer.load(source, max_model_len=plan.max_model_len)
+    tokenizer = Tokenizer.load(
+        source, max_model_len=plan.max_model_len, model_vocab_size=base.vocab_size
+    )
     log.info("calls of tools", extra={"fields": tokenizer.calls_told})
     arena = torch.empty(plan.arena // dtype.itemsize, dtype=dtype, device=device)
     tables = Tables(arena, len(base.installed.spec.linears))

@@ -37,8 +37,10 @@ class Tokenizer:
         *,
         max_model_len: int,
         eos_ids: Iterable[int] = (),
+        model_vocab_size: int | None = None,
     ) -> None:
-        """eos_ids: the generation config's, beside the tokenizer's. Raises ModelUnsupported."""
+        """eos_ids: the generation config's, beside the tokenizer's. model_vocab_size: ids that the
+        model has an embedding for; None: all. Raises ModelUnsupported."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, tokenizers.Tokenizer):
             raise ModelUnsupported(
@@ -58,11 +60,22 @@ class Tokenizer:
             if getattr(tokenizer, "chat_template", None)
             else None
         )
-        self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
-        """One more than the highest id; the model's logits may be wider."""
+        own_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = min(own_size, model_vocab_size or own_size)
+        """One more than the highest id that is a token's and the model takes; its logits may be
+        wider."""
+        self._strangers = self.vocab_size < own_size
+        """Whether a text may have tokens that the model does not take."""
 
     @classmethod
-    def load(cls, source: str, *, max_model_len: int, revision: str | None = None) -> "Tokenizer":
+    def load(
+        cls,
+        source: str,
+        *,
+        max_model_len: int,
+        model_vocab_size: int | None = None,
+        revision: str | None = None,
+    ) -> "Tokenizer":
         """From a folder or Hub id. No code of the source is ever run. Raises ModelUnsupported."""
         try:
             tokenizer = AutoTokenizer.from_pretrained(
@@ -75,7 +88,12 @@ class Tokenizer:
         if not getattr(tokenizer, "chat_template", None):
             tokenizer.chat_template = _processor_template(source, revision)
         eos_ids = _config_eos(source, revision)
-        return cls(tokenizer, max_model_len=max_model_len, eos_ids=eos_ids)
+        return cls(
+            tokenizer,
+            max_model_len=max_model_len,
+            eos_ids=eos_ids,
+            model_vocab_size=model_vocab_size,
+        )
 
     @property
     def has_chat_template(self) -> bool:
@@ -89,7 +107,8 @@ class Tokenizer:
         and ContextTooLong for a text too long to be worth encoding.
         """
         check_length(len(text), self._max_model_len, param="prompt")
-        return encode(self._backend, text, param="prompt", special=special)
+        ids = encode(self._backend, text, param="prompt", special=special)
+        return self._taken(ids, param="prompt")
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] = ()
@@ -100,7 +119,17 @@ class Tokenizer:
                 "this model has no chat template: use /v1/completions", param="messages"
             )
         check_length(characters(messages, tools), self._max_model_len, param="messages")
-        return self._chat.encode(messages, tools)
+        return self._taken(self._chat.encode(messages, tools), param="messages")
+
+    def _taken(self, ids: list[int], *, param: str) -> list[int]:
+        """The same ids. Raises RequestInvalid for one that the model has no embedding for."""
+        if self._strangers and (unknown := max(ids, default=0)) >= self.vocab_size:
+            raise RequestInvalid(
+                f"the text has {self.token_text(unknown)!r}, token {unknown} of the tokenizer; "
+                f"the model has embeddings only for tokens 0 to {self.vocab_size - 1}",
+                param=param,
+            )
+        return ids
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of all tokens, special ones left out: what a TextStream of them gives."""
