@@ -2,7 +2,8 @@
 split. Knows names and shapes; reads no tensors.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from fader_adapters.errors import AdapterInvalid, AdapterMismatch
@@ -71,7 +72,7 @@ def view_base(paths: Iterable[str], base: BaseSpec) -> View:
     """See the base as a model that has all these modules. Raises AdapterMismatch, and
     AdapterInvalid for names out of a wrapper."""
     paths = list(paths)
-    places = _places({path.rpartition(".")[2] for path in paths}, base)
+    places = _places(paths, base)
     places = places_of_experts(paths, places, base)
     moved = {path: there for path in paths for there in _moved(path, places)}
     found: dict[tuple[str, ...], View] = {}
@@ -110,14 +111,17 @@ def _moved(path: str, places: Mapping[str, Place]) -> Iterator[str]:
             return
 
 
-def _places(names: set[str], base: BaseSpec) -> dict[str, Place]:
+def _places(paths: Collection[str], base: BaseSpec) -> dict[str, Place]:
     """Modules by path: the base's own, but packed or split where the adapter's names say so."""
+    names = {_name(path) for path in paths}
+    others = _Others(paths, base)
     places = {linear.path: _whole(i, linear) for i, linear in enumerate(base.linears)}
     for i, linear in enumerate(base.linears):
         parent, dot, name = linear.path.rpartition(".")
         parts = PACKED.get(name, ())
         fits = linear.role == "linear" and len(linear.parts) == len(parts)
-        if fits and names.intersection(parts) and name not in names:
+        named = names.intersection(parts)
+        if fits and name not in names and any(others.mean(parent + dot + p) for p in named):
             del places[linear.path]
             at = 0
             for part, rows in zip(parts, linear.parts, strict=True):
@@ -126,17 +130,52 @@ def _places(names: set[str], base: BaseSpec) -> dict[str, Place]:
                 at += rows
     for packed, parts in PACKED.items():
         if packed in names and not names.intersection(parts):
-            _join(places, packed, parts, base)
+            _join(places, packed, parts, base, others)
     return places
 
 
-def _join(places: dict[str, Place], packed: str, parts: tuple[str, ...], base: BaseSpec) -> None:
+class _Others:
+    """Whether an adapter's names mean modules that the base has packed or split."""
+
+    def __init__(self, paths: Collection[str], base: BaseSpec) -> None:
+        self._own = {_name(linear.path) for linear in base.linears if linear.role == "linear"}
+        self._given = {_every_layer(path) for path in paths}
+
+    def mean(self, path: str) -> bool:
+        """Whether it is a module of the adapter's model; `path` in the base, by another's name.
+
+        Where the base has linears of that name elsewhere, the name may mean those alone: only
+        paths that the adapter has, in one layer at least, tell.
+        """
+        if _name(path) not in self._own:
+            return True
+        inside = _every_layer(path)
+        return any(
+            theirs + inside.removeprefix(ours) in self._given
+            for ours in _WRAPPERS
+            if inside.startswith(ours)
+            for theirs in _WRAPPERS
+        )
+
+
+def _name(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _every_layer(path: str) -> str:
+    """The same for all layers."""
+    return re.sub(r"\.\d+\.", ".*.", path)
+
+
+def _join(
+    places: dict[str, Place], packed: str, parts: tuple[str, ...], base: BaseSpec, others: _Others
+) -> None:
     """Put one module in the place of siblings that read the same input."""
     for i, linear in enumerate(base.linears):
         parent, dot, name = linear.path.rpartition(".")
         siblings = [base.index_of.get(parent + dot + part) for part in parts]
         path = parent + dot + packed
-        if name != parts[0] or path in base.index_of or None in siblings:
+        if name != parts[0] or path in base.index_of or None in siblings or not others.mean(path):
             continue
         indices = [index for index in siblings if index is not None]
         if any(base.linears[index].in_features != linear.in_features for index in indices):

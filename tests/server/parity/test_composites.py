@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from fader_adapters.weightspace import base as weightspace
 from fader_server.errors import ModelUnsupported
 from fader_server.model.checkpoint import quantize, read_config
 from tests.server.parity.test_many_families import asks, equals_peft
+from tests.server.parity.test_families import BOUND, check, difference
 from tests.support.composites import COMPOSITES, ODD, write_composite
+from tests.support.oracle import Oracle
 from tests.support.peft_adapters import write_adapter
 from tests.support.world import Ask, TinyWorld, greedy
 
@@ -96,6 +99,19 @@ def test_adapter_of_transformers_4_means_the_same_modules(name: str, tmp_path: P
     asks = [Ask(prompt, {adapter: 1.0}, greedy(4)) for adapter in given]
     new, other, old = world.run(asks)
     assert old == new != other
+
+
+def test_a_name_that_a_tower_has_split_means_the_text_decoder_as_in_peft(tmp_path: Path):
+    base = write_composite("glm4v", tmp_path / "base")
+    world = TinyWorld(base)
+    names = ["gate_up_proj", "o_proj"]
+    adapter = write_adapter(base, tmp_path / "text", rank=8, seed=1, target_modules=names)
+    world.load("text", adapter)
+    ask = Ask([17 * i % 500 for i in range(40)], {"text": 1.0}, greedy(4, prompt_logprobs=0))
+    (answer,) = world.run([ask])
+    oracle = Oracle(base, torch.float32, {"text": adapter})
+    check(oracle, [ask], [answer], BOUND[torch.float32])
+    assert difference(oracle, replace(ask, blend={}), answer, 1.0) > 10 * BOUND[torch.float32]
 
 
 def test_older_adapter_with_a_stranger_in_its_tower_is_refused(tmp_path: Path):
