@@ -14,8 +14,8 @@ from fader_adapters.errors import AdapterMismatch
 from fader_adapters.weightspace import base as weightspace
 from fader_server.errors import ModelUnsupported
 from fader_server.model.checkpoint import quantize, read_config
-from tests.server.parity.test_many_families import asks, equals_peft
 from tests.server.parity.test_families import BOUND, check, difference
+from tests.server.parity.test_many_families import asks, equals_peft
 from tests.support.composites import COMPOSITES, ODD, write_composite
 from tests.support.oracle import Oracle
 from tests.support.peft_adapters import write_adapter
