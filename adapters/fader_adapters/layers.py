@@ -25,6 +25,7 @@ from fader_adapters.kernels.backend import (
 )
 from fader_adapters.kernels.dense import DenseLinear, EmbeddingTable
 from fader_adapters.kernels.native.panels import PANEL
+from fader_adapters.packed_weight import PackedWeight
 from fader_adapters.spec import BaseSpec, Role, SiteSpec
 from fader_adapters.step_state import StepState
 
@@ -78,8 +79,9 @@ class Site:
 class SiteLinear(nn.Module):
     """Stands in the model where a linear stood: x [..., in] → [..., out]."""
 
-    def __init__(self, site: Site, member: int) -> None:
+    def __init__(self, site: Site, member: int, weight: PackedWeight | nn.Parameter) -> None:
         super().__init__()
+        self.weight = weight
         self.site = site
         self.member = member
         self.in_features = site.spec.in_features
@@ -95,9 +97,12 @@ class SiteLinear(nn.Module):
 class SiteHead(SiteLinear):
     """Stands where the output head stood, and keeps its weight: tied stays tied."""
 
+    weight: nn.Parameter
+
     def __init__(self, site: Site, head: nn.Linear) -> None:
-        super().__init__(site, 0)
-        self.weight, self.bias = head.weight, head.bias
+        assert isinstance(head.weight, nn.Parameter)
+        super().__init__(site, 0, head.weight)
+        self.bias = head.bias
 
 
 class SiteEmbedding(nn.Module):
@@ -177,6 +182,7 @@ def install(model: PreTrainedModel, backend: Backend, *, name: str = "") -> Inst
     spec = describe(model, name=name)
     spec = _adaptable(model, spec, backend)
     found = list(linears(model))
+    own = _own_dtype(model)
     state = StepState()
     sites: list[Site] = []
     for members in _groups(found):
@@ -191,8 +197,10 @@ def install(model: PreTrainedModel, backend: Backend, *, name: str = "") -> Inst
         site = Site(site_spec, backend.bind(site_spec, base), state)
         sites.append(site)
         for place, index in enumerate(members):
-            path, _ = found[index]
-            _put(model, path, SiteLinear(site, place))
+            path, module = found[index]
+            assert isinstance(module.weight, nn.Parameter)
+            weight = PackedWeight(base.plain_dtype or own, module.weight.device)
+            _put(model, path, SiteLinear(site, place, weight))
             found[index] = (path, nn.Identity())  # lets go of the original weight
     head = table = None
     for index, item in enumerate(spec.linears):
@@ -210,6 +218,12 @@ def install(model: PreTrainedModel, backend: Backend, *, name: str = "") -> Inst
     if isinstance(backend, StackBackend):
         stacks = install_mixtures(model, spec, backend, state)
     return Installed(spec, tuple(sites), state, head, table, stacks)
+
+
+def _own_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Of the activations, which is that of the embeddings."""
+    table = getattr(model.get_input_embeddings(), "weight", None)
+    return table.dtype if isinstance(table, torch.Tensor) else model.dtype
 
 
 def _adaptable(model: PreTrainedModel, spec: BaseSpec, backend: Backend) -> BaseSpec:

@@ -68,6 +68,7 @@ def test_the_rehearsal_leaves_the_model_as_the_engine_runs_it(llama: Path):
         ("zaya", {"num_experts_per_tok": 1}, "v_proj_delayed is given 1 of a step's 11 tokens"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "1 of 2 layers attend"),
         ("bloom", {}, "does not go through transformers' AttentionInterface"),
+        ("glm_moe_dsa", {**MOE, **LATENT}, "index_topk is set"),
     ],
 )
 def test_families_that_would_answer_wrongly_together_run_alone_and_say_why(
@@ -90,8 +91,6 @@ def test_families_that_would_answer_wrongly_together_run_alone_and_say_why(
     [
         ("bert", {}, "is not causal; a token's logits depend on those behind it"),
         ("roberta", {"is_decoder": True}, "nor does it give in pieces what it gives at once"),
-        ("hunyuan_v1_moe", {**MOE, "moe_topk": 2}, "reads a linear's weight by itself"),
-        ("glm_moe_dsa", {**MOE, **LATENT}, "index_topk is set"),
         ("mamba", {}, "the model reads a linear's weight by itself"),
     ],
 )

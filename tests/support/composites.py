@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from fader_adapters.architecture import auto_class
 from tests.support.families import COMMON
+from tests.support.many_families import LATENT
 
 ODD = 264
 """Width of the towers' MLPs: no multiple of NF4's 64, as the published ones' 4304 is none."""
@@ -113,6 +114,7 @@ TEXTS: dict[str, dict[str, Any]] = {
     "llava_next": {},
     "llava_onevision": {},
     "mistral3": {},
+    "mistral_large4": {**LATENT, **EXPERTS, "index_topk": 512},
     "mllama": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
     "paddleocr_vl": SPACE,
     "qwen2_audio": {},

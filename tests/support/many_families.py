@@ -112,6 +112,7 @@ MANY: dict[str, tuple[str, Mapping[str, Any]]] = {
     "granite-moe-swa": ("granitemoe_swa", {**MOE, **SLIDING}),
     "granite-swa": ("granite_swa", SLIDING),
     "hunyuan": ("hunyuan_v1_dense", {}),
+    "hunyuan-moe": ("hunyuan_v1_moe", {**MOE, "moe_topk": 2}),
     "mimo-v2-flash": ("mimo_v2_flash", {**MOE, **SLIDING}),
     "minicpm3": ("minicpm3", LATENT),
     "mixtral": ("mixtral", {**MOE, "sliding_window": WINDOW}),

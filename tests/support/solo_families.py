@@ -19,17 +19,24 @@ KEYED = {
     "linear_head_dim": 32,
 }
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16}
+INDEXED = {**MOE, **LATENT, "index_topk": 32, "index_head_dim": 32, "index_n_heads": 32}
+"""Attention to the keys that an indexer chooses, fewer than the tests' prompts have; with so many
+heads it holds no two for equal."""
 STATE_SPACE = {"layer_types": ["mamba", "attention"], **MAMBA2, "shared_intermediate_size": 192}
 
 SOLO: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "axk2": ("axk2", INDEXED),
     "bamba": ("bamba", {"attn_layer_indices": [1], **MAMBA2, "mamba_n_groups": 1}),
     "bloom": ("bloom", {}),
     "codegen": ("codegen", {"n_embd": 128, "n_head": 4, "n_layer": 2, "rotary_dim": 16}),
+    "deepseek-v3.2": ("deepseek_v32", INDEXED),
     "diffllama": ("diffllama", {}),
     "falcon-h1": ("falcon_h1", {**MAMBA2, "mamba_d_ssm": 256, "mamba_n_groups": 1}),
+    "glm-moe-dsa": ("glm_moe_dsa", INDEXED),
     "gpt-j": ("gptj", {"n_embd": 128, "n_head": 4, "n_layer": 2, "rotary_dim": 16}),
     "granite-hybrid": ("granitemoehybrid", {**STATE_SPACE, "num_local_experts": 0}),
     "granite-hybrid-moe": ("granitemoehybrid", {**STATE_SPACE, **MOE}),
+    "hy-v4": ("hy_v4", INDEXED),
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], "block_ff_dim": 192}),
     "lfm2-moe": (
         "lfm2_moe",

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from fader_adapters.errors import first_line
 from fader_adapters.layers import SiteHead, SiteLinear
+from fader_adapters.packed_weight import WeightRead
 from fader_server.errors import ModelUnsupported
 from fader_server.model import attention
 from fader_server.model.callers import Callers, Heard
@@ -203,6 +204,6 @@ def _as(model: PreTrainedModel, implementation: str) -> Iterator[None]:
 
 def reason(error: Exception) -> str:
     line = first_line(error)
-    if f"'{SiteLinear.__name__}' object has no attribute" in line:
+    if isinstance(error, WeightRead):
         return f"the model reads a linear's weight by itself ({line}), and Fader keeps it packed"
     return line
