@@ -99,6 +99,12 @@ def kept_plain_of(config: PretrainedConfig) -> list[str] | None:
         return kept_plain(auto_class(config).from_config(deepcopy(config)))
 
 
+def activation_dtype(model: PreTrainedModel) -> torch.dtype:
+    """What its embeddings give; some of its parameters may be of another."""
+    table = getattr(model.get_input_embeddings(), "weight", None)
+    return table.dtype if isinstance(table, torch.Tensor) else model.dtype
+
+
 def plain_head(model: PreTrainedModel) -> nn.Linear | None:
     """The output head, unless it is quantised or something else than a linear."""
     head = model.get_output_embeddings()

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fader_adapters.describe import describe, linears
+from fader_adapters.describe import activation_dtype, describe, linears
 from fader_adapters.errors import BaseUnsupported
 from fader_adapters.expert_layers import Stack, install_mixtures
 from fader_adapters.expert_proofs import unproven
@@ -182,7 +182,7 @@ def install(model: PreTrainedModel, backend: Backend, *, name: str = "") -> Inst
     spec = describe(model, name=name)
     spec = _adaptable(model, spec, backend)
     found = list(linears(model))
-    own = _own_dtype(model)
+    own = activation_dtype(model)
     state = StepState()
     sites: list[Site] = []
     for members in _groups(found):
@@ -218,12 +218,6 @@ def install(model: PreTrainedModel, backend: Backend, *, name: str = "") -> Inst
     if isinstance(backend, StackBackend):
         stacks = install_mixtures(model, spec, backend, state)
     return Installed(spec, tuple(sites), state, head, table, stacks)
-
-
-def _own_dtype(model: PreTrainedModel) -> torch.dtype:
-    """Of the activations, which is that of the embeddings."""
-    table = getattr(model.get_input_embeddings(), "weight", None)
-    return table.dtype if isinstance(table, torch.Tensor) else model.dtype
 
 
 def _adaptable(model: PreTrainedModel, spec: BaseSpec, backend: Backend) -> BaseSpec:

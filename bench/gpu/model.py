@@ -17,6 +17,7 @@ from fader_adapters.kernels.cuda.backend import CudaBackend
 from fader_adapters.kernels.dense import DenseLinear
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.layers import Installed, Site, SiteHead, SiteLinear
+from fader_adapters.packed_weight import PackedWeight
 from fader_adapters.spec import RowTerms, SiteSpec, StepTerms
 from fader_adapters.step_state import StepState
 from fader_server.core import Plan, PlanRow, Request, SamplingParams
@@ -182,7 +183,8 @@ def random_base(rig: Rig, shape: Shape) -> LoadedBase:
             site = Site(site_spec, backend.bind(site_spec, base), state)
             sites.append(site)
             for i, name in enumerate(names):
-                setattr(module, name, SiteLinear(site, i))
+                weight = PackedWeight(rig.dtype, rig.device)
+                setattr(module, name, SiteLinear(site, i, weight))
     layers = {
         model.get_submodule(f"model.layers.{i}.self_attn"): LayerShape(
             shape.kv_heads, shape.dim, shape.dim

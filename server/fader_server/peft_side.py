@@ -19,13 +19,13 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from fader_adapters.architecture import auto_class
 from fader_adapters.describe import kept_plain_of
-from fader_adapters.embed_scale import round_embed_scales
 from fader_adapters.errors import first_line
 from fader_adapters.kernels.nf4 import BLOCK
 from fader_adapters.stacks import absmax_of, in_nf4, stack_names
 from fader_adapters.stacks import experts as mixtures
 from fader_server.errors import ConfigInvalid
 from fader_server.model.checkpoint import read_nf4
+from fader_server.model.precision import cast_base
 
 
 def require_peft() -> ModuleType:
@@ -68,9 +68,7 @@ def nf4_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
                 _decode(experts, name, dtype)
     # PEFT is to see plain linears
     model.is_loaded_in_4bit = False  # pyright: ignore[reportArgumentType]
-    for parameter in model.parameters():  # not the buffers: rotary frequencies stay in fp32
-        parameter.data = parameter.data.to(dtype)
-    round_embed_scales(model, dtype)
+    cast_base(model, dtype)
     return model.eval()
 
 

@@ -5,6 +5,7 @@ import torch
 import transformers
 from torch import nn
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearRMSNormGated
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNormGated
 from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
@@ -23,8 +24,15 @@ def test_every_norm_of_a_family_is_replaced(family, dtype):
         if "norm" in name:
             nn.init.normal_(parameter, 0.9, 0.2)
     norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
-    assert replace_norms(model) == len(norms) > 0
+    assert replace_norms(model, dtype=dtype) == len(norms) > 0
     assert sum(isinstance(m, NativeNorm) for m in model.modules()) == len(norms)
+
+
+def test_norms_that_are_kept_in_fp32_beside_bf16_stay():
+    plain, gated = LlamaRMSNorm(64, eps=1e-5), Qwen3_5RMSNormGated(64, eps=1e-5)
+    for dtype, count in ((torch.bfloat16, 0), (torch.float32, 1)):
+        assert replace_norms(nn.Sequential(plain), dtype=dtype) == count
+        assert replace_gated_norms(nn.Sequential(gated), dtype=dtype) == count
 
 
 class OddRMSNorm(nn.Module):
@@ -41,7 +49,7 @@ class OddRMSNorm(nn.Module):
 
 def test_a_norm_that_computes_something_else_stays():
     model = nn.Sequential(OddRMSNorm(), nn.LayerNorm(64))
-    assert replace_norms(model) == 0
+    assert replace_norms(model, dtype=torch.float32) == 0
     assert isinstance(model[0], OddRMSNorm)
 
 
@@ -58,7 +66,7 @@ def test_gated_norms_are_replaced_by_the_form_that_they_have(family, dtype):
     model = nn.Sequential(norm)
     x, gate = torch.randn(5, 64).to(dtype), torch.randn(5, 64).to(dtype)
     expected = norm(x, gate)
-    assert replace_gated_norms(model) == 1
+    assert replace_gated_norms(model, dtype=dtype) == 1
     found = model[0](x, gate)
     assert found.dtype == dtype
     torch.testing.assert_close(found, expected, rtol=GATED * TOLERANCE[dtype], atol=1e-6)
@@ -77,5 +85,5 @@ class OddRMSNormGated(nn.Module):
 
 def test_a_gated_norm_that_computes_something_else_stays():
     model = nn.Sequential(OddRMSNormGated())
-    assert replace_gated_norms(model) == 0
+    assert replace_gated_norms(model, dtype=torch.float32) == 0
     assert isinstance(model[0], OddRMSNormGated)

@@ -37,10 +37,21 @@ def nf4_oracle(source: Path, dtype: torch.dtype, *, experts: bool = False) -> Pr
     if experts:
         _decode_experts(model, dtype)
     model.is_loaded_in_4bit = False  # PEFT is to see plain linears
-    for parameter in model.parameters():  # not the buffers: rotary frequencies stay in fp32
-        parameter.data = parameter.data.to(dtype)
+    kept = _kept_in_fp32(source, config, dtype)
+    for path, parameter in model.named_parameters():  # no buffers: rotary frequencies stay in fp32
+        parameter.data = parameter.data.to(torch.float32 if path in kept else dtype)
     _scale_as_loaded(model, config, dtype)
     return model.eval()
+
+
+def _kept_in_fp32(source: Path, config: PretrainedConfig, dtype: torch.dtype) -> set[str]:
+    """What of a model that is loaded in `dtype` transformers keeps in fp32; linears that are NF4
+    here are of `dtype` whatever it does with them."""
+    if dtype == torch.float32:
+        return set()
+    like = auto_class(config).from_pretrained(source, dtype=dtype)
+    linears = {f"{path}.weight" for path, m in like.named_modules() if type(m) is nn.Linear}
+    return {path for path, p in like.named_parameters() if p.dtype == torch.float32} - linears
 
 
 def decode_linears(model: PreTrainedModel, dtype: torch.dtype) -> None:

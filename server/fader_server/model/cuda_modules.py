@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fader_adapters.describe import activation_dtype
 from fader_adapters.kernels.cuda.norm import rms_norm
 from fader_adapters.kernels.cuda.norm_configs import MAX_WIDTH, Form
 from fader_adapters.kernels.cuda.pointwise import gated, rotary
@@ -88,13 +89,14 @@ class CudaRotary:
 
 def use_cuda(model: PreTrainedModel) -> None:
     """Put them where they stand in for the model's own; which norms stay is told once."""
+    dtype, device = activation_dtype(model), model.device
     kept: set[str] = set()
 
     def norm(module: nn.Module) -> CudaNorm | None:
         kind = type(module).__name__
         if not kind.endswith("RMSNorm"):
             return None
-        found = _norm(module)
+        found = _norm(module, dtype)
         if found is None:
             kept.add(kind)
         return found
@@ -105,7 +107,6 @@ def use_cuda(model: PreTrainedModel) -> None:
             "norms whose values the kernel does not give run as the model has them, slower: %s",
             ", ".join(sorted(kept)),
         )
-    dtype, device = model.dtype, model.device
     replace_modules(model, lambda m: _gate(m, dtype=dtype, device=device))
     found: dict[Rotary, CudaRotary | None] = {}
     for module in model.modules():
@@ -119,13 +120,14 @@ def use_cuda(model: PreTrainedModel) -> None:
             _rebind(module, stand_in)
 
 
-def _norm(module: nn.Module) -> CudaNorm | None:
-    """As with the native norms, the module's own output on a random input decides on the form."""
+def _norm(module: nn.Module, dtype: torch.dtype) -> CudaNorm | None:
+    """As with the native norms, the module's own output on a random input decides on the form, and
+    one whose weight is of another dtype than the activations stays."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not isinstance(eps, float):
         return None
-    if weight.dtype not in TOLERANCE or weight.shape[0] > MAX_WIDTH:
+    if weight.dtype not in TOLERANCE or weight.dtype != dtype or weight.shape[0] > MAX_WIDTH:
         return None
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, weight.shape[0], generator=generator).mul_(3.0).to(weight)

@@ -6,10 +6,8 @@ Knows module trees; knows nothing of files, requests or adapters.
 from dataclasses import replace
 
 import torch
-from bitsandbytes.nn.modules import Params4bit
 from transformers import PreTrainedModel
 
-from fader_adapters.embed_scale import round_embed_scales
 from fader_adapters.errors import BaseUnsupported
 from fader_adapters.kernels.backend import Backend, StackBackend
 from fader_adapters.kernels.cpu import NativeBackend
@@ -26,6 +24,7 @@ from fader_server.model.head import replace_ends
 from fader_server.model.identity import Identity
 from fader_server.model.loaded import LoadedBase
 from fader_server.model.norm import replace_gated_norms, replace_norms
+from fader_server.model.precision import cast_base
 from fader_server.model.quantizer import packed_stacks
 from fader_server.model.recording import make_opaque
 from fader_server.model.rehearsal import rehearse
@@ -63,10 +62,7 @@ def load_base(
         with quiet_libraries():
             model.set_attn_implementation(attention.NAME)
     identity = Identity(model)  # before anything is repacked or let go of
-    for parameter in model.parameters():
-        if not isinstance(parameter, Params4bit) and parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    round_embed_scales(model, dtype)
+    cast_base(model, dtype)
     try:
         installed = install(model, backend, name=source)
     except BaseUnsupported as error:
@@ -130,8 +126,8 @@ def _use_native(
     """Put native modules where they give what the model's own give."""
     tape = backend.tape
     installed.state.recorder = tape
-    replace_norms(model, tape)
-    replace_gated_norms(model, tape)
+    replace_norms(model, dtype=dtype, tape=tape)
+    replace_gated_norms(model, dtype=dtype, tape=tape)
     replace_activations(model, dtype=dtype, tape=tape)
     for module in model.modules():
         if "RotaryEmbedding" in type(module).__name__:

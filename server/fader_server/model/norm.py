@@ -61,22 +61,35 @@ class NativeGatedNorm(nn.Module):
         return y.view(x.shape)
 
 
-def replace_gated_norms(model: nn.Module, tape: Tape | None = None) -> int:
-    """Replace every gated RMS norm that one of the kernel's forms reproduces; returns how many."""
-    return replace_modules(
-        model, lambda m: _gated(m, tape) if type(m).__name__.endswith("RMSNormGated") else None
-    )
+def replace_gated_norms(model: nn.Module, *, dtype: torch.dtype, tape: Tape | None = None) -> int:
+    """Replace every gated RMS norm that one of the kernel's forms reproduces; returns how many.
+
+    `dtype`: of the activations; a norm whose weight is of another stays.
+    """
+    return _replace(model, "RMSNormGated", dtype, lambda m: _gated(m, tape))
 
 
-def replace_norms(model: nn.Module, tape: Tape | None = None) -> int:
+def replace_norms(model: nn.Module, *, dtype: torch.dtype, tape: Tape | None = None) -> int:
     """Replace every RMS norm that one of the kernel's forms reproduces; returns how many.
 
     What a norm computes is found by asking it, not by its name: its own output on a random input
-    decides, and one that neither form reproduces stays.
+    decides, and one that neither form reproduces stays, as one whose weight is of another dtype
+    than the activations.
     """
-    return replace_modules(
-        model, lambda m: _native(m, tape) if type(m).__name__.endswith("RMSNorm") else None
-    )
+    return _replace(model, "RMSNorm", dtype, lambda m: _native(m, tape))
+
+
+def _replace(
+    model: nn.Module,
+    name: str,
+    dtype: torch.dtype,
+    stand_in: Callable[[nn.Module], nn.Module | None],
+) -> int:
+    def of_dtype(module: nn.Module) -> nn.Module | None:
+        other = getattr(getattr(module, "weight", None), "dtype", None) != dtype
+        return None if other or not type(module).__name__.endswith(name) else stand_in(module)
+
+    return replace_modules(model, of_dtype)
 
 
 def replace_modules(model: nn.Module, stand_in: Callable[[nn.Module], nn.Module | None]) -> int:
