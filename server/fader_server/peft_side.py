@@ -15,7 +15,7 @@ import torch
 from bitsandbytes import functional
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import nn
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from fader_adapters.architecture import auto_class
 from fader_adapters.describe import kept_plain_of
@@ -24,7 +24,7 @@ from fader_adapters.kernels.nf4 import BLOCK
 from fader_adapters.stacks import absmax_of, in_nf4, stack_names
 from fader_adapters.stacks import experts as mixtures
 from fader_server.errors import ConfigInvalid
-from fader_server.model.checkpoint import read_nf4
+from fader_server.model.checkpoint import NO_ADAPTER, read_config, read_nf4
 from fader_server.model.precision import cast_base
 
 
@@ -41,7 +41,7 @@ def require_peft() -> ModuleType:
 
 def nf4_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
     """The base quantised by bitsandbytes, then plain linears that hold the decoded weights."""
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config = read_config(source)
     if getattr(config, "quantization_config", None) is not None:
         model = read_nf4(source, config, device=torch.device("cpu"), attn_implementation="eager")
     else:
@@ -50,6 +50,7 @@ def nf4_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
             attn_implementation="eager",
             device_map={"": "cpu"},
             dtype="auto",
+            adapter_kwargs=NO_ADAPTER,
             quantization_config=BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",

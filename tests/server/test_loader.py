@@ -12,14 +12,17 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from fader_adapters.kernels.backend import choose
+from fader_adapters.weightspace.base import open_base
 from fader_server import demo
 from fader_server.errors import ConfigInvalid, ModelUnsupported
 from fader_server.model import checkpoint
 from fader_server.model.checkpoint import quantize, read_config
 from fader_server.model.loaded import LoadedBase
 from fader_server.model.loader import load_base
+from fader_server.peft_side import nf4_model
 from tests.support.families import CONFIGS, write_family
 from tests.support.oracle import nf4_oracle
+from tests.support.peft_adapters import write_adapter
 
 CPU = torch.device("cpu")
 ROPE = {"rope_type": "default", "rope_theta": 12345.0}
@@ -169,6 +172,15 @@ def _edited(source: Path, target: Path, **changes: object) -> Path:
         ({"model_type": "novel", "auto_map": {"AutoConfig": "code.Novel"}}, "remote code"),
         ({"model_type": "never-heard-of"}, "never-heard-of"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"quantization_config": {"bits": 4}}, "a method that its config does not name"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+            "quantised with bitsandbytes, in 8-bit",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "novel", "rope_theta": 1e4}},
+            r"rope_type in rope_parameters \(rope_scaling\) is 'novel', of no known kind",
+        ),
         (
             {
                 "quantization_config": {
@@ -185,6 +197,28 @@ def test_what_cannot_be_served_is_refused_in_one_line(llama, tmp_path, changes, 
     with pytest.raises(ModelUnsupported, match=reason) as caught:
         _load(_edited(llama, tmp_path / "edited", **changes))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["_attn_implementation", "attn_implementation"])
+def test_an_attention_that_is_not_installed_may_be_named_in_the_config(llama, tmp_path, name):
+    named = _edited(llama, tmp_path / "named", **{name: "flash_attention_2"})
+    with pytest.raises(ImportError, match="FlashAttention2"):
+        transformers.AutoModelForCausalLM.from_pretrained(named)
+    assert _identity(named) == _identity(llama)
+    assert open_base(named).spec.fingerprint == open_base(llama).spec.fingerprint
+
+
+def test_an_adapter_beside_a_bases_weights_is_left_out(llama, tmp_path):
+    beside = Path(shutil.copytree(llama, tmp_path / "base"))
+    adapter = write_adapter(llama, tmp_path / "adapter", rank=4, seed=1)
+    for file in adapter.iterdir():
+        shutil.copy(file, beside)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(beside)
+    assert any("lora" in name for name, _ in theirs.named_modules())
+    assert _identity(beside) == _identity(llama)
+    assert not any(
+        "lora" in name for name, _ in nf4_model(str(beside), torch.float32).named_modules()
+    )
 
 
 def _save(config: transformers.PretrainedConfig, auto: type, target: Path) -> Path:

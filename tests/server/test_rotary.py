@@ -1,7 +1,7 @@
 """How long a base's sequences may be, told by its rotary embeddings."""
 
 import pytest
-from transformers import LlamaConfig, Qwen2Config
+from transformers import GPT2Config, LlamaConfig, MptConfig, Qwen2Config
 
 from fader_server.model.rotary import longest
 
@@ -13,6 +13,11 @@ def test_yarn_that_was_written_into_a_config_stretches_its_positions():
     assert longest(config, "base") == 512
     already = Qwen2Config(max_position_embeddings=1024, rope_scaling=YARN)
     assert longest(already, "base") == 1024
+
+
+def test_a_config_that_has_another_name_for_its_positions_is_understood():
+    assert longest(MptConfig(max_seq_len=300), "base") == 300
+    assert longest(GPT2Config(n_positions=77), "base") == 77
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """Tokenizer and TextStream: prompts, limits, names of tokens, offsets, and other threads."""
 
+import importlib.util
 import json
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 
 import pytest
 from tokenizers.processors import TemplateProcessing
@@ -109,8 +112,27 @@ def test_ends_come_from_the_generation_config_and_the_tokenizer(tmp_path):
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
-    with pytest.raises(ModelUnsupported, match="cannot load the tokenizer"):
+    with pytest.raises(ModelUnsupported, match=r"cannot load the tokenizer of .*: there is none"):
         Tokenizer.load(str(tmp_path), max_model_len=64)
+
+
+def test_a_folder_with_a_sentencepiece_model_alone_says_what_is_missing(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"a model")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+
+    def refusal() -> str:
+        with pytest.raises(ModelUnsupported) as caught:
+            Tokenizer.load(str(tmp_path), max_model_len=64)
+        return str(caught.value)
+
+    def found(name: str) -> object:
+        return None if name == "sentencepiece" else find_spec(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", found)
+    lacking = "a tokenizer.model and no tokenizer.json; .* install sentencepiece"
+    assert re.search(lacking, refusal())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert "install sentencepiece" not in refusal()
 
 
 @pytest.mark.parametrize(

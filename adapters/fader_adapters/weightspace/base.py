@@ -220,6 +220,7 @@ def _skeleton(directory: Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if getattr(config, "quantization_config", None) is not None:
             delattr(config, "quantization_config")
+        config._attn_implementation = None  # no model runs; the one named need not be installed
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return auto_class(config).from_config(config, trust_remote_code=False)

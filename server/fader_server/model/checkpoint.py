@@ -33,6 +33,7 @@ from fader_server.errors import ConfigInvalid, ModelUnsupported
 from fader_server.model.by_expert import packed_by_expert
 from fader_server.model.decoded import settle
 from fader_server.model.quantizer import Nf4Config, packed_stacks, read_packed_experts
+from fader_server.model.rotary import unknown_rope
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,9 @@ _TWICE = "consolidated*"
 
 _PROCESSOR = ("*processor_config.json", "chat_template.json")
 """What models that also see or hear have beside a tokenizer, their chat template among it."""
+
+NO_ADAPTER = {"subfolder": ".none"}
+"""Where transformers looks for an adapter that it would put into the model it reads."""
 
 _OTHER_ATTENTION = (
     "attention_chunk_size",
@@ -77,6 +81,7 @@ def read_config(source: str) -> PretrainedConfig:
     except BaseUnsupported as error:
         raise ModelUnsupported(f"{source}: {error}") from error
     _check_quantization(source, config)
+    config._attn_implementation = None  # Fader's is set later; the one named need not be installed
     return config
 
 
@@ -146,9 +151,11 @@ def _check_quantization(source: str, config: PretrainedConfig) -> None:
     if given is None:
         return
     facts: dict[str, Any] = given if isinstance(given, dict) else given.to_dict()
-    if facts.get("quant_method") != "bitsandbytes" or not facts.get("load_in_4bit"):
+    method = facts.get("quant_method") or "a method that its config does not name"
+    if method != "bitsandbytes" or not facts.get("load_in_4bit"):
+        eight = ", in 8-bit" if facts.get("load_in_8bit") else ""
         raise ModelUnsupported(
-            f"{source}: quantised with {facts.get('quant_method')}; "
+            f"{source}: quantised with {method}{eight}; "
             "Fader reads bitsandbytes NF4 or unquantised checkpoints"
         )
     if facts.get("bnb_4bit_quant_type") != "nf4":
@@ -201,6 +208,7 @@ def read_nf4(
                 quantization_config=None if ready else nf4,
                 trust_remote_code=False,
                 use_safetensors=True,
+                adapter_kwargs=NO_ADAPTER,
             )
     except torch.OutOfMemoryError as error:
         raise ConfigInvalid(
@@ -208,7 +216,8 @@ def read_nf4(
             "Use a smaller base, a device with more memory or --device cpu"
         ) from error
     except Exception as error:  # whatever a checkpoint on disk can cause ends as one line
-        raise ModelUnsupported(f"{source}: cannot be loaded: {first_line(error)}") from error
+        why = unknown_rope(config) if isinstance(error, KeyError) else ""
+        raise ModelUnsupported(f"{source}: cannot be loaded: {why or first_line(error)}") from error
     model, told = cast("tuple[PreTrainedModel, dict[str, Any]]", read)
     missing = sorted({*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])})
     if missing:  # transformers would go on with random numbers in their place

@@ -4,11 +4,14 @@ import logging
 from typing import Any
 
 from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 log = logging.getLogger(__name__)
 
 DEFAULT = 2048
 """Positions of a config that tells none."""
+_LENGTHS = ("max_position_embeddings", "max_seq_len")
+"""What configs call their number of positions."""
 
 
 def longest(text: PretrainedConfig, source: str) -> int:
@@ -19,7 +22,8 @@ def longest(text: PretrainedConfig, source: str) -> int:
     yarn reach their factor times the original length, also where only they were written into the
     config, as the cards of Qwen tell.
     """
-    positions = max(int(getattr(text, "max_position_embeddings", None) or DEFAULT), _yarn(text))
+    told = (getattr(text, name, None) for name in _LENGTHS)
+    positions = max(int(next(filter(None, told), DEFAULT)), _yarn(text))
     original = min((_original(rope, text) or positions for rope in _longropes(text)), default=0)
     if not 0 < original < positions:
         return positions
@@ -30,6 +34,17 @@ def longest(text: PretrainedConfig, source: str) -> int:
         positions,
     )
     return original
+
+
+def unknown_rope(config: PretrainedConfig) -> str:
+    """What is wrong with a config whose rotary embeddings transformers does not have; or empty."""
+    text = config.get_text_config(decoder=True)
+    given = getattr(text, "rope_parameters", None) or {}
+    for kind in (given, *given.values()):
+        name = kind.get("rope_type") if isinstance(kind, dict) else None
+        if name not in (None, "default", *ROPE_INIT_FUNCTIONS):
+            return f"rope_type in rope_parameters (rope_scaling) is {name!r}, of no known kind"
+    return ""
 
 
 def _yarn(text: PretrainedConfig) -> int:

@@ -1,21 +1,18 @@
 """The base's tokenizer as the server uses it. Adapters' own files have no say."""
 
-import contextlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fader_adapters.errors import first_line
 from fader_server.errors import ModelUnsupported, RequestInvalid
 from fader_server.text.chat import ChatEncoder, characters
 from fader_server.text.detokenizer import Detokenizer
 from fader_server.text.encoding import check_length, encode
+from fader_server.text.files import config_eos, processor_template, what_is_missing
 from fader_server.text.pieces import Pieces
 from fader_server.text.shape import Shape
 from fader_server.text.stream import TextStream
@@ -83,11 +80,12 @@ class Tokenizer:
             )
         except Exception as error:  # whatever a file on disk can cause; the library raises no less
             raise ModelUnsupported(
-                f"cannot load the tokenizer of {source}: {first_line(error)}"
+                f"cannot load the tokenizer of {source}: "
+                f"{what_is_missing(source, revision) or first_line(error)}"
             ) from error
         if not getattr(tokenizer, "chat_template", None):
-            tokenizer.chat_template = _processor_template(source, revision)
-        eos_ids = _config_eos(source, revision)
+            tokenizer.chat_template = processor_template(source, revision)
+        eos_ids = config_eos(source, revision)
         return cls(
             tokenizer,
             max_model_len=max_model_len,
@@ -205,32 +203,3 @@ class Tokenizer:
         from fader_server.text.vocabulary import read_vocabulary
 
         return Guides(partial(read_vocabulary, self._pieces, self.vocab_size, self.eos_ids))
-
-
-def _processor_template(source: str, revision: str | None) -> str | None:
-    """The template that models which also see or hear keep with their processor."""
-    for name in ("chat_template.json", "processor_config.json"):
-        with contextlib.suppress(OSError, ValueError):
-            file = cached_file(
-                source, name, revision=revision, _raise_exceptions_for_missing_entries=False
-            )
-            facts = json.loads(Path(file).read_text()) if file else None
-            found = facts.get("chat_template") if isinstance(facts, dict) else None
-            if isinstance(found, str):
-                return found
-    return None
-
-
-def _config_eos(source: str, revision: str | None) -> list[int]:
-    """End tokens of generation_config.json, else of config.json."""
-    found: object = None
-    try:
-        config = GenerationConfig.from_pretrained(source, revision=revision or "main")
-        found = config.eos_token_id
-    except OSError:
-        with contextlib.suppress(OSError):
-            found = PreTrainedConfig.get_config_dict(source, revision=revision)[0].get(
-                "eos_token_id"
-            )
-    ids = found if isinstance(found, list) else [found]
-    return [token for token in ids if isinstance(token, int)]
