@@ -14,6 +14,7 @@ from fader_server.model.rehearsal import rehearse
 from tests.support.families import write_family
 from tests.support.many_families import LATENT, MANY, MOE, write_many
 
+JAMBA = {"num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1}
 CPU = torch.device("cpu")
 
 
@@ -92,6 +93,7 @@ def test_families_that_would_answer_wrongly_together_run_alone_and_say_why(
         ("bert", {}, "is not causal; a token's logits depend on those behind it"),
         ("roberta", {"is_decoder": True}, "nor does it give in pieces what it gives at once"),
         ("mamba", {}, "the model reads a linear's weight by itself"),
+        ("jamba", JAMBA, "the model reads a linear's weight by itself .*'bias'"),
     ],
 )
 def test_families_that_would_answer_wrongly_are_refused_by_name(
