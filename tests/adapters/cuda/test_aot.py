@@ -130,6 +130,7 @@ def test_a_table_that_is_followed_turn_by_turn_is_seen(compiled: Compile, arch: 
     assert ["followed" in line for line in shallow(found)] == [True]
 
 
+@each_when_slow
 def test_loops_through_tables_copy_ahead(compiled: Compile, arch: int) -> None:
     modules = [name for name in aot.config_modules() if name.endswith(FOLLOWING)]
     found = compiled(tuple(modules), arch, pick="kernels")
@@ -155,6 +156,7 @@ def test_the_decode_loop_keeps_to_its_budget_and_never_waits(compiled: Compile, 
     assert waiting_loads(found) == []
 
 
+@each_when_slow
 def test_all_tiles_of_an_architecture_use_one_matrix_instruction(
     compiled: Compile, arch: int
 ) -> None:

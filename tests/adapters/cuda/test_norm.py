@@ -30,7 +30,7 @@ def norm_of(kind: type[nn.Module], width: int) -> nn.Module:
 @pytest.mark.parametrize("width", [64, 200, 1536])
 def test_a_norm_gives_what_the_models_own_gives(kind: type[nn.Module], width: int) -> None:
     own = norm_of(kind, width)
-    found = cuda_modules._norm(own)
+    found = cuda_modules._norm(own, torch.float32)
     assert isinstance(found, CudaNorm)
     x = torch.randn(2, 3, width) * 5
     torch.testing.assert_close(found(x), own(x), rtol=1e-5, atol=1e-6)
@@ -43,7 +43,7 @@ def test_a_norm_of_another_formula_stays() -> None:
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
             return super().forward(hidden_states) * 1.01
 
-    assert cuda_modules._norm(norm_of(OddRMSNorm, 64)) is None
+    assert cuda_modules._norm(norm_of(OddRMSNorm, 64), torch.float32) is None
 
 
 class Shifted(LlamaRMSNorm):
@@ -76,7 +76,8 @@ def test_a_norm_may_round_the_other_way_and_nothing_else(
 ) -> None:
     own = Shifted(256, eps=1e-6)
     monkeypatch.setattr(cuda_modules, "rms_norm", lambda rows, *_, **__: kernel(own(rows)))
-    assert (cuda_modules._norm(own) is not None) is taken
+    assert (cuda_modules._norm(own, torch.bfloat16) is not None) is taken
+    assert cuda_modules._norm(own, torch.float32) is None, "activations of another dtype"
 
 
 def test_norms_that_stay_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -90,6 +91,8 @@ def test_norms_that_stay_are_told_once(caplog: pytest.LogCaptureFixture) -> None
         def __init__(self, kind: type[nn.Module]) -> None:
             super().__init__()
             self.first, self.second = norm_of(kind, 64), norm_of(kind, 64)
+
+        def get_input_embeddings(self) -> None: ...
 
     cuda_modules.use_cuda(Model(LlamaRMSNorm))  # pyright: ignore[reportArgumentType]
     assert not caplog.messages

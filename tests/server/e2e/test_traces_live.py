@@ -1,6 +1,7 @@
 """Spans of a server as it is started, at a collector."""
 
 import httpx
+import pytest
 
 from tests.server.e2e.conftest import start
 from tests.support.collector import collector
@@ -14,6 +15,7 @@ QUESTION = {
 }
 
 
+@pytest.mark.slow
 def test_the_last_calls_reach_the_collector_before_the_end(tmp_path):
     with collector() as (url, got):
         with start(tmp_path, "--otlp-traces-endpoint", url) as server:

@@ -57,7 +57,9 @@ def turns(blend: dict[str, float], world: TinyWorld, seed: int) -> tuple[list[As
     return asks, answers
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *KEYED])
+@pytest.mark.parametrize(
+    "family", [*FAMILIES, *(pytest.param(*f.values, marks=pytest.mark.slow) for f in KEYED)]
+)
 def test_a_conversation_goes_on_from_where_it_was(family: str, tmp_path: Path):
     setting = Setting.of(family, tmp_path)
     world = setting.world(limits=LIMITS)
