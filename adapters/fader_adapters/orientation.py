@@ -28,28 +28,29 @@ def turned(
 ) -> frozenset[str]:
     """Paths of those whose delta is AᵀBᵀ, not BA. Raises AdapterInvalid where nothing tells."""
     found: set[str] = set()
-    square: list[str] = []
+    square: dict[str, bool] = {}
     told: dict[bool, bool] = {}
     for path, tensors in modules.items():
         place = places[path]
         parameter = f"{path}.weight" if place.module else path
         if place.role == "embedding" or not config.targets.select_parameter(parameter):
             continue
-        given = (tensors.a.shape[-1], tensors.b.shape[0])
         stored_turned = base.linears[place.spans[0].linear].conv1d
-        if place.experts == 1 and place.in_features == place.out_features:
-            found |= {path} if stored_turned else set()
-        elif place.in_features == place.out_features:
-            square.append(path)
-        elif given == (place.out_features, place.in_features):
+        stack = place.experts > 1
+        if place.in_features != place.out_features:
+            given = (tensors.a.shape[-1], tensors.b.shape[0])
+            other_way = given == (place.out_features, place.in_features)
+            found |= {path} if other_way else set()
+            if stack:
+                told.setdefault(stored_turned, other_way)
+        elif stack:
+            square[path] = stored_turned
+        elif stored_turned:
             found.add(path)
-            told[stored_turned] = place.experts > 1 or told.get(stored_turned, False)
-        elif place.experts > 1:
-            told.setdefault(stored_turned, False)
-    for path in square:
-        stored_turned = base.linears[places[path].spans[0].linear].conv1d
-        if told[stored_turned] if stored_turned in told else _by_version(config, stored_turned):
-            found.add(path)
+    for path, stored_turned in square.items():
+        if stored_turned not in told:
+            told[stored_turned] = _by_version(config, stored_turned)
+        found |= {path} if told[stored_turned] else set()
     return frozenset(found)
 
 
