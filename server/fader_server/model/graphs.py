@@ -64,12 +64,14 @@ class GraphRecorder:
         Raises RuntimeError; the thread's stream is what it was."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            if self.checks:
-                _run_without_waits(run)
-            else:
-                run()
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                if self.checks:
+                    _run_without_waits(run)
+                else:
+                    run()
+        finally:
+            current.wait_stream(self._stream)  # whatever failed: its memory may be given back
         graph = torch.cuda.CUDAGraph()
         capture = torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
