@@ -46,11 +46,13 @@ def is_id(value: object) -> bool:
 
 def _arguments(value: object) -> dict[str, Any]:
     """An object, or what is the text of one; all else is none."""
+    escaped = True
     if isinstance(value, str):
+        escaped = "\\u" in value  # else no half character can be in it
         try:
             value = parse(value.encode())
         except (RequestInvalid, UnicodeEncodeError):
             return {}
-    if not isinstance(value, dict) or not is_text(json.dumps(value, ensure_ascii=False)):
+    if not isinstance(value, dict):
         return {}
-    return value
+    return value if not escaped or is_text(json.dumps(value, ensure_ascii=False)) else {}
