@@ -200,7 +200,7 @@ def install(model: PreTrainedModel, backend: Backend, *, name: str = "") -> Inst
             path, module = found[index]
             assert isinstance(module.weight, nn.Parameter)
             weight = PackedWeight(base.plain_dtype or own, module.weight.device)
-            _put(model, path, SiteLinear(site, place, weight))
+            model.set_submodule(path, SiteLinear(site, place, weight))
             found[index] = (path, nn.Identity())  # lets go of the original weight
     head = table = None
     for index, item in enumerate(spec.linears):
@@ -213,7 +213,9 @@ def install(model: PreTrainedModel, backend: Backend, *, name: str = "") -> Inst
             assert isinstance(inner, nn.Embedding)
             assert isinstance(inner.weight, nn.Parameter)
             table = EmbeddingTable(inner.weight, inner)
-            _put(model, item.path, SiteEmbedding(inner, backend.bind_lookup(site_spec), state))
+            model.set_submodule(
+                item.path, SiteEmbedding(inner, backend.bind_lookup(site_spec), state)
+            )
     stacks = {}
     if isinstance(backend, StackBackend):
         stacks = install_mixtures(model, spec, backend, state)
@@ -241,13 +243,8 @@ def _install_head(
     assert isinstance(head, nn.Linear)
     base = DenseLinear(head.weight.data, _bias(head))
     site = Site(spec, backend.bind(spec, base), state, head=True)
-    _put(model, path, SiteHead(site, head))
+    model.set_submodule(path, SiteHead(site, head))
     return site
-
-
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, child = path.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _groups(found: list[tuple[str, nn.Module]]) -> Iterator[list[int]]:

@@ -19,7 +19,7 @@ from fader_adapters.spec import BaseSpec
 from fader_adapters.targets import ALL_LINEAR, Targets
 from fader_adapters.tensor_names import ModuleTensors, Named
 from fader_adapters.tokens import TokenRows, check_tokens
-from fader_adapters.views import View, view_base
+from fader_adapters.views import view_base
 
 _ENDS = ("embedding", "head")
 
@@ -76,10 +76,12 @@ def check_modules(
     for path, info in named.copies.items():
         if path not in named.modules:
             raise AdapterInvalid(f"tensor {info.name[:160]!r} belongs to no adapted module")
-    unmatched = _unmatched(config.targets, _all_places(named, view))
-    tied = _check_targets(config, named, view, tying=config.tying and base.tied, pause=pause)
-    modules: list[Module] = []
     places = {path: place for path in named.modules if (place := view.place(path))}
+    theirs = view.theirs_too  # all that it could have adapted
+    unmatched = _unmatched(config.targets, {**places, **theirs})
+    tying = config.tying and base.tied
+    tied = _check_targets(config, named, places, theirs, tying=tying, pause=pause)
+    modules: list[Module] = []
     other_way = turned(named.modules, places, config, base)
     for path, tensors in named.modules.items():
         module = _module(path, tensors, places[path], config, limits, turned=path in other_way)
@@ -97,15 +99,22 @@ def check_modules(
 
 
 def _check_targets(
-    config: LoraConfig, named: Named, view: View, *, tying: bool, pause: Pause
+    config: LoraConfig,
+    named: Named,
+    own: Mapping[str, Place],
+    theirs: Mapping[str, Place],
+    *,
+    tying: bool,
+    pause: Pause,
 ) -> bool:
-    """target_modules and the tensors must mean the same modules of the adapter's model.
+    """target_modules and the tensors must mean the same modules of the adapter's model: those that
+    are its `own`, out of `theirs` that it could have.
 
     `tying`: whichever of head and embedding is selected by a name that PEFT knows, it adapts both
     and names the embedding. Returns whether it does.
     """
     targets = config.targets
-    theirs, places = view.theirs_too, _all_places(named, view)
+    places = {**own, **theirs}
     try:
         tied = tying and targets.mean_tied()
         selected: set[str] = set()
@@ -135,12 +144,6 @@ def _check_targets(
             f"{error}; list the module names instead"
         ) from None
     return tied
-
-
-def _all_places(named: Named, view: View) -> dict[str, Place]:
-    """Of the adapter's modules, and of all that it could have adapted."""
-    own = {path: place for path in named.modules if (place := view.place(path))}
-    return {**own, **view.theirs_too}
 
 
 def _unmatched(targets: Targets, places: Mapping[str, Place]) -> tuple[str, ...]:

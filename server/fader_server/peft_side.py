@@ -61,8 +61,7 @@ def nf4_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
         )
     for path, module in list(model.named_modules()):
         if isinstance(module, Linear4bit):
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, _plain(module, dtype))
+            model.set_submodule(path, _plain(module, dtype))
     for _, experts in mixtures(model):
         for name in stack_names(experts):
             if in_nf4(getattr(experts, name)):

@@ -42,9 +42,9 @@ def settle(model: PreTrainedModel) -> None:
             if id(module) in inside:
                 _check_class(module)
             if _state(module) is None:
-                _put(model, path, _unquantised(module))
+                model.set_submodule(path, _unquantised(module))
             elif module is head or (id(module) not in inside and module.in_features % BLOCK):
-                _put(model, path, _decoded(module))
+                model.set_submodule(path, _decoded(module))
             else:
                 check_width(module.in_features)
         except BaseUnsupported as error:
@@ -94,8 +94,3 @@ def _plain(module: Linear4bit, weight: nn.Parameter) -> nn.Module:
     if bias is not None:
         plain.bias = bias
     return plain.eval()
-
-
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, child = path.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -98,8 +98,7 @@ def replace_modules(model: nn.Module, stand_in: Callable[[nn.Module], nn.Module 
     for path, module in list(model.named_modules()):
         native = stand_in(module)
         if native is not None:
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, native)
+            model.set_submodule(path, native)
             replaced += 1
     return replaced
 

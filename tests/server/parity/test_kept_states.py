@@ -1,6 +1,5 @@
 """Prefixes of bases whose layers keep states: who goes on from another's has its own bits."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,17 +12,10 @@ from tests.server.parity.test_packed_states import FAMILIES, KEYED, STATEFUL
 from tests.support.own_states import LIMITS, Setting, bits
 from tests.support.world import Ask, TinyWorld, greedy
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BLOCK = 16
 BLENDS: tuple[dict[str, float], ...] = ({}, {"r8": 1.0}, {"r8": 0.5, "r16": -0.4})
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Many small products: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Bases whose layers keep states in native kernels: PEFT's answers, a row's own bits, and steps
 that are recorded like those of any other base."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +33,8 @@ from tests.support.own_states import (
 from tests.support.solo_families import BY_KEY, SOLO
 from tests.support.world import Ask, TinyWorld, greedy
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PACKED = {
     *("bamba", "falcon-h1", "granite-hybrid", "granite-hybrid-moe", "lfm2", "lfm2-moe"),
     *("nemotron-h", "olmo-hybrid", "qwen3-next", "qwen3.5", "qwen3.5-moe"),
@@ -42,15 +43,6 @@ QUICK = frozenset({"lfm2", "qwen3.5"})
 STATEFUL = "qwen3.5"
 FAMILIES = [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in sorted(PACKED)]
 KEYED = [pytest.param(f, marks=[] if f == "kimi-linear" else pytest.mark.slow) for f in BY_KEY]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Many small products: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Bases whose sequences run one by one between their linears: PEFT's answers, a row's own bits."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +30,8 @@ from tests.support.own_states import (
 )
 from tests.support.solo_families import SOLO
 from tests.support.world import Ask, TinyWorld, greedy
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUICK = frozenset({"bloom", "lfm2"})
 STATEFUL = "qwen3.5"
@@ -225,12 +226,3 @@ def test_a_packed_base_stays_packed(tmp_path: Path):
     world = TinyWorld(write_family("llama", tmp_path / "base"))
     assert world.base.solo is None
     assert world.blocks.findable
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Many small products: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
