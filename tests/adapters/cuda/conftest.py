@@ -2,8 +2,14 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
+import pytest
 import torch
+
+if TYPE_CHECKING:
+    from tests.support.pretend_cuda import PretendDevice
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -12,3 +18,13 @@ if not torch.cuda.is_available():
     for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
         if not name.startswith("triton._C"):
             del sys.modules[name]
+
+
+@pytest.fixture
+def device() -> "Iterator[PretendDevice]":
+    """A pretended one, what it notices being the test's to expect."""
+    from tests.support.pretend_cuda import pretend
+
+    with pretend() as found:
+        yield found
+        found.notices.told.clear()

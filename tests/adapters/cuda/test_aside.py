@@ -1,6 +1,5 @@
 """Work aside waits for nothing that others queue meanwhile, and has ended when it says so."""
 
-from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 
 import pytest
@@ -10,17 +9,10 @@ pytest.importorskip("triton", reason="the CUDA kernels need triton")
 
 from fader_adapters.aside import Aside
 from fader_adapters.merged_site import chunk_rows
-from tests.support.pretend_cuda import PretendDevice, PretendFault, pretend, unavailable
+from tests.support.pretend_cuda import PretendDevice, PretendFault, unavailable
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 CUDA = torch.device("cuda", 0)
-
-
-@pytest.fixture
-def device() -> Iterator[PretendDevice]:
-    with pretend() as found:
-        yield found
-        found.notices.told.clear()
 
 
 @pytest.mark.parametrize("apart", [True, False])

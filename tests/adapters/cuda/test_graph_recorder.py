@@ -1,25 +1,16 @@
 """What becomes of work that cannot be captured: told before a capture where that can be, and the
 thread stays where it was."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="the CUDA kernels need triton")
 
 from fader_server.model.graphs import GraphRecorder
-from tests.support.pretend_cuda import PretendDevice, pretend, unavailable
+from tests.support.pretend_cuda import PretendDevice, unavailable
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 CUDA = torch.device("cuda", 0)
-
-
-@pytest.fixture
-def device() -> Iterator[PretendDevice]:
-    with pretend() as found:
-        yield found
-        found.notices.told.clear()
 
 
 @pytest.fixture
