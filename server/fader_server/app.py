@@ -126,6 +126,7 @@ def _context(
             max_call_tokens=config.max_call_tokens,
             max_terms=config.max_terms,
             vocab_size=tokenizer.vocab_size,
+            usual=base.usual,
         ),
         pace=Pace(ping=config.ping_interval, stall=config.stall_timeout),
         board=Board(traffic=merging.traffic if merging is not None else None),

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fader_server import settings as kinds
 from fader_server.definitions import Setting, define, read, settings_of
@@ -115,6 +115,17 @@ class ServeConfig:
         None, "device memory for keys and values", parse=kinds.size, metavar="SIZE"
     )
     max_model_len: int | None = define(None, "longest prompt + output, tokens", parse=_COUNT)
+    sampling_defaults: Literal["model", "openai"] = define(
+        "model",
+        "what requests leave open: as the base's generation_config.json, or as OpenAI",
+        parse=kinds.one_of("model", "openai"),
+    )
+    default_chat_template_kwargs: dict[str, Any] | None = define(  # noqa: RUF009 - as all others
+        None,
+        'variables for the chat template, as {"enable_thinking": false}',
+        parse=kinds.json_object,
+        metavar="JSON",
+    )
     max_batch_rows: int = define(
         64, "requests in one step", parse=partial(kinds.integer, low=1, high=4096)
     )

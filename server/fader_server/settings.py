@@ -3,12 +3,13 @@
 Every reader raises ValueError saying what it expects. Knows no setting by name.
 """
 
+import json
 import os
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fader_adapters.spec import ADAPTER_NAME, LOCAL_PROTOCOLS, NESTED_NAME, URL_PREFIX
 
@@ -132,6 +133,18 @@ def otlp_url(value: object) -> str:
     if not re.fullmatch(r"https?://[A-Za-z0-9.\-_\[\]:]+/[\w./~%-]+", found):
         raise ValueError("expected an address like http://127.0.0.1:4318/v1/traces")
     return found
+
+
+def json_object(value: object) -> dict[str, Any]:
+    """From text, or a table of TOML."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = None
+    if not isinstance(value, dict):
+        raise ValueError('expected a JSON object like {"enable_thinking": false}')
+    return value
 
 
 def integer(value: object, *, low: int, high: int | None = None) -> int:

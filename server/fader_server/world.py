@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from fader_adapters.pool import Pool
 from fader_adapters.sources import Sources
 from fader_server import demo
 from fader_server.api.adapter_ports import Adapters, LoadOrder
+from fader_server.api.choosing import Usual, usual_of
 from fader_server.api.context import BaseModel
 from fader_server.assembly import (
     host_tier,
@@ -46,6 +48,7 @@ from fader_server.parking import Parking
 from fader_server.registry import Registry
 from fader_server.sourcing import check_sources, open_sources
 from fader_server.tenants import Tenant
+from fader_server.text.files import generation_config
 from fader_server.text.tokenizer import Tokenizer
 from fader_server.watch import Seen, Watcher, changes_in
 
@@ -92,9 +95,14 @@ def open_world(
     }
     log.info("memory plan", extra={"fields": fields})
     tokenizer = Tokenizer.load(
-        source, max_model_len=plan.max_model_len, model_vocab_size=base.vocab_size
+        source,
+        max_model_len=plan.max_model_len,
+        model_vocab_size=base.vocab_size,
+        template_variables=config.default_chat_template_kwargs or {},
     )
     log.info("calls of tools", extra={"fields": tokenizer.calls_told})
+    usual = usual_of(generation_config(source)) if config.sampling_defaults == "model" else Usual()
+    log.info("sampling by default", extra={"fields": asdict(usual)})
     arena = torch.empty(plan.arena // dtype.itemsize, dtype=dtype, device=device)
     tables = Tables(arena, len(base.installed.spec.linears))
     pool = Pool(tables, in_place=device.type == "cpu")
@@ -130,7 +138,7 @@ def open_world(
     given = frozenset(adapter.name for adapter in config.adapter)
     fixed = given if config.model else given | demo.adapter_dirs().keys()
     parking = Parking(registry, fixed=frozenset(fixed), limit=config.max_adapters)
-    model = BaseModel(name, base.installed.spec.identity, plan.max_model_len, started)
+    model = BaseModel(name, base.installed.spec.identity, plan.max_model_len, started, usual)
     offers = sources.offers if config.resolve_adapters else (lambda name: False)
     adapters = OnDemand(
         parking,

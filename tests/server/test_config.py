@@ -27,6 +27,8 @@ EXAMPLES = {
     "host": ("::1", "::1"),
     "allow_origin": ("https://app.example.com:8443", "https://app.example.com:8443"),
     "max_step_tokens": ("777", 777),
+    "sampling_defaults": ("openai", "openai"),
+    "default_chat_template_kwargs": ('{"enable_thinking": false}', {"enable_thinking": False}),
     "otlp_traces_endpoint": ("http://127.0.0.1:4318/v1/traces", "http://127.0.0.1:4318/v1/traces"),
 }
 
@@ -46,7 +48,7 @@ def test_each_setting_reads_the_same_from_flag_variable_and_file(setting, tmp_pa
     text, value = example(setting)
     expected = (value,) if setting.many else value
     file = tmp_path / "fader.toml"
-    file.write_text(f'{setting.name.replace("_", "-")} = "{text}"')
+    file.write_text(f"{setting.name.replace('_', '-')} = '{text}'")
     assert expected != getattr(ServeConfig(), setting.name)
     for flags, env in (
         ({setting.name: [text] if setting.many else text}, {}),
@@ -65,6 +67,13 @@ def test_flag_beats_variable_beats_file_beats_default(tmp_path):
     )
     assert (config.port, config.max_n, config.threads) == (5, 7, 3)
     assert (config.kv_cache, config.stall_timeout, config.host) == (4096, 1.5, "127.0.0.1")
+
+
+def test_variables_of_the_chat_template_may_be_a_table_of_the_file(tmp_path):
+    file = tmp_path / "fader.toml"
+    file.write_text("[default-chat-template-kwargs]\nenable_thinking = false\n")
+    config = load({"config": str(file)}, {})
+    assert config.default_chat_template_kwargs == {"enable_thinking": False}
 
 
 def test_repeatable_settings_take_lists(tmp_path):
@@ -106,6 +115,12 @@ def test_sizes(text, size):
         ({"model": " "}, "MODEL"),
         ({"served_model_name": "a b"}, "--served-model-name"),
         ({"config": "/nowhere.toml"}, "--config"),
+        ({"sampling_defaults": "vllm"}, "--sampling-defaults"),
+        (
+            {"default_chat_template_kwargs": "enable_thinking=false"},
+            "--default-chat-template-kwargs",
+        ),
+        ({"default_chat_template_kwargs": "[1]"}, "--default-chat-template-kwargs"),
     ],
 )
 def test_wrong_values_are_named_in_one_line(flags, named):

@@ -4,7 +4,8 @@ Knows the size of the vocabulary and the server's limits; nothing about the mode
 """
 
 import secrets
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from fader_server.api.fields import Fields, is_finite
@@ -13,8 +14,37 @@ INT64 = 1 << 63
 
 
 @dataclass(frozen=True, slots=True)
+class Usual:
+    """How tokens are chosen where a call does not say; by default as OpenAI does."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+def usual_of(config: Mapping[str, object]) -> Usual:
+    """From a base's generation_config.json; what no call could say is left out."""
+    fields = Fields({name: config[name] for name in Usual.__slots__ if name in config})
+    return _read_usual(fields, Usual())
+
+
+def _read_usual(fields: Fields, usual: Usual) -> Usual:
+    return Usual(
+        temperature=fields.number("temperature", usual.temperature, low=0.0, high=2.0),
+        top_p=fields.number("top_p", usual.top_p, low=0.0, high=1.0),
+        top_k=max(0, fields.integer("top_k", usual.top_k, low=-1, high=INT64 - 1)),
+        min_p=fields.number("min_p", usual.min_p, low=0.0, high=1.0),
+        repetition_penalty=fields.number(
+            "repetition_penalty", usual.repetition_penalty, low=0.0, high=10.0, open_low=True
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
-    """What one call may ask for."""
+    """What one call may ask for, and what it is taken to mean where it does not say."""
 
     max_n: int
     max_choices: int
@@ -23,6 +53,7 @@ class Limits:
     vocab_size: int
     max_tokens: int | None = None
     """Of one choice, for this caller; None: what the call and the context hold."""
+    usual: Usual = field(default_factory=Usual)
 
     @property
     def longest(self) -> int:
@@ -51,21 +82,19 @@ class Choosing:
 
 def read_choosing(fields: Fields, limits: Limits, max_tokens: int | None) -> Choosing:
     """Every sampling field of a body; problems are noted in `fields`."""
-    top_k = fields.integer("top_k", 0, low=-1, high=INT64 - 1)
+    usual = _read_usual(fields, limits.usual)
     seed = fields.optional_integer("seed", low=-INT64, high=INT64 - 1)
     shortest = fields.integer("min_tokens", 0, low=0, high=limits.longest)
     if max_tokens is not None and shortest > max_tokens:
         fields.refuse("min_tokens", "must not be above max_tokens")
     return Choosing(
-        temperature=fields.number("temperature", 1.0, low=0.0, high=2.0),
-        top_p=fields.number("top_p", 1.0, low=0.0, high=1.0),
-        top_k=max(0, top_k),
-        min_p=fields.number("min_p", 0.0, low=0.0, high=1.0),
+        temperature=usual.temperature,
+        top_p=usual.top_p,
+        top_k=usual.top_k,
+        min_p=usual.min_p,
+        repetition_penalty=usual.repetition_penalty,
         presence_penalty=fields.number("presence_penalty", 0.0, low=-2.0, high=2.0),
         frequency_penalty=fields.number("frequency_penalty", 0.0, low=-2.0, high=2.0),
-        repetition_penalty=fields.number(
-            "repetition_penalty", 1.0, low=0.0, high=10.0, open_low=True
-        ),
         logit_bias=_logit_bias(fields, limits.vocab_size),
         seed=secrets.randbits(63) if seed is None else seed,
         min_tokens=shortest,

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from fader_server.api.adapter_ports import Adapters, Lease
 from fader_server.api.auth import Principal
 from fader_server.api.body import read_json
-from fader_server.api.choosing import Limits
+from fader_server.api.choosing import Limits, Usual
 from fader_server.api.edge import RequestLog
 from fader_server.api.generate import Generator
 from fader_server.api.merge_ports import Merging
@@ -33,6 +33,8 @@ class BaseModel:
     max_model_len: int
     created: int
     """Unix seconds of the server's start."""
+    usual: Usual = field(default_factory=Usual)
+    """How its tokens are chosen where a call does not say."""
 
 
 @dataclass(slots=True)

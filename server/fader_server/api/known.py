@@ -11,10 +11,11 @@ _SHARED = frozenset((
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "logprobs", "stream", "stream_options", "adapters", "lora", "lora_path",
     "ignore_eos", "min_tokens", "stop_token_ids", "cache_salt", "best_of", "return_token_ids",
+    "reasoning_effort",
 ))
 _IGNORED = frozenset((
     "user", "metadata", "store", "service_tier", "prompt_cache_key",
-    "safety_identifier", "reasoning_effort", "verbosity", "prediction", "audio",
+    "safety_identifier", "verbosity", "prediction", "audio",
     "web_search_options", "spaces_between_special_tokens", "request_id", "priority",
     "guided_decoding_backend",
 ))

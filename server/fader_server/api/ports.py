@@ -135,7 +135,10 @@ class Tokenizer(Protocol):
         ...
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Tool] = (),
+        effort: str | None = None,
     ) -> list[int]:
         """Through the base's template. Raises RequestInvalid, ContextTooLong."""
         ...

@@ -28,7 +28,7 @@ class Preparer:
         if not call.chat:
             return [self._encode(prompt) for prompt in call.prompts]
         tools = () if call.tools is None else call.tools.tools
-        return [tuple(self._tokenizer.encode_chat(plain(call.messages), tools))]
+        return [tuple(self._tokenizer.encode_chat(plain(call.messages), tools, call.effort))]
 
     def _encode(self, prompt: Prompt) -> Tokens:
         return tuple(self._tokenizer.encode_prompt(prompt)) if isinstance(prompt, str) else prompt

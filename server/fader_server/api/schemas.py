@@ -24,6 +24,7 @@ from fader_server.api.messages import Message, read_messages
 from fader_server.api.shapes import read_shape
 from fader_server.api.tools import read_tools
 from fader_server.errors import RequestInvalid
+from fader_server.text.effort import EFFORTS
 from fader_server.text.shape import Shape
 from fader_server.text.tools import ToolUse
 
@@ -60,6 +61,8 @@ class Call:
     """A chunk at a stream's end tells it."""
     continuous_usage: bool
     """Every chunk of a stream tells it as it then is."""
+    effort: str | None
+    """How hard the model is to think, one of EFFORTS; None: as it does by itself."""
     return_ids: bool
     """The answer has the ids of its tokens and of the prompt's."""
     cache_salt: str
@@ -180,6 +183,7 @@ def _call(
         stream=stream,
         include_usage=options.get("include_usage") is True,
         continuous_usage=options.get("continuous_usage_stats") is True,
+        effort=next((e for e in EFFORTS if e == fields.raw("reasoning_effort")), None),
         return_ids=fields.boolean("return_token_ids"),
         cache_salt=fields.string("cache_salt", longest=256),
         ignored=fields.ignored,

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import httpx
 
@@ -116,7 +116,8 @@ class _Stream:
 class BenchClient:
     """A connection pool to one server. Use as an async context manager.
 
-    `timeout`: seconds a whole request may take. `transport` and `clock` are for tests.
+    `timeout`: seconds a whole request may take. `keep_alive`: use connections again. `transport`
+    and `clock` are for tests.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class BenchClient:
         *,
         timeout: float,
         api_key: str | None = None,
+        keep_alive: bool = True,
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
@@ -137,13 +139,15 @@ class BenchClient:
             headers=headers,
             transport=transport,
             timeout=httpx.Timeout(None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            limits=httpx.Limits(
+                max_connections=None, max_keepalive_connections=None if keep_alive else 0
+            ),
             trust_env=False,  # a proxy between client and server would be measured too
         )
         self._timeout = timeout
         self.clock = clock
 
-    async def __aenter__(self) -> "BenchClient":
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(
@@ -200,8 +204,9 @@ class BenchClient:
             fault=fault,
         )
 
-    async def _read(self, ask: Ask, stream: _Stream) -> Fault | None:
-        body = {
+    def body(self, ask: Ask) -> dict[str, Any]:
+        """What is posted to /v1/completions."""
+        return {
             "model": ask.model,
             "prompt": list(ask.prompt),
             "max_tokens": ask.output_tokens,
@@ -211,7 +216,9 @@ class BenchClient:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        async with self._http.stream("POST", "/v1/completions", json=body) as response:
+
+    async def _read(self, ask: Ask, stream: _Stream) -> Fault | None:
+        async with self._http.stream("POST", "/v1/completions", json=self.body(ask)) as response:
             if response.status_code != 200:
                 text = (await response.aread())[:300].decode(errors="replace")
                 return Fault(f"http_{response.status_code}", text)

@@ -1,16 +1,19 @@
 """Chats to token ids by the base's own template. What a client writes is never a control token."""
 
 import hashlib
+import inspect
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
 import tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from fader_server.errors import ModelUnsupported, RequestInvalid
+from fader_server.errors import ConfigInvalid, ModelUnsupported, RequestInvalid
 from fader_server.text.controls import Controls, Marking, strings
+from fader_server.text.effort import variables_for, variables_read
 from fader_server.text.encoding import encode
 from fader_server.text.tool_format import ToolFormat
 from fader_server.text.tool_probe import Unread, find_format
@@ -22,6 +25,11 @@ _WORD = "parrot"
 """What a template is asked to repeat."""
 _SHORT = re.compile(r"[A-Za-z0-9]{9}", re.ASCII)
 """The only ids of calls that some templates, Mistral's, take."""
+_OURS = frozenset(
+    inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    | dict.fromkeys(("messages", "eos_token", "bos_token"))
+)
+"""What rendering itself gives a template, or takes."""
 _TEMPLATE_FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
@@ -34,11 +42,13 @@ class ChatEncoder:
         backend: tokenizers.Tokenizer,
         *,
         ends: Collection[int] = (),
+        variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """ends: tokens that end an answer.
+        """ends: tokens that end an answer. variables: of the template, for every chat.
 
         Raises ModelUnsupported when the tokenizer's control tokens cannot be told from text, or
-        when it has several templates and none of them is the default."""
+        when it has several templates and none of them is the default, and ConfigInvalid for
+        variables that the template does not read."""
         self._tokenizer = tokenizer
         self._backend = backend
         try:
@@ -47,6 +57,8 @@ class ChatEncoder:
             raise ModelUnsupported(f"expected one default chat template: {error}") from error
         self._parts = _wants_parts(tokenizer)
         with_tools = str(tokenizer.get_chat_template(tools=[]))
+        self._read = variables_read(self._template) | variables_read(with_tools)
+        self._variables = _checked(variables, self._read)
         self._controls = Controls(backend, self._template + with_tools)
         added = backend.get_added_tokens_decoder().items()
         special = {entry.content: token for token, entry in added if entry.special}
@@ -58,14 +70,17 @@ class ChatEncoder:
         self._short_ids = self._takes_id("parrot024") and not self._takes_id("call_parrot24")
 
     def encode(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Tool] = (),
+        effort: str | None = None,
     ) -> list[int]:
         """Ids of the rendered chat, ready for the assistant to speak.
 
         messages: `role`, `content` (a string, or a list of {"type": "text", "text": …} whose texts
         are joined), optionally `name`, `tool_call_id` and `tool_calls`, each with `id`, and
-        `function` with `name` and `arguments`, an object. tools: what is offered. Raises
-        RequestInvalid.
+        `function` with `name` and `arguments`, an object. tools: what is offered. effort: one of
+        EFFORTS; None, or a template that knows of none: as it is by itself. Raises RequestInvalid.
         """
         if not messages:
             raise RequestInvalid("expected at least one message", param="messages")
@@ -82,7 +97,8 @@ class ChatEncoder:
         marking = self._controls.marking([plain, shown])
         marked = [self._marked(message, marking) for message in plain]
         marked_tools = marking.json(shown)
-        text = self._render(self._written(marked), marked_tools, prompt=True)
+        asked = variables_for(effort, self._read)
+        text = self._render(self._written(marked), marked_tools, prompt=True, asked=asked)
         if marked == plain and marked_tools == shown:
             return encode(self._backend, text, param="messages")
         return encode(self._controls.twin, marking.restored(text), param="messages")
@@ -123,13 +139,22 @@ class ChatEncoder:
         return [form.history(m) if form and "tool_calls" in m else m for m in messages]
 
     def _render(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], *, prompt: bool
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]],
+        *,
+        prompt: bool,
+        asked: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
         given = _in_parts(messages) if self._parts else messages
         offered: list[Any] | None = tools or None
         try:
             text = self._tokenizer.apply_chat_template(
-                given, tools=offered, tokenize=False, add_generation_prompt=prompt
+                given,
+                tools=offered,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **{**self._variables, **asked},
             )
         except jinja2.TemplateError as error:
             raise RequestInvalid(
@@ -162,6 +187,18 @@ class ChatEncoder:
             return self._render(messages, tools, prompt=prompt)
         except RequestInvalid:
             return None
+
+
+def _checked(variables: Mapping[str, Any], read: Collection[str]) -> dict[str, Any]:
+    """The same. Raises ConfigInvalid for one that the template does not read, or that is ours."""
+    for name in variables:
+        if name in _OURS or name not in read:
+            free = ", ".join(sorted(set(read) - _OURS)) or "none"
+            raise ConfigInvalid(
+                f"--default-chat-template-kwargs: the chat template has no variable {name!r} to "
+                f"set; those it reads: {free}"
+            )
+    return dict(variables)
 
 
 def _marked_call(call: Mapping[str, Any], marking: Marking) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils.hub import cached_file
@@ -45,6 +46,15 @@ def processor_template(source: str, revision: str | None) -> str | None:
             if isinstance(found, str):
                 return found
     return None
+
+
+def generation_config(source: str, revision: str | None = None) -> dict[str, Any]:
+    """What generation_config.json itself says; empty where there is none, or a broken one."""
+    with contextlib.suppress(OSError, ValueError):
+        file = _file(source, "generation_config.json", revision)
+        facts = json.loads(Path(file).read_text()) if file else None
+        return facts if isinstance(facts, dict) else {}
+    return {}
 
 
 def config_eos(source: str, revision: str | None) -> list[int]:

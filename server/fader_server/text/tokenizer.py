@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fader_adapters.errors import first_line
-from fader_server.errors import ModelUnsupported, RequestInvalid
+from fader_server.errors import ConfigInvalid, ModelUnsupported, RequestInvalid
 from fader_server.text.chat import ChatEncoder, characters
 from fader_server.text.detokenizer import Detokenizer
 from fader_server.text.encoding import check_length, encode
@@ -35,9 +36,11 @@ class Tokenizer:
         max_model_len: int,
         eos_ids: Iterable[int] = (),
         model_vocab_size: int | None = None,
+        template_variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """eos_ids: the generation config's, beside the tokenizer's. model_vocab_size: ids that the
-        model has an embedding for; None: all. Raises ModelUnsupported."""
+        model has an embedding for; None: all. template_variables: of the chat template, for every
+        chat. Raises ModelUnsupported, and ConfigInvalid for such variables."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, tokenizers.Tokenizer):
             raise ModelUnsupported(
@@ -53,10 +56,12 @@ class Tokenizer:
         self.eos_ids = frozenset(eos_ids) | ({own} if isinstance(own, int) else frozenset())
         """Tokens that end an output."""
         self._chat = (
-            ChatEncoder(tokenizer, self._backend, ends=self.eos_ids)
+            ChatEncoder(tokenizer, self._backend, ends=self.eos_ids, variables=template_variables)
             if getattr(tokenizer, "chat_template", None)
             else None
         )
+        if template_variables and self._chat is None:
+            raise ConfigInvalid("--default-chat-template-kwargs: the base has no chat template")
         own_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
         self.vocab_size = min(own_size, model_vocab_size or own_size)
         """One more than the highest id that is a token's and the model takes; its logits may be
@@ -72,8 +77,9 @@ class Tokenizer:
         max_model_len: int,
         model_vocab_size: int | None = None,
         revision: str | None = None,
+        template_variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> "Tokenizer":
-        """From a folder or Hub id. No code of the source is ever run. Raises ModelUnsupported."""
+        """From a folder or Hub id. No code of the source is ever run. Raises as the constructor."""
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 source, revision=revision, trust_remote_code=False
@@ -91,6 +97,7 @@ class Tokenizer:
             max_model_len=max_model_len,
             eos_ids=eos_ids,
             model_vocab_size=model_vocab_size,
+            template_variables=template_variables,
         )
 
     @property
@@ -109,7 +116,10 @@ class Tokenizer:
         return self._taken(ids, param="prompt")
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Tool] = (),
+        effort: str | None = None,
     ) -> list[int]:
         """Ids of a chat; see ChatEncoder.encode. Control tokens in it are plain text."""
         if self._chat is None:
@@ -117,7 +127,7 @@ class Tokenizer:
                 "this model has no chat template: use /v1/completions", param="messages"
             )
         check_length(characters(messages, tools), self._max_model_len, param="messages")
-        return self._taken(self._chat.encode(messages, tools), param="messages")
+        return self._taken(self._chat.encode(messages, tools, effort), param="messages")
 
     def _taken(self, ids: list[int], *, param: str) -> list[int]:
         """The same ids. Raises RequestInvalid for one that the model has no embedding for."""

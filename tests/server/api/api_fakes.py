@@ -33,6 +33,7 @@ from fader_adapters.spec import Blend, Digest, Term
 from fader_server import app
 from fader_server.api.adapter_ports import AdapterInfo, AdapterTotals, Loaded, LoadOrder
 from fader_server.api.blends import AdapterRef, NamedTerm
+from fader_server.api.choosing import Usual
 from fader_server.api.context import BaseModel
 from fader_server.config import ServeConfig
 from fader_server.core import Request, Sink, TokenEvent, TokenLogprob
@@ -163,7 +164,10 @@ class FakeTokenizer:
         return list(text.encode())
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Tool] = (),
+        effort: str | None = None,
     ) -> list[int]:
         if any(tool.name == "unreadable" for tool in tools):
             raise RequestInvalid("this model has no tools", param="tools")
@@ -176,7 +180,8 @@ class FakeTokenizer:
             f"{m['role']}:{m['content']}{more or ''}\n"
             for m, more in zip(messages, rest, strict=True)
         )
-        return list((shown + "".join(lines)).encode())
+        thought = f"effort:{effort}\n" if effort else ""
+        return list((thought + shown + "".join(lines)).encode())
 
     def decode(self, tokens: Iterable[int]) -> str:
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
@@ -518,7 +523,7 @@ class World:
 
 def build_world(**changes: Any) -> World:
     script, merging = changes.pop("script", None), changes.pop("merging", None)
-    spans = changes.pop("spans", None)
+    spans, usual = changes.pop("spans", None), changes.pop("usual", Usual())
     tenants = changes.pop("tenants", ())
     if tenants:
         changes["tenants"] = Path("tenants.toml")
@@ -529,7 +534,7 @@ def build_world(**changes: Any) -> World:
     recipes = RecipeBook(named, base="base", most=config.max_recipes)
     application = app.build(
         config,
-        BaseModel("base", digest("base"), MAX_LEN, 1700000000),
+        BaseModel("base", digest("base"), MAX_LEN, 1700000000, usual),
         engine=engine,
         adapters=named,
         recipes=recipes,

@@ -1,0 +1,75 @@
+"""`reasoning_effort` and an operator's variables, as chat templates take them."""
+
+import pytest
+
+from fader_server.errors import ConfigInvalid
+from fader_server.text.effort import EFFORTS, variables_for, variables_read
+from fader_server.text.tokenizer import Tokenizer
+from tests.server.text_worlds import TEMPLATES, hf
+
+CHAT = [{"role": "user", "content": "hello"}]
+SAID = "{% for m in messages %}{{ m.content }}{% endfor %}"
+SWITCH = SAID + "{% if enable_thinking is defined and not enable_thinking %} quiet{% endif %}"
+SWITCHED_OFF = SAID + "{% if thinking %} loud{% endif %}"
+WORD = SAID + " {{ reasoning_effort | default('medium') }}"
+TAGGED = (
+    SAID + "{%- generation -%}{% if not thinking %} quiet{% endif %}{%- endgeneration -%}"
+    "{% for m in messages %}{% break %}{% endfor %}"
+)
+
+
+def said(template, effort=None, **variables):
+    tokenizer = Tokenizer(
+        hf("byte_level", template), max_model_len=99, template_variables=variables
+    )
+    return tokenizer.decode(tokenizer.encode_chat(CHAT, (), effort))
+
+
+def test_no_effort_leaves_every_template_as_it_is():
+    assert [said(t) for t in (SWITCH, SWITCHED_OFF, WORD)] == ["hello", "hello", "hello medium"]
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_a_switch_is_off_for_none_and_on_for_any_other_effort(effort):
+    off = effort == "none"
+    assert said(SWITCH, effort) == ("hello quiet" if off else "hello")
+    assert said(SWITCHED_OFF, effort) == ("hello" if off else "hello loud")
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_a_template_with_a_word_for_it_gets_the_word(effort):
+    assert said(WORD, effort) == f"hello {effort}"
+    assert variables_for(effort, {"reasoning_effort", "thinking"}) == {"reasoning_effort": effort}
+
+
+def test_a_template_that_knows_of_no_effort_is_not_told():
+    assert said(SAID, "high") == "hello"
+    assert variables_for("high", variables_read(TEMPLATES["chatml"])) == {}
+
+
+def test_what_a_template_reads_is_known_with_tags_of_transformers_and_loop_controls():
+    assert "thinking" in variables_read(TAGGED)
+    assert "thinking" not in variables_read("{% set thinking = true %}{{ thinking }}")
+    assert variables_read("{% if %}") == frozenset()
+
+
+def test_an_operators_variables_are_in_every_chat_and_a_requests_effort_is_before_them():
+    assert said(SWITCH, enable_thinking=False) == "hello quiet"
+    assert said(SWITCH, "high", enable_thinking=False) == "hello"
+    assert said(WORD, reasoning_effort="low") == "hello low"
+
+
+@pytest.mark.parametrize(
+    "name", ["enable_thinkin", "messages", "tools", "chat_template", "padding"]
+)
+def test_a_variable_that_the_template_does_not_read_or_that_is_not_free_is_refused(name):
+    template = SWITCH + "{{ tools or chat_template or padding }}"
+    with pytest.raises(ConfigInvalid, match=f"no variable '{name}'.*: enable_thinking$"):
+        said(template, **{name: "x"})
+
+
+def test_variables_need_a_template():
+    source = hf("byte_level", SAID)
+    source.chat_template = None
+    with pytest.raises(ConfigInvalid, match="no chat template"):
+        Tokenizer(source, max_model_len=99, template_variables={"enable_thinking": False})
