@@ -164,13 +164,18 @@ class Run:
             await self._alone(side)
         for load in self._settings.loads:
             for side in self._sides:
-                await self._amid(side, load)
+                if self._good:
+                    await self._amid(side, load)
         for number in range(self._settings.rounds):
             for load in self._settings.loads:
                 # Every other round backwards: drift hits all alike.
                 for side in self._sides if number % 2 == 0 else reversed(self._sides):
-                    if not any(one.faults for one in self._sides):
+                    if self._good:
                         await self._measure(side, load)
+
+    @property
+    def _good(self) -> bool:
+        return not any(side.faults for side in self._sides)
 
     async def _alone(self, side: Side) -> None:
         base = side.served.base
@@ -178,9 +183,10 @@ class Run:
             sample = await side.client.ask(self._question(model), fresh=False)
             side.note([sample])
             side.alone[model] = sample.text
-        for model in self._settings.adapters:
-            if not side.faults and side.alone[model] == side.alone[base]:
-                side.faults.append((model, Fault("parity", "answers exactly as the base")))
+        if not side.faults:
+            fault = Fault("parity", "answers exactly as the base")
+            alike = (m for m in self._settings.adapters if side.alone[m] == side.alone[base])
+            side.faults = [(model, fault) for model in alike]
 
     async def _amid(self, side: Side, load: Load) -> None:
         """The parity questions while the load runs, which also warms the server up."""
