@@ -120,6 +120,11 @@ class ServeConfig:
         "what requests leave open: as the base's generation_config.json, or as OpenAI",
         parse=kinds.one_of("model", "openai"),
     )
+    reasoning_format: Literal["deepseek", "none"] = define(
+        "deepseek",
+        "what a model thinks: in reasoning_content, or in content as it comes",
+        parse=kinds.one_of("deepseek", "none"),
+    )
     default_chat_template_kwargs: dict[str, Any] | None = define(  # noqa: RUF009 - as all others
         None,
         'variables for the chat template, as {"enable_thinking": false}',

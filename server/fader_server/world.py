@@ -99,8 +99,10 @@ def open_world(
         max_model_len=plan.max_model_len,
         model_vocab_size=base.vocab_size,
         template_variables=config.default_chat_template_kwargs or {},
+        thoughts_apart=config.reasoning_format == "deepseek",
     )
     log.info("calls of tools", extra={"fields": tokenizer.calls_told})
+    log.info("thoughts", extra={"fields": tokenizer.thoughts_told})
     usual = usual_of(generation_config(source)) if config.sampling_defaults == "model" else Usual()
     log.info("sampling by default", extra={"fields": asdict(usual)})
     arena = torch.empty(plan.arena // dtype.itemsize, dtype=dtype, device=device)

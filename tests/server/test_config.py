@@ -27,6 +27,7 @@ EXAMPLES = {
     "host": ("::1", "::1"),
     "allow_origin": ("https://app.example.com:8443", "https://app.example.com:8443"),
     "max_step_tokens": ("777", 777),
+    "reasoning_format": ("none", "none"),
     "sampling_defaults": ("openai", "openai"),
     "default_chat_template_kwargs": ('{"enable_thinking": false}', {"enable_thinking": False}),
     "otlp_traces_endpoint": ("http://127.0.0.1:4318/v1/traces", "http://127.0.0.1:4318/v1/traces"),

@@ -5,7 +5,7 @@ import string
 from dataclasses import replace
 
 from fader_server.api.choice import Choice, Delta, PlacedCall
-from fader_server.api.ports import ToolStream
+from fader_server.api.ports import Thought, ToolStream
 from fader_server.core import Request, TokenEvent
 
 _ID = string.ascii_letters + string.digits
@@ -16,8 +16,16 @@ _LENGTH = 9
 class CallingChoice(Choice):
     """Ends with `tool_calls` where a choice without tools would with `stop`, once it called one."""
 
-    def __init__(self, index: int, request: Request, text: ToolStream, *, ids: bool) -> None:
-        super().__init__(index, request, text, ids=ids)
+    def __init__(
+        self,
+        index: int,
+        request: Request,
+        text: ToolStream,
+        *,
+        ids: bool,
+        thought: Thought | None = None,
+    ) -> None:
+        super().__init__(index, request, text, ids=ids, thought=thought)
         self._calls = text
         self._made = 0
 

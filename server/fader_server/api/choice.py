@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fader_server.api.ports import TextStream
+from fader_server.api.ports import TextStream, Thought
 from fader_server.core import FinishReason, Request, TokenEvent, TokenLogprob
 from fader_server.text.tools import ToolCall
 
@@ -34,8 +34,8 @@ Finish = FinishReason | Literal["tool_calls"]
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What a choice gained: text, tokens with logprobs or ids when asked for, calls, maybe its
-    end."""
+    """What a choice gained: text, thought, tokens with logprobs or ids when asked for, calls, maybe
+    its end."""
 
     index: int
     text: str = ""
@@ -43,10 +43,12 @@ class Delta:
     finish: Finish | None = None
     calls: tuple[PlacedCall, ...] = ()
     ids: tuple[int, ...] = ()
+    thought: str = ""
 
     @property
     def empty(self) -> bool:
-        return not (self.text or self.scored or self.calls or self.ids) and self.finish is None
+        gained = self.text or self.scored or self.calls or self.ids or self.thought
+        return not gained and self.finish is None
 
     @property
     def told(self) -> tuple["Delta", ...]:
@@ -63,6 +65,7 @@ class Delta:
             after.finish or self.finish,
             self.calls + after.calls,
             self.ids + after.ids,
+            self.thought + after.thought,
         )
 
     @classmethod
@@ -72,14 +75,24 @@ class Delta:
         scored = tuple(item for part in parts for item in part.scored)
         calls = tuple(item for part in parts for item in part.calls)
         ids = tuple(token for part in parts for token in part.ids)
-        return cls(parts[0].index, text, scored, parts[-1].finish, calls, ids)
+        thought = "".join(part.thought for part in parts)
+        return cls(parts[0].index, text, scored, parts[-1].finish, calls, ids, thought)
 
 
 class Choice:
     """Follows one engine request to its end."""
 
-    def __init__(self, index: int, request: Request, text: TextStream, *, ids: bool) -> None:
-        """ids: deltas have those of all tokens, of one that ends the text too."""
+    def __init__(
+        self,
+        index: int,
+        request: Request,
+        text: TextStream,
+        *,
+        ids: bool,
+        thought: Thought | None = None,
+    ) -> None:
+        """ids: deltas have those of all tokens, of one that ends the text too. thought: takes the
+        tokens that are no part of the text; None: all are."""
         self.index = index
         self.request = request
         self.generated = 0
@@ -87,6 +100,7 @@ class Choice:
         self.finish: FinishReason | None = None
         self._text = text
         self._ids = ids
+        self._thought = thought
         self._echoes = bool(text.echoed)
         self._prompt_scores: list[TokenLogprob] = []
 
@@ -103,8 +117,15 @@ class Choice:
                 delta = delta.plus(Delta(self.index, ids=(event.token,)))
         if event.finish is not None and self.finish is None:
             self.finish = event.finish
-            delta = delta.plus(Delta(self.index, self._text.finish(), finish=event.finish))
+            thought = self._thought.finish() if self._thought is not None else ""
+            end = Delta(self.index, self._text.finish(), finish=event.finish, thought=thought)
+            delta = delta.plus(end)
         return delta
+
+    @property
+    def thought_tokens(self) -> int:
+        """Of those generated."""
+        return 0 if self._thought is None else self._thought.tokens
 
     def _take_echo(self) -> Delta:
         if not self._echoes:
@@ -124,10 +145,16 @@ class Choice:
         ends = event.finish == "stop" and token in self.request.params.stop_token_ids
         if ends:  # the token that ends a text is not part of it
             return Delta(self.index)
+        thought = None if self._thought is None else self._thought.take(token)
+        if thought is not None:
+            return Delta(self.index, scored=self._scored(event, token, 0), thought=thought)
         delta = self._text.feed(token)
         self.finish = "stop" if delta.stopped else None
-        scored: tuple[Scored, ...] = ()
-        if event.logprob is not None and self.request.params.logprobs is not None:
-            score = event.logprob
-            scored = (Scored(token, score.logprob, score.top, delta.offset),)
+        scored = self._scored(event, token, delta.offset)
         return Delta(self.index, delta.text, scored, self.finish)
+
+    def _scored(self, event: TokenEvent, token: int, offset: int) -> tuple[Scored, ...]:
+        score = event.logprob
+        if score is None or self.request.params.logprobs is None:
+            return ()
+        return (Scored(token, score.logprob, score.top, offset),)

@@ -30,6 +30,8 @@ class Usage:
     prompt: int
     completion: int
     cached: int
+    thought: int
+    """Of the completion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,9 @@ class Generator:
             raise
         if guides is None:
             return requests
+        if call.chat:
+            after = self._tokenizer.after_thought
+            guides = [after(g, item.prompt) for g, item in zip(guides, requests, strict=True)]
         pairs = zip(requests, guides, strict=True)
         return [self._preparer.guided(request, guide) for request, guide in pairs]
 
@@ -138,12 +143,13 @@ class Generator:
         return None if call.shape is None else await self._tokenizer.guides(call.shape, count)
 
     def _choice(self, call: Call, index: int, request: Request) -> Choice:
+        thought = self._tokenizer.thought(request.prompt) if call.chat else None
         if call.tools is not None:
             stream = self._tokenizer.tool_stream(call.tools, stops=call.stop)
-            return CallingChoice(index, request, stream, ids=call.return_ids)
+            return CallingChoice(index, request, stream, ids=call.return_ids, thought=thought)
         continued = () if call.chat else request.prompt
         text = self._tokenizer.stream(prompt=continued, echo=call.echo, stops=call.stop)
-        return Choice(index, request, text, ids=call.return_ids)
+        return Choice(index, request, text, ids=call.return_ids, thought=thought)
 
 
 class Generation:
@@ -256,6 +262,7 @@ class Generation:
             prompt=sum(len(choice.request.prompt) for choice in firsts),
             completion=sum(choice.generated for choice in choices),
             cached=sum(choice.cached for choice in firsts),
+            thought=sum(choice.thought_tokens for choice in choices),
         )
 
     def close(self) -> None:

@@ -29,6 +29,8 @@ class Message:
     """Of an assistant."""
     answers: str = ""
     """Of a tool: the id of the call that its content answers."""
+    thought: str = ""
+    """Of an assistant: what it thought before it said so."""
 
 
 def read_messages(fields: Fields) -> tuple[Message, ...]:
@@ -70,7 +72,14 @@ def _message(item: dict[str, Any], at: int, unanswered: set[str]) -> Message | s
     unanswered.discard(answers)
     unanswered.update(call.id for call in calls)
     text = _text(item.get("content"), item["role"]) or item.get("refusal") or ""
-    return Message(item["role"], text, tuple(calls), answers)
+    thought = _thought(item) if item["role"] == "assistant" else ""
+    return Message(item["role"], text, tuple(calls), answers, thought)
+
+
+def _thought(item: dict[str, Any]) -> str:
+    """In the fields that servers tell it in; what is no text there is none."""
+    told = (item.get(name) for name in ("reasoning_content", "reasoning"))
+    return next((text for text in told if text and is_text(text)), "")
 
 
 def plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -79,6 +88,8 @@ def plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for message in messages:
         fields: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.thought:
+            fields["reasoning_content"] = message.thought
         if message.calls:
             fields["tool_calls"] = [_shown(call) for call in message.calls]
             names |= {call.id: call.name for call in message.calls}

@@ -121,6 +121,23 @@ class ToolStream(TextStream, Protocol):
         ...
 
 
+class Thought(Protocol):
+    """Tells what one choice thinks from what it answers: text.thought.Thought."""
+
+    @property
+    def tokens(self) -> int:
+        """Thought so far."""
+        ...
+
+    def take(self, token: int) -> str | None:
+        """What the thought gains; None: the token is the answer's."""
+        ...
+
+    def finish(self) -> str:
+        """What was held back, when no more tokens come."""
+        ...
+
+
 class Tokenizer(Protocol):
     """The base's text layer: text.tokenizer.Tokenizer. Encoding may run on any thread."""
 
@@ -151,6 +168,14 @@ class Tokenizer(Protocol):
 
     def tool_stream(self, use: ToolUse, *, stops: Iterable[str] = ()) -> ToolStream:
         """Of a chat that was encoded with these tools."""
+        ...
+
+    def thought(self, prompt: Sequence[int]) -> Thought | None:
+        """Of a new choice in a chat with this prompt; None: thoughts are not told apart."""
+        ...
+
+    def after_thought(self, guide: Guide, prompt: Sequence[int]) -> Guide:
+        """The guide for the answer of a choice in a chat with this prompt."""
         ...
 
     def token_text(self, token: int) -> str: ...

@@ -161,7 +161,9 @@ class ChatRenderer:
         ]
 
     def chunk(self, delta: Delta, usage: Usage | None) -> Json:
-        content: Json = {"content": delta.text} if delta.text else {}
+        content: Json = {"reasoning_content": delta.thought} if delta.thought else {}
+        if delta.text:
+            content["content"] = delta.text
         if delta.calls:
             content["tool_calls"] = [{"index": call.index, **_call(call)} for call in delta.calls]
         choice = self._choice(delta.index, content, self._scores(delta.scored), delta.finish)
@@ -172,6 +174,8 @@ class ChatRenderer:
 
     def _message(self, delta: Delta) -> Json:
         message: Json = {"role": "assistant", "content": delta.text, "refusal": None}
+        if delta.thought:
+            message["reasoning_content"] = delta.thought
         if not delta.calls:
             return message
         calls = [_call(call) for call in delta.calls]
@@ -218,11 +222,13 @@ def clamp(logprob: float | None) -> float | None:
 
 
 def usage_body(usage: Usage) -> Json:
+    details = {"completion_tokens_details": {"reasoning_tokens": usage.thought}}
     return {
         "prompt_tokens": usage.prompt,
         "completion_tokens": usage.completion,
         "total_tokens": usage.prompt + usage.completion,
         "prompt_tokens_details": {"cached_tokens": usage.cached},
+        **(details if usage.thought else {}),
     }
 
 

@@ -15,12 +15,13 @@ from fader_server.errors import ConfigInvalid, ModelUnsupported, RequestInvalid
 from fader_server.text.controls import Controls, Marking, strings
 from fader_server.text.effort import variables_for, variables_read
 from fader_server.text.encoding import encode
+from fader_server.text.thought import find_markers
 from fader_server.text.tool_format import ToolFormat
 from fader_server.text.tool_probe import Unread, find_format
 from fader_server.text.tools import Tool
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_FIELDS = ("content", "name", "tool_call_id")
+_FIELDS = ("content", "name", "tool_call_id", "reasoning_content")
 _WORD = "parrot"
 """What a template is asked to repeat."""
 _SHORT = re.compile(r"[A-Za-z0-9]{9}", re.ASCII)
@@ -59,6 +60,8 @@ class ChatEncoder:
         with_tools = str(tokenizer.get_chat_template(tools=[]))
         self._read = variables_read(self._template) | variables_read(with_tools)
         self._variables = _checked(variables, self._read)
+        self.markers = find_markers(backend, self._template + with_tools)
+        """Around what the model thinks; None where the template has none."""
         self._controls = Controls(backend, self._template + with_tools)
         added = backend.get_added_tokens_decoder().items()
         special = {entry.content: token for token, entry in added if entry.special}
@@ -78,9 +81,10 @@ class ChatEncoder:
         """Ids of the rendered chat, ready for the assistant to speak.
 
         messages: `role`, `content` (a string, or a list of {"type": "text", "text": …} whose texts
-        are joined), optionally `name`, `tool_call_id` and `tool_calls`, each with `id`, and
-        `function` with `name` and `arguments`, an object. tools: what is offered. effort: one of
-        EFFORTS; None, or a template that knows of none: as it is by itself. Raises RequestInvalid.
+        are joined), optionally `name`, `tool_call_id`, `reasoning_content`, which reaches templates
+        that read it, and `tool_calls`, each with `id`, and `function` with `name` and `arguments`,
+        an object. tools: what is offered. effort: one of EFFORTS; None, or a template that knows of
+        none: as it is by itself. Raises RequestInvalid.
         """
         if not messages:
             raise RequestInvalid("expected at least one message", param="messages")
@@ -115,6 +119,8 @@ class ChatEncoder:
         for field in ("name", "tool_call_id"):
             if isinstance(message.get(field), str):
                 fields[field] = message[field]
+        if message.get("reasoning_content") and "reasoning_content" in self._template:
+            fields["reasoning_content"] = message["reasoning_content"]
         if message.get("tool_calls"):
             if self.tool_format is None:
                 raise RequestInvalid(
@@ -251,6 +257,7 @@ def characters(messages: Iterable[Mapping[str, Any]], tools: Iterable[Tool] = ()
     offered = sum(len(text) for tool in tools for text in strings(tool.shown))
     return offered + sum(
         len(_text(message.get("content"), at))
+        + len(message.get("reasoning_content", ""))
         + sum(map(len, strings(message.get("tool_calls", ()))))
         for at, message in enumerate(messages)
     )

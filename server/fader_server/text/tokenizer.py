@@ -9,6 +9,7 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fader_adapters.errors import first_line
+from fader_server.core import Guide
 from fader_server.errors import ConfigInvalid, ModelUnsupported, RequestInvalid
 from fader_server.text.chat import ChatEncoder, characters
 from fader_server.text.detokenizer import Detokenizer
@@ -17,6 +18,7 @@ from fader_server.text.files import config_eos, processor_template, what_is_miss
 from fader_server.text.pieces import Pieces
 from fader_server.text.shape import Shape
 from fader_server.text.stream import TextStream
+from fader_server.text.thought import Thought, ThoughtGuide, all_but
 from fader_server.text.tool_format import ToolFormat
 from fader_server.text.tool_stream import ToolStream
 from fader_server.text.tools import Tool, ToolUse
@@ -37,10 +39,13 @@ class Tokenizer:
         eos_ids: Iterable[int] = (),
         model_vocab_size: int | None = None,
         template_variables: Mapping[str, Any] = MappingProxyType({}),
+        thoughts_apart: bool = True,
     ) -> None:
         """eos_ids: the generation config's, beside the tokenizer's. model_vocab_size: ids that the
         model has an embedding for; None: all. template_variables: of the chat template, for every
-        chat. Raises ModelUnsupported, and ConfigInvalid for such variables."""
+        chat. thoughts_apart: what a model thinks is no part of its answers.
+
+        Raises ModelUnsupported, and ConfigInvalid for such variables."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, tokenizers.Tokenizer):
             raise ModelUnsupported(
@@ -62,6 +67,7 @@ class Tokenizer:
         )
         if template_variables and self._chat is None:
             raise ConfigInvalid("--default-chat-template-kwargs: the base has no chat template")
+        self._markers = self._chat.markers if self._chat is not None and thoughts_apart else None
         own_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
         self.vocab_size = min(own_size, model_vocab_size or own_size)
         """One more than the highest id that is a token's and the model takes; its logits may be
@@ -78,6 +84,7 @@ class Tokenizer:
         model_vocab_size: int | None = None,
         revision: str | None = None,
         template_variables: Mapping[str, Any] = MappingProxyType({}),
+        thoughts_apart: bool = True,
     ) -> "Tokenizer":
         """From a folder or Hub id. No code of the source is ever run. Raises as the constructor."""
         try:
@@ -98,6 +105,7 @@ class Tokenizer:
             eos_ids=eos_ids,
             model_vocab_size=model_vocab_size,
             template_variables=template_variables,
+            thoughts_apart=thoughts_apart,
         )
 
     @property
@@ -160,6 +168,25 @@ class Tokenizer:
     def tool_stream(self, use: ToolUse, *, stops: Iterable[str] = ()) -> ToolStream:
         """The content and the calls of a new choice in a chat that was encoded with tools."""
         return ToolStream(self._pieces, self._tool_format, use, stops=stops)
+
+    def thought(self, prompt: Sequence[int]) -> Thought | None:
+        """Of a new choice in a chat with this prompt; None: no thoughts are told apart."""
+        return None if self._markers is None else Thought(self._pieces, self._markers, prompt)
+
+    def after_thought(self, guide: Guide, prompt: Sequence[int]) -> Guide:
+        """The guide for the answer of a choice in a chat with this prompt, whatever it thinks."""
+        if self._markers is None or (state := self._markers.state_after(prompt)) == "closed":
+            return guide
+        return ThoughtGuide(guide, self._markers, state, self._free)
+
+    @cached_property
+    def _free(self) -> bytes:
+        return all_but(self.vocab_size, self.eos_ids)
+
+    @property
+    def thoughts_told(self) -> dict[str, str]:
+        """How the base's thoughts are told apart, as a field for a log."""
+        return {"markers": "none" if self._markers is None else " … ".join(self._markers.names)}
 
     @property
     def calls_told(self) -> dict[str, str | bool]:

@@ -36,12 +36,13 @@ from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.choosing import Usual
 from fader_server.api.context import BaseModel
 from fader_server.config import ServeConfig
-from fader_server.core import Request, Sink, TokenEvent, TokenLogprob
+from fader_server.core import Guide, Request, Sink, TokenEvent, TokenLogprob
 from fader_server.engine.stats import TenantStats
 from fader_server.errors import RequestInvalid
 from fader_server.metrics import Metrics
 from fader_server.recipes import RecipeBook
 from fader_server.text.shape import Shape
+from fader_server.text.thought import Markers, Thought
 from fader_server.text.tool_format import Frame, ToolFormat
 from fader_server.text.tool_reader import CallReader
 from fader_server.text.tools import Tool, ToolCall, ToolUse
@@ -148,11 +149,23 @@ class FakeToolStream:
         return text
 
 
+class BytePieces:
+    def is_silent(self, token: int) -> bool:
+        return token == EOS
+
+    def piece(self, token: int, *, first: bool = False) -> bytes:
+        return bytes([token])
+
+
+BRACKETS = Markers(ord("["), ord("]"), ("[", "]"), frozenset())
+
+
 class FakeTokenizer:
     vocab_size = VOCAB
     eos_ids = frozenset({EOS})
 
     def __init__(self) -> None:
+        self.thinks = False
         self.shapes: list[Shape] = []
         self.uses: list[tuple[ToolUse, str | None]] = []
 
@@ -190,6 +203,13 @@ class FakeTokenizer:
         self, *, prompt: Sequence[int] = (), echo: bool = False, stops: Iterable[str] = ()
     ) -> FakeTextStream:
         return FakeTextStream(prompt, echo=echo, stops=stops)
+
+    def thought(self, prompt: Sequence[int]) -> Thought | None:
+        """What stands in square brackets, once the base thinks."""
+        return Thought(BytePieces(), BRACKETS, prompt) if self.thinks else None  # type: ignore[arg-type]
+
+    def after_thought(self, guide: Guide, prompt: Sequence[int]) -> Guide:
+        return guide
 
     def token_text(self, token: int) -> str:
         return "<eos>" if token == EOS else bytes([token]).decode(errors="replace")

@@ -218,7 +218,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
         {"logprobs": False, "top_logprobs": 0, "modalities": ["text"], "store": True},
         {"logprobs": 0, "top_logprobs": 0, "models": []},
         {"temprature": None, "adapter": None, "gamma": None, "tool": None, "models": None},
-        {"reasoning_effort": "low", "verbosity": "low", "prompt_cache_retention": "24h"},
+        {"verbosity": "low", "prompt_cache_retention": "24h"},
         {"echo": False, "suffix": None, "best_of": 1, "n": 1, "add_special_tokens": False},
         {"skip_special_tokens": True, "truncate_prompt_tokens": None, "length_penalty": 1.0},
         {
