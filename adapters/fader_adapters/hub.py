@@ -5,12 +5,14 @@ Sizes are checked before a byte is fetched, contents against the Hub's own hashe
 
 import hashlib
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import ModuleType
 
 from huggingface_hub import HfApi, hf_hub_url, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -208,11 +210,20 @@ def _is(file: RepoSibling, data: bytes) -> bool:
     return blob.hexdigest() == file.blob_id
 
 
+def hub_transport() -> ModuleType:
+    """The library that the Hub's own calls by: httpx2, or httpx before its version 2."""
+    own = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+    return sys.modules[own.__module__.partition(".")[0]]
+
+
+def _network_faults() -> tuple[type[Exception], ...]:
+    http = hub_transport()
+    return http.HTTPError, http.InvalidURL, http.StreamError
+
+
 @contextmanager
 def _translated(repo: str) -> Iterator[None]:
     """The Hub's and the network's errors as ours; no address or token in any message."""
-    import httpx2  # who reads folders only can do without
-
     try:
         yield
     except (
@@ -230,7 +241,7 @@ def _translated(repo: str) -> Iterator[None]:
         if 400 <= status < 500 and status not in (408, 429):
             raise SourceNotFound(f"the Hub refuses {repo!r} with status {status}") from None
         raise SourceUnavailable(f"the Hub answered with status {status}; try again") from None
-    except (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, OSError) as error:
+    except (*_network_faults(), OSError) as error:
         raise SourceUnavailable(
             f"the Hub cannot be reached ({type(error).__name__}); try again"
         ) from None

@@ -41,7 +41,13 @@ from fader_server.mergestart import lane_of, open_merging, policy_of, probe_toke
 from fader_server.merging import Parts
 from fader_server.metrics import Metrics
 from fader_server.model.checkpoint import check_folder
-from fader_server.model.device import choose_device, choose_dtype, free_bytes, set_threads
+from fader_server.model.device import (
+    choose_device,
+    choose_dtype,
+    free_bytes,
+    set_threads,
+    spare_bytes,
+)
 from fader_server.model.loader import load_base
 from fader_server.ondemand import OnDemand
 from fader_server.parking import Parking
@@ -156,7 +162,7 @@ def open_world(
         runner,
         scheduler.lanes,
         engine,
-        free=partial(free_bytes, device),
+        free=partial(spare_bytes, device),
         unreserved=available - plan.arena - plan.kv_cache,
         probe=probe_tokens(config, tokenizer, plan.max_model_len),
     )

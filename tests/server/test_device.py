@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fader_server.errors import ConfigInvalid
-from fader_server.model.device import choose_device
+from fader_server.model.device import choose_device, free_bytes, spare_bytes
 
 
 @pytest.fixture
@@ -42,3 +42,19 @@ def test_a_torch_without_cuda_is_told_from_a_machine_without_a_gpu(monkeypatch, 
         choose_device("cuda")
     assert choose_device("auto") == torch.device("cpu")
     assert not caplog.records
+
+
+def test_a_running_server_counts_what_torch_keeps_and_frees_nothing(gpu, monkeypatch):
+    def never() -> None:
+        raise AssertionError("a graph may be under capture")
+
+    segments = [
+        {"device": d, "segment_pool_id": pool, "total_size": 100, "active_size": used}
+        for d, pool, used in [(0, (0, 0), 30), (0, (0, 0), 100), (1, (0, 0), 0), (0, (0, 1), 0)]
+    ]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "empty_cache", never)
+    assert spare_bytes(torch.device("cuda", 0)) == 1070
+    with pytest.raises(AssertionError):
+        free_bytes(torch.device("cuda", 0))

@@ -28,6 +28,7 @@ from transformers.utils import CONFIG_NAME
 from fader_adapters.architecture import auto_class, model_class, uses_interface
 from fader_adapters.describe import kept_plain_of
 from fader_adapters.errors import BaseUnsupported, first_line
+from fader_adapters.hub import hub_transport
 from fader_adapters.kernels import native
 from fader_server.errors import ConfigInvalid, ModelUnsupported
 from fader_server.model.by_expert import packed_by_expert
@@ -122,12 +123,10 @@ def _check_reachable(source: str) -> None:
     before it says that nobody answers. Raises ConfigInvalid."""
     if Path(source).is_dir() or constants.HF_HUB_OFFLINE:
         return
-    import httpx2  # who reads folders only can do without
-
     try:
         if try_to_load_from_cache(source, CONFIG_NAME) is None:
             get_hf_file_metadata(hf_hub_url(source, CONFIG_NAME))
-    except httpx2.TransportError as error:
+    except hub_transport().TransportError as error:
         raise ConfigInvalid(
             f"no model at {source!r}: no such folder, and the Hub does not answer "
             f"({first_line(error)})"

@@ -14,6 +14,8 @@ from fader_server.errors import ConfigInvalid
 log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_SHARED = (0, 0)
+"""The pool of memory that belongs to no graph."""
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -81,3 +83,15 @@ def free_bytes(device: torch.device) -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def spare_bytes(device: torch.device) -> int:
+    """The same on any thread of a running server: torch frees nothing while a graph is captured,
+    so what it keeps is counted instead."""
+    if device.type != "cuda":
+        return free_bytes(device)
+    return torch.cuda.mem_get_info(device)[0] + sum(
+        segment["total_size"] - segment["active_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["device"] == device.index and tuple(segment["segment_pool_id"]) == _SHARED
+    )

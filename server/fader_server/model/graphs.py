@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from triton.errors import TritonError
 
 from fader_adapters.errors import first_line
 from fader_adapters.kernels.backend import Step
@@ -43,6 +44,9 @@ from fader_server.model.prompt_graphs import PromptGraphs, PromptInputs
 from fader_server.model.prompt_graphs import buckets as prompt_buckets
 
 log = logging.getLogger(__name__)
+
+_FAULTS = (RuntimeError, TritonError)
+"""What a capture ends in where a device or a compiler refuses it."""
 
 WARM_TOKENS = (100, 300)
 """Prompts run once at start, so that no request waits for a compiler: fused and dequantised."""
@@ -203,7 +207,7 @@ class DecodeGraphs:
         assert self._capture is not None
         try:
             return {(bucket, kind): self._capture(bucket, kind)}
-        except RuntimeError as error:
+        except _FAULTS as error:
             self._failed = True
             log.warning("a lane's steps run without further CUDA graphs: %s", first_line(error))
             return {}
@@ -246,7 +250,7 @@ def capture(
         _warm(inputs, run, backend.blank(tables, None, vectors=True, stacks=True))
         warmed = time.perf_counter()
         graphs.capture(buckets, run=run, record=record)
-    except RuntimeError as error:
+    except _FAULTS as error:
         log.warning("decode steps run without CUDA graphs: %s", first_line(error))
         return None
     sizes = prompt_buckets(attention.max_tokens)
@@ -256,7 +260,7 @@ def capture(
                 *(backend, attention, every),
                 cache=cache, tables=tables, run=run, record=record, sizes=sizes,
             )  # fmt: skip
-    except RuntimeError as error:
+    except _FAULTS as error:
         log.warning("steps of prompts run without CUDA graphs: %s", first_line(error))
     if isinstance(record, GraphRecorder):
         record.checks = False  # from now on other threads work, too

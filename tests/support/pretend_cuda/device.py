@@ -158,6 +158,7 @@ class PretendDevice:
             "device_count": lambda: 1,
             "current_device": lambda: 0,
             "empty_cache": lambda: None,
+            "memory_snapshot": list,
             "_lazy_init": lambda: None,
         }.items():
             patch.setattr(cuda, name, stand_in)
