@@ -1,8 +1,8 @@
 """A merged lane on the CUDA backend, interpreted: the reference's tokens, graphs of its own."""
 
 import pytest
-from triton.runtime.errors import OutOfResources
 import torch
+from triton.runtime.errors import OutOfResources
 
 from fader_server.model import graphs
 from tests.adapters.cuda.test_backend import Setting, same, told, use_cuda, use_graphs
