@@ -113,6 +113,10 @@ def test_each_kernel_compiles_without_spills_and_within_shared_memory(
     assert {made.arch for made in found} == {arch}
     assert {made.module for made in found} == set(aot.config_modules())
     assert [line for made in found for line in made.complaints] == []
+    decoding = products(found)
+    assert {made.kernel for made in decoding} == {"nf4_gemm", "nf4_experts"}
+    assert over_budget(decoding) == []
+    assert waiting_loads(decoding) == []
 
 
 @each_when_slow
@@ -145,7 +149,8 @@ def test_a_select_tree_and_a_waiting_load_are_seen(compiled: Compile, arch: int)
     assert len(trees) == len(over_budget(trees)) == len(waiting_loads(trees)) == 1
 
 
-@each_when_slow
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
 def test_the_decode_loop_keeps_to_its_budget_and_never_waits(compiled: Compile, arch: int) -> None:
     linears = products(compiled((NF4,), arch, pick="tiles"))
     experts = products(compiled((EXPERTS,), arch, pick="tiles"))
@@ -156,7 +161,8 @@ def test_the_decode_loop_keeps_to_its_budget_and_never_waits(compiled: Compile, 
     assert waiting_loads(found) == []
 
 
-@each_when_slow
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
 def test_all_tiles_of_an_architecture_use_one_matrix_instruction(
     compiled: Compile, arch: int
 ) -> None:

@@ -187,7 +187,8 @@ def over_http(server: FakeServer) -> Iterator[str]:
         server.leave(model)
         await send({"type": "http.response.body", "body": b""})
 
-    config = uvicorn.Config(app, lifespan="off", ws="none", http="h11", log_level="error")
+    # No settings for logs: they would be those of the whole process.
+    config = uvicorn.Config(app, lifespan="off", ws="none", http="h11", log_config=None)
     # asyncio switches Nagle off only where the socket names its protocol; bind_socket() does not.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))

@@ -15,6 +15,8 @@ from fader_server import demo
 from tests.adapters.fake_hub import OTHER_COMMIT, FakeHub, serving
 from tests.server.e2e.conftest import Running, start
 
+pytestmark = pytest.mark.slow
+
 QUESTION = {"messages": [{"role": "user", "content": "What colour is the sky?"}], "temperature": 0}
 SHOUT, GERMAN = "THE SKY IS BLUE.", "Der Himmel ist blau."
 
@@ -198,7 +200,6 @@ def test_folders_that_come_change_and_go_are_followed(server, tmp_path_factory):
     until(lambda: version() is None)
 
 
-@pytest.mark.slow
 def test_after_a_restart_a_commit_serves_without_the_hub(hub, tmp_path):
     (tmp_path / "root").mkdir()
     flags = ["--adapter-hub", "org", "--state-dir", str(tmp_path / "state"), "--resolve-adapters"]
