@@ -48,6 +48,7 @@ from fader_server.model.device import (
     set_threads,
     spare_bytes,
 )
+from fader_server.model.loaded import LoadedBase
 from fader_server.model.loader import load_base
 from fader_server.ondemand import OnDemand
 from fader_server.parking import Parking
@@ -100,17 +101,7 @@ def open_world(
         "max_model_len": plan.max_model_len,
     }
     log.info("memory plan", extra={"fields": fields})
-    tokenizer = Tokenizer.load(
-        source,
-        max_model_len=plan.max_model_len,
-        model_vocab_size=base.vocab_size,
-        template_variables=config.default_chat_template_kwargs or {},
-        thoughts_apart=config.reasoning_format == "deepseek",
-    )
-    log.info("calls of tools", extra={"fields": tokenizer.calls_told})
-    log.info("thoughts", extra={"fields": tokenizer.thoughts_told})
-    usual = usual_of(generation_config(source)) if config.sampling_defaults == "model" else Usual()
-    log.info("sampling by default", extra={"fields": asdict(usual)})
+    tokenizer, usual = _speech(config, source, base, plan.max_model_len)
     arena = torch.empty(plan.arena // dtype.itemsize, dtype=dtype, device=device)
     tables = Tables(arena, len(base.installed.spec.linears))
     pool = Pool(tables, in_place=device.type == "cpu")
@@ -194,6 +185,24 @@ def open_world(
             prepare=lane_of(config, lanes),
             share=share,
         )
+
+
+def _speech(
+    config: ServeConfig, source: str, base: LoadedBase, max_model_len: int
+) -> tuple[Tokenizer, Usual]:
+    """How the base reads and writes, and how it chooses its words; told in the log."""
+    tokenizer = Tokenizer.load(
+        source,
+        max_model_len=max_model_len,
+        model_vocab_size=base.vocab_size,
+        template_variables=config.default_chat_template_kwargs or {},
+        thoughts_apart=config.reasoning_format == "deepseek",
+    )
+    usual = usual_of(generation_config(source)) if config.sampling_defaults == "model" else Usual()
+    log.info("calls of tools", extra={"fields": tokenizer.calls_told})
+    log.info("thoughts", extra={"fields": tokenizer.thoughts_told})
+    log.info("sampling by default", extra={"fields": asdict(usual)})
+    return tokenizer, usual
 
 
 def _check_named(config: ServeConfig, base_name: str) -> None:

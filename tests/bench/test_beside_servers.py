@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import pytest
 from rich.console import Console
 
-from bench.beside_servers import Kept, Settings, Side, compare, document, show
+from bench.beside_servers import document, show
+from bench.side_by_side import Kept, Settings, Side, compare
 from fader_server.errors import ConfigInvalid
 from tests.server.bench.bench_fake import FakeServer, over_http
 

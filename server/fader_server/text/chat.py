@@ -1,9 +1,7 @@
 """Chats to token ids by the base's own template. What a client writes is never a control token."""
 
-import hashlib
 import inspect
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -12,7 +10,8 @@ import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from fader_server.errors import ConfigInvalid, ModelUnsupported, RequestInvalid
-from fader_server.text.controls import Controls, Marking, strings
+from fader_server.text.contents import text_of, with_short_ids
+from fader_server.text.controls import Controls, Marking
 from fader_server.text.effort import variables_for, variables_read
 from fader_server.text.encoding import encode
 from fader_server.text.thought import find_markers
@@ -24,8 +23,6 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _FIELDS = ("content", "name", "tool_call_id", "reasoning_content")
 _WORD = "parrot"
 """What a template is asked to repeat."""
-_SHORT = re.compile(r"[A-Za-z0-9]{9}", re.ASCII)
-"""The only ids of calls that some templates, Mistral's, take."""
 _OURS = frozenset(
     inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
     | dict.fromkeys(("messages", "eos_token", "bos_token"))
@@ -90,7 +87,7 @@ class ChatEncoder:
             raise RequestInvalid("expected at least one message", param="messages")
         plain = [self._message(at, message) for at, message in enumerate(messages)]
         if self._short_ids:  # a chat may have begun at another server
-            plain = [_with_short_ids(message) for message in plain]
+            plain = [with_short_ids(message) for message in plain]
         shown = [tool.shown for tool in tools]
         if shown and self.tool_format is None:
             raise RequestInvalid(
@@ -115,7 +112,7 @@ class ChatEncoder:
             )
         if role == "developer" and "developer" not in self._template:
             role = "system"
-        fields: dict[str, Any] = {"role": role, "content": _text(message.get("content"), at)}
+        fields: dict[str, Any] = {"role": role, "content": text_of(message.get("content"), at)}
         for field in ("name", "tool_call_id"):
             if isinstance(message.get(field), str):
                 fields[field] = message[field]
@@ -219,20 +216,6 @@ def _marked_call(call: Mapping[str, Any], marking: Marking) -> dict[str, Any]:
     }
 
 
-def _with_short_ids(message: dict[str, Any]) -> dict[str, Any]:
-    found = dict(message)
-    if "tool_calls" in found:
-        found["tool_calls"] = [c | {"id": _short(c["id"])} for c in found["tool_calls"]]
-    if "tool_call_id" in found:
-        found["tool_call_id"] = _short(found["tool_call_id"])
-    return found
-
-
-def _short(id: str) -> str:
-    """The id where it has nine letters and digits, else such an id of its own."""
-    return id if _SHORT.fullmatch(id) else hashlib.sha256(id.encode()).hexdigest()[:9]
-
-
 def _wants_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a template, as those of models that also see, loses content that is no list."""
     message = {"role": "user", "content": _WORD}
@@ -250,37 +233,3 @@ def _wants_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _in_parts(messages: list[dict[str, str]]) -> list[dict[str, Any]]:
     return [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
-
-
-def characters(messages: Iterable[Mapping[str, Any]], tools: Iterable[Tool] = ()) -> int:
-    """Characters of all contents, calls and tools, before anything is rendered."""
-    offered = sum(len(text) for tool in tools for text in strings(tool.shown))
-    return offered + sum(
-        len(_text(message.get("content"), at))
-        + len(message.get("reasoning_content", ""))
-        + sum(map(len, strings(message.get("tool_calls", ()))))
-        for at, message in enumerate(messages)
-    )
-
-
-def _text(content: object, at: int) -> str:
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        return "".join(_part_texts(content, at))
-    raise RequestInvalid(
-        "expected a string or a list of text parts", param=f"messages[{at}].content"
-    )
-
-
-def _part_texts(parts: list[Any], at: int) -> Iterator[str]:
-    for index, part in enumerate(parts):
-        text = part.get("text") if isinstance(part, Mapping) else None
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(text, str):
-            raise RequestInvalid(
-                'expected {"type": "text", "text": "…"}: this server reads text only',
-                param=f"messages[{at}].content[{index}]",
-            )
-        yield text

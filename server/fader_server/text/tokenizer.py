@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from fader_adapters.errors import first_line
 from fader_server.core import Guide
 from fader_server.errors import ConfigInvalid, ModelUnsupported, RequestInvalid
-from fader_server.text.chat import ChatEncoder, characters
+from fader_server.text.chat import ChatEncoder
+from fader_server.text.contents import characters
 from fader_server.text.detokenizer import Detokenizer
 from fader_server.text.encoding import check_length, encode
 from fader_server.text.files import config_eos, processor_template, what_is_missing
