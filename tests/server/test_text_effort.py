@@ -51,6 +51,8 @@ def test_what_a_template_reads_is_known_with_tags_of_transformers_and_loop_contr
     assert "thinking" in variables_read(TAGGED)
     assert "thinking" not in variables_read("{% set thinking = true %}{{ thinking }}")
     assert variables_read("{% if %}") == frozenset()
+    usual = "{% set ns = namespace(a=range(9)) %}{{ raise_exception('x') or strftime_now('%d') }}"
+    assert variables_read(usual) == frozenset()
 
 
 def test_an_operators_variables_are_in_every_chat_and_a_requests_effort_is_before_them():

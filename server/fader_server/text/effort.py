@@ -11,6 +11,8 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 """The values of `reasoning_effort`."""
 _SWITCHES = ("enable_thinking", "thinking")
 """Variables by which templates turn thinking on and off."""
+_GIVEN = {"raise_exception", "strftime_now"}
+"""Functions that transformers gives every template."""
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 """transformers' own tag, of which jinja2 knows nothing."""
 
@@ -24,7 +26,9 @@ def variables_read(template: str) -> frozenset[str]:
         tree = environment.parse(_GENERATION.sub("", template))
     except jinja2.TemplateError:
         return frozenset()
-    return frozenset(jinja2.meta.find_undeclared_variables(tree))
+    return (
+        frozenset(jinja2.meta.find_undeclared_variables(tree)) - environment.globals.keys() - _GIVEN
+    )
 
 
 def variables_for(effort: str | None, names: Collection[str]) -> dict[str, str | bool]:
