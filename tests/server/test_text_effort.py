@@ -39,7 +39,28 @@ def test_a_switch_is_off_for_none_and_on_for_any_other_effort(effort):
 @pytest.mark.parametrize("effort", EFFORTS)
 def test_a_template_with_a_word_for_it_gets_the_word(effort):
     assert said(WORD, effort) == f"hello {effort}"
-    assert variables_for(effort, {"reasoning_effort", "thinking"}) == {"reasoning_effort": effort}
+
+
+def test_a_template_with_a_word_and_a_switch_gets_both_and_for_none_the_switch():
+    both = {"reasoning_effort", "thinking", "messages"}
+    assert variables_for("low", both) == {"reasoning_effort": "low", "thinking": True}
+    assert variables_for("none", both) == {"thinking": False}
+    assert variables_for(None, both) == {}
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if reasoning_effort is not defined %}{% set reasoning_effort = 'medium' %}{% endif %}"
+        "{{ reasoning_effort }}",
+        "{% macro head() %}{% if not reasoning_effort %}{% set reasoning_effort = 'a' %}{% endif %}"
+        "{{ reasoning_effort }}{% endmacro %}{{ head() }}",
+        "{% set reasoning_effort = reasoning_effort | default('x') %}{{ reasoning_effort }}",
+    ],
+    ids=["set where missing", "in a macro", "set from itself"],
+)
+def test_a_template_that_sets_its_own_default_still_reads_the_word(template):
+    assert variables_for("low", variables_read(template)) == {"reasoning_effort": "low"}
 
 
 def test_a_template_that_knows_of_no_effort_is_not_told():

@@ -34,10 +34,12 @@ def variables_read(template: str) -> frozenset[str]:
 def variables_for(effort: str | None, names: Collection[str]) -> dict[str, str | bool]:
     """What a template that reads these names is given for an effort.
 
-    Its own `reasoning_effort`, else a switch for thinking: off for "none", on for all others.
+    Its own `reasoning_effort`, and a switch for thinking: on, or off for "none", which templates
+    with a switch do not know as an effort.
     """
     if effort is None:
         return {}
-    if "reasoning_effort" in names:
-        return {"reasoning_effort": effort}
-    return {name: effort != "none" for name in _SWITCHES if name in names}
+    given: dict[str, str | bool] = {name: effort != "none" for name in _SWITCHES if name in names}
+    if "reasoning_effort" in names and not (given and effort == "none"):
+        given["reasoning_effort"] = effort
+    return given
