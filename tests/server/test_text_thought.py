@@ -80,6 +80,24 @@ def test_only_what_an_output_begins_with_is_thought(said, expected):
     assert told(made(), said) == expected
 
 
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("<|channel>thought\nhello thought\n<channel|>\nworld", ("hello thought", "world")),
+        ("<|channel>thoughtful<channel|>world", ("ful", "world")),
+        ("<|channel>hello<channel|>world", ("hello", "world")),
+        ("<|channel>tho<channel|>world", ("", "world")),
+        ("<|channel>thought\n<channel|>world", ("", "world")),
+        ("hello", ("", "hello")),
+    ],
+)
+def test_a_label_behind_the_first_marker_is_no_part_of_a_thought(said, expected):
+    names = ("<|channel>", "<channel|>")
+    template = QWEN.replace(MARKERS[0], names[0]).replace(MARKERS[1], names[1])
+    source = hf("byte_level", template, structure=names)
+    assert told(Tokenizer(source, max_model_len=512), said) == expected
+
+
 def test_a_thought_that_is_cut_off_is_all_there_is():
     assert told(made(), "<think>hello world", cut=3)[1] == ""
     assert told(made(), "hello", made(ALWAYS).encode_chat(chat("x"))) == ("hello", "")

@@ -13,12 +13,15 @@ from fader_server.core import Guide
 from fader_server.text.detokenizer import Detokenizer
 from fader_server.text.pieces import Pieces
 
-_PAIRS = (
-    ("<think>", "</think>"),
-    ("[THINK]", "[/THINK]"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("<seed:think>", "</seed:think>"),
+_KINDS = (
+    ("<think>", "</think>", ""),
+    ("[THINK]", "[/THINK]", ""),
+    ("<|START_THINKING|>", "<|END_THINKING|>", ""),
+    ("<seed:think>", "</seed:think>", ""),
+    ("<|channel>", "<channel|>", "thought"),
 )
+"""What begins and ends a thought, and a word behind the first: Qwen's and DeepSeek's, Mistral's,
+Cohere's, Seed's, Gemma's."""
 State = Literal["maybe", "open", "closed"]
 """Of an output: it may begin with a thought, is in one, or has none any more."""
 
@@ -30,6 +33,8 @@ class Markers:
     begin: int
     end: int
     names: tuple[str, str]
+    label: str
+    """Behind the first, no part of the thought; may be empty."""
     added: frozenset[int]
     """All tokens that are no part of a text: the last one before an output begins it."""
 
@@ -49,9 +54,10 @@ class Markers:
 def find_markers(backend: tokenizers.Tokenizer, template: str) -> Markers | None:
     """Those that a chat template has; None: it has none, or they are no tokens."""
     added = {entry.content: token for token, entry in backend.get_added_tokens_decoder().items()}
-    for begin, end in _PAIRS:
+    for begin, end, label in _KINDS:
         if end in template and begin in added and end in added:
-            return Markers(added[begin], added[end], (begin, end), frozenset(added.values()))
+            tokens = frozenset(added.values())
+            return Markers(added[begin], added[end], (begin, end), label, tokens)
     return None
 
 
@@ -67,6 +73,7 @@ class Thought:
         self._state: State = markers.state_after(prompt)
         self._detokenizer = Detokenizer(pieces)
         self._held = ""
+        self._label = markers.label
         self._told = False
         self._between = False
         self.tokens = 0
@@ -97,7 +104,13 @@ class Thought:
 
     def _shown(self, text: str) -> str:
         """Without line breaks before it; those at its end wait for more."""
-        whole = self._held + (text if self._told else text.lstrip("\r\n"))
+        whole = self._held + text
+        if self._label:
+            if whole != self._label and self._label.startswith(whole):
+                self._held = whole
+                return ""
+            whole, self._label = whole.removeprefix(self._label), ""
+        whole = whole if self._told else whole.lstrip("\r\n")
         shown = whole.rstrip("\r\n")
         self._held = whole[len(shown) :]
         self._told = self._told or bool(shown)

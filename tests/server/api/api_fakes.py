@@ -157,7 +157,7 @@ class BytePieces:
         return bytes([token])
 
 
-BRACKETS = Markers(ord("["), ord("]"), ("[", "]"), frozenset())
+BRACKETS = Markers(ord("["), ord("]"), ("[", "]"), "", frozenset())
 
 
 class FakeTokenizer:
