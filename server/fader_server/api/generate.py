@@ -145,10 +145,14 @@ class Generator:
     def _choice(self, call: Call, index: int, request: Request) -> Choice:
         thought = self._tokenizer.thought(request.prompt) if call.chat else None
         if call.tools is not None:
-            stream = self._tokenizer.tool_stream(call.tools, stops=call.stop)
+            stream = self._tokenizer.tool_stream(
+                call.tools, stops=call.stop, include_stop=call.include_stop
+            )
             return CallingChoice(index, request, stream, ids=call.return_ids, thought=thought)
         continued = () if call.chat else request.prompt
-        text = self._tokenizer.stream(prompt=continued, echo=call.echo, stops=call.stop)
+        text = self._tokenizer.stream(
+            prompt=continued, echo=call.echo, stops=call.stop, include_stop=call.include_stop
+        )
         return Choice(index, request, text, ids=call.return_ids, thought=thought)
 
 

@@ -11,7 +11,7 @@ _SHARED = frozenset((
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "logprobs", "stream", "stream_options", "adapters", "lora", "lora_path",
     "ignore_eos", "min_tokens", "stop_token_ids", "cache_salt", "best_of", "return_token_ids",
-    "reasoning_effort",
+    "reasoning_effort", "include_stop_str_in_output",
 ))
 _IGNORED = frozenset((
     "user", "metadata", "store", "service_tier", "prompt_cache_key",
@@ -40,7 +40,7 @@ FIXED_OF_CHAT: Fixed = {
 }
 UNSERVED_FIELDS = (
     "guided_grammar", "guided_whitespace_pattern", "grammar", "ebnf", "bad_words",
-    "allowed_token_ids", "use_beam_search", "include_stop_str_in_output",
+    "allowed_token_ids", "use_beam_search",
     "return_tokens_as_token_ids",
 )
 """They change what an answer may be: without them it would be another, and look right."""

@@ -163,10 +163,17 @@ class Tokenizer(Protocol):
     def decode(self, tokens: Iterable[int]) -> str: ...
 
     def stream(
-        self, *, prompt: Sequence[int] = (), echo: bool = False, stops: Iterable[str] = ()
+        self,
+        *,
+        prompt: Sequence[int] = (),
+        echo: bool = False,
+        stops: Iterable[str] = (),
+        include_stop: bool = False,
     ) -> TextStream: ...
 
-    def tool_stream(self, use: ToolUse, *, stops: Iterable[str] = ()) -> ToolStream:
+    def tool_stream(
+        self, use: ToolUse, *, stops: Iterable[str] = (), include_stop: bool = False
+    ) -> ToolStream:
         """Of a chat that was encoded with these tools."""
         ...
 

@@ -50,6 +50,8 @@ class Call:
     longest: int
     choosing: Choosing
     stop: tuple[str, ...]
+    include_stop: bool
+    """The stop string that ends a text is part of it."""
     shape: Shape | None
     """The JSON Schema that the text of every answer must have, as text; None: any text."""
     tools: ToolUse | None
@@ -176,6 +178,7 @@ def _call(
         longest=limits.longest,
         choosing=read_choosing(fields, limits, max_tokens),
         stop=_stop(fields),
+        include_stop=fields.boolean("include_stop_str_in_output"),
         shape=read_shape(fields),
         tools=tools,
         logprobs=logprobs,

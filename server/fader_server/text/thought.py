@@ -56,7 +56,7 @@ def find_markers(backend: tokenizers.Tokenizer, template: str) -> Markers | None
     added = {entry.content: token for token, entry in backend.get_added_tokens_decoder().items()}
     for begin, end, label in _KINDS:
         if end in template and begin in added and end in added:
-            tokens = frozenset(added.values())
+            tokens = frozenset(token for name, token in added.items() if name.strip())
             return Markers(added[begin], added[end], (begin, end), label, tokens)
     return None
 

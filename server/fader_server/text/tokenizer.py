@@ -166,9 +166,13 @@ class Tokenizer:
             self._pieces, prompt=prompt, echo=echo, stops=stops, include_stop=include_stop
         )
 
-    def tool_stream(self, use: ToolUse, *, stops: Iterable[str] = ()) -> ToolStream:
+    def tool_stream(
+        self, use: ToolUse, *, stops: Iterable[str] = (), include_stop: bool = False
+    ) -> ToolStream:
         """The content and the calls of a new choice in a chat that was encoded with tools."""
-        return ToolStream(self._pieces, self._tool_format, use, stops=stops)
+        return ToolStream(
+            self._pieces, self._tool_format, use, stops=stops, include_stop=include_stop
+        )
 
     def thought(self, prompt: Sequence[int]) -> Thought | None:
         """Of a new choice in a chat with this prompt; None: no thoughts are told apart."""

@@ -17,11 +17,17 @@ class ToolStream:
     """
 
     def __init__(
-        self, pieces: Pieces, form: ToolFormat, use: ToolUse, *, stops: Iterable[str] = ()
+        self,
+        pieces: Pieces,
+        form: ToolFormat,
+        use: ToolUse,
+        *,
+        stops: Iterable[str] = (),
+        include_stop: bool = False,
     ) -> None:
         self._detokenizer = Detokenizer(pieces)
         self._reader = CallReader(form, use)
-        self._matcher = StopMatcher(stops)
+        self._matcher = StopMatcher(stops, include=include_stop)
         self._controls = {token: char for char, token in form.controls.items()}
         self._parallel = use.parallel and form.between is not None
         self._calls: list[ToolCall] = []

@@ -65,7 +65,10 @@ class FakeDelta:
 
 
 class FakeTextStream:
-    def __init__(self, prompt: Sequence[int], *, echo: bool, stops: Iterable[str]) -> None:
+    def __init__(
+        self, prompt: Sequence[int], *, echo: bool, stops: Iterable[str], include_stop: bool = False
+    ) -> None:
+        self._include = include_stop
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = list(stops)
         self._held = ""
@@ -85,10 +88,11 @@ class FakeTextStream:
         if self._stopped:
             return ""
         whole = self._held + text
-        found = [at for at in (whole.find(stop) for stop in self._stops) if at >= 0]
+        found = [(at, s) for at, s in ((whole.find(s), s) for s in self._stops) if at >= 0]
         if found:
             self._stopped, self._held = True, ""
-            return whole[: min(found)]
+            at, stop = min(found)
+            return whole[: at + len(stop) if self._include else at]
         longest = max(
             (n for stop in self._stops for n in range(len(stop)) if whole.endswith(stop[:n])),
             default=0,
@@ -115,9 +119,9 @@ class FakeToolStream:
 
     echoed = ()
 
-    def __init__(self, use: ToolUse, *, stops: Iterable[str]) -> None:
+    def __init__(self, use: ToolUse, *, stops: Iterable[str], include_stop: bool) -> None:
         self._bytes = FakeTextStream((), echo=False, stops=())
-        self._content = FakeTextStream((), echo=False, stops=stops)
+        self._content = FakeTextStream((), echo=False, stops=stops, include_stop=include_stop)
         self._reader = CallReader(FORMAT, use)
         self._calls: list[ToolCall] = []
         self._parallel = use.parallel
@@ -200,9 +204,14 @@ class FakeTokenizer:
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
     def stream(
-        self, *, prompt: Sequence[int] = (), echo: bool = False, stops: Iterable[str] = ()
+        self,
+        *,
+        prompt: Sequence[int] = (),
+        echo: bool = False,
+        stops: Iterable[str] = (),
+        include_stop: bool = False,
     ) -> FakeTextStream:
-        return FakeTextStream(prompt, echo=echo, stops=stops)
+        return FakeTextStream(prompt, echo=echo, stops=stops, include_stop=include_stop)
 
     def thought(self, prompt: Sequence[int]) -> Thought | None:
         """What stands in square brackets, once the base thinks."""
@@ -217,8 +226,10 @@ class FakeTokenizer:
     def token_bytes(self, token: int) -> bytes | None:
         return None if token == EOS else bytes([token])
 
-    def tool_stream(self, use: ToolUse, *, stops: Iterable[str] = ()) -> FakeToolStream:
-        return FakeToolStream(use, stops=stops)
+    def tool_stream(
+        self, use: ToolUse, *, stops: Iterable[str] = (), include_stop: bool = False
+    ) -> FakeToolStream:
+        return FakeToolStream(use, stops=stops, include_stop=include_stop)
 
     async def tool_guides(
         self, use: ToolUse, shape: Shape | None, count: int

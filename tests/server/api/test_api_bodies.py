@@ -121,7 +121,7 @@ BAD = [
       [{"name": "tone@12", "weight": 1}], [{"name": None, "weight": 1}])],
     ("response_format", {"type": "regex"}), ("guided_choice", ["yes", ""]),
     ("structured_outputs", {"grammar": "root ::= x"}), ("grammar", "root ::= x"),
-    ("bad_words", ["x"]), ("use_beam_search", True), ("include_stop_str_in_output", True),
+    ("bad_words", ["x"]), ("use_beam_search", True), ("include_stop_str_in_output", "yes"),
     *[("max_completion_tokens", v) for v in (0, "5", True)],
     ("models", ["tone"]), ("models", "tone"), ("models", False),
     ("top_logprobs", 2), ("top_logprobs", False),

@@ -141,6 +141,19 @@ async def test_top_p_may_be_0_as_openai_has_it(client, world: World):
     assert world.engine.seen[0].params.top_p == 0.0
 
 
+async def test_a_stop_string_stays_where_the_call_wants_it(client):
+    said = TEXT[: TEXT.index("lazy")]
+    for stops, end in ((["lazy", "never"], "lazy"), (["lazy dog", "lazy"], "lazy")):
+        body = await complete(client, stop=stops, include_stop_str_in_output=True)
+        assert body["choices"][0]["text"] == said + end
+        assert body["choices"][0]["finish_reason"] == "stop"
+    chat = {"model": "base", "messages": [{"role": "user", "content": "x"}], "max_tokens": 99}
+    told = await client.post(
+        "/v1/chat/completions", json=chat | {"stop": "lazy", "include_stop_str_in_output": True}
+    )
+    assert told.json()["choices"][0]["message"]["content"] == said + "lazy"
+
+
 async def test_stop_prefix_at_the_end_is_given_back(client):
     body = await complete(client, stop=[".never"])
     assert body["choices"][0]["text"] == TEXT

@@ -496,9 +496,11 @@ async def test_stop_strings_end_content_and_do_not_count_in_calls(worlds):
     async with asgi(world) as client:
         whole = (await ask(client, **OFFER, stop=["Köln"])).json()["choices"][0]
         cut = (await ask(client, **OFFER, stop=["me"])).json()["choices"][0]
+        kept = (await ask(client, **OFFER, stop=["me"], include_stop_str_in_output=True)).json()
     assert len(whole["message"]["tool_calls"]) == 2
     assert cut["message"] == {"role": "assistant", "content": "Let ", "refusal": None}
     assert cut["finish_reason"] == "stop"
+    assert kept["choices"][0]["message"]["content"] == "Let me"
 
 
 async def test_logprobs_are_those_of_every_token_calls_included(worlds):
