@@ -2,7 +2,7 @@
 
 import pytest
 
-from fader_server.errors import ConfigInvalid
+from fader_server.errors import ConfigInvalid, RequestInvalid
 from fader_server.text.effort import EFFORTS, variables_for, variables_read
 from fader_server.text.tokenizer import Tokenizer
 from tests.server.text_worlds import TEMPLATES, hf
@@ -61,6 +61,18 @@ def test_a_template_with_a_word_and_a_switch_gets_both_and_for_none_the_switch()
 )
 def test_a_template_that_sets_its_own_default_still_reads_the_word(template):
     assert variables_for("low", variables_read(template)) == {"reasoning_effort": "low"}
+
+
+def test_an_effort_that_the_template_refuses_is_told_as_such():
+    template = (
+        SAID + "{% if reasoning_effort == 'low' %}{{ raise_exception('only high') }}{% endif %}"
+    )
+    assert said(template, "high") == "hello"
+    with pytest.raises(RequestInvalid, match="refuses the effort 'low'") as refused:
+        said(template, "low")
+    assert refused.value.param == "reasoning_effort"
+    with pytest.raises(RequestInvalid, match="refuses these messages: only high"):
+        said("{{ raise_exception('only high') }}{{ reasoning_effort }}", "low")
 
 
 def test_a_template_that_knows_of_no_effort_is_not_told():

@@ -98,11 +98,23 @@ class ChatEncoder:
         marking = self._controls.marking([plain, shown])
         marked = [self._marked(message, marking) for message in plain]
         marked_tools = marking.json(shown)
-        asked = variables_for(effort, self._read)
-        text = self._render(self._written(marked), marked_tools, prompt=True, asked=asked)
+        text = self._with_effort(self._written(marked), marked_tools, effort)
         if marked == plain and marked_tools == shown:
             return encode(self._backend, text, param="messages")
         return encode(self._controls.twin, marking.restored(text), param="messages")
+
+    def _with_effort(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], effort: str | None
+    ) -> str:
+        asked = variables_for(effort, self._read)
+        try:
+            return self._render(messages, tools, prompt=True, asked=asked)
+        except RequestInvalid:
+            if not asked or self._try(messages, tools, prompt=True) is None:
+                raise
+            raise RequestInvalid(
+                f"the model's chat template refuses the effort {effort!r}", param="reasoning_effort"
+            ) from None
 
     def _message(self, at: int, message: Mapping[str, Any]) -> dict[str, Any]:
         role = message.get("role")
