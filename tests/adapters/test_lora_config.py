@@ -234,7 +234,7 @@ def test_long_patterns_are_refused_before_they_take_long(piece: str):
     start = time.process_time()
     with pytest.raises(AdapterInvalid, match="costs too much to evaluate"):
         read(make_raw(make_config(rank_pattern=long)))
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 8
 
 
 def test_unsafe_patterns_say_what_to_do():
