@@ -52,10 +52,11 @@ def test_every_setting_is_in_the_help():
         [sys.executable, "-m", "fader_server", "serve", "--help"],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "200"},
+        env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "80"},
         check=True,
     ).stdout
-    told = " ".join(told.replace("│", " ").split())
+    assert max(map(len, told.splitlines())) <= 80
+    told = " ".join(told.split())
     for setting in config.settings():
         spelled = setting.metavar if setting.positional else setting.flag
         assert spelled in told
@@ -89,7 +90,7 @@ def test_no_help_loses_a_word_in_brackets_to_markup(capsys, monkeypatch):
             assert main([*path, "--help"]) == 0
             told = capsys.readouterr().out
             for word in words:
-                assert word.replace("\\[", "[") in told, path
+                assert word in told, path
             bracketed += len(words)
     assert bracketed > 2
 

@@ -16,7 +16,9 @@ from fader_server.bench.report import as_json, show
 from fader_server.bench.serve import Options, run
 from fader_server.errors import ConfigInvalid
 
-bench_app = typer.Typer(help="Measure a running server, or this machine's kernels.")
+bench_app = typer.Typer(
+    help="Measure a running server, or this machine's kernels.", rich_markup_mode=None
+)
 
 
 @bench_app.callback()

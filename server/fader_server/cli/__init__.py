@@ -31,6 +31,7 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 app = typer.Typer(
     help="Many LoRA adapters and blends over one NF4 base.",
     add_completion=False,
+    rich_markup_mode=None,  # tables cut long names of flags in a terminal of usual width
     pretty_exceptions_enable=False,
 )
 app.command()(serve)

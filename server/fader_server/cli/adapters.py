@@ -13,7 +13,7 @@ Name = Annotated[str, typer.Argument(help="Name of the adapter.", metavar="NAME"
 Source = Annotated[
     str,
     typer.Argument(
-        help="As the server sees it: a folder under its --adapter-dir, org/name\\[@revision] of "
+        help="As the server sees it: a folder under its --adapter-dir, org/name[@revision] of "
         "the Hub, or a URL.",
         metavar="SOURCE",
     ),
@@ -30,8 +30,10 @@ IfDigest = Annotated[
     typer.Option(help="Only if the recipe is at this digest, 12 or more digits.", metavar="HEX"),
 ]
 
-adapters_app = typer.Typer(help="The adapters and recipes of a running server.")
-recipe_app = typer.Typer(help="Recipes: blends with a name.")
+adapters_app = typer.Typer(
+    help="The adapters and recipes of a running server.", rich_markup_mode=None
+)
+recipe_app = typer.Typer(help="Recipes: blends with a name.", rich_markup_mode=None)
 
 
 @adapters_app.command("list")

@@ -36,5 +36,4 @@ def _parameter(name: str, kind: Any, info: Any) -> inspect.Parameter:  # noqa: A
 
 
 def _help(setting: Setting) -> str:
-    """Without square brackets: they are markup to what renders it."""
     return f"{setting.help} (default: {setting.default})" if setting.default else setting.help

@@ -35,7 +35,7 @@ def verify(
     """Compare Fader's logprobs with those of transformers and PEFT on the same NF4 base.
 
     Exit code 1 when they differ by more than rounding explains. Runs on the CPU; PEFT's copy of the
-    base is not quantised in memory and needs 4 bytes a weight in float32. Needs 'fader\\[verify]'.
+    base is not quantised in memory and needs 4 bytes a weight in float32. Needs 'fader[verify]'.
     """
     import torch
 
