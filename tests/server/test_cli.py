@@ -80,6 +80,15 @@ def _commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[
         yield from _commands(inner, (*path, name))
 
 
+def test_no_list_of_commands_cuts_a_sentence(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lists = [path for path, command in _commands(get_command(app)) if hasattr(command, "commands")]
+    for path in lists:
+        main([*path, "--help"])
+        assert "..." not in capsys.readouterr().out.partition("Commands:")[2], path
+    assert len(lists) == 4
+
+
 def test_no_help_loses_a_word_in_brackets_to_markup(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     bracketed = 0

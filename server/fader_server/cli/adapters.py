@@ -138,7 +138,7 @@ def list_recipes(run: Session) -> None:
     run.table(recipes, ("NAME", "DIGEST", "ADAPTERS", "MISSING"), rows)
 
 
-@recipe_app.command("show")
+@recipe_app.command("show", short_help="A recipe's terms and the versions they mean now.")
 @connected
 def show_recipe(run: Session, name: RecipeName) -> None:
     """A recipe's terms, the versions a request would use now, and what is missing."""
