@@ -131,11 +131,11 @@ class Generator:
             raise
         if guides is None:
             return requests
-        if call.chat:
-            after = self._tokenizer.after_thought
-            guides = [after(g, item.prompt) for g, item in zip(guides, requests, strict=True)]
-        pairs = zip(requests, guides, strict=True)
-        return [self._preparer.guided(request, guide) for request, guide in pairs]
+        after = self._tokenizer.after_thought
+        return [
+            self._preparer.guided(request, after(guide, request.prompt) if call.chat else guide)
+            for request, guide in zip(requests, guides, strict=True)
+        ]
 
     async def _guides(self, call: Call, count: int) -> Sequence[Guide] | None:
         if call.tools is not None:

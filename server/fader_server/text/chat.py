@@ -23,10 +23,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _FIELDS = ("content", "name", "tool_call_id", "reasoning_content")
 _WORD = "parrot"
 """What a template is asked to repeat."""
-_OURS = frozenset(
-    inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
-    | dict.fromkeys(("messages", "eos_token", "bos_token"))
-)
+_ARGUMENTS = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+_OURS = frozenset((*_ARGUMENTS, "messages", "eos_token", "bos_token"))
 """What rendering itself gives a template, or takes."""
 _TEMPLATE_FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 

@@ -50,6 +50,12 @@ class Markers:
                 break
         return "maybe"
 
+    def after(self, state: State, token: int) -> State:
+        """Of the output, one token on. It is the thought's if the state before or after is open."""
+        if state == "open":
+            return "closed" if token == self.end else "open"
+        return "open" if state == "maybe" and token == self.begin else "closed"
+
 
 def find_markers(backend: tokenizers.Tokenizer, template: str) -> Markers | None:
     """Those that a chat template has; None: it has none, or they are no tokens."""
@@ -81,18 +87,13 @@ class Thought:
 
     def take(self, token: int) -> str | None:
         """The thought's text that is certain now; None: the token is the answer's."""
-        if self._state == "maybe":
-            self._state = "open" if token == self._markers.begin else "closed"
-            if self._state == "closed":
-                return None
+        before, self._state = self._state, self._markers.after(self._state, token)
+        if "open" in (before, self._state):
             self.tokens += 1
-            return ""
-        if self._state == "open":
-            self.tokens += 1
-            if token == self._markers.end:
-                self._state, self._between = "closed", True
-                return self.finish()
-            return self._shown(self._detokenizer.feed(token))
+            if before == "maybe":
+                return ""
+            self._between = self._state == "closed"
+            return self.finish() if self._between else self._shown(self._detokenizer.feed(token))
         if self._between and (piece := self._pieces.piece(token)) and not piece.strip():
             return ""
         self._between = False
@@ -138,12 +139,8 @@ class ThoughtGuide:
         return _with(bits, self._markers.begin) if self._state == "maybe" else bits
 
     def accept(self, token: int) -> None:
-        if self._state == "open":
-            self._state = "closed" if token == self._markers.end else "open"
-        elif self._state == "maybe" and token == self._markers.begin:
-            self._state = "open"
-        else:
-            self._state = "closed"
+        before, self._state = self._state, self._markers.after(self._state, token)
+        if "open" not in (before, self._state):
             self._guide.accept(token)
 
 
