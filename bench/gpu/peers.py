@@ -11,6 +11,7 @@ from bench.gpu.model import Machine
 from bench.gpu.section import ParityFailed, Result, Rig, Unavailable
 from bench.gpu.steps import decode
 from bench.gpu.timing import Times
+from fader_server.model.alone import cache_name
 
 LAYERS = 8
 """Both run so many of the model's layers: PEFT takes long to make 32 adapters for all of them."""
@@ -104,7 +105,9 @@ def _decode(rig: Rig, model: Any, names: list[str], *, vocab: int, context: int)
     found = []
     with torch.inference_mode():
         out = model(input_ids=ids, use_cache=True, adapter_names=names)
-        cache = out.past_key_values
+        held = cache_name(type(model.get_base_model()))
+        assert held is not None
+        cache = {held: out[held]}
         token = out.logits[:, -1:].argmax(-1)
         base = model(input_ids=ids[:1], use_cache=False, adapter_names=["__base__"])
         if torch.equal(base.logits[0, -1], out.logits[0, -1]):
@@ -112,7 +115,7 @@ def _decode(rig: Rig, model: Any, names: list[str], *, vocab: int, context: int)
         for turn in range(8):
             rig.check_time()
             started = time.perf_counter()
-            out = model(input_ids=token, past_key_values=cache, use_cache=True, adapter_names=names)
+            out = model(input_ids=token, **cache, use_cache=True, adapter_names=names)
             token = out.logits[:, -1:].argmax(-1)
             token.tolist()
             if turn:

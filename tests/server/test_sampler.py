@@ -225,5 +225,26 @@ def test_prompt_and_output_logprobs_agree():
     assert prompt == sampled.logprob
 
 
+def test_tokens_that_the_model_reads_and_cannot_write_are_asked_nothing_of():
+    """As where an output layer was pruned."""
+    logits, beyond = noise(1), V + 7
+    asked = replace(
+        GREEDY,
+        logprobs=2,
+        logit_bias=((beyond, 100.0), (3, 50.0)),
+        repetition_penalty=1.5,
+        presence_penalty=1.0,
+        stop_token_ids=(beyond,),
+        min_tokens=9,
+    )
+    known = replace(asked, logit_bias=((3, 50.0),), stop_token_ids=())
+    strange = Sampler().sample(logits, [seq(asked, prompt=(5, beyond), output=(beyond,))])
+    assert strange == Sampler().sample(logits, [seq(known, prompt=(5,))])
+    assert strange[0].token == 3
+    (scored,) = prompt_logprobs(logits, torch.tensor([beyond]), 1)
+    assert (scored.token, scored.logprob) == (beyond, -math.inf)
+    assert math.isfinite(prompt_logprobs(logits, torch.tensor([V - 1]), 1)[0].logprob)
+
+
 def test_an_empty_batch_gives_nothing():
     assert Sampler().sample(torch.empty(0, V), []) == []

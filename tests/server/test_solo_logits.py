@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers import Cache, LlamaForCausalLM, PreTrainedModel
 
-from fader_server.model.solo import SoloModel
+from fader_server.model.alone import SoloModel, cache_name
 from tests.support.families import write_family
 
 
@@ -15,9 +15,8 @@ class Whole(LlamaForCausalLM):
     """Gives the logits of every token."""
 
     def forward(self, input_ids: torch.Tensor, past_key_values: Cache, use_cache: bool):
-        return super().forward(
-            input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache
-        )
+        held = {cache_name(LlamaForCausalLM): past_key_values}
+        return super().forward(input_ids=input_ids, use_cache=use_cache, **held)
 
 
 @pytest.mark.parametrize("kind", [LlamaForCausalLM, Whole])

@@ -13,8 +13,8 @@ from transformers import Cache, PreTrainedModel
 from fader_server.errors import ModelUnsupported
 from fader_server.model.states import new_cache
 
-_CACHE = ("past_key_values", "cache_params")
-"""What models call the cache they are given."""
+_CACHE = ("cache", "past_key_values", "cache_params")
+"""What models call the cache they are given: all of them the first, from transformers 5.24 on."""
 
 
 def cache_name(kind: type[nn.Module]) -> str | None:

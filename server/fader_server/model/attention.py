@@ -34,6 +34,7 @@ IGNORED = frozenset(
         "position_embeddings",
         "layer_idx",
         "num_items_in_batch",
+        "cache",
         "past_key_values",
         "deterministic",
         "logits_to_keep",

@@ -6,7 +6,6 @@ computes is found by asking it: its own output on a random input decides.
 
 import logging
 from collections.abc import Callable
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from fader_adapters.kernels.cuda.norm_configs import MAX_WIDTH, Form
 from fader_adapters.kernels.cuda.pointwise import gated, rotary
 from fader_adapters.kernels.cuda.pointwise_configs import ACTS, Act
 from fader_server.model.norm import TOLERANCE, replace_modules
+from fader_server.model.twin import with_functions, written
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +116,9 @@ def use_cuda(model: PreTrainedModel) -> None:
         if own not in found:
             found[own] = _rotary(own, dtype=dtype, device=device)
         stand_in = found[own]
-        if stand_in is not None:
-            _rebind(module, stand_in)
+        forward = None if stand_in is None else with_functions(module, {ROTARY: stand_in})
+        if forward is not None:
+            module.forward = forward
 
 
 def _norm(module: nn.Module, dtype: torch.dtype) -> CudaNorm | None:
@@ -173,10 +174,10 @@ def _gate(module: nn.Module, *, dtype: torch.dtype, device: torch.device) -> Cud
 
 def _rotary_of(module: nn.Module) -> Rotary | None:
     """The function that the module's forward turns its queries and keys with."""
-    forward = type(module).forward
-    if not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names:
+    own = written(module)
+    if own is None or ROTARY not in own.__code__.co_names:
         return None
-    return forward.__globals__.get(ROTARY)
+    return own.__globals__.get(ROTARY)
 
 
 def _rotary(own: Rotary, *, dtype: torch.dtype, device: torch.device) -> CudaRotary | None:
@@ -194,17 +195,3 @@ def _rotary(own: Rotary, *, dtype: torch.dtype, device: torch.device) -> CudaRot
         pairs = zip(found(*given), expected, strict=True)
         same = all(torch.allclose(a, b, rtol=TOLERANCE[dtype], atol=1e-6) for a, b in pairs)
     return found if same else None
-
-
-def _rebind(module: nn.Module, stand_in: CudaRotary) -> None:
-    """Give this one module a forward that calls `stand_in`; its class and others stay as they are.
-
-    A module without an instance attribute of that name runs its class's forward, so the copy goes
-    with the module.
-    """
-    own = type(module).forward
-    assert isinstance(own, FunctionType)
-    names = own.__globals__ | {ROTARY: stand_in}
-    copy = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
-    copy.__kwdefaults__ = own.__kwdefaults__
-    module.forward = MethodType(copy, module)

@@ -5,10 +5,8 @@ Knows modules by the functions that they call; what those compute `state_kernels
 states lie `state_slots`. Each layer proves on a few tokens that it computes what it did.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FunctionType, MethodType
 
 import torch
 from torch import nn
@@ -23,6 +21,7 @@ from fader_server.model.state_kernels import StateKernels
 from fader_server.model.state_slots import NOBODY, SPARE, StateSlots
 from fader_server.model.states import StateShape, new_cache
 from fader_server.model.steady import Steady, within
+from fader_server.model.twin import with_functions, written
 
 PIECES = ((6,), (1, 9), (1,), (5,))
 """Tokens of the first sequence, and of another beside it, step by step of the proof."""
@@ -188,21 +187,9 @@ def state_rows(counts: Sequence[int], came_from: list[int], to: list[int]) -> St
 
 
 def _with_functions(module: nn.Module, kernels: StateKernels) -> Callable[..., torch.Tensor]:
-    """The module's forward, its class's own code, where it calls other functions."""
-    written = inspect.unwrap(type(module).forward)
-    known = {
-        name: stand_in
-        for name, stand_in in kernels.functions.items()
-        if name in written.__code__.co_names
-    }
-    if "causal_conv1d_fn" not in known:
+    own = written(module)
+    known = own is not None and "causal_conv1d_fn" in own.__code__.co_names
+    twin = with_functions(module, kernels.functions) if known else None
+    if twin is None:
         raise ModelUnsupported(f"{type(module).__name__} calls no function that is known")
-    twin = FunctionType(
-        written.__code__,
-        {**written.__globals__, **known},
-        written.__name__,
-        written.__defaults__,
-        written.__closure__,
-    )
-    twin.__kwdefaults__ = written.__kwdefaults__
-    return MethodType(twin, module)
+    return twin

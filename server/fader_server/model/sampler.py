@@ -4,6 +4,7 @@ A row's result depends on its own logits, parameters, seed and position only, bi
 integers (mass.py), randomness is a hash, and everything else is elementwise or a maximum.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -92,9 +93,10 @@ class Sampler:
         if touched:
             index = _upload(touched, logits)
             x = logits.index_select(0, index).float()
-            _add(x, biases(rows))
+            _add(x, biases(rows, logits.shape[1]))
             if counted:
-                pairs = penalties(counted, [rows[row] for row in counted], counts)
+                own = [rows[row] for row in counted]
+                pairs = penalties(counted, own, counts, logits.shape[1])
                 _penalise(x, pairs.row, pairs.token, pairs.repetition, pairs.subtract)
             _add(x, stop_masks(rows, logits.shape[1], unseen))
             if permitted is not None:
@@ -121,16 +123,19 @@ def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
 def prompt_logprobs(logits: Tensor, targets: Tensor, top_n: int) -> tuple[TokenLogprob, ...]:
     """Logprob of targets[i] under logits[i], with the top_n likeliest. One synchronisation a chunk.
 
-    logits: [n, V], any float dtype. targets: [n] int64. Rows that are not finite give NaN.
+    logits: [n, V], any float dtype. targets: [n] int64; the logprob of one that has no logit is
+    -inf. Rows that are not finite give NaN.
     """
-    step = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+    width = logits.shape[1]
+    step = max(1, _CHUNK_ELEMENTS // width)
     found: list[TokenLogprob] = []
     with torch.inference_mode():
         for start in range(0, len(targets), step):
             ids = targets[start : start + step].to(logits.device)
-            scored = _score(logits[start : start + step].float(), ids, top_n)
-            pieces = zip(ids.tolist(), scored.flat().tolist(), strict=True)
-            found += [_logprob(token, values, top_n) for token, values in pieces]
+            scored = _score(logits[start : start + step].float(), ids.clamp(max=width - 1), top_n)
+            for token, values in zip(ids.tolist(), scored.flat().tolist(), strict=True):
+                chosen = values[0] if token < width else -math.inf
+                found.append(_logprob(token, [chosen, *values[1:]], top_n))
     return tuple(found)
 
 

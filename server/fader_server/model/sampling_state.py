@@ -1,5 +1,8 @@
 """What a batch of sequences asks of the sampler, as arrays on the host; no tensors here.
 
+Some models read more tokens than they can write: of tokens beyond `vocab`, the width of the logits,
+nothing is asked.
+
 Penalty counts follow Sequence.tokens, O(1) a token, and live only while their rows keep coming.
 """
 
@@ -146,14 +149,18 @@ class Penalties:
     """float32; presence + count · frequency for tokens put out, else 0."""
 
 
-def penalties(rows: list[int], sequences: list[Sequence], counts: list[TokenCounts]) -> Penalties:
+def penalties(
+    rows: list[int], sequences: list[Sequence], counts: list[TokenCounts], vocab: int
+) -> Penalties:
     """Pairs of the given rows; tokens of the prompt count for the repetition penalty only."""
     columns: list[tuple[np.ndarray, ...]] = []
     for row, sequence, count in zip(rows, sequences, counts, strict=True):
         params = sequence.request.params
         token, times = count.arrays()
+        keep = token < vocab
         if params.repetition_penalty == 1.0:
-            token, times = token[times > 0], times[times > 0]
+            keep &= times > 0
+        token, times = token[keep], times[keep]
         subtract = params.presence_penalty * (times > 0) + params.frequency_penalty * times
         repetition = np.full(token.size, params.repetition_penalty, np.float32)
         columns.append((np.full(token.size, row), token, repetition, subtract.astype(np.float32)))
@@ -169,31 +176,31 @@ class Shifts:
     value: np.ndarray
 
 
-def biases(sequences: list[Sequence]) -> Shifts | None:
+def biases(sequences: list[Sequence], vocab: int) -> Shifts | None:
     """The rows' logit biases."""
-    return _shifts(sequences, lambda sequence: dict(sequence.request.params.logit_bias))
+    return _shifts(sequences, vocab, lambda sequence: dict(sequence.request.params.logit_bias))
 
 
 def stop_masks(sequences: list[Sequence], vocab: int, unseen: int = 0) -> Shifts | None:
-    """The stop tokens still forbidden; one beyond the vocabulary needs no mask. For rows without a
-    guide: of the others `permits` knows it."""
+    """The stop tokens still forbidden. For rows without a guide: of the others `permits` knows
+    it."""
 
     def masked(sequence: Sequence) -> dict[int, float]:
         if guides(sequence) or not masks_stops(sequence, unseen):
             return {}
-        ids = sequence.request.params.stop_token_ids
-        return {token: -np.inf for token in ids if token < vocab}
+        return dict.fromkeys(sequence.request.params.stop_token_ids, -np.inf)
 
-    return _shifts(sequences, masked)
+    return _shifts(sequences, vocab, masked)
 
 
 def _shifts(
-    sequences: list[Sequence], values: Callable[[Sequence], dict[int, float]]
+    sequences: list[Sequence], vocab: int, values: Callable[[Sequence], dict[int, float]]
 ) -> Shifts | None:
     found = [
         (row, token, value)
         for row, sequence in enumerate(sequences)
         for token, value in values(sequence).items()
+        if token < vocab
     ]
     if not found:
         return None
