@@ -1,8 +1,9 @@
 """The waiting line: tenants take turns by what was computed for them; within one, first come first.
 
 Start-time fair queueing over tokens: every tenant has a clock that its tokens move on, slower the
-more weight it has, and the one that is behind is next. A tenant that comes starts with the slowest
-of those that are there: time in which it asked for nothing is not saved up. Numbers and ids only.
+more weight it has, and the one that is behind is next. Where nobody waits nobody is behind, and a
+tenant of which nobody waited starts with the slowest of those that do, not before whom was last
+admitted: neither idle time nor a little work is saved up. Numbers and ids only.
 """
 
 from collections import Counter, deque
@@ -22,12 +23,10 @@ class Line:
         self._queues: dict[str, deque[Sequence]] = {}
         """Of the tenants that have somebody there."""
         self._clocks: dict[str, float] = {}
-        self._open: Counter[str] = Counter()
-        """Requests of a tenant, waiting and running."""
+        self._admitted = 0.0
+        """The furthest clock of a tenant when one of its requests was admitted."""
         self.tokens: Counter[str] = Counter()
         """Computed for every tenant so far, none of them twice."""
-        self._last = 0.0
-        """The clock of the last tenant that had nothing open any more."""
 
     def __len__(self) -> int:
         return len(self._returned) + sum(len(queue) for queue in list(self._queues.values()))
@@ -46,16 +45,18 @@ class Line:
         return len(self._queues.get(tenant, ()))
 
     def clock(self, tenant: str) -> float:
-        """Tokens computed for it over its weight, from when it came."""
+        """Tokens computed for it over its weight, from where it started."""
         return self._clocks.get(tenant, 0.0)
 
     def join(self, sequence: Sequence) -> None:
         """A new request, at the end of its tenant's queue."""
         tenant = sequence.request.tenant
-        if not self._open[tenant]:
-            others = [self._clocks[other] for other, count in self._open.items() if count]
-            self._clocks[tenant] = max(self.clock(tenant), min(others, default=self._last))
-        self._open[tenant] += 1
+        if not len(self):
+            self._clocks.clear()
+            self._admitted = 0.0
+        if tenant not in self._queues:
+            slowest = min((self.clock(other) for other in self._queues), default=0.0)
+            self._clocks[tenant] = max(self.clock(tenant), slowest, self._admitted)
         self._queues.setdefault(tenant, deque()).append(sequence)
 
     def put_back(self, sequence: Sequence) -> None:
@@ -66,23 +67,19 @@ class Line:
         """One that waits begins to run; the first time `tokens` of its prompt are to compute."""
         self._remove(sequence)
         if not sequence.settled:
+            self._admitted = max(self._admitted, self.clock(sequence.request.tenant))
             self.charge(sequence, tokens)
 
     def charge(self, sequence: Sequence, tokens: int) -> None:
         """So much was computed for its tenant."""
         tenant = sequence.request.tenant
         self.tokens[tenant] += tokens
-        self._clocks[tenant] += tokens / self._weights.get(tenant, 1.0)
+        self._clocks[tenant] = self.clock(tenant) + tokens / self._weights.get(tenant, 1.0)
 
     def end(self, sequence: Sequence) -> None:
         """A request ends, whether it waits or runs."""
         if not sequence.blocks:
             self._remove(sequence)
-        tenant = sequence.request.tenant
-        self._open[tenant] -= 1
-        if not self._open[tenant]:
-            del self._open[tenant]
-            self._last = self._clocks[tenant]
 
     def in_turn(self, closed: Container[str]) -> Iterator[Sequence]:
         """Everybody, in the order in which they would be admitted; nobody of the tenants that are

@@ -19,28 +19,30 @@ class Naive:
         self.returned: list[Sequence] = []
         self.new: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.last = 0.0
-
-    def open(self) -> set[str]:
-        return {s.request.tenant for s in [*self.returned, *self.new, *self.running]}
+        self.admitted = 0.0
 
     def join(self, sequence: Sequence) -> None:
-        tenant = sequence.request.tenant
-        if tenant not in self.open():
-            floor = min((self.clocks[t] for t in self.open()), default=self.last)
+        if not self.new and not self.returned:
+            self.clocks, self.admitted = {}, 0.0
+        tenant, waiting = sequence.request.tenant, {s.request.tenant for s in self.new}
+        if tenant not in waiting:
+            floor = max(min((self.clocks[t] for t in waiting), default=0.0), self.admitted)
             self.clocks[tenant] = max(self.clocks.get(tenant, 0.0), floor)
         self.new.append(sequence)
 
+    def admit(self, sequence: Sequence, tokens: int) -> None:
+        self.admitted = max(self.admitted, self.clocks.get(sequence.request.tenant, 0.0))
+        self.charge(sequence, tokens)
+
     def charge(self, sequence: Sequence, tokens: int) -> None:
         tenant = sequence.request.tenant
-        self.clocks[tenant] += tokens / self.weights.get(tenant, 1.0)
+        before = self.clocks.get(tenant, 0.0)
+        self.clocks[tenant] = before + tokens / self.weights.get(tenant, 1.0)
 
     def end(self, sequence: Sequence) -> None:
         for place in (self.returned, self.new, self.running):
             if sequence in place:
                 place.remove(sequence)
-        if sequence.request.tenant not in self.open():
-            self.last = self.clocks[sequence.request.tenant]
 
     def order(self) -> list[Sequence]:
         clocks, left, found = dict(self.clocks), list(self.new), list(self.returned)
@@ -78,7 +80,7 @@ def walk(seed: int, line: Line) -> None:
                 tokens = rng.randint(0, len(sequence.tokens))
                 line.admit(sequence, tokens)
                 if not sequence.settled:
-                    naive.charge(sequence, tokens)
+                    naive.admit(sequence, tokens)
                 sequence.settled, sequence.blocks = True, [1]
                 (naive.returned if sequence in naive.returned else naive.new).remove(sequence)
                 naive.running.append(sequence)

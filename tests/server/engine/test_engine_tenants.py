@@ -1,6 +1,6 @@
 """Tenants beside each other: nobody starves, nobody pays for idle time, nobody has too much."""
 
-from collections import Counter
+from collections import Counter, deque
 
 import pytest
 
@@ -81,6 +81,40 @@ def test_idle_time_is_not_saved_up():
     found = tokens(world, since)
     assert found["y"] / found["x"] == pytest.approx(1.0, rel=0.15)
     assert tokens(world)["y"] < tokens(world)["x"] / 2
+
+
+def beside_a_little(come: str, **shares: Share) -> float:
+    """Tokens of a tenant that was busy for long, over those of one that floods by now: `come`, or
+    the one of which one request always ran, or waited for its own share."""
+    world = World(max_rows=4, shares=shares)
+    flood(world, "x", 700)
+    for i in range(60):
+        flood(world, "y", 2 if shares else 1, start=i * 2, max_tokens=8)
+        turn(world, 5)
+    flood(world, come, 300, start=400)
+    since = len(world.device.plans)
+    turn(world, 60)
+    found = tokens(world, since)
+    return found["x"] / found[come]
+
+
+@pytest.mark.parametrize("come", ["y", "z"])
+def test_little_work_is_not_saved_up_either(come):
+    assert beside_a_little(come) == pytest.approx(1.0, rel=0.25)
+
+
+def test_nor_is_waiting_for_ones_own_share():
+    assert beside_a_little("z", y=Share(most=0.25)) == pytest.approx(1.0, rel=0.25)
+
+
+def test_clocks_that_only_those_move_who_run_would_be_noticed(monkeypatch):
+    def join(line, sequence):
+        line._clocks.setdefault(sequence.request.tenant, 0.0)
+        line._queues.setdefault(sequence.request.tenant, deque()).append(sequence)
+
+    monkeypatch.setattr(Line, "join", join)
+    assert beside_a_little("y") < 0.1
+    assert beside_a_little("z") < 0.1
 
 
 def test_what_one_had_alone_is_not_held_against_it():
