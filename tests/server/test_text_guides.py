@@ -401,3 +401,19 @@ async def test_a_grammar_in_use_is_made_anew_before_its_states_run_out(monkeypat
 
     assert await faults(worn=100) == 0
     assert await faults(worn=10**9) > 0, "the check cannot fail"
+
+
+def test_a_panic_of_the_library_ends_one_request():
+    class Panic(BaseException):
+        pass
+
+    class Matcher:
+        def compute_bitmask(self):
+            raise Panic
+
+    source = Tokenizer(hf("byte_level"), max_model_len=64)
+    own = read_vocabulary(source._pieces, source.vocab_size, source.eos_ids)
+    guide = Grammar(grammar_of(of_schema('{"type": "integer"}')), own).guide()
+    guide._matcher = Matcher()
+    with pytest.raises(EngineFault, match="panicked"):
+        guide.allowed()

@@ -198,8 +198,9 @@ def test_offsets_count_the_characters_before_each_token():
     tokenizer = make()
     prompt = tokenizer.encode_prompt("hello wor")
     output = tokenizer.encode_prompt("ld 😀!")
-    stream = tokenizer.stream(prompt=prompt, echo=True, stops=["hello"])
-    parts = [*stream.echoed, *(stream.feed(token) for token in output)]
+    echo = tokenizer.echo(prompt)
+    stream = echo.stream(stops=["hello"])
+    parts = [*echo.deltas, *(stream.feed(token) for token in output)]
     text = "".join(part.text for part in parts) + stream.finish()
     assert text == "hello world 😀!"
     names = [tokenizer.token_text(token) for token in prompt + output]
@@ -207,9 +208,20 @@ def test_offsets_count_the_characters_before_each_token():
     for part, name in zip(parts, names, strict=True):
         if "\ufffd" not in name:
             assert text[part.offset :].startswith(name)
-    silent = tokenizer.stream(prompt=prompt)
-    assert silent.echoed == ()
-    assert silent.feed(output[0]).offset == 0
+    assert tokenizer.stream(after=prompt).feed(output[0]).offset == 0
+
+
+def test_choices_of_one_prompt_share_its_echo_and_nothing_else():
+    """The prompt ends within a character."""
+    tokenizer = make("llama")
+    ids = tokenizer.encode_prompt("say 🦔!")
+    middle = ids.index(next(t for t in ids if tokenizer.token_bytes(t).startswith(b"\xf0"))) + 1
+    echo = tokenizer.echo(ids[:middle])
+    told = "".join(delta.text for delta in echo.deltas)
+    one, other = echo.stream(), echo.stream()
+    assert "".join(one.feed(token).text for token in ids[middle:]) == "🦔!"
+    assert [one.feed(ids[0]).offset, other.feed(ids[0]).offset] == [len("say 🦔!"), len(told)]
+    assert told == "say "
 
 
 def test_a_stop_string_across_tokens_ends_the_stream():

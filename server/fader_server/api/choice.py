@@ -1,10 +1,11 @@
 """One choice of a call: its tokens become text, logprobs and an end. Knows nothing about HTTP."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal
 
-from fader_server.api.ports import TextStream, Thought
+from fader_server.api.ports import Echo, TextStream, Thought
 from fader_server.core import FinishReason, Request, TokenEvent, TokenLogprob
 from fader_server.text.tools import ToolCall
 
@@ -30,6 +31,8 @@ class PlacedCall:
 
 
 Finish = FinishReason | Literal["tool_calls"]
+PIECE = 64
+"""Tokens of a prompt that are told at once, where each has logprobs: nobody else waits longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,11 @@ class Delta:
             return (self,)
         return replace(self, finish=None), Delta(self.index, finish=self.finish)
 
+    @property
+    def unscored(self) -> "Delta":
+        """Without its logprobs."""
+        return replace(self, scored=()) if self.scored else self
+
     def plus(self, after: "Delta") -> "Delta":
         return Delta(
             self.index,
@@ -76,7 +84,9 @@ class Delta:
         calls = tuple(item for part in parts for item in part.calls)
         ids = tuple(token for part in parts for token in part.ids)
         thought = "".join(part.thought for part in parts)
-        return cls(parts[0].index, text, scored, parts[-1].finish, calls, ids, thought)
+        finishes: list[Finish] = [part.finish for part in parts if part.finish is not None]
+        finish = finishes[-1] if finishes else None
+        return cls(parts[0].index, text, scored, finish, calls, ids, thought)
 
 
 class Choice:
@@ -89,10 +99,12 @@ class Choice:
         text: TextStream,
         *,
         ids: bool,
+        echo: Echo | None = None,
         thought: Thought | None = None,
     ) -> None:
-        """ids: deltas have those of all tokens, of one that ends the text too. thought: takes the
-        tokens that are no part of the text; None: all are."""
+        """ids: deltas have those of all tokens, of one that ends the text too. echo: the prompt,
+        where it is part of the text. thought: takes the tokens that are no part of the text; None:
+        all are."""
         self.index = index
         self.request = request
         self.generated = 0
@@ -101,7 +113,7 @@ class Choice:
         self._text = text
         self._ids = ids
         self._thought = thought
-        self._echoes = bool(text.echoed)
+        self._echo = echo
         self._prompt_scores: list[TokenLogprob] = []
 
     def take(self, event: TokenEvent) -> Delta:
@@ -110,9 +122,9 @@ class Choice:
         self.cached = max(self.cached, event.cached_tokens)
         if self.finish is not None or (event.token is None and event.finish is None):
             return Delta(self.index)
-        delta = self._take_echo()
+        delta = Delta(self.index)
         if event.token is not None:
-            delta = delta.plus(self._take_token(event, event.token))
+            delta = self._take_token(event, event.token)
             if self._ids:
                 delta = delta.plus(Delta(self.index, ids=(event.token,)))
         if event.finish is not None and self.finish is None:
@@ -127,18 +139,24 @@ class Choice:
         """Of those generated."""
         return 0 if self._thought is None else self._thought.tokens
 
-    def _take_echo(self) -> Delta:
-        if not self._echoes:
-            return Delta(self.index)
-        self._echoes = False
-        echoed = self._text.echoed
-        scored: list[Scored] = []
-        if self.request.params.prompt_logprobs is not None:
-            scores = [None, *self._prompt_scores]  # nothing comes before the first token
-            for token, score, delta in zip(self.request.prompt, scores, echoed, strict=True):
-                logprob, top = (score.logprob, score.top) if score else (None, ())
-                scored.append(Scored(token, logprob, top, delta.offset))
-        return Delta(self.index, "".join(delta.text for delta in echoed), tuple(scored))
+    def echoed(self) -> Iterator[Delta]:
+        """The prompt, once, before the first delta that is not empty; in pieces where it has
+        logprobs, for which it is work."""
+        echo, self._echo = self._echo, None
+        if echo is None:
+            return
+        deltas = echo.deltas
+        if self.request.params.prompt_logprobs is None:
+            yield Delta(self.index, "".join(delta.text for delta in deltas))
+            return
+        scores, self._prompt_scores = [None, *self._prompt_scores], []  # nothing before the first
+        told = zip(self.request.prompt, scores, deltas, strict=True)
+        while part := list(islice(told, PIECE)):
+            scored = tuple(
+                Scored(token, score and score.logprob, score.top if score else (), delta.offset)
+                for token, score, delta in part
+            )
+            yield Delta(self.index, "".join(delta.text for *_, delta in part), scored)
 
     def _take_token(self, event: TokenEvent, token: int) -> Delta:
         self.generated += 1

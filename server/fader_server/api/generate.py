@@ -13,7 +13,7 @@ from fader_server.api.choice import Choice, Delta
 from fader_server.api.errors import FirstTokenTimeout
 from fader_server.api.mailbox import Bell, Mailbox
 from fader_server.api.observe import CallRecord
-from fader_server.api.ports import Engine, Tokenizer
+from fader_server.api.ports import Echo, Engine, Tokenizer
 from fader_server.api.prepare import Preparer
 from fader_server.api.quotas import Counted, Quotas
 from fader_server.api.resolve import Target, label_of, lease_target, resolve
@@ -65,11 +65,6 @@ class Generator:
         self._bell: Bell | None = None
         self._closed: Overloaded | None = None
 
-    @property
-    def live(self) -> int:
-        """Calls under way."""
-        return len(self._live)
-
     def end_all(self) -> None:
         """Fail every call under way and every new one: the server goes down."""
         self._closed = Overloaded("The server is shutting down.", retry_after=5)
@@ -91,11 +86,15 @@ class Generator:
         lease = await self._lease(target, visible)
         try:
             record.leased(label_of(target, lease), lease.terms, recipe=target.recipe)
-            prompts = await asyncio.to_thread(self._preparer.encode, call)
+            read = await asyncio.to_thread(self._preparer.read, call)
+            prompts = [prompt.tokens for prompt in read]
             requests = self._preparer.requests(call, prompts, lease, id=id, tenant=tenant)
             counted = self.quotas.admit(tenant, _most(requests, call.n))
             requests = await self._guided(call, requests, counted)
-            choices = [self._choice(call, index, item) for index, item in enumerate(requests)]
+            choices = [
+                self._choice(call, index, item, read[index // call.n].echo)
+                for index, item in enumerate(requests)
+            ]
         except BaseException:
             lease.release()
             raise
@@ -142,16 +141,20 @@ class Generator:
             return await self._tokenizer.tool_guides(call.tools, call.shape, count)
         return None if call.shape is None else await self._tokenizer.guides(call.shape, count)
 
-    def _choice(self, call: Call, index: int, request: Request) -> Choice:
+    def _choice(self, call: Call, index: int, request: Request, echo: Echo | None) -> Choice:
         thought = self._tokenizer.thought(request.prompt) if call.chat else None
         if call.tools is not None:
             stream = self._tokenizer.tool_stream(
                 call.tools, stops=call.stop, include_stop=call.include_stop
             )
             return CallingChoice(index, request, stream, ids=call.return_ids, thought=thought)
-        continued = () if call.chat else request.prompt
+        if echo is not None:
+            text = echo.stream(stops=call.stop, include_stop=call.include_stop)
+            return Choice(index, request, text, ids=call.return_ids, echo=echo)
         text = self._tokenizer.stream(
-            prompt=continued, echo=call.echo, stops=call.stop, include_stop=call.include_stop
+            after=() if call.chat else request.prompt,
+            stops=call.stop,
+            include_stop=call.include_stop,
         )
         return Choice(index, request, text, ids=call.return_ids, thought=thought)
 
@@ -191,7 +194,8 @@ class Generation:
         """Queue every choice; closes itself when the engine refuses one."""
         try:
             for id, choice in self._choices.items():
-                self._engine.submit(choice.request, self._mailbox.post)
+                further = bool(self._in_engine)
+                self._engine.submit(choice.request, self._mailbox.post, further=further)
                 self._in_engine.add(id)
         except BaseException:
             self._counted.refused()
@@ -210,15 +214,21 @@ class Generation:
         """
         told = False
         while self._in_engine:
-            gained: dict[int, Delta] = {}
-            failure: Exception | None = None
-            for event in await self._mailbox.take():
-                failure = failure or event.error
+            gained: dict[int, list[Delta]] = {}
+            events = await self._mailbox.take()
+            failure = next((event.error for event in events if event.error is not None), None)
+            for event in events:
                 delta = self._follow(event)
-                gained[delta.index] = gained.get(delta.index, Delta(delta.index)).plus(delta)
+                gained.setdefault(delta.index, []).append(delta)
+                if failure is None and not delta.empty:
+                    for piece in self._choices[event.request_id].echoed():
+                        yield [piece]
+                        told = True
+                        await asyncio.sleep(0)  # a long prompt's logprobs are work
             if failure is not None and not told:
                 raise failure  # nothing has been told yet: the error can have a status of its own
-            batch = [delta for delta in gained.values() if not delta.empty]
+            joined = [Delta.joined(parts) for parts in gained.values()]
+            batch = [delta for delta in joined if not delta.empty]
             if batch or (self._record.started and not told):
                 yield batch
                 told = True

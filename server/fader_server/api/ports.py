@@ -64,8 +64,9 @@ class EngineStats(Protocol):
 class Engine(Protocol):
     """The engine as callers on the event loop see it. No method blocks."""
 
-    def submit(self, request: Request, sink: Sink) -> None:
-        """Queue a request; its events reach `sink` on the engine thread.
+    def submit(self, request: Request, sink: Sink, *, further: bool = False) -> None:
+        """Queue a request; its events reach `sink` on the engine thread. further: another choice of
+        a call of which one was queued.
 
         Raises Overloaded, TenantBusy, RequestInvalid, ContextTooLong, AdapterTooLarge or
         EngineFault.
@@ -101,15 +102,23 @@ class TextDelta(Protocol):
 class TextStream(Protocol):
     """Turns one choice's tokens into text: text.stream.TextStream."""
 
-    @property
-    def echoed(self) -> Sequence[TextDelta]:
-        """One a prompt token, when the prompt is part of the text."""
-        ...
-
     def feed(self, token: int) -> TextDelta: ...
 
     def finish(self) -> str:
         """What was held back, when no more tokens come."""
+        ...
+
+
+class Echo(Protocol):
+    """A prompt that its choices' texts begin with: text.stream.Echo."""
+
+    @property
+    def deltas(self) -> Sequence[TextDelta]:
+        """One a token."""
+        ...
+
+    def stream(self, *, stops: Iterable[str] = (), include_stop: bool = False) -> TextStream:
+        """The text of a new choice, from behind the prompt on."""
         ...
 
 
@@ -165,11 +174,16 @@ class Tokenizer(Protocol):
     def stream(
         self,
         *,
-        prompt: Sequence[int] = (),
-        echo: bool = False,
+        after: Sequence[int] = (),
         stops: Iterable[str] = (),
         include_stop: bool = False,
-    ) -> TextStream: ...
+    ) -> TextStream:
+        """after: what the text continues; none in a chat."""
+        ...
+
+    def echo(self, prompt: Sequence[int]) -> Echo:
+        """Takes its time, on any thread."""
+        ...
 
     def tool_stream(
         self, use: ToolUse, *, stops: Iterable[str] = (), include_stop: bool = False

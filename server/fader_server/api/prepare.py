@@ -1,19 +1,31 @@
 """From a checked call to engine requests: tokens, room in the context, sampling parameters.
 
-Pure but for the tokenizer; meant to run off the event loop. Takes no lease, submits nothing.
+Pure but for the tokenizer. Takes no lease, submits nothing.
 """
 
 import hashlib
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from fader_server.api.adapter_ports import Lease
 from fader_server.api.messages import plain
-from fader_server.api.ports import Tokenizer
+from fader_server.api.ports import Echo, Tokenizer
 from fader_server.api.schemas import Call, Prompt
 from fader_server.core import Guide, Request, SamplingParams
-from fader_server.errors import ContextTooLong
+from fader_server.errors import ContextTooLong, RequestInvalid
 
 Tokens = tuple[int, ...]
+MOST_SCORES = 1 << 20
+"""Logprobs of prompts' tokens in one answer, of the likeliest ones each as well: 30 MB of JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A prompt."""
+
+    tokens: Tokens
+    echo: Echo | None
+    """Where it is part of the answer."""
 
 
 class Preparer:
@@ -23,20 +35,26 @@ class Preparer:
         self._tokenizer = tokenizer
         self._longest = max_model_len
 
-    def encode(self, call: Call) -> list[Tokens]:
-        """The tokens of every prompt. Raises RequestInvalid, ContextTooLong."""
+    def read(self, call: Call) -> list[Read]:
+        """Every prompt. Takes its time, on any thread. Raises RequestInvalid, ContextTooLong."""
         if not call.chat:
-            return [self._encode(prompt) for prompt in call.prompts]
+            return [self._read(prompt, echo=call.echo) for prompt in call.prompts]
         tools = () if call.tools is None else call.tools.tools
-        return [tuple(self._tokenizer.encode_chat(plain(call.messages), tools, call.effort))]
+        tokens = self._tokenizer.encode_chat(plain(call.messages), tools, call.effort)
+        return [Read(tuple(tokens), None)]
 
-    def _encode(self, prompt: Prompt) -> Tokens:
-        return tuple(self._tokenizer.encode_prompt(prompt)) if isinstance(prompt, str) else prompt
+    def _read(self, prompt: Prompt, *, echo: bool) -> Read:
+        text = isinstance(prompt, str)
+        tokens = tuple(self._tokenizer.encode_prompt(prompt)) if text else prompt
+        fits = len(tokens) <= self._longest
+        return Read(tokens, self._tokenizer.echo(tokens) if echo and fits else None)
 
     def requests(
-        self, call: Call, prompts: list[Tokens], lease: Lease, *, id: str, tenant: str
+        self, call: Call, prompts: Sequence[Tokens], lease: Lease, *, id: str, tenant: str
     ) -> list[Request]:
-        """One request for each choice, prompts outer, n inner. Raises ContextTooLong."""
+        """One request for each choice, prompts outer, n inner. Raises ContextTooLong,
+        RequestInvalid."""
+        self._check_scores(call, prompts)
         salt = f"{tenant}/{call.cache_salt}"
         requests: list[Request] = []
         for prompt in prompts:
@@ -54,6 +72,17 @@ class Preparer:
         stop_ids = request.params.stop_token_ids | self._tokenizer.eos_ids
         params = replace(request.params, stop_token_ids=stop_ids)
         return replace(request, params=params, guide=guide)
+
+    def _check_scores(self, call: Call, prompts: Sequence[Tokens]) -> None:
+        if not call.echo or call.logprobs is None:
+            return
+        count = sum(map(len, prompts)) * call.n * (1 + call.logprobs)
+        if count > MOST_SCORES:
+            raise RequestInvalid(
+                f"the prompts' tokens times n times (logprobs + 1) must be at most {MOST_SCORES}, "
+                f"got {count}; send several requests",
+                param="logprobs",
+            )
 
     def _output_room(self, call: Call, prompt: int) -> int:
         param = "messages" if call.chat else "prompt"

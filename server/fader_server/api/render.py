@@ -1,15 +1,13 @@
 """OpenAI's answer bodies from deltas: completions and chat, whole and in chunks."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from fader_server.api.choice import Delta, PlacedCall, Scored
 from fader_server.api.generate import Usage
+from fader_server.api.pieces import Columns, Json, encode, written
 from fader_server.api.ports import Tokenizer
-
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +20,16 @@ class Head:
     fingerprint: str
 
     def body(self, kind: str, choices: list[Json]) -> Json:
+        return self.fields(kind) | {"choices": choices}
+
+    def fields(self, kind: str) -> Json:
+        """Without the choices."""
         return {
             "id": self.id,
             "object": kind,
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.fingerprint,
-            "choices": choices,
         }
 
 
@@ -58,11 +59,29 @@ class Told:
         return {} if self.prompts is None else {"prompt_token_ids": list(self.prompts[index])}
 
 
+@dataclass(slots=True)
+class Gathered:
+    """A choice of an answer without stream, as it comes."""
+
+    parts: list[Delta] = field(default_factory=list)
+    """Without logprobs."""
+    scores: Columns = field(default_factory=Columns)
+
+    @property
+    def delta(self) -> Delta:
+        """All of it as one."""
+        return Delta.joined(self.parts)
+
+
 class Renderer(Protocol):
     """One of the two wire formats."""
 
-    def whole(self, deltas: Sequence[Delta], usage: Usage) -> Json:
-        """The answer to a call without stream; one delta per choice, in order."""
+    def gather(self, gathered: Gathered, delta: Delta) -> None:
+        """Add to a choice of an answer without stream."""
+        ...
+
+    def whole(self, choices: Sequence[Gathered], usage: Usage) -> bytes:
+        """That answer; the choices in order."""
         ...
 
     def opening(self, choices: int, usage: Usage | None) -> list[Json]:
@@ -82,10 +101,19 @@ class CompletionRenderer:
         self._tokenizer = tokenizer
         self._told = told
 
-    def whole(self, deltas: Sequence[Delta], usage: Usage) -> Json:
-        choices = [self._choice(delta) | self._told.prompt(delta.index) for delta in deltas]
-        body = self._head.body("text_completion", choices)
-        return {**body, "usage": usage_body(usage)}
+    def gather(self, gathered: Gathered, delta: Delta) -> None:
+        gathered.parts.append(delta.unscored)
+        if self._told.logprobs:
+            gathered.scores.add(self._scores(delta.scored))
+
+    def whole(self, choices: Sequence[Gathered], usage: Usage) -> bytes:
+        return _whole(self._head.fields("text_completion"), map(self._whole, choices), usage)
+
+    def _whole(self, gathered: Gathered) -> bytes:
+        delta = gathered.delta
+        said = self._said(delta) | self._told.prompt(delta.index)
+        scores = gathered.scores.written() if self._told.logprobs else b"null"
+        return written(said, logprobs=scores)
 
     def opening(self, choices: int, usage: Usage | None) -> list[Json]:
         if self._told.prompts is None:
@@ -103,10 +131,13 @@ class CompletionRenderer:
         return {**self._head.body("text_completion", []), "usage": usage_body(usage)}
 
     def _choice(self, delta: Delta) -> Json:
+        scores = self._scores(delta.scored) if self._told.logprobs else None
+        return self._said(delta) | {"logprobs": scores}
+
+    def _said(self, delta: Delta) -> Json:
         return {
             "index": delta.index,
             "text": delta.text,
-            "logprobs": self._scores(delta.scored) if self._told.logprobs else None,
             "finish_reason": delta.finish,
             **self._told.ids(delta),
         }
@@ -139,19 +170,25 @@ class ChatRenderer:
         self._tokenizer = tokenizer
         self._told = told
 
-    def whole(self, deltas: Sequence[Delta], usage: Usage) -> Json:
-        choices = [
-            {
-                "index": delta.index,
-                "message": self._message(delta),
-                "logprobs": self._scores(delta.scored),
-                "finish_reason": delta.finish,
-                **self._told.ids(delta),
-            }
-            for delta in deltas
-        ]
-        body = self._head.body("chat.completion", choices) | self._told.prompt(0)
-        return {**body, "usage": usage_body(usage)}
+    def gather(self, gathered: Gathered, delta: Delta) -> None:
+        gathered.parts.append(delta.unscored)
+        if self._told.logprobs:
+            gathered.scores.add({"content": self._tokens(delta.scored)})
+
+    def whole(self, choices: Sequence[Gathered], usage: Usage) -> bytes:
+        fields = self._head.fields("chat.completion") | self._told.prompt(0)
+        return _whole(fields, map(self._whole, choices), usage)
+
+    def _whole(self, gathered: Gathered) -> bytes:
+        delta = gathered.delta
+        said = {
+            "index": delta.index,
+            "message": self._message(delta),
+            "finish_reason": delta.finish,
+            **self._told.ids(delta),
+        }
+        scores = gathered.scores.written(refusal=b"null") if self._told.logprobs else b"null"
+        return written(said, logprobs=scores)
 
     def opening(self, choices: int, usage: Usage | None) -> list[Json]:
         role = {"role": "assistant", "content": ""}
@@ -188,16 +225,16 @@ class ChatRenderer:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
     def _scores(self, scored: Sequence[Scored]) -> Json | None:
-        if not self._told.logprobs:
-            return None
-        content = [
+        return {"content": self._tokens(scored), "refusal": None} if self._told.logprobs else None
+
+    def _tokens(self, scored: Sequence[Scored]) -> list[Json]:
+        return [
             {
                 **self._token(item.token, item.logprob or 0.0),
                 "top_logprobs": [self._token(*pair) for pair in item.top],
             }
             for item in scored
         ]
-        return {"content": content, "refusal": None}
 
     def _token(self, token: int, logprob: float) -> Json:
         data = self._tokenizer.token_bytes(token)
@@ -210,6 +247,10 @@ class ChatRenderer:
 
 _FLOOR = -9999.0
 """OpenAI's stand-in for a token that cannot be: JSON has no -Infinity."""
+
+
+def _whole(fields: Json, choices: Iterable[bytes], usage: Usage) -> bytes:
+    return written(fields, choices=b"[%s]" % b",".join(choices), usage=encode(usage_body(usage)))
 
 
 def _call(placed: PlacedCall) -> Json:
@@ -230,8 +271,3 @@ def usage_body(usage: Usage) -> Json:
         "prompt_tokens_details": {"cached_tokens": usage.cached},
         **(details if usage.thought else {}),
     }
-
-
-def encode(body: Json) -> bytes:
-    """Compact JSON; strict, so that a NaN is our fault and not the client's surprise."""
-    return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()

@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,6 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fader_server.api.choice import Delta
 from fader_server.api.choosing import Limits
 from fader_server.api.context import (
     Context,
@@ -24,7 +24,14 @@ from fader_server.api.disconnect import while_connected
 from fader_server.api.errors import describe
 from fader_server.api.generate import Generation
 from fader_server.api.observe import CallRecord
-from fader_server.api.render import ChatRenderer, CompletionRenderer, Head, Renderer, Told, encode
+from fader_server.api.render import (
+    ChatRenderer,
+    CompletionRenderer,
+    Gathered,
+    Head,
+    Renderer,
+    Told,
+)
 from fader_server.api.resolve import blend_header
 from fader_server.api.schemas import Call, read_chat, read_completion
 from fader_server.api.sse import EventStream, outcome_of, start
@@ -82,11 +89,11 @@ async def _answer(
         headers |= _lane(record)
         return EventStream(started, renderer, headers=headers, record=record, pace=context.pace)
     try:
-        whole = await _collect(generation)
+        whole = await _collect(generation, renderer)
     finally:
         generation.close()
     record.end("ok")
-    body = encode(renderer.whole(whole, generation.usage))
+    body = renderer.whole(whole, generation.usage)
     return Response(body, 200, headers | _lane(record), media_type="application/json")
 
 
@@ -95,12 +102,12 @@ def _lane(record: CallRecord) -> dict[str, str]:
     return {} if record.lane is None else {"x-fader-lane": record.lane}
 
 
-async def _collect(generation: Generation) -> list[Delta]:
-    parts: dict[int, list[Delta]] = {}
+async def _collect(generation: Generation, renderer: Renderer) -> list[Gathered]:
+    choices: defaultdict[int, Gathered] = defaultdict(Gathered)
     async for batch in generation.deltas():
         for delta in batch:
-            parts.setdefault(delta.index, []).append(delta)
-    return [Delta.joined(parts[index]) for index in sorted(parts)]
+            renderer.gather(choices[delta.index], delta)
+    return [choices[index] for index in sorted(choices)]
 
 
 def _renderer(context: Context, generation: Generation, id: str) -> Renderer:

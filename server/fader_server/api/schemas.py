@@ -168,6 +168,7 @@ def _call(
     model = fields.string("model", required=True, longest=512)
     stream = fields.boolean("stream")
     options = _stream_options(fields, stream=stream)
+    choices = max(1, len(prompts)) * n
     call = Call(
         model=model,
         terms=read_named(fields, model, limits.max_terms),
@@ -175,7 +176,7 @@ def _call(
         messages=messages,
         n=n,
         max_tokens=max_tokens,
-        longest=limits.longest,
+        longest=_longest_of(choices, limits),
         choosing=read_choosing(fields, limits, max_tokens),
         stop=_stop(fields),
         include_stop=fields.boolean("include_stop_str_in_output"),
@@ -192,12 +193,16 @@ def _call(
         ignored=fields.ignored,
     )
     fields.finish()
-    _check_budget(call, limits)
+    _check_budget(call, choices, limits)
     return call
 
 
-def _check_budget(call: Call, limits: Limits) -> None:
-    choices = max(1, len(call.prompts)) * call.n
+def _longest_of(choices: int, limits: Limits) -> int:
+    """Tokens of each of a call's choices, where it does not say."""
+    return min(limits.longest, max(1, limits.max_call_tokens // choices))
+
+
+def _check_budget(call: Call, choices: int, limits: Limits) -> None:
     if choices > limits.max_choices:
         raise RequestInvalid(
             f"prompts times n must be at most {limits.max_choices}; send several requests",

@@ -19,7 +19,8 @@ from fader_server.api.disconnect import while_connected
 from fader_server.api.errors import ClientGone, ClientStalled, describe
 from fader_server.api.generate import Generation
 from fader_server.api.observe import CallRecord
-from fader_server.api.render import Json, Renderer, encode
+from fader_server.api.pieces import Json, encode
+from fader_server.api.render import Renderer
 from fader_server.errors import FaderError
 
 _log = logging.getLogger(__name__)
@@ -97,14 +98,13 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await while_connected(receive, self._pump(send), self._watch(send))
-            self._record.end("ok")
+            self._end("ok")
         except (ClientStalled, ClientGone) as error:
             # Returning with the answer unfinished makes the server cut the connection.
-            self._record.end(outcome_of(error))
+            self._end(outcome_of(error))
         finally:
             self._started.first.cancel()
-            self._started.generation.close()
-            self._record.end("error")
+            self._end("error")
 
     async def _pump(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
@@ -112,13 +112,17 @@ class EventStream(Response):
         try:
             await self._send_batches(send)
         except Exception as error:  # noqa: BLE001 - the status is sent: the stream must say it
-            self._started.generation.close()
-            self._record.end(outcome_of(error))
+            self._end(outcome_of(error))
             if not isinstance(error, FaderError):
                 _log.exception("a stream failed")
             await self._write(send, event({"error": dict(describe(error).error)}))
         await self._write(send, DONE)
         await self._write(send, b"", more=False)
+
+    def _end(self, outcome: str) -> None:
+        """Only the first counts. The generation tells its tokens first."""
+        self._started.generation.close()
+        self._record.end(outcome)
 
     async def _send_batches(self, send: Send) -> None:
         generation, renderer = self._started.generation, self._renderer

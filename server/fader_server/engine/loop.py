@@ -51,7 +51,7 @@ class Engine:
         max_waiting_of: Mapping[str, int] | None = None,
         clock: Callable[[], float] = time.monotonic,
         observer: StepObserver | None = None,
-        on_fatal: Callable[[Exception], None] = lambda error: None,
+        on_fatal: Callable[[BaseException], None] = lambda error: None,
         copies: Copies | None = None,
     ) -> None:
         """max_waiting: requests that were accepted and do not run; max_waiting_of: of one tenant
@@ -88,8 +88,9 @@ class Engine:
         """Start the thread. Once."""
         self._thread.start()
 
-    def submit(self, request: Request, sink: Sink) -> None:
-        """Accept a request.
+    def submit(self, request: Request, sink: Sink, *, further: bool = False) -> None:
+        """Accept a request. further: another choice of a call that was accepted, which counts once
+        against its tenant's limit.
 
         Raises RequestInvalid, ContextTooLong, AdapterTooLarge, Overloaded, TenantBusy or
         EngineFault.
@@ -101,7 +102,8 @@ class Engine:
             if self._draining:
                 raise Overloaded("the server is draining: send the request to another one")
             tenant = request.tenant
-            self._check_own(tenant)
+            if not further:
+                self._check_own(tenant)
             if self._queued.total() + self._scheduler.waiting >= self._max_waiting:
                 raise Overloaded(f"{self._max_waiting} requests are waiting: try again later")
             if request.id in self._sinks:
@@ -235,7 +237,7 @@ class Engine:
                 self._idle = not self._turn()
                 if self._drains and not self._sinks:
                     self._end_drains()
-        except Exception as error:  # noqa: BLE001 - the thread's border: nobody may be left waiting
+        except BaseException as error:  # noqa: BLE001 - the thread's border: nobody may be left waiting
             _log.critical("the engine ended", exc_info=error)
             self._fatal = f"the engine ended after {type(error).__name__}"
             end = EngineFault("the engine ended after a fault of its device")

@@ -2,6 +2,7 @@
 
 import codecs
 from collections.abc import Sequence
+from typing import Self
 
 from fader_server.text.pieces import Pieces, visible_tail
 
@@ -23,6 +24,13 @@ class Detokenizer:
         for token in visible_tail(pieces, reversed(after), _CONTEXT):
             self._first = False
             self._utf8.decode(pieces.piece(token))
+
+    def copied(self) -> Self:
+        """Another one that goes on from here."""
+        other = type(self)(self._pieces)
+        other._utf8.setstate(self._utf8.getstate())
+        other._first = self._first
+        return other
 
     def feed(self, token: int) -> str:
         """The text that is certain now."""

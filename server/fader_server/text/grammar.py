@@ -5,6 +5,8 @@ request. Knows no tensors and no HTTP.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import thread_time
 
 from llguidance import LLMatcher, LLParserLimits
@@ -126,9 +128,8 @@ class GrammarGuide:
         self.ended = False
 
     def allowed(self) -> bytes:
-        began = thread_time()
-        bits = self._matcher.compute_bitmask()
-        self._spend(thread_time() - began)
+        with self._spending():
+            bits = self._matcher.compute_bitmask()
         size = self._grammar.size
         if len(bits) * 8 <= size:
             return bits
@@ -136,15 +137,20 @@ class GrammarGuide:
         return bits[:whole] + bytes([bits[whole] & ((1 << rest) - 1)]) if rest else bits[:whole]
 
     def accept(self, token: int) -> None:
-        began = thread_time()
-        self._matcher.consume_token(token)
-        self._grammar.used()
         self._left += _PACE
-        self._spend(thread_time() - began)
+        with self._spending():
+            self._matcher.consume_token(token)
+        self._grammar.used()
         self.ended = self._matcher.is_stopped()
 
-    def _spend(self, seconds: float) -> None:
-        self._left -= seconds
+    @contextmanager
+    def _spending(self) -> Iterator[None]:
+        began = thread_time()
+        try:
+            yield
+        except BaseException as panic:  # of the library's, which is no Exception
+            raise EngineFault("the guide of this request failed: its library panicked") from panic
+        self._left -= thread_time() - began
         if self._matcher.is_error():
             raise EngineFault(f"the guide of this request failed: {self._matcher.get_error()}")
         if self._left < 0:

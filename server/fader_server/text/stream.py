@@ -25,21 +25,16 @@ class TextStream:
 
     def __init__(
         self,
-        pieces: Pieces,
+        detokenizer: Detokenizer,
         *,
-        prompt: Sequence[int] = (),
-        echo: bool = False,
+        length: int = 0,
         stops: Iterable[str] = (),
         include_stop: bool = False,
     ) -> None:
-        """prompt: what the text continues; leave it out for chat. echo: it is part of the text."""
-        self._detokenizer = Detokenizer(pieces, after=() if echo else prompt)
+        """detokenizer: of this text alone. length: characters that are there already."""
+        self._detokenizer = detokenizer
+        self._length = length
         self._matcher = StopMatcher(stops, include=include_stop)
-        self._length = 0
-        self.echoed: tuple[TextDelta, ...] = (
-            tuple(self._delta(token, matched=False) for token in prompt) if echo else ()
-        )
-        """One delta per prompt token; stop strings do not count in the prompt."""
 
     @property
     def stopped(self) -> bool:
@@ -48,7 +43,11 @@ class TextStream:
 
     def feed(self, token: int) -> TextDelta:
         """Add an output token. Leave out the stop token that ends a choice: it has no text."""
-        return self._delta(token, matched=True)
+        offset = self._length
+        text = self._detokenizer.feed(token)
+        self._length += len(text)
+        shown = self._matcher.feed(text)
+        return TextDelta(shown, offset, self._matcher.stopped)
 
     def finish(self) -> str:
         """The rest of the text, once, when no more tokens come."""
@@ -56,9 +55,24 @@ class TextStream:
             return ""
         return self._matcher.feed(self._detokenizer.flush()) + self._matcher.flush()
 
-    def _delta(self, token: int, *, matched: bool) -> TextDelta:
-        offset = self._length
-        text = self._detokenizer.feed(token)
+
+class Echo:
+    """A prompt that its choices' texts begin with, read once for all of them. Stop strings do not
+    count in it."""
+
+    def __init__(self, pieces: Pieces, prompt: Sequence[int]) -> None:
+        self._end = Detokenizer(pieces)
+        self._length = 0
+        self.deltas = tuple(self._delta(token) for token in prompt)
+        """One per token."""
+
+    def stream(self, *, stops: Iterable[str] = (), include_stop: bool = False) -> TextStream:
+        """The text of a new choice, from behind the prompt on."""
+        return TextStream(
+            self._end.copied(), length=self._length, stops=stops, include_stop=include_stop
+        )
+
+    def _delta(self, token: int) -> TextDelta:
+        offset, text = self._length, self._end.feed(token)
         self._length += len(text)
-        shown = self._matcher.feed(text) if matched else text
-        return TextDelta(shown, offset, self._matcher.stopped)
+        return TextDelta(text, offset, False)

@@ -18,7 +18,7 @@ from fader_server.text.encoding import check_length, encode
 from fader_server.text.files import config_eos, processor_template, what_is_missing
 from fader_server.text.pieces import Pieces
 from fader_server.text.shape import Shape
-from fader_server.text.stream import TextStream
+from fader_server.text.stream import Echo, TextStream
 from fader_server.text.thought import Thought, ThoughtGuide, all_but
 from fader_server.text.tool_format import ToolFormat
 from fader_server.text.tool_stream import ToolStream
@@ -156,15 +156,17 @@ class Tokenizer:
     def stream(
         self,
         *,
-        prompt: Sequence[int] = (),
-        echo: bool = False,
+        after: Sequence[int] = (),
         stops: Iterable[str] = (),
         include_stop: bool = False,
     ) -> TextStream:
-        """The text of a new choice; see TextStream."""
-        return TextStream(
-            self._pieces, prompt=prompt, echo=echo, stops=stops, include_stop=include_stop
-        )
+        """The text of a new choice. after: what it continues; leave it out for chat."""
+        detokenizer = Detokenizer(self._pieces, after=after)
+        return TextStream(detokenizer, stops=stops, include_stop=include_stop)
+
+    def echo(self, prompt: Sequence[int]) -> Echo:
+        """A prompt that is part of its choices' texts. Takes its time."""
+        return Echo(self._pieces, prompt)
 
     def tool_stream(
         self, use: ToolUse, *, stops: Iterable[str] = (), include_stop: bool = False

@@ -33,7 +33,6 @@ class ToolStream:
         self._calls: list[ToolCall] = []
         self._ended = False
         self._length = 0
-        self.echoed: tuple[TextDelta, ...] = ()
 
     def feed(self, token: int) -> TextDelta:
         """Add an output token. Leave out the stop token that ends a choice: it has no text."""

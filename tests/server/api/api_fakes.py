@@ -65,16 +65,13 @@ class FakeDelta:
 
 
 class FakeTextStream:
-    def __init__(
-        self, prompt: Sequence[int], *, echo: bool, stops: Iterable[str], include_stop: bool = False
-    ) -> None:
+    def __init__(self, *, stops: Iterable[str], include_stop: bool = False) -> None:
         self._include = include_stop
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = list(stops)
         self._held = ""
         self._length = 0
         self._stopped = False
-        self.echoed = [self._delta(token, matched=False) for token in prompt] if echo else []
 
     def feed(self, token: int) -> FakeDelta:
         return self._delta(token, matched=True)
@@ -108,6 +105,19 @@ class FakeTextStream:
         return held
 
 
+class FakeEcho:
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self._prompt = prompt
+        begun = FakeTextStream(stops=())
+        self.deltas = [begun._delta(token, matched=False) for token in prompt]
+
+    def stream(self, *, stops: Iterable[str] = (), include_stop: bool = False) -> FakeTextStream:
+        made = FakeTextStream(stops=stops, include_stop=include_stop)
+        for token in self._prompt:
+            made._delta(token, matched=False)
+        return made
+
+
 FORMAT = ToolFormat(
     "object", '<call>{"name": "', '", "arguments": ', '}</call><call>{"name": "', "}</call>",
     Frame("<call>", "</call>", "<call>", ""), False, {}, ("name", "arguments"),
@@ -117,11 +127,9 @@ FORMAT = ToolFormat(
 class FakeToolStream:
     """Content and calls, of bytes."""
 
-    echoed = ()
-
     def __init__(self, use: ToolUse, *, stops: Iterable[str], include_stop: bool) -> None:
-        self._bytes = FakeTextStream((), echo=False, stops=())
-        self._content = FakeTextStream((), echo=False, stops=stops, include_stop=include_stop)
+        self._bytes = FakeTextStream(stops=())
+        self._content = FakeTextStream(stops=stops, include_stop=include_stop)
         self._reader = CallReader(FORMAT, use)
         self._calls: list[ToolCall] = []
         self._parallel = use.parallel
@@ -206,12 +214,14 @@ class FakeTokenizer:
     def stream(
         self,
         *,
-        prompt: Sequence[int] = (),
-        echo: bool = False,
+        after: Sequence[int] = (),
         stops: Iterable[str] = (),
         include_stop: bool = False,
     ) -> FakeTextStream:
-        return FakeTextStream(prompt, echo=echo, stops=stops, include_stop=include_stop)
+        return FakeTextStream(stops=stops, include_stop=include_stop)
+
+    def echo(self, prompt: Sequence[int]) -> FakeEcho:
+        return FakeEcho(prompt)
 
     def thought(self, prompt: Sequence[int]) -> Thought | None:
         """What stands in square brackets, once the base thinks."""
@@ -356,7 +366,7 @@ class FakeEngine:
     def open(self) -> int:
         return len(self._open)
 
-    def submit(self, request: Request, sink: Sink) -> None:
+    def submit(self, request: Request, sink: Sink, *, further: bool = False) -> None:
         if self.refuse is not None and len(self.seen) >= self.refuse_from:
             raise self.refuse
         with self._lock:

@@ -3,7 +3,9 @@ import contextlib
 import gzip
 import json
 import time
+from collections.abc import Coroutine
 
+import httpx
 import pytest
 
 from tests.server.api.api_fakes import TEXT, World, build_world
@@ -361,6 +363,19 @@ async def test_hostile_bodies_do_not_stop_the_loop(client, number):
     if not body:
         path = "/v1/chat/completions"
         body = json.dumps(GOOD[path] | HOSTILE_CHATS[number - len(HOSTILE)]).encode()
+    answer, stalled = await beside_a_heart(
+        client.post(path, content=body, headers={"content-type": "application/json"})
+    )
+    assert answer.status_code in ((400, 413) if number < len(HOSTILE) else (400,))
+    check_envelope(answer)
+    assert stalled < 0.2
+
+
+async def beside_a_heart(
+    call: Coroutine[None, None, httpx.Response],
+) -> tuple[httpx.Response, float]:
+    """The answer, and the longest that the loop worked on before anybody else's turn, in seconds of
+    its own: what other programs take does not count."""
     stalls: list[float] = []
 
     async def beat() -> None:
@@ -371,12 +386,38 @@ async def test_hostile_bodies_do_not_stop_the_loop(client, number):
 
     heart = asyncio.create_task(beat())
     await asyncio.sleep(0.005)
-    answer = await client.post(path, content=body, headers={"content-type": "application/json"})
+    answer = await call
     await asyncio.sleep(0.005)  # the stall shows when the heart beats again
     heart.cancel()
-    assert answer.status_code in ((400, 413) if number < len(HOSTILE) else (400,))
-    check_envelope(answer)
-    assert max(stalls) < 0.1  # of the loop's own work: what other programs take does not count
+    return answer, max(stalls)
+
+
+MANY_SCORES = {
+    "model": "base",
+    "prompt": [[97] * 1000] * 16,
+    "n": 3,
+    "echo": True,
+    "logprobs": 20,
+    "max_tokens": 1,
+}
+"""A million logprobs."""
+
+
+async def test_an_answer_of_many_logprobs_does_not_stop_the_loop(client):
+    answer, stalled = await beside_a_heart(client.post("/v1/completions", json=MANY_SCORES))
+    assert answer.status_code == 200
+    assert len(answer.content) > 5 * 10**6
+    assert stalled < 0.4  # all of it at once takes more than a second
+
+
+async def test_more_logprobs_than_that_are_refused(client, world):
+    answer = await client.post("/v1/completions", json=MANY_SCORES | {"n": 4})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "logprobs"
+    assert "got 1344000" in answer.json()["error"]["message"]
+    assert not world.engine.seen
+    fewer = MANY_SCORES | {"n": 4, "logprobs": None}
+    assert (await client.post("/v1/completions", json=fewer)).status_code == 200
 
 
 async def raw(port: int, *parts: bytes) -> bytes:
@@ -482,6 +523,26 @@ async def test_random_bodies_never_become_a_500():
                 read({"model": "base", "prompt": "x", **body}, limits)
 
     check()
+
+
+async def test_what_a_call_may_generate_is_for_all_of_its_choices(worlds):
+    world = worlds(max_call_tokens=100)
+    chat = {"model": "base", "messages": [{"role": "user", "content": "x"}], "n": 8}
+    async with asgi(world) as client:
+        assert (await client.post("/v1/chat/completions", json=chat)).status_code == 200
+        refused = await client.post("/v1/chat/completions", json=chat | {"max_tokens": 13})
+    assert {request.params.max_tokens for request in world.engine.seen} == {12}
+    assert refused.status_code == 400
+
+
+async def test_a_calls_choices_are_one_call_to_the_engine(worlds):
+    world, told = worlds(), []
+    submit = world.engine.submit
+    world.engine.submit = lambda *given, further: told.append(further) or submit(*given)
+    async with asgi(world) as client:
+        body = {"model": "base", "prompt": ["a", "b"], "n": 2}
+        assert (await client.post("/v1/completions", json=body)).status_code == 200
+    assert told == [False, True, True, True]
 
 
 def test_two_worlds_share_nothing():

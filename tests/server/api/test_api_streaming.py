@@ -2,6 +2,7 @@ import asyncio
 import contextlib
 import json
 import random
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -199,7 +200,7 @@ async def test_queued_stream_gets_pings_then_tokens(worlds):
         world.engine.gate.set()
         rest = [line async for line in lines if line.startswith("data:")]
     assert rest[-1] == "data: [DONE]"
-    assert TEXT[:5] in rest[0]
+    assert text_of([json.loads(line.removeprefix("data:")) for line in rest[:-1]]) == TEXT
 
 
 def held(text: str, go: threading.Event, *, after: int = 1) -> Script:
@@ -379,10 +380,15 @@ async def test_disconnect_frees_everything(worlds, stream, queued):
         writer.write(head.encode() + body)
         await world.until(lambda: world.engine.open == 3)
         assert world.adapters.leases == 1
+        if not queued:
+            await asyncio.sleep(0.05)
         writer.close()
         await writer.wait_closed()
         await world.until(lambda: world.idle)
         await world.until(lambda: 'outcome="gone"' in world.metrics.render().decode())
+        told = world.metrics.render().decode()
+        completed = re.findall(r'fader_tokens_total{direction="completion"} (.*)', told)
+        assert (float(completed[0]) > 0 if completed else False) is not queued
     world.engine.gate.set()
 
 
@@ -464,3 +470,15 @@ async def test_openai_client_sends_a_crashing_request_once(worlds):
         with pytest.raises(openai.InternalServerError):
             await client.completions.create(model="base", prompt="x")
     assert len(world.engine.seen) == 1
+
+
+async def test_a_long_echo_with_logprobs_comes_piece_by_piece(client):
+    body = BODY | {"prompt": [97] * 200, "echo": True, "logprobs": 2, "max_tokens": 2}
+    chunks = await events(client, "/v1/completions", body)
+    whole = (await client.post("/v1/completions", json=body | {"stream": False})).json()
+    scores = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert max(len(part["tokens"]) for part in scores) == 64
+    assert len(scores) >= 4
+    for name, items in whole["choices"][0]["logprobs"].items():
+        assert [item for part in scores for item in part[name]] == items
+    assert text_of(chunks) == whole["choices"][0]["text"] == "a" * 200 + TEXT[:2]

@@ -55,7 +55,7 @@ class Rig:
         self.device = Gate(60, 4)
         self.pool = FakePool(3)
         self.clock, self.observer = Clock(), Steps()
-        self.fatal: Future[Exception] = Future()
+        self.fatal: Future[BaseException] = Future()
         limits = Limits(max_rows=4, chunk_size=8, max_step_tokens=16, max_model_len=64)
         self.scheduler = Scheduler(limits, blocks=BlockManager(60, block_size=4), pool=self.pool)
         self.engine = Engine(
@@ -200,6 +200,23 @@ def test_a_fault_of_the_scheduler_itself_leaves_nobody_waiting(monkeypatch):
         rig.device.open.set()
         assert isinstance(future.result(WAIT).error, EngineFault)
         assert isinstance(rig.fatal.result(WAIT), TypeError)
+
+
+class Panic(BaseException):
+    """As libraries in Rust raise."""
+
+
+def test_what_is_no_exception_leaves_nobody_waiting_either(monkeypatch):
+    def panic() -> None:
+        raise Panic
+
+    with Rig() as rig:
+        future = rig.freeze(request("a", (1,), max_tokens=9))
+        monkeypatch.setattr(rig.scheduler, "plan", panic)
+        rig.device.open.set()
+        assert isinstance(future.result(WAIT).error, EngineFault)
+        assert isinstance(rig.fatal.result(WAIT), Panic)
+        assert not rig.engine.stats().healthy
 
 
 def test_a_frozen_engine_is_told_from_a_busy_and_from_an_idle_one():

@@ -223,17 +223,20 @@ def test_a_tenants_queue_is_full_before_the_servers():
         clock=lambda: 0.0,
     )
 
-    def ask(tenant: str, number: int) -> None:
-        engine.submit(request(f"{tenant}{number}", range(4), tenant=tenant), lambda event: None)
+    def ask(tenant: str, number: int, *, further: bool = False) -> None:
+        one = request(f"{tenant}{number}", range(4), tenant=tenant)
+        engine.submit(one, lambda event: None, further=further)
 
     for i in range(3):
         ask("x", i)
     with pytest.raises(TenantBusy, match="3 requests of yours"):
         ask("x", 3)
-    for i in range(9):
+    ask("x", 3, further=True)  # of a call that was accepted
+    for i in range(8):
         ask("y", i)
     with pytest.raises(Overloaded):
-        ask("y", 9)
+        ask("y", 8, further=True)
+    engine.abort("x3")
     assert engine.stats().waiting == 12
     engine._turn()
     for i in range(4, 6):
