@@ -165,7 +165,12 @@ class ServeConfig:
     protect_metrics: bool = define(False, "/metrics needs a key, no tenant's", parse=kinds.switch)
     max_waiting: int = define(1024, "queued requests before 503", parse=_COUNT)
     max_connections: int = define(2048, "open sockets", parse=_COUNT)
-    max_body: int = define(1 << 20, "largest request body", parse=kinds.size, metavar="SIZE")
+    max_body: int | None = define(
+        None,
+        "largest request body; default: 1MiB, more for contexts of more than 64k tokens",
+        parse=kinds.size,
+        metavar="SIZE",
+    )
     max_n: int = define(
         16, "largest n of a request", parse=partial(kinds.integer, low=1, high=4096)
     )

@@ -5,16 +5,24 @@ Knows bytes and time; nothing of the application.
 
 import asyncio
 import json
+import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fader_server.api.edge import request_id
-from fader_server.api.errors import malformed
+from fader_server.api.errors import describe, malformed
+from fader_server.errors import Overloaded
 
+_log = logging.getLogger(__name__)
+_TELL_SECONDS = 10.0
+"""The log has a line of refused connections no more often."""
+_MOST_REFUSED = 256
+"""Of them may be open at a time, until their clients have heard it."""
 _ABSOLUTE = re.compile(rb"https?://([^/?#@]+)(?=[/?]|$)", re.IGNORECASE)
 LINGER_SECONDS = 5.0
 LINGER_BYTES = 1 << 26
@@ -103,10 +111,13 @@ class OriginForm(h11.Connection):
 
 def bounded_protocol(*, client_seconds: float, max_connections: int) -> type[H11Protocol]:
     """uvicorn's h11 protocol with a deadline for request heads, one for bodies that nobody waits
-    for any more, and a cap on open sockets."""
+    for any more, and a cap on open sockets: one too many takes the place of the one that was idle
+    for longest, or is told that there is none."""
+    told_at = -_TELL_SECONDS
 
     class BoundedProtocol(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None
+        _refused = False
         _socket: LingeringTransport
 
         def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 - as its parent has it
@@ -118,14 +129,40 @@ def bounded_protocol(*, client_seconds: float, max_connections: int) -> type[H11
         def connection_made(self, transport: Any) -> None:  # noqa: ANN401 - as its parent has it
             self._socket = LingeringTransport(transport, self._sending)
             super().connection_made(self._socket)
-            if len(self.connections) > max_connections:
-                transport.abort()
-                return
+            if len(self.connections) > max_connections and not self._take_place():
+                self._refuse()
             self._deadline = self.loop.call_later(client_seconds, self._expire)
+
+        def _take_place(self) -> bool:
+            """Close the connection that waited longest for another request; False: none waits."""
+            idle = [
+                (other.timeout_keep_alive_task.when(), id(other), other)
+                for other in self.connections
+                if isinstance(other, BoundedProtocol) and other.timeout_keep_alive_task is not None
+            ]
+            if idle:
+                *_, other = min(idle)
+                other.timeout_keep_alive_handler()
+            return bool(idle)
+
+        def _refuse(self) -> None:
+            """Its request, whatever it asks, is told that there is no place."""
+            nonlocal told_at
+            self._refused = True
+            if self.loop.time() > told_at + _TELL_SECONDS:
+                told_at = self.loop.time()
+                _log.warning("connections are refused: %d are open", max_connections)
+            if len(self.connections) > max_connections + _MOST_REFUSED:
+                self._socket.abort()
 
         def data_received(self, data: bytes) -> None:
             if self._socket.lingering:
                 self._socket.discard(len(data))
+                return
+            if self._refused:
+                told = describe(Overloaded("too many connections: try again later", retry_after=1))
+                self._answer(told.status, b"Service Unavailable", told.error, told.headers)
+                self._socket.close()
                 return
             super().data_received(data)
             waits = self.conn.their_state is h11.IDLE or (self._answered() and self._sending())
@@ -139,20 +176,31 @@ def bounded_protocol(*, client_seconds: float, max_connections: int) -> type[H11
             if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # its answer is out
                 self.transport.abort()
                 return
-            body = json.dumps(malformed()).encode()
+            self._answer(400, b"Bad Request", malformed()["error"])
+            if not self._answered():  # a route reads the body: there is no more of it
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+            self.transport.close()
+
+        def _answer(
+            self,
+            status: int,
+            reason: bytes,
+            error: Mapping[str, Any],
+            more: Mapping[str, str] = MappingProxyType({}),
+        ) -> None:
+            """What never reaches the application."""
+            body = json.dumps({"error": dict(error)}).encode()
             headers = [
                 (b"content-type", b"application/json"),
                 (b"content-length", str(len(body)).encode()),
                 (b"connection", b"close"),
                 (b"x-request-id", self._request_id().encode()),
+                *((name.encode(), value.encode()) for name, value in more.items()),
             ]
-            answer = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+            answer = h11.Response(status_code=status, headers=headers, reason=reason)
             for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
-            if not self._answered():  # a route reads the body: there is no more of it
-                self.cycle.disconnected = True
-                self.cycle.message_event.set()
-            self.transport.close()
 
         def _unsupported_upgrade_warning(self) -> None:
             """The answer is HTTP/1.1, as every client expects that asks for h2c in passing.
@@ -173,7 +221,7 @@ def bounded_protocol(*, client_seconds: float, max_connections: int) -> type[H11
             return self.cycle is None or self.cycle.response_complete
 
         def _sending(self) -> bool:
-            return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+            return self._refused or self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
 
         def _disarm(self) -> None:
             if self._deadline is not None:

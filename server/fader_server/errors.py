@@ -52,6 +52,15 @@ class RequestInvalid(FaderError):
 class ContextTooLong(RequestInvalid):
     """Prompt and output do not fit the model's context."""
 
+    @classmethod
+    def of(cls, context: int, what: str, *, param: str) -> "ContextTooLong":
+        """what: a sentence on what was asked for. Clients look for the first words and the code."""
+        return cls(
+            f"This model's maximum context length is {context} tokens. However, {what}. "
+            "Please reduce the length (context_length_exceeded).",
+            param=param,
+        )
+
 
 class ModelNotFound(FaderError):
     """The requested model does not exist for this caller."""

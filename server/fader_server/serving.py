@@ -16,7 +16,8 @@ from fader_server.connection import bounded_protocol
 from fader_server.errors import ConfigInvalid, EngineFault
 
 _MAX_HEADER_BYTES = 16 * 1024
-_KEEP_ALIVE_SECONDS = 30
+_KEEP_ALIVE_SECONDS = 75
+"""Longer than usual proxies keep theirs, which would else use one that is being closed."""
 _PULSE_SECONDS = 0.25
 """How soon the death of the engine is noticed."""
 

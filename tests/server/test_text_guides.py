@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -225,6 +226,32 @@ async def test_texts_of_a_schema_are_no_grammar(tokenizer: Tokenizer):
     guide = await guide_of(tokenizer, {"const": nasty, "description": nasty})
     tokens = list(walk(guide, random.Random(0)))
     assert json.loads(tokenizer.decode(tokens)) == nasty
+
+
+LOOSE = {
+    "type": "object",
+    "properties": {
+        "tags": {"type": "array", "items": {"type": "integer"}, "uniqueItems": True, "maxItems": 2},
+        "code": {"type": "string", "pattern": r"^(?=.*\d)[a-z\d]+$", "maxLength": 3},
+        "note": {"const": {"pattern": r"(?!a)"}},
+        "file": {"type": "string", "format": "binary", "maxLength": 3},
+    },
+    "patternProperties": {r"\bx": {"type": "null"}},
+    "required": ["tags", "code", "note", "file"],
+    "additionalProperties": False,
+}
+
+
+async def test_a_lenient_schema_counts_as_far_as_it_can_be_enforced(tokenizer: Tokenizer):
+    asked = Shape("schema", json.dumps(LOOSE), lenient=True)
+    (guide,) = await tokenizer.guides(asked, 1)
+    told = json.loads(tokenizer.decode(list(walk(guide, random.Random(0)))))
+    assert list(told) == ["tags", "code", "note", "file"]
+    assert told["note"] == {"pattern": "(?!a)"}
+    assert len(told["tags"]) <= 2
+    assert len(told["code"]) <= 3
+    with pytest.raises(RequestInvalid):
+        await tokenizer.guides(replace(asked, lenient=False), 1)
 
 
 async def test_white_space_has_an_end(tokenizer: Tokenizer):

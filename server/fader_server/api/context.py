@@ -97,5 +97,15 @@ def visible_to(request: Request) -> Visible:
 
 async def body_of(request: Request) -> dict[str, Any]:
     """The request's JSON object, within the server's limits."""
-    config = context_of(request).config
-    return await read_json(request, limit=config.max_body, seconds=config.body_timeout)
+    context = context_of(request)
+    limit = largest_body(context.config, context.base)
+    return await read_json(request, limit=limit, seconds=context.config.body_timeout)
+
+
+def largest_body(config: ServeConfig, base: BaseModel) -> int:
+    """In bytes."""
+    return config.max_body or max(1 << 20, _BYTES_PER_TOKEN * base.max_model_len)
+
+
+_BYTES_PER_TOKEN = 16
+"""Of a body whose text fills the context: two letters that JSON may write as six bytes each."""

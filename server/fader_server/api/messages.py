@@ -133,6 +133,9 @@ def _problem_of_content(content: Any, role: str) -> str:  # noqa: ANN401 - any J
     kinds = [part.get("type") for part in _parts(content) if isinstance(part, dict)]
     if any(kind in _MEDIA for kind in kinds):
         return "has a picture or sound: pictures and sound are not supported by this server"
+    texts = [part.get("text") if isinstance(part, dict) else part for part in _parts(content)]
+    if any(isinstance(text, str) and not is_text(text) for text in (content, *texts)):
+        return "must have content that is text: half of a surrogate pair is none"
     nothing = role == "user" and content in (None, [])
     if nothing or _text(content, role) is None:
         return "must have content that is text or a list of text parts"

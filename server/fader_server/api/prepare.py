@@ -96,11 +96,7 @@ class Preparer:
         return call.max_tokens
 
     def _too_long(self, what: str, param: str) -> ContextTooLong:
-        return ContextTooLong(
-            f"This model's maximum context length is {self._longest} tokens. "
-            f"However, you requested {what}. Please reduce the length.",
-            param=param,
-        )
+        return ContextTooLong.of(self._longest, f"you requested {what}", param=param)
 
     def _params(self, call: Call, room: int, k: int) -> SamplingParams:
         choosing = call.choosing

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fader_server.api.fields import Fields, is_text
+from fader_server.text.shape import Shape
 
 FIELD = "response_format"
 ANY_OBJECT = '{"type": "object"}'
@@ -33,8 +34,11 @@ _COUNTS = frozenset(
 _REPEATS = re.compile(r"\{(\d*),?(\d*)\}")
 
 
-def read_schema(fields: Fields) -> str | None:
-    """The schema that the answer must have; None for any text. Problems are noted in `fields`."""
+def read_schema(fields: Fields) -> Shape | None:
+    """The schema that the answer must have; None for any text. Problems are noted in `fields`.
+
+    Without strict its keywords count as far as they can be enforced, as OpenAI has it.
+    """
     value = fields.raw(FIELD)
     if value is None:
         return None
@@ -46,14 +50,17 @@ def read_schema(fields: Fields) -> str | None:
     if kind == "text":
         return None
     if kind == "json_object" and value.get("schema") in (None, {}):
-        return ANY_OBJECT
+        return Shape("schema", ANY_OBJECT)
     bare = kind == "json_object"  # llama.cpp's form of json_schema
     inner = None if bare else value.get("json_schema")
     problem = _problem_of_schema(value["schema"], "schema") if bare else _problem(inner)
     if problem:
         fields.refuse(FIELD, problem)
         return None
-    return kept((value if bare else value["json_schema"])["schema"])
+    if bare:
+        return Shape("schema", kept(value["schema"]))
+    inner = value["json_schema"]
+    return Shape("schema", kept(inner["schema"]), lenient=inner.get("strict") is not True)
 
 
 def kept(schema: dict[str, Any]) -> str:

@@ -150,7 +150,11 @@ def _refuse_of_chat(fields: Fields) -> None:
     fields.only("continue_final_message", lambda v: v is False, _MISSING)
     fields.only("add_generation_prompt", lambda v: v is True, "is always true here")
     fields.only("chat_template", lambda v: False, "may not come from a request")
-    fields.only("chat_template_kwargs", lambda v: v == {}, "may not come from a request")
+    fields.only(
+        "chat_template_kwargs",
+        lambda v: v == {},
+        "may not come from a request: see reasoning_effort and --default-chat-template-kwargs",
+    )
 
 
 def _call(

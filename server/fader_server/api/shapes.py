@@ -20,8 +20,7 @@ Reader = Callable[[str, Any], Shape | str]
 
 def read_shape(fields: Fields) -> Shape | None:
     """What the answer must look like; None: like any text. Problems are noted in `fields`."""
-    schema = response_format.read_schema(fields)
-    found = None if schema is None else Shape("schema", schema)
+    found = response_format.read_schema(fields)
     for name, reader in _READERS.items():
         value = fields.raw(name)
         if value in _UNSET or (name == _ALL and value == {}):

@@ -49,12 +49,9 @@ def check_request(request: Request, context: int) -> None:
     if wanted < 0:
         raise RequestInvalid(f"max_tokens must be 0 or more, got {wanted}", param="max_tokens")
     if prompt + wanted > context:
-        raise ContextTooLong(
-            f"This model's maximum context length is {context} tokens, but the request asks for "
-            f"{prompt + wanted} ({prompt} in the prompt, {wanted} to generate). Shorten either.",
-            param="prompt" if prompt > context else "max_tokens",
-            code="context_length_exceeded",
-        )
+        what = f"you requested {prompt} tokens in the prompt and {wanted} in the completion"
+        param = "prompt" if prompt > context else "max_tokens"
+        raise ContextTooLong.of(context, what, param=param)
     if min(request.prompt) < 0 or max(request.prompt) >= _TOKEN_IDS:
         raise RequestInvalid("a prompt token id lies outside the vocabulary", param="prompt")
     if any(term.version not in request.adapters for term in request.blend.terms):

@@ -32,9 +32,5 @@ def encode(
 def check_length(characters: int, max_model_len: int, *, param: str) -> None:
     """Refuse a text that cannot fit before any time is spent on it."""
     if characters > CHARS_PER_TOKEN * max_model_len:
-        raise ContextTooLong(
-            f"This model's maximum context length is {max_model_len} tokens. However, the prompt "
-            f"has {characters} characters. Please reduce the length of the prompt.",
-            param=param,
-            code="context_length_exceeded",
-        )
+        what = f"the prompt has {characters} characters"
+        raise ContextTooLong.of(max_model_len, what, param=param)

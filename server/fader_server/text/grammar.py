@@ -5,9 +5,11 @@ request. Knows no tensors and no HTTP.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import thread_time
+from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits
 
@@ -31,6 +33,10 @@ _OPTIONS = {
     "whitespace_pattern": r"( |\n[ \t]{0,64})?",
 }
 
+_LOOKS_AROUND = re.compile(r"\(\?<?[=!]|\\[bB1-9]")
+_DATA = frozenset(("const", "default", "enum", "examples"))
+"""Keywords whose values are no schemas."""
+
 _CREDIT = 0.5
 _PACE = 0.005
 """Seconds of the processor that a guide may take at all and on average for a token. Usual ones
@@ -50,7 +56,25 @@ HEAD = '%llguidance {"no_forcing": true}\n'
 def json_rule(schema: str, *, lenient: bool = False) -> str:
     """What stands in a grammar for JSON of a schema. lenient: as far as its keywords are known."""
     options = {**_OPTIONS, "lenient": lenient}
-    return "%json " + json.dumps(json.loads(schema) | {"x-guidance": options})
+    read = json.loads(schema)
+    kept = _without_lookaround(read) if lenient else read
+    return "%json " + json.dumps(kept | {"x-guidance": options})
+
+
+def _without_lookaround(part: Any) -> Any:  # noqa: ANN401 - any JSON value
+    """A schema without the patterns that look around, which no grammar here can follow."""
+    if isinstance(part, list):
+        return [_without_lookaround(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    kept = {}
+    for key, value in part.items():
+        if key == "pattern" and isinstance(value, str) and _LOOKS_AROUND.search(value):
+            continue
+        if key == "patternProperties" and isinstance(value, dict):
+            value = {k: v for k, v in value.items() if not _LOOKS_AROUND.search(k)}
+        kept[key] = value if key in _DATA else _without_lookaround(value)
+    return kept
 
 
 def rule_of(shape: Shape) -> str:
@@ -60,7 +84,7 @@ def rule_of(shape: Shape) -> str:
     if shape.kind == "regex":
         (made,) = json.loads(LLMatcher.grammar_from_regex(shape.text))["grammars"]
         return made["lark_grammar"].removeprefix("start: ")
-    return json_rule(shape.text)
+    return json_rule(shape.text, lenient=shape.lenient)
 
 
 def grammar_of(shape: Shape) -> str:

@@ -14,3 +14,5 @@ class Shape:
     one of which it is."""
     param: str = "response_format"
     """The field that asked."""
+    lenient: bool = False
+    """Of a schema's keywords those count that can be enforced."""

@@ -486,14 +486,47 @@ async def test_two_ways_to_tell_the_length_end_the_connection(worlds):
     assert chunked.count(b"HTTP/1.1 ") == 2
 
 
-async def test_idle_sockets_are_capped(worlds):
+GET = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+
+
+async def test_one_connection_too_many_hears_it(worlds):
     world = worlds(max_connections=2)
     async with listening(world) as port:
         kept = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
         await asyncio.sleep(0.05)
-        assert await raw(port) == b""
+        answer = await raw(port, GET)
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"retry-after: 1\r\n" in answer.lower()
+        assert b'"code": "overloaded"' in answer
         for _, writer in kept:
             writer.close()
+        await asyncio.sleep(0.05)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GET)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+        writer.close()
+
+
+async def test_an_idle_connection_makes_place(worlds):
+    """The one that waited longest; who is served keeps its own."""
+    world = worlds(max_connections=2)
+    world.engine.gate.clear()
+    async with listening(world) as port:
+        idle, busy = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        idle[1].write(GET)
+        await idle[0].readuntil(b"}")
+        body = b'{"model": "base", "prompt": "x"}'
+        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+        busy[1].write(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n" + head + body)
+        await world.until(lambda: world.engine.open == 1)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GET)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+        assert await idle[0].read() == b""
+        world.engine.gate.set()
+        assert (await busy[0].readline()).startswith(b"HTTP/1.1 200 ")
+        for _, one in (idle, busy, (reader, writer)):
+            one.close()
 
 
 async def test_random_bodies_never_become_a_500():

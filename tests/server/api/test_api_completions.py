@@ -313,6 +313,7 @@ async def test_too_long_says_the_words_that_gateways_look_for(client, world: Wor
     assert error["code"] == "context_length_exceeded"
     assert error["param"] == "max_tokens"
     assert "This model's maximum context length is 4096 tokens" in error["message"]
+    assert "context_length_exceeded" in error["message"]  # LangChain looks for it there
     longer = await client.post("/v1/completions", json={**body, "prompt": "x" * 4097})
     assert longer.json()["error"]["param"] == "prompt"
     assert (await client.post("/v1/completions", json={**body, "max_tokens": 96})).is_success

@@ -4,10 +4,13 @@ keeps a connection by sending for ever."""
 import asyncio
 import contextlib
 import logging
+from dataclasses import replace
 
 import pytest
 
 from fader_server import connection
+from fader_server.api.context import BaseModel, largest_body
+from fader_server.config import ServeConfig
 from tests.server.api.api_fakes import World
 from tests.server.api.conftest import listening
 
@@ -33,6 +36,13 @@ async def send_all_then_read(port: int, head: bytes, mebibytes: int) -> bytes:
 async def refusal_of(port: int, mebibytes: int) -> bytes:
     length = f"content-length: {mebibytes << 20}\r\n\r\n".encode()
     return await send_all_then_read(port, HEAD + length, mebibytes)
+
+
+def test_bodies_may_be_as_large_as_the_context_asks_for():
+    base = BaseModel("base", "f" * 64, 4096, 0)
+    long = replace(base, max_model_len=1 << 17)
+    assert [largest_body(ServeConfig(), one) for one in (base, long)] == [1 << 20, 1 << 21]
+    assert largest_body(ServeConfig(max_body=99), long) == 99
 
 
 async def test_a_client_that_sends_too_much_reads_why(world: World):

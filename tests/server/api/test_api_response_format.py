@@ -53,6 +53,9 @@ async def test_every_choice_is_guided_by_the_schema(client, world: World, route,
     answer = await ask(client, route, form, n=3)
     assert answer.status_code == 200, answer.text
     assert world.tokenizer.schemas == [kept]
+    inner = form.get("json_schema")
+    lenient = inner is not None and inner.get("strict") is not True
+    assert [shape.lenient for shape in world.tokenizer.shapes] == [lenient]
     guides = {id(request.guide) for request in world.engine.seen}
     assert len(guides) == 3
     assert id(None) not in guides
