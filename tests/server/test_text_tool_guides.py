@@ -11,10 +11,10 @@ from fader_server.errors import EngineFault, RequestInvalid
 from fader_server.text.grammar import GrammarGuide
 from fader_server.text.shape import Shape
 from fader_server.text.tokenizer import Tokenizer
-from fader_server.text.tools import Tool, ToolCall, ToolUse
+from fader_server.text.tools import Tool, ToolUse
 from tests.server.test_text_guides import HOSTILE, ids
 from tests.server.test_text_tools import call as calling
-from tests.server.tool_chats import WORLDS, form_of, heard, plain, spoken
+from tests.server.tool_chats import WORLDS, ToolCall, form_of, heard, plain, spoken
 from tests.server.tool_worlds import TEMPLATES
 
 WEATHER = {

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from fader_server.errors import RequestInvalid
 from fader_server.text.tokenizer import Tokenizer
-from fader_server.text.tool_reader import CallReader, Piece
+from fader_server.text.tool_reader import CallReader
 from fader_server.text.tool_values import types_of, ways_of
-from fader_server.text.tools import Tool, ToolCall, ToolUse
+from fader_server.text.tools import CallPart, Tool, ToolUse
 from tests.server.tool_chats import (
     ARGUMENTS,
     NASTY,
@@ -21,8 +21,10 @@ from tests.server.tool_chats import (
     TOOLS,
     USE,
     WORLDS,
+    ToolCall,
     answer,
     call,
+    folded,
     form_of,
     heard,
     plain,
@@ -185,16 +187,9 @@ PARTS = [
 ]  # fmt: skip
 
 
-def pieces_of(style: str, chunks: list[str]) -> list[Piece]:
-    reader = CallReader(form_of(WORLDS[style]), USE)
-    found = [piece for chunk in chunks for piece in reader.feed(chunk)] + reader.finish()
-    joined: list[Piece] = []
-    for piece in found:
-        if joined and isinstance(piece, str) and isinstance(joined[-1], str):
-            joined[-1] += piece
-        else:
-            joined.append(piece)
-    return joined
+def pieces_of(style: str, chunks: list[str], use: ToolUse = USE) -> list[str | ToolCall]:
+    reader = CallReader(form_of(WORLDS[style]), use)
+    return folded([piece for chunk in chunks for piece in reader.feed(chunk)] + reader.finish())
 
 
 @given(
@@ -257,7 +252,7 @@ MADE = ToolCall("weather", '{"days": 1}')
         (f"<tool_call>{{x}}<tool_call>{GOOD}</tool_call>", ["<tool_call>{x}", MADE]),
     ],
 )  # fmt: skip
-def test_what_is_a_call_and_what_is_not(text: str, expected: list[Piece] | None):
+def test_what_is_a_call_and_what_is_not(text: str, expected: list[str | ToolCall] | None):
     assert pieces_of("hermes", [text]) == ([text] if expected is None else expected)
 
 
@@ -360,7 +355,7 @@ def test_types_are_found_through_references_and_alternatives():
         for k, v in (("a", "5"), ("b", "null"), ("c", "2"), ("d", "5"))
     )
     (made,) = reader.feed(f"<tool_call>f\n{fields}</tool_call>")
-    assert isinstance(made, ToolCall)
+    assert isinstance(made, CallPart)
     assert json.loads(made.arguments) == {"a": 5, "b": None, "c": 2, "d": 5}
 
 
@@ -374,11 +369,70 @@ def test_alternatives_without_end_are_any_type():
         assert time.process_time() - began < 0.5
 
 
+MUST = ToolUse(TOOLS, must=True)
+AS_JSON = sorted(style for style in TEMPLATES if form_of(WORLDS[style]).fields is None)
+
+
+def parts_of(world: Tokenizer, tokens: list[int], use: ToolUse) -> list[list[CallPart]]:
+    """What calls gain with each token, and at the end."""
+    stream = world.tool_stream(use)
+    found = []
+    for token in tokens:
+        assert stream.feed(token).text == ""
+        found.append(list(stream.taken()))
+    assert stream.finish() == ""
+    return [*found, list(stream.taken())]
+
+
+@pytest.mark.parametrize("style", AS_JSON)
+def test_arguments_that_a_grammar_keeps_are_told_as_they_come(style: str):
+    world = WORLDS[style]
+    written = [call(**ARGUMENTS), call("time-of_day", "abcdefgh2", city="}]", more={"a": {}})]
+    if form_of(world).between is None:
+        written = written[:1]
+    gains = parts_of(world, spoken(world, *written), MUST)
+    folded_calls = folded(part for parts in gains for part in parts)
+    assert plain(folded_calls) == [
+        (c["function"]["name"], c["function"]["arguments"]) for c in written
+    ]
+    assert sum(any(part.arguments for part in parts) for parts in gains) > 20 * len(written)
+    whole = parts_of(world, spoken(world, *written), USE)
+    assert sum(any(part.arguments for part in parts) for parts in whole) <= len(written)
+
+
+@pytest.mark.parametrize("style", sorted(TEMPLATES))
+def test_what_a_cut_leaves_of_a_call_that_must_come_is_no_content(style: str):
+    world = WORLDS[style]
+    tokens = spoken(world, call(city="somewhere", days=3))
+    expected = '{"city": "somewhere", "days": 3}'
+    begun = 0
+    for cut in range(1, len(tokens)):
+        text, calls = heard(world, tokens[:cut], MUST)
+        assert text == ""
+        for made in calls:
+            assert made.name == "weather"
+            if style in AS_JSON:
+                assert expected.startswith(made.arguments)
+                begun += len(made.arguments) < len(expected)
+    assert bool(begun) == (style in AS_JSON)
+
+
+def test_calls_whose_keys_come_in_another_order_are_told_whole():
+    turned = '<tool_call>{"arguments": {"days": 1}, "name": "weather"}</tool_call>'
+    for use in (USE, MUST):
+        assert pieces_of("hermes", [turned], use) == [MADE]
+
+
+def test_a_name_that_was_not_offered_is_no_call_there_either():
+    text = f"<tool_call>{GOOD.replace('weather', 'other')}</tool_call>"
+    assert not any(isinstance(piece, ToolCall) for piece in pieces_of("hermes", [text], MUST))
+
+
 def test_only_the_named_tool_is_called():
     use = ToolUse(TOOLS, must=True, only=("time-of_day",))
     reader = CallReader(form_of(WORLDS["hermes"]), use)
     text = f"<tool_call>{GOOD}</tool_call>"
-    assert reader.feed(text) + reader.finish() != [MADE]
+    assert MADE not in folded(reader.feed(text) + reader.finish())
 
 
 @pytest.mark.parametrize("style", sorted(TEMPLATES))
@@ -398,7 +452,7 @@ def test_one_call_ends_an_answer_where_there_may_be_no_other():
     deltas = [stream.feed(token) for token in tokens]
     assert deltas[-1].stopped
     assert "".join(delta.text for delta in deltas) + stream.finish() == "x"
-    assert plain(list(stream.taken())) == [("weather", {"city": "a"})]
+    assert plain(folded(stream.taken())) == [("weather", {"city": "a"})]
 
 
 @pytest.mark.parametrize("style", ["hermes", "coder", "invoke", "llama"])

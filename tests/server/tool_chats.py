@@ -1,9 +1,12 @@
 """Chats with two tools in every style of template, and what is said and heard there."""
 
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from fader_server.text.tokenizer import Tokenizer
-from fader_server.text.tools import Tool, ToolCall, ToolUse
+from fader_server.text.tool_reader import Piece
+from fader_server.text.tools import Tool, ToolUse
 from tests.server.tool_worlds import TEMPLATES, hf
 
 SHAPE = {
@@ -21,6 +24,29 @@ ARGUMENTS = {"city": NASTY, "days": 3, "more": {"a": [1.5, None, True, "}]"]}}
 WORLDS = {name: Tokenizer(hf(text), max_model_len=4096) for name, text in TEMPLATES.items()}
 SPEAKS = [name for name in TEMPLATES if name in ("hermes", "granite", "coder", "glm", "invoke")]
 """Those whose answers with calls may have content."""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """As it is once it has ended."""
+
+    name: str
+    arguments: str
+
+
+def folded(pieces: Iterable[Piece]) -> list[str | ToolCall]:
+    """With neighbouring texts as one, and the parts of every call."""
+    found: list[str | ToolCall] = []
+    for piece in pieces:
+        last = found[-1] if found else None
+        if isinstance(piece, str):
+            found[-1:] = [last + piece] if isinstance(last, str) else [*found[-1:], piece]
+        elif piece.name:
+            found.append(ToolCall(piece.name, piece.arguments))
+        else:
+            assert isinstance(last, ToolCall)
+            found[-1] = ToolCall(last.name, last.arguments + piece.arguments)
+    return found
 
 
 def call(name: str = "weather", id: str = "abcdefgh1", **arguments: object) -> dict:
@@ -57,12 +83,12 @@ def heard(
     world: Tokenizer, tokens: list[int], use: ToolUse = USE, **more
 ) -> tuple[str, list[ToolCall]]:
     stream = world.tool_stream(use, **more)
-    text, calls = "", []
+    text, parts = "", []
     for token in tokens:
         text += stream.feed(token).text
-        calls += stream.taken()
+        parts += stream.taken()
     text += stream.finish()
-    return text, [*calls, *stream.taken()]
+    return text, folded([*parts, *stream.taken()])
 
 
 def plain(calls: list[ToolCall]) -> list[tuple[str, dict]]:

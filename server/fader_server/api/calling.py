@@ -7,6 +7,7 @@ from dataclasses import replace
 from fader_server.api.choice import Choice, Delta, PlacedCall
 from fader_server.api.ports import Thought, ToolStream
 from fader_server.core import Request, TokenEvent
+from fader_server.text.tools import CallPart
 
 _ID = string.ascii_letters + string.digits
 _LENGTH = 9
@@ -31,12 +32,15 @@ class CallingChoice(Choice):
 
     def take(self, event: TokenEvent) -> Delta:
         delta = super().take(event)
-        calls = [
-            PlacedCall(at, _id(), call) for at, call in enumerate(self._calls.taken(), self._made)
-        ]
-        self._made += len(calls)
+        gained = (part for part in self._calls.taken() if part.name or part.arguments)
+        calls = tuple(self._placed(part) for part in gained)
         finish = "tool_calls" if self._made and delta.finish == "stop" else delta.finish
-        return replace(delta, calls=tuple(calls), finish=finish)
+        return replace(delta, calls=calls, finish=finish)
+
+    def _placed(self, part: CallPart) -> PlacedCall:
+        self._made += bool(part.name)
+        id = _id() if part.name else ""
+        return PlacedCall(self._made - 1, id, part.name, part.arguments)
 
 
 def _id() -> str:

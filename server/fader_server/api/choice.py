@@ -1,13 +1,12 @@
 """One choice of a call: its tokens become text, logprobs and an end. Knows nothing about HTTP."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal
 
 from fader_server.api.ports import Echo, TextStream, Thought
 from fader_server.core import FinishReason, Request, TokenEvent, TokenLogprob
-from fader_server.text.tools import ToolCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +22,13 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class PlacedCall:
-    """A call of a tool among those of its choice."""
+    """What a call of a tool gained, among those of its choice."""
 
     index: int
     id: str
-    call: ToolCall
+    """"" where the call goes on, as its name is."""
+    name: str
+    arguments: str
 
 
 Finish = FinishReason | Literal["tool_calls"]
@@ -71,7 +72,7 @@ class Delta:
             self.text + after.text,
             self.scored + after.scored,
             after.finish or self.finish,
-            self.calls + after.calls,
+            _joined(self.calls + after.calls),
             self.ids + after.ids,
             self.thought + after.thought,
         )
@@ -81,12 +82,22 @@ class Delta:
         """All gains of one choice as one; at least one part."""
         text = "".join(part.text for part in parts)
         scored = tuple(item for part in parts for item in part.scored)
-        calls = tuple(item for part in parts for item in part.calls)
+        calls = _joined(item for part in parts for item in part.calls)
         ids = tuple(token for part in parts for token in part.ids)
         thought = "".join(part.thought for part in parts)
         finishes: list[Finish] = [part.finish for part in parts if part.finish is not None]
         finish = finishes[-1] if finishes else None
         return cls(parts[0].index, text, scored, finish, calls, ids, thought)
+
+
+def _joined(parts: Iterable[PlacedCall]) -> tuple[PlacedCall, ...]:
+    """As few as there are calls."""
+    calls: dict[int, list[PlacedCall]] = {}
+    for part in parts:
+        calls.setdefault(part.index, []).append(part)
+    return tuple(
+        replace(one[0], arguments="".join(part.arguments for part in one)) for one in calls.values()
+    )
 
 
 class Choice:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from fader_server.core import Guide, Request, Sink
 from fader_server.text.shape import Shape
-from fader_server.text.tools import Tool, ToolCall, ToolUse
+from fader_server.text.tools import CallPart, Tool, ToolUse
 
 
 class TenantStats(Protocol):
@@ -125,8 +125,8 @@ class Echo(Protocol):
 class ToolStream(TextStream, Protocol):
     """Turns one choice's tokens into content and calls of tools: text.tool_stream.ToolStream."""
 
-    def taken(self) -> Sequence[ToolCall]:
-        """The calls that came since this was asked."""
+    def taken(self) -> Sequence[CallPart]:
+        """What calls gained since this was asked."""
         ...
 
 

@@ -43,6 +43,8 @@ class Told:
     prompts: Sequence[Sequence[int]] | None
     """The tokens that each choice goes on from, where ids of tokens are told; as vLLM tells them:
     a completion's choice has `prompt_token_ids`, a chat as a whole, a stream's first chunks."""
+    calls_alone: bool = False
+    """The answer is calls of tools and has no content."""
 
     def ids(self, delta: Delta) -> Json:
         """Fields of a choice."""
@@ -191,7 +193,7 @@ class ChatRenderer:
         return written(said, logprobs=scores)
 
     def opening(self, choices: int, usage: Usage | None) -> list[Json]:
-        role = {"role": "assistant", "content": ""}
+        role = {"role": "assistant", "content": None if self._told.calls_alone else ""}
         return [
             self._chunk(self._choice(index, role, None, None), usage) | self._told.prompt(index)
             for index in range(choices)
@@ -254,7 +256,9 @@ def _whole(fields: Json, choices: Iterable[bytes], usage: Usage) -> bytes:
 
 
 def _call(placed: PlacedCall) -> Json:
-    function = {"name": placed.call.name, "arguments": placed.call.arguments}
+    if not placed.id:
+        return {"function": {"arguments": placed.arguments}}
+    function = {"name": placed.name, "arguments": placed.arguments}
     return {"id": placed.id, "type": "function", "function": function}
 
 

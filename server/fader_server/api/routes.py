@@ -115,5 +115,6 @@ def _renderer(context: Context, generation: Generation, id: str) -> Renderer:
     head = Head(id, int(time.time()), call.model, context.fingerprint(generation.lease))
     kind = ChatRenderer if call.chat else CompletionRenderer
     prompts = generation.prompts if call.return_ids else None
-    told = Told(call.logprobs is not None, call.include_usage, prompts)
+    must = call.tools is not None and call.tools.must
+    told = Told(call.logprobs is not None, call.include_usage, prompts, calls_alone=must)
     return kind(head, context.tokenizer, told)

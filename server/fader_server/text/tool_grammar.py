@@ -33,7 +33,7 @@ def tool_grammar(form: ToolFormat, use: ToolUse, content: Shape | None) -> str |
 
     Raises RequestInvalid for what this format cannot write.
     """
-    if not (use.must or content or any(tool.strict for tool in use.offered)):
+    if not (use.kept or content):
         return None
     rules = _Rules(form, use)
     several = use.parallel and form.between is not None

@@ -3,7 +3,8 @@
 Text that begins like a call is one when it is whole, names a tool that was offered and has a JSON
 object of arguments; it is content else, to the place where it breaks, and reading goes on there:
 nothing is read twice. White space beside a call is no content. What the arguments' schema asks is
-left to the grammar of the answer, where it has one.
+left to the grammar of the answer. Where it has one, calls break only where an answer is cut: JSON
+of arguments is told as it comes, and what a cut leaves of a call beside is nothing.
 """
 
 import json
@@ -15,6 +16,7 @@ from fader_server.text.tool_format import FieldStyle, ToolFormat
 from fader_server.text.tool_scan import (
     SILENT,
     Broken,
+    Following,
     Reading,
     all_of,
     identifier,
@@ -24,12 +26,13 @@ from fader_server.text.tool_scan import (
     until,
 )
 from fader_server.text.tool_values import load_json, read_value, types_of, ways_of
-from fader_server.text.tools import ToolCall, ToolUse
+from fader_server.text.tools import CallPart, ToolUse
 
-Piece = str | ToolCall
+Piece = str | CallPart
 _SURROGATE = re.compile("[\ud800-\udfff]")
 """Half a character, which JSON can write but UTF-8 cannot."""
 _KEYS = ("name", "arguments"), ("name", "parameters")
+_END = CallPart("", "", True)
 
 
 class CallReader:
@@ -38,6 +41,9 @@ class CallReader:
     def __init__(self, form: ToolFormat, use: ToolUse) -> None:
         self._form = form
         self._tools = {tool.name: tool for tool in use.offered}
+        self._kept, self._must = use.kept, use.must
+        self._parts: list[str] = []
+        """Of arguments that are told as they come."""
         self._types: dict[tuple[str, str], frozenset[str]] = {}
         """Of fields that were read."""
         self._pieces: list[Piece] = []
@@ -63,8 +69,9 @@ class CallReader:
         """The rest, when no more text comes."""
         if self._reading is not None:
             self._take("")
-        self._say(self._text.flush())
-        self._tell("".join(self._space))
+        if not self._must:  # else it is what a cut left of a marker
+            self._say(self._text.flush())
+            self._tell("".join(self._space))
         return self._told()
 
     def _tell(self, text: str) -> None:
@@ -74,6 +81,7 @@ class CallReader:
             self._pieces.append(text)
 
     def _told(self) -> list[Piece]:
+        self._tell_parts()
         told, self._pieces = self._pieces, []
         return told
 
@@ -93,7 +101,8 @@ class CallReader:
             self._held.pop()
             broken, self._held = "".join(self._held), []
             self._look()
-            self._say(broken)
+            if char or not self._kept:
+                self._say(broken)
             if char:
                 self._take(char)
 
@@ -121,11 +130,28 @@ class CallReader:
             self._space.clear()
         self._space.append(text[len(whole) :])
 
-    def _made(self, calls: list[ToolCall]) -> None:
+    def _begun(self) -> None:
         self._space.clear()
         self._after_call = True
+
+    def _made(self, calls: list[CallPart]) -> None:
+        self._begun()
         self._held.clear()
+        self._tell_parts()
         self._pieces.extend(calls)
+
+    def _opened(self, name: str) -> None:
+        """A call begins whose arguments are told as they come."""
+        if name not in self._tools:
+            raise Broken
+        self._begun()
+        self._tell_parts()
+        self._pieces.append(CallPart(name, "", False))
+
+    def _tell_parts(self) -> None:
+        if self._parts:
+            self._pieces.append(CallPart("", "".join(self._parts), False))
+            self._parts.clear()
 
     def _bare(self) -> Reading[None]:
         """The answer as a whole."""
@@ -153,7 +179,7 @@ class CallReader:
                 return
             first = (yield from skip()) if again else "{"
 
-    def _body(self, first: str) -> Reading[list[ToolCall]]:
+    def _body(self, first: str) -> Reading[list[CallPart]]:
         """What is between the markers, from its first character on; fields to their end."""
         try:
             if self._form.body == "named":
@@ -161,19 +187,28 @@ class CallReader:
                 middle = self._form.middle.split()
                 if middle:
                     yield from all_of(middle, first=char)
-                text = yield from json_text((yield from skip("" if middle else char)))
-                return [self._call(name, load_json(text))]
+                first = yield from skip("" if middle else char)
+                if self._kept and first == "{":
+                    self._opened(name)
+                    yield from json_text(first, lambda char, *_: self._parts.append(char))
+                    return [_END]
+                return [self._call(name, load_json((yield from json_text(first))))]
             if self._form.fields is not None:
                 return [(yield from self._field_call(first, self._form.fields))]
-            found = load_json((yield from json_text(first)))
-            items = found if self._form.body == "list" else [found]
+            listed = self._form.body == "list"
+            following = Following(self._form.keys, 1 + listed, self._opened, self._parts)
+            text = yield from json_text(first, following.see if self._kept else None)
+            if following.found:
+                return [_END]
+            found = load_json(text)
+            items = found if listed else [found]
             if not isinstance(items, list) or not items:
                 raise Broken
             return [self._call(*_parts(item, self._form.keys)) for item in items]
         except (ValueError, RecursionError) as error:
             raise Broken from error
 
-    def _field_call(self, first: str, style: FieldStyle) -> Reading[ToolCall]:
+    def _field_call(self, first: str, style: FieldStyle) -> Reading[CallPart]:
         name, char = yield from identifier(first)
         tool = self._tools.get(name)
         if tool is None:
@@ -208,13 +243,13 @@ class CallReader:
         text = text.removesuffix("\n") if style.after.startswith("\n") else text
         return read_value(text, types)
 
-    def _call(self, name: object, arguments: object) -> ToolCall:
+    def _call(self, name: object, arguments: object) -> CallPart:
         if not isinstance(name, str) or name not in self._tools or not isinstance(arguments, dict):
             raise Broken
         text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
         if not text.isascii() and _SURROGATE.search(text):
             text = json.dumps(arguments)
-        return ToolCall(name, text)
+        return CallPart(name, text, True)
 
 
 def _parts(value: object, keys: tuple[str, str]) -> tuple[object, object]:

@@ -4,7 +4,8 @@ A reading is a generator that is sent one character after the other, and "" when
 Words are read with any white space, also none, before each.
 """
 
-from collections.abc import Generator
+import re
+from collections.abc import Callable, Generator
 from typing import TypeVar
 
 from fader_server.text.stops import StopMatcher
@@ -93,8 +94,11 @@ def until(words: list[str], *, first: str = "") -> Reading[str]:
     return text
 
 
-def json_text(first: str) -> Reading[str]:
-    """A JSON object or list, from its first character to its last."""
+def json_text(first: str, seen: Callable[[str, int, bool], None] | None = None) -> Reading[str]:
+    """A JSON object or list, from its first character to its last.
+
+    seen: is told each as it comes, how deep it is in objects and lists then, and if in a text.
+    """
     text, closers, quoted, escaped = first, [], False, False
     char = first
     while True:
@@ -107,6 +111,8 @@ def json_text(first: str) -> Reading[str]:
             closers.append("}" if char == "{" else "]")
         elif char and char in "}]" and (not closers or closers.pop() != char):
             raise Broken
+        if seen is not None:
+            seen(char, len(closers), quoted)
         if not closers or len(closers) > _DEPTH:
             break
         char = yield
@@ -116,3 +122,40 @@ def json_text(first: str) -> Reading[str]:
     if closers or not text.startswith(("{", "[")):
         raise Broken
     return text.translate(SILENT)
+
+
+class Following:
+    """Finds calls in JSON as it comes, whose keys a grammar has put in order."""
+
+    def __init__(
+        self,
+        keys: tuple[str, str],
+        depth: int,
+        opened: Callable[[str], None],
+        parts: list[str],
+    ) -> None:
+        """depth: of a call's own keys. opened: is told a call's name, parts: its arguments."""
+        name, arguments = map(re.escape, keys)
+        form = rf'"{name}"\s*:\s*"([^"\\]*)"\s*,\s*"{arguments}"\s*:$'
+        self._head = re.compile(form)
+        self._depth = depth
+        self._opened = opened
+        self._parts = parts
+        self._before: list[str] = []
+        self._inside = False
+        self.found = False
+
+    def see(self, char: str, depth: int, quoted: bool) -> None:
+        """What `json_text` tells."""
+        if self._inside:
+            self._parts.append(char)
+            self._inside = depth > self._depth
+        elif char == "{" and not quoted and depth == self._depth + 1:
+            head = self._head.search("".join(self._before).rstrip())
+            self._before.clear()
+            if head is not None:
+                self._opened(head[1])
+                self._parts.append(char)
+                self._inside = self.found = True
+        else:
+            self._before.append(char)

@@ -8,7 +8,7 @@ from fader_server.text.stops import StopMatcher
 from fader_server.text.stream import TextDelta
 from fader_server.text.tool_format import ToolFormat
 from fader_server.text.tool_reader import CallReader, Piece
-from fader_server.text.tools import ToolCall, ToolUse
+from fader_server.text.tools import CallPart, ToolUse
 
 
 class ToolStream:
@@ -30,7 +30,7 @@ class ToolStream:
         self._matcher = StopMatcher(stops, include=include_stop)
         self._controls = {token: char for char, token in form.controls.items()}
         self._parallel = use.parallel and form.between is not None
-        self._calls: list[ToolCall] = []
+        self._calls: list[CallPart] = []
         self._ended = False
         self._length = 0
 
@@ -52,8 +52,8 @@ class ToolStream:
         text = self._shown(self._reader.feed(self._detokenizer.flush()) + self._reader.finish())
         return text if self._ended else text + self._matcher.flush()
 
-    def taken(self) -> tuple[ToolCall, ...]:
-        """The calls that came since this was asked."""
+    def taken(self) -> tuple[CallPart, ...]:
+        """What calls gained since this was asked."""
         calls, self._calls = tuple(self._calls), []
         return calls
 
@@ -64,9 +64,9 @@ class ToolStream:
         for piece in pieces:
             if self._ended:
                 break
-            if isinstance(piece, ToolCall):
+            if isinstance(piece, CallPart):
                 self._calls.append(piece)
-                if not self._parallel:
+                if piece.ends and not self._parallel:
                     self._ended = True
                     text += self._matcher.flush()
             else:

@@ -43,16 +43,23 @@ class ToolUse:
     """Several calls in one answer."""
 
     @property
+    def kept(self) -> bool:
+        """A grammar keeps calls to their form: they are whole unless the answer is cut."""
+        return self.must or any(tool.strict for tool in self.offered)
+
+    @property
     def offered(self) -> tuple[Tool, ...]:
         """Those that may be called."""
         return tuple(tool for tool in self.tools if self.only is None or tool.name in self.only)
 
 
 @dataclass(frozen=True, slots=True)
-class ToolCall:
-    """One call that an answer makes."""
+class CallPart:
+    """What a call that an answer makes gains."""
 
     name: str
-    """Of a tool that was offered."""
+    """Of a tool that was offered, where the call begins; "": it goes on."""
     arguments: str
-    """A JSON object."""
+    """Together they are a JSON object."""
+    ends: bool
+    """Nothing more of it comes."""

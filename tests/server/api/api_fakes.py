@@ -45,7 +45,7 @@ from fader_server.text.shape import Shape
 from fader_server.text.thought import Markers, Thought
 from fader_server.text.tool_format import Frame, ToolFormat
 from fader_server.text.tool_reader import CallReader
-from fader_server.text.tools import Tool, ToolCall, ToolUse
+from fader_server.text.tools import CallPart, Tool, ToolUse
 
 EOS = 256
 VOCAB = 257
@@ -131,7 +131,7 @@ class FakeToolStream:
         self._bytes = FakeTextStream(stops=())
         self._content = FakeTextStream(stops=stops, include_stop=include_stop)
         self._reader = CallReader(FORMAT, use)
-        self._calls: list[ToolCall] = []
+        self._calls: list[CallPart] = []
         self._parallel = use.parallel
         self._ended = False
 
@@ -145,11 +145,11 @@ class FakeToolStream:
         pieces = self._reader.feed(self._bytes.finish()) + self._reader.finish()
         return self._shown(pieces) + self._content.finish()
 
-    def taken(self) -> list[ToolCall]:
+    def taken(self) -> list[CallPart]:
         calls, self._calls = self._calls, []
         return calls
 
-    def _shown(self, pieces: Sequence[str | ToolCall]) -> str:
+    def _shown(self, pieces: Sequence[str | CallPart]) -> str:
         text = ""
         for piece in pieces:
             if isinstance(piece, str):
@@ -157,7 +157,7 @@ class FakeToolStream:
                 self._ended = self._content._stopped
             elif not self._ended:
                 self._calls.append(piece)
-                self._ended = not self._parallel
+                self._ended = piece.ends and not self._parallel
         return text
 
 

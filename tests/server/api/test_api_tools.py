@@ -404,6 +404,33 @@ async def test_what_is_no_past_call_is_one_400(client, world: World, messages):
     assert world.engine.seen == []
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_call_that_must_come_and_is_cut_has_what_came_of_it(worlds, stream):
+    world = worlds(script=say(called("Köln")))
+    async with asgi(world) as client:
+        body = {**GOOD[ROUTE], **OFFER, "tool_choice": NAMED, "max_tokens": 44, "stream": stream}
+        if stream:
+            chunks = await events(client, ROUTE, body)
+            assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": None}
+            parts = [
+                call
+                for chunk in chunks
+                for call in chunk["choices"][0]["delta"].get("tool_calls", ())
+            ]
+            assert {part["index"] for part in parts} == {0}
+            assert [part["function"].get("name") for part in parts if "id" in part] == ["f"]
+            arguments = "".join(part["function"]["arguments"] for part in parts)
+            finish = chunks[-1]["choices"][0]["finish_reason"]
+            assert text_of([c for c in chunks if "content" not in c["choices"][0]["delta"]]) == ""
+        else:
+            (choice,) = (await client.post(ROUTE, json=body)).json()["choices"]
+            assert choice["message"]["content"] is None
+            (call,) = choice["message"]["tool_calls"]
+            arguments, finish = call["function"]["arguments"], choice["finish_reason"]
+    assert finish == "length"
+    assert arguments == '{"city": "K'
+
+
 SAID = f"Let me see.\n{called('Köln')}\n{called('<b>')}"
 
 
