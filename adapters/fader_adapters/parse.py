@@ -194,7 +194,13 @@ def _parts(data: bytes, index: int, module: Module) -> Iterable[Part]:
 
 
 def _vector(data: bytes, info: TensorInfo | None, rows: slice) -> torch.Tensor | None:
-    return None if info is None else tensor_of(data, info).reshape(-1)[rows]
+    """Raises AdapterInvalid, for the whole vector: what is folded with it may not show a NaN."""
+    if info is None:
+        return None
+    vector = tensor_of(data, info).reshape(-1)
+    if not bool(vector.isfinite().all()):
+        raise AdapterInvalid(f"tensor {info.name[:160]!r} has NaN or infinite values")
+    return vector[rows]
 
 
 def _shape(index: int, linear: Linear, base: BaseSpec) -> RankScale:
