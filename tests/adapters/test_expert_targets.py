@@ -303,6 +303,19 @@ def test_vectors_of_experts_by_themselves_are_refused_not_left_out(what: str):
         read(make_raw(config, given), BASE)
 
 
+@pytest.mark.parametrize("what", ["DoRA", "lora_bias"])
+def test_vectors_of_a_router_are_refused_by_name(what: str):
+    given = pair("layers.0.mlp.gate", (RANK, WIDTH), (EXPERTS, RANK), 1)
+    key = "base_model.model.model.layers.0.mlp.gate"
+    own = "lora_magnitude_vector" if what == "DoRA" else "lora_B.bias"
+    given[f"{key}.{own}"] = torch.ones(EXPERTS)
+    flag = {"use_dora": True} if what == "DoRA" else {"lora_bias": True}
+    config = make_config(r=RANK, target_modules=["0.mlp.gate"], **flag)
+    told = f"0.mlp.gate': {what} of a mixture's router is not implemented"
+    with pytest.raises(AdapterInvalid, match=told):
+        read(make_raw(config, given), BASE)
+
+
 def test_a_pattern_over_every_expert_of_a_large_mixture_is_within_the_budget():
     layers, experts = 24, 128
     base = base_of(layers=layers)
