@@ -44,6 +44,8 @@ class Attached:
         self._store = Store(ArenaTier(arena), on_retired=self._forget)
         self._rows: list[tuple[tuple[int, float], ...]] | None = None
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
+        self._forward = vars(model).get("forward")
+        vars(model)["forward"] = torch.no_grad()(model.forward)  # the kernels have no gradients
 
     def load(self, name: str, path: str | Path) -> AdapterReport:
         """Read a PEFT directory; the name may be taken, then it moves. Raises AdapterError."""
@@ -86,6 +88,9 @@ class Attached:
     def detach(self) -> None:
         """Put the model's own linears back."""
         self._hook.remove()
+        del vars(self._model)["forward"]
+        if self._forward is not None:
+            vars(self._model)["forward"] = self._forward
         for linear in self._installed.spec.linears:
             parent, _, child = linear.path.rpartition(".")
             if linear.role == "experts":
@@ -125,6 +130,8 @@ def attach(
     model: PreTrainedModel, *, arena_bytes: int = 256 << 20, backend: BackendName = "auto"
 ) -> Attached:
     """Let a transformers model run a different adapter, or blend, in every row of a batch.
+
+    Its forward computes without gradients until `detach`, in any mode.
 
     model        any causal language model, plain or in bitsandbytes NF4 and not yet run; its
                  linears are replaced in place until `detach`

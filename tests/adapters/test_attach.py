@@ -78,6 +78,20 @@ def test_generate_runs_under_the_rows_and_detach_restores_the_model(base, adapte
     assert "site" not in repr(model).lower()
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_forward_outside_of_no_grad_computes_without_gradients(base, adapters, backend):
+    ids = _ids(2)
+    lora = attach(model := _model(base), arena_bytes=1 << 22, backend=backend)
+    lora.load("one", adapters["one"])
+    with lora.rows([None, "one"]):
+        plainly = model(input_ids=ids).logits
+        assert torch.equal(plainly, _logits(model, ids))
+    assert not plainly.requires_grad
+    assert not model(input_ids=ids).logits.requires_grad
+    lora.detach()
+    assert model(input_ids=ids).logits.requires_grad
+
+
 @pytest.mark.filterwarnings("ignore")  # PEFT's advice on tied weights
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_dora_of_linears_head_and_embedding_equals_peft(base, backend):
