@@ -63,8 +63,11 @@ class Attached:
 
     @contextmanager
     def rows(self, rows: Sequence[Row]) -> Iterator[None]:
-        """Inside, row i of every batch runs under rows[i]. Raises AdapterNotFound, BlendInvalid."""
-        leases = []
+        """Inside, row i of every batch runs under rows[i]; after it, under those around it, if any.
+
+        Raises AdapterNotFound, BlendInvalid.
+        """
+        outer, leases = self._rows, []
         try:
             for row in rows:
                 lease = self._store.acquire(_refs(row))
@@ -78,7 +81,7 @@ class Attached:
             ]
             yield
         finally:
-            self._rows = None
+            self._rows = outer
             state = self._installed.state
             state.step = state.head = state.tokens = None
             for lease in leases:

@@ -78,6 +78,23 @@ def test_generate_runs_under_the_rows_and_detach_restores_the_model(base, adapte
     assert "site" not in repr(model).lower()
 
 
+def test_after_rows_inside_of_rows_the_outer_ones_hold_again(base, adapters):
+    ids = _ids(2)
+    lora = attach(model := _model(base), arena_bytes=1 << 22)
+    for name, path in adapters.items():
+        lora.load(name, path)
+    plain = _logits(model, ids)
+    with lora.rows(["one", "two"]):
+        outer = _logits(model, ids)
+        with lora.rows(["two", None]):
+            assert not torch.equal(_logits(model, ids), outer)
+        with pytest.raises(AdapterNotFound), lora.rows(["missing", None]):
+            pass
+        assert torch.equal(_logits(model, ids), outer)
+    assert torch.equal(_logits(model, ids), plain)
+    assert lora._store.leases == lora._pool.pins == 0
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_a_forward_outside_of_no_grad_computes_without_gradients(base, adapters, backend):
     ids = _ids(2)
