@@ -46,10 +46,13 @@ def check_tokens(
         place = None if path is None else view.place(path)
         if place is None and _tied_elsewhere(name, config, base):
             continue
-        if path is None or place is None or place.role == "linear":
+        told = f"trainable_token_indices names {(name or 'the embedding')[:80]!r}"
+        if path is None or place is None:
+            raise AdapterInvalid(f"adapter_config.json: {told}, the file has no token rows for it")
+        if place.role not in ("embedding", "head"):
             raise AdapterInvalid(
-                "adapter_config.json: trainable_token_indices names "
-                f"{(name or 'the embedding')[:80]!r}, the file has no token rows for it"
+                f"adapter_config.json: {told}, which is neither the base's embedding nor its "
+                "output head: only these have rows of tokens"
             )
         found[path] = _rows(place, tensors[path], tokens, limits)
     for path, info in tensors.items():

@@ -316,6 +316,19 @@ def test_vectors_of_a_router_are_refused_by_name(what: str):
         read(make_raw(config, given), BASE)
 
 
+@pytest.mark.parametrize("name", ["gate", "experts.down_proj", "q_proj"])
+def test_token_rows_are_those_of_embedding_and_head_alone(name: str):
+    given = pair("layers.0.self_attn.q_proj", (RANK, WIDTH), (WIDTH, RANK), 1)
+    own = "self_attn.q_proj" if name == "q_proj" else f"mlp.{name}"
+    key = f"base_model.model.model.layers.1.{own}.token_adapter.trainable_tokens_delta"
+    given[key] = torch.ones(1, WIDTH)
+    config = make_config(
+        r=RANK, target_modules=["0.self_attn.q_proj"], trainable_token_indices={name: [1]}
+    )
+    with pytest.raises(AdapterInvalid, match=f"trainable_token_indices names '{name}', which is n"):
+        read(make_raw(config, given), BASE)
+
+
 def test_a_pattern_over_every_expert_of_a_large_mixture_is_within_the_budget():
     layers, experts = 24, 128
     base = base_of(layers=layers)
