@@ -239,8 +239,8 @@ int fader_conv(const fader_conv_t *s, int64_t T, int64_t R, const fader_rows_t *
                int nt) {
     if (!s || T < 0 || R < 0 || nt < 1 || s->channels <= 0 || s->channels % 16 || s->taps < 2 || s->slots < 1) return FADER_E_ARG;
     if (s->dtype < 0 || s->dtype > FADER_BF16 || !s->states || !s->weight) return FADER_E_ARG;
-    if (!T) return 0;
-    if (!x || !out || xs < s->channels) return FADER_E_ARG;
+    if (!R) return T ? FADER_E_BOUNDS : 0;
+    if (T && (!x || !out || xs < s->channels)) return FADER_E_ARG;
     const int status = rows_status(T, R, rows, s->slots);
     return status ? status : now().conv(s, R, rows, x, xs, out, nt);
 }
@@ -252,8 +252,8 @@ int fader_scan(const fader_scan_t *s, int64_t T, int64_t R, const fader_rows_t *
     if (s->values < 16 || s->values % 16 || (out_dtype != dtype && out_dtype != FADER_F32)) return FADER_E_ARG;
     if (s->q < 0 || s->k < 0 || s->v < 0 || s->v + s->heads * s->values > xs) return FADER_E_ARG;
     if (s->q + s->groups * s->keys > xs || s->k + s->groups * s->keys > xs) return FADER_E_ARG;
-    if (!T) return 0;
-    if (!x || !gates || !out) return FADER_E_ARG;
+    if (!R) return T ? FADER_E_BOUNDS : 0;
+    if (T && (!x || !gates || !out)) return FADER_E_ARG;
     const int status = rows_status(T, R, rows, s->slots);
     return status ? status : now().scan(s, R, rows, x, dtype, xs, gates, out, out_dtype, nt);
 }
