@@ -9,6 +9,7 @@ from math import prod
 
 import torch
 
+from fader_adapters.config_keys import shown
 from fader_adapters.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge
 from fader_adapters.factors import Part
 from fader_adapters.header import TensorInfo
@@ -107,7 +108,7 @@ def _rows(place: Place, info: TensorInfo, tokens: tuple[int, ...], limits: Limit
         )
     if max(tokens) >= _vocabulary(place):
         raise AdapterMismatch(
-            f"trainable_token_indices names token {max(tokens)}, the base has "
+            f"trainable_token_indices names token {shown(max(tokens))}, the base has "
             f"{_vocabulary(place)}: another base"
         )
     width = prod((place.in_features, place.out_features)) // _vocabulary(place)
