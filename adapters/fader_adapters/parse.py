@@ -162,7 +162,7 @@ def _stack(
 ) -> Linear:
     """A stack of experts, given as one parameter or as modules of its experts."""
     first = modules[0]
-    if first.place.experts > 1:
+    if not first.place.module:
         a, b = (tensor_of(data, info) for info in (first.tensors.a, first.tensors.b))
         return of_stack(a, b, linear.experts, first.scale, dtype, turned=first.turned)
     parts: list[list[Part]] = [[] for _ in range(linear.experts)]

@@ -199,6 +199,18 @@ def test_what_is_not_whole_and_exact_is_refused(fault: str):
         read(make_raw(given, weights), BASE)
 
 
+def test_a_stack_of_one_expert_is_a_stack():
+    base = replace(
+        BASE,
+        linears=tuple(replace(i, experts=1) if i.role == "experts" else i for i in BASE.linears),
+    )
+    own = pair("layers.0.mlp.experts", (RANK, INNER), (WIDTH, RANK), 1)
+    parsed = read(make_raw(config(target_parameters=["0.mlp.experts.down_proj"]), own), base)
+    (factors,), (a, b) = parsed.factors, own.values()
+    assert torch.equal(factors.a, a[None])
+    assert torch.equal(factors.bt, b.T[None])
+
+
 def test_ranks_are_bounded_by_expert():
     assert read(make_raw(config(), tensors()), BASE, limits=Limits(rank=RANK))
     with pytest.raises(AdapterTooLarge, match="limit is 2"):
