@@ -118,6 +118,7 @@ def test_a_base_that_is_refused_is_left_as_it_was(tmp_path: Path, backend):
     state.quant_type = "nf4"
     lora = attach(model, arena_bytes=1 << 22, backend=backend)
     lora.detach()
+    lora.detach()
     assert all(model.get_submodule(path) is module for path, module in before.items())
 
 
