@@ -146,8 +146,8 @@ FADER_INLINE float vtop(V a) {
 FADER_INLINE V vround(V a) { FADER_LANES a.f[i] = __builtin_rintf(a.f[i]); return a; }
 FADER_INLINE V vwhere_less(V a, V b, V v, V w) { FADER_LANES w.f[i] = a.f[i] < b.f[i] ? v.f[i] : w.f[i]; return w; }
 FADER_INLINE V vsquare_rest(V a, V s) { FADER_LANES s.f[i] = (float)((double)a.f[i] * a.f[i] - s.f[i]); return s; }
-FADER_INLINE V vpow2(V n) {
-    FADER_LANES n.f[i] = bits_float((u32)((int)n.f[i] + 127) << 23);
+FADER_INLINE V vpow2(V n) { // of a NaN 1: it is multiplied with one anyway
+    FADER_LANES n.f[i] = bits_float((u32)((n.f[i] == n.f[i] ? (int)n.f[i] : 0) + 127) << 23);
     return n;
 }
 FADER_INLINE V vload_bf16(const u16 *p) { V r; FADER_LANES r.f[i] = from_bf16(p[i]); return r; }
