@@ -234,10 +234,6 @@ class AdapterSpec:
     def by_linear(self) -> dict[int, DeltaSpec]:
         return {delta.linear: delta for delta in self.deltas}
 
-    @property
-    def max_rank(self) -> int:
-        return max(delta.rank for delta in self.deltas)
-
 
 class BaseWeights(Protocol):
     """The base's own weights, for what only they decide. May be asked on any thread."""
