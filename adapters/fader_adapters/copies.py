@@ -4,18 +4,17 @@ another module. Knows modules that were checked.
 
 import torch
 
+from fader_adapters.dtypes import DTYPES
 from fader_adapters.errors import AdapterInvalid, AdapterMismatch
 from fader_adapters.header import TensorInfo
 from fader_adapters.modules import Module
 from fader_adapters.spec import BaseWeights
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
 
 def tensor_of(weights: bytes, info: TensorInfo) -> torch.Tensor:
     """One tensor of a safetensors buffer, in memory of its own."""
     private = bytearray(memoryview(weights)[info.start : info.end])
-    return torch.frombuffer(private, dtype=_DTYPES[info.dtype]).view(info.shape)
+    return torch.frombuffer(private, dtype=DTYPES[info.dtype]).view(info.shape)
 
 
 def check_copy(

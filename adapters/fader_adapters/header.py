@@ -10,7 +10,7 @@ from fader_adapters.limits import Limits
 from fader_adapters.strict_json import load_object
 
 ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-"""The dtypes an adapter may use."""
+"""The dtypes an adapter may use; told without torch, which knows all of them (see `dtypes`)."""
 
 _WHAT = "the header of adapter_model.safetensors"
 _NOT_WEIGHTS = {

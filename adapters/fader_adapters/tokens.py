@@ -18,6 +18,12 @@ from fader_adapters.places import Place
 from fader_adapters.spec import BaseSpec, BaseWeights
 from fader_adapters.views import View
 
+WANTS_TABLE = (
+    "adapter_config.json: trainable_token_indices replaces rows of the base's own table, which is "
+    "not at hand here; name the base"
+)
+"""Why trained rows cannot be read without a base's weights."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:
@@ -73,10 +79,7 @@ def check_tokens(
 def as_part(rows: TokenRows, values: torch.Tensor, weights: BaseWeights | None) -> Part:
     """The delta of one table, given the trained rows [tokens, width]."""
     if weights is None:
-        raise AdapterInvalid(
-            "adapter_config.json: trainable_token_indices replaces rows of the base's own table, "
-            "which is not at hand here; expected an adapter of low-rank deltas alone"
-        )
+        raise AdapterInvalid(WANTS_TABLE)
     (span,) = rows.place.spans
     index = torch.tensor(rows.tokens)
     change = values.float() - _own(rows.place, index, weights)
