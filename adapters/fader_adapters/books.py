@@ -1,6 +1,6 @@
 """The store's books as they are read: what names mean, who holds a version, what is claimed.
 
-One thread, no I/O. Changes nothing.
+No I/O. Changes nothing; not thread-safe.
 """
 
 from collections import OrderedDict
@@ -36,7 +36,8 @@ class Books:
 
     @property
     def leaving(self) -> int:
-        """Versions whose memory comes back as soon as the device has forgotten them."""
+        """Versions that the device was told to forget and has not yet. Then their memory is free,
+        unless they were published again meanwhile."""
         return self._leaving
 
     def status(self, name: str, version: str | None = None) -> AdapterStatus:

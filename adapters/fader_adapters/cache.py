@@ -66,7 +66,7 @@ class DiskCache:
                 return None
             config, weights = self._blob(entry.config), self._blob(entry.weights)
             if config is None or weights is None:
-                path.unlink(missing_ok=True)
+                self._forget(path, entry)
                 return None
             os.utime(path)  # the least recently used leaves first
         except OSError as error:
@@ -101,16 +101,23 @@ class DiskCache:
         except OSError as error:
             _log.warning("the adapter cache cannot be written", extra=_reason(error))
 
+    def _forget(self, path: Path, entry: _Entry) -> None:
+        """Drop a key whose files are not there, unless somebody has put them anew since."""
+        with self._locked():
+            there = all((self._blobs / name).exists() for name in (entry.config, entry.weights))
+            if not there and _read_entry(path) == entry:
+                path.unlink(missing_ok=True)
+
     def _blob(self, name: str) -> bytes | None:
         path = self._blobs / name
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            return None
-        if hashlib.sha256(data).hexdigest() == name:
-            return data
-        _log.warning("a damaged file of the adapter cache is dropped", extra={"fields": {}})
-        path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            data = file.read()
+            if hashlib.sha256(data).hexdigest() == name:
+                return data
+            _log.warning("a damaged file of the adapter cache is dropped", extra={"fields": {}})
+            with self._locked():  # the very file that was read: a sound one may be there by now
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    path.unlink()
         return None
 
     @contextmanager

@@ -77,7 +77,7 @@ def require_known(fields: dict[str, Any]) -> None:
             continue
         remedy = _REMEDY.get(key, _UNKNOWN)
         raise AdapterInvalid(
-            f"adapter_config.json: {key[:80]!r} = {_shown(value)}, expected null or false: {remedy}"
+            f"adapter_config.json: {key[:80]!r} = {shown(value)}, expected null or false: {remedy}"
         )
 
 
@@ -87,7 +87,7 @@ def check_init(init: Any) -> None:  # noqa: ANN401 - a stranger's JSON, as below
         return
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INIT):
         raise AdapterInvalid(
-            f"adapter_config.json: init_lora_weights = {_shown(init)} trains against changed base "
+            f"adapter_config.json: init_lora_weights = {shown(init)} trains against changed base "
             "weights, the base here is shared; convert the adapter with PEFT's "
             "save_pretrained(path_initial_model_for_weight_conversion=…)"
         )
@@ -99,9 +99,10 @@ def check_init(init: Any) -> None:  # noqa: ANN401 - a stranger's JSON, as below
 def invalid(key: str, value: Any, expected: str) -> AdapterInvalid:  # noqa: ANN401
     """The error for a known field with a value outside its allow-list."""
     return AdapterInvalid(
-        f"adapter_config.json: {key[:80]!r} = {_shown(value)}, expected {expected}"
+        f"adapter_config.json: {key[:80]!r} = {shown(value)}, expected {expected}"
     )
 
 
-def _shown(value: Any) -> str:  # noqa: ANN401
+def shown(value: Any) -> str:  # noqa: ANN401
+    """A stranger's value in a message, whatever its length."""
     return repr(value)[:80]

@@ -4,21 +4,40 @@ another module. Knows modules that were checked.
 
 import torch
 
+from fader_adapters.dtypes import DTYPES
 from fader_adapters.errors import AdapterInvalid, AdapterMismatch
 from fader_adapters.header import TensorInfo
-from fader_adapters.modules import Module
+from fader_adapters.modules import Checked, Module
 from fader_adapters.spec import BaseWeights
-
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+from fader_adapters.tensor_names import Named
 
 
 def tensor_of(weights: bytes, info: TensorInfo) -> torch.Tensor:
     """One tensor of a safetensors buffer, in memory of its own."""
     private = bytearray(memoryview(weights)[info.start : info.end])
-    return torch.frombuffer(private, dtype=_DTYPES[info.dtype]).view(info.shape)
+    return torch.frombuffer(private, dtype=DTYPES[info.dtype]).view(info.shape)
 
 
-def check_copy(
+def check_copies(
+    data: bytes,
+    named: Named,
+    checked: Checked,
+    dtype: torch.dtype,
+    weights: BaseWeights | None,
+    *,
+    trusted: bool,
+) -> tuple[str, ...]:
+    """Every copy of the base's weights, and the tied pair, is what it must be. Returns the names
+    of copies that were not compared. Raises AdapterInvalid, AdapterMismatch."""
+    copied = [(named.copies[m.path], m) for m in checked.modules if m.path in named.copies]
+    for info, module in copied:
+        _check_copy(data, info, module, dtype, weights, trusted=trusted)
+    if checked.tied is not None:
+        _check_tied(data, *checked.tied)
+    return tuple(info.name for info, _ in copied if weights is None)
+
+
+def _check_copy(
     data: bytes,
     info: TensorInfo,
     module: Module,
@@ -60,7 +79,7 @@ def check_copy(
             )
 
 
-def check_tied(data: bytes, embedding: Module, head: Module) -> None:
+def _check_tied(data: bytes, embedding: Module, head: Module) -> None:
     """The head's pair must be the embedding's transposed: PEFT loads both into one place."""
     for mine, theirs in (
         (head.tensors.a, embedding.tensors.b),

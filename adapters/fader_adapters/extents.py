@@ -26,10 +26,6 @@ class ExtentAllocator:
         return self.capacity - self.used
 
     @property
-    def largest_hole(self) -> int:
-        return max((size for _, size in self._holes), default=0)
-
-    @property
     def holes(self) -> tuple[tuple[int, int], ...]:
         """(offset, size) of every free range, by offset; no two of them touch."""
         return tuple(self._holes)

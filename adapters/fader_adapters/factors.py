@@ -27,6 +27,8 @@ class Part:
     """DoRA's [stop − start]: what the norms of the rows become."""
     bias: torch.Tensor | None = None
     """[stop − start]"""
+    keeps: torch.Tensor | None = None
+    """Booleans [stop − start]: rows that keep their norm beside a magnitude; None: no row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +124,11 @@ def side_by_side(parts: Sequence[Part], rows: int) -> Part:
     scale = scales.pop() if len(scales) == 1 else 1.0
     ranks = [part.a.shape[0] for part in parts]
     b = torch.zeros(rows, sum(ranks))
-    bias = magnitude = None
+    bias = magnitude = keeps = None
     if any(part.bias is not None for part in parts):
         bias = torch.zeros(rows)
     if any(part.magnitude is not None for part in parts):
-        magnitude = torch.full((rows,), math.nan)  # nobody's rows keep their norm
+        magnitude, keeps = torch.zeros(rows), torch.ones(rows, dtype=torch.bool)
     at = 0
     for part, rank in zip(parts, ranks, strict=True):
         span = slice(part.start, part.stop)
@@ -134,26 +136,26 @@ def side_by_side(parts: Sequence[Part], rows: int) -> Part:
         b[span, at : at + rank] = part.b.float() * factor
         if bias is not None and part.bias is not None:
             bias[span] = part.bias.float() * factor
-        if magnitude is not None and part.magnitude is not None:
-            magnitude[span] = part.magnitude.float()
+        if magnitude is not None and keeps is not None and part.magnitude is not None:
+            magnitude[span], keeps[span] = part.magnitude.float(), False
         at += rank
     a = torch.cat([part.a.float() for part in parts])
-    return Part(0, rows, a, b, scale, magnitude, bias)
+    return Part(0, rows, a, b, scale, magnitude, bias, keeps)
 
 
 def _with_magnitude(part: Part, dtype: torch.dtype, panels: Iterable[torch.Tensor]) -> Linear:
     """B' = diag(g)·B and gain = g − 1 with g = magnitude / ‖W + scale·B·A‖ of each row."""
     assert part.magnitude is not None
     a, b, magnitude = part.a.float(), part.b.float(), part.magnitude.float()
+    keeps = torch.zeros(len(magnitude), dtype=torch.bool) if part.keeps is None else part.keeps
     g = torch.ones(b.shape[0])
     square, at = 0.0, 0
     for panel in panels:  # on the base's device
         span = slice(at, at := at + panel.shape[0])
         a, b = a.to(panel.device), b.to(panel.device)
         changed = panel + (b[span] * part.scale) @ a
-        own = magnitude[span]
         norms = torch.linalg.vector_norm(changed, dim=1).cpu()
-        g[span] = torch.where(own.isnan(), 1.0, own / norms.clamp_min(_TINY))
+        g[span] = torch.where(keeps[span], 1.0, magnitude[span] / norms.clamp_min(_TINY))
         changed.mul_(g[span, None].to(panel.device)).sub_(panel)
         square += float(torch.sum(changed * changed, dtype=torch.float64))
     assert at == b.shape[0]

@@ -10,7 +10,7 @@ from fader_adapters.limits import Limits
 from fader_adapters.strict_json import load_object
 
 ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-"""The dtypes an adapter may use."""
+"""The dtypes an adapter may use; told without torch, which knows all of them (see `dtypes`)."""
 
 _WHAT = "the header of adapter_model.safetensors"
 _NOT_WEIGHTS = {
@@ -70,7 +70,8 @@ def read_header(weights: bytes, limits: Limits) -> tuple[TensorInfo, ...]:
             f"adapter_model.safetensors holds {len(fields)} tensors, the limit is {limits.tensors}"
         )
     infos = sorted(
-        (_tensor(name, field, 8 + size) for name, field in fields.items()), key=lambda t: t.start
+        (_tensor(name, field, 8 + size, len(weights)) for name, field in fields.items()),
+        key=lambda tensor: tensor.start,
     )
     _check_cover(infos, 8 + size, len(weights))
     return tuple(infos)
@@ -81,7 +82,8 @@ def _check_metadata(metadata: Any) -> None:  # noqa: ANN401 - it is a stranger's
         raise AdapterInvalid(f"__metadata__ in {_WHAT} must map strings to strings")
 
 
-def _tensor(name: str, field: Any, data_start: int) -> TensorInfo:  # noqa: ANN401
+def _tensor(name: str, field: Any, start: int, end: int) -> TensorInfo:  # noqa: ANN401
+    """One entry of the header; the data are bytes start..end of the buffer."""
     if not 0 < len(name) <= _MAX_NAME:
         raise AdapterInvalid(f"a tensor name has {len(name)} characters, expected 1 to {_MAX_NAME}")
     if not isinstance(field, dict) or field.keys() != {"dtype", "shape", "data_offsets"}:
@@ -96,12 +98,17 @@ def _tensor(name: str, field: Any, data_start: int) -> TensorInfo:  # noqa: ANN4
         raise AdapterInvalid(f"tensor {name!r} has shape {str(shape)[:80]}, expected sizes ≥ 1")
     if not _integers(offsets) or len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1]:
         raise AdapterInvalid(f"tensor {name!r} has data_offsets {str(offsets)[:80]}")
+    if offsets[1] > end - start:  # before anything is said of numbers of any size
+        raise AdapterInvalid(
+            f"tensor {name!r} has data_offsets {str(offsets)[:80]}, the file has {end - start} "
+            "bytes of data: truncated, or not this file's header"
+        )
     if math.prod(shape) * ELEMENT_BYTES[dtype] != offsets[1] - offsets[0]:
         raise AdapterInvalid(
             f"tensor {name!r} of shape {str(shape)[:80]} and dtype {dtype} does not fill its "
             f"{offsets[1] - offsets[0]} bytes"
         )
-    return TensorInfo(name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+    return TensorInfo(name, dtype, tuple(shape), start + offsets[0], start + offsets[1])
 
 
 def _integers(value: Any) -> bool:  # noqa: ANN401

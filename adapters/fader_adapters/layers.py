@@ -177,11 +177,13 @@ def install(model: PreTrainedModel, backend: Backend, *, name: str = "") -> Inst
     backend adapts those.
 
     bitsandbytes' NF4 linears hand over their packed bytes; plain linears, Conv1D, the output head
-    and the embedding keep their tensors. Raises BaseUnsupported.
+    and the embedding keep their tensors. Raises BaseUnsupported, before anything is replaced.
     """
     spec = describe(model, name=name)
     spec = _adaptable(model, spec, backend)
     found = list(linears(model))
+    for path, module in found:
+        _check(path, module)
     own = activation_dtype(model)
     state = StepState()
     sites: list[Site] = []
@@ -190,10 +192,7 @@ def install(model: PreTrainedModel, backend: Backend, *, name: str = "") -> Inst
         site_spec = SiteSpec(
             tuple(members), shapes[0].in_features, tuple(shape.out_features for shape in shapes)
         )
-        try:
-            base = _base([found[i][1] for i in members], backend)
-        except BaseUnsupported as error:
-            raise BaseUnsupported(f"{found[members[0]][0]}: {error}") from error
+        base = _base([found[i][1] for i in members], backend)
         site = Site(site_spec, backend.bind(site_spec, base), state)
         sites.append(site)
         for place, index in enumerate(members):
@@ -201,7 +200,7 @@ def install(model: PreTrainedModel, backend: Backend, *, name: str = "") -> Inst
             assert isinstance(module.weight, nn.Parameter)
             weight = PackedWeight(base.plain_dtype or own, module.weight.device)
             model.set_submodule(path, SiteLinear(site, place, weight))
-            found[index] = (path, nn.Identity())  # lets go of the original weight
+            found[index] = (path, nn.Identity())  # lets go of a weight that nobody else keeps
     head = table = None
     for index, item in enumerate(spec.linears):
         site_spec = SiteSpec((index,), item.in_features, (item.out_features,))
@@ -271,6 +270,19 @@ def _stackable(found: list[tuple[str, nn.Module]], members: list[int]) -> bool:
     given = [module for i in members if isinstance(module := found[i][1], Linear4bit)]
     # attention to something else, such as pictures, has keys and values of another width
     return len(given) == len(members) and len({module.in_features for module in given}) == 1
+
+
+def _check(path: str, module: nn.Module) -> None:
+    """Raises BaseUnsupported for a linear that `_base` cannot read."""
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+    if not isinstance(module, Linear4bit):
+        return
+    assert isinstance(module.weight, Params4bit)
+    try:
+        nf4.check_bitsandbytes(module.weight)
+    except BaseUnsupported as error:
+        raise BaseUnsupported(f"{path}: {error}") from error
 
 
 def _base(members: list[nn.Module], backend: Backend) -> BaseLinear:

@@ -87,7 +87,7 @@ class Lease:
 class Reservation:
     """Room for one version, before it has a name. As a context manager: cancelled if not published.
 
-    The store's thread makes and closes it; `fill` is the one method for another thread.
+    Made and closed as the store is asked, one thread at a time; `fill` may run beside that.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fader_adapters.config_keys import check_init, invalid, require_known
+from fader_adapters.config_keys import check_init, invalid, require_known, shown
 from fader_adapters.errors import AdapterInvalid, AdapterTooLarge
 from fader_adapters.limits import Limits
 from fader_adapters.pattern_nodes import Budget, PatternUnsafe
@@ -220,7 +220,7 @@ def _rank(key: str, value: Any, limits: Limits) -> int:  # noqa: ANN401
         raise invalid(key, value, "a rank ≥ 1")
     if value > limits.rank:
         raise AdapterTooLarge(
-            f"adapter_config.json: {key[:80]!r} = {value}, the limit is {limits.rank}"
+            f"adapter_config.json: {key[:80]!r} = {shown(value)}, the limit is {limits.rank}"
         )
     return value
 

@@ -22,6 +22,8 @@ from fader_adapters.tokens import TokenRows, check_tokens
 from fader_adapters.views import view_base
 
 _ENDS = ("embedding", "head")
+_PLAIN_ONLY = {"experts": "experts", "router": "router"}
+"""Places that take A and B alone, and how they are told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,9 +246,10 @@ def _check_vectors(path: str, tensors: ModuleTensors, place: Place, config: Lora
         out = tensors.b.shape[0]
         if info is not None and (max(info.shape, default=0), math.prod(info.shape)) != (out, out):
             raise AdapterInvalid(f"tensor {info.name!r} has shape {info.shape}, expected [{out}]")
-    if place.role == "experts" and (tensors.magnitude or tensors.bias):
+    told = _PLAIN_ONLY.get(place.role)
+    if told and (tensors.magnitude or tensors.bias):
         what = "DoRA" if tensors.magnitude else "lora_bias"
         raise AdapterInvalid(
-            f"{path[:160]!r}: {what} of a mixture's experts is not implemented; train plain LoRA "
-            "on them, or leave them out"
+            f"{path[:160]!r}: {what} of a mixture's {told} is not implemented; train plain LoRA "
+            "there, or leave it out"
         )

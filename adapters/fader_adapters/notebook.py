@@ -25,6 +25,9 @@ from fader_adapters.tiers import ArenaTier
 Row = str | Mapping[str, float] | None
 """One row's adapter: a name, a blend of names and weights γ, or None for the base."""
 
+_IN_PLACE = ("experts", "router")
+"""Modules that stay and compute otherwise."""
+
 
 class Attached:
     """A model whose linears take deltas. Made by `attach`; not thread-safe."""
@@ -35,15 +38,19 @@ class Attached:
         first = next(model.parameters())
         dtype, device = model.dtype, first.device
         self._model = model
-        self._originals = dict(model.named_modules())
         self._backend = choose(device, dtype, backend)
-        self._installed: Installed = install(model, self._backend)
         arena = torch.empty(arena_bytes // dtype.itemsize, dtype=dtype, device=device)
+        before = dict(model.named_modules())
+        self._installed: Installed = install(model, self._backend)
+        replaced = [i.path for i in self._installed.spec.linears if i.role not in _IN_PLACE]
+        self._originals = {path: before[path] for path in replaced}
         self._tables = Tables(arena, len(self._installed.spec.linears))
         self._pool = Pool(self._tables, in_place=True)
         self._store = Store(ArenaTier(arena), on_retired=self._forget)
         self._rows: list[tuple[tuple[int, float], ...]] | None = None
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
+        self._forward = vars(model).get("forward")
+        vars(model)["forward"] = torch.no_grad()(model.forward)  # the kernels have no gradients
 
     def load(self, name: str, path: str | Path) -> AdapterReport:
         """Read a PEFT directory; the name may be taken, then it moves. Raises AdapterError."""
@@ -61,8 +68,11 @@ class Attached:
 
     @contextmanager
     def rows(self, rows: Sequence[Row]) -> Iterator[None]:
-        """Inside, row i of every batch runs under rows[i]. Raises AdapterNotFound, BlendInvalid."""
-        leases = []
+        """Inside, row i of every batch runs under rows[i]; after it, under those around it, if any.
+
+        Raises AdapterNotFound, BlendInvalid.
+        """
+        outer, leases = self._rows, []
         try:
             for row in rows:
                 lease = self._store.acquire(_refs(row))
@@ -76,7 +86,7 @@ class Attached:
             ]
             yield
         finally:
-            self._rows = None
+            self._rows = outer
             state = self._installed.state
             state.step = state.head = state.tokens = None
             for lease in leases:
@@ -84,16 +94,17 @@ class Attached:
                 lease.release()
 
     def detach(self) -> None:
-        """Put the model's own linears back."""
+        """Put the model's own linears back; a second call does nothing."""
         self._hook.remove()
+        vars(self._model).pop("forward", None)
+        if self._forward is not None:
+            vars(self._model)["forward"] = self._forward
         for linear in self._installed.spec.linears:
-            parent, _, child = linear.path.rpartition(".")
-            if linear.role == "experts":
-                vars(self._model.get_submodule(parent)).pop("forward", None)
-            elif linear.role == "router":
-                vars(self._originals[linear.path]).pop("forward", None)
-            else:
-                setattr(self._model.get_submodule(parent), child, self._originals[linear.path])
+            if linear.role in _IN_PLACE:
+                path = linear.path.rpartition(".")[0] if linear.role == "experts" else linear.path
+                vars(self._model.get_submodule(path)).pop("forward", None)
+            elif linear.path in self._originals:
+                self._model.set_submodule(linear.path, self._originals.pop(linear.path))
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = self._installed.state
@@ -125,6 +136,9 @@ def attach(
     model: PreTrainedModel, *, arena_bytes: int = 256 << 20, backend: BackendName = "auto"
 ) -> Attached:
     """Let a transformers model run a different adapter, or blend, in every row of a batch.
+
+    Its forward computes without gradients until `detach`, in any mode. So long its own linears are
+    kept, to be put back: NF4 weights, which backends lay out anew, are in memory twice.
 
     model        any causal language model, plain or in bitsandbytes NF4 and not yet run; its
                  linears are replaced in place until `detach`

@@ -36,7 +36,7 @@ def turned(
         if place.role == "embedding" or not config.targets.select_parameter(parameter):
             continue
         stored_turned = base.linears[place.spans[0].linear].conv1d
-        stack = place.experts > 1
+        stack = not place.module
         if place.in_features != place.out_features:
             given = (tensors.a.shape[-1], tensors.b.shape[0])
             other_way = given == (place.out_features, place.in_features)

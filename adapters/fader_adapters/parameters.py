@@ -33,15 +33,12 @@ def name_parameters(named: Named, targets: Targets, base: BaseSpec) -> Named:
         return named
     modules: dict[str, ModuleTensors] = {}
     for path, tensors in named.modules.items():
-        module = path
-        while module.endswith(_WRAPPED):
-            module = module.removesuffix(_WRAPPED)
+        module, outside = unwrapped(path)
         names = order.get(module.rpartition(".")[2])
         if names is None:
             modules[path] = tensors
             continue
         chosen = [name for name in names if targets.select_parameter(f"{module}.{name}")]
-        outside = (len(path) - len(module)) // len(_WRAPPED)
         if outside >= len(chosen):
             raise AdapterInvalid(
                 f"the file has tensors for {path[:160]!r}, target_parameters selects "
@@ -49,6 +46,14 @@ def name_parameters(named: Named, targets: Targets, base: BaseSpec) -> Named:
             )
         modules[f"{module}.{chosen[-1 - outside]}"] = tensors
     return replace(named, modules=modules)
+
+
+def unwrapped(path: str) -> tuple[str, int]:
+    """The module of a tensor's path, and how many of its parameters were wrapped after its own."""
+    module = path
+    while module.endswith(_WRAPPED):
+        module = module.removesuffix(_WRAPPED)
+    return module, (len(path) - len(module)) // len(_WRAPPED)
 
 
 def _orders(base: BaseSpec) -> Mapping[str, list[str]]:

@@ -3,18 +3,18 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from fader_adapters.copies import check_copy, check_tied, tensor_of
+from fader_adapters.copies import check_copies
 from fader_adapters.errors import AdapterInvalid
-from fader_adapters.expert_factors import of_experts, of_stack
-from fader_adapters.factors import Factors, Linear, Part, put_together
+from fader_adapters.factors import Factors, Linear
 from fader_adapters.hashing import absorb
-from fader_adapters.header import TensorInfo, read_header
+from fader_adapters.header import read_header
 from fader_adapters.limits import Limits
+from fader_adapters.linears import linears_of
 from fader_adapters.lora_config import LoraConfig, read_config
 from fader_adapters.modules import Checked, Module, check_modules
 from fader_adapters.pauses import Pause, never
@@ -25,12 +25,10 @@ from fader_adapters.spec import (
     BaseSpec,
     BaseWeights,
     Digest,
-    LinearSpec,
     RankScale,
     lay_out,
 )
-from fader_adapters.tensor_names import sort_tensors
-from fader_adapters.tokens import as_part
+from fader_adapters.tensor_names import Named, sort_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,34 +90,18 @@ def read_adapter(
     limits = (limits or Limits()).over(base)
     config = read_config(raw.config, limits)
     pause()
-    header = read_header(raw.weights, limits)
-    pause()
-    named = sort_tensors(header)
-    pause()
+    named = _named(raw.weights, limits, pause)
     checked = check_modules(named, config, base, limits, pause)
-    copied = [(named.copies[m.path], m) for m in checked.modules if m.path in named.copies]
-    for info, module in copied:
-        check_copy(raw.weights, info, module, dtype, weights, trusted=trust_copies)
-    if checked.tied is not None:
-        check_tied(raw.weights, *checked.tied)
-    by_linear = checked.by_linear
-    linears: dict[int, Linear] = {}
-    for index, own in by_linear.items():
-        linears[index] = _linear(raw.weights, index, own, base, dtype, weights)
-        pause()
-    if all(linear.idle for linear in linears.values()):
-        raise AdapterInvalid("every delta is zero: the adapter would answer as the base does")
-    reports: list[ModuleReport] = []
-    for index, linear in linears.items():
-        reports.append(_report(index, linear, by_linear[index].modules, base, limits))
-        pause()
+    untold = check_copies(raw.weights, named, checked, dtype, weights, trusted=trust_copies)
+    linears = linears_of(raw.weights, checked, base, dtype, weights, pause)
+    reports = _reports(linears, checked, base, limits, pause)
     spec = lay_out(
         base,
         _version(raw.weights, config, checked.modules, pause),
         (_shape(index, linear, base) for index, linear in linears.items()),
     )
     report = AdapterReport(
-        modules=tuple(reports),
+        modules=reports,
         total=len(base.linears),
         peft_type="LORA",
         rslora=config.rslora,
@@ -127,74 +109,18 @@ def read_adapter(
         base_name=config.base_name,
         kinds=config.kinds,
         unmatched=checked.unmatched,
-        copies_not_compared=tuple(info.name for info, _ in copied if weights is None),
+        copies_not_compared=untold,
     )
     factors = tuple(linear.factors for linear in linears.values())
     return ParsedAdapter(spec, report, dtype, factors)
 
 
-def _linear(
-    data: bytes,
-    index: int,
-    own: Checked,
-    base: BaseSpec,
-    dtype: torch.dtype,
-    weights: BaseWeights | None,
-) -> Linear:
-    if base.linears[index].role == "experts":
-        return _stack(data, own.modules, base.linears[index], dtype)
-    parts = [part for module in own.modules for part in _parts(data, index, module)]
-    parts += [as_part(rows, tensor_of(data, rows.info), weights) for rows in own.tokens]
-    parts.sort(key=lambda part: part.start)
-    panels = None
-    if any(part.magnitude is not None for part in parts):
-        if weights is None:
-            raise AdapterInvalid(
-                "adapter_config.json: use_dora = true scales the base's own weights, which are not "
-                "at hand here; name the base"
-            )
-        panels = weights.panels(index)
-    return put_together(parts, base.linears[index].out_features, dtype, panels)
-
-
-def _stack(
-    data: bytes, modules: Sequence[Module], linear: LinearSpec, dtype: torch.dtype
-) -> Linear:
-    """A stack of experts, given as one parameter or as modules of its experts."""
-    first = modules[0]
-    if first.place.experts > 1:
-        a, b = (tensor_of(data, info) for info in (first.tensors.a, first.tensors.b))
-        return of_stack(a, b, linear.experts, first.scale, dtype, turned=first.turned)
-    parts: list[list[Part]] = [[] for _ in range(linear.experts)]
-    for module in modules:
-        for span in module.place.spans:
-            assert span.expert is not None
-            a, b = (tensor_of(data, info) for info in (module.tensors.a, module.tensors.b))
-            parts[span.expert].append(Part(span.start, span.stop, a, b, module.scale))
-    return of_experts(parts, (linear.out_features, linear.in_features), dtype)
-
-
-def _parts(data: bytes, index: int, module: Module) -> Iterable[Part]:
-    """What a module adds to the rows of one linear."""
-    tensors, at = module.tensors, 0
-    a, b = (tensor_of(data, info) for info in (tensors.a, tensors.b))
-    a, b = (b.t(), a.t()) if module.turned else (a, b)
-    for span in module.place.spans:
-        rows = slice(at, at := at + span.stop - span.start)
-        if span.linear == index:
-            yield Part(
-                span.start,
-                span.stop,
-                a,
-                b[rows],
-                module.scale,
-                _vector(data, tensors.magnitude, rows),
-                _vector(data, tensors.bias, rows),
-            )
-
-
-def _vector(data: bytes, info: TensorInfo | None, rows: slice) -> torch.Tensor | None:
-    return None if info is None else tensor_of(data, info).reshape(-1)[rows]
+def _named(weights: bytes, limits: Limits, pause: Pause) -> Named:
+    header = read_header(weights, limits)
+    pause()
+    named = sort_tensors(header)
+    pause()
+    return named
 
 
 def _shape(index: int, linear: Linear, base: BaseSpec) -> RankScale:
@@ -206,6 +132,17 @@ def _shape(index: int, linear: Linear, base: BaseSpec) -> RankScale:
         gain=factors.gain is not None,
         bias=factors.bias is not None,
     )
+
+
+def _reports(
+    linears: Mapping[int, Linear], checked: Checked, base: BaseSpec, limits: Limits, pause: Pause
+) -> tuple[ModuleReport, ...]:
+    by_linear = checked.by_linear
+    reports: list[ModuleReport] = []
+    for index, linear in linears.items():
+        reports.append(_report(index, linear, by_linear[index].modules, base, limits))
+        pause()
+    return tuple(reports)
 
 
 def _report(

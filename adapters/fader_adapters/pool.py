@@ -92,11 +92,15 @@ class Pool:
         offsets = self._place(data, missing)
         if offsets is None:
             return None
-        uploads = self._settle(data, offsets)
+        uploads = [*self._settle(data, offsets)]
         for version in data:
-            self._residents[version].pins += 1
+            resident = self._residents[version]
+            # prefetched by a plan that was dropped: nobody else will bring it in
+            if version not in offsets and not resident.pins and not resident.uploaded:
+                uploads.append(Upload(data[version], resident.slot, resident.offset))
+            resident.pins += 1
             self._residents.move_to_end(version)
-        return uploads
+        return tuple(uploads)
 
     def check(self, data: Mapping[Digest, AdapterData]) -> None:
         """Raise AdapterTooLarge when these versions can never be there together. Any thread."""
@@ -119,7 +123,8 @@ class Pool:
         """Bring in, unpinned, what the first in `line` that misses something misses.
 
         Evicts nothing that is pinned or that anybody in the line needs; nothing when it does not
-        fit then. What the line needs counts as used just now, the first of it latest.
+        fit then. What the line needs counts as used just now, the first of it latest. If the
+        uploads are never run, `acquire` returns them once more.
         """
         if self._in_place:
             return ()

@@ -34,7 +34,7 @@ class AdapterReport:
     base_name: str | None
     """What the adapter says it was trained on."""
     kinds: tuple[str, ...] = ()
-    """What it has beside A and B: "dora", "lora_bias"."""
+    """What it has beside A and B: "dora", "lora_bias", "trainable_tokens"."""
     unmatched: tuple[str, ...] = ()
     """Names in its lists of targets that the base has nothing of."""
     copies_not_compared: tuple[str, ...] = ()

@@ -208,7 +208,8 @@ class DeltaSpec:
     """Index into BaseSpec.linears."""
     rank: int
     scale: float
-    """α/r, or α/√r for rsLoRA."""
+    """α/r, or α/√r for rsLoRA, times the linear's multiplier; where parts of several scales share
+    the linear just the multiplier, and B holds their scales."""
     a_offset: int
     """Elements from the start of the adapter's extent to A, row-major [(experts,) rank, in]."""
     b_offset: int
@@ -232,10 +233,6 @@ class AdapterSpec:
     @cached_property
     def by_linear(self) -> dict[int, DeltaSpec]:
         return {delta.linear: delta for delta in self.deltas}
-
-    @property
-    def max_rank(self) -> int:
-        return max(delta.rank for delta in self.deltas)
 
 
 class BaseWeights(Protocol):

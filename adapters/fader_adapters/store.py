@@ -1,4 +1,4 @@
-"""Names, versions and leases of adapters in host memory. One thread, no I/O, never waits.
+"""Names, versions and leases of adapters in host memory. No I/O, never waits; one caller at a time.
 
 A version's life: reserved → current under one or more names → retired (no name, but leased or
 claimed) → leaving (`on_retired` was called: the device shall forget it) → reclaimed (memory free).
@@ -32,7 +32,7 @@ _SLOW = 1 << 32
 
 
 class Store(Books):
-    """The host tier's books. All methods belong to one thread (the event loop's)."""
+    """The host tier's books. Not thread-safe: whoever asks on several threads holds a lock."""
 
     def __init__(
         self,

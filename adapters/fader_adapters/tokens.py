@@ -9,6 +9,7 @@ from math import prod
 
 import torch
 
+from fader_adapters.config_keys import shown
 from fader_adapters.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge
 from fader_adapters.factors import Part
 from fader_adapters.header import TensorInfo
@@ -16,6 +17,12 @@ from fader_adapters.limits import Limits
 from fader_adapters.places import Place
 from fader_adapters.spec import BaseSpec, BaseWeights
 from fader_adapters.views import View
+
+WANTS_TABLE = (
+    "adapter_config.json: trainable_token_indices replaces rows of the base's own table, which is "
+    "not at hand here; name the base"
+)
+"""Why trained rows cannot be read without a base's weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +53,13 @@ def check_tokens(
         place = None if path is None else view.place(path)
         if place is None and _tied_elsewhere(name, config, base):
             continue
-        if path is None or place is None or place.role == "linear":
+        told = f"trainable_token_indices names {(name or 'the embedding')[:80]!r}"
+        if path is None or place is None:
+            raise AdapterInvalid(f"adapter_config.json: {told}, the file has no token rows for it")
+        if place.role not in ("embedding", "head"):
             raise AdapterInvalid(
-                "adapter_config.json: trainable_token_indices names "
-                f"{(name or 'the embedding')[:80]!r}, the file has no token rows for it"
+                f"adapter_config.json: {told}, which is neither the base's embedding nor its "
+                "output head: only these have rows of tokens"
             )
         found[path] = _rows(place, tensors[path], tokens, limits)
     for path, info in tensors.items():
@@ -69,10 +79,7 @@ def check_tokens(
 def as_part(rows: TokenRows, values: torch.Tensor, weights: BaseWeights | None) -> Part:
     """The delta of one table, given the trained rows [tokens, width]."""
     if weights is None:
-        raise AdapterInvalid(
-            "adapter_config.json: trainable_token_indices replaces rows of the base's own table, "
-            "which is not at hand here; expected an adapter of low-rank deltas alone"
-        )
+        raise AdapterInvalid(WANTS_TABLE)
     (span,) = rows.place.spans
     index = torch.tensor(rows.tokens)
     change = values.float() - _own(rows.place, index, weights)
@@ -104,7 +111,7 @@ def _rows(place: Place, info: TensorInfo, tokens: tuple[int, ...], limits: Limit
         )
     if max(tokens) >= _vocabulary(place):
         raise AdapterMismatch(
-            f"trainable_token_indices names token {max(tokens)}, the base has "
+            f"trainable_token_indices names token {shown(max(tokens))}, the base has "
             f"{_vocabulary(place)}: another base"
         )
     width = prod((place.in_features, place.out_features)) // _vocabulary(place)

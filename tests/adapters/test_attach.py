@@ -4,8 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 
 from fader_adapters import attach
 from fader_adapters.errors import AdapterNotFound, BaseUnsupported, BlendInvalid
@@ -76,6 +82,58 @@ def test_generate_runs_under_the_rows_and_detach_restores_the_model(base, adapte
     lora.detach()
     assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), plain)
     assert "site" not in repr(model).lower()
+
+
+def test_after_rows_inside_of_rows_the_outer_ones_hold_again(base, adapters):
+    ids = _ids(2)
+    lora = attach(model := _model(base), arena_bytes=1 << 22)
+    for name, path in adapters.items():
+        lora.load(name, path)
+    plain = _logits(model, ids)
+    with lora.rows(["one", "two"]):
+        outer = _logits(model, ids)
+        with lora.rows(["two", None]):
+            assert not torch.equal(_logits(model, ids), outer)
+        with pytest.raises(AdapterNotFound), lora.rows(["missing", None]):
+            pass
+        assert torch.equal(_logits(model, ids), outer)
+    assert torch.equal(_logits(model, ids), plain)
+    assert lora._store.leases == lora._pool.pins == 0
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_base_that_is_refused_is_left_as_it_was(tmp_path: Path, backend):
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = write_family("llama", tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config).eval()
+    before = dict(model.named_modules())
+    path = [path for path, module in before.items() if isinstance(module, Linear4bit)][-1]
+    state = before[path].weight.quant_state
+    state.quant_type = "fp4"
+    with pytest.raises(BaseUnsupported, match=f"{path}: expected NF4 weights, found fp4"):
+        attach(model, arena_bytes=1 << 22, backend=backend)
+    after = dict(model.named_modules())
+    assert list(after) == list(before)
+    assert all(after[path] is module for path, module in before.items())
+    state.quant_type = "nf4"
+    lora = attach(model, arena_bytes=1 << 22, backend=backend)
+    lora.detach()
+    lora.detach()
+    assert all(model.get_submodule(path) is module for path, module in before.items())
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_forward_outside_of_no_grad_computes_without_gradients(base, adapters, backend):
+    ids = _ids(2)
+    lora = attach(model := _model(base), arena_bytes=1 << 22, backend=backend)
+    lora.load("one", adapters["one"])
+    with lora.rows([None, "one"]):
+        plainly = model(input_ids=ids).logits
+        assert torch.equal(plainly, _logits(model, ids))
+    assert not plainly.requires_grad
+    assert not model(input_ids=ids).logits.requires_grad
+    lora.detach()
+    assert model(input_ids=ids).logits.requires_grad
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's advice on tied weights

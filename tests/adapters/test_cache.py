@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 
 import pytest
 
@@ -71,6 +72,25 @@ def test_a_damaged_file_is_dropped_never_given(tmp_path, cache, which, damage):
     assert not path.exists()
     cache.put("a", raw(1))
     assert cache.get("a") == raw(1)
+
+
+@pytest.mark.parametrize("damage", ["gone", "flip"])
+def test_what_another_process_puts_while_a_damaged_key_is_read_stays(tmp_path, cache, damage):
+    other = DiskCache(tmp_path, max_bytes=10_000)
+    cache.put("a", raw(1))
+    (path,) = [p for p in files(tmp_path, "blobs") if p.read_bytes() == raw(1).weights]
+    path.unlink() if damage == "gone" else path.write_bytes(b"?")
+    locked = cache._locked
+
+    @contextmanager
+    def after_the_other():
+        other.put("a", raw(1))
+        with locked():
+            yield
+
+    cache._locked = after_the_other
+    assert cache.get("a") is None
+    assert other.get("a") == raw(1)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"key": 1}', "\xff", '{"key": "a"}'])

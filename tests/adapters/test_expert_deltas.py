@@ -54,7 +54,7 @@ def test_every_pair_gets_its_own_blend_at_its_own_expert(backend, mix, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_rows_bits_are_its_own_whatever_slots_and_company(backend):
-    world, moved = World(torch.bfloat16), World(torch.bfloat16, first=7)
+    world, moved = World(torch.bfloat16), World(torch.bfloat16, slots=range(7, 13))
     terms = STEPS["blends and prefill"]
     tokens = [row.tokens for row in terms.rows]
     choice = chosen(sum(tokens))
@@ -72,6 +72,22 @@ def test_a_rows_bits_are_its_own_whatever_slots_and_company(backend):
         begin += row.tokens
     halved = StepTerms((RowTerms(1, ((0, 0.5), (1, -0.6))), *terms.rows[1:]))
     assert not torch.equal(computed(backend, world, halved, routing, x, y), together)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pairs_terms_are_summed_in_its_rows_order_in_whatever_slots_they_are(backend):
+    slots = [4, 2, 5, 1, 3, 0]
+    world, moved = World(torch.float32), World(torch.float32, slots=slots)
+    given = ((0, 0.5), (1, -0.7), (2, 1.1), (4, 0.3))
+    routing = routed(3)
+    x, y = torch.randn(6, IN), torch.randn(6, OUT)
+
+    def run(world: World, terms: tuple[tuple[int, float], ...]) -> torch.Tensor:
+        return computed(backend, world, StepTerms((RowTerms(3, terms),)), routing, x, y)
+
+    expected = run(world, given)
+    assert torch.equal(run(moved, tuple((slots[slot], gamma) for slot, gamma in given)), expected)
+    assert not torch.equal(run(world, given[::-1]), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

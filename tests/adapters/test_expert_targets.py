@@ -199,6 +199,18 @@ def test_what_is_not_whole_and_exact_is_refused(fault: str):
         read(make_raw(given, weights), BASE)
 
 
+def test_a_stack_of_one_expert_is_a_stack():
+    base = replace(
+        BASE,
+        linears=tuple(replace(i, experts=1) if i.role == "experts" else i for i in BASE.linears),
+    )
+    own = pair("layers.0.mlp.experts", (RANK, INNER), (WIDTH, RANK), 1)
+    parsed = read(make_raw(config(target_parameters=["0.mlp.experts.down_proj"]), own), base)
+    (factors,), (a, b) = parsed.factors, own.values()
+    assert torch.equal(factors.a, a[None])
+    assert torch.equal(factors.bt, b.T[None])
+
+
 def test_ranks_are_bounded_by_expert():
     assert read(make_raw(config(), tensors()), BASE, limits=Limits(rank=RANK))
     with pytest.raises(AdapterTooLarge, match="limit is 2"):
@@ -300,6 +312,32 @@ def test_vectors_of_experts_by_themselves_are_refused_not_left_out(what: str):
     flag = {"use_dora": True} if what == "DoRA" else {"lora_bias": True}
     config = make_config(r=2, lora_alpha=6, target_modules=list(names), **flag)
     with pytest.raises(AdapterInvalid, match=f"{what} of a mixture's experts is not implemented"):
+        read(make_raw(config, given), BASE)
+
+
+@pytest.mark.parametrize("what", ["DoRA", "lora_bias"])
+def test_vectors_of_a_router_are_refused_by_name(what: str):
+    given = pair("layers.0.mlp.gate", (RANK, WIDTH), (EXPERTS, RANK), 1)
+    key = "base_model.model.model.layers.0.mlp.gate"
+    own = "lora_magnitude_vector" if what == "DoRA" else "lora_B.bias"
+    given[f"{key}.{own}"] = torch.ones(EXPERTS)
+    flag = {"use_dora": True} if what == "DoRA" else {"lora_bias": True}
+    config = make_config(r=RANK, target_modules=["0.mlp.gate"], **flag)
+    told = f"0.mlp.gate': {what} of a mixture's router is not implemented"
+    with pytest.raises(AdapterInvalid, match=told):
+        read(make_raw(config, given), BASE)
+
+
+@pytest.mark.parametrize("name", ["gate", "experts.down_proj", "q_proj"])
+def test_token_rows_are_those_of_embedding_and_head_alone(name: str):
+    given = pair("layers.0.self_attn.q_proj", (RANK, WIDTH), (WIDTH, RANK), 1)
+    own = "self_attn.q_proj" if name == "q_proj" else f"mlp.{name}"
+    key = f"base_model.model.model.layers.1.{own}.token_adapter.trainable_tokens_delta"
+    given[key] = torch.ones(1, WIDTH)
+    config = make_config(
+        r=RANK, target_modules=["0.self_attn.q_proj"], trainable_token_indices={name: [1]}
+    )
+    with pytest.raises(AdapterInvalid, match=f"trainable_token_indices names '{name}', which is n"):
         read(make_raw(config, given), BASE)
 
 

@@ -97,6 +97,16 @@ def test_malformed_files_are_invalid(name):
         read_header(BAD[name], Limits())
 
 
+@pytest.mark.parametrize("filled", [True, False])
+def test_numbers_longer_than_python_writes_are_refused_in_few_words(filled):
+    count = (10**4300 - 1) // 4  # of 4300 digits, in bytes
+    shape = [count] if filled else [count, 4]
+    bomb = build({"a": entry(shape=shape, offsets=[0, 4 * count])}, b"\0" * 4)
+    with pytest.raises(AdapterInvalid, match="the file has 4 bytes of data") as caught:
+        read_header(bomb, Limits())
+    assert len(str(caught.value)) < 300
+
+
 def test_limits_are_checked_before_the_header_is_parsed():
     with pytest.raises(AdapterTooLarge, match="bytes"):
         read_header(GOOD, Limits(file_bytes=len(GOOD) - 1))

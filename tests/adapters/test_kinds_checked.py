@@ -89,6 +89,21 @@ def test_dora_is_folded_with_the_norms_of_the_whole_weight():
     assert plain.delta_norm != pytest.approx(norm, rel=1e-2)
 
 
+def test_rows_that_no_module_has_keep_their_norm_beside_dora():
+    """A packed linear of which one part is adapted."""
+    path = "model.layers.0.self_attn.qkv_proj"
+    base = replace(UNTIED, linears=(LinearSpec(path, WIDTH, 32, 0, parts=(16, 8, 8)),))
+    own = f"base_model.model.{path.replace('qkv_proj', 'k_proj')}"
+    tensors = {name.replace(Q, own): tensor[:8] for name, tensor in PLAIN.items()}
+    tensors[f"{own}.lora_magnitude_vector"] = torch.rand(8) + 0.5
+    parsed = load(tensors, base=base, target_modules=["k_proj"], use_dora=True)
+    gain = parsed.factors[0].gain
+    assert gain is not None
+    assert gain[16:24].all()
+    assert not gain[:16].any()
+    assert not gain[24:].any()
+
+
 def test_the_extent_holds_gain_and_bias_where_the_spec_says():
     for tensors, flag, vector in (
         ({**PLAIN, **MAGNITUDE}, {"use_dora": True}, "gain"),
@@ -206,6 +221,7 @@ def test_a_saved_copy_of_the_base_is_taken_only_if_it_is_the_bases():
         load(head, weights=None, **config)
 
 
+THIRD = torch.tensor([3])
 TOKENS: dict[str, Any] = {"trainable_token_indices": [1, 2, 3]}
 BAD = {
     "magnitude missing": (PLAIN, {"use_dora": True}, AdapterInvalid, "no lora_magnitude_vector"),
@@ -215,12 +231,15 @@ BAD = {
         AdapterInvalid,
         r"expected \[32\]",
     ),
-    "magnitude NaN": (
-        {**PLAIN, f"{Q}.lora_magnitude_vector": torch.full((32,), torch.inf)},
-        {"use_dora": True},
-        AdapterInvalid,
-        "NaN or infinite",
-    ),
+    **{
+        f"magnitude {value}": (
+            {**PLAIN, f"{Q}.lora_magnitude_vector": torch.ones(32).index_fill(0, THIRD, value)},
+            {"use_dora": True},
+            AdapterInvalid,
+            "q_proj.lora_magnitude_vector' has NaN or infinite",
+        )
+        for value in (torch.nan, torch.inf, -torch.inf)
+    },
     "bias missing": (PLAIN, {"lora_bias": True}, AdapterInvalid, "no lora_B.bias"),
     "bias beside DoRA": (
         {**PLAIN, **BIAS, **MAGNITUDE},

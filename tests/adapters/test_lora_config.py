@@ -4,8 +4,9 @@ import time
 from contextlib import suppress
 
 import pytest
+import torch
 
-from fader_adapters.errors import AdapterInvalid
+from fader_adapters.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge
 from fader_adapters.source import RawAdapter
 from tests.adapters.peft_files import (
     BASE,
@@ -245,3 +246,16 @@ def test_unsafe_patterns_say_what_to_do():
     ):
         with pytest.raises(AdapterInvalid, match="list the module names"):
             read(make_raw(make_config(**changes)))
+
+
+@pytest.mark.parametrize("key", ["r", "rank_pattern", "trainable_token_indices"])
+def test_a_number_of_any_length_is_told_in_few_words(key):
+    number = 10**4000
+    value = {"r": number, "rank_pattern": {"q_proj": number}}.get(key, {"lm_head": [number]})
+    tensors = make_tensors()
+    if key == "trainable_token_indices":
+        name = "base_model.model.lm_head.token_adapter.trainable_tokens_delta"
+        tensors[name] = torch.ones(1, 64)
+    with pytest.raises((AdapterTooLarge, AdapterMismatch)) as caught:
+        read(make_raw(make_config(**{key: value}), tensors))
+    assert len(str(caught.value)) < 300

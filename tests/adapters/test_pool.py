@@ -305,6 +305,19 @@ def test_what_is_waited_for_leaves_last_and_what_comes_first_last_of_all():
     assert B.spec.version not in world.pool
 
 
+def test_what_a_dropped_plan_was_to_bring_in_comes_with_who_needs_it():
+    world = World(3)
+    (dropped,) = world.pool.prefetch([{A.spec.version: A}])
+    (again,) = world.pool.acquire({A.spec.version: A}) or ()
+    assert again == dropped
+    assert world.pool.acquire({A.spec.version: A}) == (), "that plan has it"
+    world.pool.upload([again])
+    world.check(A)
+    world.let_go(A)
+    world.let_go(A)
+    assert world.take(A) == ()
+
+
 def test_a_prefetch_that_never_fits_costs_nothing():
     world = World(2)
     world.take(A)

@@ -88,6 +88,24 @@ def test_a_weight_decoded_in_chunks_equals_the_whole(rows):
     torch.testing.assert_close(DecodedLinear(world.weight, bias, chunk=rows * IN)(x), whole)
 
 
+def test_a_rows_terms_are_summed_in_its_own_order_in_whatever_slots_they_are():
+    world, slots = make_world(RANKS, torch.float32, vectors=True), [4, 2, 5, 1, 3, 0]
+    moved = make_world(RANKS, torch.float32, vectors=True)
+    t = moved.tables
+    for table in (t.a_offset, t.b_offset, t.gain_offset, t.bias_offset, t.rank, t.scale):
+        table[slots] = table[: len(slots)].clone()
+
+    def renamed(row: RowTerms) -> RowTerms:
+        return RowTerms(row.tokens, tuple((slots[slot], gamma) for slot, gamma in row.terms))
+
+    rows = (RowTerms(3, ((0, 0.5), (1, -0.7), (3, 1.1), (4, 0.3))), RowTerms(2, ((4, 0.3),)))
+    x = _input(StepTerms(rows), torch.float32)
+    expected = _run(world, x, StepTerms(rows))
+    assert torch.equal(_run(moved, x, StepTerms(tuple(map(renamed, rows)))), expected)
+    backwards = RowTerms(3, rows[0].terms[::-1])
+    assert not torch.equal(_run(world, x, StepTerms((backwards, rows[1]))), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", steps())
 def test_a_row_alone_has_the_bits_it_has_in_company(name, dtype):

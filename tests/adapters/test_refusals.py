@@ -1,5 +1,8 @@
 """What was refused is known by its bytes, whatever it is called."""
 
+import gc
+import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -88,3 +91,45 @@ def test_an_inspector_reads_what_it_refused_once(monkeypatch):
     for _ in range(2):
         inspector.read(GOOD)
     assert len(reads) == 3
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        make_raw(make_config(r=-1)),
+        make_raw(make_config(target_modules="(((")),  # an error of another's own
+        replace(GOOD, weights=GOOD.weights[:-1]),
+    ],
+)
+def test_a_refused_file_is_not_kept_in_memory(broken):
+    inspector = Inspector(BASE, dtype=torch.float32)
+
+    def load():
+        raw = replace(broken)
+        inspector.read(raw)
+
+    before = sys.getrefcount(broken.weights)
+    for _ in range(2):
+        with pytest.raises(AdapterInvalid):
+            load()
+    gc.collect()
+    after = sys.getrefcount(broken.weights)  # an assert would hold them, too
+    assert after == before
+
+
+class Words(str):
+    """A message whose end can be seen."""
+
+
+@pytest.mark.parametrize("act", [refused, lambda known: known.note(WRONG, AdapterInvalid(), never)])
+def test_what_is_forgotten_leaves_memory(act):
+    clock = Clock()
+    known = Refusals(clock=clock)
+    words = Words("no")
+    kept = weakref.ref(words)
+    known.note(GOOD, AdapterInvalid(words), never)
+    del words
+    assert kept() is not None
+    clock.now = refusals.SECONDS
+    act(known)
+    assert kept() is None

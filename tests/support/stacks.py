@@ -24,8 +24,10 @@ SITE = SiteSpec((1,), IN, (OUT,))
 class World:
     """A stack beside a linear, and six adapters in an arena whose gaps are NaN."""
 
-    def __init__(self, dtype: torch.dtype, *, first: int = 0, experts: int = EXPERTS) -> None:
-        """first: the slot of the first adapter."""
+    def __init__(
+        self, dtype: torch.dtype, *, slots: Sequence[int] = range(6), experts: int = EXPERTS
+    ) -> None:
+        """slots: of the adapters, in their order."""
         self.experts = experts
         g = torch.Generator().manual_seed(1)
         linears = (
@@ -36,9 +38,9 @@ class World:
         self.tables = Tables(torch.full((1 << 19,), float("nan"), dtype=dtype), len(linears))
         self.factors: dict[int, tuple[torch.Tensor, torch.Tensor, float]] = {}
         offset = 64
-        for slot, rank in enumerate(RANKS, first):
+        for index, (slot, rank) in enumerate(zip(slots, RANKS, strict=True)):
             # one adapter leaves the stack alone
-            part = RankScale(0 if slot == first + 3 else 1, rank, 0.5)
+            part = RankScale(0 if index == 3 else 1, rank, 0.5)
             spec = lay_out(base, Digest(f"{slot:064x}"), [part])
             for delta in spec.deltas:
                 stack = linears[delta.linear].experts

@@ -65,7 +65,8 @@ class PanelLinear:
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         first = start // PANEL * PANEL
-        return self.panels.rows(first, stop).dense(torch.float32, alone=True)[start - first :]
+        with alone():
+            return self.panels.rows(first, stop).dense(torch.float32)[start - first :]
 
     def product(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         first = start // PANEL * PANEL

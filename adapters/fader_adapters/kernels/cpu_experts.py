@@ -120,8 +120,8 @@ class PanelStack:
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         first = start // PANEL * PANEL
-        panels = self.panels.rows(first, stop)
-        return panels.dense(torch.float32, alone=True)[start - first :]
+        with alone():
+            return self.panels.rows(first, stop).dense(torch.float32)[start - first :]
 
     def product(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         first = start // PANEL * PANEL

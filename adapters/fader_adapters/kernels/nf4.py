@@ -54,26 +54,23 @@ def from_bitsandbytes(weight: "Params4bit") -> Nf4Weight:
     bitsandbytes ≥ 0.50 repacks `weight.data` in place on some CPUs at the first eval forward, after
     which the bytes mean something else; `packing_format_for_cpu` tells. Raises BaseUnsupported.
     """
+    return from_state(weight.data, check_bitsandbytes(weight))
+
+
+def check_bitsandbytes(weight: "Params4bit") -> "QuantState":
+    """The state of a weight that `from_bitsandbytes` takes over. Raises BaseUnsupported."""
     state = weight.quant_state
     if state is None:
         raise BaseUnsupported("expected NF4 weights, found none that are quantised yet")
     if getattr(state, "packing_format_for_cpu", False):
         raise BaseUnsupported("the weight was repacked by a forward pass; load it afresh")
-    return from_state(weight.data, state)
+    _check_state(state)
+    return state
 
 
 def from_state(packed: torch.Tensor, state: "QuantState") -> Nf4Weight:
     """The same from the bytes and the quantisation state of a file. Raises BaseUnsupported."""
-    if state.quant_type != "nf4":
-        raise BaseUnsupported(f"expected NF4 weights, found {state.quant_type}; quantise with nf4")
-    if state.blocksize != BLOCK:
-        raise BaseUnsupported(
-            f"NF4 blocks of {state.blocksize} weights, Fader reads blocks of {BLOCK}; "
-            "quantise the original again with `fader quantize`"
-        )
-    assert state.shape is not None
-    out_features, in_features = state.shape
-    check_width(in_features)
+    out_features, in_features = _check_state(state)
     absmax = state.absmax
     if state.nested:
         from bitsandbytes.functional import dequantize_blockwise
@@ -86,6 +83,21 @@ def from_state(packed: torch.Tensor, state: "QuantState") -> Nf4Weight:
         out_features,
         in_features,
     )
+
+
+def _check_state(state: "QuantState") -> tuple[int, int]:
+    """(out, in) of a weight in NF4 as it is read here. Raises BaseUnsupported."""
+    if state.quant_type != "nf4":
+        raise BaseUnsupported(f"expected NF4 weights, found {state.quant_type}; quantise with nf4")
+    if state.blocksize != BLOCK:
+        raise BaseUnsupported(
+            f"NF4 blocks of {state.blocksize} weights, Fader reads blocks of {BLOCK}; "
+            "quantise the original again with `fader quantize`"
+        )
+    assert state.shape is not None
+    out_features, in_features = state.shape
+    check_width(in_features)
+    return out_features, in_features
 
 
 def codes() -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The specification in plain torch: NF4 by decoding, deltas one slot after the other."""
+"""The specification in plain torch: NF4 by decoding, deltas one term after the other."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -87,7 +87,7 @@ class TorchRoom:
 
 @dataclass(frozen=True)
 class Share:
-    """One slot's tokens in a step."""
+    """Tokens of a step that have one slot at the same place among their terms."""
 
     slot: int
     tokens: torch.Tensor
@@ -112,14 +112,15 @@ class Operands:
 
 
 class ReferenceStep:
-    """The slots of one step, in order, and the operands brought for them so far."""
+    """The shares of one step, every row's in the order of its terms, and the operands brought for
+    them so far."""
 
     def __init__(self, shares: list[Share], operands: "KeptOperands") -> None:
         self.shares = shares
         self._operands = operands
 
     def at(self, member: int, shape: tuple[int, int]) -> list[tuple[Share, Operands]]:
-        """The slots that touch a linear of shape (in, out)."""
+        """The shares that touch a linear of shape (in, out)."""
         found = ((s, self._operands.get(s.slot, member, shape)) for s in self.shares)
         return [(share, operands) for share, operands in found if operands is not None]
 
@@ -249,7 +250,7 @@ def _add(
 ) -> None:
     """y += G∘(y − bias) + Σ γ·s·(z·B + biasB), z = x·Aᵀ, G = Σ γ·gain, in fp32, rounded once.
 
-    found  slots with their z [tokens of the slot, r]; other tokens keep their bits
+    found  shares with their z [tokens of the share, r]; other tokens keep their bits
     bias   the base's own
     """
     if not found:
@@ -269,20 +270,22 @@ def _add(
 
 
 def _shares(terms: StepTerms, device: torch.device) -> list[Share]:
-    tokens: dict[int, list[int]] = {}
-    gamma: dict[int, list[float]] = {}
+    """First what is the first term of its row, then the second terms, and so on: a row's own order,
+    whatever its slots are called."""
+    found: dict[tuple[int, int], tuple[list[int], list[float]]] = {}
     start = 0
     for row in terms.rows:
-        for slot, value in row.terms:
+        for place, (slot, value) in enumerate(row.terms):
             if value:
-                tokens.setdefault(slot, []).extend(range(start, start + row.tokens))
-                gamma.setdefault(slot, []).extend([value] * row.tokens)
+                tokens, gamma = found.setdefault((place, slot), ([], []))
+                tokens.extend(range(start, start + row.tokens))
+                gamma.extend([value] * row.tokens)
         start += row.tokens
     return [
         Share(
             slot,
-            torch.tensor(tokens[slot], device=device),
-            torch.tensor(gamma[slot], dtype=torch.float32, device=device).unsqueeze(1),
+            torch.tensor(tokens, device=device),
+            torch.tensor(gamma, dtype=torch.float32, device=device).unsqueeze(1),
         )
-        for slot in sorted(tokens)
+        for (_, slot), (tokens, gamma) in sorted(found.items())
     ]

@@ -9,7 +9,7 @@ from fader_adapters.spec import SiteSpec
 
 
 class ReferenceStack:
-    """A stack's deltas, one slot and one expert after the other."""
+    """A stack's deltas, one term and one expert after the other."""
 
     def __init__(self, site: SiteSpec, experts: int) -> None:
         self.site = site

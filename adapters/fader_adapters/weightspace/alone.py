@@ -6,14 +6,15 @@ from fader_adapters.errors import AdapterInvalid
 from fader_adapters.header import read_header
 from fader_adapters.limits import Limits
 from fader_adapters.lora_config import LoraConfig, read_config
+from fader_adapters.parameters import unwrapped
 from fader_adapters.pattern_nodes import PatternUnsafe
 from fader_adapters.source import RawAdapter
 from fader_adapters.spec import BaseSpec, Digest, LinearSpec, layer_of
 from fader_adapters.stacks import DOWN, UP
 from fader_adapters.targets import Targets
 from fader_adapters.tensor_names import ModuleTensors, sort_tensors
+from fader_adapters.tokens import WANTS_TABLE
 
-_WRAPPED = ".base_layer"
 _STACKS = (*UP, DOWN)
 """In the order in which every module has them."""
 
@@ -24,10 +25,7 @@ def own_linears(raw: RawAdapter) -> BaseSpec:
     config = read_config(raw.config, limits)
     named = sort_tensors(read_header(raw.weights, limits))
     if named.tokens:
-        raise AdapterInvalid(
-            "adapter_config.json: trainable_token_indices replaces rows of the base's own table, "
-            "which is not at hand here; name the base"
-        )
+        raise AdapterInvalid(WANTS_TABLE)
     linears = [
         _linear(path, tensors, config)
         for path, tensors in named.modules.items()
@@ -51,10 +49,7 @@ def _as_head(linear: LinearSpec, table: LinearSpec, config: LoraConfig) -> Linea
 
 def _linear(path: str, tensors: ModuleTensors, config: LoraConfig) -> LinearSpec:
     width, out = tensors.a.shape[-1], tensors.b.shape[0]
-    module = path
-    while module.endswith(_WRAPPED):
-        module = module.removesuffix(_WRAPPED)
-    outside = (len(path) - len(module)) // len(_WRAPPED)
+    module, outside = unwrapped(path)
     targets = config.targets
     chosen = [name for name in _STACKS if targets.select_parameter(f"{module}.{name}")]
     itself = targets.select_parameter(f"{path}.weight") or _selects(targets, path)

@@ -32,7 +32,7 @@ from fader_adapters.weightspace import quantised
 from fader_adapters.weightspace.stored_experts import StoredRows, read_packed, stored_rows
 from fader_adapters.weightspace.tensors import Checkpoint
 
-CONFIG_FILE = "config.json"
+MODEL_CONFIG = "config.json"
 _BESIDE = tuple(f".weight.{part}" for part in quantised.COMPONENTS)
 """Ends of the keys of what lies beside a packed weight."""
 PANEL_ROWS = 256
@@ -197,11 +197,11 @@ def open_base(directory: Path) -> Base:
 
 
 def _config(directory: Path) -> dict[str, Any]:
-    path = directory / CONFIG_FILE
+    path = directory / MODEL_CONFIG
     try:
         config = load_object(path.read_bytes(), str(path))
     except FileNotFoundError:
-        raise SourceNotFound(f"{directory} has no {CONFIG_FILE}") from None
+        raise SourceNotFound(f"{directory} has no {MODEL_CONFIG}") from None
     except AdapterInvalid as error:
         raise CheckpointInvalid(str(error)) from None
     facts = config.get("quantization_config")

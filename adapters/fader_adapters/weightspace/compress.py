@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ REPORT_FILE = "compress_report.json"
 
 
 _NO_LINEAR = {"embedding": "is an adapted embedding", "experts": "are adapted experts"}
+_OF_THE_BASE = {
+    "dora": "use_dora = true scales rows of the base",
+    "trainable_tokens": "trainable_token_indices replaces rows of the base",
+}
+"""What no sum of low-rank products says, however much is known of the base."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,9 @@ def compress(
     check_rank(rank)
     check_target(out)
     raws = read_raw(blend)
+    for raw in raws:
+        with _told_of(raw):
+            _check_kinds(raw)
     known = base
     spec = base or _common_base(raws)
     mixture = mix(raws, [item.gamma for item in blend], spec)
@@ -109,18 +118,35 @@ def _site(mixture: Mixture, spec: BaseSpec, index: int, rank: int) -> SiteResult
     return SiteResult(path, low.a, low.b, low.norm, low.error, "svd", low.singular)
 
 
+@contextmanager
+def _told_of(raw: RawAdapter) -> Iterator[None]:
+    """An error inside says whose it is."""
+    try:
+        yield
+    except AdapterError as error:
+        error.args = (f"{raw.origin}: {error}",)
+        raise
+
+
+def _check_kinds(raw: RawAdapter) -> None:
+    """Raises AdapterInvalid for an adapter that does something with the base's own weights."""
+    for kind in read_config(raw.config, Limits()).kinds:
+        if kind in _OF_THE_BASE:
+            raise AdapterInvalid(
+                f"adapter_config.json: {_OF_THE_BASE[kind]}, which one low-rank adapter cannot; "
+                "expected plain LoRA, or merge the blend into its base instead"
+            )
+
+
 def _common_base(raws: Sequence[RawAdapter]) -> BaseSpec:
     """The linears that the adapters' own tensors speak of. Raises AdapterError."""
     shapes: dict[str, tuple[int, int]] = {}
     embeddings: set[str] = set()
     for raw in raws:
-        try:
+        with _told_of(raw):
             if read_config(raw.config, Limits()).targets.parameters:
                 raise AdapterInvalid("it adapts parameters of experts, expected linears alone")
             modules = sort_tensors(read_header(raw.weights, Limits())).modules
-        except AdapterError as error:
-            error.args = (f"{raw.origin}: {error}",)
-            raise
         embeddings |= {path for path, tensors in modules.items() if tensors.embedding}
         for path, tensors in modules.items():
             shape = (tensors.a.shape[-1], tensors.b.shape[0])

@@ -15,8 +15,9 @@ from typing import Any, BinaryIO
 
 import torch
 
+from fader_adapters.dtypes import DTYPE_NAMES
 from fader_adapters.errors import TargetTaken
-from fader_adapters.weightspace.tensors import DTYPE_NAMES, bytes_of
+from fader_adapters.weightspace.tensors import bytes_of
 
 PART = ".part"
 """Ends the name of a file that is being written."""

@@ -15,7 +15,7 @@ import torch
 from fader_adapters.errors import AdapterError, TargetTaken
 from fader_adapters.kernels import nf4
 from fader_adapters.weightspace import disk, quantised, surroundings
-from fader_adapters.weightspace.base import CONFIG_FILE, Base, densely, open_base
+from fader_adapters.weightspace.base import MODEL_CONFIG, Base, densely, open_base
 from fader_adapters.weightspace.loss import LinearLoss, joined, measure, overall
 from fader_adapters.weightspace.manifest import Finished, Inputs, open_manifest
 from fader_adapters.weightspace.merged_experts import rows_of, write_experts
@@ -101,7 +101,7 @@ def _open(directory: Path, blend: Sequence[Ingredient], form: Form) -> _Job:
 def _identity(base: Base, progress: Progress) -> str:
     """sha256 over the names and contents of the base's configuration and weight files."""
     state = hashlib.sha256()
-    files = [base.directory / CONFIG_FILE, *base.checkpoint.files]
+    files = [base.directory / MODEL_CONFIG, *base.checkpoint.files]
     total, done = sum(file.stat().st_size for file in files), 0
     for file in files:
         progress("reading the base", done, total)

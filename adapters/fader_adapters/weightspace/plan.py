@@ -76,7 +76,8 @@ def plan(
 
 def unties(base: Base, adapted: Collection[int]) -> bool:
     """Whether head and embedding, one table in the base, are two in the output."""
-    return base.spec.tied and any(not base.spec.linears[index].inside for index in adapted)
+    ends = ("embedding", "head")
+    return base.spec.tied and any(base.spec.linears[index].role in ends for index in adapted)
 
 
 def _bias_keys(base: Base, biased: Collection[int]) -> dict[str, int]:

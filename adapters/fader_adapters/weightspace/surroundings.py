@@ -5,10 +5,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from fader_adapters.dtypes import DTYPES
 from fader_adapters.weightspace import disk
-from fader_adapters.weightspace.base import CONFIG_FILE, Base, nf4_config
+from fader_adapters.weightspace.base import MODEL_CONFIG, Base, nf4_config
 from fader_adapters.weightspace.plan import Form, Shard
-from fader_adapters.weightspace.tensors import DTYPES, INDEX_FILE
+from fader_adapters.weightspace.tensors import INDEX_FILE
 
 _COPIED = (
     "generation_config.json",
@@ -39,7 +40,7 @@ def write(base: Base, out: Path, form: Form, shards: list[Shard], *, untied: boo
                 target.parent.mkdir(exist_ok=True)
                 disk.write_bytes(target, file.read_bytes())
     config = _config(base, form)
-    disk.write_json(out / CONFIG_FILE, _untie(config) if untied else config)
+    disk.write_json(out / MODEL_CONFIG, _untie(config) if untied else config)
 
 
 def _index(out: Path, shards: list[Shard]) -> dict[str, Any]:

@@ -9,27 +9,12 @@ from typing import Any, cast
 
 import torch
 
+from fader_adapters.dtypes import DTYPES
 from fader_adapters.errors import AdapterInvalid, CheckpointInvalid, SourceNotFound
 from fader_adapters.strict_json import load_object
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
 _MAX_HEADER = 100_000_000
 """Bytes; what the safetensors library allows."""
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")

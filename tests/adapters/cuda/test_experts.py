@@ -45,7 +45,7 @@ class Rig:
 
 
 def rig(experts: int = 5, *, first: int = 0, **options) -> Rig:
-    world = World(torch.float32, experts=experts, first=first)
+    world = World(torch.float32, experts=experts, slots=range(first, first + 6))
     backend = CudaBackend(CPU, torch.float32, arch=90, **options)
     return Rig(world, backend, backend.bind_stack(SITE, experts))
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fader_adapters.kernels import native
+from fader_adapters.kernels.native.library import library
 from tests.adapters.native.native_sites import make, plan_of
 
 F32, BF16, I32 = torch.float32, torch.bfloat16, torch.int32
@@ -289,3 +290,15 @@ def test_write_refuses_slots_and_shapes_out_of_range(built: None) -> None:
         layer.write(new, new, i32(1))
     with pytest.raises(ValueError, match="k must have shape"):
         layer.write(new[:, :1], new, torch.tensor([1]))
+
+
+def test_a_dtype_of_no_kind_is_refused_by_the_library_itself(built: None) -> None:
+    """No wrapper lets one through."""
+    panels = native.Nf4Panels.blank(32, 64)
+    out = torch.zeros(32, 64)
+    for dtype in (-1, 2):
+        code = library().fader_panels_dense(
+            32, 64, panels.panels.data_ptr(), panels.scales.data_ptr(), out.data_ptr(), dtype, 1
+        )
+        assert code == -1
+    assert not out.any()

@@ -42,6 +42,14 @@ def test_values_on_the_midpoints_equal_bitsandbytes(level: str) -> None:
     assert torch.equal(native.quantise_nf4(w).packed, packed)
 
 
+def test_scales_that_are_all_their_mean_come_back(level: str) -> None:
+    w = torch.ones(300, 256)
+    got = native.quantise_nf4(w, nested=True)
+    assert got.nested is not None
+    assert not got.nested.absmax.any(), "the case in question"
+    assert torch.equal(native.dequantise_absmax(got.nested), torch.ones(300 * 4))
+
+
 @pytest.mark.parametrize("shape", [(96, 128), (300, 256), (1000, 64), (3, 64)])
 def test_double_quantisation_equals_bitsandbytes(level: str, shape: tuple[int, int]) -> None:
     w = weights(shape, torch.bfloat16)

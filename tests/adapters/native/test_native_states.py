@@ -248,3 +248,19 @@ def test_shapes_that_the_kernels_do_not_take_are_refused() -> None:
     kernel(given.x, given.gates, rows, places=given.places, **how)
     with pytest.raises(ValueError, match="in every call"):
         kernel(given.x, given.gates, rows, places=(0, 1, 2), **how)
+
+
+@pytest.mark.parametrize("counts", [[0, 3, 0], [0, 0, 0]])
+def test_a_row_of_no_tokens_leaves_what_it_went_on_from(level: str, counts: list[int]) -> None:
+    rows, tokens = rows_of(counts, [0, 1, -1], [4, 5, 6]), sum(counts)
+    form = FORMS["delta rule"]
+    given = Inputs.of(form, tokens, torch.float32)
+    recurrence, one = scan(form), convolution(torch.float32, taps=4)
+    for kernel in (recurrence, one):
+        kernel.states[:2] = noise(2, *kernel.states.shape[1:], dtype=torch.float32)
+    recurrence(given.x, given.gates, rows, places=given.places, dtype=torch.float32)
+    one(noise(tokens, 96, dtype=torch.float32), rows)
+    for kernel in (recurrence, one):
+        assert torch.equal(kernel.states[4], kernel.states[0])
+        assert torch.equal(kernel.states[5], kernel.states[1]) == (tokens == 0)
+        assert not kernel.states[6].any()

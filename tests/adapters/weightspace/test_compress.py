@@ -184,3 +184,13 @@ def test_impossible_requests_are_refused(files, tmp_path):
     (tmp_path / "broken/adapter_model.safetensors").write_bytes(b"\2" + bytes(7) + b"{}")
     with pytest.raises(AdapterInvalid, match="broken"):
         compress([Ingredient(tmp_path / "broken")], tmp_path / "out", rank=8)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("kind", [{"use_dora": True}, {"trainable_token_indices": [3]}])
+def test_what_changes_the_bases_own_rows_is_refused_by_name(files, tmp_path, kind, checked):
+    made = files("llama")
+    own = write_adapter(made.base, tmp_path / "own", rank=2, seed=1, **kind)
+    base = open_base(made.base).spec if checked else None
+    with pytest.raises(AdapterInvalid, match=f"{next(iter(kind))}.* rows of the base.*merge the b"):
+        compress([Ingredient(own)], tmp_path / "out", rank=4, base=base)

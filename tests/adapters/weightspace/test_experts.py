@@ -116,6 +116,21 @@ def test_other_experts_tensors_are_copied_as_they_are(made: Made, tmp_path: Path
         assert same == (linear.path != last)
 
 
+@pytest.mark.parametrize("what", ["experts", "router"])
+def test_a_tied_mixture_stays_tied_when_its_ends_are_left_alone(tmp_path: Path, what: str):
+    kind, changes = MANY["mixtral"]
+    base = write_many(kind, {**changes, "tie_word_embeddings": True}, tmp_path / "base")
+    linear = next(item for item in open_base(base).spec.linears if item.role == what)
+    parameter = linear.path if what == "experts" else f"{linear.path}.weight"
+    one = write_adapter(
+        base, tmp_path / "one", rank=2, seed=1, target_modules=[], target_parameters=[parameter]
+    )
+    merge(base, [Ingredient(one)], tmp_path / "out", form="bf16")
+    mine = models.load(tmp_path / "out")
+    assert mine.config.tie_word_embeddings
+    assert mine.lm_head.weight is mine.get_input_embeddings().weight
+
+
 def test_an_adapter_of_experts_is_read_without_its_base(made: Made):
     raw = LocalSources(()).fetch_trusted(made.adapters["one"])
     alone = Inspector(own_linears(raw), dtype=torch.float32)

@@ -38,7 +38,11 @@ LEVELS: dict[str, list[str]] = {
     "isa_avx512": AVX512,
     "isa_avx512bf16": [*AVX512, "-mavx512bf16"],
 }
-SANITISE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1"]
+SANITISE = [
+    "-fsanitize=address,undefined,float-cast-overflow",
+    "-fno-sanitize-recover=undefined,float-cast-overflow",
+    "-O1",
+]
 
 
 class BuildError(RuntimeError):

@@ -152,9 +152,9 @@ class Nf4Panels:
         first, last = start // PANEL, -(-stop // PANEL)
         return Nf4Panels(self.panels[first:last], self.scales[first:last], stop - start, self.k)
 
-    def dense(self, dtype: torch.dtype = torch.bfloat16, *, alone: bool = False) -> Tensor:
-        """W [n, k] in `dtype` (bf16 or fp32), each value code * absmax rounded once; `alone`: on
-        the caller's thread only. Raises: TypeError."""
+    def dense(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """W [n, k] in `dtype` (bf16 or fp32), each value code * absmax rounded once. Raises:
+        TypeError."""
         if dtype not in checks.FLOATS:
             raise TypeError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
         out = torch.empty((self.n, self.k), dtype=dtype)
@@ -165,7 +165,7 @@ class Nf4Panels:
             self.scales.data_ptr(),
             out.data_ptr(),
             CODES[dtype],
-            1 if alone else threads(),
+            threads(),
         )
         check(code, "dense")
         return out

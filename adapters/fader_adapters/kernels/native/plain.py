@@ -94,6 +94,6 @@ class PlainPanels:
             tape.note(op, self.panels, y=index, out=out, keep=self.panels)
         return out
 
-    def dense(self, dtype: torch.dtype | None = None, *, alone: bool = True) -> Tensor:
-        """W [n, k] in `dtype`, by default its own; always `alone`: on the caller's thread."""
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W [n, k] in `dtype`, by default its own; on the caller's thread."""
         return self.take(torch.arange(self.n)).to(dtype or self.dtype)

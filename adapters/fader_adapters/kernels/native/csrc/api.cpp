@@ -34,26 +34,25 @@ static int detect(void) {
     return FADER_SCALAR;
 }
 
-static int level_in_use = -1;
-static const Kernels *active = 0;
-static const Kernels &now(void) {
-    if (!active) fader_set_isa(-1);
-    return *active;
+static int level_in_use = -1; // nobody chose yet
+static int level_now(void) {
+    int level = __atomic_load_n(&level_in_use, __ATOMIC_RELAXED);
+    if (level >= 0) return level;
+    const int best = detect(); // another thread may choose meanwhile: then `level` becomes its choice
+    const bool ours = __atomic_compare_exchange_n(&level_in_use, &level, best, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+    return ours ? best : level;
 }
+static const Kernels &now(void) { return *kernels_of(level_now()); }
 
 extern "C" {
 
 int fader_abi(void) { return FADER_ABI; }
 int fader_best_isa(void) { return detect(); }
-int fader_isa(void) {
-    now();
-    return level_in_use;
-}
+int fader_isa(void) { return level_now(); }
 int fader_set_isa(int level) {
     const int best = detect(), want = level < 0 ? best : level;
     if (want > best || !kernels_of(want)) return FADER_E_ISA;
-    level_in_use = want;
-    active = kernels_of(want);
+    __atomic_store_n(&level_in_use, want, __ATOMIC_RELAXED);
     return 0;
 }
 
@@ -84,7 +83,7 @@ int fader_repack(int64_t n, int64_t k, const uint8_t *packed, const float *absma
 
 int fader_panels_dense(int64_t n, int64_t k, const uint8_t *panels, const float *scales, void *out, int dtype,
                        int nt) {
-    if (n <= 0 || k <= 0 || k % BLOCK || nt < 1 || !panels || !scales || !out || dtype > FADER_BF16) return FADER_E_ARG;
+    if (n <= 0 || k <= 0 || k % BLOCK || nt < 1 || !panels || !scales || !out || dtype < 0 || dtype > FADER_BF16) return FADER_E_ARG;
     const int64_t half = k / 2, blocks = k / BLOCK;
 #pragma omp parallel for schedule(static) num_threads(nt)
     for (int64_t p = 0; p < ceil_div(n, PANEL); p++)
@@ -166,7 +165,7 @@ int fader_quantise8(int64_t count, const float *x, float offset, const float *ma
         for (int64_t i = from; i < to; i++) {
             float v = (x[i] - offset) * inv;
             v = v < -1.0f ? -1.0f : v > 1.0f ? 1.0f : v;
-            const int at = (int)__builtin_fmaf((v + 1.0f) * 0.5f, 65535.0f, 0.5f);
+            const int at = v == v ? (int)__builtin_fmaf((v + 1.0f) * 0.5f, 65535.0f, 0.5f) : 0; // all of them 0: 0 / 0
             codes[i] = am == 0.0f ? 0 : table[at & 0xffff];
         }
     }
@@ -239,8 +238,8 @@ int fader_conv(const fader_conv_t *s, int64_t T, int64_t R, const fader_rows_t *
                int nt) {
     if (!s || T < 0 || R < 0 || nt < 1 || s->channels <= 0 || s->channels % 16 || s->taps < 2 || s->slots < 1) return FADER_E_ARG;
     if (s->dtype < 0 || s->dtype > FADER_BF16 || !s->states || !s->weight) return FADER_E_ARG;
-    if (!T) return 0;
-    if (!x || !out || xs < s->channels) return FADER_E_ARG;
+    if (!R) return T ? FADER_E_BOUNDS : 0;
+    if (T && (!x || !out || xs < s->channels)) return FADER_E_ARG;
     const int status = rows_status(T, R, rows, s->slots);
     return status ? status : now().conv(s, R, rows, x, xs, out, nt);
 }
@@ -252,8 +251,8 @@ int fader_scan(const fader_scan_t *s, int64_t T, int64_t R, const fader_rows_t *
     if (s->values < 16 || s->values % 16 || (out_dtype != dtype && out_dtype != FADER_F32)) return FADER_E_ARG;
     if (s->q < 0 || s->k < 0 || s->v < 0 || s->v + s->heads * s->values > xs) return FADER_E_ARG;
     if (s->q + s->groups * s->keys > xs || s->k + s->groups * s->keys > xs) return FADER_E_ARG;
-    if (!T) return 0;
-    if (!x || !gates || !out) return FADER_E_ARG;
+    if (!R) return T ? FADER_E_BOUNDS : 0;
+    if (T && (!x || !gates || !out)) return FADER_E_ARG;
     const int status = rows_status(T, R, rows, s->slots);
     return status ? status : now().scan(s, R, rows, x, dtype, xs, gates, out, out_dtype, nt);
 }

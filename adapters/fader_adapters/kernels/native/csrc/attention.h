@@ -20,7 +20,7 @@ struct AttnRun {
     const void *q;
     const int32_t *q_start, *context, *tables;
     void *out;
-    int64_t group, kt_bytes;
+    int64_t group;
 };
 
 // a query's share of one split, at `part`: m, l, then acc[value_dim]
@@ -198,7 +198,7 @@ static int attention_run(AttnRun &r, int64_t R, char *scratch, int64_t bytes, in
 
 int attention(const fader_attn_t *a, int64_t, int64_t R, const void *q, const int32_t *q_start,
               const int32_t *context, const int32_t *tables, void *out, void *scratch, int64_t bytes, int64_t *need, int nt) {
-    AttnRun r = {a, q, q_start, context, tables, out, a->heads / a->kv_heads, 0};
+    AttnRun r = {a, q, q_start, context, tables, out, a->heads / a->kv_heads};
     if (a->dtype == FADER_BF16) return attention_run<u16>(r, R, (char *)scratch, bytes, need, nt);
     return attention_run<float>(r, R, (char *)scratch, bytes, need, nt);
 }

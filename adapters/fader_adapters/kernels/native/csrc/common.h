@@ -63,7 +63,7 @@ FADER_INLINE int64_t align64(int64_t bytes) { return (bytes + 63) & ~(int64_t)63
 // A plan is one block of int32 words: this header, then the arrays at the offsets it names.
 // Rows with the same slot list form a group; `use` lists, slot by slot, where a slot is named.
 struct Plan {
-    int32_t T, slots, groups, tokens, terms, uses, pad0, pad1;
+    int32_t T, slots, groups, tokens, terms, uses;
     int32_t tok_ptr;   // [groups+1] into tok, gam
     int32_t tok;       // [tokens] token number
     int32_t gam;       // [tokens] first gamma of the token's row

@@ -252,6 +252,7 @@ FADER_INLINE void expand_fetch(const fader_site_t &s, const Plan &p, int64_t c0,
         const int64_t lo = max64(n0, c0), hi = min64(n1, c1);
         for (int i = 0; lo < hi && i < tp[p.groups]; i++) {
             const int r = rank_of(s, sl[i], mem);
+            if (!r) continue;
             left -= r * ceil_div(hi - lo, line);
             if (left < 0) return;
             const Ar *b = (const Ar *)s.arena + s.b_off[sl[i] * s.table_stride + mem] + (lo - n0);

@@ -239,7 +239,7 @@ template <class E> struct Gemm {
     // rows [0, M) x `np` panels -> acc[M][as]; buf holds E::BUF bytes, 64-byte aligned
     static void run(int64_t M, int64_t K, Rows<X> x, const uint8_t *w, const float *am, int np,
                     float *acc, int64_t as, void *buf) {
-        const int64_t wp = K / 2 * E::PAIR, ap = K / BLOCK * PANEL;
+        const int64_t wp = K / 2 * E::PAIR, ap = E::SCALED ? K / BLOCK * PANEL : 0;
         int p = 0;
         if constexpr (W == 16) {
             for (; M <= 2 && p + 2 <= np; p += 2)

@@ -13,8 +13,10 @@ void lookup_row(const fader_site_t &s, const int32_t *slot, const float *gamma, 
     if (any_vector(s, slot, terms, 0)) add_vectors<Ar>(s, slot, gamma, terms, 0, 0, 0, n, 0, acc);
     for (int i = 0; i < terms; i++) {
         const int64_t e = slot[i] * s.table_stride;
+        const int rank = rank_of(s, slot[i], 0);
+        if (!rank) continue;
         const Ar *a = (const Ar *)s.arena + s.a_off[e] + id, *b = (const Ar *)s.arena + s.b_off[e];
-        for (int r = 0, rank = rank_of(s, slot[i], 0); r < rank; r++)
+        for (int r = 0; r < rank; r++)
             add_scaled(acc, gamma[i] * s.scale[e] * load1(a + r * s.k), b + r * n, n);
     }
     for (int64_t c = 0; c < n; c++) store1(y + c, acc[c]);

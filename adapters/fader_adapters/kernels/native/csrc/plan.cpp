@@ -31,6 +31,18 @@ static void sort_rows(const Rows &r, int32_t *order, int64_t n) { // shell sort:
         }
 }
 
+// use: terms 0 .. n in the order of their slots, those of one slot as they were; spare [n]
+static void sort_uses(const int32_t *slot, int32_t slots, int32_t n, int32_t *use, int32_t *spare) {
+    for (int32_t i = 0; i < n; i++) use[i] = i;
+    for (int shift = 0; n && shift < 32 && (slots - 1) >> shift; shift += 8) { // by one byte after the other
+        int32_t at[257] = {};
+        for (int32_t i = 0; i < n; i++) at[(slot[i] >> shift & 255) + 1]++;
+        for (int b = 0; b < 256; b++) at[b + 1] += at[b];
+        for (int32_t i = 0; i < n; i++) spare[at[slot[use[i]] >> shift & 255]++] = use[i];
+        memcpy(use, spare, (size_t)n * 4);
+    }
+}
+
 extern "C" int64_t fader_plan_words(int64_t T, int64_t R, int64_t terms) {
     // header, then tok_ptr, tok, gam, term_ptr, slot, use_group, use_term, gamma, then working room
     return (int64_t)(sizeof(Plan) / 4) + (R + 1) * 2 + T * 2 + terms * 4 + (terms + 4 * (R + 1));
@@ -101,13 +113,11 @@ extern "C" int fader_plan_build(int64_t T, int64_t R, const int32_t *term_ptr, c
         gam[start[r]++] = ptr[r];
     }
     // uses sorted by slot, so that one thread meets an adapter's matrices in a row
-    int32_t *ug = blob + p.use_group, *ut = blob + p.use_term, uses = 0;
+    int32_t *ug = blob + p.use_group, *ut = blob + p.use_term, *group = kept; // whose time is over
+    sort_uses(slot, slots, terms, ut, kept);
     for (int32_t g = 0; g < groups; g++)
-        for (int32_t i = tp[g]; i < tp[g + 1]; i++) {
-            int32_t j = uses++;
-            for (; j > 0 && slot[ut[j - 1]] > slot[i]; j--) ut[j] = ut[j - 1], ug[j] = ug[j - 1];
-            ut[j] = i, ug[j] = g;
-        }
-    p.T = (int32_t)T, p.slots = slots, p.groups = groups, p.tokens = tokens, p.terms = terms, p.uses = uses;
+        for (int32_t i = tp[g]; i < tp[g + 1]; i++) group[i] = g;
+    for (int32_t i = 0; i < terms; i++) ug[i] = group[ut[i]];
+    p.T = (int32_t)T, p.slots = slots, p.groups = groups, p.tokens = tokens, p.terms = p.uses = terms;
     return 0;
 }

@@ -24,24 +24,6 @@ FADER_INLINE V vmax(V a, V b) { return _mm512_max_ps(a, b); }
 FADER_INLINE V vmin(V a, V b) { return _mm512_min_ps(a, b); }
 FADER_INLINE V vfma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 FADER_INLINE float vsum(V a) { return _mm512_reduce_add_ps(a); }
-// out[i] = vsum(a[i]) for 16 vectors at once, by the same additions
-FADER_INLINE void vsum16(const V *a, float *out) {
-    V u[8], w[4], p[2];
-    for (int j = 0; j < 8; j++)
-        u[j] = vadd(_mm512_shuffle_f32x4(a[2 * j], a[2 * j + 1], 0x44),
-                    _mm512_shuffle_f32x4(a[2 * j], a[2 * j + 1], 0xEE));
-    for (int j = 0; j < 4; j++)
-        w[j] = vadd(_mm512_shuffle_f32x4(u[2 * j], u[2 * j + 1], 0x88),
-                    _mm512_shuffle_f32x4(u[2 * j], u[2 * j + 1], 0xDD));
-    for (int j = 0; j < 2; j++)
-        p[j] = vadd(_mm512_shuffle_ps(w[2 * j], w[2 * j + 1], 0x44),
-                    _mm512_shuffle_ps(w[2 * j], w[2 * j + 1], 0xEE));
-    V sums = vadd(_mm512_shuffle_ps(p[0], p[1], 0x88), _mm512_shuffle_ps(p[0], p[1], 0xDD));
-    float lanes[16]; // lane 4l + q holds the sum of a[4q + l]
-    vstore(lanes, sums);
-    for (int q = 0; q < 4; q++)
-        for (int l = 0; l < 4; l++) out[4 * q + l] = lanes[4 * l + q];
-}
 FADER_INLINE float vtop(V a) { return _mm512_reduce_max_ps(a); }
 FADER_INLINE V vround(V a) { return _mm512_roundscale_ps(a, 8); }
 FADER_INLINE V vwhere_less(V a, V b, V v, V w) { // v where a < b, else w (NaN in a: w)
@@ -164,8 +146,8 @@ FADER_INLINE float vtop(V a) {
 FADER_INLINE V vround(V a) { FADER_LANES a.f[i] = __builtin_rintf(a.f[i]); return a; }
 FADER_INLINE V vwhere_less(V a, V b, V v, V w) { FADER_LANES w.f[i] = a.f[i] < b.f[i] ? v.f[i] : w.f[i]; return w; }
 FADER_INLINE V vsquare_rest(V a, V s) { FADER_LANES s.f[i] = (float)((double)a.f[i] * a.f[i] - s.f[i]); return s; }
-FADER_INLINE V vpow2(V n) {
-    FADER_LANES n.f[i] = bits_float((u32)((int)n.f[i] + 127) << 23);
+FADER_INLINE V vpow2(V n) { // of a NaN 1: it is multiplied with one anyway
+    FADER_LANES n.f[i] = bits_float((u32)((n.f[i] == n.f[i] ? (int)n.f[i] : 0) + 127) << 23);
     return n;
 }
 FADER_INLINE V vload_bf16(const u16 *p) { V r; FADER_LANES r.f[i] = from_bf16(p[i]); return r; }

@@ -105,7 +105,7 @@ int site_run(const fader_site_t *s, const Plan *plan, int64_t T, const In *x, in
         if (s->panels) {
             Rows<X> xc = direct ? Pack::view(x, xs) : Rows<X>{packed, Pack::PER_BLOCK, T * (int64_t)Pack::PER_BLOCK};
             xc.p += m0 * xc.row;
-            Gemm<E>::run(m1 - m0, K, xc, s->panels + p0 * (K / 2) * E::PAIR, s->scales + p0 * (K / BLOCK) * PANEL,
+            Gemm<E>::run(m1 - m0, K, xc, s->panels + p0 * (K / 2) * E::PAIR, s->scales + (E::SCALED ? p0 * (K / BLOCK) * PANEL : 0),
                          (int)min64(bp, panels - p0), a, as, (char *)acc + acc_bytes);
         } else {
             a = (float *)out + m0 * os + c0;

@@ -63,7 +63,7 @@ int conv(const fader_conv_t *s, int64_t R, const fader_rows_t *rows, const void 
 
 // ---- Recurrence ---------------------------------------------------------------------------------
 
-// to[0..n) = x[0..n) * by; the sum of squares of x
+// to[0..n) = x[0..n) in fp32; the sum of squares of x
 template <class Ty> static float widened(int64_t n, const Ty *x, float *to) {
     V squares = vzero();
     for (int64_t i = 0; i < n; i += W) {
@@ -141,13 +141,13 @@ static void scan_rows(const fader_scan_t *s, int64_t R, const fader_rows_t *rows
         const int64_t r = item / per_row, h = item % per_row / blocks, b = item % blocks, first = rows->start[r];
         const int64_t place = item % per_row * each, state = per_row * each;
         float *const dst = s->states + rows->to[r] * state + place;
-        const float *src = s->states + rows->from[r] * state + place;
-        if (rows->from[r] < 0) {
-            memset(dst, 0, (size_t)each * 4);
-            src = dst;
-        }
+        const int64_t n = rows->start[r + 1] - first;
+        const float *src = dst;
+        if (rows->from[r] < 0) memset(dst, 0, (size_t)each * 4);
+        else src = s->states + rows->from[r] * state + place;
+        if (!n && src != dst) memcpy(dst, src, (size_t)each * 4);
         (wide == 32 ? scan_block<32 / W, BY_KEY, Ty, To> : scan_block<16 / W, BY_KEY, Ty, To>)(
-            s, rows->start[r + 1] - first, x + first * xs, xs, gates + first * decided, h, b * wide, src, dst,
+            s, n, x + first * xs, xs, gates + first * decided, h, b * wide, src, dst,
             out + first * s->heads * s->values);
     });
 }
