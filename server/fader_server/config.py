@@ -232,6 +232,10 @@ class ServeConfig:
                 f"binding {self.host} needs --api-key (or FADER_API_KEY) or --tenants, "
                 "or --insecure to serve without one"
             )
+        if self.protect_metrics and self.user_open and self.admin_key is None:
+            raise ConfigInvalid(
+                "--protect-metrics needs a key that opens /metrics: give --admin-key or --api-key"
+            )
 
     @property
     def loopback(self) -> bool:

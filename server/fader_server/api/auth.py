@@ -63,11 +63,14 @@ class Guard:
         raise Unauthorized("A valid API key is required: Authorization: Bearer KEY.")
 
     def observer(self, request: Request) -> Principal:
-        """The caller of a route that tells of all tenants. Raises Unauthorized or Forbidden."""
-        caller = self.user(request)
-        if caller.sees is not everything:
+        """The caller of a route that tells of all tenants, with a key also where users need none.
+        Raises Unauthorized or Forbidden."""
+        known = self._known(_presented(request))
+        if known is None:
+            raise Unauthorized("A valid API or admin key is required: Authorization: Bearer KEY.")
+        if known.sees is not everything:
             raise Forbidden("This route tells of all tenants: a tenant's key does not open it.")
-        return caller
+        return known
 
     def admin(self, request: Request) -> Principal:
         """The caller of an admin route. Raises Unauthorized or Forbidden."""

@@ -1,9 +1,11 @@
 import json
+from pathlib import Path
 
 import httpx
 import pytest
 from fastapi.routing import APIRoute
 
+from fader_server.cli import main
 from fader_server.config import ServeConfig
 from fader_server.errors import ConfigInvalid
 from tests.server.api.api_fakes import World
@@ -200,6 +202,25 @@ async def test_metrics_can_be_protected(worlds):
         assert (await client.get("/metrics")).status_code == 401
         key = {"authorization": "Bearer user-key"}
         assert (await client.get("/metrics", headers=key)).status_code == 200
+
+
+async def test_metrics_can_be_protected_where_users_need_no_key(worlds):
+    world = worlds(admin_key="admin-key", protect_metrics=True)
+    async with asgi(world) as client:
+        assert (await client.get("/v1/models")).status_code == 200
+        for headers in ({}, {"authorization": "Bearer made-up"}):
+            assert (await client.get("/metrics", headers=headers)).status_code == 401
+        key = {"authorization": "Bearer admin-key"}
+        assert (await client.get("/metrics", headers=key)).status_code == 200
+
+
+def test_protected_metrics_need_a_key_that_opens_them(capsys):
+    assert main(["serve", "--protect-metrics"]) == 2
+    told = capsys.readouterr().err.strip()
+    assert len(told.splitlines()) == 1
+    assert "--protect-metrics needs a key" in told
+    for keys in ({"admin_key": "a"}, {"api_key": ("k",)}, {"tenants": Path("tenants.toml")}):
+        ServeConfig(protect_metrics=True, **keys)
 
 
 async def test_neither_log_nor_settings_show_keys(worlds, caplog):
