@@ -43,6 +43,8 @@ class Drawn:
     """Waits for the device and tells, one result a row; called once."""
 
 
+_COLDEST = float(np.finfo(np.float32).tiny)
+"""Nothing is divided by less: 0 / 0 would be no number."""
 _CHUNK_ELEMENTS = 2**22
 """Logits worked on at a time for prompt logprobs: about 100 MB of temporaries."""
 
@@ -188,7 +190,7 @@ def _choose(x: Tensor, sequences: list[Sequence], unseen: int) -> tuple[Tensor, 
 def _draw(shifted: Tensor, sequences: list[Sequence], unseen: int) -> Tensor:
     """A token per row of shifted [R, V] (row maximum 0, overwritten) under its own parameters."""
     params = [sequence.request.params for sequence in sequences]
-    heat = np.array([p.temperature for p in params], np.float32)
+    heat = np.array([p.temperature for p in params], np.float32).clip(min=_COLDEST)
     mass = masses(shifted.div_(_upload(heat, shifted)[:, None]))
     cut = [row for row, p in enumerate(params) if truncates(p)]
     if cut:
