@@ -40,7 +40,7 @@ def _read_usual(fields: Fields, usual: Usual) -> Usual:
         top_k=max(0, fields.integer("top_k", usual.top_k, low=-1, high=INT64 - 1)),
         min_p=fields.number("min_p", usual.min_p, low=0.0, high=1.0),
         repetition_penalty=fields.number(
-            "repetition_penalty", usual.repetition_penalty, low=0.0, high=10.0, open_low=True
+            "repetition_penalty", usual.repetition_penalty, low=1e-3, high=10.0
         ),
     )
 
