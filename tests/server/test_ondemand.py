@@ -1,6 +1,7 @@
 """Loading on first use: one load for all who ask, bad names cost nothing, what is used stays."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -242,6 +243,24 @@ async def test_looks_at_a_slow_disk_are_bounded_too(monkeypatch):
         assert isinstance(one, AdapterNotFound)
     with pytest.raises(AdapterNotFound):
         await adapters.lease(terms("c"))  # there is room to look again
+
+
+async def test_looks_at_a_slow_disk_take_no_thread_of_other_work():
+    slow = threading.Event()
+
+    def offers(name: str) -> bool:
+        slow.wait()
+        return False
+
+    others = (os.cpu_count() or 1) + 4  # threads of a loop's own executor
+    adapters = OnDemand(Parking(FakeLoader(), fixed=frozenset(), limit=100), offers=offers)
+    looks = [asyncio.create_task(adapters.lease(terms(f"a{n}"))) for n in range(min(32, others))]
+    try:
+        await asyncio.sleep(0.05)
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "encoded"), 5) == "encoded"
+    finally:
+        slow.set()
+        await asyncio.gather(*looks, return_exceptions=True)
 
 
 async def test_every_name_of_a_blend_is_loaded_and_one_failure_takes_no_lease():
