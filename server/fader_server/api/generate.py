@@ -123,7 +123,7 @@ class Generator:
             return requests
         try:
             async with asyncio.timeout(self._patience.first_token):
-                guides = await self._guides(call, len(requests))
+                guides = await self._guides(call, len(requests), requests[0].tenant)
         except BaseException as error:
             counted.end(0)
             if isinstance(error, TimeoutError):
@@ -137,10 +137,12 @@ class Generator:
             for request, guide in zip(requests, guides, strict=True)
         ]
 
-    async def _guides(self, call: Call, count: int) -> Sequence[Guide] | None:
+    async def _guides(self, call: Call, count: int, tenant: str) -> Sequence[Guide] | None:
         if call.tools is not None:
-            return await self._tokenizer.tool_guides(call.tools, call.shape, count)
-        return None if call.shape is None else await self._tokenizer.guides(call.shape, count)
+            return await self._tokenizer.tool_guides(call.tools, call.shape, count, tenant=tenant)
+        if call.shape is None:
+            return None
+        return await self._tokenizer.guides(call.shape, count, tenant=tenant)
 
     def _choice(self, call: Call, index: int, request: Request) -> Choice:
         thought = self._tokenizer.thought(request.prompt) if call.chat else None

@@ -189,15 +189,16 @@ class Tokenizer(Protocol):
 
     def token_bytes(self, token: int) -> bytes | None: ...
 
-    async def guides(self, shape: Shape, count: int) -> Sequence[Guide]:
-        """For so many outputs of one shape. Waits for its grammar, which others share.
+    async def guides(self, shape: Shape, count: int, *, tenant: str = "") -> Sequence[Guide]:
+        """For so many outputs of one shape. Waits for its grammar, which others share; grammars
+        are made for tenants in turn.
 
         Raises RequestInvalid for a shape that cannot be enforced, Overloaded.
         """
         ...
 
     async def tool_guides(
-        self, use: ToolUse, shape: Shape | None, count: int
+        self, use: ToolUse, shape: Shape | None, count: int, *, tenant: str = ""
     ) -> Sequence[Guide] | None:
         """The same for outputs that may or must call tools, and have the shape in their content;
         None: they need no guide."""

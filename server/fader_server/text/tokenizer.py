@@ -220,23 +220,26 @@ class Tokenizer:
         """The bytes a token adds inside a text; None for one that adds none."""
         return self._pieces.piece(token) or None
 
-    async def guides(self, shape: Shape, count: int) -> "list[GrammarGuide]":
+    async def guides(self, shape: Shape, count: int, *, tenant: str = "") -> "list[GrammarGuide]":
         """For so many outputs of one shape. Raises RequestInvalid, Overloaded."""
-        return await self._guides.start_shape(shape, count)
+        return await self._guides.start_shape(shape, count, tenant=tenant)
 
     async def tool_guides(
-        self, use: ToolUse, shape: Shape | None, count: int
+        self, use: ToolUse, shape: Shape | None, count: int, *, tenant: str = ""
     ) -> "list[GrammarGuide] | None":
         """For outputs that may or must call tools, and have the shape in their content; None: they
         need none. Raises RequestInvalid, Overloaded."""
         from fader_server.text.tool_grammar import tool_grammar
 
         if shape is not None:
-            await self._guides.start_shape(shape, 0)  # what is wrong with it is told by itself
+            # what is wrong with it is told by itself
+            await self._guides.start_shape(shape, 0, tenant=tenant)
         grammar = tool_grammar(self._tool_format, use, shape)
         if grammar is None:
             return None
-        return await self._guides.start(grammar, count, param="tools", noun="parameters")
+        return await self._guides.start(
+            grammar, count, param="tools", noun="parameters", tenant=tenant
+        )
 
     @cached_property
     def _guides(self) -> "Guides":

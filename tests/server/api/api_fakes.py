@@ -172,6 +172,8 @@ class FakeTokenizer:
         self.thinks = False
         self.shapes: list[Shape] = []
         self.uses: list[tuple[ToolUse, str | None]] = []
+        self.guided: list[str] = []
+        """Tenants whose outputs were."""
 
     @property
     def schemas(self) -> list[str]:
@@ -232,14 +234,16 @@ class FakeTokenizer:
         return FakeToolStream(use, stops=stops, include_stop=include_stop)
 
     async def tool_guides(
-        self, use: ToolUse, shape: Shape | None, count: int
+        self, use: ToolUse, shape: Shape | None, count: int, *, tenant: str = ""
     ) -> list["FakeGuide"] | None:
         """Those that must call are guided."""
+        self.guided.append(tenant)
         self.uses.append((use, shape and shape.text))
         return [FakeGuide() for _ in range(count)] if use.must else None
 
-    async def guides(self, shape: Shape, count: int) -> list["FakeGuide"]:
+    async def guides(self, shape: Shape, count: int, *, tenant: str = "") -> list["FakeGuide"]:
         """Of a schema with `wait` never, with `refuse` a refusal."""
+        self.guided.append(tenant)
         self.shapes.append(shape)
         if "wait" in shape.text:
             await asyncio.sleep(60)

@@ -302,6 +302,19 @@ async def test_a_lease_is_taken_in_the_name_of_its_tenant(worlds):
     assert world.adapters.lessees == ["acme", "acme", "all", "key:1", "acme", "acme"]
 
 
+async def test_guides_are_made_in_the_name_of_their_tenant(worlds):
+    world = await build(worlds, full=True)
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}}
+    function = {"name": "f", "parameters": {}}
+    tools = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    async with asgi(world) as client:
+        ask = generations("base", response_format=form)[2]
+        assert (await send(client, ask, ACME)).status_code == 200
+        assert (await send(client, ask, "user-key")).status_code == 200
+        assert (await send(client, generations("base", **tools)[2], ALL)).status_code == 200
+    assert world.tokenizer.guided == ["acme", "key:1", "all"]
+
+
 async def test_log_lines_name_the_tenant_and_no_key(worlds, caplog):
     caplog.set_level(logging.INFO)
     world = await build(worlds, full=True)
