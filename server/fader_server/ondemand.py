@@ -22,6 +22,7 @@ from fader_server.api.adapter_ports import (
     Lease,
     Loaded,
     LoadOrder,
+    stands,
 )
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.bringing import Bringing, LoadsByName
@@ -202,7 +203,8 @@ class OnDemand:
     async def load(self, order: LoadOrder) -> Loaded:
         """What an administrator loads is not ours to evict, and a name barred before is free."""
         loaded = await self._inner.load(order, make_room=self._make_room)
-        self._bringing.free(order.name)
+        if stands(loaded, self._inner):  # else a name that was unloaded meanwhile stays barred
+            self._bringing.free(order.name)
         return loaded
 
     def unload(self, name: str) -> None:
