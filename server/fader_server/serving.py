@@ -19,6 +19,8 @@ _MAX_HEADER_BYTES = 16 * 1024
 _KEEP_ALIVE_SECONDS = 30
 _PULSE_SECONDS = 0.25
 """How soon the death of the engine is noticed."""
+_LONGEST_MS = 2**31 - 1
+"""That the kernel takes."""
 
 
 def bind(config: ServeConfig) -> socket.socket:
@@ -30,7 +32,7 @@ def bind(config: ServeConfig) -> socket.socket:
         sock = socket.socket(family, kind, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # the kernel ends connections nobody reads
-            milliseconds = int(config.stall_timeout * 1000)
+            milliseconds = min(int(config.stall_timeout * 1000), _LONGEST_MS)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         sock.bind(address)
     except OSError as error:

@@ -115,6 +115,7 @@ def test_sizes(text, size):
         ({"adapter": ["a=b", "a=c"]}, "--adapter"),
         ({"threads": "0"}, "--threads"),
         ({"stall_timeout": "nan"}, "--stall-timeout"),
+        ({"merge_seconds": "0"}, "--merge-seconds"),
         ({"api_key": ["a b"]}, "--api-key"),
         ({"api_key": [""]}, "--api-key"),
         ({"model": " "}, "MODEL"),
