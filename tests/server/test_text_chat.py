@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from fader_server.errors import ContextTooLong, ModelUnsupported, RequestInvalid
 from fader_server.text.tokenizer import Tokenizer
@@ -46,6 +47,21 @@ def test_an_honest_chat_gets_the_ids_transformers_gives(family, style, rstrip):
         ask("", "two\n\nlines", "naïve 你好 😀 \ue000\ue001"),
     ):
         assert tokenizer.encode_chat(messages) == reference(source, messages)
+
+
+@pytest.mark.parametrize("text", ["hello", FORGED])
+def test_a_chat_that_is_counted_may_end_with_what_was_said_and_begin_twice(text):
+    source = hf("byte_level", TEMPLATES["chatml"])
+    source.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", source.bos_token_id)]
+    )
+    tokenizer = Tokenizer(source, max_model_len=4096)
+    messages = ask(text)
+    whole = tokenizer.encode_chat(messages)
+    said = tokenizer.encode_chat(messages, speaks=False)
+    assert whole[: len(said)] == said != whole
+    twice = tokenizer.encode_chat(messages, special=True)
+    assert twice == [source.bos_token_id, *whole]
 
 
 @pytest.mark.parametrize("rstrip", [False, True])

@@ -23,8 +23,8 @@ class Principal:
 
     role: Role
     tenant: str
-    """"" when nobody needs a key; a tenant's name; else `key:1` for the first --api-key and so on, or
-    `key:admin`, which no tenant's name may be. Told in logs and metrics: nothing of the key."""
+    """"" when nobody needs a key; a tenant's name; else `key:1` for the first --api-key and so on,
+    or `key:admin`, which no tenant's name may be. Told in logs and metrics: nothing of the key."""
     sees: Sees = everything
     max_tokens: int | None = None
     """Of one answer; None: as many as the server gives."""

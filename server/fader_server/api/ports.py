@@ -156,8 +156,15 @@ class Tokenizer(Protocol):
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Tool] = (),
         effort: str | None = None,
+        *,
+        special: bool = False,
+        speaks: bool = True,
     ) -> list[int]:
-        """Through the base's template. Raises RequestInvalid, ContextTooLong."""
+        """Through the base's template.
+
+        special: also with the tokens the tokenizer adds by itself. speaks: with what the template
+        lets the assistant's answer begin with. Raises RequestInvalid, ContextTooLong.
+        """
         ...
 
     def decode(self, tokens: Iterable[int]) -> str: ...

@@ -121,7 +121,8 @@ class Tokenizer:
         and ContextTooLong for a text too long to be worth encoding.
         """
         check_length(len(text), self._max_model_len, param="prompt")
-        ids = encode(self._backend, text, param="prompt", special=special)
+        own = self._backend if special else None
+        ids = encode(self._backend, text, param="prompt", special=own)
         return self._taken(ids, param="prompt")
 
     def encode_chat(
@@ -129,6 +130,9 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Tool] = (),
         effort: str | None = None,
+        *,
+        special: bool = False,
+        speaks: bool = True,
     ) -> list[int]:
         """Ids of a chat; see ChatEncoder.encode. Control tokens in it are plain text."""
         if self._chat is None:
@@ -136,7 +140,8 @@ class Tokenizer:
                 "this model has no chat template: use /v1/completions", param="messages"
             )
         check_length(characters(messages, tools), self._max_model_len, param="messages")
-        return self._taken(self._chat.encode(messages, tools, effort), param="messages")
+        ids = self._chat.encode(messages, tools, effort, special=special, speaks=speaks)
+        return self._taken(ids, param="messages")
 
     def _taken(self, ids: list[int], *, param: str) -> list[int]:
         """The same ids. Raises RequestInvalid for one that the model has no embedding for."""

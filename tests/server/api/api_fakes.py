@@ -187,6 +187,9 @@ class FakeTokenizer:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Tool] = (),
         effort: str | None = None,
+        *,
+        special: bool = False,
+        speaks: bool = True,
     ) -> list[int]:
         if any(tool.name == "unreadable" for tool in tools):
             raise RequestInvalid("this model has no tools", param="tools")
@@ -199,8 +202,8 @@ class FakeTokenizer:
             f"{m['role']}:{m['content']}{more or ''}\n"
             for m, more in zip(messages, rest, strict=True)
         )
-        thought = f"effort:{effort}\n" if effort else ""
-        return list((thought + shown + "".join(lines)).encode())
+        first = ("special\n" if special else "") + (f"effort:{effort}\n" if effort else "")
+        return list((first + shown + "".join(lines) + ("" if speaks else "silent\n")).encode())
 
     def decode(self, tokens: Iterable[int]) -> str:
         return bytes(token for token in tokens if token < 256).decode(errors="replace")

@@ -265,6 +265,48 @@ async def test_tokenize_and_back(client):
         assert (await client.post("/detokenize", json=bad)).status_code == 400
 
 
+CHAT = {"messages": [{"role": "user", "content": "x"}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({"prompt": ""}, ""),
+        ({"prompt": "x", "max_tokens": 3, "stream": True, "unheard_of": 1}, "x"),
+        (CHAT, "user:x\n"),
+        (CHAT | {"add_generation_prompt": False}, "user:x\nsilent\n"),
+        (CHAT | {"add_special_tokens": True, "max_tokens": 3}, "special\nuser:x\n"),
+        (CHAT | {"reasoning_effort": "low"}, "effort:low\nuser:x\n"),
+        (CHAT | {"continue_final_message": False, "chat_template_kwargs": {}}, "user:x\n"),
+    ],
+)
+async def test_tokenize_does_as_its_fields_say(client, body, text):
+    answer = await client.post("/tokenize", json=body)
+    assert bytes(answer.json()["tokens"]).decode() == text
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "named"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": None}, "prompt"),
+        ("/tokenize", {"prompt": None, "messages": None}, "prompt"),
+        ("/tokenize", {"prompt": "x", "add_specal_tokens": False}, "add_special_tokens"),
+        ("/tokenize", {"prompt": "x", "return_token_str": True}, "return_token_strs"),
+        ("/tokenize", CHAT | {"add_generation_promt": False}, "add_generation_prompt"),
+        ("/tokenize", CHAT | {"add_generation_prompt": "no"}, "add_generation_prompt"),
+        ("/tokenize", CHAT | {"continue_final_message": True}, "continue_final_message"),
+        ("/tokenize", CHAT | {"chat_template": "{{ 1 }}"}, "chat_template"),
+        ("/tokenize", CHAT | {"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
+        ("/detokenize", {"tokens": [97], "modell": "tone"}, "model"),
+    ],
+)
+async def test_what_tokenize_cannot_do_is_refused(client, path, body, named):
+    answer = await client.post(path, json=body)
+    assert answer.status_code == 400
+    assert named in answer.json()["error"]["message"]
+
+
 async def test_unknown_routes_and_methods_have_the_envelope(client):
     for method, path, status in (
         ("GET", "/nope", 404), ("GET", "/v1/completions", 405), ("TRACE", "/v1/models", 405),

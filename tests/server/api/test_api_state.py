@@ -91,9 +91,11 @@ class Published(FakeAdapters):
     def __init__(self) -> None:
         super().__init__()
         self.gate = asyncio.Event()
+        self.published = asyncio.Semaphore(0)
 
     async def load(self, order: LoadOrder, **room) -> Loaded:
         loaded = await super().load(order)
+        self.published.release()
         await self.gate.wait()
         return loaded
 
@@ -112,12 +114,11 @@ async def test_what_was_unloaded_before_its_load_returned_does_not_come_back(tmp
     )
     load = asyncio.create_task(adapters.load(LoadOrder("a", "one")))
     moved = asyncio.create_task(adapters.load(LoadOrder("b", "one")))
-    while {"a", "b"} - inner.infos.keys():
-        await asyncio.sleep(0)
+    await inner.published.acquire()
+    await inner.published.acquire()
     adapters.unload("a")
     last = asyncio.create_task(adapters.load(LoadOrder("b", "two")))
-    while inner.infos["b"].version != digest("two"):
-        await asyncio.sleep(0)
+    await inner.published.acquire()
     inner.gate.set()
     assert (await load).info.version == digest("one")
     await asyncio.gather(moved, last)
