@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from fader_adapters.errors import AdapterInvalid, BlendInvalid, VersionConflict
+from fader_adapters.errors import AdapterExists, AdapterInvalid, BlendInvalid, VersionConflict
 from fader_adapters.leases import HostAdapter
 from fader_adapters.report import AdapterReport
 from fader_adapters.spec import ADAPTER_NAME, MAX_WEIGHT, NESTED_NAME, Digest
@@ -98,3 +98,11 @@ def check_version(name: str, current: str, expected: str | None) -> None:
     advice = "read it again" if expected else "swap it, or choose another name"
     found = f"at {current}" if current else "not loaded"
     raise VersionConflict(f"expected {name!r} {wanted}, it is {found}; {advice}")
+
+
+def check_move(name: str, current: str, *, replace: bool, if_version: str | None) -> None:
+    """Whether a name may mean another version. Raises VersionConflict, and AdapterExists for one
+    that is taken and is not to be replaced."""
+    check_version(name, current, if_version)
+    if current and not replace and if_version is None:
+        raise AdapterExists(f"the adapter {name!r} is loaded already; ask to replace it")

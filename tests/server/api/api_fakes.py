@@ -489,13 +489,14 @@ class FakeAdapters:
 
     async def load(self, order: LoadOrder) -> Loaded:
         await asyncio.sleep(0)
-        info, old = self._sourced(order), self.infos.get(order.name)
+        old = self.infos.get(order.name)
         if order.name in self.claims.names:
             raise NameReserved("a recipe has the name")
         if old and not order.replace:
             raise AdapterExists("taken")
         if order.if_version is not None and (old.version if old else "") != order.if_version:
             raise VersionConflict("moved")
+        info = self._sourced(order)
         self.infos[order.name] = info
         if old and (old.name, old.version) in self.claims.versions:
             self.earlier.setdefault(old.name, []).append(old)
