@@ -45,7 +45,7 @@ class Metrics:
             "queue_seconds", "From a request's submission to its first step.", _QUEUE
         )
         self.inter_token = self._histogram(
-            "inter_token_seconds", "Between tokens of a call, divided by its choices.", _STEP
+            "inter_token_seconds", "Between tokens of a choice.", _STEP
         )
         self._tokens = self._counter("tokens", "Tokens of finished calls.", "direction")
         self._requests = self._counter("requests", "Calls that ended.", "adapter", "outcome")

@@ -247,7 +247,7 @@ class Generation:
             self._in_engine.discard(event.request_id)
             return Delta(choice.index)
         if event.token is not None:
-            self._record.token()
+            self._record.token(choice.index)
         delta = choice.take(event)
         if choice.finish is not None:
             self._in_engine.discard(event.request_id)
