@@ -18,13 +18,19 @@ from fader_adapters.errors import (
     SourceUnavailable,
     VersionConflict,
 )
+from fader_adapters.roots import Found
 from fader_server import bringing, refusals
 from fader_server.api.adapter_ports import Loaded, LoadOrder
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.errors import Overloaded
+from fader_server.metrics import Metrics
 from fader_server.ondemand import OnDemand
 from fader_server.parking import Parking
-from tests.server.api.api_fakes import FakeAdapters
+from fader_server.state import RememberedAdapters
+from fader_server.state_entries import State, Wanted
+from fader_server.state_file import StateFile
+from fader_server.watch import Watcher
+from tests.server.api.api_fakes import FakeAdapters, digest
 
 
 class FakeLoader(FakeAdapters):
@@ -381,6 +387,44 @@ async def test_names_are_bounded_parked_or_not():
         await adapters.load(LoadOrder("e", "e"))
     adapters.unload("a")
     await adapters.load(LoadOrder("e", "e"))
+
+
+class Roots:
+    """Two folders, one of which is no adapter."""
+
+    def discover(self) -> list[Found]:
+        return [Found(name, name, (1,), complete=True) for name in ("watched", "broken")]
+
+    def holds(self, reference: str) -> bool:
+        return True
+
+
+async def test_every_load_is_counted_whoever_asked_for_it(tmp_path):
+    loader, metrics = FakeLoader(), Metrics()
+    loader.failures["broken"] = AdapterInvalid("lora_A is missing")
+    parking = Parking(loader, fixed=frozenset(), limit=100)
+    adapters = OnDemand(parking, offers=lambda name: True, told=metrics.loaded)
+
+    def counted() -> tuple[int, int]:
+        lines = dict(line.rsplit(" ", 1) for line in metrics.render().decode().splitlines())
+        loads = "fader_adapter_loads_total"
+        ok, refused = (int(float(lines[f'{loads}{{result="{r}"}}'])) for r in ("ok", "refused"))
+        assert float(lines['fader_adapter_load_seconds_count{tier="host"}']) == ok + refused
+        return ok, refused
+
+    await adapters.load(LoadOrder("by-hand", "by-hand"))
+    with pytest.raises(AdapterInvalid):
+        await adapters.load(LoadOrder("broken", "broken"))
+    assert counted() == (1, 1)
+    await lease_all(adapters, "on-demand")
+    assert counted() == (2, 1)
+    await Watcher(adapters, Roots(), seen={}, reserved=()).look()
+    assert counted() == (3, 2)
+    wanted = {"a": Wanted("a", None, digest("a"), False), "b": None}
+    kept = RememberedAdapters(adapters, StateFile(tmp_path), State(wanted))
+    await kept.restore()
+    kept.close()
+    assert counted() == (4, 2)
 
 
 async def test_two_names_that_take_turns_in_one_place_are_both_served():

@@ -1,14 +1,13 @@
 """/v1/adapters: health reports for users; load, swap, pin and unload for administrators."""
 
 import re
-import time
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from fader_adapters.errors import AdapterError, AdapterExists
+from fader_adapters.errors import AdapterExists
 from fader_adapters.report import health_facts
 from fader_adapters.spec import ADAPTER_NAME, NESTED_NAME
 from fader_server.api.adapter_ports import AdapterInfo, Loaded, LoadOrder
@@ -93,18 +92,12 @@ def read_order(name: str, body: dict[str, Any]) -> LoadOrder:
 
 
 async def load(request: Request, order: LoadOrder) -> Loaded:
-    """Load, counted and logged."""
+    """Load, logged."""
     context = context_of(request)
     if order.name == context.base.name:
         raise AdapterExists("the base has this name; choose another for the adapter")
     log_of(request).extra["adapter"] = order.name
-    began = time.monotonic()
-    try:
-        loaded = await context.adapters.load(order)
-    except AdapterError:
-        context.metrics.loaded("refused", time.monotonic() - began)
-        raise
-    context.metrics.loaded("ok", time.monotonic() - began)
+    loaded = await context.adapters.load(order)
     log_of(request).extra["version"] = loaded.info.version
     return loaded
 
