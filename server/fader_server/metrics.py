@@ -86,7 +86,7 @@ class Metrics:
         self._ignored.inc(fields)
 
     def first(self, adapter: str, seconds: float) -> None:
-        """A call's first token. `adapter` is a registered name, `base` or `blend`."""
+        """A call's first token. `adapter` is as `label_of` tells it."""
         self.first_token.observe(seconds)
         self._adapter_first.labels(self._adapters.of(adapter)).observe(seconds)
 

@@ -1,5 +1,6 @@
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from urllib.parse import quote
@@ -11,7 +12,7 @@ from fader_adapters.errors import AdapterInvalid, AdapterMismatch, AdapterTooLar
 from fader_server.api.edge import JsonFormatter
 from fader_server.core import Admission, Request, TokenEvent
 from fader_server.engine.stats import TenantStats
-from tests.server.api.api_fakes import World, build_world, digest
+from tests.server.api.api_fakes import FakeAdapters, World, build_world, digest
 from tests.server.api.conftest import asgi, listening
 
 REPORT = {
@@ -361,6 +362,24 @@ async def test_metrics_of_calls_and_the_gateway_contract(client, world: World):
         "fader_inter_token_seconds_count 2.0",
     ):
         assert line in text, line
+
+
+async def test_adapters_that_are_named_like_a_label_have_series_of_their_own(worlds):
+    names = ("base", "blend", "other", "tone")
+    world = worlds(adapters=FakeAdapters(names[1:]))
+    world.app.state.context.generator._base_name = "llama"
+    world.adapters.infos["base"] = world.adapters.infos["tone"]
+    named = {"adapters": [{"name": "other"}, {"name": "tone"}]}
+    async with asgi(world) as client:
+        for body in (*({"model": name} for name in names), {"model": "llama"}):
+            sent = body | {"prompt": "x", "max_tokens": 1}
+            assert (await client.post("/v1/completions", json=sent)).status_code == 200
+        sent = named | {"model": "llama", "prompt": "x", "max_tokens": 1}
+        assert (await client.post("/v1/completions", json=sent)).status_code == 200
+    text = world.metrics.render().decode()
+    labels = re.findall(r'fader_requests_total\{adapter="(.*)",outcome="ok"\} 1.0', text)
+    told = ["adapter:base", "adapter:blend", "adapter:other", "base", "blend", "tone"]
+    assert sorted(labels) == told
 
 
 async def test_metrics_of_tenants_and_of_nobody_without_a_key(client, world: World):
