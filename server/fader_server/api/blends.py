@@ -71,14 +71,6 @@ def read_named(fields: Fields, model: str, max_terms: int) -> tuple[NamedTerm, .
     return (NamedTerm(ref, 1.0),)
 
 
-def parse_terms(value: object, max_terms: int) -> tuple[NamedTerm, ...]:
-    """A list of {"name", "weight"} outside a generation body. Raises RequestInvalid."""
-    fields = Fields({"adapters": value})
-    terms = _read(fields, "adapters", frozenset({"name"}), "weight", max_terms)
-    fields.finish(code="blend_invalid")
-    return terms
-
-
 def _read(
     fields: Fields, field: str, names: frozenset[str], weight_name: str, max_terms: int
 ) -> tuple[NamedTerm, ...]:

@@ -78,12 +78,12 @@ class ChatEncoder:
     ) -> list[int]:
         """Ids of the rendered chat, ready for the assistant to speak, unless it never `speaks`.
 
-        messages: `role`, `content` (a string, or a list of {"type": "text", "text": …} whose texts
-        are joined), optionally `name`, `tool_call_id`, `reasoning_content`, which reaches templates
-        that read it, and `tool_calls`, each with `id`, and `function` with `name` and `arguments`,
-        an object. tools: what is offered. effort: one of EFFORTS; None, or a template that knows of
-        none: as it is by itself. special: with the tokens that the tokenizer adds by itself, beside
-        those of the template. Raises RequestInvalid.
+        messages: `role`, `content`, a string, optionally `name`, `tool_call_id`,
+        `reasoning_content`, which reaches templates that read it, and `tool_calls`, each with `id`,
+        and `function` with `name` and `arguments`, an object. tools: what is offered. effort: one
+        of EFFORTS; None, or a template that knows of none: as it is by itself. special: with the
+        tokens that the tokenizer adds by itself, beside those of the template. Raises
+        RequestInvalid.
         """
         if not messages:
             raise RequestInvalid("expected at least one message", param="messages")

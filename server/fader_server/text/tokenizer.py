@@ -109,11 +109,6 @@ class Tokenizer:
             thoughts_apart=thoughts_apart,
         )
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether encode_chat works."""
-        return self._chat is not None
-
     def encode_prompt(self, text: str, *, special: bool = True) -> list[int]:
         """Ids of a raw prompt; control tokens in it are control tokens.
 
