@@ -1,6 +1,5 @@
 """/v1/adapters: health reports for users; load, swap, pin and unload for administrators."""
 
-import re
 from typing import Any
 
 from fastapi import APIRouter
@@ -9,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 
 from fader_adapters.errors import AdapterExists
 from fader_adapters.report import health_facts
-from fader_adapters.spec import ADAPTER_NAME, NESTED_NAME
+from fader_adapters.spec import ADAPTER_NAME, DIGEST, DIGEST_PREFIX, NESTED_NAME
 from fader_server.api.adapter_ports import AdapterInfo, Loaded, LoadOrder
 from fader_server.api.blends import AdapterRef
 from fader_server.api.context import body_of, context_of, log_of, principal_of, visible_to
@@ -18,8 +17,6 @@ from fader_server.errors import RequestInvalid
 
 user_router = APIRouter()
 admin_router = APIRouter()
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_VERSION = re.compile(r"[0-9a-f]{12,64}")
 
 
 @user_router.api_route("/v1/adapters", methods=["GET", "HEAD"])
@@ -83,9 +80,9 @@ def read_order(name: str, body: dict[str, Any]) -> LoadOrder:
         if_version=fields.string("if_version", longest=64) if "if_version" in body else None,
         pin=None if fields.raw("pin") is None else fields.boolean("pin"),
     )
-    if order.sha256 and not _SHA256.fullmatch(order.sha256):
+    if order.sha256 and not DIGEST.fullmatch(order.sha256):
         fields.refuse("sha256", "must be 64 lower-case hexadecimal digits")
-    if order.if_version and not _VERSION.fullmatch(order.if_version):
+    if order.if_version and not DIGEST_PREFIX.fullmatch(order.if_version):
         fields.refuse("if_version", "must be 12 to 64 lower-case hexadecimal digits, or empty")
     fields.finish()
     return order

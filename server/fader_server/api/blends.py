@@ -3,15 +3,12 @@
 Knows the grammar only, not which adapters exist.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
-from fader_adapters.spec import ADAPTER_NAME, MAX_WEIGHT, NESTED_NAME
+from fader_adapters.spec import ADAPTER_NAME, DIGEST_PREFIX, MAX_WEIGHT, NESTED_NAME
 from fader_server.api.fields import Fields, is_finite
 from fader_server.errors import RequestInvalid
-
-_VERSION = re.compile(r"[0-9a-f]{12,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +26,7 @@ class AdapterRef:
         name, at, version = text.partition("@")
         if not (ADAPTER_NAME.fullmatch(name) or NESTED_NAME.fullmatch(name)):
             return None
-        if at and not _VERSION.fullmatch(version):
+        if at and not DIGEST_PREFIX.fullmatch(version):
             return None
         return cls(name, version or None)
 

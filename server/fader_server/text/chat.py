@@ -14,12 +14,12 @@ from fader_server.text.contents import text_of, with_short_ids
 from fader_server.text.controls import Controls, Marking
 from fader_server.text.effort import variables_for, variables_read
 from fader_server.text.encoding import encode
+from fader_server.text.roles import ROLES
 from fader_server.text.thought import find_markers
 from fader_server.text.tool_format import ToolFormat
 from fader_server.text.tool_probe import Unread, find_format
 from fader_server.text.tools import Tool
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 _FIELDS = ("content", "name", "tool_call_id", "reasoning_content")
 _WORD = "parrot"
 """What a template is asked to repeat."""
