@@ -93,7 +93,7 @@ class Metrics:
     def ended(
         self, adapter: str, outcome: str, *, seconds: float, prompt: int, completion: int
     ) -> None:
-        """A call that had a lease ended; `outcome` is ok, error, timeout, gone or refused."""
+        """A call that had a lease ended: ok, error, timeout, gone, stalled or refused."""
         label = self._adapters.of(adapter)
         self.duration.observe(seconds)
         self._requests.labels(label, outcome).inc()
