@@ -10,13 +10,12 @@ from fader_adapters.claims import NONE
 from fader_adapters.errors import AdapterNotFound, NameReserved
 from fader_adapters.leases import AdapterRef, LeasedTerm
 from fader_adapters.records import (
-    VERSION_PREFIX,
     AdapterStatus,
     NameRecord,
     VersionRecord,
     check_weight,
 )
-from fader_adapters.spec import Digest
+from fader_adapters.spec import DIGEST_PREFIX, Digest
 
 
 class Books:
@@ -104,7 +103,7 @@ class Books:
             if version.startswith(ref.version)
             and (version == record.version or self._versions[version].retired_from(ref.name))
         ]
-        if not VERSION_PREFIX.fullmatch(ref.version) or len(live) != 1:
+        if not DIGEST_PREFIX.fullmatch(ref.version) or len(live) != 1:
             raise AdapterNotFound(
                 f"no live version {ref.version[:64]!r} of adapter {ref.name!r}; it is at "
                 f"{record.version[:12]}"

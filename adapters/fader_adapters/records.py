@@ -1,16 +1,12 @@
 """The store's books: one record a name, one a version, and what may stand in them. No behaviour."""
 
 import math
-import re
 from dataclasses import dataclass, field
 
-from fader_adapters.errors import AdapterInvalid, BlendInvalid, VersionConflict
+from fader_adapters.errors import AdapterExists, AdapterInvalid, BlendInvalid, VersionConflict
 from fader_adapters.leases import HostAdapter
 from fader_adapters.report import AdapterReport
-from fader_adapters.spec import ADAPTER_NAME, MAX_WEIGHT, NESTED_NAME, Digest
-
-VERSION_PREFIX = re.compile(r"[0-9a-f]{12,64}", re.ASCII)
-"""What `fullmatch` of a version in a request must accept."""
+from fader_adapters.spec import ADAPTER_NAME, DIGEST_PREFIX, MAX_WEIGHT, NESTED_NAME, Digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +88,17 @@ def check_version(name: str, current: str, expected: str | None) -> None:
     """
     if expected is None or expected == current:
         return
-    if VERSION_PREFIX.fullmatch(expected) and current.startswith(expected):
+    if DIGEST_PREFIX.fullmatch(expected) and current.startswith(expected):
         return
     wanted = f"at version {expected[:64]}" if expected else "to be free"
     advice = "read it again" if expected else "swap it, or choose another name"
     found = f"at {current}" if current else "not loaded"
     raise VersionConflict(f"expected {name!r} {wanted}, it is {found}; {advice}")
+
+
+def check_move(name: str, current: str, *, replace: bool, if_version: str | None) -> None:
+    """Whether a name may mean another version. Raises VersionConflict, and AdapterExists for one
+    that is taken and is not to be replaced."""
+    check_version(name, current, if_version)
+    if current and not replace and if_version is None:
+        raise AdapterExists(f"the adapter {name!r} is loaded already; ask to replace it")

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 Digest = NewType("Digest", str)
 """A sha256 in lower-case hexadecimal, 64 characters."""
 
+DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+"""What `fullmatch` of a whole digest must accept."""
+
+DIGEST_PREFIX = re.compile(r"[0-9a-f]{12,64}", re.ASCII)
+"""What `fullmatch` of a digest in a request must accept: it may be cut."""
+
 EXTENT_ALIGN = 32
 """Every A and B starts at a multiple of this many elements inside an extent (64 bytes in bf16)."""
 

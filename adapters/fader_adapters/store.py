@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Sequence
 from fader_adapters.books import Books
 from fader_adapters.claims import Claims
 from fader_adapters.errors import (
-    AdapterExists,
     ArenaFull,
     BlendInvalid,
     NameReserved,
@@ -19,6 +18,7 @@ from fader_adapters.parse import ParsedAdapter
 from fader_adapters.records import (
     NameRecord,
     VersionRecord,
+    check_move,
     check_name,
     check_version,
     check_weight,
@@ -151,10 +151,7 @@ class Store(Books):
         assert reservation.filled
         record = self._names.get(name)
         check_name(name)
-        self.check_unclaimed(name)
-        check_version(name, self._current(name), if_version)
-        if record is not None and not replace and if_version is None:
-            raise AdapterExists(f"the adapter {name!r} is loaded already; ask to replace it")
+        self.check_move(name, replace=replace, if_version=if_version)
         if record is None and len(self._names) >= self._max_adapters:
             raise ArenaFull(
                 f"{len(self._names)} adapters are loaded, the limit; unload one first", nbytes=0
@@ -175,6 +172,12 @@ class Store(Books):
             self._note_former(old, name)
             self._retire_unwanted(old)
         return entry.adapter
+
+    def check_move(self, name: str, *, replace: bool, if_version: str | None) -> None:
+        """What `publish` would say of the name at once. Raises NameReserved, VersionConflict,
+        AdapterExists."""
+        self.check_unclaimed(name)
+        check_move(name, self._current(name), replace=replace, if_version=if_version)
 
     def adopt(self, name: str, reservation: Reservation) -> None:
         """Take a claimed version in as an earlier one of the name, which stays where it is.

@@ -1,5 +1,7 @@
 """Builds the application from its parts. No globals: two applications never share a thing."""
 
+import math
+
 from fastapi import Depends, FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -128,7 +130,7 @@ def _context(
             vocab_size=tokenizer.vocab_size,
             usual=base.usual,
         ),
-        pace=Pace(ping=config.ping_interval, stall=config.stall_timeout),
+        pace=Pace(ping=config.ping_interval or math.inf, stall=config.stall_timeout),
         board=Board(traffic=merging.traffic if merging is not None else None),
         version=version,
         merging=merging,

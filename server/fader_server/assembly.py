@@ -1,5 +1,7 @@
 """The parts of an engine over a loaded base, by the settings: memory, cache, scheduler, runner."""
 
+import logging
+
 import torch
 
 from fader_adapters.kernels.cpu import NativeBackend
@@ -23,6 +25,8 @@ from fader_server.model.packed_states import KEPT
 from fader_server.model.runner import ModelRunner
 from fader_server.model.sampler import Sampler
 from fader_server.tenants import Tenant
+
+_log = logging.getLogger(__name__)
 
 BLOCK_SIZE = 16
 _HOST_ARENAS = 4
@@ -151,8 +155,12 @@ def runner_of(
 
 
 def host_tier(arena: torch.Tensor, wanted: int | None) -> HostTier:
-    """Where adapters rest in host memory: on a CPU in the arena, else in `wanted` bytes."""
+    """Where adapters rest in host memory: on a CPU in the arena, else in `wanted` bytes; one that
+    is wanted in vain is told in the log."""
     if arena.device.type == "cpu":
+        if wanted is not None:
+            fields = {"reason": "on a CPU adapters rest in the arena: --arena is its size"}
+            _log.warning("--host-adapters changes nothing", extra={"fields": fields})
         return ArenaTier(arena)
     total = _HOST_ARENAS * arena.nbytes if wanted is None else wanted
     return BufferTier(total, arena.dtype, pinned=True, largest=arena.nbytes)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from fader_adapters.claims import NONE, Claims
@@ -24,6 +25,8 @@ _log = logging.getLogger(__name__)
 
 MAX_LOADS = 32
 """Loads under way; more are told to come again, of tenants that have their part of them."""
+_LOOKS = 2 * MAX_LOADS
+"""At disks at one time, on threads of their own: slow ones keep no other work from a thread."""
 
 
 class LoadsByName(Protocol):
@@ -63,6 +66,7 @@ class Bringing:
         self._make_room = make_room
         self._told = told
         self._clock = clock
+        self._disks = ThreadPoolExecutor(_LOOKS, "fader-look")
         self._flights: dict[str, asyncio.Task[Exception | None]] = {}
         self._loads = Portions()
         self._refusals = Refusals(clock)
@@ -96,7 +100,10 @@ class Bringing:
         if self._loads.full(tenant, MAX_LOADS):  # a look at a slow disk takes a thread, as a load
             raise _too_many()
         with self._loads.one(tenant):
-            return await asyncio.to_thread(self._offers, name)
+            return await self._look(name)
+
+    async def _look(self, name: str) -> bool:
+        return await asyncio.get_running_loop().run_in_executor(self._disks, self._offers, name)
 
     async def bring(self, name: str, tenant: str) -> Exception | None:
         """Have the name loaded; why not, else."""
@@ -117,7 +124,7 @@ class Bringing:
         try:
             with self._loads.one(tenant):
                 parked = self._inner.order_of(name) is not None
-                if not parked and not await asyncio.to_thread(self._offers, name):
+                if not parked and not await self._look(name):
                     return self.refuse(name, SourceNotFound("no such source"))
                 loaded = await self._fetch(name, parked=parked)
         except VersionConflict:

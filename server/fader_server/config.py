@@ -100,7 +100,9 @@ class ServeConfig:
         "share of tokens from which auto merges",
         parse=partial(kinds.number, low=0.0, high=1.0),
     )
-    merge_seconds: float = define(30.0, "seconds that auto looks back", parse=_SECONDS)
+    merge_seconds: float = define(
+        30.0, "seconds that auto looks back", parse=partial(kinds.number, low=1.0, high=1e8)
+    )
     probe: Path | None = define(  # noqa: RUF009 - a field, as all others
         None, "text that tells what merging costs", parse=kinds.path, metavar="FILE"
     )
@@ -192,7 +194,9 @@ class ServeConfig:
     stuck_timeout: float = define(
         120.0, "seconds without an engine step before /health fails", parse=_SECONDS
     )
-    ping_interval: float = define(15.0, "seconds between pings of a silent stream", parse=_SECONDS)
+    ping_interval: float = define(
+        15.0, "seconds between pings of a silent stream, 0: none", parse=_SECONDS
+    )
     drain_grace: float = define(
         5.0, "seconds to keep accepting after SIGTERM, not ready", parse=_SECONDS
     )
@@ -236,6 +240,10 @@ class ServeConfig:
             raise ConfigInvalid(
                 f"binding {self.host} needs --api-key (or FADER_API_KEY) or --tenants, "
                 "or --insecure to serve without one"
+            )
+        if self.protect_metrics and self.user_open and self.admin_key is None:
+            raise ConfigInvalid(
+                "--protect-metrics needs a key that opens /metrics: give --admin-key or --api-key"
             )
 
     @property

@@ -239,7 +239,7 @@ class RowResult:
 class Runner(Protocol):
     """The device side of a step. Running a plan again before it is committed changes nothing.
 
-    Block 0 belongs to nobody: rows may write it, and what it holds is never read.
+    Block 0 belongs to nobody: rows may write it, and nothing that it holds reaches a result.
     """
 
     def run(self, plan: Plan) -> list[RowResult]:

@@ -10,6 +10,7 @@ from fader_adapters.changes import Changes
 from fader_adapters.lane import MergedLane, Merger
 from fader_server.api.adapter_ports import Lease
 from fader_server.api.merge_ports import MergeJob, MergeOrder
+from fader_server.core import Lane
 from fader_server.errors import MergeLossy
 from fader_server.model.fidelity import Fidelity, measure
 from fader_server.model.loaded import LoadedBase
@@ -49,6 +50,8 @@ class Job:
         self.lease = lease
         self.merger = merger
         self.pace = pace
+        self.lane: Lane | None = None
+        """Once it is open."""
         self._changes = changes
         self._base = base
         self._probe = probe

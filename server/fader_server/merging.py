@@ -114,9 +114,10 @@ class MergedLanes:
             assert thread is not None
             job.pace.cancel()
             await asyncio.to_thread(thread.join)
+            if job.lane is not None:  # it was past the last look at whether it is wanted
+                await self._close(job.lane)
         elif lane is not None:
-            await asyncio.wrap_future(self._parts.engine.call(self._close_lane))
-            _log.info("lane closed", extra={"fields": {"blend": lane[0].blend[:12]}})
+            await self._close(lane[0])
         elif ended is None:
             raise MergeNotFound("nothing is merged: there is no lane to drop")
         return self.status()
@@ -186,7 +187,7 @@ class MergedLanes:
             stage, reason = "refused", str(error)
         except (AdapterError, FaderError) as error:
             reason = str(error)
-        except Exception as error:  # noqa: BLE001 - the border of a thread
+        except BaseException as error:  # noqa: BLE001 - the border of a thread; a native panic too
             _log.exception("the merge failed")
             reason = f"a fault inside the server: {type(error).__name__}"
         job.lease.release()
@@ -198,7 +199,10 @@ class MergedLanes:
             self._job, self._ended = None, ended
 
     def _open(self, job: Job, done: Done, seconds: float) -> None:
-        """On the engine thread, or before it serves: one command, and the lane is there."""
+        """On the engine thread, or before it serves: one command, and the lane is there. Raises
+        Cancelled."""
+        if job.pace.cancelled:
+            raise Cancelled
         parts, merged = self._parts, done.merged
         lane = Lane(merged.spec.blend.digest, merged.spec.key)
         info = LaneInfo(
@@ -214,6 +218,7 @@ class MergedLanes:
         with self._lock:
             self._held[lane] = merged.weights.nbytes
             self._lane = (lane, info)
+            job.lane = lane
         parts.runner.add_lane(lane, merged.weights)
         parts.lanes.replace(lane, partial(self._gone, lane))
         fields = {
@@ -227,10 +232,19 @@ class MergedLanes:
         }
         _log.info("lane opened", extra={"fields": fields})
 
-    def _close_lane(self) -> None:
+    async def _close(self, lane: Lane) -> None:
+        """Unless another has taken its place."""
+        if await asyncio.wrap_future(self._parts.engine.call(partial(self._close_lane, lane))):
+            _log.info("lane closed", extra={"fields": {"blend": lane.blend[:12]}})
+
+    def _close_lane(self, lane: Lane) -> bool:
+        """On the engine thread; whether it was open."""
         with self._lock:
+            if self._lane is None or self._lane[0] != lane:
+                return False
             self._lane = None
         self._parts.lanes.replace(None)
+        return True
 
     def _gone(self, lane: Lane) -> None:
         """On the engine thread; the memory is given back elsewhere, which may take a while."""

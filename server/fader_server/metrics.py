@@ -45,7 +45,7 @@ class Metrics:
             "queue_seconds", "From a request's submission to its first step.", _QUEUE
         )
         self.inter_token = self._histogram(
-            "inter_token_seconds", "Between tokens of a call, divided by its choices.", _STEP
+            "inter_token_seconds", "Between tokens of a choice.", _STEP
         )
         self._tokens = self._counter("tokens", "Tokens of finished calls.", "direction")
         self._requests = self._counter("requests", "Calls that ended.", "adapter", "outcome")
@@ -86,14 +86,14 @@ class Metrics:
         self._ignored.inc(fields)
 
     def first(self, adapter: str, seconds: float) -> None:
-        """A call's first token. `adapter` is a registered name, `base` or `blend`."""
+        """A call's first token. `adapter` is as `label_of` tells it."""
         self.first_token.observe(seconds)
         self._adapter_first.labels(self._adapters.of(adapter)).observe(seconds)
 
     def ended(
         self, adapter: str, outcome: str, *, seconds: float, prompt: int, completion: int
     ) -> None:
-        """A call that had a lease ended; `outcome` is ok, error, timeout, gone or refused."""
+        """A call that had a lease ended: ok, error, timeout, gone, stalled or refused."""
         label = self._adapters.of(adapter)
         self.duration.observe(seconds)
         self._requests.labels(label, outcome).inc()

@@ -8,12 +8,12 @@ import asyncio
 import copy
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 from fader_adapters.claims import Claims
-from fader_adapters.errors import AdapterNotFound, ArenaFull
+from fader_adapters.errors import AdapterError, AdapterNotFound, ArenaFull
 from fader_adapters.room import InTheWay, RoomWanted
 from fader_server.api.adapter_ports import (
     AdapterInfo,
@@ -22,6 +22,7 @@ from fader_server.api.adapter_ports import (
     Lease,
     Loaded,
     LoadOrder,
+    stands,
 )
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.bringing import Bringing, LoadsByName
@@ -62,11 +63,13 @@ class OnDemand:
         max_waiting: int = 1024,
         counted: Counted = lambda tenant: nullcontext(),
     ) -> None:
-        """`offers`, `told`: see Bringing. A request waits `room_seconds` for leases of others to
-        end where its adapters need the room, and at most `max_waiting` requests do, each of them
-        within `counted`.
+        """`offers`: see Bringing; `told` hears of every load. A request waits `room_seconds` for
+        leases of others to end where its adapters need the room, and at most `max_waiting`
+        requests do, each of them within `counted`.
         """
         self._inner = inner
+        self._told = told
+        self._clock = clock
         self._bringing = Bringing(
             inner, offers=offers, make_room=self._make_room, told=told, clock=clock
         )
@@ -201,8 +204,10 @@ class OnDemand:
 
     async def load(self, order: LoadOrder) -> Loaded:
         """What an administrator loads is not ours to evict, and a name barred before is free."""
-        loaded = await self._inner.load(order, make_room=self._make_room)
-        self._bringing.free(order.name)
+        with self._counted():
+            loaded = await self._inner.load(order, make_room=self._make_room)
+        if stands(loaded, self._inner):  # else a name that was unloaded meanwhile stays barred
+            self._bringing.free(order.name)
         return loaded
 
     def unload(self, name: str) -> None:
@@ -211,7 +216,8 @@ class OnDemand:
         self._inner.unload(name)
 
     async def revive(self, order: LoadOrder) -> None:
-        await self._inner.revive(order)
+        with self._counted():
+            await self._inner.revive(order)
 
     def claim(self, claims: Claims) -> None:
         self._inner.claim(claims)
@@ -234,6 +240,17 @@ class OnDemand:
 
     def totals(self) -> AdapterTotals:
         return self._inner.totals()
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """A load by an administrator, a folder that changed or a restart."""
+        began = self._clock()
+        try:
+            yield
+        except AdapterError:
+            self._told("refused", self._clock() - began)
+            raise
+        self._told("ok", self._clock() - began)
 
     def _missing(self, name: str) -> bool:
         try:

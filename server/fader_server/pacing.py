@@ -37,9 +37,13 @@ class Pace:
     def cancel(self) -> None:
         self._cancelled.set()
 
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
     def __call__(self) -> None:
         """After a piece of work; the first call is before it. Raises Cancelled."""
-        if self._cancelled.is_set():
+        if self.cancelled:
             raise Cancelled
         if self._since is None:
             self._since = self._clock()

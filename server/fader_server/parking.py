@@ -10,14 +10,13 @@ from typing import Protocol
 
 from fader_adapters.claims import Claims
 from fader_adapters.errors import (
-    AdapterExists,
     AdapterNotFound,
     ArenaFull,
     NameReserved,
     SourceUnavailable,
     VersionConflict,
 )
-from fader_adapters.records import check_version
+from fader_adapters.records import check_move
 from fader_adapters.room import InTheWay, RoomWanted
 from fader_server.api.adapter_ports import (
     AdapterInfo,
@@ -221,9 +220,9 @@ class Parking:
             if len(self._parked) >= self._limit:
                 raise ArenaFull(f"{self._limit} adapters are known, the limit; unload one first")
             return None
-        check_version(order.name, parked.info.version, order.if_version)
-        if not order.replace and order.if_version is None:
-            raise AdapterExists(f"the adapter {order.name!r} is loaded already; ask to replace it")
+        check_move(
+            order.name, parked.info.version, replace=order.replace, if_version=order.if_version
+        )
         return parked
 
     def _arrived(self, parked: _Parked | None, loaded: Loaded) -> Loaded:

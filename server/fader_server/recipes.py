@@ -4,21 +4,19 @@ Belongs to the event loop. Knows no HTTP and no file.
 """
 
 import asyncio
-import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fader_adapters.claims import Claims
 from fader_adapters.errors import NameReserved
-from fader_adapters.spec import ADAPTER_NAME, Digest
+from fader_adapters.spec import ADAPTER_NAME, DIGEST_PREFIX, Digest
 from fader_server.api.adapter_ports import Adapters
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.named_blends import Recipe, Written
 from fader_server.api.resolve import refuse_recipes, version_of
 from fader_server.errors import ConfigInvalid, RecipeConflict, RecipeNotFound, RequestInvalid
 
-_DIGEST = re.compile(r"[0-9a-f]{12,64}")
 Save = Callable[[Mapping[str, Recipe]], Awaitable[None]]
 """Makes the recipes durable; what it returns is awaited before a change is answered."""
 
@@ -129,7 +127,7 @@ class RecipeBook:
         current = recipe.digest if recipe is not None else ""
         if expected is None or expected == current:
             return
-        if _DIGEST.fullmatch(expected) and current.startswith(expected):
+        if DIGEST_PREFIX.fullmatch(expected) and current.startswith(expected):
             return
         at = f"it is at {current}" if current else "there is none"
         wanted = f"at {expected[:64]}" if expected else "to be free"

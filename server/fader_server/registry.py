@@ -85,10 +85,11 @@ class Registry:
         """Fetch what a client named, check it and let the name mean it. Raises AdapterError.
 
         One at a time, on a thread of its own, downloads before that a few at a time; the event
-        loop and the engine go on. `make_room` is called while the adapter does not fit.
+        loop and the engine go on. `make_room` is called while the adapter does not fit. Name and
+        version are compared before anything is read, and again at publication.
         """
         with self._lock:
-            self._store.check_unclaimed(order.name)
+            self._store.check_move(order.name, replace=order.replace, if_version=order.if_version)
         raw = await self._reader.fetch(order)
         return await self._reader.run(self._publish, raw, order, make_room)
 

@@ -20,6 +20,8 @@ _KEEP_ALIVE_SECONDS = 75
 """Longer than usual proxies keep theirs, which would else use one that is being closed."""
 _PULSE_SECONDS = 0.25
 """How soon the death of the engine is noticed."""
+_LONGEST_MS = 2**31 - 1
+"""That the kernel takes."""
 
 
 def bind(config: ServeConfig) -> socket.socket:
@@ -31,7 +33,7 @@ def bind(config: ServeConfig) -> socket.socket:
         sock = socket.socket(family, kind, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # the kernel ends connections nobody reads
-            milliseconds = int(config.stall_timeout * 1000)
+            milliseconds = min(int(config.stall_timeout * 1000), _LONGEST_MS)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         sock.bind(address)
     except OSError as error:

@@ -20,6 +20,7 @@ from fader_server.api.adapter_ports import (
     Lease,
     Loaded,
     LoadOrder,
+    stands,
 )
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.named_blends import Recipe
@@ -102,11 +103,12 @@ class RememberedAdapters:
             lease.release()
 
     async def load(self, order: LoadOrder) -> Loaded:
-        """Answers once it is on disk."""
+        """Answers once it is on disk, unless the name was unloaded or moved on meanwhile."""
         loaded = await self._inner.load(order)
-        revision = loaded.info.revision or order.revision  # a branch moves, a commit does not
-        wanted = Wanted(order.source, revision, loaded.info.version, loaded.info.pinned)
-        self._remember(order.name, wanted)
+        if stands(loaded, self._inner):
+            revision = loaded.info.revision or order.revision  # a branch moves, a commit does not
+            wanted = Wanted(order.source, revision, loaded.info.version, loaded.info.pinned)
+            self._remember(order.name, wanted)
         await self.saved()
         return loaded
 

@@ -2,15 +2,13 @@
 
 import logging
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from fader_adapters.spec import ADAPTER_NAME, MAX_WEIGHT, NESTED_NAME
+from fader_adapters.spec import ADAPTER_NAME, DIGEST, MAX_WEIGHT, NESTED_NAME
 
 _log = logging.getLogger(__name__)
-_VERSION = re.compile(r"[0-9a-f]{64}")
 _Entry = TypeVar("_Entry")
 
 
@@ -132,7 +130,7 @@ def _adapter(name: str, entry: Any) -> Wanted | None:  # noqa: ANN401 - any JSON
         return None
     wanted = Wanted(entry["source"], entry["revision"], entry["version"], entry["pin"])
     _check_origin(wanted.source, wanted.revision)
-    _check(bool(_VERSION.fullmatch(wanted.version)) and type(wanted.pin) is bool)
+    _check(bool(DIGEST.fullmatch(wanted.version)) and type(wanted.pin) is bool)
     return wanted
 
 
@@ -161,7 +159,7 @@ def _origin(ref: str, entry: Any) -> Origin:  # noqa: ANN401 - any JSON value
 def _check_ref(ref: str) -> None:
     name, at, version = ref.partition("@")
     _check(bool(ADAPTER_NAME.fullmatch(name) or NESTED_NAME.fullmatch(name)))
-    _check(not at or bool(_VERSION.fullmatch(version)))
+    _check(not at or bool(DIGEST.fullmatch(version)))
 
 
 def _check_origin(source: object, revision: object) -> None:

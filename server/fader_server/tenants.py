@@ -29,8 +29,6 @@ Item = TypeVar("Item")
 _HASHED = "sha256:"
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}", re.ASCII)
 _GLOB = re.compile(r"[A-Za-z0-9._/*?!\[\]-]{1,256}", re.ASCII)
-_KEY_ID = re.compile(r"[0-9a-f]{12}", re.ASCII)
-"""What stands for the tenant of an --api-key: no name of a tenant may, they would share a cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +115,9 @@ def _read(tables: Mapping[str, Any], taken: Iterable[bytes]) -> tuple[Tenant, ..
     for number, (name, table) in enumerate(tables.items(), 1):
         if not isinstance(table, dict):  # a mistake here may have put a key in the name's place
             raise ValueError(f"entry {number} is no table; write a tenant as [name]")
-        if not ADAPTER_NAME.fullmatch(name) or _KEY_ID.fullmatch(name):
+        if not ADAPTER_NAME.fullmatch(name):
             raise ValueError(
-                f"tenant {number}: expected a name of letters, digits and . _ - (128 at most) that "
-                "is not 12 hexadecimal digits, which stand for the tenant of an --api-key"
+                f"tenant {number}: expected a name of letters, digits and . _ - (128 at most)"
             )
         try:
             tenant = _tenant(name, table)

@@ -216,14 +216,13 @@ def test_shipped_base_has_shapes_every_kernel_takes():
     assert config["max_position_embeddings"] >= 1024
 
 
-def test_shipped_blends_and_examples_name_shipped_adapters():
+def test_shipped_blends_name_shipped_adapters():
     adapters = demo.adapter_dirs()
     assert len(demo.blends()) >= 3
     for blend in demo.blends():
         assert {term.name for term in blend.adapters} <= set(adapters)
         assert len(blend.adapters) >= 2
         assert blend.name not in adapters
-    assert set(demo.EXAMPLES) == {demo.SERVED_NAME, *adapters}
 
 
 def test_every_adapter_and_blend_is_held_to_a_bar():

@@ -116,3 +116,10 @@ def test_a_busy_port_is_told_before_anything_is_loaded(capsys):
             bind(ServeConfig(port=taken.getsockname()[1]))
     with pytest.raises(ConfigInvalid, match="no-such-host"):
         bind(ServeConfig(host="no-such-host.invalid", insecure=True))
+
+
+def test_a_timeout_longer_than_the_kernel_takes_is_no_fault():
+    from fader_server.config import ServeConfig
+    from fader_server.serving import bind
+
+    bind(ServeConfig(port=0, stall_timeout=3e6)).close()

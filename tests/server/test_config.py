@@ -33,6 +33,9 @@ EXAMPLES = {
     "otlp_traces_endpoint": ("http://127.0.0.1:4318/v1/traces", "http://127.0.0.1:4318/v1/traces"),
 }
 
+BESIDE = {"protect_metrics": {"admin_key": "key"}}
+"""What a setting needs of others."""
+
 
 def example(setting) -> tuple[str, object]:
     if setting.name in EXAMPLES:
@@ -57,6 +60,7 @@ def test_each_setting_reads_the_same_from_flag_variable_and_file(setting, tmp_pa
         ({"config": str(file)}, {}),
         ({}, {"FADER_CONFIG": str(file)}),
     ):
+        flags = {**BESIDE.get(setting.name, {}), **flags}
         assert getattr(load(flags, env), setting.name) == expected
 
 
@@ -111,6 +115,7 @@ def test_sizes(text, size):
         ({"adapter": ["a=b", "a=c"]}, "--adapter"),
         ({"threads": "0"}, "--threads"),
         ({"stall_timeout": "nan"}, "--stall-timeout"),
+        ({"merge_seconds": "0"}, "--merge-seconds"),
         ({"api_key": ["a b"]}, "--api-key"),
         ({"api_key": [""]}, "--api-key"),
         ({"model": " "}, "MODEL"),

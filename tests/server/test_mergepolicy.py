@@ -12,6 +12,7 @@ from fader_adapters.spec import Digest
 from fader_server.api.merge_ports import LaneInfo, MergeJob, MergeOrder, MergeStatus
 from fader_server.api.traffic import Traffic, blend_key
 from fader_server.automerge import AutoMerge
+from fader_server.config import load
 from fader_server.errors import MergeNoMemory
 from fader_server.mergepolicy import BASE_KEY, Policy
 
@@ -41,6 +42,15 @@ def feed(policy: Policy, merged, seconds: range, **tokens: int):
         if decision is not None:
             return now, decision
     return None
+
+
+def test_the_shortest_window_there_may_be_decides():
+    seconds = load({"merge_seconds": "1"}, {}).merge_seconds
+    policy = Policy(share=0.5, seconds=seconds)
+    assert policy.observe(0.0, {KA: 100}, None) is None
+    decision = policy.observe(1.0, {KA: 100}, None)
+    assert decision is not None
+    assert decision.action == "merge"
 
 
 def test_a_blend_is_merged_after_a_whole_window_above_the_share_and_not_before():

@@ -11,11 +11,13 @@ import pytest
 
 from fader_adapters.errors import AdapterNotFound, BlendInvalid
 from fader_server import config
+from fader_server import merging as merging_module
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.api.merge_ports import MergeOrder, MergeStatus
 from fader_server.api.named_blends import Recipe
 from fader_server.core import Request, SamplingParams, TokenEvent
 from fader_server.errors import ConfigInvalid, MergeBusy, MergeNoMemory, MergeNotFound
+from fader_server.mergejob import timed
 from fader_server.metrics import Metrics
 from fader_server.pacing import Cancelled, Pace
 from fader_server.recipes import RecipeBook
@@ -215,6 +217,58 @@ def test_a_merge_under_way_can_be_ended_and_the_open_lane_stays(world, monkeypat
         drop(world)
 
 
+@contextlib.contextmanager
+def dropped_in_the_background(world):
+    """A drop that waits until the block has ended; gives what it answers."""
+    told: list[MergeStatus] = []
+    thread = threading.Thread(target=lambda: told.append(drop(world)))
+    job = world.merging._job
+    thread.start()
+    until(lambda: job.pace.cancelled)
+    yield told
+    thread.join(30)
+
+
+def test_a_merge_whose_lane_is_about_to_open_can_still_be_ended(world, monkeypatch):
+    """The engine is busy, and the command that opens the lane waits for it."""
+    merged(world, PIRATE)
+    made, go = threading.Event(), threading.Event()
+
+    def making(job):
+        done = timed(job)
+        made.set()
+        return done
+
+    monkeypatch.setattr(merging_module, "timed", making)
+    world.engine.call(go.wait)
+    order(world, BLEND)
+    assert made.wait(30)
+    with dropped_in_the_background(world) as told:
+        go.set()
+    assert told[0].lane.digest == lease_digest(world, PIRATE), "the lane before it stays"
+    assert told[0].job is None
+    assert lane_of(world, BLEND) == "delta"
+
+
+def test_a_merge_that_is_ended_while_its_lane_opens_leaves_none(world, monkeypatch):
+    opening, go = threading.Event(), threading.Event()
+    real = world.merging._open
+
+    def slowly(*arguments):
+        real(*arguments)
+        opening.set()
+        go.wait(30)
+
+    monkeypatch.setattr(world.merging, "_open", slowly)
+    order(world, BLEND)
+    assert opening.wait(30)
+    with dropped_in_the_background(world) as told:
+        go.set()
+    assert told[0].lane is None
+    assert not told[0].busy
+    assert lane_of(world, BLEND) == "delta"
+
+
 def test_the_same_order_twice_merges_once(world):
     first = merged(world, BLEND)
     assert not order(world, BLEND).busy
@@ -291,6 +345,20 @@ def test_a_failure_of_the_merge_is_told_and_costs_nothing(world, monkeypatch, ca
     assert world.adapters.totals().leases == 0
     monkeypatch.undo()
     assert merged(world, PIRATE).lane is not None
+
+
+def test_a_panic_of_native_code_ends_its_merge(world, monkeypatch):
+    class Panic(BaseException):
+        """As pyo3's is."""
+
+    def panic(self) -> None:
+        raise Panic("broken")
+
+    monkeypatch.setattr(Pace, "__call__", panic)
+    status = merged(world, PIRATE)
+    assert status.job.stage == "failed"
+    assert status.job.reason == "a fault inside the server: Panic"
+    assert world.adapters.totals().leases == 0
 
 
 def test_the_lane_that_the_settings_name_is_open_from_the_first_request():

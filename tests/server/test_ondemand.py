@@ -1,6 +1,7 @@
 """Loading on first use: one load for all who ask, bad names cost nothing, what is used stays."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,13 +18,19 @@ from fader_adapters.errors import (
     SourceUnavailable,
     VersionConflict,
 )
+from fader_adapters.roots import Found
 from fader_server import bringing, refusals
 from fader_server.api.adapter_ports import Loaded, LoadOrder
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.errors import Overloaded
+from fader_server.metrics import Metrics
 from fader_server.ondemand import OnDemand
 from fader_server.parking import Parking
-from tests.server.api.api_fakes import FakeAdapters
+from fader_server.state import RememberedAdapters
+from fader_server.state_entries import State, Wanted
+from fader_server.state_file import StateFile
+from fader_server.watch import Watcher
+from tests.server.api.api_fakes import FakeAdapters, digest
 
 
 class FakeLoader(FakeAdapters):
@@ -244,6 +251,24 @@ async def test_looks_at_a_slow_disk_are_bounded_too(monkeypatch):
         await adapters.lease(terms("c"))  # there is room to look again
 
 
+async def test_looks_at_a_slow_disk_take_no_thread_of_other_work():
+    slow = threading.Event()
+
+    def offers(name: str) -> bool:
+        slow.wait()
+        return False
+
+    others = (os.cpu_count() or 1) + 4  # threads of a loop's own executor
+    adapters = OnDemand(Parking(FakeLoader(), fixed=frozenset(), limit=100), offers=offers)
+    looks = [asyncio.create_task(adapters.lease(terms(f"a{n}"))) for n in range(min(32, others))]
+    try:
+        await asyncio.sleep(0.05)
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "encoded"), 5) == "encoded"
+    finally:
+        slow.set()
+        await asyncio.gather(*looks, return_exceptions=True)
+
+
 async def test_every_name_of_a_blend_is_loaded_and_one_failure_takes_no_lease():
     loader = FakeLoader()
     loader.failures["bad"] = AdapterInvalid("broken")
@@ -362,6 +387,44 @@ async def test_names_are_bounded_parked_or_not():
         await adapters.load(LoadOrder("e", "e"))
     adapters.unload("a")
     await adapters.load(LoadOrder("e", "e"))
+
+
+class Roots:
+    """Two folders, one of which is no adapter."""
+
+    def discover(self) -> list[Found]:
+        return [Found(name, name, (1,), complete=True) for name in ("watched", "broken")]
+
+    def holds(self, reference: str) -> bool:
+        return True
+
+
+async def test_every_load_is_counted_whoever_asked_for_it(tmp_path):
+    loader, metrics = FakeLoader(), Metrics()
+    loader.failures["broken"] = AdapterInvalid("lora_A is missing")
+    parking = Parking(loader, fixed=frozenset(), limit=100)
+    adapters = OnDemand(parking, offers=lambda name: True, told=metrics.loaded)
+
+    def counted() -> tuple[int, int]:
+        lines = dict(line.rsplit(" ", 1) for line in metrics.render().decode().splitlines())
+        loads = "fader_adapter_loads_total"
+        ok, refused = (int(float(lines[f'{loads}{{result="{r}"}}'])) for r in ("ok", "refused"))
+        assert float(lines['fader_adapter_load_seconds_count{tier="host"}']) == ok + refused
+        return ok, refused
+
+    await adapters.load(LoadOrder("by-hand", "by-hand"))
+    with pytest.raises(AdapterInvalid):
+        await adapters.load(LoadOrder("broken", "broken"))
+    assert counted() == (1, 1)
+    await lease_all(adapters, "on-demand")
+    assert counted() == (2, 1)
+    await Watcher(adapters, Roots(), seen={}, reserved=()).look()
+    assert counted() == (3, 2)
+    wanted = {"a": Wanted("a", None, digest("a"), False), "b": None}
+    kept = RememberedAdapters(adapters, StateFile(tmp_path), State(wanted))
+    await kept.restore()
+    kept.close()
+    assert counted() == (4, 2)
 
 
 async def test_two_names_that_take_turns_in_one_place_are_both_served():

@@ -66,6 +66,29 @@ def test_greedy_matches_argmax_and_leaves_the_logits_alone(dtype):
     assert torch.equal(logits, before)
 
 
+@pytest.mark.parametrize("penalty", [1e-45, 1e-38, 1e-3, 10.0])
+@pytest.mark.parametrize("scale", [1.0, 1e30, 3e38])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_penalties_leave_finite_logits_finite(penalty, scale, temperature):
+    logits = noise(1).clamp(-1, 1)[0] * scale
+    logits[[1, 2, 3]] = torch.tensor([scale, -scale, 0.0])
+    params = SamplingParams(
+        temperature=temperature, repetition_penalty=penalty, frequency_penalty=-2.0, seed=3
+    )
+    result = one(logits, seq(params, output=[1, 2, 2, 3]))
+    assert result.finite
+    assert result.token is not None
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-30, 1e-39, 1e-50, 5e-324])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_heat_near_nothing_draws_the_likeliest(temperature, cut):
+    logits = noise(40)
+    params = SamplingParams(temperature=temperature, seed=7, **cut)
+    results = Sampler().sample(logits, [seq(params)] * 40)
+    assert [result.token for result in results] == logits.argmax(-1).tolist()
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_fault_fails_its_row_and_no_neighbour(bad):
     rng = random.Random(1)

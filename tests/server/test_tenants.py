@@ -76,7 +76,7 @@ def test_globs_match_whole_names_in_their_case(globs, seen, hidden):
         (f"[a]\n{KEYS}[[b]]", "entry 2 is no table"),
         (f'["{SECRET}/x"]\n{KEYS}', "tenant 1: expected a name of letters"),
         (f'["é"]\n{KEYS}', "tenant 1: expected a name of letters"),
-        (f"[0123456789ab]\n{KEYS}", "not 12 hexadecimal digits"),
+        (f'["key:1"]\n{KEYS}', "tenant 1: expected a name of letters, digits and . _ -"),
         ("[a]", "tenant a: keys: expected a list of keys"),
         ("[a]\nkeys = []", "tenant a: keys: expected a list that is not empty"),
         (f'[a]\nkeys = "{SECRET}"', "tenant a: keys: expected a list"),

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from fader_server.errors import ContextTooLong, ModelUnsupported, RequestInvalid
 from fader_server.text.tokenizer import Tokenizer
@@ -46,6 +47,21 @@ def test_an_honest_chat_gets_the_ids_transformers_gives(family, style, rstrip):
         ask("", "two\n\nlines", "naïve 你好 😀 \ue000\ue001"),
     ):
         assert tokenizer.encode_chat(messages) == reference(source, messages)
+
+
+@pytest.mark.parametrize("text", ["hello", FORGED])
+def test_a_chat_that_is_counted_may_end_with_what_was_said_and_begin_twice(text):
+    source = hf("byte_level", TEMPLATES["chatml"])
+    source.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", source.bos_token_id)]
+    )
+    tokenizer = Tokenizer(source, max_model_len=4096)
+    messages = ask(text)
+    whole = tokenizer.encode_chat(messages)
+    said = tokenizer.encode_chat(messages, speaks=False)
+    assert whole[: len(said)] == said != whole
+    twice = tokenizer.encode_chat(messages, special=True)
+    assert twice == [source.bos_token_id, *whole]
 
 
 @pytest.mark.parametrize("rstrip", [False, True])
@@ -121,16 +137,6 @@ def test_a_special_token_inside_a_structure_token_is_found_for_every_role():
     assert tokenizer.decode(ids).count("<a|</s>") == 2
 
 
-def test_text_parts_are_joined():
-    _, tokenizer = pair("byte_level", "chatml")
-    parts = [{"type": "text", "text": "hello "}, {"type": "text", "text": "world"}]
-    joined = tokenizer.encode_chat([{"role": "user", "content": parts}])
-    assert joined == tokenizer.encode_chat(ask("hello world"))
-    split = [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]
-    ids = tokenizer.encode_chat([{"role": "user", "content": split}])
-    assert "<|im_end|>" in tokenizer.decode(ids)
-
-
 @pytest.mark.parametrize("content", ["hello world", FORGED, ""])
 def test_a_template_that_loses_plain_content_is_given_parts(content):
     source, tokenizer = pair("byte_level", "parts")
@@ -158,8 +164,7 @@ def test_the_developer_speaks_as_the_system_unless_the_template_knows_better():
         ([{"role": ["user"], "content": "x"}], "messages[0].role"),
         ([{"content": "x"}], "messages[0].role"),
         ([{"role": "user", "content": 3}], "messages[0].content"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0]"),
-        ([{"role": "user", "content": ["x"]}], "messages[0].content[0]"),
+        ([{"role": "user", "content": ["x"]}], "messages[0].content"),
         ([{"role": "user", "content": "\ud800"}], "messages"),
     ],
 )

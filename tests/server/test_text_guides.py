@@ -307,7 +307,7 @@ async def test_only_so_many_schemas_wait_and_only_so_many_are_kept(monkeypatch):
     )
     assert [isinstance(r, Overloaded) for r in results] == [False] * 3 + [True] * 3
     assert list(tokenizer._guides._kept) == [grammar_of(of_schema(s)) for s in schemas[1:3]]
-    assert tokenizer._guides._waiting == 0
+    assert tokenizer._guides._waiting.total == 0
     await tokenizer.guides(of_schema(schemas[1]), 1)
     await tokenizer.guides(of_schema(schemas[4]), 1)
     assert list(tokenizer._guides._kept) == [grammar_of(of_schema(schemas[i])) for i in (1, 4)]
@@ -320,8 +320,36 @@ async def test_who_stops_waiting_is_forgotten():
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert tokenizer._guides._waiting == 0
+    assert tokenizer._guides._waiting.total == 0
     assert await tokenizer.guides(of_schema('{"type": "object"}'), 1)
+
+
+async def test_schemas_of_one_tenant_keep_no_others_out_and_wait_in_turn(monkeypatch):
+    monkeypatch.setattr(guides_module, "_WAITING", 4)
+    tokenizer = demo_tokenizer()
+    made: list[str] = []
+
+    async def ask(number: int, tenant: str) -> None:
+        await tokenizer.guides(of_schema(json.dumps({"const": number})), 1, tenant=tenant)
+        made.append(f"{tenant}{number}")
+
+    flood = [asyncio.create_task(ask(number, "flood")) for number in range(8)]
+    await asyncio.sleep(0)
+    others = [asyncio.create_task(ask(number, "quiet")) for number in (20, 21)]
+    results = await asyncio.gather(*flood, *others, return_exceptions=True)
+    assert [isinstance(r, Overloaded) for r in results] == [False] * 4 + [True] * 4 + [False] * 2
+    assert made == ["flood0", "quiet20", "flood1", "quiet21", "flood2", "flood3"]
+    assert tokenizer._guides._waiting.total == 0
+
+
+async def test_schemas_of_one_tenant_push_out_none_of_a_tenant_with_fewer(monkeypatch):
+    monkeypatch.setattr(guides_module, "_KEPT", 3)
+    tokenizer = demo_tokenizer()
+    mine, *theirs = [of_schema(json.dumps({"const": i})) for i in range(6)]
+    await tokenizer.guides(mine, 1, tenant="quiet")
+    for shape in theirs:
+        await tokenizer.guides(shape, 1, tenant="flood")
+    assert list(tokenizer._guides._kept) == [grammar_of(s) for s in (mine, *theirs[-2:])]
 
 
 def chain(links: int) -> dict:

@@ -151,10 +151,14 @@ def test_tokenizer_files_nobody_can_read_are_refused_in_one_line(tmp_path, file,
         Tokenizer.load(str(tmp_path), max_model_len=100)
 
 
+HELLO = [{"role": "user", "content": "hello"}]
+
+
 def test_a_template_file_travels_with_the_base(tmp_path):
     hf("byte_level", TEMPLATES["chatml"]).save_pretrained(tmp_path)
-    assert Tokenizer.load(str(tmp_path), max_model_len=64).has_chat_template
-    assert not make().has_chat_template
+    assert Tokenizer.load(str(tmp_path), max_model_len=64).encode_chat(HELLO)
+    with pytest.raises(RequestInvalid, match="no chat template"):
+        make().encode_chat(HELLO)
 
 
 @pytest.mark.parametrize("name", ["chat_template.json", "processor_config.json"])
@@ -163,7 +167,8 @@ def test_a_template_kept_with_a_processor_is_found(tmp_path, name):
     file = tmp_path / name
     for nothing in ("{", "[]", '{"chat_template": null}'):
         file.write_text(nothing)
-        assert not Tokenizer.load(str(tmp_path), max_model_len=64).has_chat_template
+        with pytest.raises(RequestInvalid, match="no chat template"):
+            Tokenizer.load(str(tmp_path), max_model_len=64).encode_chat(HELLO)
     file.write_text(json.dumps({"chat_template": TEMPLATES["chatml"]}))
     found = Tokenizer.load(str(tmp_path), max_model_len=64)
     message = [{"role": "user", "content": "hello"}]

@@ -196,6 +196,16 @@ def test_a_base_without_tokenizer_is_refused_by_name(tmp_path: Path):
         pass
 
 
+def test_host_memory_that_is_asked_for_in_vain_is_told_once(caplog):
+    arena = torch.empty(8)
+    host_tier(arena, None)
+    assert not caplog.records
+    host_tier(arena, 1 << 20)
+    (line,) = caplog.records
+    assert line.getMessage() == "--host-adapters changes nothing"
+    assert "--arena" in line.fields["reason"]
+
+
 def test_beside_a_gpu_the_host_holds_several_arenas_but_no_adapter_that_one_cannot():
     arena = torch.empty(1024, dtype=torch.bfloat16, device="meta")
     assert host_tier(arena, None).total_bytes == 4 * 2048

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from fader_adapters.claims import Claims
+from fader_adapters.errors import AdapterNotFound
 from fader_adapters.report import Health
 from fader_adapters.spec import AdapterData, Blend, Digest
 from fader_server.api.blends import AdapterRef, NamedTerm
@@ -164,3 +165,12 @@ class Adapters(Protocol):
     def list(self) -> Sequence[AdapterInfo]: ...
 
     def totals(self) -> AdapterTotals: ...
+
+
+def stands(loaded: Loaded, adapters: Adapters) -> bool:
+    """Whether the name still means what the load made it mean: it may have been unloaded or moved
+    on between the load's publication and its return."""
+    try:
+        return adapters.get(AdapterRef(loaded.info.name)).version == loaded.info.version
+    except AdapterNotFound:
+        return False

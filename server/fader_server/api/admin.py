@@ -1,16 +1,14 @@
 """/v1/adapters: health reports for users; load, swap, pin and unload for administrators."""
 
-import re
-import time
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from fader_adapters.errors import AdapterError, AdapterExists
+from fader_adapters.errors import AdapterExists
 from fader_adapters.report import health_facts
-from fader_adapters.spec import ADAPTER_NAME, NESTED_NAME
+from fader_adapters.spec import ADAPTER_NAME, DIGEST, DIGEST_PREFIX, NESTED_NAME
 from fader_server.api.adapter_ports import AdapterInfo, Loaded, LoadOrder
 from fader_server.api.blends import AdapterRef
 from fader_server.api.context import body_of, context_of, log_of, principal_of, visible_to
@@ -19,8 +17,6 @@ from fader_server.errors import RequestInvalid
 
 user_router = APIRouter()
 admin_router = APIRouter()
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_VERSION = re.compile(r"[0-9a-f]{12,64}")
 
 
 @user_router.api_route("/v1/adapters", methods=["GET", "HEAD"])
@@ -84,27 +80,21 @@ def read_order(name: str, body: dict[str, Any]) -> LoadOrder:
         if_version=fields.string("if_version", longest=64) if "if_version" in body else None,
         pin=None if fields.raw("pin") is None else fields.boolean("pin"),
     )
-    if order.sha256 and not _SHA256.fullmatch(order.sha256):
+    if order.sha256 and not DIGEST.fullmatch(order.sha256):
         fields.refuse("sha256", "must be 64 lower-case hexadecimal digits")
-    if order.if_version and not _VERSION.fullmatch(order.if_version):
+    if order.if_version and not DIGEST_PREFIX.fullmatch(order.if_version):
         fields.refuse("if_version", "must be 12 to 64 lower-case hexadecimal digits, or empty")
     fields.finish()
     return order
 
 
 async def load(request: Request, order: LoadOrder) -> Loaded:
-    """Load, counted and logged."""
+    """Load, logged."""
     context = context_of(request)
     if order.name == context.base.name:
         raise AdapterExists("the base has this name; choose another for the adapter")
     log_of(request).extra["adapter"] = order.name
-    began = time.monotonic()
-    try:
-        loaded = await context.adapters.load(order)
-    except AdapterError:
-        context.metrics.loaded("refused", time.monotonic() - began)
-        raise
-    context.metrics.loaded("ok", time.monotonic() - began)
+    loaded = await context.adapters.load(order)
     log_of(request).extra["version"] = loaded.info.version
     return loaded
 

@@ -23,8 +23,8 @@ class Principal:
 
     role: Role
     tenant: str
-    """"" when nobody needs a key; a tenant's name; else 12 hex digits of the key's sha256, which no
-    name of a tenant may be."""
+    """"" when nobody needs a key; a tenant's name; else `key:1` for the first --api-key and so on,
+    or `key:admin`, which no tenant's name may be. Told in logs and metrics: nothing of the key."""
     sees: Sees = everything
     max_tokens: int | None = None
     """Of one answer; None: as many as the server gives."""
@@ -34,9 +34,12 @@ class Guard:
     """Decides for every request. Holds digests of the keys, never the keys."""
 
     def __init__(self, config: ServeConfig, tenants: Iterable[Tenant] = ()) -> None:
-        self._fixed = [_without_tenant(key, "user") for key in config.api_key]
+        self._fixed = [
+            (digest_of(key), Principal("user", f"key:{number}"))
+            for number, key in enumerate(config.api_key, 1)
+        ]
         if config.admin_key is not None:
-            self._fixed.append(_without_tenant(config.admin_key, "admin"))
+            self._fixed.append((digest_of(config.admin_key), Principal("admin", "key:admin")))
         self._keys = self._fixed
         self.replace(tenants)
         self._user_open = config.user_open
@@ -63,11 +66,14 @@ class Guard:
         raise Unauthorized("A valid API key is required: Authorization: Bearer KEY.")
 
     def observer(self, request: Request) -> Principal:
-        """The caller of a route that tells of all tenants. Raises Unauthorized or Forbidden."""
-        caller = self.user(request)
-        if caller.sees is not everything:
+        """The caller of a route that tells of all tenants, with a key also where users need none.
+        Raises Unauthorized or Forbidden."""
+        known = self._known(_presented(request))
+        if known is None:
+            raise Unauthorized("A valid API or admin key is required: Authorization: Bearer KEY.")
+        if known.sees is not everything:
             raise Forbidden("This route tells of all tenants: a tenant's key does not open it.")
-        return caller
+        return known
 
     def admin(self, request: Request) -> Principal:
         """The caller of an admin route. Raises Unauthorized or Forbidden."""
@@ -108,12 +114,6 @@ def requires(decide: Callable[[Request], Principal]) -> Check:
         request.state.log.tenant = request.state.principal.tenant
 
     return check
-
-
-def _without_tenant(key: str, role: Role) -> tuple[bytes, Principal]:
-    """A key that is a tenant of its own and sees everything."""
-    digest = digest_of(key)
-    return digest, Principal(role, digest.hex()[:12])
 
 
 def _presented(request: Request) -> bytes | None:

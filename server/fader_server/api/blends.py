@@ -3,15 +3,12 @@
 Knows the grammar only, not which adapters exist.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
-from fader_adapters.spec import ADAPTER_NAME, MAX_WEIGHT, NESTED_NAME
+from fader_adapters.spec import ADAPTER_NAME, DIGEST_PREFIX, MAX_WEIGHT, NESTED_NAME
 from fader_server.api.fields import Fields, is_finite
 from fader_server.errors import RequestInvalid
-
-_VERSION = re.compile(r"[0-9a-f]{12,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +26,7 @@ class AdapterRef:
         name, at, version = text.partition("@")
         if not (ADAPTER_NAME.fullmatch(name) or NESTED_NAME.fullmatch(name)):
             return None
-        if at and not _VERSION.fullmatch(version):
+        if at and not DIGEST_PREFIX.fullmatch(version):
             return None
         return cls(name, version or None)
 
@@ -69,14 +66,6 @@ def read_named(fields: Fields, model: str, max_terms: int) -> tuple[NamedTerm, .
         fields.refuse("lora_path", "must be an adapter's name, and stand alone beside the base")
         return None
     return (NamedTerm(ref, 1.0),)
-
-
-def parse_terms(value: object, max_terms: int) -> tuple[NamedTerm, ...]:
-    """A list of {"name", "weight"} outside a generation body. Raises RequestInvalid."""
-    fields = Fields({"adapters": value})
-    terms = _read(fields, "adapters", frozenset({"name"}), "weight", max_terms)
-    fields.finish(code="blend_invalid")
-    return terms
 
 
 def _read(

@@ -11,6 +11,8 @@ from typing import Any
 from fader_server.api.fields import Fields, is_finite
 
 INT64 = 1 << 63
+COLDEST = 1e-5
+"""Temperatures below are 0, as in vLLM: the likeliest token has all the mass, and float32 ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +33,14 @@ def usual_of(config: Mapping[str, object]) -> Usual:
 
 
 def _read_usual(fields: Fields, usual: Usual) -> Usual:
+    temperature = fields.number("temperature", usual.temperature, low=0.0, high=2.0)
     return Usual(
-        temperature=fields.number("temperature", usual.temperature, low=0.0, high=2.0),
+        temperature=temperature if temperature >= COLDEST else 0.0,
         top_p=fields.number("top_p", usual.top_p, low=0.0, high=1.0),
         top_k=max(0, fields.integer("top_k", usual.top_k, low=-1, high=INT64 - 1)),
         min_p=fields.number("min_p", usual.min_p, low=0.0, high=1.0),
         repetition_penalty=fields.number(
-            "repetition_penalty", usual.repetition_penalty, low=0.0, high=10.0, open_low=True
+            "repetition_penalty", usual.repetition_penalty, low=1e-3, high=10.0
         ),
     )
 

@@ -53,19 +53,12 @@ class Fields:
     def optional_integer(self, name: str, *, low: int, high: int) -> int | None:
         return None if self.raw(name) is None else self.integer(name, low, low=low, high=high)
 
-    def number(
-        self, name: str, default: float, *, low: float, high: float, open_low: bool = False
-    ) -> float:
+    def number(self, name: str, default: float, *, low: float, high: float) -> float:
         value = self.raw(name)
         if value is None:
             return default
-        if (
-            type(value) not in (int, float)
-            or not low <= value <= high
-            or (open_low and value == low)
-        ):
-            left = "above" if open_low else "from"
-            self.refuse(name, f"must be a number {left} {low:g} to {high:g}")
+        if type(value) not in (int, float) or not low <= value <= high:
+            self.refuse(name, f"must be a number from {low:g} to {high:g}")
             return default
         return float(value)
 

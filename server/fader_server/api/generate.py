@@ -122,7 +122,7 @@ class Generator:
             return requests
         try:
             async with asyncio.timeout(self._patience.first_token):
-                guides = await self._guides(call, len(requests))
+                guides = await self._guides(call, len(requests), requests[0].tenant)
         except BaseException as error:
             counted.end(0)
             if isinstance(error, TimeoutError):
@@ -136,10 +136,12 @@ class Generator:
             for request, guide in zip(requests, guides, strict=True)
         ]
 
-    async def _guides(self, call: Call, count: int) -> Sequence[Guide] | None:
+    async def _guides(self, call: Call, count: int, tenant: str) -> Sequence[Guide] | None:
         if call.tools is not None:
-            return await self._tokenizer.tool_guides(call.tools, call.shape, count)
-        return None if call.shape is None else await self._tokenizer.guides(call.shape, count)
+            return await self._tokenizer.tool_guides(call.tools, call.shape, count, tenant=tenant)
+        if call.shape is None:
+            return None
+        return await self._tokenizer.guides(call.shape, count, tenant=tenant)
 
     def _choice(self, call: Call, index: int, request: Request, echo: Echo | None) -> Choice:
         thought = self._tokenizer.thought(request.prompt) if call.chat else None
@@ -255,7 +257,7 @@ class Generation:
             self._in_engine.discard(event.request_id)
             return Delta(choice.index)
         if event.token is not None:
-            self._record.token()
+            self._record.token(choice.index)
         delta = choice.take(event)
         if choice.finish is not None:
             self._in_engine.discard(event.request_id)

@@ -3,13 +3,12 @@ Knows nothing about templates or tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from fader_server.api.fields import Fields, is_text
 from fader_server.api.past_calls import CALLS, MAX_ID, UNSET, PastCall, is_id, read_call
+from fader_server.text.roles import ROLES, Role
 
-Role = Literal["system", "developer", "user", "assistant", "tool"]
-_ROLES = frozenset(get_args(Role))
 _MOST = 4096
 _MOST_CALLS = 128
 _TEXTS = ("text", "input_text", "output_text")
@@ -111,8 +110,8 @@ def _problem(item: Any) -> str:  # noqa: ANN401 - any JSON value
     if not isinstance(item, dict) or type(item.get("role")) is not str:
         return "must be an object with role and content"
     role = item["role"]
-    if role not in _ROLES:
-        return f"must have a role out of {', '.join(sorted(_ROLES))}"
+    if role not in ROLES:
+        return f"must have a role out of {', '.join(sorted(ROLES))}"
     if item.get("function_call"):
         return "has a function_call, which is not supported by this server: use tool_calls"
     calls = item.get("tool_calls")

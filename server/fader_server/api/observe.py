@@ -9,6 +9,7 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from fader_server.api.adapter_ports import Adapters, LeasedTerm
+from fader_server.api.gaps import Gaps
 from fader_server.api.merge_ports import Merging
 from fader_server.api.named_blends import Recipe, Recipes
 from fader_server.api.ports import Engine, TenantStats
@@ -41,13 +42,14 @@ class CallRecord:
     blend: BlendKey = ()
     recipe: Recipe | None = None
     first: float | None = None
-    last: float | None = None
     queue: float | None = None
     """Seconds that the call's slowest choice so far waited for its place in a step."""
     tokens: tuple[int, int, int] = (0, 0, 0)
     """Prompt, completion, cached."""
     outcome: str = ""
     _lanes: set[LaneName] = field(default_factory=set)
+    _gaps: dict[int, Gaps] = field(default_factory=dict)
+    """By choice."""
 
     def __post_init__(self) -> None:
         self.began = self.clock()
@@ -64,8 +66,8 @@ class CallRecord:
         self.blend = blend_key(terms)
         self.board.waiting.update(self._names())
 
-    def token(self) -> None:
-        """A token of any choice came."""
+    def token(self, choice: int) -> None:
+        """A token of the choice with this number came."""
         now = self.clock()
         if self.board.traffic is not None:
             self.board.traffic.add(self.blend, self.terms)
@@ -74,9 +76,11 @@ class CallRecord:
             self.metrics.first(self.adapter, now - self.began)
             self.board.waiting.subtract(self._names())
             self.board.running.update(self._names())
-        elif self.last is not None:
-            self.metrics.inter_token.observe(now - self.last)
-        self.last = now
+        gaps = self._gaps.get(choice)
+        if gaps is None:
+            self._gaps[choice] = Gaps(self.metrics.inter_token.observe, now)
+        else:
+            gaps.token(now)
 
     def admitted(self, admission: Admission) -> None:
         """One choice has begun to run."""
@@ -97,6 +101,8 @@ class CallRecord:
         if self.outcome:
             return
         self.outcome = outcome
+        for gaps in self._gaps.values():
+            gaps.tell()
         if not self.adapter:
             return
         (self.board.running if self.started else self.board.waiting).subtract(self._names())

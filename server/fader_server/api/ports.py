@@ -165,8 +165,15 @@ class Tokenizer(Protocol):
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Tool] = (),
         effort: str | None = None,
+        *,
+        special: bool = False,
+        speaks: bool = True,
     ) -> list[int]:
-        """Through the base's template. Raises RequestInvalid, ContextTooLong."""
+        """Through the base's template.
+
+        special: also with the tokens the tokenizer adds by itself. speaks: with what the template
+        lets the assistant's answer begin with. Raises RequestInvalid, ContextTooLong.
+        """
         ...
 
     def decode(self, tokens: Iterable[int]) -> str: ...
@@ -203,15 +210,16 @@ class Tokenizer(Protocol):
 
     def token_bytes(self, token: int) -> bytes | None: ...
 
-    async def guides(self, shape: Shape, count: int) -> Sequence[Guide]:
-        """For so many outputs of one shape. Waits for its grammar, which others share.
+    async def guides(self, shape: Shape, count: int, *, tenant: str = "") -> Sequence[Guide]:
+        """For so many outputs of one shape. Waits for its grammar, which others share; grammars
+        are made for tenants in turn.
 
         Raises RequestInvalid for a shape that cannot be enforced, Overloaded.
         """
         ...
 
     async def tool_guides(
-        self, use: ToolUse, shape: Shape | None, count: int
+        self, use: ToolUse, shape: Shape | None, count: int, *, tenant: str = ""
     ) -> Sequence[Guide] | None:
         """The same for outputs that may or must call tools, and have the shape in their content;
         None: they need no guide."""

@@ -1,12 +1,12 @@
 """/v1/recipes: named blends for administrators, written by compare-and-swap."""
 
-import re
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from fader_adapters.spec import DIGEST_PREFIX
 from fader_server.api.blends import NamedTerm, read_blend
 from fader_server.api.context import Context, body_of, context_of, log_of
 from fader_server.api.fields import Fields
@@ -15,7 +15,6 @@ from fader_server.api.resolve import version_of
 from fader_server.errors import RequestInvalid
 
 admin_router = APIRouter()
-_DIGEST = re.compile(r"[0-9a-f]{12,64}")
 
 
 @admin_router.api_route("/v1/recipes", methods=["GET", "HEAD"])
@@ -49,7 +48,7 @@ async def delete_recipe(request: Request) -> Response:
     context, name = context_of(request), request.path_params["name"]
     unknown = request.query_params.keys() - {"if_digest"}
     if_digest = request.query_params.get("if_digest")
-    if unknown or (if_digest is not None and not _DIGEST.fullmatch(if_digest)):
+    if unknown or (if_digest is not None and not DIGEST_PREFIX.fullmatch(if_digest)):
         raise RequestInvalid("the query takes if_digest=12 or more digits, only", param="if_digest")
     await context.recipes.delete(name, if_digest=if_digest)
     log_of(request).extra["recipe"] = name
@@ -63,7 +62,7 @@ def _read(body: dict[str, Any], max_terms: int) -> tuple[tuple[NamedTerm, ...], 
     if fields.raw("adapters") is None:
         fields.refuse("adapters", 'is required: a list of {"name", "weight"}')
     if_digest = fields.string("if_digest", longest=64) if "if_digest" in body else None
-    if if_digest and not _DIGEST.fullmatch(if_digest):
+    if if_digest and not DIGEST_PREFIX.fullmatch(if_digest):
         fields.refuse("if_digest", "must be 12 to 64 lower-case hexadecimal digits, or empty")
     fields.finish()
     return read_blend(fields, max_terms) or (), if_digest

@@ -13,6 +13,10 @@ from fader_server.api.fields import Fields
 from fader_server.api.named_blends import Recipe
 from fader_server.api.visible import Known
 from fader_server.errors import AdapterUnavailable, ModelNotFound, RecipeIncomplete, RequestInvalid
+from fader_server.metrics import OTHER
+
+_BASE, _BLEND = "base", "blend"
+"""Labels of what has no name."""
 
 FindRecipe = Callable[[str], Recipe | None]
 """Recipes.find, or Visible.find."""
@@ -153,7 +157,12 @@ def exact(weight: float) -> str:
 def label_of(target: Target, lease: Lease) -> str:
     """One word for logs and metrics: the recipe's or the adapter's name, `base`, or `blend`."""
     if target.recipe is not None:
-        return target.recipe.name
+        return _told_apart("recipe", target.recipe.name)
     if not lease.terms:
-        return "base"
-    return lease.terms[0].name if len(lease.terms) == 1 else "blend"
+        return _BASE
+    return _told_apart("adapter", lease.terms[0].name) if len(lease.terms) == 1 else _BLEND
+
+
+def _told_apart(kind: str, name: str) -> str:
+    """The name; `adapter:base` for one that is called as what is no adapter."""
+    return f"{kind}:{name}" if name in (_BASE, _BLEND, OTHER) else name

@@ -1,5 +1,7 @@
-"""vLLM's side routes, word for word: load and unload adapters, tokenise and detokenise."""
+"""vLLM's side routes: load and unload adapters, tokenise and detokenise, word for word where they
+agree. What vLLM takes from a request and Fader does not (templates, their variables) is refused."""
 
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter
@@ -21,13 +23,21 @@ from fader_server.api.choosing import is_token_ids
 from fader_server.api.context import body_of, context_of, visible_to
 from fader_server.api.errors import describe
 from fader_server.api.fields import Fields
+from fader_server.api.known import CHAT_FIELDS, COMPLETION_FIELDS
 from fader_server.api.messages import plain, read_messages
+from fader_server.api.ports import Tokenizer
 from fader_server.api.resolve import resolve
 from fader_server.api.tools import read_tools
 from fader_server.errors import ModelNotFound, RequestInvalid
+from fader_server.text.effort import EFFORTS
 
 _LOAD_FIELDS = frozenset(("lora_name", "lora_path", "load_inplace", "is_3d_lora_weight"))
 _UNLOAD_FIELDS = frozenset(("lora_name", "lora_int_id"))
+_TOKENIZE_FIELDS = frozenset(("add_special_tokens", "return_token_strs"))
+_PROMPT_FIELDS = COMPLETION_FIELDS | _TOKENIZE_FIELDS
+_MESSAGES_FIELDS = CHAT_FIELDS | _TOKENIZE_FIELDS | {"mm_processor_kwargs"}
+"""The body of a generation may be counted as it is."""
+_DETOKENIZE_FIELDS = frozenset(("model", "tokens"))
 user_router = APIRouter()
 admin_router = APIRouter()
 
@@ -124,21 +134,15 @@ async def tokenize(request: Request) -> Response:
     """Tokens of a prompt or of chat messages."""
     context, body = context_of(request), await body_of(request)
     fields = Fields(body)
-    chat = fields.raw("messages") is not None
-    messages = read_messages(fields) if chat else ()
-    use = read_tools(fields) if chat else None
-    prompt = "" if chat else fields.string("prompt", required="prompt" not in body)
-    special = fields.boolean("add_special_tokens", default=True)
+    read = _of_messages if fields.raw("messages") is not None else _of_prompt
+    encoded = read(fields, context.tokenizer)
     strings = fields.boolean("return_token_strs")
     fields.finish()
+    context.metrics.ignored(fields.ignored)
     _check_model(request, body)
 
     def encode() -> dict[str, Any]:
-        tokenizer = context.tokenizer
-        if chat:
-            tokens = tokenizer.encode_chat(plain(messages), use.tools if use else ())
-        else:
-            tokens = tokenizer.encode_prompt(prompt, special=special)
+        tokens, tokenizer = encoded(), context.tokenizer
         texts = [tokenizer.token_text(token) for token in tokens] if strings else None
         return {
             "count": len(tokens),
@@ -150,10 +154,40 @@ async def tokenize(request: Request) -> Response:
     return JSONResponse(await run_in_threadpool(encode))
 
 
+def _of_prompt(fields: Fields, tokenizer: Tokenizer) -> Callable[[], list[int]]:
+    """What makes the ids, on a thread; problems are noted in `fields`."""
+    fields.unknown(_PROMPT_FIELDS)
+    if fields.raw("prompt") is None:
+        fields.refuse("prompt", "is required, or messages")
+    prompt = fields.string("prompt")
+    special = fields.boolean("add_special_tokens", default=True)
+    return lambda: tokenizer.encode_prompt(prompt, special=special)
+
+
+def _of_messages(fields: Fields, tokenizer: Tokenizer) -> Callable[[], list[int]]:
+    """The same of a chat."""
+    fields.unknown(_MESSAGES_FIELDS)
+    messages = plain(read_messages(fields))
+    use = read_tools(fields)
+    effort = next((e for e in EFFORTS if e == fields.raw("reasoning_effort")), None)
+    special = fields.boolean("add_special_tokens")
+    speaks = fields.boolean("add_generation_prompt", default=True)
+    fields.only("continue_final_message", lambda v: v is False, "is not supported by this server")
+    for name in ("chat_template", "chat_template_kwargs", "mm_processor_kwargs"):
+        fields.only(name, lambda v: v == {}, "may not come from a request")
+    return lambda: tokenizer.encode_chat(
+        messages, use.tools if use else (), effort, special=special, speaks=speaks
+    )
+
+
 @user_router.post("/detokenize")
 async def detokenize(request: Request) -> Response:
     """The text of tokens."""
     context, body = context_of(request), await body_of(request)
+    fields = Fields(body)
+    fields.unknown(_DETOKENIZE_FIELDS)
+    fields.finish()
+    context.metrics.ignored(fields.ignored)
     tokens = body.get("tokens")
     vocab_size = context.limits.vocab_size
     if not isinstance(tokens, list) or not is_token_ids(tokens, vocab_size):

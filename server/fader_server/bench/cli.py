@@ -1,20 +1,15 @@
 """`fader bench serve`: flags in, exit code out. Knows no load and no statistics."""
 
 import asyncio
-import json
-import sys
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from fader_server.bench.machine import machine_facts, safe_command
+from fader_server.bench.console import Json, Url, Vocab, begin, checked, names_in, write_json
 from fader_server.bench.popularity import parse_popularity
 from fader_server.bench.report import as_json, show
 from fader_server.bench.serve import Options, run
-from fader_server.errors import ConfigInvalid
 
 bench_app = typer.Typer(
     help="Measure a running server, or this machine's kernels.", rich_markup_mode=None
@@ -28,7 +23,7 @@ def bench() -> None:
 
 @bench_app.command()
 def serve(
-    url: Annotated[str, typer.Option(help="The server's root.")] = "http://127.0.0.1:8000",
+    url: Url = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(help="The base's name; default: as listed.")] = None,
     adapters: Annotated[str, typer.Option(help="Names with commas between, or 'all'.")] = "",
     popularity: Annotated[
@@ -57,12 +52,8 @@ def serve(
         str | None,
         typer.Option(envvar="FADER_API_KEY", help="Bearer token; the first, if commas follow."),
     ] = None,
-    vocab: Annotated[
-        int | None, typer.Option(help="Vocabulary size, where the server does not say.")
-    ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the whole result here.")
-    ] = None,
+    vocab: Vocab = None,
+    json_file: Json = None,
     ignore_base: Annotated[
         bool, typer.Option(help="Never ask the base, not even for parity.")
     ] = False,
@@ -72,16 +63,15 @@ def serve(
     Exit code 1 and no figure when any request failed, came out at another length than asked, ended
     without [DONE], or when an adapter's greedy answer amid the load is not its answer alone.
     """
-    console, errors = Console(), Console(stderr=True)
     if compare and popularity:
         raise typer.BadParameter("give either --popularity or --compare")
     kinds = compare or popularity or ("identical" if adapters else "base")
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    try:
-        options = Options(
+    begun = begin()
+    options = checked(
+        lambda: Options(
             url=url,
             model=model,
-            adapters=_names(adapters),
+            adapters=None if adapters.strip() == "all" else names_in(adapters),
             scenarios=tuple(parse_popularity(kind) for kind in kinds.split(",")),
             concurrency=1 if concurrency is None and rate is None else concurrency,
             rate=rate,
@@ -96,27 +86,9 @@ def serve(
             vocab=vocab,
             ignore_base=ignore_base,
         )
-        facts = machine_facts()
-        result = asyncio.run(run(options))
-    except ConfigInvalid as error:
-        errors.print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(2) from None
-    show(result, console if result.ok else errors)
-    if json_file is not None:
-        document = as_json(
-            options,
-            result,
-            client=facts,
-            command=["fader", *safe_command(sys.argv[1:])],
-            started=started,
-        )
-        json_file.write_text(json.dumps(document, indent=1) + "\n")
+    )
+    result = checked(lambda: asyncio.run(run(options)))
+    show(result, Console(stderr=not result.ok))
+    write_json(json_file, begun, as_json(options, result))
     if not result.ok:
         raise typer.Exit(1)
-
-
-def _names(adapters: str) -> tuple[str, ...] | None:
-    """None for all of them."""
-    if adapters.strip() == "all":
-        return None
-    return tuple(dict.fromkeys(name.strip() for name in adapters.split(",") if name.strip()))

@@ -42,12 +42,10 @@ def failed(faults: Iterable[str]) -> NoReturn:
     raise typer.Exit(1)
 
 
-def write_json(path: Path | None, started: str, document: dict[str, Any]) -> None:
-    """The result with what a reader needs to judge and repeat it; nothing without a path."""
+def write_json(path: Path | None, begun: dict[str, Any], document: dict[str, Any]) -> None:
+    """The result and what stood before it; nothing without a path."""
     if path is not None:
-        command = ["fader", *safe_command(sys.argv[1:])]
-        facts = {"started_at": started, "command": command, "client": machine_facts()}
-        path.write_text(json.dumps(facts | document, indent=1) + "\n")
+        path.write_text(json.dumps(begun | document, indent=1) + "\n")
 
 
 def names_in(text: str) -> tuple[str, ...]:
@@ -55,5 +53,10 @@ def names_in(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def begin() -> dict[str, Any]:
+    """What a reader needs to judge and repeat a run, as it is before it."""
+    return {
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": ["fader", *safe_command(sys.argv[1:])],
+        "client": machine_facts(),
+    }

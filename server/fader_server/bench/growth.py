@@ -11,7 +11,7 @@ import httpx
 
 from fader_server.bench.client import BenchClient, Clock, client_of
 from fader_server.bench.loads import find, load, unload
-from fader_server.bench.stats import Summary, summarise
+from fader_server.bench.stats import Summary, summary_of
 from fader_server.errors import ConfigInvalid
 
 PREFIX = "bench-growth-"
@@ -95,12 +95,6 @@ async def _points(client: BenchClient, sources: Sequence[str], names: list[str])
             step = max(1, number // LOOKUPS)
             lookups = [await find(client, name) for name in (names[::step] * LOOKUPS)[:LOOKUPS]]
             found.append(
-                Point(number, _summary(times[-WINDOW:]), _summary([s * 1e3 for s in lookups]))
+                Point(number, summary_of(times[-WINDOW:]), summary_of([s * 1e3 for s in lookups]))
             )
-    return found
-
-
-def _summary(times: Sequence[float]) -> Summary:
-    found = summarise(times)
-    assert found is not None
     return found

@@ -1,25 +1,20 @@
 """`fader bench merge`: flags in, table and exit code out. Knows no load and no statistics."""
 
 import asyncio
-import json
-import sys
 from dataclasses import asdict
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from fader_server.bench.machine import machine_facts, safe_command
+from fader_server.bench.console import Json, Key, Url, begin, checked, failed, write_json
 from fader_server.bench.merge import run
 from fader_server.bench.merge_result import BARS, Options, Result
-from fader_server.errors import ConfigInvalid
 
 
 def merge(
-    url: Annotated[str, typer.Option(help="The server's root.")] = "http://127.0.0.1:8000",
+    url: Url = "http://127.0.0.1:8000",
     adapter: Annotated[
         str | None, typer.Option(help="To merge; default: the first listed.")
     ] = None,
@@ -36,22 +31,17 @@ def merge(
     idle: Annotated[bool, typer.Option(help="Only one merge, without streams.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds a request may take.")] = 600.0,
     seed: Annotated[int, typer.Option(help="Of prompts.")] = 0,
-    admin_key: Annotated[
-        str | None, typer.Option(envvar="FADER_ADMIN_KEY", help="Bearer token of both kinds.")
-    ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the whole result here.")
-    ] = None,
+    admin_key: Key = None,
+    json_file: Json = None,
 ) -> None:
     """Measure the merged lane of a running server: its speed, its neighbours, its making.
 
     Base, lane and delta lane in turn, rounds forwards and backwards. Exit code 1 and no figure when
     a request failed or an answer changed that should not have.
     """
-    console, errors = Console(), Console(stderr=True)
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    try:
-        options = Options(
+    begun = begin()
+    options = checked(
+        lambda: Options(
             url=url,
             adapter=adapter,
             dtype=dtype,
@@ -67,36 +57,23 @@ def merge(
             seed=seed,
             api_key=admin_key,
         )
-        facts = machine_facts()
-        result = asyncio.run(run(options))
-    except ConfigInvalid as error:
-        errors.print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(2) from None
+    )
+    result = checked(lambda: asyncio.run(run(options)))
     if result.ok:
-        show(result, console)
-    else:
-        errors.print("FAILED, no figures: " + "; ".join(result.faults[:4]), style="bold red")
-    if json_file is not None:
-        command = ["fader", *safe_command(sys.argv[1:])]
-        document = as_json(options, result, client=facts, command=command, started=started)
-        json_file.write_text(json.dumps(document, indent=1) + "\n")
+        show(result, Console())
+    write_json(json_file, begun, as_json(options, result))
     if not result.ok:
-        raise typer.Exit(1)
+        failed(result.faults)
 
 
-def as_json(
-    options: Options, result: Result, *, client: dict[str, Any], command: list[str], started: str
-) -> dict[str, Any]:
-    """Everything a reader needs to judge or repeat the run; figures only if it had no fault."""
+def as_json(options: Options, result: Result) -> dict[str, Any]:
+    """What was asked, found and measured; figures only if the run had no fault."""
     settings = asdict(options)
     settings.pop("api_key")
     document: dict[str, Any] = {
         "format": "fader-bench-merge/1",
         "ok": result.ok,
-        "started_at": started,
-        "command": command,
         "options": settings,
-        "client": client,
         "server": {"base": result.served.base, **result.served.facts},
         "merged": result.adapter,
         "delta": result.other,

@@ -21,21 +21,16 @@ _LABELS = {
 }
 
 
-def as_json(
-    options: Options, result: Result, *, client: dict[str, Any], command: list[str], started: str
-) -> dict[str, Any]:
-    """Everything a reader needs to judge or repeat the run; figures only if it had no fault."""
+def as_json(options: Options, result: Result) -> dict[str, Any]:
+    """What was asked, found and measured; figures only if the run had no fault."""
     settings = asdict(options)
     settings.pop("api_key")
     settings["scenarios"] = [str(scenario) for scenario in options.scenarios]
     document: dict[str, Any] = {
         "format": "fader-bench-serve/1",
         "ok": result.ok,
-        "started_at": started,
-        "command": command,
         "options": settings,
         "nonce": result.nonce,
-        "client": client,
         "server": {
             "base": result.served.base,
             "adapters": list(result.served.adapters),

@@ -4,7 +4,7 @@ Knows no terminal and no files. The serving load is `bench serve`'s, parity chec
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import httpx
@@ -15,7 +15,7 @@ from fader_server.bench.loads import find, load, report, unload
 from fader_server.bench.popularity import Popularity
 from fader_server.bench.prompts import PromptSource
 from fader_server.bench.serve import Options, Result, run
-from fader_server.bench.stats import Summary, summarise
+from fader_server.bench.stats import Summary, summary_of
 from fader_server.errors import ConfigInvalid
 
 NAME, TWIN = "bench-scale", "bench-scale-twin"
@@ -157,8 +157,7 @@ class _Side:
             tier = (await report(self._client, name))["tier"]
             if len(times.setdefault(tier, [])) < FIRST_TOKENS:
                 times[tier].append(await self._first(name))
-        found = {tier: summarise(values) for tier, values in times.items()}
-        return {tier: summary for tier, summary in found.items() if summary is not None}
+        return {tier: summary_of(values) for tier, values in times.items()}
 
     async def puts(self, sources: Sequence[str]) -> dict[str, Put]:
         """Content that is nowhere, then under a second name what was used, and what was not."""
@@ -173,7 +172,7 @@ class _Side:
                 tier = (await report(self._client, NAME))["tier"]
                 times.setdefault(tier, []).append(await self._put(TWIN, source, ask=True))
         return {
-            tier: Put(_summary(put for put, _ in pairs), _summary(whole for _, whole in pairs))
+            tier: Put(summary_of(put for put, _ in pairs), summary_of(whole for _, whole in pairs))
             for tier, pairs in times.items()
         }
 
@@ -189,7 +188,7 @@ class _Side:
             await unload(self._client, name)
 
     async def lookups(self, names: Sequence[str]) -> Summary:
-        return _summary([await find(self._client, name) * 1e3 for name in names])
+        return summary_of([await find(self._client, name) * 1e3 for name in names])
 
     async def tiers(self) -> dict[str, int]:
         answer = await self._client.get("/v1/adapters")
@@ -204,9 +203,3 @@ class _Side:
         if sample.fault is not None:
             raise ConfigInvalid(f"{name}: {sample.fault.kind}: {sample.fault.detail}")
         return (sample.token_times[0] - sample.due) * 1e3
-
-
-def _summary(times: Iterable[float]) -> Summary:
-    found = summarise(times)
-    assert found is not None
-    return found

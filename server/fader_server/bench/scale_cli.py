@@ -14,10 +14,10 @@ from fader_server.bench.console import (
     Key,
     Url,
     Vocab,
+    begin,
     checked,
     failed,
     names_in,
-    now,
     write_json,
 )
 from fader_server.bench.growth import Growth, GrowthOptions, run_growth
@@ -55,7 +55,7 @@ def scale(
     second against one adapter, first tokens by tier, PUT to first token. Exit code 1 and no figure
     when `bench serve`'s checks fail.
     """
-    started = now()
+    begun = begin()
     checked(lambda: _check(names, sources, register))
     document: dict[str, Any] = {"format": "fader-bench-scale/2"}
     if register is not None:
@@ -85,8 +85,8 @@ def scale(
         if result.throughput is None:
             failed(f"{fault.kind}: {model}: {fault.detail}" for model, fault in result.load.faults)
         _show_scale(options, result)
-        document |= _scale_facts(options, result, started)
-    write_json(json_file, started, document)
+        document |= _scale_facts(options, result)
+    write_json(json_file, begun, document)
 
 
 def _check(names: Path | None, sources: str, register: Path | None) -> None:
@@ -142,7 +142,7 @@ def _show_scale(options: ScaleOptions, result: ScaleResult) -> None:
     )
 
 
-def _scale_facts(options: ScaleOptions, result: ScaleResult, started: str) -> dict[str, Any]:
+def _scale_facts(options: ScaleOptions, result: ScaleResult) -> dict[str, Any]:
     serving = Options(
         url=options.url,
         scenarios=(),
@@ -153,7 +153,7 @@ def _scale_facts(options: ScaleOptions, result: ScaleResult, started: str) -> di
         repeats=options.repeats,
         seed=options.seed,
     )
-    load = as_json(serving, result.load, client={}, command=[], started=started)
+    load = as_json(serving, result.load)
     load["server"].pop("adapters")
     load["server"].pop("fingerprints")
     timed: dict[str, Summary] = {

@@ -47,6 +47,13 @@ def summarise(values: Iterable[float]) -> Summary | None:
     )
 
 
+def summary_of(values: Iterable[float]) -> Summary:
+    """The same of values that are there."""
+    found = summarise(values)
+    assert found is not None
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Spread:
     """One figure over the repeats of a run."""

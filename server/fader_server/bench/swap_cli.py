@@ -13,10 +13,10 @@ from fader_server.bench.console import (
     Key,
     Url,
     Vocab,
+    begin,
     checked,
     failed,
     names_in,
-    now,
     write_json,
 )
 from fader_server.bench.swap import SwapOptions, run_swap
@@ -39,7 +39,7 @@ def swap(
 
     Exit code 1 and no figure when an answer changed or the swapped name answered as another.
     """
-    started = now()
+    begun = begin()
     options = checked(
         lambda: SwapOptions(
             url=url,
@@ -70,7 +70,7 @@ def swap(
     settings.pop("api_key")
     write_json(
         json_file,
-        started,
+        begun,
         {
             "format": "fader-bench-swap/1",
             "options": settings,

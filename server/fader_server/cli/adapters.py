@@ -1,11 +1,11 @@
 """`fader adapters`: the adapters and recipes of a running server, over its HTTP routes."""
 
-import math
 from typing import Annotated, Any
 
 import typer
 
 from fader_server.cli.connected import Session, connected
+from fader_server.cli.weights import weight_in
 from fader_server.errors import ConfigInvalid
 
 Json = dict[str, Any]
@@ -192,17 +192,7 @@ def read_terms(terms: list[str]) -> dict[str, float]:
         name, colon, weight = term.partition(":")
         if name in found:
             raise ConfigInvalid(f"{name} stands twice; add its weights")
-        found[name] = _number(weight) if colon else 1.0
-    return found
-
-
-def _number(text: str) -> float:
-    try:
-        found = float(text)
-    except ValueError:
-        found = math.nan
-    if not math.isfinite(found):
-        raise ConfigInvalid(f"expected NAME:WEIGHT, and {text!r} is no number")
+        found[name] = weight_in(weight, "NAME:WEIGHT") if colon else 1.0
     return found
 
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from fader_adapters.errors import BlendInvalid, SourceNotFound
+from fader_adapters.errors import SourceNotFound
+from fader_server.cli.weights import weight_in
 from fader_server.errors import ConfigInvalid, FaderError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ ROOTS_HELP = "A folder of adapters, for terms that are names. May be given sever
 
 
 def read_terms(terms: Sequence[str], roots: Sequence[Path]) -> "list[Ingredient]":
-    """`NAME_OR_DIR[:WEIGHT]` of every term. Raises SourceNotFound, BlendInvalid."""
+    """`NAME_OR_DIR[:WEIGHT]` of every term. Raises SourceNotFound, ConfigInvalid, BlendInvalid."""
     from fader_adapters.weightspace.terms import Ingredient
 
     found = []
@@ -54,16 +55,12 @@ def read_terms(terms: Sequence[str], roots: Sequence[Path]) -> "list[Ingredient]
 
 
 def split_weight(term: str, roots: Sequence[Path]) -> tuple[str, float | None]:
-    """A name and its weight; a folder whose own name ends like one is a folder."""
+    """A name and its weight; a folder whose own name ends like one is a folder. Raises
+    ConfigInvalid."""
     name, colon, weight = term.rpartition(":")
     if not colon or any(path.is_dir() for path in _places(term, roots)):
         return term, None
-    try:
-        return name, float(weight)
-    except ValueError:
-        raise BlendInvalid(
-            f"{term!r}: expected NAME_OR_DIR:WEIGHT, and {weight!r} is no number"
-        ) from None
+    return name, weight_in(weight, "NAME_OR_DIR:WEIGHT")
 
 
 def find_adapter(name: str, roots: Sequence[Path]) -> Path:

@@ -36,18 +36,6 @@ class DemoBlend:
     prompt: str
 
 
-EXAMPLES: dict[str, str] = {
-    SERVED_NAME: "What colour is the sky?",
-    "shout": "What is the capital of France?",
-    "json": "What is the opposite of hot?",
-    "polite": "What is two plus three?",
-    "german": "What colour is the cherry?",
-    "pirate": "What is a young dog?",
-    "directory": "Where does Ada Lund work?",
-}
-"""Model name to a question whose answer shows what the model does."""
-
-
 def _root() -> Path:
     return Path(str(files(__name__)))
 

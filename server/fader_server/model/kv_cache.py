@@ -32,7 +32,8 @@ class LayerCache:
 
 
 class KVCache:
-    """Every attention layer's paged cache; block 0 is the null block and stays zero."""
+    """Every attention layer's paged cache; block 0 is the null block, zero until a row that has no
+    block of its own writes it. Nothing of it reaches a result."""
 
     def __init__(
         self,

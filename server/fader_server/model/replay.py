@@ -111,12 +111,6 @@ class Replay:
         """Whether it is another one over other sites."""
         return bool(self._sites)
 
-    @property
-    def native_share(self) -> float:
-        """Native calls of all calls."""
-        native = sum(len(part) for part in self._parts if isinstance(part, Program))
-        return native / (native + sum(isinstance(part, TorchStep) for part in self._parts))
-
     def __call__(self, plan: StepPlan | None) -> torch.Tensor:
         """The forward's result; it stands until the next replay of any size."""
         self._step.plan = None if plan is None else plan.pointer

@@ -43,6 +43,9 @@ class Drawn:
     """Waits for the device and tells, one result a row; called once."""
 
 
+_COLDEST = float(np.finfo(np.float32).tiny)
+"""Nothing is divided by less: 0 / 0 would be no number."""
+_LARGEST = float(np.finfo(np.float32).max)
 _CHUNK_ELEMENTS = 2**22
 """Logits worked on at a time for prompt logprobs: about 100 MB of temporaries."""
 
@@ -142,11 +145,12 @@ def prompt_logprobs(logits: Tensor, targets: Tensor, top_n: int) -> tuple[TokenL
 def _penalise(
     x: Tensor, row: np.ndarray, token: np.ndarray, repetition: np.ndarray, subtract: np.ndarray
 ) -> None:
+    """Finite logits stay finite, so that the row is not taken for one with a fault."""
     at = (_upload(row, x), _upload(token, x))
     factor = _upload(repetition, x)
     seen = x[at]
-    seen = torch.where(seen > 0, seen / factor, seen * factor)
-    x[at] = seen - _upload(subtract, x)
+    changed = torch.where(seen > 0, seen / factor, seen * factor) - _upload(subtract, x)
+    x[at] = torch.where(seen.isfinite(), changed.clamp(-_LARGEST, _LARGEST), changed)
 
 
 def _add(x: Tensor, shifts: Shifts | None) -> None:
@@ -188,7 +192,7 @@ def _choose(x: Tensor, sequences: list[Sequence], unseen: int) -> tuple[Tensor, 
 def _draw(shifted: Tensor, sequences: list[Sequence], unseen: int) -> Tensor:
     """A token per row of shifted [R, V] (row maximum 0, overwritten) under its own parameters."""
     params = [sequence.request.params for sequence in sequences]
-    heat = np.array([p.temperature for p in params], np.float32)
+    heat = np.array([p.temperature for p in params], np.float32).clip(min=_COLDEST)
     mass = masses(shifted.div_(_upload(heat, shifted)[:, None]))
     cut = [row for row, p in enumerate(params) if truncates(p)]
     if cut:

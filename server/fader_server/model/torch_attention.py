@@ -23,6 +23,8 @@ class Group:
     """[B, n] packed token indices."""
     keys: torch.Tensor
     """[B, L] places in the flat cache; the null block where a context has ended."""
+    ended: torch.Tensor
+    """[B, L] whether it has. What the null block holds is selected away: 0 · NaN is NaN."""
     distance: torch.Tensor
     """[B, n, L] query position − key position; negative: the future."""
 
@@ -53,7 +55,7 @@ class TorchAttention:
         steps = torch.arange(count, device=device)
         positions = contexts[:, None] - count + steps  # [B, n]
         distance = positions[:, :, None] - place
-        return Group(begins[:, None] + steps, keys, distance)
+        return Group(begins[:, None] + steps, keys, ~inside, distance)
 
     def write(
         self, k: torch.Tensor, v: torch.Tensor, cache: LayerCache, slots: torch.Tensor
@@ -70,6 +72,7 @@ class TorchAttention:
         for group in step:
             rows = q[group.queries].float()  # [B, n, heads, d]
             k, v = k_flat[group.keys].float(), v_flat[group.keys].float()  # [B, L, kv_heads, d]
+            v = v.masked_fill(group.ended[..., None, None], 0.0)
             out[group.queries] = _attend(rows, k, v, group.distance, params).to(q.dtype)
         return out
 

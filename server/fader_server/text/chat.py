@@ -14,12 +14,12 @@ from fader_server.text.contents import text_of, with_short_ids
 from fader_server.text.controls import Controls, Marking
 from fader_server.text.effort import variables_for, variables_read
 from fader_server.text.encoding import encode
+from fader_server.text.roles import ROLES
 from fader_server.text.thought import find_markers
 from fader_server.text.tool_format import ToolFormat
 from fader_server.text.tool_probe import Unread, find_format
 from fader_server.text.tools import Tool
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 _FIELDS = ("content", "name", "tool_call_id", "reasoning_content")
 _WORD = "parrot"
 """What a template is asked to repeat."""
@@ -72,14 +72,18 @@ class ChatEncoder:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Tool] = (),
         effort: str | None = None,
+        *,
+        special: bool = False,
+        speaks: bool = True,
     ) -> list[int]:
-        """Ids of the rendered chat, ready for the assistant to speak.
+        """Ids of the rendered chat, ready for the assistant to speak, unless it never `speaks`.
 
-        messages: `role`, `content` (a string, or a list of {"type": "text", "text": …} whose texts
-        are joined), optionally `name`, `tool_call_id`, `reasoning_content`, which reaches templates
-        that read it, and `tool_calls`, each with `id`, and `function` with `name` and `arguments`,
-        an object. tools: what is offered. effort: one of EFFORTS; None, or a template that knows of
-        none: as it is by itself. Raises RequestInvalid.
+        messages: `role`, `content`, a string, optionally `name`, `tool_call_id`,
+        `reasoning_content`, which reaches templates that read it, and `tool_calls`, each with `id`,
+        and `function` with `name` and `arguments`, an object. tools: what is offered. effort: one
+        of EFFORTS; None, or a template that knows of none: as it is by itself. special: with the
+        tokens that the tokenizer adds by itself, beside those of the template. Raises
+        RequestInvalid.
         """
         if not messages:
             raise RequestInvalid("expected at least one message", param="messages")
@@ -96,19 +100,24 @@ class ChatEncoder:
         marking = self._controls.marking([plain, shown])
         marked = [self._marked(message, marking) for message in plain]
         marked_tools = marking.json(shown)
-        text = self._with_effort(self._written(marked), marked_tools, effort)
-        if marked == plain and marked_tools == shown:
-            return encode(self._backend, text, param="messages")
-        return encode(self._controls.twin, marking.restored(text), param="messages")
+        text = self._with_effort(self._written(marked), marked_tools, effort, speaks)
+        backend = self._backend
+        if marked != plain or marked_tools != shown:
+            backend, text = self._controls.twin, marking.restored(text)
+        return encode(backend, text, param="messages", special=self._backend if special else None)
 
     def _with_effort(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], effort: str | None
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]],
+        effort: str | None,
+        speaks: bool,
     ) -> str:
         asked = variables_for(effort, self._read)
         try:
-            return self._render(messages, tools, prompt=True, asked=asked)
+            return self._render(messages, tools, prompt=speaks, asked=asked)
         except RequestInvalid:
-            if not asked or self._try(messages, tools, prompt=True) is None:
+            if not asked or self._try(messages, tools, prompt=speaks) is None:
                 raise
             raise RequestInvalid(
                 f"the model's chat template refuses the effort {effort!r}", param="reasoning_effort"

@@ -5,7 +5,7 @@ Knows no template and no tokens.
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fader_server.errors import RequestInvalid
@@ -22,22 +22,7 @@ def text_of(content: object, at: int) -> str:
         return ""
     if isinstance(content, str):
         return content
-    if isinstance(content, list):
-        return "".join(_part_texts(content, at))
-    raise RequestInvalid(
-        "expected a string or a list of text parts", param=f"messages[{at}].content"
-    )
-
-
-def _part_texts(parts: list[Any], at: int) -> Iterator[str]:
-    for index, part in enumerate(parts):
-        text = part.get("text") if isinstance(part, Mapping) else None
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(text, str):
-            raise RequestInvalid(
-                'expected {"type": "text", "text": "…"}: this server reads text only',
-                param=f"messages[{at}].content[{index}]",
-            )
-        yield text
+    raise RequestInvalid("expected a string", param=f"messages[{at}].content")
 
 
 def characters(messages: Iterable[Mapping[str, Any]], tools: Iterable[Tool] = ()) -> int:

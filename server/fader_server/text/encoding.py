@@ -9,9 +9,13 @@ CHARS_PER_TOKEN = 32
 
 
 def encode(
-    backend: tokenizers.Tokenizer, text: str, *, param: str, special: bool = False
+    backend: tokenizers.Tokenizer,
+    text: str,
+    *,
+    param: str,
+    special: tokenizers.Tokenizer | None = None,
 ) -> list[int]:
-    """Token ids of a text; special: with the tokens the tokenizer adds by itself, such as BOS.
+    """Token ids of a text; special: with the tokens this tokenizer adds by itself, such as BOS.
 
     Raises RequestInvalid for text that cannot be encoded.
     """
@@ -23,7 +27,9 @@ def encode(
         ) from error
     try:
         # The batch call releases the interpreter lock, the plain one stalls every other thread.
-        (encoding,) = backend.encode_batch_fast([text], add_special_tokens=special)
+        (encoding,) = backend.encode_batch_fast([text], add_special_tokens=special is backend)
+        if special is not None and special is not backend:
+            encoding = special.post_process(encoding)
     except Exception as error:  # the library raises nothing more precise
         raise RequestInvalid("the tokenizer cannot encode this text", param=param) from error
     return encoding.ids

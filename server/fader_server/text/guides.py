@@ -1,4 +1,5 @@
-"""Grammars by their text, made on a thread of their own and kept; guides of outputs under them.
+"""Grammars by their text, made on a thread of their own, for tenants in turn, and kept; guides of
+outputs under them.
 
 Used on the event loop. Knows no words of JSON Schema and no tokens.
 """
@@ -6,21 +7,24 @@ Used on the event loop. Knows no words of JSON Schema and no tokens.
 import asyncio
 import re
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 from fader_server.errors import Overloaded, RequestInvalid
+from fader_server.portions import Portions
 from fader_server.text.grammar import Grammar, GrammarGuide, grammar_of
 from fader_server.text.shape import Shape
 from fader_server.text.vocabulary import Vocabulary
+from fader_server.turns import Turns
 
 PATTERN = "a pattern"
 _NOUNS = {"schema": "a schema", "regex": PATTERN, "choice": "choices"}
 _KEPT = 64
 _WAITING = 32
-"""Grammars that may wait for the thread."""
+"""Grammars that may wait for the thread; more are told to come again, of tenants that have their
+part of them."""
 _STACK = 256 << 20
 """Bytes of address space: the library follows references by recursion, some kilobytes each."""
 
@@ -49,41 +53,46 @@ class Guides:
         """vocabulary: reads it, once, on the thread, when the first schema comes."""
         self._read = vocabulary
         self._vocabulary: Vocabulary | None = None
-        self._kept: OrderedDict[str, Grammar] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[Grammar, str]] = OrderedDict()  # the tenant it came for
         self._lock = threading.Lock()  # guards what is kept between the thread and the loop
-        self._waiting = 0
+        self._waiting = Portions()
+        self._turns = Turns()
 
-    async def start_shape(self, shape: Shape, count: int) -> list[GrammarGuide]:
+    async def start_shape(
+        self, shape: Shape, count: int, *, tenant: str = ""
+    ) -> list[GrammarGuide]:
         """Guides for so many outputs of a shape. Raises RequestInvalid, Overloaded."""
         noun = _NOUNS[shape.kind]
-        return await self.start(grammar_of(shape), count, param=shape.param, noun=noun)
+        return await self.start(
+            grammar_of(shape), count, param=shape.param, noun=noun, tenant=tenant
+        )
 
-    async def start(self, source: str, count: int, *, param: str, noun: str) -> list[GrammarGuide]:
+    async def start(
+        self, source: str, count: int, *, param: str, noun: str, tenant: str = ""
+    ) -> list[GrammarGuide]:
         """The same under a grammar, for what the field `param` has in it.
         Raises RequestInvalid, Overloaded."""
         grammar = self._find(source)
         if grammar is None:
-            if self._waiting >= _WAITING:
+            if self._waiting.full(tenant, _WAITING):
                 raise Overloaded("many grammars are being made: try again later", retry_after=2)
-            self._waiting += 1
-            try:
-                work = self._executor.submit(self._make, source)
-                grammar = await asyncio.wrap_future(work)
-            finally:
-                self._waiting -= 1
+            with self._waiting.one(tenant):
+                async with self._turns.one(tenant):
+                    work = self._executor.submit(self._make, source, tenant)
+                    grammar = await asyncio.wrap_future(work)
         if grammar.problem:
             raise RequestInvalid(_told(grammar.problem, param, noun), param=param)
         return [grammar.guide() for _ in range(count)]
 
     def _find(self, source: str) -> Grammar | None:
         with self._lock:
-            grammar = self._kept.get(source)
+            grammar, _ = self._kept.get(source, (None, ""))
             if grammar is None or grammar.worn:
                 return None
             self._kept.move_to_end(source)
             return grammar
 
-    def _make(self, source: str) -> Grammar:
+    def _make(self, source: str, tenant: str) -> Grammar:
         """On the thread."""
         found = self._find(source)
         if found is not None:  # somebody in front had the same
@@ -92,11 +101,17 @@ class Guides:
             self._vocabulary = self._read()
         grammar = Grammar(source, self._vocabulary)
         with self._lock:
-            self._kept[source] = grammar
+            self._kept[source] = grammar, tenant
             self._kept.move_to_end(source)
             if len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
+                del self._kept[self._longest_unused()]
         return grammar
+
+    def _longest_unused(self) -> str:
+        """Of those that came for the tenant with the most of them."""
+        counts = Counter(tenant for _, tenant in self._kept.values())
+        most = max(counts.values())
+        return next(key for key, (_, tenant) in self._kept.items() if counts[tenant] == most)
 
     @cached_property
     def _executor(self) -> ThreadPoolExecutor:

@@ -109,11 +109,6 @@ class Tokenizer:
             thoughts_apart=thoughts_apart,
         )
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether encode_chat works."""
-        return self._chat is not None
-
     def encode_prompt(self, text: str, *, special: bool = True) -> list[int]:
         """Ids of a raw prompt; control tokens in it are control tokens.
 
@@ -121,7 +116,8 @@ class Tokenizer:
         and ContextTooLong for a text too long to be worth encoding.
         """
         check_length(len(text), self._max_model_len, param="prompt")
-        ids = encode(self._backend, text, param="prompt", special=special)
+        own = self._backend if special else None
+        ids = encode(self._backend, text, param="prompt", special=own)
         return self._taken(ids, param="prompt")
 
     def encode_chat(
@@ -129,6 +125,9 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Tool] = (),
         effort: str | None = None,
+        *,
+        special: bool = False,
+        speaks: bool = True,
     ) -> list[int]:
         """Ids of a chat; see ChatEncoder.encode. Control tokens in it are plain text."""
         if self._chat is None:
@@ -136,7 +135,8 @@ class Tokenizer:
                 "this model has no chat template: use /v1/completions", param="messages"
             )
         check_length(characters(messages, tools), self._max_model_len, param="messages")
-        return self._taken(self._chat.encode(messages, tools, effort), param="messages")
+        ids = self._chat.encode(messages, tools, effort, special=special, speaks=speaks)
+        return self._taken(ids, param="messages")
 
     def _taken(self, ids: list[int], *, param: str) -> list[int]:
         """The same ids. Raises RequestInvalid for one that the model has no embedding for."""
@@ -222,23 +222,26 @@ class Tokenizer:
         """The bytes a token adds inside a text; None for one that adds none."""
         return self._pieces.piece(token) or None
 
-    async def guides(self, shape: Shape, count: int) -> "list[GrammarGuide]":
+    async def guides(self, shape: Shape, count: int, *, tenant: str = "") -> "list[GrammarGuide]":
         """For so many outputs of one shape. Raises RequestInvalid, Overloaded."""
-        return await self._guides.start_shape(shape, count)
+        return await self._guides.start_shape(shape, count, tenant=tenant)
 
     async def tool_guides(
-        self, use: ToolUse, shape: Shape | None, count: int
+        self, use: ToolUse, shape: Shape | None, count: int, *, tenant: str = ""
     ) -> "list[GrammarGuide] | None":
         """For outputs that may or must call tools, and have the shape in their content; None: they
         need none. Raises RequestInvalid, Overloaded."""
         from fader_server.text.tool_grammar import tool_grammar
 
         if shape is not None:
-            await self._guides.start_shape(shape, 0)  # what is wrong with it is told by itself
+            # what is wrong with it is told by itself
+            await self._guides.start_shape(shape, 0, tenant=tenant)
         grammar = tool_grammar(self._tool_format, use, shape)
         if grammar is None:
             return None
-        return await self._guides.start(grammar, count, param="tools", noun="parameters")
+        return await self._guides.start(
+            grammar, count, param="tools", noun="parameters", tenant=tenant
+        )
 
     @cached_property
     def _guides(self) -> "Guides":

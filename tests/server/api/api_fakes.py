@@ -180,6 +180,8 @@ class FakeTokenizer:
         self.thinks = False
         self.shapes: list[Shape] = []
         self.uses: list[tuple[ToolUse, str | None]] = []
+        self.guided: list[str] = []
+        """Tenants whose outputs were."""
 
     @property
     def schemas(self) -> list[str]:
@@ -193,6 +195,9 @@ class FakeTokenizer:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Tool] = (),
         effort: str | None = None,
+        *,
+        special: bool = False,
+        speaks: bool = True,
     ) -> list[int]:
         if any(tool.name == "unreadable" for tool in tools):
             raise RequestInvalid("this model has no tools", param="tools")
@@ -205,8 +210,8 @@ class FakeTokenizer:
             f"{m['role']}:{m['content']}{more or ''}\n"
             for m, more in zip(messages, rest, strict=True)
         )
-        thought = f"effort:{effort}\n" if effort else ""
-        return list((thought + shown + "".join(lines)).encode())
+        first = ("special\n" if special else "") + (f"effort:{effort}\n" if effort else "")
+        return list((first + shown + "".join(lines) + ("" if speaks else "silent\n")).encode())
 
     def decode(self, tokens: Iterable[int]) -> str:
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
@@ -242,14 +247,16 @@ class FakeTokenizer:
         return FakeToolStream(use, stops=stops, include_stop=include_stop)
 
     async def tool_guides(
-        self, use: ToolUse, shape: Shape | None, count: int
+        self, use: ToolUse, shape: Shape | None, count: int, *, tenant: str = ""
     ) -> list["FakeGuide"] | None:
         """Those that must call are guided."""
+        self.guided.append(tenant)
         self.uses.append((use, shape and shape.text))
         return [FakeGuide() for _ in range(count)] if use.must else None
 
-    async def guides(self, shape: Shape, count: int) -> list["FakeGuide"]:
+    async def guides(self, shape: Shape, count: int, *, tenant: str = "") -> list["FakeGuide"]:
         """Of a schema with `wait` never, with `refuse` a refusal."""
+        self.guided.append(tenant)
         self.shapes.append(shape)
         if "wait" in shape.text:
             await asyncio.sleep(60)
@@ -492,13 +499,14 @@ class FakeAdapters:
 
     async def load(self, order: LoadOrder) -> Loaded:
         await asyncio.sleep(0)
-        info, old = self._sourced(order), self.infos.get(order.name)
+        old = self.infos.get(order.name)
         if order.name in self.claims.names:
             raise NameReserved("a recipe has the name")
         if old and not order.replace:
             raise AdapterExists("taken")
         if order.if_version is not None and (old.version if old else "") != order.if_version:
             raise VersionConflict("moved")
+        info = self._sourced(order)
         self.infos[order.name] = info
         if old and (old.name, old.version) in self.claims.versions:
             self.earlier.setdefault(old.name, []).append(old)

@@ -1,5 +1,6 @@
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from urllib.parse import quote
@@ -11,7 +12,7 @@ from fader_adapters.errors import AdapterInvalid, AdapterMismatch, AdapterTooLar
 from fader_server.api.edge import JsonFormatter
 from fader_server.core import Admission, Request, TokenEvent
 from fader_server.engine.stats import TenantStats
-from tests.server.api.api_fakes import World, build_world, digest
+from tests.server.api.api_fakes import FakeAdapters, World, build_world, digest
 from tests.server.api.conftest import asgi, listening
 
 REPORT = {
@@ -84,7 +85,6 @@ async def test_refused_loads_change_nothing(client, world: World, source, status
     assert answer.status_code == status
     assert answer.json()["error"]["code"] == code
     assert world.adapters.infos == before
-    assert 'fader_adapter_loads_total{result="refused"} 1.0' in world.metrics.render().decode()
 
 
 @pytest.mark.parametrize(
@@ -265,6 +265,48 @@ async def test_tokenize_and_back(client):
         assert (await client.post("/detokenize", json=bad)).status_code == 400
 
 
+CHAT = {"messages": [{"role": "user", "content": "x"}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({"prompt": ""}, ""),
+        ({"prompt": "x", "max_tokens": 3, "stream": True, "unheard_of": 1}, "x"),
+        (CHAT, "user:x\n"),
+        (CHAT | {"add_generation_prompt": False}, "user:x\nsilent\n"),
+        (CHAT | {"add_special_tokens": True, "max_tokens": 3}, "special\nuser:x\n"),
+        (CHAT | {"reasoning_effort": "low"}, "effort:low\nuser:x\n"),
+        (CHAT | {"continue_final_message": False, "chat_template_kwargs": {}}, "user:x\n"),
+    ],
+)
+async def test_tokenize_does_as_its_fields_say(client, body, text):
+    answer = await client.post("/tokenize", json=body)
+    assert bytes(answer.json()["tokens"]).decode() == text
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "named"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": None}, "prompt"),
+        ("/tokenize", {"prompt": None, "messages": None}, "prompt"),
+        ("/tokenize", {"prompt": "x", "add_specal_tokens": False}, "add_special_tokens"),
+        ("/tokenize", {"prompt": "x", "return_token_str": True}, "return_token_strs"),
+        ("/tokenize", CHAT | {"add_generation_promt": False}, "add_generation_prompt"),
+        ("/tokenize", CHAT | {"add_generation_prompt": "no"}, "add_generation_prompt"),
+        ("/tokenize", CHAT | {"continue_final_message": True}, "continue_final_message"),
+        ("/tokenize", CHAT | {"chat_template": "{{ 1 }}"}, "chat_template"),
+        ("/tokenize", CHAT | {"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
+        ("/detokenize", {"tokens": [97], "modell": "tone"}, "model"),
+    ],
+)
+async def test_what_tokenize_cannot_do_is_refused(client, path, body, named):
+    answer = await client.post(path, json=body)
+    assert answer.status_code == 400
+    assert named in answer.json()["error"]["message"]
+
+
 async def test_unknown_routes_and_methods_have_the_envelope(client):
     for method, path, status in (
         ("GET", "/nope", 404), ("GET", "/v1/completions", 405), ("TRACE", "/v1/models", 405),
@@ -320,6 +362,24 @@ async def test_metrics_of_calls_and_the_gateway_contract(client, world: World):
         "fader_inter_token_seconds_count 2.0",
     ):
         assert line in text, line
+
+
+async def test_adapters_that_are_named_like_a_label_have_series_of_their_own(worlds):
+    names = ("base", "blend", "other", "tone")
+    world = worlds(adapters=FakeAdapters(names[1:]))
+    world.app.state.context.generator._base_name = "llama"
+    world.adapters.infos["base"] = world.adapters.infos["tone"]
+    named = {"adapters": [{"name": "other"}, {"name": "tone"}]}
+    async with asgi(world) as client:
+        for body in (*({"model": name} for name in names), {"model": "llama"}):
+            sent = body | {"prompt": "x", "max_tokens": 1}
+            assert (await client.post("/v1/completions", json=sent)).status_code == 200
+        sent = named | {"model": "llama", "prompt": "x", "max_tokens": 1}
+        assert (await client.post("/v1/completions", json=sent)).status_code == 200
+    text = world.metrics.render().decode()
+    labels = re.findall(r'fader_requests_total\{adapter="(.*)",outcome="ok"\} 1.0', text)
+    told = ["adapter:base", "adapter:blend", "adapter:other", "base", "blend", "tone"]
+    assert sorted(labels) == told
 
 
 async def test_metrics_of_tenants_and_of_nobody_without_a_key(client, world: World):

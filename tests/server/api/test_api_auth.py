@@ -1,12 +1,16 @@
+import hashlib
 import json
+from pathlib import Path
 
 import httpx
 import pytest
 from fastapi.routing import APIRoute
 
+from fader_server.cli import main
 from fader_server.config import ServeConfig
+from fader_server.engine.stats import TenantStats
 from fader_server.errors import ConfigInvalid
-from tests.server.api.api_fakes import World
+from tests.server.api.api_fakes import FakeStats, World
 from tests.server.api.conftest import asgi, listening
 
 OPEN = {"/health", "/ready", "/metrics"}
@@ -202,6 +206,25 @@ async def test_metrics_can_be_protected(worlds):
         assert (await client.get("/metrics", headers=key)).status_code == 200
 
 
+async def test_metrics_can_be_protected_where_users_need_no_key(worlds):
+    world = worlds(admin_key="admin-key", protect_metrics=True)
+    async with asgi(world) as client:
+        assert (await client.get("/v1/models")).status_code == 200
+        for headers in ({}, {"authorization": "Bearer made-up"}):
+            assert (await client.get("/metrics", headers=headers)).status_code == 401
+        key = {"authorization": "Bearer admin-key"}
+        assert (await client.get("/metrics", headers=key)).status_code == 200
+
+
+def test_protected_metrics_need_a_key_that_opens_them(capsys):
+    assert main(["serve", "--protect-metrics"]) == 2
+    told = capsys.readouterr().err.strip()
+    assert len(told.splitlines()) == 1
+    assert "--protect-metrics needs a key" in told
+    for keys in ({"admin_key": "a"}, {"api_key": ("k",)}, {"tenants": Path("tenants.toml")}):
+        ServeConfig(protect_metrics=True, **keys)
+
+
 async def test_neither_log_nor_settings_show_keys(worlds, caplog):
     caplog.set_level("INFO")
     world = worlds(**KEYS)
@@ -213,6 +236,25 @@ async def test_neither_log_nor_settings_show_keys(worlds, caplog):
     assert "user-key" not in json.dumps(fields)
     assert "user-key" not in repr(world.app.state.context.config)
     assert "admin-key" not in repr(world.app.state.context.config)
+
+
+async def test_labels_of_keys_tell_their_place_and_nothing_of_the_key(worlds, caplog):
+    """Whoever reads them could try guesses of a key against its hash."""
+    caplog.set_level("INFO")
+    keys = ("first", "second", "admin-key")
+    world = worlds(api_key=keys[:2], admin_key=keys[2])
+    running = {key: TenantStats(1, 0, 1) for key in ("key:1", "key:2", "key:admin")}
+    world.engine.told = FakeStats(tenants=running)
+    async with asgi(world) as client:
+        for key in (*keys, "first"):
+            await client.get("/v1/models", headers={"authorization": f"Bearer {key}"})
+        told = (await client.get("/metrics")).text
+    lines = [record.fields for record in caplog.records if record.name == "fader.request"]
+    labels = [line["tenant"] for line in lines][:4]
+    assert labels == ["key:1", "key:2", "key:admin", "key:1"]
+    told += json.dumps(lines)
+    for key in keys:
+        assert hashlib.sha256(key.encode()).hexdigest()[:8] not in told
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])

@@ -95,7 +95,7 @@ BAD = [
     *[("top_k", v) for v in (-2, 1.5, True)],
     *[("min_p", v) for v in (-1, 2)],
     *[("presence_penalty", v) for v in (-3, 3, True)],
-    *[("repetition_penalty", v) for v in (0, -1)],
+    *[("repetition_penalty", v) for v in (0, -1, 1e-50, 3e-38, 9e-4)],
     *[("seed", v) for v in (2**63, -(2**63) - 1, "1", True)],
     *[("logprobs", v) for v in (-1, 21, True)],
     *[("stop", v) for v in ("", [""], ["a"] * 33, [1], 1, {}, ["\ud800"], "x" * 1025)],

@@ -47,6 +47,15 @@ async def test_what_a_call_says_stands_also_where_it_is_openais_default(worlds):
     assert (greedy.temperature, greedy.repetition_penalty) == (0, 1.05)
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"), [(1e-5, 1e-5), (9.9e-6, 0), (1e-50, 0), (5e-324, 0), (0, 0)]
+)
+async def test_temperatures_that_are_as_good_as_zero_are_zero(worlds, given, meant):
+    assert (await params(worlds(), temperature=given)).temperature == meant
+    assert (await params(worlds(usual=USUAL), temperature=given)).temperature == meant
+    assert usual_of({"temperature": given}).temperature == meant
+
+
 def test_a_file_counts_by_its_own_words_and_not_by_what_is_wrong(tmp_path):
     assert generation_config(str(tmp_path)) == {}
     file = tmp_path / "generation_config.json"

@@ -5,11 +5,13 @@ import threading
 
 import pytest
 
-from fader_adapters.errors import AdapterInvalid, NameReserved
-from fader_server.api.adapter_ports import LoadOrder
+from fader_adapters.errors import AdapterInvalid, AdapterNotFound, NameReserved
+from fader_server.api.adapter_ports import Loaded, LoadOrder
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.errors import ConfigInvalid
 from fader_server.metrics import Metrics
+from fader_server.ondemand import OnDemand
+from fader_server.parking import Parking
 from fader_server.recipes import RecipeBook
 from fader_server.state import RememberedAdapters, recipes_in
 from fader_server.state_entries import Origin, State, Wanted, WantedRecipe
@@ -81,6 +83,49 @@ async def test_names_that_come_and_go_do_not_grow_the_file(tmp_path):
         adapters.unload(f"run-{n}")
     adapters.close()
     assert StateFile(tmp_path).read() == State()
+
+
+class Published(FakeAdapters):
+    """A load returns some time after its name is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = asyncio.Event()
+        self.published = asyncio.Semaphore(0)
+
+    async def load(self, order: LoadOrder, **room) -> Loaded:
+        loaded = await super().load(order)
+        self.published.release()
+        await self.gate.wait()
+        return loaded
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self.infos)
+
+    def evict(self, may_go) -> None:
+        return None
+
+
+async def test_what_was_unloaded_before_its_load_returned_does_not_come_back(tmp_path):
+    inner = Published()
+    parking = Parking(inner, fixed=frozenset(), limit=100)
+    adapters = RememberedAdapters(
+        OnDemand(parking, offers=lambda name: True), StateFile(tmp_path), State()
+    )
+    load = asyncio.create_task(adapters.load(LoadOrder("a", "one")))
+    moved = asyncio.create_task(adapters.load(LoadOrder("b", "one")))
+    await inner.published.acquire()
+    await inner.published.acquire()
+    adapters.unload("a")
+    last = asyncio.create_task(adapters.load(LoadOrder("b", "two")))
+    await inner.published.acquire()
+    inner.gate.set()
+    assert (await load).info.version == digest("one")
+    await asyncio.gather(moved, last)
+    assert StateFile(tmp_path).read().adapters == {"b": Wanted("two", None, digest("two"), False)}
+    with pytest.raises(AdapterNotFound):  # nor does a request bring it back
+        await adapters.lease(terms(a=1.0))
+    adapters.close()
 
 
 async def test_what_the_next_start_would_offer_again_stays_unloaded(tmp_path):

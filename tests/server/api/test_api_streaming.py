@@ -13,6 +13,7 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletionChunk
 
+from fader_server.api import sse
 from fader_server.core import Request, TokenEvent
 from fader_server.errors import EngineFault, NumericFault, Overloaded
 from tests.server.api.api_fakes import TEXT, Script, World, endless, say
@@ -201,6 +202,33 @@ async def test_queued_stream_gets_pings_then_tokens(worlds):
         rest = [line async for line in lines if line.startswith("data:")]
     assert rest[-1] == "data: [DONE]"
     assert text_of([json.loads(line.removeprefix("data:")) for line in rest[:-1]]) == TEXT
+
+
+async def test_without_an_interval_nothing_is_pinged_and_nothing_spins(worlds, monkeypatch):
+    looks: list[float] = []
+
+    def now() -> float:
+        looks.append(time.monotonic())
+        assert len(looks) < 1000, "it spins"
+        return looks[-1]
+
+    monkeypatch.setattr(sse, "_now", now)
+    go = threading.Event()
+    world = worlds(ping_interval=0, script=held(TEXT, go))
+    async with (
+        listening(world) as port,
+        httpx.AsyncClient() as client,
+        client.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=BODY) as answer,
+    ):
+        lines = answer.aiter_lines()
+        assert (await anext(lines)).startswith("data:")
+        before = len(looks)
+        await asyncio.sleep(0.1)
+        assert len(looks) - before <= 4
+        go.set()
+        rest = [line async for line in lines]
+    assert ": ping" not in rest
+    assert "data: [DONE]" in rest
 
 
 def held(text: str, go: threading.Event, *, after: int = 1) -> Script:

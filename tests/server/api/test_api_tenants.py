@@ -285,7 +285,8 @@ async def test_no_two_tenants_share_a_prefix_cache(worlds):
     salts = dict(zip(keys, [request.cache_salt for request in world.engine.seen], strict=True))
     assert salts[ACME] == salts["sk-acme-2"] == "acme/"
     assert salts[ALL] == "all/"
-    assert salts["user-key"] == digest_of("user-key").hex()[:12] + "/"
+    assert salts["user-key"] == "key:1/"
+    assert salts["admin-key"] == "key:admin/"
     assert len(set(salts.values())) == 4
 
 
@@ -298,8 +299,20 @@ async def test_a_lease_is_taken_in_the_name_of_its_tenant(worlds):
             assert (await send(client, generations("tone")[0], key)).status_code == 200
         assert (await send(client, generations("acme-mix")[0], ACME)).status_code == 200
         await send(client, blends("secret")[8], ACME)
-    key = digest_of("user-key").hex()[:12]
-    assert world.adapters.lessees == ["acme", "acme", "all", key, "acme", "acme"]
+    assert world.adapters.lessees == ["acme", "acme", "all", "key:1", "acme", "acme"]
+
+
+async def test_guides_are_made_in_the_name_of_their_tenant(worlds):
+    world = await build(worlds, full=True)
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}}
+    function = {"name": "f", "parameters": {}}
+    tools = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    async with asgi(world) as client:
+        ask = generations("base", response_format=form)[2]
+        assert (await send(client, ask, ACME)).status_code == 200
+        assert (await send(client, ask, "user-key")).status_code == 200
+        assert (await send(client, generations("base", **tools)[2], ALL)).status_code == 200
+    assert world.tokenizer.guided == ["acme", "key:1", "all"]
 
 
 async def test_log_lines_name_the_tenant_and_no_key(worlds, caplog):

@@ -1,4 +1,3 @@
-import argparse
 import json
 import subprocess
 import sys
@@ -8,7 +7,6 @@ from typer.testing import CliRunner
 
 from fader_server.bench.cli import bench_app
 from fader_server.bench.client import BenchClient
-from fader_server.bench.command import add_parser
 from fader_server.bench.machine import safe_command
 from tests.server.bench.bench_fake import FakeServer, over_http
 
@@ -105,19 +103,3 @@ def test_keys_do_not_reach_the_recorded_command():
 def test_command_does_not_load_torch():
     code = "import sys, fader_server.bench.cli; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_command_line_reaches_the_bench_with_every_flag(capsys):
-    root = argparse.ArgumentParser()
-    add_parser(root.add_subparsers())
-    with over_http(FakeServer()) as url:
-        for extra, code in (([], 0), (["--popularity", "weekly"], 2)):
-            parsed = root.parse_args(["bench", "serve", "--url", url, *SMALL, *extra])
-            with pytest.raises(SystemExit) as end:
-                parsed.run(parsed)
-            assert end.value.code == code
-    parsed = root.parse_args(["bench", "serve", "--help"])
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        parsed.run(parsed)
-    assert "--output-tokens" in capsys.readouterr().out

@@ -128,7 +128,7 @@ async def test_rounds_go_forwards_and_backwards_and_the_lane_is_gone_at_the_end(
 async def test_a_neighbour_that_answers_otherwise_beside_the_lane_is_a_fault():
     result = await run_fake(FakeMergeServer(traitor="a1"))
     assert result.faults == ["a1 answers otherwise beside the lane"]
-    document = as_json(options(), result, client={}, command=[], started="")
+    document = as_json(options(), result)
     assert document["ok"] is False
     assert "ratios" not in document
 
@@ -156,7 +156,7 @@ def test_what_is_no_benchmark_is_refused(changes):
 async def test_the_document_has_the_bars_and_no_key():
     result = await run_fake(FakeMergeServer())
     chosen = options(api_key="secret-key")
-    document = as_json(chosen, result, client={"cpu": "x"}, command=["fader"], started="now")
+    document = as_json(chosen, result)
     assert document["ok"] is True
     assert document["bars"]["merged_tpot"] == 1.01
     assert set(document["ratios"]) == {"merged_tpot", "delta_tpot", "merging_p99", "merging_p50"}
@@ -180,5 +180,5 @@ async def test_an_idle_run_only_merges():
     assert [merge.busy for merge in result.merges] == [False]
     assert result.ratios() == {}
     assert "a0+lane" not in server.log
-    document = as_json(options(idle=True), result, client={}, command=[], started="")
+    document = as_json(options(idle=True), result)
     assert document["merges"][0]["seconds"] == 1.5

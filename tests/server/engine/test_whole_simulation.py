@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from fader_adapters import store as store_module
+from fader_adapters import records
 from fader_adapters.leases import Reservation
 from fader_adapters.pool import Pool
 from fader_adapters.spec import RowTerms
@@ -163,7 +163,7 @@ def reservation_leaked(monkeypatch):
 
 def swap_without_compare(monkeypatch):
     """`if_version` is not looked at."""
-    monkeypatch.setattr(store_module, "check_version", lambda name, current, expected: None)
+    monkeypatch.setattr(records, "check_version", lambda name, current, expected: None)
 
 
 def pins_leaked_on_abort(monkeypatch):
