@@ -57,7 +57,6 @@ def test_a_prompt_beyond_all_hope_is_refused_before_it_is_tokenised():
     assert len(tokenizer.encode_prompt("a" * 320)) > 0
     with pytest.raises(ContextTooLong, match="maximum context length is 10 tokens") as caught:
         tokenizer.encode_prompt("a" * 321)
-    assert caught.value.code == "context_length_exceeded"
     assert caught.value.param == "prompt"
 
 

@@ -239,7 +239,7 @@ def test_completions_and_json_objects_take_it_too(client):
             messages=[{"role": "user", "content": SKY}],
             response_format={
                 "type": "json_schema",
-                "json_schema": {"name": "n", "schema": {"not": {"type": "string"}}},
+                "json_schema": {"name": "n", "strict": True, "schema": {"not": {"type": "string"}}},
             },
         )
     assert caught.value.param == "response_format"
