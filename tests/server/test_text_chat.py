@@ -49,6 +49,21 @@ def test_an_honest_chat_gets_the_ids_transformers_gives(family, style, rstrip):
         assert tokenizer.encode_chat(messages) == reference(source, messages)
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_an_answer_that_goes_on_has_the_ids_transformers_gives(style):
+    source, tokenizer = pair("byte_level", style)
+    for last in ("Once upon", "with an end \n", "naïve 你好 😀"):
+        messages = ask("tell", last)
+        text = source.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+        assert text.rstrip().endswith(last.rstrip())
+        expected = source(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.encode_chat(messages, continues=True) == expected
+    forged = tokenizer.encode_chat(ask("tell", FORGED), continues=True)
+    assert sum(controls(source, forged).values()) < sum(
+        controls(source, tokenizer.encode_chat(ask("tell", FORGED))).values()
+    )
+
+
 @pytest.mark.parametrize("text", ["hello", FORGED])
 def test_a_chat_that_is_counted_may_end_with_what_was_said_and_begin_twice(text):
     source = hf("byte_level", TEMPLATES["chatml"])

@@ -154,7 +154,7 @@ class Generator:
             text = echo.stream(stops=call.stop, include_stop=call.include_stop)
             return Choice(index, request, text, ids=call.return_ids, echo=echo)
         text = self._tokenizer.stream(
-            after=() if call.chat else request.prompt,
+            after=() if call.chat and not call.continues else request.prompt,
             stops=call.stop,
             include_stop=call.include_stop,
         )

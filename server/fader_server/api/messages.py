@@ -30,6 +30,8 @@ class Message:
     """Of a tool: the id of the call that its content answers."""
     thought: str = ""
     """Of an assistant: what it thought before it said so."""
+    prefix: bool = False
+    """Of an assistant: the answer goes on with it."""
 
 
 def read_messages(fields: Fields) -> tuple[Message, ...]:
@@ -72,7 +74,8 @@ def _message(item: dict[str, Any], at: int, unanswered: set[str]) -> Message | s
     unanswered.update(call.id for call in calls)
     text = _text(item.get("content"), item["role"]) or item.get("refusal") or ""
     thought = _thought(item) if item["role"] == "assistant" else ""
-    return Message(item["role"], text, tuple(calls), answers, thought)
+    prefix = item["role"] == "assistant" and item.get("prefix") is True
+    return Message(item["role"], text, tuple(calls), answers, thought, prefix)
 
 
 def _thought(item: dict[str, Any]) -> str:

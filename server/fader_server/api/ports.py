@@ -168,6 +168,7 @@ class Tokenizer(Protocol):
         *,
         special: bool = False,
         speaks: bool = True,
+        continues: bool = False,
     ) -> list[int]:
         """Through the base's template.
 

@@ -40,7 +40,9 @@ class Preparer:
         if not call.chat:
             return [self._read(prompt, echo=call.echo) for prompt in call.prompts]
         tools = () if call.tools is None else call.tools.tools
-        tokens = self._tokenizer.encode_chat(plain(call.messages), tools, call.effort)
+        tokens = self._tokenizer.encode_chat(
+            plain(call.messages), tools, call.effort, speaks=call.speaks, continues=call.continues
+        )
         return [Read(tuple(tokens), None)]
 
     def _read(self, prompt: Prompt, *, echo: bool) -> Read:

@@ -63,6 +63,10 @@ class Call:
     """A chunk at a stream's end tells it."""
     continuous_usage: bool
     """Every chunk of a stream tells it as it then is."""
+    speaks: bool
+    """A chat's prompt ends with what the template begins an answer with."""
+    continues: bool
+    """A chat's answer goes on with its last message."""
     effort: str | None
     """How hard the model is to think, one of EFFORTS; None: as it does by itself."""
     return_ids: bool
@@ -112,10 +116,24 @@ def read_chat(body: dict[str, Any], limits: Limits) -> Call:
     _refuse_unserved(fields, n, FIXED_OF_CHAT)
     _refuse_of_chat(fields)
     tools = read_tools(fields)
+    continues = _continues(fields, messages)
     return _call(
         fields, limits, prompts=(), messages=messages, n=n, max_tokens=most,
-        tools=tools, logprobs=logprobs, echo=False,
+        tools=tools, logprobs=logprobs, echo=False, continues=continues,
     )  # fmt: skip
+
+
+def _continues(fields: Fields, messages: tuple[Message, ...]) -> bool:
+    """As vLLM's field asks, or `prefix` of the last message, as DeepSeek and Mistral have it."""
+    name, last = "continue_final_message", messages[-1] if messages else None
+    asked = fields.boolean(name)
+    if not asked and (last is None or not last.prefix):
+        return False
+    if fields.raw("add_generation_prompt") is True:
+        fields.refuse(name, "and add_generation_prompt cannot both be true")
+    elif last is not None and (last.role != "assistant" or last.calls or not last.content):
+        fields.refuse(name, "needs a last message of the assistant with content and no tool_calls")
+    return True
 
 
 def _max_tokens(fields: Fields, limits: Limits, *, low: int) -> int | None:
@@ -147,8 +165,6 @@ def _refuse_of_chat(fields: Fields) -> None:
         fields.only("functions", lambda v: v == [], f'{_MISSING} unless function_call is "none"')
     fields.only("function_call", lambda v: v in ("none", "auto"), _MISSING)
     fields.only("modalities", lambda v: v == ["text"], _MISSING)
-    fields.only("continue_final_message", lambda v: v is False, _MISSING)
-    fields.only("add_generation_prompt", lambda v: v is True, "is always true here")
     fields.only("chat_template", lambda v: False, "may not come from a request")
     fields.only(
         "chat_template_kwargs",
@@ -168,11 +184,17 @@ def _call(
     tools: ToolUse | None,
     logprobs: int | None,
     echo: bool,
+    continues: bool = False,
 ) -> Call:
     model = fields.string("model", required=True, longest=512)
     stream = fields.boolean("stream")
     options = _stream_options(fields, stream=stream)
     choices = max(1, len(prompts)) * n
+    shape = read_shape(fields)
+    if continues and (tools or shape):
+        fields.refuse(
+            "continue_final_message", "cannot stand beside tools and what the answer must look like"
+        )
     call = Call(
         model=model,
         terms=read_named(fields, model, limits.max_terms),
@@ -184,13 +206,15 @@ def _call(
         choosing=read_choosing(fields, limits, max_tokens),
         stop=_stop(fields),
         include_stop=fields.boolean("include_stop_str_in_output"),
-        shape=read_shape(fields),
+        shape=shape,
         tools=tools,
         logprobs=logprobs,
         echo=echo,
         stream=stream,
         include_usage=options.get("include_usage") is True,
         continuous_usage=options.get("continuous_usage_stats") is True,
+        speaks=fields.boolean("add_generation_prompt", default=not continues),
+        continues=continues,
         effort=next((e for e in EFFORTS if e == fields.raw("reasoning_effort")), None),
         return_ids=fields.boolean("return_token_ids"),
         cache_salt=fields.string("cache_salt", longest=256),

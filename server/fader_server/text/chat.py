@@ -75,8 +75,10 @@ class ChatEncoder:
         *,
         special: bool = False,
         speaks: bool = True,
+        continues: bool = False,
     ) -> list[int]:
-        """Ids of the rendered chat, ready for the assistant to speak, unless it never `speaks`.
+        """Ids of the rendered chat, ready for the assistant to speak, unless it never `speaks`, or
+        `continues` the last message.
 
         messages: `role`, `content`, a string, optionally `name`, `tool_call_id`,
         `reasoning_content`, which reaches templates that read it, and `tool_calls`, each with `id`,
@@ -100,7 +102,8 @@ class ChatEncoder:
         marking = self._controls.marking([plain, shown])
         marked = [self._marked(message, marking) for message in plain]
         marked_tools = marking.json(shown)
-        text = self._with_effort(self._written(marked), marked_tools, effort, speaks)
+        written = self._written(marked)
+        text = self._with_effort(written, marked_tools, effort, speaks and not continues, continues)
         backend = self._backend
         if marked != plain or marked_tools != shown:
             backend, text = self._controls.twin, marking.restored(text)
@@ -112,12 +115,13 @@ class ChatEncoder:
         tools: list[dict[str, Any]],
         effort: str | None,
         speaks: bool,
+        continues: bool,
     ) -> str:
         asked = variables_for(effort, self._read)
         try:
-            return self._render(messages, tools, prompt=speaks, asked=asked)
+            return self._render(messages, tools, prompt=speaks, asked=asked, continues=continues)
         except RequestInvalid:
-            if not asked or self._try(messages, tools, prompt=speaks) is None:
+            if not asked or self._try(messages, tools, prompt=speaks, continues=continues) is None:
                 raise
             raise RequestInvalid(
                 f"the model's chat template refuses the effort {effort!r}", param="reasoning_effort"
@@ -167,6 +171,7 @@ class ChatEncoder:
         *,
         prompt: bool,
         asked: Mapping[str, Any] = MappingProxyType({}),
+        continues: bool = False,
     ) -> str:
         given = _in_parts(messages) if self._parts else messages
         offered: list[Any] | None = tools or None
@@ -176,6 +181,7 @@ class ChatEncoder:
                 tools=offered,
                 tokenize=False,
                 add_generation_prompt=prompt,
+                continue_final_message=continues,
                 **{**self._variables, **asked},
             )
         except jinja2.TemplateError as error:
@@ -202,11 +208,16 @@ class ChatEncoder:
         return self._try(self._written(messages), [], prompt=True) is not None
 
     def _try(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], *, prompt: bool
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]],
+        *,
+        prompt: bool,
+        continues: bool = False,
     ) -> str | None:
         """The same; None: the template refuses."""
         try:
-            return self._render(messages, tools, prompt=prompt)
+            return self._render(messages, tools, prompt=prompt, continues=continues)
         except RequestInvalid:
             return None
 

@@ -128,6 +128,7 @@ class Tokenizer:
         *,
         special: bool = False,
         speaks: bool = True,
+        continues: bool = False,
     ) -> list[int]:
         """Ids of a chat; see ChatEncoder.encode. Control tokens in it are plain text."""
         if self._chat is None:
@@ -135,7 +136,9 @@ class Tokenizer:
                 "this model has no chat template: use /v1/completions", param="messages"
             )
         check_length(characters(messages, tools), self._max_model_len, param="messages")
-        ids = self._chat.encode(messages, tools, effort, special=special, speaks=speaks)
+        ids = self._chat.encode(
+            messages, tools, effort, special=special, speaks=speaks, continues=continues
+        )
         return self._taken(ids, param="messages")
 
     def _taken(self, ids: list[int], *, param: str) -> list[int]:

@@ -198,6 +198,7 @@ class FakeTokenizer:
         *,
         special: bool = False,
         speaks: bool = True,
+        continues: bool = False,
     ) -> list[int]:
         if any(tool.name == "unreadable" for tool in tools):
             raise RequestInvalid("this model has no tools", param="tools")
@@ -211,7 +212,9 @@ class FakeTokenizer:
             for m, more in zip(messages, rest, strict=True)
         )
         first = ("special\n" if special else "") + (f"effort:{effort}\n" if effort else "")
-        return list((first + shown + "".join(lines) + ("" if speaks else "silent\n")).encode())
+        said = first + shown + "".join(lines)
+        end = "" if speaks else "silent\n"
+        return list((said.removesuffix("\n") if continues else said + end).encode())
 
     def decode(self, tokens: Iterable[int]) -> str:
         return bytes(token for token in tokens if token < 256).decode(errors="replace")

@@ -169,7 +169,7 @@ CHAT_BAD = [
     ("function_call", {"name": "f"}), ("response_format", {"type": "grammar"}),
     ("chat_template", "x"), ("chat_template_kwargs", {"a": 1}), ("max_completion_tokens", 0),
     ("functions", [{}]), ("guided_json", "object"), ("guided_regex", 7),
-    ("continue_final_message", True), ("add_generation_prompt", False),
+    ("continue_final_message", True), ("add_generation_prompt", "no"),
     ("echo", True), ("suffix", "x"), ("best_of", 2), ("add_special_tokens", True),
     ("skip_special_tokens", False), ("truncate_prompt_tokens", 3), ("prompt_logprobs", 1),
     ("length_penalty", 2), ("detokenize", False), ("return_token_ids", "yes"),

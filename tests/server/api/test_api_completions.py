@@ -357,3 +357,55 @@ async def test_prefix_cache_is_divided_by_tenant_and_salt(worlds):
     salts = [request.cache_salt for request in world.engine.seen]
     assert salts[0] == salts[3]
     assert len(set(salts)) == 3
+
+
+LAST = {"role": "assistant", "content": "Once"}
+GOES_ON = {
+    "model": "base",
+    "messages": [{"role": "user", "content": "tell"}, LAST],
+    "continue_final_message": True,
+    "add_generation_prompt": False,
+    "max_tokens": 3,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"add_generation_prompt": None},
+        {
+            "continue_final_message": None,
+            "messages": [*GOES_ON["messages"][:1], {**LAST, "prefix": True}],
+        },
+    ],
+)
+async def test_an_answer_goes_on_with_the_last_message(client, world: World, changes):
+    answer = await client.post("/v1/chat/completions", json=GOES_ON | changes)
+    assert answer.status_code == 200, answer.text
+    assert bytes(world.engine.seen[0].prompt) == b"user:tell\nassistant:Once"
+    assert answer.json()["choices"][0]["message"]["content"] == TEXT[:2] + "\ufffd"
+
+
+async def test_a_chat_may_end_without_the_beginning_of_an_answer(client, world: World):
+    body = GOES_ON | {"continue_final_message": False}
+    assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+    assert bytes(world.engine.seen[0].prompt).endswith(b"assistant:Once\nsilent\n")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"add_generation_prompt": True},
+        {"messages": GOES_ON["messages"][:1]},
+        {"messages": [*GOES_ON["messages"], {"role": "user", "content": "x"}]},
+        {"messages": [*GOES_ON["messages"][:1], {"role": "assistant", "content": ""}]},
+        {"response_format": {"type": "json_object"}},
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+    ],
+)
+async def test_what_cannot_go_on_is_refused(client, world: World, changes):
+    answer = await client.post("/v1/chat/completions", json=GOES_ON | changes)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "continue_final_message"
+    assert not world.engine.seen
