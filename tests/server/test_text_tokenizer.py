@@ -198,6 +198,16 @@ def test_decode_is_what_a_stream_gives():
         assert tokenizer.decode(ids) == text
 
 
+def test_special_tokens_are_told_by_name_where_that_is_asked_for():
+    tokenizer = make()
+    text = "<|im_start|>user\nnaïve 😀<|im_end|>\n"
+    ids = tokenizer.encode_prompt(text, special=False)
+    assert tokenizer.decode(ids, special=True) == text
+    assert tokenizer.decode(ids) == "user\nnaïve 😀\n"
+    assert tokenizer.told["chat_template"] is None
+    assert tokenizer.told["eos_token"] == "</s>"
+
+
 def test_offsets_count_the_characters_before_each_token():
     tokenizer = make()
     prompt = tokenizer.encode_prompt("hello wor")

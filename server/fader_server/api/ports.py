@@ -177,7 +177,14 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def decode(self, tokens: Iterable[int]) -> str: ...
+    @property
+    def told(self) -> Mapping[str, str | None]:
+        """Its class, special tokens and chat template."""
+        ...
+
+    def decode(self, tokens: Iterable[int], *, special: bool = False) -> str:
+        """special: with the names of special tokens."""
+        ...
 
     def stream(
         self,

@@ -195,8 +195,14 @@ async def detokenize(request: Request) -> Response:
             f"tokens must be a list of ids from 0 to {vocab_size - 1}", param="tokens"
         )
     _check_model(request, body)
-    text = await run_in_threadpool(context.tokenizer.decode, tokens)
+    text = await run_in_threadpool(context.tokenizer.decode, tokens, special=True)
     return JSONResponse({"prompt": text})
+
+
+@user_router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> Response:
+    """What clients with a tokenizer here ask first, lm-eval's among them."""
+    return JSONResponse(dict(context_of(request).tokenizer.told))
 
 
 def _check_model(request: Request, body: dict[str, Any]) -> None:

@@ -48,16 +48,16 @@ class ChatEncoder:
         self._tokenizer = tokenizer
         self._backend = backend
         try:
-            self._template = str(tokenizer.get_chat_template())
+            self.template = str(tokenizer.get_chat_template())
         except ValueError as error:
             raise ModelUnsupported(f"expected one default chat template: {error}") from error
         self._parts = _wants_parts(tokenizer)
         with_tools = str(tokenizer.get_chat_template(tools=[]))
-        self._read = variables_read(self._template) | variables_read(with_tools)
+        self._read = variables_read(self.template) | variables_read(with_tools)
         self._variables = _checked(variables, self._read)
-        self.markers = find_markers(backend, self._template + with_tools)
+        self.markers = find_markers(backend, self.template + with_tools)
         """Around what the model thinks; None where the template has none."""
-        self._controls = Controls(backend, self._template + with_tools)
+        self._controls = Controls(backend, self.template + with_tools)
         added = backend.get_added_tokens_decoder().items()
         special = {entry.content: token for token, entry in added if entry.special}
         found = find_format(self._try, special, ends)
@@ -133,13 +133,13 @@ class ChatEncoder:
             raise RequestInvalid(
                 f"expected a role out of {', '.join(ROLES)}", param=f"messages[{at}].role"
             )
-        if role == "developer" and "developer" not in self._template:
+        if role == "developer" and "developer" not in self.template:
             role = "system"
         fields: dict[str, Any] = {"role": role, "content": text_of(message.get("content"), at)}
         for field in ("name", "tool_call_id"):
             if isinstance(message.get(field), str):
                 fields[field] = message[field]
-        if message.get("reasoning_content") and "reasoning_content" in self._template:
+        if message.get("reasoning_content") and "reasoning_content" in self.template:
             fields["reasoning_content"] = message["reasoning_content"]
         if message.get("tool_calls"):
             if self.tool_format is None:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from fader_server.text.guides import Guides
 
 
+_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
 class Tokenizer:
     """Safe to use from several threads, and long encodings do not stall the others."""
 
@@ -75,6 +78,12 @@ class Tokenizer:
         wider."""
         self._strangers = self.vocab_size < own_size
         """Whether a text may have tokens that the model does not take."""
+        self.told: dict[str, str | None] = {
+            "tokenizer_class": type(tokenizer).__name__,
+            **{name: getattr(tokenizer, name, None) for name in _NAMED},
+            "chat_template": None if self._chat is None else self._chat.template,
+        }
+        """Of clients that tokenise here: as tokenizer_config.json has it."""
 
     @classmethod
     def load(
@@ -151,10 +160,15 @@ class Tokenizer:
             )
         return ids
 
-    def decode(self, tokens: Iterable[int]) -> str:
-        """The text of all tokens, special ones left out: what a TextStream of them gives."""
+    def decode(self, tokens: Iterable[int], *, special: bool = False) -> str:
+        """The text of all tokens: what a TextStream of them gives; special: with the names of
+        special tokens."""
         detokenizer = Detokenizer(self._pieces)
-        return "".join([detokenizer.feed(token) for token in tokens]) + detokenizer.flush()
+        parts: list[str] = []
+        for token in tokens:
+            name = self._pieces.special_name(token) if special else None
+            parts.append(detokenizer.feed(token) if name is None else detokenizer.flush() + name)
+        return "".join(parts) + detokenizer.flush()
 
     def stream(
         self,

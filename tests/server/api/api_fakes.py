@@ -216,8 +216,13 @@ class FakeTokenizer:
         end = "" if speaks else "silent\n"
         return list((said.removesuffix("\n") if continues else said + end).encode())
 
-    def decode(self, tokens: Iterable[int]) -> str:
-        return bytes(token for token in tokens if token < 256).decode(errors="replace")
+    @property
+    def told(self) -> dict[str, str | None]:
+        return {"tokenizer_class": "Bytes", "eos_token": "<eos>", "chat_template": None}
+
+    def decode(self, tokens: Iterable[int], *, special: bool = False) -> str:
+        text = bytes(token for token in tokens if token < 256).decode(errors="replace")
+        return text + "<eos>" * (special and EOS in tokens)
 
     def stream(
         self,

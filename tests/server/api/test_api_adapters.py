@@ -251,9 +251,10 @@ async def test_tokenize_and_back(client):
     assert answer.json() == {
         "count": 3, "max_model_len": 4096, "tokens": [104, 195, 169], "token_strs": ["h", "�", "�"]
     }  # fmt: skip
-    assert (await client.post("/detokenize", json={"tokens": [104, 195, 169]})).json() == {
-        "prompt": "hé"
+    assert (await client.post("/detokenize", json={"tokens": [104, 195, 169, 256]})).json() == {
+        "prompt": "hé<eos>"
     }
+    assert (await client.get("/tokenizer_info")).json()["eos_token"] == "<eos>"
     chat = await client.post("/tokenize", json={"messages": [{"role": "user", "content": "x"}]})
     assert chat.json()["count"] == 7
     for path, body in (
