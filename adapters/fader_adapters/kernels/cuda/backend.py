@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fader_adapters.errors import first_line
+from fader_adapters.errors import BaseUnsupported, first_line
 from fader_adapters.kernels.cuda import nf4
 from fader_adapters.kernels.cuda.beside import Beside
 from fader_adapters.kernels.cuda.dense import FixedRows
@@ -166,6 +166,8 @@ class CudaBackend:
     def linear(
         self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None
     ) -> nf4.Nf4Linear | nf4.BitsandbytesLinear:
+        """Raises BaseUnsupported for weights on another device than the backend's."""
+        self._check_device(weights[0].packed.device)
         return nf4.linear(weights, bias, self._scratch)
 
     def room(self) -> CudaRoom:
@@ -173,6 +175,7 @@ class CudaBackend:
 
     def bind(self, site: SiteSpec, base: "BaseLinear") -> CudaSite:
         if isinstance(base, DenseLinear):
+            self._check_device(base.weight.device)
             base = FixedRows(base, base.weight, self._scratch)
         return CudaSite(self._deltas.bind(site), base, self._beside)
 
@@ -184,8 +187,18 @@ class CudaBackend:
 
     def pack_stack(self, weight: StackWeight | Nf4Stack) -> StackWeight | CudaNf4Stack:
         if isinstance(weight, StackWeight):
+            self._check_device(weight.source.device)
             return weight
+        self._check_device(weight.weight.packed.device)
         return CudaNf4Stack([weight.weight], weight.shape, weight.bias, self._scratch)
+
+    def _check_device(self, device: torch.device) -> None:
+        own = self._scratch.table.device
+        if device != own:
+            raise BaseUnsupported(
+                f"expected all weights on {own}, got some on {device}; load the model on one "
+                'device: device_map={"": 0}'
+            )
 
     def prepare(self, tables: Tables, terms: StepTerms) -> LoraStep | None:
         """One copy and one launch, none where rows and tables are those of the step before.
