@@ -13,7 +13,7 @@ from fader_adapters.kernels.cuda.expert_calls import stack_delta
 from fader_adapters.kernels.cuda.lora import DeltaKernels, DeltaSite, LoraStep
 from fader_adapters.kernels.cuda.lora_launch import add, delta, join, lookup_delta, shrink
 from fader_adapters.kernels.cuda.lora_step import StackSite
-from fader_adapters.kernels.cuda.lora_tables import Arch, arch_of
+from fader_adapters.kernels.cuda.machines import Arch, arch_of
 from fader_adapters.kernels.cuda.nf4_codes import CODES
 from fader_adapters.kernels.cuda.nf4_experts import CudaNf4Stack
 from fader_adapters.kernels.dense import DenseLinear, filled
@@ -153,7 +153,7 @@ class CudaBackend:
         """
         if arch is None:
             capable = device.type == "cuda"
-            arch = arch_of(*(torch.cuda.get_device_capability(device) if capable else (8, 0)))
+            arch = arch_of(torch.cuda.get_device_capability(device) if capable else (8, 0))
         self._scratch = nf4.Scratch(device)
         self._deltas = DeltaKernels(device, dtype, arch=arch, entries=entries)
         self._beside = Beside(device)

@@ -28,12 +28,11 @@ from fader_adapters.kernels.cuda.lora_tables import (
     DECODE_TILE,
     PREFILL_TILE,
     TILE,
-    Arch,
     SiteConfigs,
-    arch_of,
     site_configs,
     unsplit,
 )
+from fader_adapters.kernels.cuda.machines import Arch, arch_of
 from fader_adapters.kernels.cuda.step_layout import Capacity, StepLayout
 from fader_adapters.kernels.cuda.tiles import CHUNK, LANES, StepTiles, TileBuilder
 from fader_adapters.kernels.tables import Tables
@@ -75,7 +74,7 @@ class DeltaKernels:
         assert decode_rows in ROW_BUCKETS
         self._device = device
         self._dtype = dtype
-        self._arch: Arch = arch or arch_of(*torch.cuda.get_device_capability(device))
+        self._arch: Arch = arch or arch_of(torch.cuda.get_device_capability(device))
         self._decode_rows = decode_rows
         self._entries = entries
         self._sites: list[DeltaSite] = []

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
+from fader_adapters.kernels.cuda.machines import Arch
 from fader_adapters.kernels.cuda.tiles import LANES, TileShape
 
 Phase = Literal["decode", "prefill"]
-Arch = Literal[80, 90]
 T = TypeVar("T")
 
 DECODE_TILE = TileShape(rows=LANES, group=2)
@@ -102,11 +102,6 @@ def site_configs(arch: Arch, in_features: int, out_features: int) -> SiteConfigs
         {phase: _choose(SHRINK[arch, phase], in_features) for phase in TILE},
         {phase: _choose(EXPAND[arch, phase], out_features) for phase in TILE},
     )
-
-
-def arch_of(major: int, minor: int) -> Arch:
-    """The table for a compute capability; newer ones use the newest table."""
-    return 90 if (major, minor) >= (9, 0) else 80
 
 
 def unsplit(configs: SiteConfigs) -> SiteConfigs:
