@@ -12,9 +12,10 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from fader_adapters.kernels.cuda import tiles
 from fader_adapters.kernels.cuda.lora_kernels import CHUNK
 
-LANES = tl.constexpr(16)
+LANES = tl.constexpr(tiles.LANES)
 """Pairs of a program, and coefficients of an entry; a tile's row i has lane i mod 16 of those."""
 
 SCAN = tl.constexpr(32)

@@ -16,6 +16,7 @@ from fader_adapters.kernels.cuda.lora_tables import (
 from fader_adapters.kernels.cuda.machines import ARCHS, Arch
 from fader_adapters.kernels.cuda.shipped import Shipped, joined, signature_of
 from fader_adapters.kernels.cuda.tiles import LANES
+from fader_adapters.kernels.nf4 import BLOCK
 
 RESOLVE_BLOCK = 128
 """Entries a program of `resolve` looks up."""
@@ -127,7 +128,7 @@ def _joins(arch: Arch) -> list[tuple[int, int]]:
     seen = set()
     for blocks in (8, 16, 24, 32, 40, 48, 56, 64, 128):
         for tiles in range(1, nf4_configs.MULTIPROCESSORS[arch] + 1):
-            n, k = tiles * nf4_configs.TILE_ROWS, blocks * nf4_configs.BLOCK_COLUMNS
+            n, k = tiles * nf4_configs.TILE_ROWS, blocks * BLOCK
             planes = -(-blocks // nf4_configs.split_blocks(arch, n, k))
             seen.add((planes, site_configs(arch, k, n).shrink["decode"].splits))
     return sorted(entry for entry in seen if entry[0] > 1)

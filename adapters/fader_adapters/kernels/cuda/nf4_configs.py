@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from fader_adapters.kernels.cuda.machines import Arch
 from fader_adapters.kernels.cuda.shipped import Shipped
+from fader_adapters.kernels.nf4 import BLOCK
 
 Method = Literal["triton", "bitsandbytes", "scratch"]
 
@@ -53,8 +54,8 @@ depend on the card a server happens to run on."""
 
 LEAST_SPLIT_BLOCKS = 8
 MOST_SPLITS = 8
-TILE_ROWS, BLOCK_COLUMNS = 128, 64
-"""Of W that a program takes at a time."""
+TILE_ROWS = 128
+"""Of W that a program takes at a time, a block of columns each."""
 AT_ONCE = 2
 """Programs that a multiprocessor needs to hide what each of them waits for."""
 PLANE_COST = 0.02
@@ -88,7 +89,7 @@ def splits(arch: Arch, n: int, k: int) -> int:
     The number that leaves the busiest multiprocessor with the least work. Depends on the shape
     only, so that a row's sums are cut alike in every step.
     """
-    tiles, most = -(-n // TILE_ROWS), k // BLOCK_COLUMNS // LEAST_SPLIT_BLOCKS
+    tiles, most = -(-n // TILE_ROWS), k // BLOCK // LEAST_SPLIT_BLOCKS
     if tiles >= MULTIPROCESSORS[arch] or most < 2:
         return 1
 
@@ -100,8 +101,8 @@ def splits(arch: Arch, n: int, k: int) -> int:
 
 
 def split_blocks(arch: Arch, n: int, k: int) -> int:
-    """Blocks of 64 columns that one split covers; the last may cover fewer."""
-    return -(-(k // BLOCK_COLUMNS) // splits(arch, n, k))
+    """Blocks of columns that one split covers; the last may cover fewer."""
+    return -(-(k // BLOCK) // splits(arch, n, k))
 
 
 def gemm_constants(config: Launch, *, bias: bool, exact: bool) -> dict[str, Any]:
