@@ -132,7 +132,8 @@ class CudaBackend:
 
     A row's bits do not depend on its company: rows of one token go through the fused NF4 product,
     all longer ones through dequantised weights and the vendor's GEMM, always on the same number of
-    rows at a time; those of NF4 experts all go through one fused product. On a CPU device the
+    rows at a time, as bitsandbytes' product takes them all on machines whose linears are its own
+    (10.0 and newer); those of NF4 experts all go through one fused product. On a CPU device the
     kernels run in Triton's interpreter, in fp32, for tests.
     """
 

@@ -222,7 +222,7 @@ def linear(
     """The base linear of this shape on the weights' device; the one choice between the two."""
     n, k = sum(w.out_features for w in weights), weights[0].in_features
     if configs.method(checked_arch(weights[0].packed.device), n, k, 1) == "bitsandbytes":
-        return BitsandbytesLinear(weights, bias)
+        return BitsandbytesLinear(weights, bias, scratch)
     return Nf4Linear(weights, bias, scratch)
 
 
