@@ -9,18 +9,15 @@ from fader_adapters.errors import BaseUnsupported, first_line
 from fader_adapters.kernels.cuda import nf4
 from fader_adapters.kernels.cuda.beside import Beside
 from fader_adapters.kernels.cuda.dense import FixedRows
-from fader_adapters.kernels.cuda.expert_calls import stack_delta
-from fader_adapters.kernels.cuda.lora import DeltaKernels, DeltaSite, LoraStep
-from fader_adapters.kernels.cuda.lora_launch import add, delta, join, lookup_delta, shrink
-from fader_adapters.kernels.cuda.lora_step import StackSite
+from fader_adapters.kernels.cuda.lora import DeltaKernels, LoraStep
 from fader_adapters.kernels.cuda.machines import Arch, arch_of
 from fader_adapters.kernels.cuda.nf4_codes import CODES
 from fader_adapters.kernels.cuda.nf4_experts import CudaNf4Stack
+from fader_adapters.kernels.cuda.sites import CudaLookup, CudaSite, CudaStack
 from fader_adapters.kernels.dense import DenseLinear, filled
 from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight
 from fader_adapters.kernels.nf4 import filled as nf4_filled
 from fader_adapters.kernels.nf4_stack import Nf4Stack
-from fader_adapters.kernels.routing import Routing
 from fader_adapters.kernels.stack_weights import StackWeight, filled_stack
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import SiteSpec, StepTerms
@@ -29,69 +26,6 @@ if TYPE_CHECKING:
     from fader_adapters.kernels.backend import BaseLinear
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-class CudaSite:
-    """One site: its base and the deltas of all members.
-
-    In a step of one-token rows what the deltas need of x is computed beside the base's product,
-    and what is left of both is added up by one kernel wherever that product lies in planes.
-    """
-
-    def __init__(self, bound: DeltaSite, base: "BaseLinear", beside: Beside) -> None:
-        self.base = base
-        self._bound = bound
-        self._beside = beside
-
-    def __call__(self, x: torch.Tensor, step: object | None) -> torch.Tensor:
-        base, bound = self.base, self._bound
-        if step is None:
-            return base(x)
-        assert isinstance(step, LoraStep)
-        if len(step.launches) > 1:
-            y = base(x)
-            delta(y, x, bound, step, base.bias)
-            return y
-        with self._beside():
-            shrink(x, bound, step)
-        planes = base.planes(x) if step.covers and isinstance(base, nf4.Nf4Linear) else None
-        if planes is None:
-            y = base(x)
-            self._beside.join()
-            add(y, bound, step, base.bias)
-            return y
-        y = torch.empty(planes.shape[1:], dtype=x.dtype, device=x.device)
-        self._beside.join()
-        join(planes, y, bound, step, base.bias)
-        return y
-
-
-class CudaLookup:
-    """The delta of one embedding, two launches."""
-
-    def __init__(self, bound: DeltaSite) -> None:
-        self._bound = bound
-
-    def __call__(self, y: torch.Tensor, ids: torch.Tensor, step: object | None) -> None:
-        if step is not None:
-            assert isinstance(step, LoraStep)
-            lookup_delta(y, ids, self._bound, step)
-
-
-class CudaStack:
-    """The deltas of one stack of experts, or of a router; none where no row changes any."""
-
-    def __init__(self, bound: StackSite) -> None:
-        self._bound = bound
-
-    def __call__(
-        self, y: torch.Tensor, x: torch.Tensor, routing: Routing, step: object | None
-    ) -> torch.Tensor:
-        if step is not None:
-            assert isinstance(step, LoraStep)
-            if step.stacks:
-                stack_delta(y, x, routing, self._bound, step)
-        return y
 
 
 class CudaRoom:

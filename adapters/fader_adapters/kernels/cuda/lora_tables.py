@@ -14,8 +14,14 @@ from fader_adapters.kernels.cuda.tiles import LANES, TileShape
 Phase = Literal["decode", "prefill"]
 T = TypeVar("T")
 
-DECODE_TILE = TileShape(rows=LANES, group=2)
-PREFILL_TILE = TileShape(rows=64, group=4)
+DECODE_TILE = TileShape(rows=LANES, group=2, most=2048)
+PREFILL_TILE = TileShape(rows=64, group=4, most=1024)
+"""At most 64 MiB of scratch at the widest site, and as much at experts of which 8 are chosen. A
+step with more is computed piece by piece, with the same bits: counted in a start's plan instead,
+its worst case (512 tokens, 8 terms of rank 512 in every row) would take a GiB from every server's
+cache. A list of more entries than that in one tile, of more than 32 such terms in a prompt, takes
+scratch of its own length.
+"""
 TILE: Mapping[Phase, TileShape] = {"decode": DECODE_TILE, "prefill": PREFILL_TILE}
 
 
