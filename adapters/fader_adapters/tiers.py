@@ -1,7 +1,9 @@
-"""Where adapters rest in host memory: inside the CPU arena, or in buffers under a byte budget."""
+"""Where adapters rest in host memory: in an arena, the CPU's own or a page-locked one beside a
+GPU."""
 
+import weakref
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -38,12 +40,17 @@ class HostTier(Protocol):
 
 
 class ArenaTier:
-    """CPU: the host tier is the device arena itself; an adapter is stored once, never copied."""
+    """One tensor in which adapters lie side by side; takes no memory of its own.
 
-    def __init__(self, arena: torch.Tensor) -> None:
-        """`arena`: 1-D; every element of it is this tier's from now on."""
+    On a CPU it is the device arena itself: an adapter is stored once, never copied.
+    """
+
+    def __init__(self, arena: torch.Tensor, *, largest: int | None = None) -> None:
+        """`arena`: 1-D; every element of it is this tier's from now on. `largest`: bytes that one
+        adapter may have, for the device must hold it; None: as many as there are."""
         self._arena = arena
         self._extents = ExtentAllocator(arena.numel())
+        self._largest = self.total_bytes if largest is None else min(largest, self.total_bytes)
 
     @property
     def used_bytes(self) -> int:
@@ -54,8 +61,12 @@ class ArenaTier:
         return self._extents.capacity * self._arena.itemsize
 
     def allocate(self, numel: int) -> torch.Tensor | None:
-        if not self._extents.fits_empty(numel):
-            raise _too_large(numel * self._arena.itemsize, self.total_bytes)
+        size = numel * self._arena.itemsize
+        if size > self._largest or not self._extents.fits_empty(numel):
+            raise AdapterTooLarge(
+                f"the adapter needs {size} bytes, the arena for adapters has {self._largest} in "
+                "all; start with a larger one or use a lower rank"
+            )
         offset = self._extents.allocate(numel)
         return None if offset is None else self._arena[offset : offset + numel]
 
@@ -72,52 +83,26 @@ class ArenaTier:
         return int(flat.storage_offset()) - int(self._arena.storage_offset())
 
 
-class BufferTier:
-    """Beside a GPU: one buffer an adapter under a byte budget, pinned for fast transfers."""
+def locked_tier(total_bytes: int, dtype: torch.dtype, *, largest: int) -> ArenaTier:
+    """Beside a GPU: an arena of exactly `total_bytes`, page-locked, for copies beside all work.
 
-    def __init__(
-        self, total_bytes: int, dtype: torch.dtype, *, pinned: bool, largest: int | None = None
-    ) -> None:
-        """`largest`: bytes that one adapter may have, for the device must hold it; None: all."""
-        self._total = total_bytes
-        self._largest = total_bytes if largest is None else min(largest, total_bytes)
-        self._used = 0
-        self._dtype = dtype
-        self._pinned = pinned
-
-    @property
-    def used_bytes(self) -> int:
-        return self._used
-
-    @property
-    def total_bytes(self) -> int:
-        return self._total
-
-    def allocate(self, numel: int) -> torch.Tensor | None:
-        size = numel * self._dtype.itemsize
-        if size > self._largest:
-            raise _too_large(size, self._largest)
-        if self._used + size > self._total:
-            return None
-        flat = torch.empty(numel, dtype=self._dtype, pin_memory=self._pinned)
-        self._used += size
-        return flat
-
-    def free(self, flat: torch.Tensor) -> None:
-        self._used -= flat.nbytes
-
-    def clearing(self, nbytes: int, held: Sequence[tuple[torch.Tensor, int]]) -> list[int] | None:
-        room, found = self._total - self._used, []
-        for index in sorted(range(len(held)), key=lambda index: held[index][1]):
-            if room >= nbytes:
-                break
-            room += held[index][0].nbytes
-            found.append(index)
-        return found if room >= nbytes else None
+    All of it is taken now, about 0.3 s a GiB, and given back with the tier: later a load neither
+    waits for the driver nor fails for want of memory. Not by torch's pinned allocator, which rounds
+    a size up to a power of two and keeps what was freed. Raises RuntimeError where the host does
+    not give so much.
+    """
+    arena = torch.empty(total_bytes // dtype.itemsize, dtype=dtype)
+    tier = ArenaTier(arena, largest=largest)
+    if not arena.nbytes:
+        return tier
+    cudart: Any = torch.cuda.cudart()
+    code = int(cudart.cudaHostRegister(arena.data_ptr(), arena.nbytes, 0))
+    if code:
+        raise RuntimeError(f"cudaHostRegister of {arena.nbytes} bytes failed with code {code}")
+    # with the arena, for it must be there still: what lies at its address next is another's
+    weakref.finalize(tier, _unlock, cudart, arena).atexit = False
+    return tier
 
 
-def _too_large(size: int, total: int) -> AdapterTooLarge:
-    return AdapterTooLarge(
-        f"the adapter needs {size} bytes, the arena for adapters has {total} in all; "
-        "start with a larger one or use a lower rank"
-    )
+def _unlock(cudart: Any, arena: torch.Tensor) -> None:  # noqa: ANN401 - torch's module of functions
+    cudart.cudaHostUnregister(arena.data_ptr())

@@ -11,9 +11,9 @@ from bench.gpu.shapes import LLAMA_8B, SPLIT
 from bench.gpu.timing import Times, captured
 from bench.gpu.weights import base_of, exact, expected_deltas, nf4_weight, publish_adapters, rms
 from fader_adapters.kernels.cuda import nf4
-from fader_adapters.kernels.cuda.backend import CudaSite
 from fader_adapters.kernels.cuda.beside import Beside
 from fader_adapters.kernels.cuda.lora import DeltaKernels, LoraStep
+from fader_adapters.kernels.cuda.sites import CudaSite
 from fader_adapters.kernels.nf4 import Nf4Weight
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import RowTerms, StepTerms

@@ -4,11 +4,12 @@ import logging
 
 import torch
 
+from fader_adapters.errors import first_line
 from fader_adapters.kernels.cpu import NativeBackend
 from fader_adapters.kernels.native import in_huge_pages
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.pool import Pool
-from fader_adapters.tiers import ArenaTier, BufferTier, HostTier
+from fader_adapters.tiers import ArenaTier, HostTier, locked_tier
 from fader_server.config import ServeConfig
 from fader_server.engine.blocks import BlockManager
 from fader_server.engine.limits import Limits
@@ -16,11 +17,12 @@ from fader_server.engine.scheduler import Scheduler
 from fader_server.engine.shares import Share
 from fader_server.errors import ConfigInvalid
 from fader_server.mergestart import room_to_keep
+from fader_server.model.device import free_bytes
 from fader_server.model.kernels import choose_attention
 from fader_server.model.kv_cache import KVCache
 from fader_server.model.launching import LaunchingRunner, PreparingRunner
 from fader_server.model.loaded import LoadedBase
-from fader_server.model.memory import MemoryPlan, plan_memory, workspace_bytes
+from fader_server.model.memory import HOST_SHARE, MemoryPlan, plan_memory, workspace_bytes
 from fader_server.model.packed_states import KEPT
 from fader_server.model.runner import ModelRunner
 from fader_server.model.sampler import Sampler
@@ -155,12 +157,30 @@ def runner_of(
 
 
 def host_tier(arena: torch.Tensor, wanted: int | None) -> HostTier:
-    """Where adapters rest in host memory: on a CPU in the arena, else in `wanted` bytes; one that
-    is wanted in vain is told in the log."""
-    if arena.device.type == "cpu":
+    """Where adapters rest in host memory: on a CPU in the arena, and a size that is wanted in vain
+    is told in the log; else in `wanted` bytes, which are taken now. Raises ConfigInvalid where the
+    host does not give them; where it does not lock what nobody asked for, copies are slower.
+    """
+    if arena.device.type != "cuda":
         if wanted is not None:
             fields = {"reason": "on a CPU adapters rest in the arena: --arena is its size"}
             _log.warning("--host-adapters changes nothing", extra={"fields": fields})
         return ArenaTier(arena)
-    total = _HOST_ARENAS * arena.nbytes if wanted is None else wanted
-    return BufferTier(total, arena.dtype, pinned=True, largest=arena.nbytes)
+    total = _host_default(arena.nbytes) if wanted is None else wanted
+    try:
+        return locked_tier(total, arena.dtype, largest=arena.nbytes)
+    except RuntimeError as error:
+        if wanted is None:
+            fields = {"reason": first_line(error)}
+            _log.warning("adapters rest in memory that is not locked", extra={"fields": fields})
+            flat = torch.empty(total // arena.itemsize, dtype=arena.dtype)
+            return ArenaTier(flat, largest=arena.nbytes)
+        raise ConfigInvalid(
+            f"--host-adapters {total}: the host does not give so much memory to keep adapters in "
+            f"({first_line(error)}); ask for less"
+        ) from error
+
+
+def _host_default(arena: int) -> int:
+    """Some arenas, but of what is free no more than a CPU's server would reserve."""
+    return min(_HOST_ARENAS * arena, int(free_bytes(torch.device("cpu")) * HOST_SHARE))

@@ -16,7 +16,7 @@ from fader_adapters.errors import (
 )
 from fader_adapters.leases import AdapterRef
 from fader_adapters.spec import BASE, Blend, Term
-from fader_adapters.tiers import BufferTier
+from fader_adapters.tiers import ArenaTier
 from tests.adapters.peft_files import make_parsed
 from tests.adapters.store_world import NUMEL, P, World, expected
 
@@ -346,8 +346,8 @@ def test_a_name_that_moved_a_thousand_times_is_as_cheap_as_a_new_one(world):
     assert world.store.known_versions("tone") == {P[999 % 3].spec.version}
 
 
-def test_buffers_stay_under_their_budget():
-    tier = BufferTier(2 * NUMEL * 4, torch.float32, pinned=False)
+def test_an_arena_hands_out_what_it_has_and_no_more():
+    tier = ArenaTier(torch.empty(2 * NUMEL))
     with pytest.raises(AdapterTooLarge):
         tier.allocate(2 * NUMEL + 1)
     first, second = tier.allocate(NUMEL), tier.allocate(NUMEL)

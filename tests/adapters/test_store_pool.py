@@ -20,7 +20,7 @@ from fader_adapters.leases import AdapterRef, Lease, Reservation
 from fader_adapters.pool import Pool
 from fader_adapters.spec import Digest
 from fader_adapters.store import Store
-from fader_adapters.tiers import ArenaTier, BufferTier
+from fader_adapters.tiers import ArenaTier
 from tests.adapters.peft_files import make_parsed
 
 PARSED = [make_parsed(seed=seed, rank=rank) for seed, rank in enumerate((2, 2, 4, 4, 6))]
@@ -41,11 +41,7 @@ class StoreAndPool(RuleBasedStateMachine):
         linears = 10
         self.tables = Tables(self.arena, linears)
         self.pool = Pool(self.tables, in_place=self.in_place)
-        tier = (
-            ArenaTier(self.arena)
-            if self.in_place
-            else BufferTier(4 * NUMEL * 4, torch.float32, pinned=False)
-        )
+        tier = ArenaTier(self.arena if self.in_place else torch.empty(4 * NUMEL))
         self.store = Store(tier, on_retired=self.on_retired)
         self.engine: deque[Callable[[], None]] = deque()
         self.current: dict[str, Digest] = {}

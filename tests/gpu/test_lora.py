@@ -101,9 +101,10 @@ def test_the_comparison_notices_one_wrong_weight(world):
 @pytest.mark.parametrize("block_n", [32, 64, 128])
 def test_expand_has_no_nan_and_one_answer_at_every_block_width(world, block_n):
     """Triton once made NaN of such a kernel with 128 columns on sm_90 (vLLM #48590)."""
-    from fader_adapters.kernels.cuda.lora_tables import ExpandConfig, arch_of, site_configs
+    from fader_adapters.kernels.cuda.lora_tables import ExpandConfig, site_configs
+    from fader_adapters.kernels.cuda.machines import arch_of
 
-    arch = arch_of(*torch.cuda.get_device_capability())
+    arch = arch_of(torch.cuda.get_device_capability())
     for name in ("blends", "prefill"):
         terms = _mixes()[name]
         for stages in (2, 3, 4):

@@ -14,7 +14,7 @@ from fader_adapters.pool import Pool
 from fader_adapters.report import AdapterReport, ModuleReport
 from fader_adapters.source import RawAdapter
 from fader_adapters.spec import BaseSpec, Digest, LinearSpec, RankScale, lay_out
-from fader_adapters.tiers import ArenaTier, BufferTier
+from fader_adapters.tiers import ArenaTier
 from fader_server.api.adapter_ports import LoadOrder
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.ondemand import OnDemand
@@ -61,10 +61,9 @@ class Served:
     ) -> None:
         arena = torch.zeros(units * UNIT)
         self.pool = Pool(Tables(arena, 1), in_place=not buffers)
-        buffer = BufferTier(arena.nbytes, torch.float32, pinned=False)
         self.registry = Registry(
             Ranked(BASE, dtype=torch.float32),
-            tier=buffer if buffers else ArenaTier(arena),
+            tier=ArenaTier(torch.zeros_like(arena) if buffers else arena),
             pool=self.pool,
             sources=Folders(),  # pyright: ignore[reportArgumentType]
             forget=self._forget,

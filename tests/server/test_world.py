@@ -11,7 +11,7 @@ import torch
 
 from fader_adapters.errors import AdapterMismatch, AdapterTooLarge
 from fader_adapters.kernels import native
-from fader_server import config, demo
+from fader_server import assembly, config, demo
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.assembly import host_tier
 from fader_server.core import Request, SamplingParams, TokenEvent
@@ -21,6 +21,7 @@ from fader_server.text.tokenizer import Tokenizer
 from fader_server.world import open_world
 from tests.support.families import write_family
 from tests.support.peft_adapters import write_adapter
+from tests.support.pretend_cuda import pretend, unavailable
 
 
 def _open(**flags: object):
@@ -206,12 +207,48 @@ def test_host_memory_that_is_asked_for_in_vain_is_told_once(caplog):
     assert "--arena" in line.fields["reason"]
 
 
-def test_beside_a_gpu_the_host_holds_several_arenas_but_no_adapter_that_one_cannot():
-    arena = torch.empty(1024, dtype=torch.bfloat16, device="meta")
-    assert host_tier(arena, None).total_bytes == 4 * 2048
-    tier = host_tier(arena, 1 << 20)
-    assert tier.total_bytes == 1 << 20
-    with pytest.raises(AdapterTooLarge, match="2050 bytes"):
-        tier.allocate(1025)
+@pytest.mark.skipif(bool(unavailable()), reason=unavailable())
+def test_beside_a_gpu_the_host_locks_what_it_was_told_at_start_and_gives_it_back():
+    with pretend() as device:
+        arena = torch.empty(3 * 512, dtype=torch.bfloat16, device="cuda")
+        tier = host_tier(arena, None)
+        assert tier.total_bytes == device.host.registered == 4 * 3072
+        flat = tier.allocate(3 * 512)
+        assert flat is not None
+        assert flat.is_pinned()
+        arena.copy_(flat, non_blocking=True)
+        assert device.host.pinned == 0, "torch's allocator rounds up and keeps what was freed"
+        with pytest.raises(AdapterTooLarge, match="3076 bytes"):
+            tier.allocate(3 * 512 + 2)
+        tier = host_tier(arena, 9 << 10)
+        assert tier.total_bytes == device.host.registered == 9 << 10
+        assert host_tier(arena, 0).total_bytes == 0
+        device.synchronize()
+
+
+@pytest.mark.skipif(bool(unavailable()), reason=unavailable())
+def test_beside_a_gpu_a_host_that_cannot_lock_so_much_is_told_at_start(caplog):
+    with pretend() as device:
+        arena = torch.empty(1 << 10, dtype=torch.bfloat16, device="cuda")
+        device.host.room = 1 << 12
+        with pytest.raises(ConfigInvalid, match=r"--host-adapters 8192: .*code 2.*ask for less"):
+            host_tier(arena, 1 << 13)
+        assert not caplog.records
+        tier = host_tier(arena, None)
+        assert tier.total_bytes == 1 << 13
+        flat = tier.allocate(8)
+        assert flat is not None
+        assert not flat.is_pinned()
+        assert "not locked" in caplog.text
+        assert host_tier(arena, 1 << 12).total_bytes == 1 << 12
+
+
+def test_by_default_the_host_keeps_half_of_its_free_memory(monkeypatch):
+    monkeypatch.setattr(assembly, "free_bytes", lambda device: 1 << 20)
+    assert assembly._host_default(1 << 10) == 4 << 10
+    assert assembly._host_default(1 << 20) == 1 << 19
+
+
+def test_on_a_cpu_adapters_rest_in_the_arena():
     on_cpu = torch.empty(1024, dtype=torch.bfloat16)
     assert host_tier(on_cpu, 1 << 20).total_bytes == 2048

@@ -20,10 +20,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import fader_adapters.kernels.cuda as cuda
+from fader_adapters.kernels.cuda.machines import LEAST_SHARED
 from fader_adapters.kernels.cuda.shipped import Shipped
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-"""Bytes of shared memory one program may have."""
+SHARED_LIMIT = {80: 163 * 1024, 89: LEAST_SHARED, 90: 227 * 1024, 120: LEAST_SHARED}
+"""Bytes of shared memory one program may have, by what is compiled for."""
+
+TABLES = {80: 80, 89: 80, 90: 90, 120: 90}
+"""Whose tables it takes."""
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,6 +54,10 @@ class Compiled:
     """Turns of a loop that its tiles have shared memory for, of the tile that has the least."""
 
     @property
+    def oversized(self) -> bool:
+        return self.shared > SHARED_LIMIT[self.arch]
+
+    @property
     def complaints(self) -> list[str]:
         """Why it must not ship; empty when nothing is wrong."""
         if self.error:
@@ -57,7 +65,7 @@ class Compiled:
         found = []
         if self.spills:
             found.append(f"{self}: {self.spills} spilling stores")
-        if self.shared > SHARED_LIMIT[self.arch]:
+        if self.oversized:
             found.append(f"{self}: {self.shared} bytes of shared memory")
         return found
 
@@ -75,7 +83,8 @@ def config_modules() -> list[str]:
 def compile_shipped(
     modules: Sequence[str], cache: Path, *, pick: Pick, archs: Sequence[int]
 ) -> list[Compiled]:
-    """Compile what the modules' `shipped()` lists, for each of `archs`, reusing `cache`.
+    """Compile what the modules' `shipped()` lists, for each of `archs` (keys of TABLES), reusing
+    `cache`.
 
     pick  "kernels": the first configuration of each kernel; "tiles": the first of each kernel and
           set of constants that are no flags; "all"
@@ -169,13 +178,18 @@ def _disassemble(cubin: bytes) -> str:
 
 def _likeness(entry: Shipped, pick: Pick) -> tuple[object, ...]:
     """What of a configuration must differ from those picked before."""
-    kernel, signature, constexprs, *launch, _ = entry
+    kernel, signature, constexprs, *launch, _, _ = entry
     if pick == "kernels":
         return (kernel.__name__,)
     if pick == "tiles":
         sizes = {k: v for k, v in constexprs.items() if not isinstance(v, bool)}
         return kernel.__name__, repr(sizes), *launch
     return kernel.__name__, repr((signature, constexprs)), *launch
+
+
+def _runs_on(entry: Shipped, target: int) -> bool:
+    roomy = SHARED_LIMIT[target] > LEAST_SHARED
+    return TABLES[target] in entry.archs and entry.roomy in (None, roomy)
 
 
 def _picked(
@@ -185,7 +199,7 @@ def _picked(
     seen = set()
     for name in modules:
         for place, entry in enumerate(importlib.import_module(name).shipped()):
-            for arch in (own for own in entry.archs if own in archs):
+            for arch in (target for target in archs if _runs_on(entry, target)):
                 key = (name, arch, *_likeness(entry, pick))
                 if key not in seen:
                     seen.add(key)

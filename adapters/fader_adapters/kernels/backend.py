@@ -236,8 +236,10 @@ def choose(device: torch.device, dtype: torch.dtype, name: BackendName = "auto")
     """The fastest backend for `device` and the activations' dtype, or the one asked for.
 
     A machine that should have the fast kernels and has not is told so, once, in the log. Raises
-    KernelUnavailable when the one asked for cannot run here.
+    KernelUnavailable when the one asked for cannot run here, and for a GPU that is not the current
+    one: kernels, events and copies go to that.
     """
+    _check_current(device)
     if name == "reference":
         return ReferenceBackend()
     backend, obstacle = _fastest(device, dtype, name)
@@ -268,6 +270,18 @@ def _fastest(
     if not obstacle and dtype != torch.bfloat16:
         log.warning("in %s every NF4 weight is decoded at every call: bfloat16 is faster", dtype)
     return (None, obstacle) if obstacle else (cuda.CudaBackend(device, dtype), "")
+
+
+def _check_current(device: torch.device) -> None:
+    if device.type != "cuda" or device.index is None:
+        return
+    current = torch.cuda.current_device()
+    if device.index != current:
+        raise KernelUnavailable(
+            f"the base is on {device} and the current device is cuda:{current}, where its kernels "
+            f"would be launched; call torch.cuda.set_device({device.index}) first, or set "
+            f"CUDA_VISIBLE_DEVICES={device.index} for the whole process"
+        )
 
 
 def _native_obstacle(device: torch.device, dtype: torch.dtype) -> str:

@@ -199,7 +199,7 @@ async def detokenize(request: Request) -> Response:
     return JSONResponse({"prompt": text})
 
 
-@user_router.get("/tokenizer_info")
+@user_router.api_route("/tokenizer_info", methods=["GET", "HEAD"])
 async def tokenizer_info(request: Request) -> Response:
     """What clients with a tokenizer here ask first, lm-eval's among them."""
     return JSONResponse(dict(context_of(request).tokenizer.told))

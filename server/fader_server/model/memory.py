@@ -41,7 +41,8 @@ def workspace_bytes(
     """What a GPU needs beside weights, arena and cache: an estimate from above.
 
     Activations of a step, logits of its rows through the sampler's sums in int64, those of a chunk
-    with prompt logprobs; libraries, graphs and the deltas' buffers in a fixed sum.
+    with prompt logprobs; libraries, graphs and the deltas' buffers in a fixed sum: their scratch is
+    bounded whatever a step holds, see `fader_adapters.kernels.cuda.lora_tables`.
     """
     activations = step_tokens * widest * itemsize * LIVE_ACTIVATIONS
     logits = max_rows * vocab * SAMPLING_BYTES + chunk * vocab * itemsize

@@ -1,5 +1,6 @@
-"""Every configuration that can ship compiles for sm_80 and sm_90, without spills and within shared
-memory; the NF4 decode loop stays within its budget of instructions."""
+"""Every configuration that can ship compiles for sm_80 and sm_90, and for machines of less shared
+memory that take their tables, without spills and within that memory; the NF4 decode loop stays
+within its budget of instructions."""
 
 from collections.abc import Callable
 
@@ -7,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton", reason="kernels are compiled with Triton, which is not installed")
 
-from fader_adapters.kernels.cuda.shipped import ARCHS
+from fader_adapters.kernels.cuda.machines import ARCHS
 from tests.support import aot
 
 NF4 = "fader_adapters.kernels.cuda.nf4_configs"
@@ -119,6 +120,20 @@ def test_each_kernel_compiles_without_spills_and_within_shared_memory(
     assert waiting_loads(decoding) == []
 
 
+SMALL = (89, 120)
+"""Machines that are not roomy: of sm_80's tables and of sm_90's."""
+
+
+@pytest.mark.parametrize("arch", SMALL)
+def test_attention_fits_machines_of_less_shared_memory(compiled: Compile, arch: int) -> None:
+    modules = tuple(name for name in aot.config_modules() if name.endswith("attention_configs"))
+    found = compiled(modules, arch, pick="kernels")
+    assert [line for made in found for line in made.complaints] == []
+    (prefill,) = [made for made in found if made.kernel == "prefill_kernel"]
+    assert prefill.constexprs["DIM"] == 256
+    assert 64 << 10 < prefill.shared <= 99 << 10
+
+
 @each_when_slow
 def test_a_spill_an_oversize_and_an_error_are_seen(compiled: Compile, arch: int) -> None:
     tree, spilling, too_big, broken, _ = compiled((NEGATIVES,), arch)
@@ -171,6 +186,14 @@ def test_all_tiles_of_an_architecture_use_one_matrix_instruction(
     for made in products(found):
         used = {"HMMA", "HGMMA"} & set(made.loop or {})
         assert used == {"HGMMA" if made.arch == 90 else "HMMA"}, str(made)
+
+
+@pytest.mark.slow
+def test_every_shipped_configuration_fits_machines_of_less_shared_memory(compiled: Compile) -> None:
+    found = compiled(tuple(aot.config_modules()), *SMALL)
+    assert {made.arch for made in found} == {*SMALL}
+    assert not [made for made in found if made.kernel == "nf4_gemm" and made.arch == 120]
+    assert [str(made) for made in found if made.error or made.oversized] == []
 
 
 @pytest.mark.slow

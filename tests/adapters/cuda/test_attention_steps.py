@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fader_adapters.kernels.cuda import attention
 from fader_adapters.kernels.cuda import attention_configs as configs
 from fader_adapters.kernels.cuda.attention import PagedAttention, Scratch, write_cache
 from fader_adapters.kernels.cuda.attention_step import StepBuffers
@@ -179,6 +180,20 @@ def test_splits_cover_a_row_and_never_exceed_the_most_of_shorter_rows(
         assert splits == 1 or length * (splits - 1) < keys
         for more in (keys, keys + 1, keys + 1000, 2 * keys):
             assert splits <= configs.most_splits(more, dim=dim, kv_heads=kv_heads)
+
+
+def test_large_heads_take_a_stage_less_on_machines_of_less_shared_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stages(dim: int, capability: tuple[int, int]) -> int:
+        monkeypatch.setattr(attention, "_capability", lambda device: capability)
+        cache = torch.zeros(1, 16, 1, dim)
+        return PagedAttention(cache, cache, heads=2, scale=1.0)._prefill_tiles.stages
+
+    roomy, small = [(8, 0), (9, 0), (10, 0)], [(8, 6), (8, 9), (12, 0)]
+    for dim in (192, 256):
+        assert [stages(dim, capability) for capability in roomy + small] == [3, 3, 3, 2, 2, 2]
+    assert [stages(128, capability) for capability in small] == [3, 3, 3]
 
 
 def test_every_shipped_configuration_names_all_arguments_of_its_kernel() -> None:

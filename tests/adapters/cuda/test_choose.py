@@ -6,10 +6,15 @@ import logging
 import pytest
 import torch
 
-from fader_adapters.errors import KernelUnavailable
+from fader_adapters.errors import BaseUnsupported, KernelUnavailable
 from fader_adapters.kernels.backend import choose
 from fader_adapters.kernels.cuda import backend
+from fader_adapters.kernels.dense import DenseLinear
+from fader_adapters.kernels.nf4 import Nf4Weight
+from fader_adapters.kernels.nf4_stack import Nf4Stack
 from fader_adapters.kernels.reference import ReferenceBackend
+from fader_adapters.kernels.stack_weights import StackWeight
+from fader_adapters.spec import SiteSpec
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 BF16 = torch.bfloat16
@@ -48,6 +53,38 @@ def test_without_triton_the_reference_runs_and_says_so_once(
     assert "triton is not installed" in line
     assert caplog.records[0].levelno == logging.WARNING
     assert "triton is not installed" in refused()
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "reference"])
+def test_a_gpu_that_is_not_the_current_one_is_refused_with_what_to_do(
+    name: str, ampere: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    told = refused(name, torch.device("cuda", 1))
+    assert "on cuda:1 and the current device is cuda:0" in told
+    assert "torch.cuda.set_device(1)" in told
+    assert "CUDA_VISIBLE_DEVICES=1" in told
+    made = object()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(backend, "CudaBackend", lambda device, dtype: made)
+    chosen = choose(torch.device("cuda", 1), BF16, name)
+    assert (chosen is made) == (name != "reference")
+
+
+def test_weights_on_another_device_than_the_backend_are_refused() -> None:
+    """A model that `device_map="auto"` spread over several."""
+    made = backend.CudaBackend(CPU, torch.float32)
+    away = torch.zeros(4, 64, device="meta")
+    spread = Nf4Weight(away.byte(), away, 4, 64)
+    for ask in (
+        lambda: made.linear([spread], None),
+        lambda: made.bind(SiteSpec((0,), 64, (4,)), DenseLinear(away, None)),
+        lambda: made.pack_stack(StackWeight(away[None])),
+        lambda: made.pack_stack(Nf4Stack(spread, 1, None)),
+    ):
+        with pytest.raises(BaseUnsupported, match="weights on cpu, got some on meta; load the"):
+            ask()
+    made.bind(SiteSpec((0,), 64, (4,)), DenseLinear(torch.zeros(4, 64), None))
 
 
 def test_an_old_gpu_is_told_its_capability(ampere: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,17 +11,20 @@ if torch.cuda.is_available():
     pytest.skip("with a GPU tests/gpu checks these kernels", allow_module_level=True)
 
 from fader_adapters.kernels.cuda import expert_calls, expert_configs, lora
-from fader_adapters.kernels.cuda.backend import CudaBackend, CudaStack
+from fader_adapters.kernels.cuda.backend import CudaBackend
 from fader_adapters.kernels.cuda.expert_configs import (
     pairs_of_program,
     parts_of_list,
     shipped,
 )
 from fader_adapters.kernels.cuda.lora_step import LoraStep
+from fader_adapters.kernels.cuda.lora_tables import DECODE_TILE, PREFILL_TILE
+from fader_adapters.kernels.cuda.sites import CudaStack
+from fader_adapters.kernels.cuda.tiles import TileBuilder
 from fader_adapters.kernels.routing import Routing
 from fader_adapters.spec import RowTerms, SiteSpec, StepTerms
 from tests.support.deltas import steps
-from tests.support.stacks import IN, OUT, RANKS, SITE, World, chosen
+from tests.support.stacks import IN, OUT, RANKS, SITE, World, chosen, routed
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
@@ -370,3 +373,15 @@ def test_float32_rows_over_another_dtype_are_launched_as_such(monkeypatch) -> No
         assert all(entry in listed for entry in launched)
         name, options = launched[-1]
         assert (name, options | {"num_warps": 16}) not in listed
+
+
+def test_pairs_of_a_step_in_pieces_have_the_bits_they_have_at_once(shared: Rig) -> None:
+    made = rig(entries=4)
+    shapes = (replace(DECODE_TILE, most=4), replace(PREFILL_TILE, most=8))
+    made.backend._deltas._builder = TileBuilder(*shapes)
+    routing = routed(total(MIXED))
+    x, y = operands(routing)
+    step = made.backend.prepare(made.world.tables, MIXED)
+    assert step is not None
+    assert len(step.launches) > 3
+    assert torch.equal(made.run(MIXED, routing, x, y), shared.run(MIXED, routing, x, y))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,12 @@ import torch
 pytest.importorskip("triton", reason="the CUDA kernels need triton")
 
 from fader_adapters.kernels.cuda import lora_calls, nf4
-from fader_adapters.kernels.cuda.backend import CudaBackend, CudaSite
+from fader_adapters.kernels.cuda.backend import CudaBackend
 from fader_adapters.kernels.cuda.beside import Beside
 from fader_adapters.kernels.cuda.lora_launch import join, shrink
+from fader_adapters.kernels.cuda.lora_tables import DECODE_TILE, PREFILL_TILE
+from fader_adapters.kernels.cuda.sites import CudaSite
+from fader_adapters.kernels.cuda.tiles import TileBuilder
 from fader_adapters.spec import RowTerms, StepTerms
 from tests.support.lora_world import DeltaWorld, make_delta_world
 from tests.support.nf4_weights import random_weight, values
@@ -202,3 +206,16 @@ def test_what_reads_the_other_streams_work_comes_after_the_wait(
         run(torch.randn(tokens, IN), StepTerms((RowTerms(tokens, ((0, 1.0),)),)))
     products = ["product"] if tokens == 1 else []
     assert kernels == ["fork", "shrink", "back", *products, "wait", last]
+
+
+def test_a_step_in_pieces_is_joined_with_the_bits_it_has_at_once(kernels: list[str]) -> None:
+    whole, pieces = Run(), Run(entries=4)
+    shapes = (replace(DECODE_TILE, most=4), PREFILL_TILE)
+    pieces.backend._deltas._builder = TileBuilder(*shapes)
+    terms = MIXES["blends"]
+    x = torch.randn(len(terms.rows), IN)
+    want = whole(x, terms)
+    kernels.clear()
+    assert torch.equal(pieces(x, terms), want)
+    assert kernels == ["shrink", "join"] * (len(kernels) // 2)
+    assert len(kernels) >= 6

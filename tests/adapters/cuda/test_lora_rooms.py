@@ -1,6 +1,7 @@
 """Which buffers a step's deltas live in: fixed ones for what is captured, others for the rest."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ pytest.importorskip("triton", reason="the CUDA kernels need triton")
 if torch.cuda.is_available():
     pytest.skip("with a GPU tests/gpu checks these kernels", allow_module_level=True)
 
+from fader_adapters.kernels.cuda.lora_step import MAX_MEMBERS
+from fader_adapters.kernels.cuda.lora_tables import DECODE_TILE, PREFILL_TILE, SHRINK, TILE
+from fader_adapters.kernels.cuda.tiles import TileBuilder
 from fader_adapters.spec import RowTerms, StepTerms
 from tests.adapters.cuda.test_lora import COMPANY, SITES, TOLERANCE, Rig, error, mixed, rig
 from tests.support.deltas import steps
@@ -113,3 +117,41 @@ def test_the_second_room_grows_with_its_steps():
         assert made.kernels.nbytes > before
         before = made.kernels.nbytes
     assert error(made, terms, 0) < TOLERANCE
+
+
+def in_pieces(made: Rig) -> Rig:
+    """With room in the scratch for a list or two."""
+    shapes = (replace(DECODE_TILE, most=8), replace(PREFILL_TILE, most=8))
+    made.kernels._builder = TileBuilder(*shapes)
+    return made
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_step_in_pieces_has_the_bits_it_has_at_once(which):
+    whole, pieces = mixed(), in_pieces(mixed())
+    for name in ("blends and prefill", "all distinct"):
+        terms = steps()[name]
+        x, y = whole.operands(terms, which)
+        assert torch.equal(pieces.run(terms, which, x, y), whole.run(terms, which, x, y))
+        assert len(pieces.prepare(terms).launches) > len(whole.prepare(terms).launches)
+
+
+def test_the_scratch_stops_growing_at_the_length_of_a_piece():
+    made = rig([(512,)], sites=SITES[:1])
+    sizes = []
+    for tiles in (1, 33, 80, 200):
+        terms = StepTerms((RowTerms(64 * tiles, ((0, 1.0),)),))
+        step = made.kernels.prepare(made.world.tables, terms)
+        assert step is not None
+        assert sum(launch.tiles for launch in step.launches) == tiles
+        assert all(launch.cells <= PREFILL_TILE.most for launch in step.launches)
+        sizes.append(step.buffers.z.nbytes)
+    assert sizes[0] < sizes[1] == sizes[2] == sizes[3]
+    planes = 2 * made.sites[0].configs.shrink["prefill"].splits
+    assert sizes[3] == planes * PREFILL_TILE.most * PREFILL_TILE.rows * 16 * 4
+
+
+def test_at_the_widest_site_the_scratch_is_64_mib():
+    for phase, tile in TILE.items():
+        splits = max(c.splits for (_, own), t in SHRINK.items() if own == phase for _, c in t)
+        assert MAX_MEMBERS * splits * tile.most * tile.rows * 16 * 4 == 64 << 20

@@ -1,9 +1,11 @@
 """NF4 linears against float64: the kernels as Triton's interpreter runs them, in fp32."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 if torch.cuda.is_available():
@@ -215,3 +217,34 @@ def test_the_form_is_chosen_once_by_the_table(
     assert (theirs.in_features, theirs.out_features) == (ours.in_features, ours.out_features)
     assert theirs.nbytes < ours.nbytes
     assert theirs(x[:0]).shape == (0, 192)
+
+
+class Calls(TorchDispatchMode):
+    """Rows of every product of bitsandbytes'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "gemm_4bit" in func.name():
+            self.rows.append(args[0].shape[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("way", "size"), [("fused", 4), ("pieces", 256)])
+def test_bitsandbytes_multiplies_one_number_of_rows_while_a_backend_leads(
+    way: nf4.Way, size: int, scratch: nf4.Scratch
+) -> None:
+    """It changes kernels by that number, and a row's bits with them."""
+    weight, bias, x = random_weight(128, 64), torch.randn(128), torch.randn(5, 64)
+    linear = nf4.BitsandbytesLinear([weight], bias, scratch)
+    for scratch.way, sizes in ((way, {size}), ("rows", {1, 5})):
+        with Calls() as calls:
+            alone, together = linear(x[3:4]), linear(x)
+        assert {*calls.rows} == sizes
+        assert rms(together, expect(x, weight, bias)) <= 1e-6
+        assert alone.shape == (1, 128)
+        if scratch.way == way:
+            assert torch.equal(alone[0], together[3])
+    assert linear(x[:0]).shape == (0, 128)

@@ -3,9 +3,11 @@
 import inspect
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="the configurations name Triton's kernels")
 
+from fader_adapters.kernels.cuda import machines, nf4
 from fader_adapters.kernels.cuda import nf4_configs as configs
 
 LLAMA_8B = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
@@ -66,13 +68,27 @@ def test_shipped_signatures_name_exactly_the_arguments_of_their_kernel() -> None
         assert not set(entry.signature) & set(entry.constexprs)
 
 
-def test_machines_that_were_never_compiled_for_are_left_to_bitsandbytes() -> None:
+def test_machines_that_were_never_compiled_for_are_left_to_bitsandbytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def arch_on(capability: machines.Capability) -> machines.Arch | None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        return nf4.checked_arch(torch.device("cuda"))
+
     known = {(8, 0): 80, (8, 6): 80, (8, 9): 80, (9, 0): 90}
     for capability, arch in known.items():
-        assert configs.family(capability) == arch
-        assert configs.method(arch, 4096, 4096, 1) == "triton"
+        assert arch_on(capability) == arch
+        assert configs.method(arch_on(capability), 4096, 4096, 1) == "triton"
     for capability in ((7, 5), (10, 0), (12, 0)):
-        assert configs.method(configs.family(capability), 4096, 4096, 1) == "bitsandbytes"
+        assert configs.method(arch_on(capability), 4096, 4096, 1) == "bitsandbytes"
+
+
+def test_other_kernels_take_the_newest_table_and_the_memory_that_there_is() -> None:
+    capabilities = [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)]
+    archs = [80, 80, 80, 80, 90, 90, 90, 90]
+    assert [machines.arch_of(capability) for capability in capabilities] == archs
+    small = [capability for capability in capabilities if not machines.roomy(capability)]
+    assert small == [(8, 6), (8, 9), (12, 0), (12, 1)]
 
 
 def test_the_method_is_one_for_all_decode_rows_and_the_scratch_beyond() -> None:

@@ -247,7 +247,7 @@ def test_what_a_launch_is_given_is_what_was_shipped(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(nf4_experts, "interpreted", lambda x: False)
     names = ("BM", "BN", "HAS_BIAS", "EXACT", "STAGES")
     for arch, dtype in (
-        *((90, torch.bfloat16), (80, torch.bfloat16), (0, torch.bfloat16)),
+        *((90, torch.bfloat16), (80, torch.bfloat16), (None, torch.bfloat16)),
         *((90, torch.float16), (90, torch.float32)),
     ):
         monkeypatch.setattr(packed, "_arch", arch)

@@ -8,7 +8,7 @@ from transformers import Qwen3MoeConfig
 
 pytest.importorskip("triton", reason="the CUDA kernels need triton")
 
-from fader_adapters.kernels.cuda.backend import CudaStack
+from fader_adapters.kernels.cuda.sites import CudaStack
 from fader_adapters.lane import MergedLane
 from fader_server.model import graph_kinds, graphs, prompt_graphs
 from fader_server.model.fidelity import measure

@@ -20,7 +20,10 @@ from fader_adapters.kernels.cuda.tiles import (
 from fader_adapters.spec import RowTerms, StepTerms
 
 CHUNKS = (1, 4, 0, 2, 1, 16, 3, 1)
-BUILDER = TileBuilder(TileShape(16, 2), TileShape(64, 4))
+BUILDER = TileBuilder(TileShape(16, 2, 1 << 20), TileShape(64, 4, 1 << 20))
+PIECES = TileBuilder(TileShape(16, 2, 12), TileShape(64, 4, 16))
+"""With tiles that are alone in a piece, and lists too long for a tile of sixteen rows."""
+builders = st.sampled_from([BUILDER, PIECES])
 
 slots = st.integers(0, len(CHUNKS) - 1)
 blends = st.lists(
@@ -176,12 +179,20 @@ def test_beside_a_longer_row_those_without_terms_have_no_lane(tokens):
 def read(block: np.ndarray, layout: StepLayout, step: StepTiles) -> StepTiles:
     """The step that a block holds; `step` gives the sizes only."""
 
-    def phase(at, of, rows):
+    def piece(at, rows):
         tiles = int(block[at.header])
-        assert tiles == of.tiles
         arrays = [block[o : o + tiles] for o in (at.first, at.last, at.cell)]
         tokens = block[at.tokens : at.tokens + tiles * rows].reshape(tiles, rows)
-        return Phase(tokens, *arrays, int(block[at.header + 1]))
+        return Phase(tokens, *arrays, int(block[at.header + 1]), 0)
+
+    def phase(places, of, rows):
+        found, cells = [piece(at, rows) for at in places], 0
+        for part in found:
+            part.cell[:] += cells
+            cells += part.cells
+        assert sum(part.tiles for part in found) == of.tiles
+        names = ("tokens", "first", "last", "cell")
+        return Phase(*(np.concatenate([vars(p)[n] for p in found]) for n in names), cells, of.most)
 
     entries = step.entries
     return StepTiles(
@@ -195,9 +206,9 @@ def read(block: np.ndarray, layout: StepLayout, step: StepTiles) -> StepTiles:
     )
 
 
-@given(steps(blends))
-def test_a_packed_step_reads_back(terms):
-    step = BUILDER.build(terms, CHUNKS)
+@given(steps(blends), builders)
+def test_a_packed_step_reads_back(terms, builder):
+    step = builder.build(terms, CHUNKS)
     layout = StepLayout(Capacity(1, 1, 4, 4, 4).grown(step), 64)
     block = np.full(layout.words, -77, np.int32)
     used = layout.pack(step, block)
@@ -210,31 +221,35 @@ def test_a_packed_step_reads_back(terms):
         assert mine.cell.tolist() == theirs.cell.tolist()
 
 
-@given(steps(blends))
-def test_every_token_finds_its_place_in_the_tiles(terms):
-    step = BUILDER.build(terms, CHUNKS)
+@given(steps(blends), builders)
+def test_every_token_finds_its_place_in_the_tiles(terms, builder):
+    step = builder.build(terms, CHUNKS)
     tokens = step.tokens + 3
     layout = StepLayout(replace(Capacity(1, 1, 4, 4, 4).grown(step), tokens=tokens), 64)
     block = np.full(layout.words, -77, np.int32)
     layout.pack(step, block)
     tiled = set()
-    for at, phase in ((layout.decode, step.decode), (layout.prefill, step.prefill)):
-        place = block[at.place : at.place + tokens]
-        own = np.flatnonzero(place)
-        assert (phase.tokens.reshape(-1)[place[own] - 1] == own).all()
-        tiled |= set(own.tolist())
+    for places, phase in ((layout.decode, step.decode), (layout.prefill, step.prefill)):
+        for at, piece in zip(places, phase.pieces, strict=False):
+            place = block[at.place : at.place + tokens]
+            own = np.flatnonzero(place)
+            assert (piece.tokens.reshape(-1)[place[own] - 1] == own).all()
+            assert tiled.isdisjoint(own.tolist())
+            tiled |= set(own.tolist())
     assert tiled == {t for p in (step.decode, step.prefill) for t in p.tokens.reshape(-1) if t >= 0}
 
 
 def test_offsets_depend_on_the_capacity_alone_and_are_aligned():
-    layout = StepLayout(Capacity(4, 7, 1000, 1004, 64, 30), 64)
+    layout = StepLayout(Capacity(4, 7, 1000, 1004, 64, 30, 2, 3), 64)
     offsets = [layout.slot, layout.chunk, layout.gamma]
-    for at in (layout.decode, layout.prefill):
+    headers = [at.header for at in (*layout.decode, *layout.prefill)]
+    assert headers == [HEADER * place for place in range(5)]
+    for at in (*layout.decode, *layout.prefill):
         offsets += [at.tokens, at.first, at.last, at.cell, at.place]
     assert all(offset % 32 == 0 for offset in offsets)
-    assert min(offsets) >= HEADER
+    assert min(offsets) >= headers[-1] + HEADER
     assert len(set(offsets)) == len(offsets)
-    ends = {layout.decode.tokens: 64, layout.slot: 1000, layout.gamma: 16000}
+    ends = {layout.decode[0].tokens: 64, layout.slot: 1000, layout.gamma: 16000}
     for begin, after in itertools.pairwise(sorted([*offsets, layout.words])):
         assert after - begin >= ends.get(begin, 4)
 
@@ -252,3 +267,31 @@ def test_a_step_beyond_any_capacity_is_noticed_and_grown_for(field):
     assert not short.holds(step)
     assert short.grown(step).holds(step)
     assert exact.grown(step) == exact
+
+
+@given(steps(sorted_blends))
+def test_pieces_hold_what_the_scratch_does_and_change_no_row(terms):
+    step = PIECES.build(terms, CHUNKS)
+    assert told(step) == wanted(terms)
+    for phase in (step.decode, step.prefill):
+        assert sum(piece.tiles for piece in phase.pieces) == phase.tiles
+        tokens = [piece.tokens for piece in phase.pieces]
+        assert np.array_equal(np.concatenate(tokens), phase.tokens)
+        for piece in phase.pieces:
+            assert piece.cells <= phase.most or piece.tiles == 1
+            assert piece.cell.tolist()[:1] in ([], [0])
+        sizes = [piece.cells for piece in phase.pieces]
+        assert all(sum(pair) > phase.most for pair in itertools.pairwise(sizes))
+    decode = step.decode
+    lists = (decode.last - decode.first)[(decode.tokens >= 0).sum(axis=1) > 1]
+    assert (lists <= decode.most).all()
+
+
+def test_a_long_step_takes_no_more_scratch_than_a_piece_and_doubles_nothing_beyond():
+    rows = (RowTerms(64 * 9, ((5, 1.0),)), RowTerms(64 * 2, ((1, 1.0),)))
+    step = PIECES.build(StepTerms(rows), CHUNKS)
+    assert [piece.cells for piece in step.prefill.pieces] == [16] * 9 + [8]
+    grown = Capacity(1, 1, 4, 4, 12).grown(step)
+    assert (grown.prefill_cells, grown.prefill_pieces) == (16, 10)
+    assert grown.holds(step)
+    assert not replace(grown, prefill_pieces=9).holds(step)

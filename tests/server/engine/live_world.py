@@ -23,7 +23,7 @@ from fader_adapters.pool import Pool
 from fader_adapters.report import AdapterReport, ModuleReport
 from fader_adapters.source import RawAdapter
 from fader_adapters.spec import BaseSpec, Digest, LinearSpec, RankScale, Upload, lay_out
-from fader_adapters.tiers import ArenaTier, BufferTier
+from fader_adapters.tiers import ArenaTier
 from fader_server.api.adapter_ports import LoadOrder
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.core import Request, SamplingParams, TokenEvent
@@ -60,7 +60,7 @@ def parsed(content: int) -> ParsedAdapter:
 class Memory:
     """A host tier that runs out at the k-th allocation from now."""
 
-    def __init__(self, inner: ArenaTier | BufferTier) -> None:
+    def __init__(self, inner: ArenaTier) -> None:
         self._inner = inner
         self.fail_in = 0
 
@@ -178,7 +178,7 @@ class LiveWorld:
         self.pool = Pool(tables, in_place=in_place)
         inner = ArenaTier(arena)
         if not in_place:
-            inner = BufferTier(rng.randint(5, 12) * UNIT * 4, torch.float32, pinned=False)
+            inner = ArenaTier(torch.empty(rng.randint(5, 12) * UNIT))
         self.memory = Memory(inner)
         self.tables = tables
         self.disk = Disk()

@@ -159,6 +159,7 @@ class PretendDevice:
             "current_device": lambda: 0,
             "empty_cache": lambda: None,
             "memory_snapshot": list,
+            "cudart": self.host.cudart,
             "_lazy_init": lambda: None,
         }.items():
             patch.setattr(cuda, name, stand_in)

@@ -5,7 +5,9 @@ out must not have changed by then. Memory that nobody holds any more belongs to 
 allocator, which keeps it until its copies have ended.
 """
 
+import ctypes
 from dataclasses import dataclass
+from types import SimpleNamespace
 from weakref import ref
 
 import numpy as np
@@ -43,6 +45,9 @@ class Host:
         self._clocks, self._notices = clocks, notices
         self._blocks: dict[int, ref[np.ndarray]] = {}
         self._copies: list[Copy] = []
+        self._registered: dict[int, np.ndarray] = {}
+        self.room = 1 << 40
+        """Bytes that one call registers at most."""
         self.pinned = 0
         """Blocks handed out so far."""
 
@@ -57,6 +62,29 @@ class Host:
         if filled:
             made.copy_(like)
         return made
+
+    def register(self, address: int, size: int, flags: int) -> int:
+        """cudaHostRegister: memory that was there before is pinned until `unregister`."""
+        if address in self._registered or size > self.room:
+            return 712 if address in self._registered else 2
+        block = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+        self._registered[address] = block
+        self._blocks[address] = ref(block)
+        return 0
+
+    def unregister(self, address: int) -> int:
+        """cudaHostUnregister."""
+        del self._registered[address]
+        return 0
+
+    def cudart(self) -> SimpleNamespace:
+        """The functions of CUDA's runtime that are called as such."""
+        return SimpleNamespace(cudaHostRegister=self.register, cudaHostUnregister=self.unregister)
+
+    @property
+    def registered(self) -> int:
+        """Bytes that are pinned in place."""
+        return sum(block.size for block in self._registered.values())
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in pinned memory."""

@@ -16,6 +16,7 @@ from fader_adapters.kernels.cuda.attention_kernels import (
 )
 from fader_adapters.kernels.cuda.attention_prefill import prefill_kernel
 from fader_adapters.kernels.cuda.attention_step import AttentionStep
+from fader_adapters.kernels.cuda.machines import Arch, Capability, arch_of, roomy
 
 _LOG2E = math.log2(math.e)
 
@@ -78,7 +79,7 @@ class PagedAttention:
         softcap: float = 0.0,
         sinks: Tensor | None = None,
         scratch: Scratch | None = None,
-        arch: int | None = None,
+        arch: Arch | None = None,
     ) -> None:
         """Raises: ValueError."""
         _check_cache(k_cache, v_cache)
@@ -100,12 +101,15 @@ class PagedAttention:
         self._scores = (self._window, scaled, softcap * _LOG2E)
         self._sinks = None if sinks is None else sinks.float() * _LOG2E
         self._scratch = scratch or Scratch(k_cache.device)
-        arch = arch or _arch(k_cache.device)
+        capability = _capability(k_cache.device)
+        arch = arch or arch_of(capability)
         shape, capped = (kv_heads, heads // kv_heads, dim), bool(softcap)
         self._decode_tiles = configs.decode_config(arch, dim)
         self._decode_constants = configs.decode_constants(arch, *shape, page, capped)
-        self._prefill_tiles = configs.prefill_config(arch, dim, capped)
-        self._prefill_constants = configs.prefill_constants(arch, *shape, page, capped)
+        self._prefill_tiles = configs.prefill_config(arch, dim, capped, roomy=roomy(capability))
+        self._prefill_constants = configs.prefill_constants(
+            self._prefill_tiles, *shape, page, capped
+        )
         self._reduce_constants = configs.reduce_constants(*shape)
 
     def splits(self, context: int) -> int:
@@ -237,9 +241,8 @@ def _launch(
     kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
 
 
-def _arch(device: torch.device) -> int:
-    capable = device.type == "cuda"
-    return configs.arch_of(torch.cuda.get_device_capability(device) if capable else (8, 0))
+def _capability(device: torch.device) -> Capability:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
 
 def _check_cache(k_cache: Tensor, v_cache: Tensor) -> None:

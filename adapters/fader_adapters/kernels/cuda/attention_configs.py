@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from fader_adapters.kernels.cuda.shipped import ARCHS, Shipped
+from fader_adapters.kernels.cuda.machines import ARCHS, Arch
+from fader_adapters.kernels.cuda.shipped import Shipped
 
 MAX_DIM: Final = 256
 MAX_GROUP: Final = 64
@@ -55,6 +56,10 @@ _PREFILL: Final = {  # (arch, padded head size)
     (90, 128): TileConfig(128, 64, 8, 3),
     (90, 256): TileConfig(64, 32, 8, 3),
 }
+_PREFILL_SMALL: Final = TileConfig(64, 32, 8, 2)
+"""Head sizes above 128 on machines that are not roomy: a stage less than the table's, which takes
+1 KiB too much there. Half the keys at three stages would fit, too, and multiply most of a product
+twice."""
 _PREFILL_NARROW: Final = TileConfig(128, 32, 8, 3)
 """Head sizes 80 to 112 and capped 128: their masks and tanh take registers, which the wider tile
 would spill on sm_80.
@@ -66,20 +71,17 @@ def padded(size: int, least: int = 16) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
-def decode_config(arch: int, dim: int) -> TileConfig:
-    """arch 80 or 90 (see arch_of); dim 16..256."""
+def decode_config(arch: Arch, dim: int) -> TileConfig:
+    """dim 16..256."""
     return _DECODE[arch, padded(dim)]
 
 
-def prefill_config(arch: int, dim: int, capped: bool) -> TileConfig:
-    """As decode_config; capped: whether scores pass through tanh."""
+def prefill_config(arch: Arch, dim: int, capped: bool, *, roomy: bool = True) -> TileConfig:
+    """As decode_config; capped: whether scores pass through tanh; roomy: see machines."""
+    if padded(dim) > 128 and not roomy:
+        return _PREFILL_SMALL
     narrow = padded(dim) == 128 and (dim < 128 or capped)
     return _PREFILL_NARROW if narrow else _PREFILL[arch, padded(dim)]
-
-
-def arch_of(capability: tuple[int, int]) -> int:
-    """The table's row for a device: Hopper's from 9.0 on, else Ampere's."""
-    return 90 if capability >= (9, 0) else 80
 
 
 def least_split(dim: int) -> int:
@@ -124,7 +126,8 @@ _COMMON: Final = {
     "scale": "fp32",
     "softcap": "fp32",
 }
-_SHAPES: Final = (  # kv_heads, group, head size, capped
+_SHAPES: Final = (  # kv_heads, group, head size, capped; the one that takes most is first
+    (8, 2, 256, True),
     (4, 4, 16, False),
     (8, 4, 32, False),
     (4, 7, 48, False),
@@ -138,7 +141,6 @@ _SHAPES: Final = (  # kv_heads, group, head size, capped
     (4, 8, 128, False),
     (8, 3, 128, True),
     (8, 2, 192, False),
-    (8, 2, 256, True),
     (1, 4, 256, False),
 )
 _SINKS: Final = ((8, 8, 64, False), (8, 4, 128, False), (8, 2, 80, False))
@@ -154,7 +156,7 @@ def shipped(page: int = 16) -> list[Shipped]:
     return list(found.values())
 
 
-def _entries(arch: int, page: int) -> Iterator[Shipped]:
+def _entries(arch: Arch, page: int) -> Iterator[Shipped]:
     from fader_adapters.kernels.cuda import attention_kernels as kernels
     from fader_adapters.kernels.cuda.attention_prefill import prefill_kernel
 
@@ -164,9 +166,11 @@ def _entries(arch: int, page: int) -> Iterator[Shipped]:
         decode = decode_constants(arch, kv_heads, group, dim, page, capped) | none
         config = decode_config(arch, dim)
         yield _entry(kernels.decode_kernel, decode, config.warps, config.stages)
-        prefill = prefill_constants(arch, kv_heads, group, dim, page, capped) | none
-        config = prefill_config(arch, dim, capped)
-        yield _entry(prefill_kernel, prefill, config.warps, config.stages)
+        both = [prefill_config(arch, dim, capped, roomy=roomy) for roomy in (True, False)]
+        for config, roomy in zip(both, (True, False), strict=True):
+            prefill = prefill_constants(config, kv_heads, group, dim, page, capped) | none
+            entry = _entry(prefill_kernel, prefill, config.warps, config.stages)
+            yield entry if both[0] == both[1] else entry._replace(roomy=roomy)
         reduce = reduce_constants(kv_heads, group, dim) | none
         yield _entry(kernels.reduce_kernel, reduce, REDUCE_WARPS, 1)
     write = {"KV_HEADS": 8, "DIM": 128, "BLOCK": WRITE_BLOCK}
@@ -180,7 +184,7 @@ def _entry(kernel: Any, constants: dict[str, Any], warps: int, stages: int) -> S
 
 
 def decode_constants(
-    arch: int, kv_heads: int, group: int, dim: int, page: int, capped: bool
+    arch: Arch, kv_heads: int, group: int, dim: int, page: int, capped: bool
 ) -> dict[str, Any]:
     """The compile-time arguments of decode_kernel."""
     return {
@@ -198,10 +202,9 @@ def decode_constants(
 
 
 def prefill_constants(
-    arch: int, kv_heads: int, group: int, dim: int, page: int, capped: bool
+    config: TileConfig, kv_heads: int, group: int, dim: int, page: int, capped: bool
 ) -> dict[str, Any]:
     """The compile-time arguments of prefill_kernel."""
-    config = prefill_config(arch, dim, capped)
     return {
         "KV_HEADS": kv_heads,
         "GROUP": group,

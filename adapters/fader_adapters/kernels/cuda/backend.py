@@ -5,22 +5,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fader_adapters.errors import first_line
+from fader_adapters.errors import BaseUnsupported, first_line
 from fader_adapters.kernels.cuda import nf4
 from fader_adapters.kernels.cuda.beside import Beside
 from fader_adapters.kernels.cuda.dense import FixedRows
-from fader_adapters.kernels.cuda.expert_calls import stack_delta
-from fader_adapters.kernels.cuda.lora import DeltaKernels, DeltaSite, LoraStep
-from fader_adapters.kernels.cuda.lora_launch import add, delta, join, lookup_delta, shrink
-from fader_adapters.kernels.cuda.lora_step import StackSite
-from fader_adapters.kernels.cuda.lora_tables import Arch, arch_of
+from fader_adapters.kernels.cuda.lora import DeltaKernels, LoraStep
+from fader_adapters.kernels.cuda.machines import Arch, arch_of
 from fader_adapters.kernels.cuda.nf4_codes import CODES
 from fader_adapters.kernels.cuda.nf4_experts import CudaNf4Stack
+from fader_adapters.kernels.cuda.sites import CudaLookup, CudaSite, CudaStack
 from fader_adapters.kernels.dense import DenseLinear, filled
 from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight
 from fader_adapters.kernels.nf4 import filled as nf4_filled
 from fader_adapters.kernels.nf4_stack import Nf4Stack
-from fader_adapters.kernels.routing import Routing
 from fader_adapters.kernels.stack_weights import StackWeight, filled_stack
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import SiteSpec, StepTerms
@@ -29,69 +26,6 @@ if TYPE_CHECKING:
     from fader_adapters.kernels.backend import BaseLinear
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-class CudaSite:
-    """One site: its base and the deltas of all members.
-
-    In a step of one-token rows what the deltas need of x is computed beside the base's product,
-    and what is left of both is added up by one kernel wherever that product lies in planes.
-    """
-
-    def __init__(self, bound: DeltaSite, base: "BaseLinear", beside: Beside) -> None:
-        self.base = base
-        self._bound = bound
-        self._beside = beside
-
-    def __call__(self, x: torch.Tensor, step: object | None) -> torch.Tensor:
-        base, bound = self.base, self._bound
-        if step is None:
-            return base(x)
-        assert isinstance(step, LoraStep)
-        if len(step.launches) > 1:
-            y = base(x)
-            delta(y, x, bound, step, base.bias)
-            return y
-        with self._beside():
-            shrink(x, bound, step)
-        planes = base.planes(x) if step.covers and isinstance(base, nf4.Nf4Linear) else None
-        if planes is None:
-            y = base(x)
-            self._beside.join()
-            add(y, bound, step, base.bias)
-            return y
-        y = torch.empty(planes.shape[1:], dtype=x.dtype, device=x.device)
-        self._beside.join()
-        join(planes, y, bound, step, base.bias)
-        return y
-
-
-class CudaLookup:
-    """The delta of one embedding, two launches."""
-
-    def __init__(self, bound: DeltaSite) -> None:
-        self._bound = bound
-
-    def __call__(self, y: torch.Tensor, ids: torch.Tensor, step: object | None) -> None:
-        if step is not None:
-            assert isinstance(step, LoraStep)
-            lookup_delta(y, ids, self._bound, step)
-
-
-class CudaStack:
-    """The deltas of one stack of experts, or of a router; none where no row changes any."""
-
-    def __init__(self, bound: StackSite) -> None:
-        self._bound = bound
-
-    def __call__(
-        self, y: torch.Tensor, x: torch.Tensor, routing: Routing, step: object | None
-    ) -> torch.Tensor:
-        if step is not None:
-            assert isinstance(step, LoraStep)
-            if step.stacks:
-                stack_delta(y, x, routing, self._bound, step)
-        return y
 
 
 class CudaRoom:
@@ -132,7 +66,8 @@ class CudaBackend:
 
     A row's bits do not depend on its company: rows of one token go through the fused NF4 product,
     all longer ones through dequantised weights and the vendor's GEMM, always on the same number of
-    rows at a time; those of NF4 experts all go through one fused product. On a CPU device the
+    rows at a time, as bitsandbytes' product takes them all on machines whose linears are its own
+    (10.0 and newer); those of NF4 experts all go through one fused product. On a CPU device the
     kernels run in Triton's interpreter, in fp32, for tests.
     """
 
@@ -153,7 +88,7 @@ class CudaBackend:
         """
         if arch is None:
             capable = device.type == "cuda"
-            arch = arch_of(*(torch.cuda.get_device_capability(device) if capable else (8, 0)))
+            arch = arch_of(torch.cuda.get_device_capability(device) if capable else (8, 0))
         self._scratch = nf4.Scratch(device)
         self._deltas = DeltaKernels(device, dtype, arch=arch, entries=entries)
         self._beside = Beside(device)
@@ -166,6 +101,8 @@ class CudaBackend:
     def linear(
         self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None
     ) -> nf4.Nf4Linear | nf4.BitsandbytesLinear:
+        """Raises BaseUnsupported for weights on another device than the backend's."""
+        self._check_device(weights[0].packed.device)
         return nf4.linear(weights, bias, self._scratch)
 
     def room(self) -> CudaRoom:
@@ -173,6 +110,7 @@ class CudaBackend:
 
     def bind(self, site: SiteSpec, base: "BaseLinear") -> CudaSite:
         if isinstance(base, DenseLinear):
+            self._check_device(base.weight.device)
             base = FixedRows(base, base.weight, self._scratch)
         return CudaSite(self._deltas.bind(site), base, self._beside)
 
@@ -184,8 +122,18 @@ class CudaBackend:
 
     def pack_stack(self, weight: StackWeight | Nf4Stack) -> StackWeight | CudaNf4Stack:
         if isinstance(weight, StackWeight):
+            self._check_device(weight.source.device)
             return weight
+        self._check_device(weight.weight.packed.device)
         return CudaNf4Stack([weight.weight], weight.shape, weight.bias, self._scratch)
+
+    def _check_device(self, device: torch.device) -> None:
+        own = self._scratch.table.device
+        if device != own:
+            raise BaseUnsupported(
+                f"expected all weights on {own}, got some on {device}; load the model on one "
+                'device: device_map={"": 0}'
+            )
 
     def prepare(self, tables: Tables, terms: StepTerms) -> LoraStep | None:
         """One copy and one launch, none where rows and tables are those of the step before.

@@ -1,5 +1,6 @@
 """Unquantised linears on a GPU, the output head among them, a fixed number of rows at a time."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,18 @@ if TYPE_CHECKING:
 
 ROWS = 64
 """Rows of one product, whatever a step holds: the vendor's GEMM cuts its sums by their number."""
+
+
+def in_parts(
+    x: torch.Tensor, rows: int, product: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """The product of x [T, in] → [T, out], always of `rows` rows at a time; zeros fill the last."""
+    if not x.shape[0]:
+        return product(x)
+    padded = F.pad(x, (0, 0, 0, -x.shape[0] % rows))
+    parts = [product(part) for part in padded.split(rows)]
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return whole[: x.shape[0]]
 
 
 class FixedRows(ByRows):
@@ -34,12 +47,9 @@ class FixedRows(ByRows):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, in] → [T, out] in x's dtype."""
-        if self._scratch.way == "rows" or not x.shape[0]:
+        if self._scratch.way == "rows":
             return F.linear(x, self.weight, self.bias)
-        padded = F.pad(x, (0, 0, 0, -x.shape[0] % ROWS))
-        parts = [F.linear(part, self.weight, self.bias) for part in padded.split(ROWS)]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return whole[: x.shape[0]]
+        return in_parts(x, ROWS, lambda part: F.linear(part, self.weight, self.bias))
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         return self.inner.dense(dtype)

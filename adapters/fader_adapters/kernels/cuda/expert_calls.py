@@ -1,4 +1,4 @@
-"""The deltas of one stack of experts in one step: two launches a phase. Keeps no state."""
+"""The deltas of one stack of experts in one step: two launches a piece. Keeps no state."""
 
 from typing import Any
 

@@ -7,7 +7,8 @@ alike in every step. How many pairs a program takes does, and changes no bit.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fader_adapters.kernels.cuda.lora_tables import TILE, Arch, ExpandConfig, Phase
+from fader_adapters.kernels.cuda.lora_tables import TILE, ExpandConfig, Phase
+from fader_adapters.kernels.cuda.machines import Arch
 from fader_adapters.kernels.cuda.shipped import Shipped, joined, signature_of
 
 MOST_PAIRS: Mapping[Phase, int] = {"decode": 1, "prefill": 16}

@@ -6,75 +6,13 @@ another in the routing; those of one expert that share a list of entries are mul
 A pair's bits depend on its own terms alone: an entry is one dot of 16 ranks, in list order, of 16
 lanes however many are filled, and an entry with coefficient 0 adds nothing to the pair.
 """
-
-from typing import Any
+# pyright: reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
 
+from fader_adapters.kernels.cuda.expert_groups import LANES, SCAN, led, led_by, lowest_of, used_of
 from fader_adapters.kernels.cuda.lora_kernels import CHUNK
-
-LANES = tl.constexpr(16)
-"""Pairs of a program, and coefficients of an entry; a tile's row i has lane i mod 16 of those."""
-
-SCAN = tl.constexpr(32)
-"""Entries that are looked at in one load."""
-
-
-@triton.jit
-def worn_by(
-    pair: tl.tensor,
-    inside: tl.tensor,
-    order: tl.tensor,
-    expert: tl.tensor,
-    place: tl.tensor,
-    first: tl.tensor,
-    last: tl.tensor,
-    cell: tl.tensor,
-    chosen: tl.tensor,
-    places: tl.tensor,
-    cells: tl.tensor,
-    SPLITS: tl.constexpr,
-    TILE: tl.constexpr,
-) -> Any:  # noqa: ANN401
-    """Of one pair or several: its row of z, in rows of 16, at the first entry of its list; its lane
-    of the coefficients; begin and end of the list, begin −1 where the token has none or an empty
-    one; its expert."""
-    choice = tl.load(order + pair, mask=inside, other=0).to(tl.int32)
-    token = choice // chosen
-    at = tl.load(place + token, mask=inside & (token < places), other=0) - 1
-    worn = at >= 0
-    at = tl.where(worn, at, 0)
-    tile = at // TILE
-    row = at - tile * TILE
-    here = tl.load(cell + tile, mask=worn, other=0)
-    to = ((choice - token * chosen).to(tl.int64) * SPLITS * cells + here) * TILE + row
-    begin = tl.load(first + tile, mask=worn, other=0)
-    end = tl.load(last + tile, mask=worn, other=0)
-    begin = tl.where(begin < end, begin, -1)
-    which = tl.load(expert + pair, mask=worn, other=0)
-    return to, row % LANES, begin, end, which
-
-
-@triton.jit
-def used_of(
-    gamma: tl.tensor, left: tl.tensor, base: tl.tensor, end: tl.tensor, lane: tl.tensor
-) -> Any:  # noqa: ANN401
-    """One bit for each entry from `base` on: whether a row uses it and it has ranks."""
-    scan = tl.arange(0, SCAN)
-    entry = base + scan
-    listed = entry < end
-    ranks = tl.load(left + entry, mask=listed, other=0)
-    weight = tl.load(gamma + entry * LANES + lane, mask=listed, other=0.0)
-    used = (weight != 0) & (ranks > 0)
-    return tl.sum(tl.where(used, tl.full((SCAN,), 1, tl.int64) << scan, 0))
-
-
-@triton.jit
-def lowest_of(bits: tl.tensor) -> Any:  # noqa: ANN401
-    """The place of the lowest bit that is set: the exponent of its value as a float."""
-    alone = (bits & -bits).to(tl.float32)
-    return (alone.to(tl.int32, bitcast=True) >> 23) - 127
 
 
 @triton.jit(do_not_specialize=["pairs", "block", "chosen", "places", "linear", "capacity", "cells"])
@@ -136,28 +74,16 @@ def expert_shrink(
     scan = tl.arange(0, SCAN)
     turns = (scan & (tl.num_programs(2) - 1)) == tl.program_id(2)
     share = tl.sum(tl.where(turns, tl.full((SCAN,), 1, tl.int64) << scan, 0))
+    lists = (order, expert, place, first, last, cell, chosen, places, cells)
     start_before, own_before = -1, tl.full((), -1, tl.int64)
-    for _ in tl.range(0, count, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
-        # read anew, not found among the lanes: the compiler sees that all threads take one way
-        _own, row, start, stop, own = worn_by(  # pyright: ignore[reportGeneralTypeIssues]
-            leader, leader < pairs,
-            order, expert, place, first, last, cell, chosen, places, cells, SPLITS, TILE,
-        )  # fmt: skip
+    for _ in tl.range(0, count, num_stages=1):
+        row, start, stop, own, start_before, own_before = led_by(
+            leader, leader < pairs, start_before, own_before, lists, SPLITS, TILE
+        )
         leader += 1
-        if TILE > LANES:
-            if (start == start_before) & (own == own_before):
-                start = -1
-            else:
-                start_before, own_before = start, own
         if start >= 0:
-            to, lane, begin, _end, which = worn_by(  # pyright: ignore[reportGeneralTypeIssues]
-                pair, inside,
-                order, expert, place, first, last, cell, chosen, places, cells, SPLITS, TILE,
-            )  # fmt: skip
-            mine = inside & (begin == start) & (which == own)
-            if TILE == LANES:  # rows of one token share lists, and have coefficients of their own
-                mine = mine & (lane == row)
-            for base in tl.range(start, stop, SCAN, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
+            to, mine = led(pair, inside, row, start, own, lists, SPLITS, TILE)
+            for base in tl.range(start, stop, SCAN, num_stages=1):
                 bits = used_of(gamma, left + table, base, stop, row) & share
                 while bits != 0:
                     entry = base + lowest_of(bits)
@@ -165,7 +91,7 @@ def expert_shrink(
                     a_row = tl.multiple_of(tl.load(a_at + table + entry), 16)
                     a_row += own * tl.load(rank_at + table + entry) * width
                     acc = tl.full((LANES, CHUNK), 0, tl.float32)
-                    for k in tl.range(k_begin, k_end, BLOCK_K):  # pyright: ignore[reportGeneralTypeIssues]
+                    for k in tl.range(k_begin, k_end, BLOCK_K):
                         here = k + depth < k_end
                         a = tl.load(
                             arena + a_row + column[:, None] * width + (k + depth)[None, :],
@@ -237,28 +163,16 @@ def expert_expand(
     columns = n < width
     acc = tl.full((LANES, BLOCK_N), 0, tl.float32)
     touched = tl.full((LANES,), 0, tl.int32)
+    lists = (order, expert, place, first, last, cell, chosen, places, cells)
     start_before, own_before = -1, tl.full((), -1, tl.int64)
-    for _ in tl.range(0, count, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
-        # read anew, not found among the lanes: the compiler sees that all threads take one way
-        _own, row, start, stop, own = worn_by(  # pyright: ignore[reportGeneralTypeIssues]
-            leader, leader < pairs,
-            order, expert, place, first, last, cell, chosen, places, cells, SPLITS, TILE,
-        )  # fmt: skip
+    for _ in tl.range(0, count, num_stages=1):
+        row, start, stop, own, start_before, own_before = led_by(
+            leader, leader < pairs, start_before, own_before, lists, SPLITS, TILE
+        )
         leader += 1
-        if TILE > LANES:
-            if (start == start_before) & (own == own_before):
-                start = -1
-            else:
-                start_before, own_before = start, own
         if start >= 0:
-            to, lane, begin, _end, which = worn_by(  # pyright: ignore[reportGeneralTypeIssues]
-                pair, inside,
-                order, expert, place, first, last, cell, chosen, places, cells, SPLITS, TILE,
-            )  # fmt: skip
-            mine = inside & (begin == start) & (which == own)
-            if TILE == LANES:  # rows of one token share lists, and have coefficients of their own
-                mine = mine & (lane == row)
-            for base in tl.range(start, stop, SCAN, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
+            to, mine = led(pair, inside, row, start, own, lists, SPLITS, TILE)
+            for base in tl.range(start, stop, SCAN, num_stages=1):
                 bits = used_of(gamma, left + table, base, stop, row)
                 while bits != 0:
                     entry = base + lowest_of(bits)
@@ -269,7 +183,7 @@ def expert_expand(
                     z_at = z + ((to + (entry - start) * TILE) * CHUNK)[:, None] + rank[None, :]
                     total = tl.load(z_at, mask=wanted, other=0.0)
                     step = cells.to(tl.int64) * (TILE * CHUNK)
-                    for split in tl.static_range(1, SPLITS):  # pyright: ignore[reportGeneralTypeIssues]
+                    for split in tl.static_range(1, SPLITS):
                         total += tl.load(z_at + split * step, mask=wanted, other=0.0)
                     total = total * coefficient
                     b_row = tl.multiple_of(tl.load(b_at + table + entry), 16)

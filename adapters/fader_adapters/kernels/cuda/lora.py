@@ -1,13 +1,13 @@
 """The batched delta on a GPU: which buffers a step lives in. Knows tables and rows, not models."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from fader_adapters.errors import BaseUnsupported, KernelUnavailable
 from fader_adapters.kernels.cuda.expert_configs import expert_configs
-from fader_adapters.kernels.cuda.lora_buffers import DeviceTables, StepBuffers
+from fader_adapters.kernels.cuda.lora_buffers import DeviceTables, PhaseBuffers, StepBuffers
 from fader_adapters.kernels.cuda.lora_calls import resolve
 from fader_adapters.kernels.cuda.lora_launch import delta
 from fader_adapters.kernels.cuda.lora_rooms import (
@@ -28,14 +28,14 @@ from fader_adapters.kernels.cuda.lora_tables import (
     DECODE_TILE,
     PREFILL_TILE,
     TILE,
-    Arch,
     SiteConfigs,
-    arch_of,
     site_configs,
     unsplit,
 )
+from fader_adapters.kernels.cuda.lora_tables import Phase as PhaseName
+from fader_adapters.kernels.cuda.machines import Arch, arch_of
 from fader_adapters.kernels.cuda.step_layout import Capacity, StepLayout
-from fader_adapters.kernels.cuda.tiles import CHUNK, LANES, StepTiles, TileBuilder
+from fader_adapters.kernels.cuda.tiles import CHUNK, LANES, Phase, StepTiles, TileBuilder
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import SiteSpec, StepTerms
 
@@ -52,7 +52,7 @@ class DeltaKernels:
     stream. Decode steps of at most `decode_rows` rows and `entries` 16-rank chunks live in buffers
     with fixed addresses, made by `reserve` (or the first `prepare`), and so do those of few prompts
     after `reserve_prompts`; all others live in a last set that `prepare` allocates and grows as
-    needed.
+    needed, its scratch up to what a piece of a step takes.
 
     dtype    of activations and arena: bfloat16, float16 or float32
     arch     80 or 90; the device's own by default
@@ -75,7 +75,7 @@ class DeltaKernels:
         assert decode_rows in ROW_BUCKETS
         self._device = device
         self._dtype = dtype
-        self._arch: Arch = arch or arch_of(*torch.cuda.get_device_capability(device))
+        self._arch: Arch = arch or arch_of(torch.cuda.get_device_capability(device))
         self._decode_rows = decode_rows
         self._entries = entries
         self._sites: list[DeltaSite] = []
@@ -213,11 +213,11 @@ class DeltaKernels:
         assert rows is None or rows in ROW_BUCKETS
         buffers = self._emptied(room, tables)
         cells = buffers.capacity.decode_cells
-        decode = PhaseLaunch("decode", buffers.decode, -(-(rows or 1) // LANES), cells)
+        decode = PhaseLaunch("decode", buffers.decode[0], -(-(rows or 1) // LANES), cells)
         if rows is not None:
             step = LoraStep(rows, rows, (decode,), buffers, tables.arena, vectors, covers=True)
             return replace(step, stacks=stacks, turn=buffers.turn)
-        prefill = PhaseLaunch("prefill", buffers.prefill, 1, buffers.capacity.prefill_cells)
+        prefill = PhaseLaunch("prefill", buffers.prefill[0], 1, buffers.capacity.prefill_cells)
         step = LoraStep(0, None, (decode, prefill), buffers, tables.arena, vectors)
         return replace(step, stacks=stacks, turn=buffers.turn)
 
@@ -289,16 +289,15 @@ class DeltaKernels:
         if room is self._fixed:
             bucket = _bucket(tiles.tokens, self._decode_rows)
             cells = buffers.capacity.decode_cells
-            launch = PhaseLaunch("decode", buffers.decode, -(-bucket // LANES), cells)
+            launch = PhaseLaunch("decode", buffers.decode[0], -(-bucket // LANES), cells)
             return LoraStep(tiles.tokens, bucket, (launch,), buffers, arena, vectors, tiles.covers)
         if room is self._prompts:
             bucket = self._prompt_bucket(tiles.tokens)
             return self._prompt_step(tiles.tokens, bucket, buffers, arena, vectors=vectors)
-        both = (
-            PhaseLaunch("decode", buffers.decode, tiles.decode.tiles, tiles.decode.cells),
-            PhaseLaunch("prefill", buffers.prefill, tiles.prefill.tiles, tiles.prefill.cells),
+        launches = (
+            *_launches("decode", buffers.decode, tiles.decode),
+            *_launches("prefill", buffers.prefill, tiles.prefill),
         )
-        launches = tuple(launch for launch in both if launch.tiles)
         return LoraStep(tiles.tokens, None, launches, buffers, arena, vectors, tiles.covers)
 
     def _prompt_bucket(self, tokens: int) -> int:
@@ -315,8 +314,16 @@ class DeltaKernels:
         vectors: bool,
     ) -> LoraStep:
         cells = buffers.capacity.prefill_cells
-        launch = PhaseLaunch("prefill", buffers.prefill, prompt_tiles(bucket), cells)
+        launch = PhaseLaunch("prefill", buffers.prefill[0], prompt_tiles(bucket), cells)
         return LoraStep(tokens, None, (launch,), buffers, arena, vectors, prompt=bucket)
+
+
+def _launches(
+    phase: PhaseName, buffers: Sequence[PhaseBuffers], tiles: Phase
+) -> Iterator[PhaseLaunch]:
+    for at, piece in zip(buffers, tiles.pieces, strict=False):
+        if piece.tiles:
+            yield PhaseLaunch(phase, at, piece.tiles, piece.cells)
 
 
 def _bucket(rows: int, most: int) -> int:

@@ -53,7 +53,7 @@ class DeviceTables:
 
 
 class PhaseBuffers:
-    """The arrays of one phase of a step, at fixed addresses; see tiles.Phase."""
+    """The arrays of one piece of a phase of a step, at fixed addresses; see tiles.Phase."""
 
     def __init__(
         self, block: torch.Tensor, at: PhaseAt, tiles: int, *, rows: int, cells: int, tokens: int
@@ -74,7 +74,7 @@ class StepBuffers:
     block   int32 words: tiles and entries as StepLayout places them, one copy a step
     a_at, b_at, gain_at, bias_at  [linears, entries] int64, left, rank_at int32, scale_at float32:
             entries resolved per linear
-    z       float32 scratch of the widest site
+    z       float32 scratch of the widest site, for one piece at a time
     """
 
     def __init__(
@@ -99,25 +99,27 @@ class StepBuffers:
         self.rank_at = torch.zeros(shape, dtype=torch.int32, device=device)
         self.scale_at = torch.zeros(shape, dtype=torch.float32, device=device)
         self.z = torch.empty(z, dtype=torch.float32, device=device)
-        self.decode = PhaseBuffers(
-            self.block,
-            layout.decode,
-            capacity.decode_tiles,
-            rows=decode_rows,
-            cells=capacity.decode_cells,
-            tokens=capacity.tokens,
+        self.decode = self._phase(
+            layout.decode, capacity.decode_tiles, rows=decode_rows, cells=capacity.decode_cells
         )
-        self.prefill = PhaseBuffers(
-            self.block,
+        self.prefill = self._phase(
             layout.prefill,
             capacity.prefill_tiles,
             rows=layout.prefill_rows,
             cells=capacity.prefill_cells,
-            tokens=capacity.tokens,
         )
         self.slot = self.block[layout.slot : layout.slot + capacity.entries]
         self.chunk = self.block[layout.chunk : layout.chunk + capacity.entries]
         self.gamma = self.block[layout.gamma :].view(torch.float32)
+
+    def _phase(
+        self, places: tuple[PhaseAt, ...], tiles: int, *, rows: int, cells: int
+    ) -> tuple[PhaseBuffers, ...]:
+        tokens = self.capacity.tokens
+        return tuple(
+            PhaseBuffers(self.block, at, tiles, rows=rows, cells=cells, tokens=tokens)
+            for at in places
+        )
 
     @property
     def capacity(self) -> Capacity:

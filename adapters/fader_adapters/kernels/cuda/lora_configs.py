@@ -8,14 +8,15 @@ from fader_adapters.kernels.cuda.lora_tables import (
     JOIN,
     SHRINK,
     TILE,
-    Arch,
     ExpandConfig,
     Phase,
     ShrinkConfig,
     site_configs,
 )
+from fader_adapters.kernels.cuda.machines import ARCHS, Arch
 from fader_adapters.kernels.cuda.shipped import Shipped, joined, signature_of
 from fader_adapters.kernels.cuda.tiles import LANES
+from fader_adapters.kernels.nf4 import BLOCK
 
 RESOLVE_BLOCK = 128
 """Entries a program of `resolve` looks up."""
@@ -83,22 +84,21 @@ def shipped() -> list[Shipped]:
     from fader_adapters.kernels.cuda.lora_lookup import pick
     from fader_adapters.kernels.cuda.lora_vectors import vectors
 
-    both: tuple[Arch, ...] = (80, 90)
     block: dict[str, int | bool] = {"BLOCK": RESOLVE_BLOCK}
     signature = signature_of(kernels.resolve, _RESOLVE, block)
-    found = [Shipped(kernels.resolve, signature, block, RESOLVE_WARPS, RESOLVE_STAGES, both)]
+    found = [Shipped(kernels.resolve, signature, block, RESOLVE_WARPS, RESOLVE_STAGES)]
     launch = (VECTORS_WARPS, VECTORS_STAGES)
     for phase in TILE:
         constants = pick_constants(phase)
         signature = signature_of(pick, _SHRINK | {"ids": "*i64:16"}, constants)
-        found.append(Shipped(pick, signature, constants, PICK_WARPS, 1, archs=both))
+        found.append(Shipped(pick, signature, constants, PICK_WARPS, 1))
         for bias in (False, True):
             constants = vectors_constants(phase, bias=bias)
             signature = signature_of(vectors, _VECTORS, constants)
-            found.append(Shipped(vectors, signature, constants, *launch, archs=both))
+            found.append(Shipped(vectors, signature, constants, *launch))
     constants = vectors_constants("decode", bias=False)
     signature = signature_of(vectors, _VECTORS | {"y": "*fp32:16"}, constants)
-    found.append(Shipped(vectors, signature, constants, *launch, archs=both))
+    found.append(Shipped(vectors, signature, constants, *launch))
     for arch, phase in SHRINK:
         shrinks = dict.fromkeys(config for _, config in SHRINK[arch, phase])
         for shrink in shrinks:
@@ -112,7 +112,7 @@ def shipped() -> list[Shipped]:
                 signature = signature_of(expands.expand, _EXPAND, constants)
                 launch = (expand.warps, expand.stages)
                 found.append(Shipped(expands.expand, signature, constants, *launch, archs=(arch,)))
-    for arch in both:
+    for arch in ARCHS:
         for planes, splits in _joins(arch):
             for bias in (False, True):
                 constants = join_constants(planes=planes, splits=splits, bias=bias, exact=False)
@@ -128,7 +128,7 @@ def _joins(arch: Arch) -> list[tuple[int, int]]:
     seen = set()
     for blocks in (8, 16, 24, 32, 40, 48, 56, 64, 128):
         for tiles in range(1, nf4_configs.MULTIPROCESSORS[arch] + 1):
-            n, k = tiles * nf4_configs.TILE_ROWS, blocks * nf4_configs.BLOCK_COLUMNS
+            n, k = tiles * nf4_configs.TILE_ROWS, blocks * BLOCK
             planes = -(-blocks // nf4_configs.split_blocks(arch, n, k))
             seen.add((planes, site_configs(arch, k, n).shrink["decode"].splits))
     return sorted(entry for entry in seen if entry[0] > 1)

@@ -9,9 +9,10 @@ ranks, in list order, and an entry with coefficient 0 is never read for the row 
 import triton
 import triton.language as tl
 
+from fader_adapters.kernels.cuda import tiles
 from fader_adapters.kernels.cuda.lora_places import tile_of
 
-CHUNK = tl.constexpr(16)
+CHUNK = tl.constexpr(tiles.CHUNK)
 
 
 @triton.jit(do_not_specialize=["entries", "linears", "capacity"])

@@ -13,7 +13,7 @@ def delta(
     step: LoraStep,
     bias: torch.Tensor | None = None,
 ) -> None:
-    """y[t] += Σᵢ γ[t,i]·s[slotᵢ,m]·(x[t]·A[slotᵢ,m]ᵀ)·B[slotᵢ,m], two launches a phase.
+    """y[t] += Σᵢ γ[t,i]·s[slotᵢ,m]·(x[t]·A[slotᵢ,m]ᵀ)·B[slotᵢ,m], two launches a piece.
 
     Where the step has vectors, y ← y + G∘(y − bias) + Σᵢ γ·s·biasB, G = Σᵢ γ·gain, comes first.
     y     [T, Σ out of the members], written in place; rows without terms keep their bits
@@ -27,10 +27,24 @@ def delta(
         _add(y, site, step, launch, bias)
 
 
+def joined(
+    planes: torch.Tensor,
+    x: torch.Tensor,
+    out: torch.Tensor,
+    site: DeltaSite,
+    step: LoraStep,
+    bias: torch.Tensor | None,
+) -> None:
+    """`shrink` and `join` of a step in several pieces, which share the scratch."""
+    for launch in step.launches:
+        calls.shrink(x, site, step, launch)
+        _join(planes, out, site, step, launch, bias)
+
+
 def shrink(x: torch.Tensor, site: DeltaSite, step: LoraStep) -> None:
     """The half of `delta` that needs x alone: `add` or `join` follows before the next site's.
 
-    For steps of one phase: those of two share the scratch, and run by `delta`.
+    For steps of one piece: those of several share the scratch, and run by `delta` or `joined`.
     """
     (launch,) = step.launches
     calls.shrink(x, site, step, launch)
@@ -57,12 +71,23 @@ def join(
     bias    [Σ out], the base's own, contiguous
     Only for a step that `covers`.
     """
+    (launch,) = step.launches
+    _join(planes, out, site, step, launch, bias)
+
+
+def _join(
+    planes: torch.Tensor,
+    out: torch.Tensor,
+    site: DeltaSite,
+    step: LoraStep,
+    launch: PhaseLaunch,
+    bias: torch.Tensor | None,
+) -> None:
     assert step.covers
     assert planes.is_contiguous()
     assert out.is_contiguous()
     assert planes.shape[1:] == out.shape
     assert out.dtype == step.arena.dtype
-    (launch,) = step.launches
     if step.vectors:
         calls.vectors(planes, site, step, launch, None)
     calls.join(planes, out, site, step, launch, bias)

@@ -40,7 +40,7 @@ class StackSite:
 
 @dataclass(frozen=True, slots=True)
 class PhaseLaunch:
-    """What one phase of a step launches: its buffers and the extent of its grids."""
+    """What one piece of a phase launches: its buffers and the extent of its grids."""
 
     phase: Phase
     buffers: PhaseBuffers

@@ -8,14 +8,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
+from fader_adapters.kernels.cuda.machines import Arch
 from fader_adapters.kernels.cuda.tiles import LANES, TileShape
 
 Phase = Literal["decode", "prefill"]
-Arch = Literal[80, 90]
 T = TypeVar("T")
 
-DECODE_TILE = TileShape(rows=LANES, group=2)
-PREFILL_TILE = TileShape(rows=64, group=4)
+DECODE_TILE = TileShape(rows=LANES, group=2, most=2048)
+PREFILL_TILE = TileShape(rows=64, group=4, most=1024)
+"""At most 64 MiB of scratch at the widest site, and as much at experts of which 8 are chosen. A
+step with more is computed piece by piece, with the same bits: counted in a start's plan instead,
+its worst case (512 tokens, 8 terms of rank 512 in every row) would take a GiB from every server's
+cache. A list of more entries than that in one tile, of more than 32 such terms in a prompt, takes
+scratch of its own length.
+"""
 TILE: Mapping[Phase, TileShape] = {"decode": DECODE_TILE, "prefill": PREFILL_TILE}
 
 
@@ -102,11 +108,6 @@ def site_configs(arch: Arch, in_features: int, out_features: int) -> SiteConfigs
         {phase: _choose(SHRINK[arch, phase], in_features) for phase in TILE},
         {phase: _choose(EXPAND[arch, phase], out_features) for phase in TILE},
     )
-
-
-def arch_of(major: int, minor: int) -> Arch:
-    """The table for a compute capability; newer ones use the newest table."""
-    return 90 if (major, minor) >= (9, 0) else 80
 
 
 def unsplit(configs: SiteConfigs) -> SiteConfigs:

@@ -9,6 +9,7 @@ import torch
 
 from fader_adapters.errors import KernelUnavailable
 from fader_adapters.kernels.cuda import nf4_configs as configs
+from fader_adapters.kernels.cuda.machines import Arch, arch_of, checked
 from fader_adapters.kernels.cuda.nf4_bitsandbytes import BitsandbytesLinear
 from fader_adapters.kernels.cuda.nf4_codes import CODES, table_words
 from fader_adapters.kernels.cuda.nf4_kernels import nf4_dense, nf4_gemm, nf4_sum
@@ -84,7 +85,7 @@ class Nf4Linear(ByRows):
         self.out_features = self.tiles.out_features
         self.in_features = self.tiles.in_features
         self._scratch = scratch
-        self._arch = family_of(self.tiles.codes.device) or 80
+        self._arch: Arch = checked_arch(self.tiles.codes.device) or 80
         self._launch: configs.Launch | None = None
         self._split_blocks = configs.split_blocks(self._arch, self.out_features, self.in_features)
 
@@ -220,8 +221,8 @@ def linear(
 ) -> Nf4Linear | BitsandbytesLinear:
     """The base linear of this shape on the weights' device; the one choice between the two."""
     n, k = sum(w.out_features for w in weights), weights[0].in_features
-    if configs.method(family_of(weights[0].packed.device), n, k, 1) == "bitsandbytes":
-        return BitsandbytesLinear(weights, bias)
+    if configs.method(checked_arch(weights[0].packed.device), n, k, 1) == "bitsandbytes":
+        return BitsandbytesLinear(weights, bias, scratch)
     return Nf4Linear(weights, bias, scratch)
 
 
@@ -266,11 +267,13 @@ def interpreted(x: torch.Tensor) -> bool:
     return not x.is_cuda
 
 
-def family_of(device: torch.device) -> int:
-    """The tables for a device; those of sm_80 for a CPU, where Triton interprets."""
+def checked_arch(device: torch.device) -> Arch | None:
+    """The tables for a device, those of sm_80 for a CPU, where Triton interprets; None where the
+    fused kernels were never compiled and checked."""
     if device.type != "cuda":
         return 80
-    return configs.family(torch.cuda.get_device_capability(device))
+    capability = torch.cuda.get_device_capability(device)
+    return arch_of(capability) if checked(capability) else None
 
 
 def options(warps: int, stages: int) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fader_adapters.kernels.cuda.machines import Arch
 from fader_adapters.kernels.cuda.shipped import Shipped
+from fader_adapters.kernels.nf4 import BLOCK
 
 Method = Literal["triton", "bitsandbytes", "scratch"]
 
@@ -33,7 +35,7 @@ class Launch:
     stages: int
 
 
-LAUNCHES: Mapping[tuple[int, int], Launch] = {
+LAUNCHES: Mapping[tuple[Arch, int], Launch] = {
     (90, 16): Launch(16, 128, 4, 6),
     (90, 32): Launch(32, 128, 4, 5),
     (90, 64): Launch(64, 128, 4, 4),
@@ -46,55 +48,48 @@ LAUNCHES: Mapping[tuple[int, int], Launch] = {
 """(arch, most rows) → launch. All tiles of one arch use one matrix instruction, so that their bits
 agree; tiles of fewer than 16 rows would fall from wgmma to mma.sync on sm_90."""
 
-MULTIPROCESSORS: Mapping[int, int] = {80: 108, 90: 132}
+MULTIPROCESSORS: Mapping[Arch, int] = {80: 108, 90: 132}
 """Of the largest card, as a constant: a row's bits depend on the split, so the split must not
 depend on the card a server happens to run on."""
 
 LEAST_SPLIT_BLOCKS = 8
 MOST_SPLITS = 8
-TILE_ROWS, BLOCK_COLUMNS = 128, 64
-"""Of W that a program takes at a time."""
+TILE_ROWS = 128
+"""Of W that a program takes at a time, a block of columns each."""
 AT_ONCE = 2
 """Programs that a multiprocessor needs to hide what each of them waits for."""
 PLANE_COST = 0.02
 """Of a product, for each plane that is written and read."""
 
-METHODS: Mapping[tuple[int, int, int], Method] = {}
+METHODS: Mapping[tuple[Arch, int, int], Method] = {}
 """(arch, n, k) → the method of up to FUSED_ROWS rows, where it is not the default."""
 
 
-def family(capability: tuple[int, int]) -> int:
-    """The tables for a compute capability: 90, 80, or 0 where the Triton kernels are not used."""
-    if capability == (9, 0):
-        return 90
-    return 80 if capability[0] == 8 else 0
-
-
-def method(arch: int, n: int, k: int, rows: int) -> Method:
-    """How x [rows, k] is multiplied by W [n, k] in bf16 on `arch`, a value of `family`.
+def method(arch: Arch | None, n: int, k: int, rows: int) -> Method:
+    """How x [rows, k] is multiplied by W [n, k] in bf16 on `arch`; None: on an unchecked machine.
 
     bitsandbytes serves every number of rows, as it keeps the weight in another form and chooses
     among its own kernels. It is the default wherever ours were never compiled and checked.
     """
-    if arch not in MULTIPROCESSORS:
+    if arch is None:
         return "bitsandbytes"
     chosen = METHODS.get((arch, n, k), "triton")
     return "scratch" if chosen == "triton" and rows > FUSED_ROWS else chosen
 
 
-def launch(arch: int, rows: int) -> Launch:
+def launch(arch: Arch, rows: int) -> Launch:
     """The tile for this many rows; more rows than the largest tile take several of those."""
     bucket = next((b for b in (16, 32, 64) if rows <= b), 128)
     return LAUNCHES[arch, bucket]
 
 
-def splits(arch: int, n: int, k: int) -> int:
+def splits(arch: Arch, n: int, k: int) -> int:
     """Parts that k is cut into, each summed by programs of its own; 1 where n fills the machine.
 
     The number that leaves the busiest multiprocessor with the least work. Depends on the shape
     only, so that a row's sums are cut alike in every step.
     """
-    tiles, most = -(-n // TILE_ROWS), k // BLOCK_COLUMNS // LEAST_SPLIT_BLOCKS
+    tiles, most = -(-n // TILE_ROWS), k // BLOCK // LEAST_SPLIT_BLOCKS
     if tiles >= MULTIPROCESSORS[arch] or most < 2:
         return 1
 
@@ -105,9 +100,9 @@ def splits(arch: int, n: int, k: int) -> int:
     return min(range(1, min(most, MOST_SPLITS) + 1), key=work)
 
 
-def split_blocks(arch: int, n: int, k: int) -> int:
-    """Blocks of 64 columns that one split covers; the last may cover fewer."""
-    return -(-(k // BLOCK_COLUMNS) // splits(arch, n, k))
+def split_blocks(arch: Arch, n: int, k: int) -> int:
+    """Blocks of columns that one split covers; the last may cover fewer."""
+    return -(-(k // BLOCK) // splits(arch, n, k))
 
 
 def gemm_constants(config: Launch, *, bias: bool, exact: bool) -> dict[str, Any]:
@@ -131,6 +126,11 @@ def dense_constants() -> dict[str, Any]:
     return {"ROWS": DENSE_ROWS}
 
 
+def only_on(arch: Arch) -> bool | None:
+    """Where rows of an arch run, as Shipped.roomy: Hopper's only there, see machines.checked."""
+    return True if arch == 90 else None
+
+
 def shipped() -> list[Shipped]:
     """Every compilation that Nf4Linear can need in bf16 on sm_80 and sm_90. Imports Triton."""
     from fader_adapters.kernels.cuda import nf4_kernels as kernels
@@ -140,8 +140,8 @@ def shipped() -> list[Shipped]:
         for out, bias in (("fp32", False), ("bf16", False), ("bf16", True)):
             signature = _GEMM | {"out_ptr": f"*{out}:16"}
             constants = gemm_constants(config, bias=bias, exact=False)
-            entry = (kernels.nf4_gemm, signature, constants, config.warps, config.stages, (arch,))
-            found.append(Shipped(*entry))
+            entry = (kernels.nf4_gemm, signature, constants, config.warps, config.stages)
+            found.append(Shipped(*entry, archs=(arch,), roomy=only_on(arch)))
     for planes in range(2, MOST_SPLITS + 1):
         for bias in (False, True):
             constants = sum_constants(planes, bias=bias)

@@ -4,26 +4,13 @@ tuning; what it was chosen by is arithmetic, not a measurement."""
 from collections.abc import Mapping
 from typing import Any
 
-from fader_adapters.kernels.cuda.nf4_configs import MULTIPROCESSORS, Launch
+from fader_adapters.kernels.cuda import nf4_configs as linears
+from fader_adapters.kernels.cuda.machines import ARCHS, Arch
+from fader_adapters.kernels.cuda.nf4_configs import Launch
 from fader_adapters.kernels.cuda.shipped import Shipped, joined, signature_of
 
-LAUNCHES: Mapping[tuple[int, int], Launch] = {
-    (90, 16): Launch(16, 128, 4, 6),
-    (90, 32): Launch(32, 128, 4, 5),
-    (90, 64): Launch(64, 128, 4, 4),
-    (90, 128): Launch(128, 128, 8, 4),
-    (80, 16): Launch(16, 128, 4, 6),
-    (80, 32): Launch(32, 128, 4, 5),
-    (80, 64): Launch(64, 128, 4, 4),
-    (80, 128): Launch(128, 128, 8, 3),
-}
-"""(arch, most pairs of a tile) → launch, as of linears. One matrix instruction and one order of
-sums for all of one arch, so that a pair's bits are the same whichever is taken."""
-
-NARROW: Mapping[int, Launch] = {90: Launch(16, 64, 4, 6), 80: Launch(16, 64, 4, 6)}
+NARROW: Mapping[Arch, Launch] = {90: Launch(16, 64, 4, 6), 80: Launch(16, 64, 4, 6)}
 """For few pairs, whose tiles of 128 rows of W would leave multiprocessors idle: by half of them."""
-AT_ONCE = 2
-"""Programs that a multiprocessor needs to hide what each of them waits for."""
 
 ROOM = 2
 """A tile holds so many times the pairs that meet in an expert on the average: a second tile of one
@@ -33,12 +20,13 @@ EXACT: Mapping[int, Launch] = {4: Launch(16, 64, 4, 2), 2: Launch(32, 64, 4, 3)}
 """Bytes of an element of x → the launch of dtypes and machines without one above."""
 
 
-def launch(arch: int, pairs: int, experts: int, n: int) -> Launch:
-    """The tile of `pairs` pairs over `experts` matrices [n, k] in bf16."""
-    meet = ROOM * pairs / experts
-    config = LAUNCHES[arch, next((b for b in (16, 32, 64) if meet <= b), 128)]
+def launch(arch: Arch, pairs: int, experts: int, n: int) -> Launch:
+    """The tile of `pairs` pairs over `experts` matrices [n, k] in bf16: one of linears'. These have
+    one matrix instruction and one order of sums for all of an arch, so that a pair's bits are the
+    same whichever is taken."""
+    config = linears.launch(arch, -(-ROOM * pairs // experts))
     programs = most_tiles(pairs, experts, config.bm) * -(-n // config.bn)
-    few = config.bm == 16 and programs < AT_ONCE * MULTIPROCESSORS[arch]
+    few = config.bm == 16 and programs < linears.AT_ONCE * linears.MULTIPROCESSORS[arch]
     return NARROW[arch] if few else config
 
 
@@ -63,18 +51,23 @@ def shipped() -> list[Shipped]:
     """Every compilation that CudaNf4Stack can need on sm_80 and sm_90. Imports Triton."""
     from fader_adapters.kernels.cuda.nf4_expert_kernels import nf4_experts
 
-    ours = [(config, "bf16", (arch,)) for (arch, _), config in LAUNCHES.items()]
-    ours += [(config, "bf16", (arch,)) for arch, config in NARROW.items()]
-    others = [(EXACT[2], "bf16"), (EXACT[2], "fp16"), (EXACT[4], "fp32")]
     found = []
-    for config, dtype, archs in ours + [(*other, (80, 90)) for other in others]:
-        exact = (config, dtype) in others
+
+    def add(config: Launch, dtype: str, *archs: Arch, exact: bool) -> None:
+        where = None if exact else linears.only_on(archs[0])
         for bias in (False, True):
             made = constants(config, bias=bias, exact=exact)
             types = {**_TYPES} | dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), f"*{dtype}:16")
             signature = signature_of(nf4_experts, types, made)
             sizes = (config.warps, config.stages)
-            found.append(Shipped(nf4_experts, signature, made, *sizes, archs=archs))
+            found.append(Shipped(nf4_experts, signature, made, *sizes, archs=archs, roomy=where))
+
+    for (arch, _), config in linears.LAUNCHES.items():
+        add(config, "bf16", arch, exact=False)
+    for arch, config in NARROW.items():
+        add(config, "bf16", arch, exact=False)
+    for size, dtype in ((2, "bf16"), (2, "fp16"), (4, "fp32")):
+        add(EXACT[size], dtype, *ARCHS, exact=True)
     return joined(found)
 
 

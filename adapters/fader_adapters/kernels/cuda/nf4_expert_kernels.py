@@ -5,10 +5,7 @@
 import triton
 import triton.language as tl
 
-from fader_adapters.kernels.cuda.nf4_kernels import block_sums
-
-_TILE = tl.constexpr(128)
-_HALF = tl.constexpr(32)
+from fader_adapters.kernels.cuda.nf4_kernels import HALF, TILE, block_sums
 
 SCAN = tl.constexpr(128)
 """Experts that are looked at in one load."""
@@ -88,15 +85,15 @@ def nf4_experts(
     if expert >= experts:
         return
     column = tl.program_id(0) * BN
-    row = column % _TILE + tl.arange(0, BN)
+    row = column % TILE + tl.arange(0, BN)
     pair = first + tl.arange(0, BM)
-    byte = tl.arange(0, _HALF)
-    matrix = expert.to(tl.int64) * ((n + _TILE - 1) // _TILE)
-    start = (matrix + column // _TILE) * blocks * _TILE
+    byte = tl.arange(0, HALF)
+    matrix = expert.to(tl.int64) * ((n + TILE - 1) // TILE)
+    start = (matrix + column // TILE) * blocks * TILE
     line = tl.minimum(pair, stop - 1).to(tl.int64) * x_stride
     acc = block_sums(  # pyright: ignore[reportGeneralTypeIssues]
         x_ptr + line[:, None] + byte[None, :],
-        codes_ptr + start * _HALF + (row[:, None] * _HALF + byte[None, :]),
+        codes_ptr + start * HALF + (row[:, None] * HALF + byte[None, :]),
         scales_ptr + start + row,
         table_ptr, blocks, w0, w1, w2, w3, w4, w5, w6, w7, BM, BN, EXACT, STAGES,
     )  # fmt: skip

@@ -5,11 +5,12 @@ from collections.abc import Iterable
 import torch
 
 from fader_adapters.kernels.cuda import nf4_expert_configs as configs
+from fader_adapters.kernels.cuda.machines import Arch
 from fader_adapters.kernels.cuda.nf4 import (
     WORDS,
     Scratch,
+    checked_arch,
     dequantise,
-    family_of,
     interpreted,
     options,
 )
@@ -46,7 +47,7 @@ class CudaNf4Stack(ByRows):
         self.experts = shape[0]
         self.bias = bias
         self._table = scratch.table
-        self._arch = family_of(self.tiles.codes.device)
+        self._arch: Arch | None = checked_arch(self.tiles.codes.device)
 
     @property
     def nbytes(self) -> int:
@@ -67,11 +68,12 @@ class CudaNf4Stack(ByRows):
             return y
         if x.stride(1) != 1:
             x = x.contiguous()
-        exact = interpreted(x) or not self._arch or x.dtype != torch.bfloat16
-        if exact and not interpreted(x):
+        arch = self._arch
+        exact = interpreted(x) or arch is None or x.dtype != torch.bfloat16
+        if arch is None or (exact and not interpreted(x)):
             config = configs.EXACT[x.element_size()]
         else:
-            config = configs.launch(self._arch, pairs, self.experts, n)
+            config = configs.launch(arch, pairs, self.experts, n)
         bias = None if self.bias is None else self.bias.data
         assert bias is None or bias.is_contiguous()
         grid = (-(-n // config.bn), configs.most_tiles(pairs, self.experts, config.bm))

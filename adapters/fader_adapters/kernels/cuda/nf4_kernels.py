@@ -5,12 +5,13 @@
 import triton
 import triton.language as tl
 
+from fader_adapters.kernels.cuda import nf4_tiles
 from fader_adapters.kernels.cuda.nf4_codes import LOOKUP, LOOKUP_CONSTRAINTS
 
 _LOOKUP = tl.constexpr(LOOKUP)
 _CONSTRAINTS = tl.constexpr(LOOKUP_CONSTRAINTS)
-_TILE = tl.constexpr(128)
-_HALF = tl.constexpr(32)
+TILE = tl.constexpr(nf4_tiles.TILE)
+HALF = tl.constexpr(nf4_tiles.HALF)
 
 
 @triton.jit
@@ -56,7 +57,7 @@ def block_sums(
     for _ in tl.range(0, blocks, num_stages=STAGES):
         packed = tl.load(code_at, eviction_policy="evict_first")
         x_high = tl.load(x_at)
-        x_low = tl.load(x_at + _HALF)
+        x_low = tl.load(x_at + HALF)
         scale = tl.load(scale_at, eviction_policy="evict_first")
         if EXACT:
             high = _gather(packed >> 4, table).to(x_high.dtype)
@@ -74,9 +75,9 @@ def block_sums(
             )
             part = tl.dot(low, tl.trans(x_low), tl.dot(high, tl.trans(x_high)))
         acc += part * scale[:, None]
-        code_at += _TILE * _HALF
-        scale_at += _TILE
-        x_at += 2 * _HALF
+        code_at += TILE * HALF
+        scale_at += TILE
+        x_at += 2 * HALF
     return acc
 
 
@@ -124,13 +125,13 @@ def nf4_gemm(
     split = tl.program_id(1)
     first = split * split_blocks
     last = tl.minimum(first + split_blocks, blocks)
-    row = column % _TILE + tl.arange(0, BN)
+    row = column % TILE + tl.arange(0, BN)
     token = tl.program_id(2) * BM + tl.arange(0, BM)
-    byte = tl.arange(0, _HALF)
-    start = ((column // _TILE).to(tl.int64) * blocks + first) * _TILE
-    code_at = codes_ptr + start * _HALF + (row[:, None] * _HALF + byte[None, :])
+    byte = tl.arange(0, HALF)
+    start = ((column // TILE).to(tl.int64) * blocks + first) * TILE
+    code_at = codes_ptr + start * HALF + (row[:, None] * HALF + byte[None, :])
     scale_at = scales_ptr + start + row
-    line = tl.minimum(token, rows - 1).to(tl.int64) * x_stride + first * 2 * _HALF
+    line = tl.minimum(token, rows - 1).to(tl.int64) * x_stride + first * 2 * HALF
     x_at = x_ptr + line[:, None] + byte[None, :]
     acc = block_sums(  # pyright: ignore[reportGeneralTypeIssues]
         x_at, code_at, scale_at, table_ptr, last - first,
@@ -185,14 +186,14 @@ def nf4_dense(codes_ptr, scales_ptr, table_ptr, out_ptr, n, blocks, first_tile, 
     """
     line = tl.program_id(0) * ROWS
     block = tl.program_id(1)
-    row = line % _TILE + tl.arange(0, ROWS)
-    byte = tl.arange(0, _HALF)
-    start = ((first_tile + line // _TILE).to(tl.int64) * blocks + block) * _TILE
-    packed = tl.load(codes_ptr + start * _HALF + (row[:, None] * _HALF + byte[None, :]))
+    row = line % TILE + tl.arange(0, ROWS)
+    byte = tl.arange(0, HALF)
+    start = ((first_tile + line // TILE).to(tl.int64) * blocks + block) * TILE
+    packed = tl.load(codes_ptr + start * HALF + (row[:, None] * HALF + byte[None, :]))
     scale = tl.load(scales_ptr + start + row)[:, None]
     table = tl.load(table_ptr + tl.arange(0, 16))
     out_row = line + tl.arange(0, ROWS)
-    at = out_row.to(tl.int64)[:, None] * (blocks * 2 * _HALF) + block * 2 * _HALF + byte[None, :]
-    inside = (first_tile * _TILE + out_row < n)[:, None]
+    at = out_row.to(tl.int64)[:, None] * (blocks * 2 * HALF) + block * 2 * HALF + byte[None, :]
+    inside = (first_tile * TILE + out_row < n)[:, None]
     tl.store(out_ptr + at, _gather(packed >> 4, table) * scale, mask=inside)
-    tl.store(out_ptr + at + _HALF, _gather(packed & 15, table) * scale, mask=inside)
+    tl.store(out_ptr + at + HALF, _gather(packed & 15, table) * scale, mask=inside)

@@ -3,8 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-ARCHS = (80, 90)
-"""Architectures of which every table has rows."""
+from fader_adapters.kernels.cuda.machines import ARCHS
 
 
 class Shipped(NamedTuple):
@@ -20,6 +19,9 @@ class Shipped(NamedTuple):
     num_warps: int
     num_stages: int
     archs: tuple[int, ...] = ARCHS
+    """Whose tables have it."""
+    roomy: bool | None = None
+    """Whether it runs only on machines that are, or that are not; None: on both."""
 
 
 def signature_of(
@@ -37,7 +39,7 @@ def joined(found: Iterable[Shipped]) -> list[Shipped]:
     every: dict[object, Shipped] = {}
     for entry in found:
         types = entry.signature.items()
-        key = (entry.kernel.__name__, *types, *entry.constexprs.items(), *entry[3:5])
+        key = (entry.kernel.__name__, *types, *entry.constexprs.items(), *entry[3:5], entry.roomy)
         before = every.get(key)
         archs = entry.archs if before is None else (*before.archs, *entry.archs)
         every[key] = entry._replace(archs=archs)

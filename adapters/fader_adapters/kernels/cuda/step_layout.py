@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from fader_adapters.kernels.cuda.tiles import LANES, Ints, Phase, StepTiles
 
-HEADER = 32
-"""Words before the first array: in each half the tiles and cells of a phase, decode first."""
+HEADER = 16
+"""Words for the tiles and cells of a piece; those of all pieces come first, decode's before."""
 
 ALIGN = 32
 """Every array starts at a multiple of this many words (128 bytes)."""
@@ -16,7 +17,10 @@ ALIGN = 32
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a block has room for; only these numbers may enter a captured graph."""
+    """What a block has room for; only these numbers may enter a captured graph.
+
+    Tiles and cells are those of one piece of a phase.
+    """
 
     decode_tiles: int
     prefill_tiles: int
@@ -25,32 +29,54 @@ class Capacity:
     prefill_cells: int
     tokens: int = 0
     """Whose places in the tiles are told; 0: nobody asks for those."""
+    decode_pieces: int = 1
+    prefill_pieces: int = 1
 
     def holds(self, step: StepTiles) -> bool:
+        decode, prefill = _most(step.decode), _most(step.prefill)
         return (
-            step.decode.tiles <= self.decode_tiles
-            and step.prefill.tiles <= self.prefill_tiles
+            decode.tiles <= self.decode_tiles
+            and prefill.tiles <= self.prefill_tiles
             and step.entries <= self.entries
-            and step.decode.cells <= self.decode_cells
-            and step.prefill.cells <= self.prefill_cells
+            and decode.cells <= self.decode_cells
+            and prefill.cells <= self.prefill_cells
             and (not self.tokens or step.tokens <= self.tokens)
+            and decode.pieces <= self.decode_pieces
+            and prefill.pieces <= self.prefill_pieces
         )
 
     def grown(self, step: StepTiles) -> "Capacity":
-        """At least doubled wherever `step` does not fit."""
+        """At least doubled wherever `step` does not fit; cells up to those of a piece."""
+        decode, prefill = _most(step.decode), _most(step.prefill)
         return Capacity(
-            _grow(self.decode_tiles, step.decode.tiles),
-            _grow(self.prefill_tiles, step.prefill.tiles),
+            _grow(self.decode_tiles, decode.tiles),
+            _grow(self.prefill_tiles, prefill.tiles),
             _grow(self.entries, step.entries),
-            _grow(self.decode_cells, step.decode.cells),
-            _grow(self.prefill_cells, step.prefill.cells),
+            _grow(self.decode_cells, decode.cells, step.decode.most),
+            _grow(self.prefill_cells, prefill.cells, step.prefill.most),
             self.tokens and _grow(self.tokens, step.tokens),
+            _grow(self.decode_pieces, decode.pieces),
+            _grow(self.prefill_pieces, prefill.pieces),
         )
+
+
+class _Most(NamedTuple):
+    """What the pieces of a phase need: tiles and cells of the largest, and how many there are."""
+
+    tiles: int
+    cells: int
+    pieces: int
+
+
+def _most(phase: Phase) -> _Most:
+    pieces = phase.pieces
+    tiles, cells = (piece.tiles for piece in pieces), (piece.cells for piece in pieces)
+    return _Most(max(tiles), max(cells), len(pieces))
 
 
 @dataclass(frozen=True, slots=True)
 class PhaseAt:
-    """Word offsets of one phase's arrays."""
+    """Word offsets of the arrays of one piece of a phase."""
 
     header: int
     tokens: int
@@ -69,18 +95,24 @@ class StepLayout:
     prefill_rows: int
 
     @cached_property
-    def decode(self) -> PhaseAt:
-        return _phase_at(0, HEADER, self.capacity.decode_tiles, LANES)
+    def decode(self) -> tuple[PhaseAt, ...]:
+        """Of every piece there may be."""
+        held = self.capacity
+        begin = _align(HEADER * (held.decode_pieces + held.prefill_pieces))
+        return self._pieces(held.decode_pieces, 0, begin, held.decode_tiles, LANES)
 
     @cached_property
-    def prefill(self) -> PhaseAt:
-        tiles = self.capacity.prefill_tiles
-        begin = _phase_end(self.decode, self.capacity)
-        return _phase_at(HEADER // 2, begin, tiles, self.prefill_rows)
+    def prefill(self) -> tuple[PhaseAt, ...]:
+        held = self.capacity
+        begin = self._end(self.decode[-1])
+        rows = self.prefill_rows
+        return self._pieces(
+            held.prefill_pieces, held.decode_pieces, begin, held.prefill_tiles, rows
+        )
 
     @cached_property
     def slot(self) -> int:
-        return _phase_end(self.prefill, self.capacity)
+        return self._end(self.prefill[-1])
 
     @cached_property
     def chunk(self) -> int:
@@ -97,15 +129,28 @@ class StepLayout:
     def pack(self, step: StepTiles, block: Ints) -> int:
         """Write a step that the capacity holds into block [words]; the words used."""
         assert self.capacity.holds(step)
-        block[:HEADER] = 0
-        for at, phase in ((self.decode, step.decode), (self.prefill, step.prefill)):
-            _put(block, at, phase)
-            _put_places(block[at.place : at.place + self.capacity.tokens], phase)
+        block[: self.decode[0].tokens] = 0
+        for places, phase in ((self.decode, step.decode), (self.prefill, step.prefill)):
+            for at, piece in zip(places, phase.pieces, strict=False):
+                _put(block, at, piece)
+                _put_places(block[at.place : at.place + self.capacity.tokens], piece)
         block[self.slot : self.slot + step.entries] = step.slot
         block[self.chunk : self.chunk + step.entries] = step.chunk
         end = self.gamma + step.entries * LANES
         block[self.gamma : end] = step.gamma.reshape(-1).view(np.int32)
         return end
+
+    def _pieces(
+        self, count: int, before: int, begin: int, tiles: int, rows: int
+    ) -> tuple[PhaseAt, ...]:
+        found = []
+        for place in range(before, before + count):
+            found.append(_phase_at(place * HEADER, begin, tiles, rows))
+            begin = self._end(found[-1])
+        return tuple(found)
+
+    def _end(self, at: PhaseAt) -> int:
+        return at.place + _align(self.capacity.tokens)
 
 
 def _put(block: Ints, at: PhaseAt, phase: Phase) -> None:
@@ -129,13 +174,11 @@ def _phase_at(header: int, begin: int, tiles: int, rows: int) -> PhaseAt:
     return PhaseAt(header, begin, first, first + step, first + 2 * step, first + 3 * step)
 
 
-def _phase_end(at: PhaseAt, capacity: Capacity) -> int:
-    return at.place + _align(capacity.tokens)
-
-
 def _align(words: int) -> int:
     return -(-words // ALIGN) * ALIGN
 
 
-def _grow(have: int, need: int) -> int:
-    return have if need <= have else max(need, 2 * have)
+def _grow(have: int, need: int, most: int | None = None) -> int:
+    if need <= have:
+        return have
+    return max(need, 2 * have if most is None else min(2 * have, most))

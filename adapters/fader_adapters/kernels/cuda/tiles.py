@@ -6,8 +6,9 @@ order, whatever else is in the tile. Rows of one token share tiles, sorted by bl
 those without terms have lanes too, behind the others: a kernel may then write every row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +46,7 @@ class Phase:
     cell    [tiles]        first cell of the tile in the scratch: one cell an entry, lists rounded
                            up to whole groups; ascending
     cells   total cells, a multiple of the group
+    most    cells that are in the scratch at a time; a tile with more of them is alone there
     """
 
     tokens: Ints
@@ -52,10 +54,28 @@ class Phase:
     last: Ints
     cell: Ints
     cells: int
+    most: int
 
     @property
     def tiles(self) -> int:
         return len(self.first)
+
+    @cached_property
+    def pieces(self) -> tuple["Phase", ...]:
+        """What is computed one after the other in one scratch: tiles that follow one another, their
+        cells counted anew. One piece where all fit."""
+        if self.cells <= self.most:
+            return (self,)
+        ends = np.append(self.cell[1:], self.cells)
+        found, begin = [], 0
+        while begin < self.tiles:
+            start = self.cell[begin]
+            end = max(begin + 1, int(np.searchsorted(ends, start + self.most, side="right")))
+            part = slice(begin, end)
+            arrays = (self.tokens[part], self.first[part], self.last[part], self.cell[part] - start)
+            found.append(Phase(*arrays, int(ends[end - 1] - start), self.most))
+            begin = end
+        return tuple(found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,10 +102,11 @@ class StepTiles:
 
 @dataclass(frozen=True, slots=True)
 class TileShape:
-    """Rows of a tile and the entries that the first kernel takes at a time."""
+    """Rows of a tile, entries that the first kernel takes at a time, cells of a piece."""
 
     rows: int
     group: int
+    most: int
 
 
 class TileBuilder:
@@ -121,8 +142,7 @@ class TileBuilder:
             singles += [(-2 - at, _PLAIN) for at in range(start, padded)]
         entries = _Entries(chunks)
         decode = _Cutter(self.decode)
-        for i in range(0, len(singles), LANES):
-            tile = singles[i : i + LANES]
+        for tile in _lanes(singles, chunks, self.decode.most):
             decode.add([at for at, _ in tile], entries.add([row for _, row in tile]))
         prefill = _Cutter(self.prefill)
         for at, row in longs:
@@ -213,7 +233,27 @@ class _Cutter:
             spans[:, 1].copy(),
             np.concatenate([np.zeros(1, np.int32), ends])[:-1],
             int(ends[-1]) if len(ends) else 0,
+            self._shape.most,
         )
+
+
+def _lanes(
+    rows: Sequence[tuple[int, RowTerms]], chunks: Sequence[int], most: int
+) -> Iterator[list[tuple[int, RowTerms]]]:
+    """Rows of one token in tiles: as many as there are lanes, fewer where their lists together
+    would be longer than `most`."""
+    tile: list[tuple[int, RowTerms]] = []
+    met: set[int] = set()
+    for at, row in rows:
+        both = met.union(_slots(row))
+        full = len(tile) == LANES or sum(chunks[slot] for slot in both) > most
+        if tile and full:
+            yield tile
+            tile, both = [], set(_slots(row))
+        tile.append((at, row))
+        met = both
+    if tile:
+        yield tile
 
 
 def _slots(row: RowTerms) -> tuple[int, ...]:

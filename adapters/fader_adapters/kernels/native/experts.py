@@ -11,9 +11,9 @@ from fader_adapters.kernels.native.library import CODES, ExpertsStruct, library
 from fader_adapters.kernels.native.ops import Kind, Op, Tape
 from fader_adapters.kernels.native.panels import PANEL, Nf4Panels
 from fader_adapters.kernels.native.plain import PlainPanels
-from fader_adapters.kernels.native.quantise import BLOCK
 from fader_adapters.kernels.native.site import PLAIN
 from fader_adapters.kernels.native.workspace import Workspace
+from fader_adapters.kernels.nf4 import BLOCK
 
 
 class ExpertPanels:

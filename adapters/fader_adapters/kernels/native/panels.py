@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fader_adapters.kernels.native import checks
 from fader_adapters.kernels.native.library import CODES, check, library
-from fader_adapters.kernels.native.quantise import BLOCK, packed_bytes
+from fader_adapters.kernels.native.quantise import packed_bytes
 from fader_adapters.kernels.native.threads import threads
+from fader_adapters.kernels.nf4 import BLOCK
 
 PANEL = 32
 

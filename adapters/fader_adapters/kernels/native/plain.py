@@ -11,8 +11,8 @@ from fader_adapters.kernels.native import checks
 from fader_adapters.kernels.native.library import CODES, check, library
 from fader_adapters.kernels.native.ops import Kind, Op, Tape
 from fader_adapters.kernels.native.panels import PANEL, PanelStore, whole_panels
-from fader_adapters.kernels.native.quantise import BLOCK
 from fader_adapters.kernels.native.threads import threads
+from fader_adapters.kernels.nf4 import BLOCK
 
 
 @dataclass(frozen=True, slots=True)

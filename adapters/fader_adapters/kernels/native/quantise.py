@@ -9,8 +9,8 @@ from torch import Tensor
 from fader_adapters.kernels.native import checks
 from fader_adapters.kernels.native.library import CODES, check, library
 from fader_adapters.kernels.native.threads import threads
+from fader_adapters.kernels.nf4 import BLOCK
 
-BLOCK = 64
 NESTED_BLOCK = 256
 
 
