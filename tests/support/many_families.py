@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from tests.support.families import COMMON, VOCAB, WINDOW
 
@@ -48,7 +49,7 @@ LONG = {
     "long_factor": [1 + 0.3 * i for i in range(16)],
 }
 
-MANY: dict[str, tuple[str, Mapping[str, Any]]] = {
+_MANY: dict[str, tuple[str, Mapping[str, Any]]] = {
     "llama-yarn": ("llama", _rope("yarn", factor=4.0, original_max_position_embeddings=128)),
     "llama-dynamic": ("llama", _rope("dynamic", factor=4.0)),
     "llama-llama3": (
@@ -68,6 +69,7 @@ MANY: dict[str, tuple[str, Mapping[str, Any]]] = {
     ),
     "llama-head-80": ("llama", {"head_dim": 80, "num_key_value_heads": 1}),
     "apertus": ("apertus", {"attention_bias": True}),
+    "apertus1.5": ("apertus1p5_text", {"output_vocab_size": 448}),  # reads more than it writes
     "cohere": ("cohere", {"use_qk_norm": True, "logit_scale": 0.25}),
     "cohere2": ("cohere2", {"num_hidden_layers": 4, "sliding_window": WINDOW}),
     "deepseek-v2": ("deepseek_v2", {**MOE, **LATENT}),
@@ -95,6 +97,7 @@ MANY: dict[str, tuple[str, Mapping[str, Any]]] = {
             "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
         },
     ),
+    "exaone": ("exaone", {}),
     "flint": ("flint", {**MOE, **SLIDING, "mlp_only_layers": [0]}),
     "gemma": ("gemma", {}),
     "glm4": ("glm4", {}),
@@ -131,10 +134,22 @@ MANY: dict[str, tuple[str, Mapping[str, Any]]] = {
     ),
     "qwen2-moe": ("qwen2_moe", {**MOE, "mlp_only_layers": [0]}),
     "qwen3-moe": ("qwen3_moe", {**MOE, "norm_topk_prob": True}),
+    "sarvam-mla": ("sarvam_mla", {**MOE, **LATENT}),
+    "sarvam-moe": ("sarvam_moe", MOE),
     "seed-oss": ("seed_oss", {"attention_bias": True, "attention_out_bias": True}),
     "smollm3": ("smollm3", {"num_hidden_layers": 4, "no_rope_layer_interval": 2}),
     "starcoder2": ("starcoder2", {"sliding_window": WINDOW, "use_bias": True}),
 }
+
+
+def known(
+    families: Mapping[str, tuple[str, Mapping[str, Any]]],
+) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """Those that the installed transformers has."""
+    return {name: found for name, found in families.items() if found[0] in CONFIG_MAPPING_NAMES}
+
+
+MANY = known(_MANY)
 """Name → model type, and what its config says beside COMMON."""
 
 

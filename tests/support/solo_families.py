@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tests.support.many_families import LATENT, MOE
+from tests.support.families import WINDOW
+from tests.support.many_families import LATENT, MOE, SLIDING, known
 
 DELTA = {
     "layer_types": ["linear_attention", "full_attention"],
@@ -24,19 +25,30 @@ INDEXED = {**MOE, **LATENT, "index_topk": 32, "index_head_dim": 32, "index_n_hea
 heads it holds no two for equal."""
 STATE_SPACE = {"layer_types": ["mamba", "attention"], **MAMBA2, "shared_intermediate_size": 192}
 
-SOLO: dict[str, tuple[str, Mapping[str, Any]]] = {
+_SOLO: dict[str, tuple[str, Mapping[str, Any]]] = {
     "axk2": ("axk2", INDEXED),
     "bamba": ("bamba", {"attn_layer_indices": [1], **MAMBA2, "mamba_n_groups": 1}),
     "bloom": ("bloom", {}),
     "codegen": ("codegen", {"n_embd": 128, "n_head": 4, "n_layer": 2, "rotary_dim": 16}),
     "deepseek-v3.2": ("deepseek_v32", INDEXED),
     "diffllama": ("diffllama", {}),
+    "dory": ("dory", {**SLIDING, "n_input_layers": 1, "n_output_layers": 1}),  # runs layers twice
     "falcon-h1": ("falcon_h1", {**MAMBA2, "mamba_d_ssm": 256, "mamba_n_groups": 1}),
     "glm-moe-dsa": ("glm_moe_dsa", INDEXED),
     "gpt-j": ("gptj", {"n_embd": 128, "n_head": 4, "n_layer": 2, "rotary_dim": 16}),
     "granite-hybrid": ("granitemoehybrid", {**STATE_SPACE, "num_local_experts": 0}),
     "granite-hybrid-moe": ("granitemoehybrid", {**STATE_SPACE, **MOE}),
     "hy-v4": ("hy_v4", INDEXED),
+    "lara-mini": (
+        "lara_mini",
+        {
+            **MOE,
+            **DELTA,
+            "num_hidden_layers": 3,
+            "sliding_window": WINDOW,
+            "layer_types": ["linear_attention", "sliding_attention", "full_attention"],
+        },
+    ),
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], "block_ff_dim": 192}),
     "lfm2-moe": (
         "lfm2_moe",
@@ -84,6 +96,7 @@ SOLO: dict[str, tuple[str, Mapping[str, Any]]] = {
         },
     ),
 }
+SOLO = known(_SOLO)
 """Name → model type, and what its config says beside COMMON."""
 
 BY_KEY: dict[str, tuple[str, Mapping[str, Any]]] = {

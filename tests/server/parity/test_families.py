@@ -67,12 +67,15 @@ def difference(oracle: Oracle, ask: Ask, answer: Answer, bound: float) -> float:
     """Largest logprob difference; asserts that every token is the oracle's argmax or a near-tie."""
     tokens = [*ask.prompt, *answer.tokens]
     logprobs = torch.log_softmax(oracle.logits(tokens[:-1], ask.blend), dim=-1)
+    unwritten = VOCAB - logprobs.shape[1]  # some models read tokens that they cannot write
+    logprobs = torch.nn.functional.pad(logprobs, (0, unwritten), value=-torch.inf)
     told = [*answer.prompt_logprobs, *answer.logprobs]
     assert [t.token for t in told] == tokens[1:]
     for at, token in enumerate(answer.tokens, len(ask.prompt) - 1):
         assert logprobs[at].max() - logprobs[at, token] <= 2 * bound
     ours = torch.tensor([t.logprob for t in told])
-    return float((ours - logprobs[torch.arange(len(told)), tokens[1:]]).abs().max())
+    theirs = logprobs[torch.arange(len(told)), tokens[1:]]
+    return float(torch.where(ours == theirs, 0.0, (ours - theirs).abs()).max())
 
 
 def check(oracle: Oracle, asks: Sequence[Ask], answers: Sequence[Answer], bound: float) -> None:

@@ -160,7 +160,8 @@ def test_what_a_sequence_that_runs_alone_takes_is_what_was_planned(tmp_path: Pat
 
 
 ROW_BY_ROW = {
-    *("bamba", "falcon-h1", "granite-hybrid", "granite-hybrid-moe", "lfm2", "lfm2-moe"),
+    *("bamba", "falcon-h1", "granite-hybrid", "granite-hybrid-moe", "lara-mini", "lfm2"),
+    "lfm2-moe",
     *("nemotron-h", "olmo-hybrid", "qwen3-next", "qwen3.5", "qwen3.5-moe", "zamba2"),
 }
 """Families of which only the layers with states run row by row, in fp32 as well."""
