@@ -5,23 +5,28 @@ Knows no field by name. Never repeats what the client sent.
 
 import asyncio
 import json
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
 from fader_server.api.errors import BodyTooLarge, BodyTooSlow, ClientGone, UnsupportedMedia
 from fader_server.errors import RequestInvalid
 
+_Read = TypeVar("_Read")
 MAX_DEPTH = 32
 _LARGE = 1 << 15
-"""Bytes from which a body is parsed off the event loop."""
+"""Bytes from which a body is read off the event loop."""
 
 
-async def read_json(request: Request, *, limit: int, seconds: float) -> dict[str, Any]:
-    """The request's body as an object without duplicate keys, NaN or Infinity.
+async def read_json(
+    request: Request, read: Callable[[dict[str, Any]], _Read], *, limit: int, seconds: float
+) -> _Read:
+    """What `read` makes of the request's body, an object without duplicate keys, NaN or Infinity.
 
-    Raises BodyTooLarge above `limit` bytes, BodyTooSlow after `seconds`, UnsupportedMedia
-    unless it is JSON that nothing compresses, RequestInvalid for everything else that is wrong.
+    read: where the body is large, it runs off the event loop, too. Raises BodyTooLarge above
+    `limit` bytes, BodyTooSlow after `seconds`, UnsupportedMedia unless it is JSON that nothing
+    compresses, RequestInvalid for everything else that is wrong, and what `read` does.
     """
     media = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media != "application/json":
@@ -36,8 +41,8 @@ async def read_json(request: Request, *, limit: int, seconds: float) -> dict[str
     except ClientDisconnect:
         raise ClientGone from None
     if len(raw) < _LARGE:
-        return parse(raw)
-    return await asyncio.to_thread(parse, raw)
+        return read(parse(raw))
+    return await asyncio.to_thread(lambda: read(parse(raw)))
 
 
 async def _read(request: Request, limit: int) -> bytes:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
@@ -21,6 +21,8 @@ from fader_server.api.sse import Pace
 from fader_server.api.visible import Visible
 from fader_server.config import ServeConfig
 from fader_server.metrics import Metrics
+
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +99,14 @@ def visible_to(request: Request) -> Visible:
 
 async def body_of(request: Request) -> dict[str, Any]:
     """The request's JSON object, within the server's limits."""
+    return await read_from(request, dict)
+
+
+async def read_from(request: Request, read: Callable[[dict[str, Any]], _Read]) -> _Read:
+    """What `read` makes of it, off the event loop where that is work."""
     context = context_of(request)
     limit = largest_body(context.config, context.base)
-    return await read_json(request, limit=limit, seconds=context.config.body_timeout)
+    return await read_json(request, read, limit=limit, seconds=context.config.body_timeout)
 
 
 def largest_body(config: ServeConfig, base: BaseModel) -> int:

@@ -14,10 +14,10 @@ from starlette.responses import Response
 from fader_server.api.choosing import Limits
 from fader_server.api.context import (
     Context,
-    body_of,
     context_of,
     log_of,
     principal_of,
+    read_from,
     visible_to,
 )
 from fader_server.api.disconnect import while_connected
@@ -56,8 +56,8 @@ async def chat_completions(request: Request) -> Response:
 async def _generate(request: Request, read: Reader, prefix: str) -> Response:
     context = context_of(request)
     caller = principal_of(request)
-    body = await body_of(request)
-    call = read(body, replace(context.limits, max_tokens=caller.max_tokens))
+    limits = replace(context.limits, max_tokens=caller.max_tokens)
+    call = await read_from(request, lambda body: read(body, limits))
     context.metrics.ignored(call.ignored)
     record = context.record(request)
     log_of(request).extra.update(stream=call.stream, n=call.n)

@@ -368,7 +368,7 @@ async def test_hostile_bodies_do_not_stop_the_loop(client, number):
     )
     assert answer.status_code in ((400, 413) if number < len(HOSTILE) else (400,))
     check_envelope(answer)
-    assert stalled < 0.2
+    assert stalled < 0.1
 
 
 async def beside_a_heart(
