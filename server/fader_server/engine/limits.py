@@ -52,7 +52,11 @@ def check_request(request: Request, context: int) -> None:
         what = f"you requested {prompt} tokens in the prompt and {wanted} in the completion"
         param = "prompt" if prompt > context else "max_tokens"
         raise ContextTooLong.of(context, what, param=param)
-    if min(request.prompt) < 0 or max(request.prompt) >= _TOKEN_IDS:
-        raise RequestInvalid("a prompt token id lies outside the vocabulary", param="prompt")
     if any(term.version not in request.adapters for term in request.blend.terms):
         raise RequestInvalid("a version of the blend came without its data", param="adapters")
+
+
+def check_ids(prompt: tuple[int, ...]) -> None:
+    """Refuse ids of no vocabulary. Looks at each. Raises RequestInvalid."""
+    if min(prompt) < 0 or max(prompt) >= _TOKEN_IDS:
+        raise RequestInvalid("a prompt token id lies outside the vocabulary", param="prompt")

@@ -19,7 +19,7 @@ from fader_server.engine.blocks import BlockManager
 from fader_server.engine.draft import Draft
 from fader_server.engine.following import following
 from fader_server.engine.lanes import Lanes
-from fader_server.engine.limits import Limits, check_request
+from fader_server.engine.limits import Limits, check_ids, check_request
 from fader_server.engine.outcome import outcome
 from fader_server.engine.roster import Roster
 from fader_server.engine.shares import Share, Shares
@@ -50,6 +50,8 @@ class Scheduler:
         self.context = min(limits.max_model_len, blocks.total * blocks.block_size)
         """Tokens the longest sequence may have."""
         self.preemptions = 0
+        self._checked: tuple[int, ...] = ()
+        """The last prompt whose ids were looked at: choices of a call share one."""
         self._shares = Shares(shares or {}, limits=limits, blocks=blocks, pool=pool)
         self._roster = Roster(blocks, pool, self._shares.weights)
         self._admission = AdmissionControl(
@@ -98,6 +100,9 @@ class Scheduler:
         RequestInvalid, ContextTooLong, or AdapterTooLarge: no arena of this size holds the blend.
         """
         check_request(request, self.context)
+        if request.prompt is not self._checked:
+            check_ids(request.prompt)
+            self._checked = request.prompt
         self.pool.check(request.adapters)
 
     def add(self, request: Request) -> Sequence:
