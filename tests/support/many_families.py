@@ -70,6 +70,7 @@ _MANY: dict[str, tuple[str, Mapping[str, Any]]] = {
     "llama-head-80": ("llama", {"head_dim": 80, "num_key_value_heads": 1}),
     "apertus": ("apertus", {"attention_bias": True}),
     "apertus1.5": ("apertus1p5_text", {"output_vocab_size": 448}),  # reads more than it writes
+    "codegen": ("codegen", {"n_embd": 128, "n_head": 4, "n_layer": 2, "rotary_dim": 16}),
     "cohere": ("cohere", {"use_qk_norm": True, "logit_scale": 0.25}),
     "cohere2": ("cohere2", {"num_hidden_layers": 4, "sliding_window": WINDOW}),
     "deepseek-v2": ("deepseek_v2", {**MOE, **LATENT}),
@@ -102,6 +103,7 @@ _MANY: dict[str, tuple[str, Mapping[str, Any]]] = {
     "gemma": ("gemma", {}),
     "glm4": ("glm4", {}),
     "gpt-bigcode": ("gpt_bigcode", {}),
+    "gpt-j": ("gptj", {"n_embd": 128, "n_head": 4, "n_layer": 2, "rotary_dim": 16}),
     "gpt-neox": ("gpt_neox", {"use_parallel_residual": False}),
     "gpt-oss": (
         "gpt_oss",

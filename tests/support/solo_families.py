@@ -29,13 +29,11 @@ _SOLO: dict[str, tuple[str, Mapping[str, Any]]] = {
     "axk2": ("axk2", INDEXED),
     "bamba": ("bamba", {"attn_layer_indices": [1], **MAMBA2, "mamba_n_groups": 1}),
     "bloom": ("bloom", {}),
-    "codegen": ("codegen", {"n_embd": 128, "n_head": 4, "n_layer": 2, "rotary_dim": 16}),
     "deepseek-v3.2": ("deepseek_v32", INDEXED),
     "diffllama": ("diffllama", {}),
     "dory": ("dory", {**SLIDING, "n_input_layers": 1, "n_output_layers": 1}),  # runs layers twice
     "falcon-h1": ("falcon_h1", {**MAMBA2, "mamba_d_ssm": 256, "mamba_n_groups": 1}),
     "glm-moe-dsa": ("glm_moe_dsa", INDEXED),
-    "gpt-j": ("gptj", {"n_embd": 128, "n_head": 4, "n_layer": 2, "rotary_dim": 16}),
     "granite-hybrid": ("granitemoehybrid", {**STATE_SPACE, "num_local_experts": 0}),
     "granite-hybrid-moe": ("granitemoehybrid", {**STATE_SPACE, **MOE}),
     "hy-v4": ("hy_v4", INDEXED),
