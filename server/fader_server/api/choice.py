@@ -67,15 +67,7 @@ class Delta:
         return replace(self, scored=()) if self.scored else self
 
     def plus(self, after: "Delta") -> "Delta":
-        return Delta(
-            self.index,
-            self.text + after.text,
-            self.scored + after.scored,
-            after.finish or self.finish,
-            _joined(self.calls + after.calls),
-            self.ids + after.ids,
-            self.thought + after.thought,
-        )
+        return Delta.joined((self, after))
 
     @classmethod
     def joined(cls, parts: Sequence["Delta"]) -> "Delta":

@@ -136,6 +136,11 @@ def _continues(fields: Fields, messages: tuple[Message, ...]) -> bool:
     return True
 
 
+def read_effort(fields: Fields) -> str | None:
+    """How hard the model is to think; None: as it does by itself."""
+    return next((e for e in EFFORTS if e == fields.raw("reasoning_effort")), None)
+
+
 def _max_tokens(fields: Fields, limits: Limits, *, low: int) -> int | None:
     most = None
     for name in ("max_tokens", "max_completion_tokens"):  # the later one wins
@@ -215,7 +220,7 @@ def _call(
         continuous_usage=options.get("continuous_usage_stats") is True,
         speaks=fields.boolean("add_generation_prompt", default=not continues),
         continues=continues,
-        effort=next((e for e in EFFORTS if e == fields.raw("reasoning_effort")), None),
+        effort=read_effort(fields),
         return_ids=fields.boolean("return_token_ids"),
         cache_salt=fields.string("cache_salt", longest=256),
         ignored=fields.ignored,

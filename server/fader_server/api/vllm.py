@@ -27,9 +27,9 @@ from fader_server.api.known import CHAT_FIELDS, COMPLETION_FIELDS
 from fader_server.api.messages import plain, read_messages
 from fader_server.api.ports import Tokenizer
 from fader_server.api.resolve import resolve
+from fader_server.api.schemas import read_effort
 from fader_server.api.tools import read_tools
 from fader_server.errors import ModelNotFound, RequestInvalid
-from fader_server.text.effort import EFFORTS
 
 _LOAD_FIELDS = frozenset(("lora_name", "lora_path", "load_inplace", "is_3d_lora_weight"))
 _UNLOAD_FIELDS = frozenset(("lora_name", "lora_int_id"))
@@ -169,7 +169,7 @@ def _of_messages(fields: Fields, tokenizer: Tokenizer) -> Callable[[], list[int]
     fields.unknown(_MESSAGES_FIELDS)
     messages = plain(read_messages(fields))
     use = read_tools(fields)
-    effort = next((e for e in EFFORTS if e == fields.raw("reasoning_effort")), None)
+    effort = read_effort(fields)
     special = fields.boolean("add_special_tokens")
     speaks = fields.boolean("add_generation_prompt", default=True)
     fields.only("continue_final_message", lambda v: v is False, "is not supported by this server")

@@ -18,7 +18,7 @@ from fader_adapters.kernels.cuda.norm_configs import MAX_WIDTH, Form
 from fader_adapters.kernels.cuda.pointwise import gated, rotary
 from fader_adapters.kernels.cuda.pointwise_configs import ACTS, Act
 from fader_server.model.norm import TOLERANCE, replace_modules
-from fader_server.model.twin import with_functions, written
+from fader_server.model.twin import calls, with_functions, written
 
 log = logging.getLogger(__name__)
 
@@ -175,9 +175,7 @@ def _gate(module: nn.Module, *, dtype: torch.dtype, device: torch.device) -> Cud
 def _rotary_of(module: nn.Module) -> Rotary | None:
     """The function that the module's forward turns its queries and keys with."""
     own = written(module)
-    if own is None or ROTARY not in own.__code__.co_names:
-        return None
-    return own.__globals__.get(ROTARY)
+    return own.__globals__.get(ROTARY) if own is not None and calls(module, ROTARY) else None
 
 
 def _rotary(own: Rotary, *, dtype: torch.dtype, device: torch.device) -> CudaRotary | None:

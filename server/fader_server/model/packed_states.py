@@ -21,7 +21,7 @@ from fader_server.model.state_kernels import StateKernels
 from fader_server.model.state_slots import NOBODY, SPARE, StateSlots
 from fader_server.model.states import StateShape, new_cache
 from fader_server.model.steady import Steady, within
-from fader_server.model.twin import with_functions, written
+from fader_server.model.twin import calls, with_functions
 
 PIECES = ((6,), (1, 9), (1,), (5,))
 """Tokens of the first sequence, and of another beside it, step by step of the proof."""
@@ -187,8 +187,7 @@ def state_rows(counts: Sequence[int], came_from: list[int], to: list[int]) -> St
 
 
 def _with_functions(module: nn.Module, kernels: StateKernels) -> Callable[..., torch.Tensor]:
-    own = written(module)
-    known = own is not None and "causal_conv1d_fn" in own.__code__.co_names
+    known = calls(module, "causal_conv1d_fn")
     twin = with_functions(module, kernels.functions) if known else None
     if twin is None:
         raise ModelUnsupported(f"{type(module).__name__} calls no function that is known")

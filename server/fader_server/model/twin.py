@@ -14,6 +14,12 @@ def written(module: nn.Module) -> FunctionType | None:
     return found if isinstance(found, FunctionType) else None
 
 
+def calls(module: nn.Module, name: str) -> bool:
+    """Whether that code names a function so."""
+    own = written(module)
+    return own is not None and name in own.__code__.co_names
+
+
 def with_functions(
     module: nn.Module, functions: Mapping[str, Callable[..., Any]]
 ) -> MethodType | None:
@@ -23,7 +29,7 @@ def with_functions(
     Python's.
     """
     own = written(module)
-    known = {n: f for n, f in functions.items() if own is not None and n in own.__code__.co_names}
+    known = {name: f for name, f in functions.items() if calls(module, name)}
     if own is None or not known:
         return None
     names = own.__globals__ | known

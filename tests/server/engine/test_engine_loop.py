@@ -193,29 +193,22 @@ def test_a_broken_device_fails_every_request_and_marks_the_engine_dead():
         rig.engine.drain().result(WAIT)
 
 
-def test_a_fault_of_the_scheduler_itself_leaves_nobody_waiting(monkeypatch):
-    with Rig() as rig:
-        future = rig.freeze(request("a", (1,), max_tokens=9))
-        monkeypatch.setattr(rig.scheduler, "plan", None)
-        rig.device.open.set()
-        assert isinstance(future.result(WAIT).error, EngineFault)
-        assert isinstance(rig.fatal.result(WAIT), TypeError)
-
-
 class Panic(BaseException):
     """As libraries in Rust raise."""
 
 
-def test_what_is_no_exception_leaves_nobody_waiting_either(monkeypatch):
-    def panic() -> None:
-        raise Panic
+def panic() -> None:
+    raise Panic
 
+
+@pytest.mark.parametrize(("broken", "kind"), [(None, TypeError), (panic, Panic)])
+def test_a_fault_of_the_scheduler_itself_leaves_nobody_waiting(monkeypatch, broken, kind):
     with Rig() as rig:
         future = rig.freeze(request("a", (1,), max_tokens=9))
-        monkeypatch.setattr(rig.scheduler, "plan", panic)
+        monkeypatch.setattr(rig.scheduler, "plan", broken)
         rig.device.open.set()
         assert isinstance(future.result(WAIT).error, EngineFault)
-        assert isinstance(rig.fatal.result(WAIT), Panic)
+        assert isinstance(rig.fatal.result(WAIT), kind)
         assert not rig.engine.stats().healthy
 
 
