@@ -18,7 +18,7 @@ from fader_server.engine.shares import Share
 from fader_server.errors import ConfigInvalid
 from fader_server.mergestart import room_to_keep
 from fader_server.model.device import free_bytes
-from fader_server.model.kernels import choose_attention
+from fader_server.model.kernels import choose_attention, choose_distributions
 from fader_server.model.kv_cache import KVCache
 from fader_server.model.launching import LaunchingRunner, PreparingRunner
 from fader_server.model.loaded import LoadedBase
@@ -152,7 +152,7 @@ def runner_of(
             max_context=plan.max_model_len,
             max_tokens=config.max_step_tokens,
         ),
-        sampler=Sampler(),
+        sampler=Sampler(choose_distributions(base)),
     )
 
 

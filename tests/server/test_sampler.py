@@ -9,7 +9,8 @@ import torch
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from fader_server.core import Request, SamplingParams, Sequence
-from fader_server.model.sampler import Sampler, prompt_logprobs
+from fader_server.model.sampler import Sampler
+from tests.support.samplers import distributions  # noqa: F401
 
 V = 257
 GREEDY = SamplingParams(temperature=0.0)
@@ -227,24 +228,24 @@ def test_equal_logprobs_are_listed_by_lowest_id():
 
 
 def test_prompt_logprobs_match_log_softmax_across_chunks(monkeypatch):
-    monkeypatch.setattr("fader_server.model.sampler._CHUNK_ELEMENTS", 3 * V)
+    monkeypatch.setattr("fader_server.model.distribution._CHUNK_ELEMENTS", 3 * V)
     logits = noise(10)
     targets = torch.arange(10) * 7
-    got = prompt_logprobs(logits, targets, 2)
+    got = Sampler().prompt_logprobs(logits, targets, 2)
     want = torch.log_softmax(logits.double(), -1)
     assert [entry.token for entry in got] == targets.tolist()
     for row, entry in enumerate(got):
         assert entry.logprob == pytest.approx(want[row, entry.token].item(), abs=1e-5)
         assert [t for t, _ in entry.top] == want[row].topk(2).indices.tolist()
-    assert prompt_logprobs(logits[4:5], targets[4:5], 2) == got[4:5]
-    assert prompt_logprobs(logits, targets, 0)[3].top == ()
-    assert prompt_logprobs(logits[:0], targets[:0], 2) == ()
+    assert Sampler().prompt_logprobs(logits[4:5], targets[4:5], 2) == got[4:5]
+    assert Sampler().prompt_logprobs(logits, targets, 0)[3].top == ()
+    assert Sampler().prompt_logprobs(logits[:0], targets[:0], 2) == ()
 
 
 def test_prompt_and_output_logprobs_agree():
     logits = noise(1)
     sampled = Sampler().sample(logits, [seq(replace(GREEDY, logprobs=3))])[0]
-    (prompt,) = prompt_logprobs(logits, torch.tensor([sampled.token]), 3)
+    (prompt,) = Sampler().prompt_logprobs(logits, torch.tensor([sampled.token]), 3)
     assert prompt == sampled.logprob
 
 
@@ -264,9 +265,9 @@ def test_tokens_that_the_model_reads_and_cannot_write_are_asked_nothing_of():
     strange = Sampler().sample(logits, [seq(asked, prompt=(5, beyond), output=(beyond,))])
     assert strange == Sampler().sample(logits, [seq(known, prompt=(5,))])
     assert strange[0].token == 3
-    (scored,) = prompt_logprobs(logits, torch.tensor([beyond]), 1)
+    (scored,) = Sampler().prompt_logprobs(logits, torch.tensor([beyond]), 1)
     assert (scored.token, scored.logprob) == (beyond, -math.inf)
-    assert math.isfinite(prompt_logprobs(logits, torch.tensor([V - 1]), 1)[0].logprob)
+    assert math.isfinite(Sampler().prompt_logprobs(logits, torch.tensor([V - 1]), 1)[0].logprob)
 
 
 def test_an_empty_batch_gives_nothing():

@@ -11,6 +11,7 @@ from fader_server.core import Request, SamplingParams, Sequence
 from fader_server.errors import EngineFault
 from fader_server.model.sampler import Sampler
 from tests.server.test_sampler import GREEDY, V, noise, random_sequence
+from tests.support.samplers import distributions  # noqa: F401
 
 
 @dataclass

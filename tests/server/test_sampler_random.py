@@ -17,6 +17,7 @@ from fader_server.core import Request, SamplingParams, Sequence
 from fader_server.model import mass
 from fader_server.model.sampler import Sampler
 from fader_server.model.sampling_state import uniform
+from tests.support.samplers import distributions  # noqa: F401
 
 
 def draws(logits, params, count):

@@ -9,6 +9,7 @@ import torch
 from fader_server.core import Request, SamplingParams, Sequence
 from fader_server.model.sampler import Sampler
 from fader_server.model.sampling_state import CountsTable
+from tests.support.samplers import distributions  # noqa: F401
 
 V = 50
 PENALISED = SamplingParams(temperature=0.0, frequency_penalty=0.5, repetition_penalty=1.2)

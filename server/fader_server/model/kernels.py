@@ -1,4 +1,5 @@
-"""Chooses the attention for a base and how its steps are run again, in one place."""
+"""Chooses the attention for a base, what its logits are read by and how its steps are run again, in
+one place."""
 
 import logging
 from collections.abc import Callable
@@ -13,6 +14,11 @@ from fader_server.model import cpu_attention
 from fader_server.model.attention import PagedAttention
 from fader_server.model.batch import Batch
 from fader_server.model.decode import DecodeInputs, DecodeReplays, Replays
+from fader_server.model.distribution import (
+    Distributions,
+    NativeDistributions,
+    TorchDistributions,
+)
 from fader_server.model.kv_cache import KVCache
 from fader_server.model.loaded import LoadedBase
 from fader_server.model.prefill import NativeReplays, PrefillInputs, PrefillReplays
@@ -61,6 +67,12 @@ def attention_alone(
     if native and all(map(cpu_attention.fits, base.layers.values())):
         return cpu_attention.NativeAttention(tape)
     return TorchAttention(block_size)
+
+
+def choose_distributions(base: LoadedBase) -> Distributions:
+    """Native kernels where the base's linears are."""
+    native = isinstance(base.backend, NativeBackend)
+    return NativeDistributions() if native else TorchDistributions()
 
 
 def choose_replays(

@@ -30,6 +30,15 @@ class Limits:
     min_p: np.ndarray
     """float64 in [0, 1]."""
 
+    def of(self, rows: np.ndarray) -> "Limits":
+        """Those of some rows."""
+        return Limits(self.top_k[rows], self.top_p[rows], self.min_p[rows])
+
+
+def truncates(limits: Limits) -> np.ndarray:
+    """Whether some tokens of a row may not be drawn, [R] bool."""
+    return (limits.top_k > 0) | (limits.top_p < 1.0) | (limits.min_p > 0.0)
+
 
 def masses(shifted: Tensor) -> Tensor:
     """floor(ONE · exp(shifted)). shifted: [R, V] float32, each row's maximum 0; overwritten."""
@@ -62,8 +71,7 @@ def edges(mass: Tensor, limits: Limits) -> Tensor:
     if head < vocab and nucleus.any() and not bool(covered.all()):
         rest = (~covered).nonzero()[:, 0]
         at = rest.numpy()
-        wide = Limits(limits.top_k[at], limits.top_p[at], limits.min_p[at])
-        edge[rest] = _sorted_edges(mass[rest], wide, vocab)[0]
+        edge[rest] = _sorted_edges(mass[rest], limits.of(at), vocab)[0]
     return torch.maximum(edge, least)
 
 

@@ -1,6 +1,7 @@
 """Runs one plan on the device: batch, forward, sample. Decides nothing, keeps no requests."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -20,7 +21,7 @@ from fader_server.model.kernels import choose_replays
 from fader_server.model.kv_cache import KVCache
 from fader_server.model.loaded import LoadedBase
 from fader_server.model.prefill import NativeReplays
-from fader_server.model.sampler import Drawn, Sampler, prompt_logprobs
+from fader_server.model.sampler import Drawn, Sampler
 
 HeadStep = Callable[[torch.Size], Step | None]
 Ready = Callable[[], Drawn]
@@ -289,11 +290,11 @@ class ModelRunner:
             targets = torch.tensor(sequence.tokens[start + 1 : start + 1 + count])
             span = logits[at : at + count]
             at += count
+            scores = self._sampler.prompt_logprobs(
+                span, targets, sequence.request.params.prompt_logprobs or 0
+            )
+            sound = not any(math.isnan(score.logprob) for score in scores)
             results[i] = dataclasses.replace(
-                results[i],
-                prompt_logprobs=prompt_logprobs(
-                    span, targets.to(span.device), sequence.request.params.prompt_logprobs or 0
-                ),
-                finite=results[i].finite and bool(span.isfinite().all()),
+                results[i], prompt_logprobs=scores, finite=results[i].finite and sound
             )
         return results

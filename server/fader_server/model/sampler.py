@@ -1,7 +1,7 @@
 """Chooses tokens from logits, one host synchronisation a step. Knows nothing of caches or text.
 
-A row's result depends on its own logits, parameters, seed and position only, bit for bit: sums are
-integers (mass.py), randomness is a hash, and everything else is elementwise or a maximum.
+A row's result depends on its own logits, parameters, seed and position only, bit for bit:
+randomness is a hash, edits are elementwise, and what is said of whole rows keeps to that.
 """
 
 import math
@@ -14,12 +14,13 @@ from torch import Tensor
 
 from fader_server.core import RowResult, Sequence, TokenLogprob
 from fader_server.errors import EngineFault
-from fader_server.model.mass import draw, edges, likeliest, log_total, masses
+from fader_server.model.distribution import Distributions, Draws, TorchDistributions
 from fader_server.model.passage import to_device, to_host
 from fader_server.model.sampling_state import (
     CountsTable,
     Permits,
     Shifts,
+    TokenCounts,
     biases,
     edits,
     guides,
@@ -28,7 +29,6 @@ from fader_server.model.sampling_state import (
     penalties,
     permits,
     stop_masks,
-    truncates,
     uniform,
 )
 
@@ -46,14 +46,14 @@ class Drawn:
 _COLDEST = float(np.finfo(np.float32).tiny)
 """Nothing is divided by less: 0 / 0 would be no number."""
 _LARGEST = float(np.finfo(np.float32).max)
-_CHUNK_ELEMENTS = 2**22
-"""Logits worked on at a time for prompt logprobs: about 100 MB of temporaries."""
 
 
 class Sampler:
     """Owned by the engine thread. Keeps token counts of penalised rows between steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, distributions: Distributions | None = None) -> None:
+        """distributions: None takes tensors, on whichever device they lie."""
+        self._rows = distributions or TorchDistributions()
         self._counts = CountsTable()
 
     @property
@@ -82,64 +82,101 @@ class Sampler:
         if not sequences:
             return Drawn(logits.new_empty(0, dtype=torch.int64), list)
         assert not (unseen and any(penalises(s.request.params) or guides(s) for s in sequences))
-        best, tokens = _largest(logits)
+        counts = self._counts.refresh([s for s in sequences if penalises(s.request.params)])
+        best, tokens = self._rows.largest(logits)
         finite = best.isfinite()
-        touched = [
-            row
-            for row, sequence in enumerate(sequences)
-            if sequence.request.params.temperature > 0 or edits(sequence, unseen)
-        ]
-        rows = [sequences[row] for row in touched]
-        counted = [row for row, seq in enumerate(rows) if penalises(seq.request.params)]
-        counts = self._counts.refresh([rows[row] for row in counted])
-        permitted = permits(rows, logits.shape[1])
-        if touched:
-            index = _upload(touched, logits)
+        edited = [i for i, sequence in enumerate(sequences) if edits(sequence, unseen)]
+        others = (i for i in range(len(sequences)) if i not in set(edited))
+        tokens = self._redrawn(logits, tokens, {i: sequences[i] for i in others}, unseen)
+        faults: dict[int, EngineFault] = {}
+        if edited:
+            index = _upload(edited, logits)
+            rows = [sequences[i] for i in edited]
             x = logits.index_select(0, index).float()
-            _add(x, biases(rows, logits.shape[1]))
-            if counted:
-                own = [rows[row] for row in counted]
-                pairs = penalties(counted, own, counts, logits.shape[1])
-                _penalise(x, pairs.row, pairs.token, pairs.repetition, pairs.subtract)
-            _add(x, stop_masks(rows, logits.shape[1], unseen))
+            permitted = _edit(x, rows, counts, unseen)
             if permitted is not None:
-                _forbid(x, permitted)
-            chosen, sound = _choose(x, rows, unseen)
+                faults = {edited[row]: fault for row, fault in permitted.faults.items()}
+            chosen, sound = self._choose(x, rows, unseen)
             tokens = tokens.index_copy(0, index, chosen)
             finite = finite.index_copy(0, index, finite.index_select(0, index) & sound)
-        drawn = _drawn(logits, sequences, tokens, finite)
-        if permitted is None or not permitted.faults:
-            return drawn
-        faults = {touched[row]: fault for row, fault in permitted.faults.items()}
-        return Drawn(drawn.tokens, lambda: _with_faults(drawn.wait(), faults))
+        drawn = self._drawn(logits, sequences, tokens, finite)
+        return Drawn(drawn.tokens, lambda: _with_faults(drawn.wait(), faults)) if faults else drawn
+
+    def _choose(self, x: Tensor, rows: list[Sequence], unseen: int) -> tuple[Tensor, Tensor]:
+        """Token [R] of every row of x [R, V], and whether it has a finite maximum [R]."""
+        best, chosen = self._rows.largest(x)
+        return self._redrawn(x, chosen, dict(enumerate(rows)), unseen), best.isfinite()
+
+    def _redrawn(
+        self, logits: Tensor, tokens: Tensor, rows: dict[int, Sequence], unseen: int
+    ) -> Tensor:
+        """tokens [R], but drawn in those of `rows`, by their numbers, that are not greedy."""
+        random = {i: seq for i, seq in rows.items() if seq.request.params.temperature > 0}
+        if not random:
+            return tokens
+        index = _upload(list(random), logits)
+        return tokens.index_copy(
+            0, index, self._rows.draw(logits, index, _draws([*random.values()], unseen))
+        )
+
+    def _drawn(
+        self, logits: Tensor, sequences: list[Sequence], tokens: Tensor, finite: Tensor
+    ) -> Drawn:
+        """Everything to the host in one transfer, then plain values."""
+        asked = [s.request.params.logprobs for s in sequences]
+        scored = [row for row, count in enumerate(asked) if count is not None]
+        parts = [tokens.double(), finite.double()]
+        if scored:
+            index = _upload(scored, logits)
+            top_n = max(count for count in asked if count is not None)
+            scores = self._rows.score(logits, index, tokens.index_select(0, index), top_n)
+            parts.append(scores.reshape(-1))
+        on_its_way = to_host(torch.cat(parts))
+        return Drawn(tokens, lambda: _results(on_its_way(), asked))
+
+    @torch.inference_mode()
+    def prompt_logprobs(
+        self, logits: Tensor, targets: Tensor, top_n: int
+    ) -> tuple[TokenLogprob, ...]:
+        """Logprob of targets[i] under logits[i], with the top_n likeliest. One synchronisation.
+
+        logits: [n, V], any float dtype. targets: [n] int64; the logprob of one that has no logit is
+        -inf. Rows that are not finite give NaN.
+        """
+        if not len(targets):
+            return ()
+        width = logits.shape[1]
+        ids = targets.to(logits.device)
+        rows = torch.arange(len(ids), device=logits.device)
+        scored = self._rows.score(logits, rows, ids.clamp(max=width - 1), top_n)
+        found = zip(ids.tolist(), scored.tolist(), strict=True)
+        return tuple(_prompt_logprob(token, values, top_n, width) for token, values in found)
 
 
-def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum and its lowest index, [R] each; NaN where a row holds one."""
-    if logits.device.type != "cpu" or logits.dtype != torch.float32:
-        best, tokens = logits.max(-1)
-        return best, tokens
-    tokens = torch.from_numpy(logits.numpy().argmax(-1))  # numpy's is vectorised, torch's is not
-    return logits.gather(1, tokens.unsqueeze(1)).squeeze(1), tokens
+def _draws(sequences: list[Sequence], unseen: int) -> Draws:
+    """How the next tokens of these rows are drawn, after `unseen` that they do not hold yet."""
+    params = [sequence.request.params for sequence in sequences]
+    heat = np.array([p.temperature for p in params], np.float32).clip(min=_COLDEST)
+    numbers = [uniform(s.request.params.seed, s.output_len + unseen) for s in sequences]
+    return Draws(heat, limits(params), np.array(numbers, np.float64))
 
 
-def prompt_logprobs(logits: Tensor, targets: Tensor, top_n: int) -> tuple[TokenLogprob, ...]:
-    """Logprob of targets[i] under logits[i], with the top_n likeliest. One synchronisation a chunk.
-
-    logits: [n, V], any float dtype. targets: [n] int64; the logprob of one that has no logit is
-    -inf. Rows that are not finite give NaN.
-    """
-    width = logits.shape[1]
-    step = max(1, _CHUNK_ELEMENTS // width)
-    found: list[TokenLogprob] = []
-    with torch.inference_mode():
-        for start in range(0, len(targets), step):
-            ids = targets[start : start + step].to(logits.device)
-            scored = _score(logits[start : start + step].float(), ids.clamp(max=width - 1), top_n)
-            for token, values in zip(ids.tolist(), scored.flat().tolist(), strict=True):
-                chosen = values[0] if token < width else -math.inf
-                found.append(_logprob(token, [chosen, *values[1:]], top_n))
-    return tuple(found)
+def _edit(
+    x: Tensor, rows: list[Sequence], counts: list[TokenCounts], unseen: int
+) -> Permits | None:
+    """Change logits x [R, V] float32 as their rows ask; what guides allowed. `counts`: of the rows
+    that penalise, in order."""
+    vocab = x.shape[1]
+    _add(x, biases(rows, vocab))
+    if counts:
+        counted = [row for row, sequence in enumerate(rows) if penalises(sequence.request.params)]
+        pairs = penalties(counted, [rows[row] for row in counted], counts, vocab)
+        _penalise(x, pairs.row, pairs.token, pairs.repetition, pairs.subtract)
+    _add(x, stop_masks(rows, vocab, unseen))
+    permitted = permits(rows, vocab)
+    if permitted is not None:
+        _forbid(x, permitted)
+    return permitted
 
 
 def _penalise(
@@ -177,76 +214,18 @@ def _with_faults(results: list[RowResult], faults: Mapping[int, EngineFault]) ->
     ]
 
 
-def _choose(x: Tensor, sequences: list[Sequence], unseen: int) -> tuple[Tensor, Tensor]:
-    """Token [R] of every row of x [R, V] float32, and whether the row has a finite maximum [R]."""
-    best, chosen = x.max(-1)
-    drawn = [row for row, seq in enumerate(sequences) if seq.request.params.temperature > 0]
-    if drawn:
-        index = _upload(drawn, x)
-        rows = [sequences[row] for row in drawn]
-        shifted = x.index_select(0, index).sub_(best.index_select(0, index)[:, None])
-        chosen = chosen.index_copy(0, index, _draw(shifted, rows, unseen))
-    return chosen, best.isfinite()
-
-
-def _draw(shifted: Tensor, sequences: list[Sequence], unseen: int) -> Tensor:
-    """A token per row of shifted [R, V] (row maximum 0, overwritten) under its own parameters."""
-    params = [sequence.request.params for sequence in sequences]
-    heat = np.array([p.temperature for p in params], np.float32).clip(min=_COLDEST)
-    mass = masses(shifted.div_(_upload(heat, shifted)[:, None]))
-    cut = [row for row, p in enumerate(params) if truncates(p)]
-    if cut:
-        index = _upload(cut, mass)
-        kept = mass if len(cut) == len(params) else mass.index_select(0, index)
-        kept.masked_fill_(kept < edges(kept, limits([params[row] for row in cut])), 0)
-        mass = kept if kept is mass else mass.index_copy_(0, index, kept)
-    numbers = [uniform(s.request.params.seed, s.output_len + unseen) for s in sequences]
-    return draw(mass, _upload(np.array(numbers, np.float64), mass)[:, None])
-
-
-@dataclass(frozen=True, slots=True)
-class _Scores:
-    chosen: Tensor
-    """[R] float64."""
-    top_ids: Tensor
-    """[R, n] int64, likeliest first."""
-    top: Tensor
-    """[R, n] float64."""
-
-    def flat(self) -> Tensor:
-        """[R, 1 + 2n] float64: chosen, ids, logprobs. Ids below 2^53 survive it."""
-        return torch.cat([self.chosen[:, None], self.top_ids.double(), self.top], dim=-1)
-
-
-def _score(x: Tensor, tokens: Tensor, top_n: int) -> _Scores:
-    """Logprobs under x [R, V] float32 of tokens [R] and of the top_n likeliest."""
-    best = x.amax(-1, keepdim=True)
-    total = log_total(masses(x - best))[:, None]
-    chosen = (x.gather(-1, tokens[:, None]) - best).double() - total
-    ids = likeliest(x, top_n) if top_n else tokens.new_empty((len(tokens), 0))
-    top = (x.gather(-1, ids) - best).double() - total
-    return _Scores(chosen[:, 0], ids, top)
-
-
 def _logprob(token: int, values: list[float], top_n: int) -> TokenLogprob:
-    """From a row of _Scores.flat() computed for at least top_n tokens."""
+    """From a row of Distributions.score for at least top_n tokens."""
     width = (len(values) - 1) // 2
     ids = [int(value) for value in values[1 : 1 + min(top_n, width)]]
     return TokenLogprob(token, values[0], tuple(zip(ids, values[1 + width :], strict=False)))
 
 
-def _drawn(logits: Tensor, sequences: list[Sequence], tokens: Tensor, finite: Tensor) -> Drawn:
-    """Everything to the host in one transfer, then plain values."""
-    asked = [s.request.params.logprobs for s in sequences]
-    scored = [row for row, count in enumerate(asked) if count is not None]
-    parts = [tokens.double(), finite.double()]
-    if scored:
-        index = _upload(scored, logits)
-        x = logits.index_select(0, index).float()
-        top_n = max(count for count in asked if count is not None)
-        parts.append(_score(x, tokens.index_select(0, index), top_n).flat().reshape(-1))
-    on_its_way = to_host(torch.cat(parts))
-    return Drawn(tokens, lambda: _results(on_its_way(), asked))
+def _prompt_logprob(token: int, values: list[float], top_n: int, width: int) -> TokenLogprob:
+    """Of a row of scores; `width`: how many tokens have a logit."""
+    if token >= width and not math.isnan(values[0]):
+        values = [-math.inf, *values[1:]]
+    return _logprob(token, values, top_n)
 
 
 def _results(values: list[float], asked: list[int | None]) -> list[RowResult]:

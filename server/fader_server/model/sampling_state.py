@@ -59,11 +59,6 @@ def guides(sequence: Sequence) -> bool:
     return sequence.request.guide is not None
 
 
-def truncates(params: SamplingParams) -> bool:
-    """Whether some tokens may not be drawn."""
-    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
-
-
 def limits(params: list[SamplingParams]) -> Limits:
     """Truncation of the given rows."""
     return Limits(

@@ -9,6 +9,7 @@ from fader_adapters.kernels.native.attention import PagedAttention, paged_attent
 from fader_adapters.kernels.native.attention import fits as attention_fits
 from fader_adapters.kernels.native.experts import ExpertPanels
 from fader_adapters.kernels.native.library import LEVELS, available, best_isa, isa, reason, set_isa
+from fader_adapters.kernels.native.logits import Draws, draw, largest, score
 from fader_adapters.kernels.native.norm import GateForm, gated_rms_norm, rms_norm
 from fader_adapters.kernels.native.ops import Call, Kind, Map, Op, Tape
 from fader_adapters.kernels.native.panels import Nf4Panels, PanelStore, in_huge_pages
@@ -37,6 +38,7 @@ __all__ = [
     "NESTED_BLOCK",
     "Call",
     "Convolution",
+    "Draws",
     "ExpertPanels",
     "GateForm",
     "Kind",
@@ -67,16 +69,19 @@ __all__ = [
     "delta",
     "dequantise_absmax",
     "dequantise_nf4",
+    "draw",
     "gated_rms_norm",
     "gemm",
     "in_huge_pages",
     "isa",
+    "largest",
     "paged_attention",
     "quantise_absmax",
     "quantise_keeping",
     "quantise_nf4",
     "reason",
     "rms_norm",
+    "score",
     "set_isa",
     "set_threads",
     "threads",

@@ -12,7 +12,7 @@ import torch  # first: its libgomp must be the one both use
 
 from fader_adapters.kernels.native.build import LIBRARY
 
-ABI = 10
+ABI = 11
 BUILDER = "fader_adapters.kernels.native.build"
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -45,6 +45,9 @@ _SIGNATURES: dict[str, list[type]] = {
     "fader_gated_norm": [_L, _L, _L, _P, _I, _L, _P, _I, _L, _P, _I, _F, _P, _I],
     "fader_conv": [_P, _L, _L, _P, _P, _L, _P, _I],
     "fader_scan": [_P, _L, _L, _P, _P, _I, _L, _P, _P, _I, _I],
+    "fader_largest": [_P, _L, _P, _P, _P, _L, _P, _I],
+    "fader_draw": [_P, _P, _L, _P, _L, _P, _I],
+    "fader_score": [_P, _P, _L, _P, _L, _P, _I],
     "fader_map": [_P],
     "fader_run": [_P, _L, _P, _P, _P, _L, _P, _I],
     "fader_attention": [_P, _L, _L, _P, _P, _P, _P, _P, _P, _L, _P, _I],
@@ -117,6 +120,28 @@ class AttentionStruct(ctypes.Structure):
         ],
         *[("scale", _F), ("softcap", _F), ("dtype", ctypes.c_int32), ("pad", ctypes.c_int32)],
     ]
+
+
+class LogitsStruct(ctypes.Structure):
+    """fader_logits_t of csrc/fader.h, field for field."""
+
+    _fields_ = [
+        *[(name, _P) for name in ("x", "index")],
+        *[(name, _L) for name in ("rows", "n", "stride")],
+        *[(name, ctypes.c_int32) for name in ("dtype", "pad")],
+    ]
+
+
+class DrawStruct(ctypes.Structure):
+    """fader_draw_t of csrc/fader.h, field for field."""
+
+    _fields_ = [(name, _P) for name in ("heat", "top_k", "top_p", "min_p", "uniform", "tokens")]
+
+
+class ScoresStruct(ctypes.Structure):
+    """fader_scores_t of csrc/fader.h, field for field."""
+
+    _fields_ = [("tokens", _P), ("out", _P), ("top", _L)]
 
 
 def _open(path: Path) -> ctypes.CDLL:

@@ -312,6 +312,42 @@ int fader_write_kv(const fader_attn_t *a, int64_t T, const void *k, int64_t ks, 
     return 0;
 }
 
+static int logits_status(const fader_logits_t *l, int64_t R, const void *scratch, const int64_t *need, int nt) {
+    if (!l || !need || R < 0 || nt < 1 || l->n < 1 || l->n >= 1 << 19 || l->stride < l->n || l->rows < 0) return FADER_E_ARG;
+    if (l->dtype < 0 || l->dtype > FADER_BF16 || (R && (!l->x || !scratch || (uintptr_t)scratch & 63))) return FADER_E_ARG;
+    if (!l->index) return R > l->rows ? FADER_E_BOUNDS : 0;
+    for (int64_t r = 0; r < R; r++)
+        if (l->index[r] < 0 || l->index[r] >= l->rows) return FADER_E_BOUNDS;
+    return 0;
+}
+
+int fader_largest(const fader_logits_t *l, int64_t R, float *best, int64_t *tokens, void *scratch, int64_t bytes, int64_t *need, int nt) {
+    const int status = logits_status(l, R, scratch, need, nt);
+    if (status || !R) return status;
+    if (!best || !tokens) return FADER_E_ARG;
+    return now().largest(l, R, best, tokens, scratch, bytes, need, nt);
+}
+
+int fader_draw(const fader_logits_t *l, const fader_draw_t *d, int64_t R, void *scratch, int64_t bytes, int64_t *need, int nt) {
+    const int status = logits_status(l, R, scratch, need, nt);
+    if (status || !R) return status;
+    if (!d || !d->heat || !d->top_k || !d->top_p || !d->min_p || !d->uniform || !d->tokens) return FADER_E_ARG;
+    for (int64_t r = 0; r < R; r++) {
+        const bool cut = d->top_p[r] >= 0 && d->top_p[r] <= 1 && d->min_p[r] >= 0 && d->min_p[r] <= 1;
+        if (!(d->heat[r] > 0) || !(d->uniform[r] >= 0 && d->uniform[r] < 1) || !cut) return FADER_E_ARG;
+    }
+    return now().draw(l, d, R, scratch, bytes, need, nt);
+}
+
+int fader_score(const fader_logits_t *l, const fader_scores_t *s, int64_t R, void *scratch, int64_t bytes, int64_t *need, int nt) {
+    const int status = logits_status(l, R, scratch, need, nt);
+    if (status || !R) return status;
+    if (!s || !s->tokens || !s->out || s->top < 0 || s->top > l->n) return FADER_E_ARG;
+    for (int64_t r = 0; r < R; r++)
+        if (s->tokens[r] < 0 || s->tokens[r] >= l->n) return FADER_E_BOUNDS;
+    return now().score(l, s, R, scratch, bytes, need, nt);
+}
+
 void fader_advise_huge(void *p, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
     const uintptr_t huge = 2 << 20, from = ((uintptr_t)p + huge - 1) & ~(huge - 1), to = ((uintptr_t)p + (uintptr_t)bytes) & ~(huge - 1);

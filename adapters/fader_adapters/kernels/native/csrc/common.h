@@ -96,5 +96,8 @@ struct Kernels {
                 int);
     int (*gated_norm)(int64_t, int64_t, int64_t, const void *, int, int64_t, const void *, int, int64_t, const float *, int,
                       float, void *, int);
+    int (*largest)(const fader_logits_t *, int64_t, float *, int64_t *, void *, int64_t, int64_t *, int);
+    int (*draw)(const fader_logits_t *, const fader_draw_t *, int64_t, void *, int64_t, int64_t *, int);
+    int (*score)(const fader_logits_t *, const fader_scores_t *, int64_t, void *, int64_t, int64_t *, int);
 };
 extern const Kernels fader_scalar, fader_avx2, fader_avx512, fader_avx512bf16;

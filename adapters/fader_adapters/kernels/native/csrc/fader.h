@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define FADER_ABI 10
+#define FADER_ABI 11
 enum { FADER_F32 = 0, FADER_BF16 = 1, FADER_F16 = 2 };
 enum { FADER_NF4 = 0, FADER_PLAIN = 1 };
 enum { FADER_SCALAR = 0, FADER_AVX2 = 1, FADER_AVX512 = 2, FADER_AVX512_BF16 = 3 };
@@ -233,6 +233,41 @@ typedef struct {
 } fader_step_t;
 int fader_run(const fader_op_t *ops, int64_t count, int64_t *next, const fader_step_t *step, void *scratch,
               int64_t scratch_bytes, int64_t *need, int nt);
+
+/* ---- Rows of logits -------------------------------------------------------------------------------
+ * Rows `index` [R] (NULL: the first R) of x [rows, n], of F32 or BF16, `stride` elements apart; n < 2^19. A token weighs
+ * floor(2^44 exp((x - max x) / heat)), a 64-bit integer. Equal logits: the lowest number comes first. */
+typedef struct {
+    const void *x;
+    const int64_t *index;
+    int64_t rows, n, stride;
+    int32_t dtype, pad;
+} fader_logits_t;
+
+/* best[R], tokens[R]: the largest and its token; NaN where a row holds one */
+int fader_largest(const fader_logits_t *logits, int64_t R, float *best, int64_t *tokens, void *scratch, int64_t scratch_bytes,
+                  int64_t *need, int nt);
+
+/* tokens[R]: the first whose sum of weights passes uniform * all, of those that top_k (0: all), then top_p, then min_p
+ * leave; all tied at an edge stay. 0 in a row whose largest is not finite */
+typedef struct {
+    const float *heat; /* > 0 */
+    const int64_t *top_k;
+    const double *top_p, *min_p, *uniform; /* in [0, 1]; uniform in [0, 1) */
+    int64_t *tokens;
+} fader_draw_t;
+int fader_draw(const fader_logits_t *logits, const fader_draw_t *draw, int64_t R, void *scratch, int64_t scratch_bytes,
+               int64_t *need, int nt);
+
+/* out [R, 1 + 2 top]: logprob of tokens[R], the numbers of the `top` <= n likeliest, their logprobs; NaN for each in rows whose
+ * largest is not finite */
+typedef struct {
+    const int64_t *tokens;
+    double *out;
+    int64_t top;
+} fader_scores_t;
+int fader_score(const fader_logits_t *logits, const fader_scores_t *scores, int64_t R, void *scratch, int64_t scratch_bytes,
+                int64_t *need, int nt);
 
 /* ask for huge pages inside [p, p + bytes), before it is first written; a hint, never an error */
 void fader_advise_huge(void *p, int64_t bytes);

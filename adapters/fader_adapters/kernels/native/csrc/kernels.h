@@ -1,6 +1,7 @@
 // The kernels of one instruction set as a table; the including file names the set and the table.
 #pragma once
 #include "attention.h"
+#include "draw.h"
 #include "experts.h"
 #include "keep.h"
 #include "lookup.h"
@@ -12,4 +13,4 @@
 
 #define FADER_EXPORT(NAME) \
     extern const Kernels NAME = {site, attention, quantise, dequantise, probe_read, probe_dot, norm, map, lookup, keep, experts, conv, \
-                                 scan, gated_norm}
+                                 scan, gated_norm, largest, draw, score}
