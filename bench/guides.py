@@ -16,6 +16,7 @@ import torch
 from fader_server import demo
 from fader_server.bench.machine import machine_facts
 from fader_server.core import Request, SamplingParams, Sequence
+from fader_server.model.distribution import NativeDistributions
 from fader_server.model.sampler import Sampler
 from fader_server.text.shape import Shape
 from fader_server.text.tokenizer import Tokenizer
@@ -62,7 +63,7 @@ async def sampled(tokenizer: Tokenizer, rows: int, *, free: bool) -> list[float]
         Sequence(Request(str(i), (1,), params, guide=None if free else guide), [1])
         for i, guide in enumerate(guides)
     ]
-    sampler, found = Sampler(), []
+    sampler, found = Sampler(NativeDistributions()), []
     for _ in range(30):
         began = time.perf_counter()
         results = sampler.sample(logits, sequences)

@@ -18,7 +18,7 @@ from fader_server.engine.blocks import BlockManager
 from fader_server.engine.limits import Limits
 from fader_server.engine.scheduler import Scheduler
 from fader_server.engine.warmup import warm_up
-from fader_server.model.kernels import choose_attention
+from fader_server.model.kernels import choose_attention, choose_distributions
 from fader_server.model.kv_cache import KVCache
 from fader_server.model.loaded import LoadedBase
 from fader_server.model.runner import ModelRunner
@@ -94,7 +94,11 @@ class Rig:
         )
         attention = choose_attention(base, block_size=BLOCK)
         self._runner = ModelRunner(
-            base, cache=cache, tables=tables, attention=attention, sampler=Sampler()
+            base,
+            cache=cache,
+            tables=tables,
+            attention=attention,
+            sampler=Sampler(choose_distributions(base)),
         )
         self._rows, self._adapters = rows, adapters
         self._limits = Limits(rows, rows + CHUNK, CHUNK, length)

@@ -44,6 +44,11 @@ class ServeConfig:
         "auto", "compute type", parse=kinds.one_of("auto", "bfloat16", "float16", "float32")
     )
     quantize_experts: bool = define(False, "hold mixtures' experts in NF4, too", parse=kinds.switch)
+    screen_head: bool = define(
+        True,
+        "hold a CPU's output layer in codes of a byte, too: half the reading for greedy tokens",
+        parse=kinds.switch,
+    )
     adapter: tuple[AdapterSource, ...] = define(
         (),
         "adapter to load at start (repeatable)",

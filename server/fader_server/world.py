@@ -89,6 +89,7 @@ def open_world(
         device=device,
         backend=backend,
         quantize_experts=config.quantize_experts,
+        screen_head=config.screen_head,
     )
     available = free_bytes(device)
     plan = memory_of(config, base, available)

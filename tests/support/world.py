@@ -17,7 +17,7 @@ from fader_server.assembly import blocks_of, host_tier
 from fader_server.core import Guide, Plan, Request, SamplingParams, TokenEvent, TokenLogprob
 from fader_server.engine.limits import Limits
 from fader_server.engine.scheduler import Scheduler
-from fader_server.model.kernels import choose_attention
+from fader_server.model.kernels import choose_attention, choose_distributions
 from fader_server.model.kv_cache import KVCache
 from fader_server.model.loader import load_base
 from fader_server.model.runner import ModelRunner
@@ -94,7 +94,7 @@ class TinyWorld:
             cache=self.cache,
             tables=self.tables,
             attention=choose_attention(self.base, block_size=16),
-            sampler=Sampler(),
+            sampler=Sampler(choose_distributions(self.base)),
         )
 
     def load(self, name: str, path: Path) -> None:

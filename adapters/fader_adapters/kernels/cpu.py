@@ -14,6 +14,7 @@ from fader_adapters.kernels.native import (
     Nf4Panels,
     PanelStore,
     PlainPanels,
+    Screen,
     Site,
     StepPlan,
     Tape,
@@ -42,12 +43,14 @@ class PanelLinear:
         *,
         scratch: Workspace,
         tape: Tape,
+        screen: Screen | None = None,
     ) -> None:
         self.panels = panels
         self.bias = bias
         self.out_features = panels.n
         self.in_features = panels.k
-        self.site = Site(panels, bias=bias, workspace=scratch, tape=tape)
+        self.screen = screen
+        self.site = Site(panels, bias=bias, workspace=scratch, tape=tape, screen=screen)
 
     @property
     def plain_dtype(self) -> torch.dtype | None:
@@ -55,7 +58,7 @@ class PanelLinear:
 
     @property
     def nbytes(self) -> int:
-        return self.panels.nbytes
+        return self.panels.nbytes + (0 if self.screen is None else self.screen.nbytes)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.site(x)
@@ -195,6 +198,7 @@ class NativeHead:
     def __init__(self, site: SiteSpec, base: PanelHead) -> None:
         self.base: BaseLinear = base
         self.panels = base.panels
+        self.screen = base.screen
         self._head = base
         (self._index,) = site.linears
 
@@ -254,12 +258,18 @@ class NativeBackend:
         return kernel
 
     def bind_head(
-        self, site: SiteSpec, weight: torch.Tensor, bias: torch.Tensor | None
+        self,
+        site: SiteSpec,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        screened: bool = False,
     ) -> NativeHead:
         """The output head for servers, which want few rows of logits a step, over a copy of its
-        weight [n, k], k % 64 == 0, of x's dtype."""
+        weight [n, k], k % 64 == 0, of x's dtype; with a Screen, if asked for and it is finite."""
         panels = PlainPanels.pack(weight.contiguous(), store=self._store)
-        base = PanelHead(panels, bias, scratch=self._scratch, tape=self.tape)
+        screen = Screen.of(panels, store=self._store) if screened else None
+        base = PanelHead(panels, bias, scratch=self._scratch, tape=self.tape, screen=screen)
         kernel = NativeHead(site, base)
         self._sites.append(kernel)
         return kernel

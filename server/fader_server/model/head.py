@@ -1,16 +1,20 @@
 """The two ends of a model on the CPU over one packed weight, where the model ties them. Knows no
 adapters."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fader_adapters.kernels.cpu import NativeBackend
+from fader_adapters.kernels.cpu import NativeBackend, NativeHead
 from fader_adapters.kernels.dense import ByToken
-from fader_adapters.kernels.native import PlainPanels, Tape
+from fader_adapters.kernels.native import PlainPanels, Screen, Tape
 from fader_adapters.kernels.native.panels import BLOCK
 from fader_adapters.layers import Installed, SiteEmbedding, SiteHead
 
+SCREENED = 1 << 22
+"""Weights of an output layer from which on reading codes instead is worth their memory."""
 PROBES = 257
 """Rows of an embedding that are compared before a stand-in is trusted."""
 
@@ -40,9 +44,15 @@ class NativeEmbedding(nn.Module):
 
 
 def replace_ends(
-    model: PreTrainedModel, installed: Installed, backend: NativeBackend, *, dtype: torch.dtype
+    model: PreTrainedModel,
+    installed: Installed,
+    backend: NativeBackend,
+    *,
+    dtype: torch.dtype,
+    screened: bool = False,
 ) -> None:
-    """Pack the output layer's weight, where the model has a plain one of `dtype`.
+    """Pack the output layer's weight, where the model has a plain one of `dtype`, in codes as well
+    if it is to be `screened` and large.
 
     A tied weight stays one: the embedding then reads the head's panels. An embedding that does more
     than look rows up and scale them keeps the model's own copy.
@@ -53,7 +63,12 @@ def replace_ends(
     weight, bias = head.weight, head.bias
     if weight.dtype != dtype or weight.shape[1] % BLOCK:
         return
-    kernel = backend.bind_head(site.spec, weight.data, None if bias is None else bias.data)
+    kernel = backend.bind_head(
+        site.spec,
+        weight.data,
+        None if bias is None else bias.data,
+        screened=screened and weight.numel() >= SCREENED,
+    )
     panels = kernel.panels
     assert isinstance(panels, PlainPanels)
     ours = model.get_input_embeddings()
@@ -66,6 +81,28 @@ def replace_ends(
             installed.table.lookup = stand_in.copied(None)
     site.kernel = kernel
     head.weight = nn.Parameter(panels.panels, requires_grad=False)
+
+
+def screen_of(
+    model: PreTrainedModel, installed: Installed, forward: Callable[[], torch.Tensor]
+) -> Screen | None:
+    """The output layer's screen, where `forward`'s logits are its outputs as they are: what is done
+    to logits may make equal what was not."""
+    site = installed.head
+    if site is None or not isinstance(site.kernel, NativeHead) or site.kernel.screen is None:
+        return None
+    outputs: list[torch.Tensor] = []
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Module)
+    handle = head.register_forward_hook(lambda *given: outputs.append(given[-1]))
+    try:
+        logits = forward()
+    except Exception:  # noqa: BLE001 - whatever it is, the rehearsal says it better
+        return None
+    finally:
+        handle.remove()
+    same = len(outputs) == 1 and outputs[0].shape == logits.shape
+    return site.kernel.screen if same and torch.equal(outputs[0], logits) else None
 
 
 def _embedding(embedding: nn.Module, panels: PlainPanels, tape: Tape) -> NativeEmbedding | None:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fader_adapters.kernels.backend import Backend
+from fader_adapters.kernels.native import Screen
 from fader_adapters.layers import Installed
 from fader_server.model.kv_cache import LayerShape, bytes_per_block
 from fader_server.model.states import NO_STATE, StateShape
@@ -36,6 +37,8 @@ class LoadedBase:
     """The layers that keep states, where all rows of a step go through them at once."""
     state: StateShape = NO_STATE
     """What a sequence's own cache takes there."""
+    screen: Screen | None = None
+    """Of an output layer whose largest outputs are all that greedy rows need."""
 
     @property
     def keeps_states(self) -> bool:
@@ -49,7 +52,9 @@ class LoadedBase:
 
     @property
     def nbytes(self) -> int:
-        """Resident bytes of the base: NF4 weights, experts, embeddings, norms, the output layer."""
+        """Resident bytes of the base: NF4 weights, experts, embeddings, norms, the output layer and
+        its screen."""
         tensors = (*self.model.parameters(), *self.model.buffers())
         rest = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
-        return self.installed.nbytes + sum(rest.values())
+        screen = 0 if self.screen is None else self.screen.nbytes
+        return self.installed.nbytes + sum(rest.values()) + screen

@@ -20,14 +20,14 @@ from fader_server.model import attention
 from fader_server.model.activation import replace_activations
 from fader_server.model.checkpoint import quiet_libraries, read_config, read_nf4, why_not_packed
 from fader_server.model.experts import keep_rows_apart, one_by_one
-from fader_server.model.head import replace_ends
+from fader_server.model.head import replace_ends, screen_of
 from fader_server.model.identity import Identity
 from fader_server.model.loaded import LoadedBase
 from fader_server.model.norm import replace_gated_norms, replace_norms
 from fader_server.model.precision import cast_base
 from fader_server.model.quantizer import packed_stacks
 from fader_server.model.recording import make_opaque
-from fader_server.model.rehearsal import rehearse
+from fader_server.model.rehearsal import first_logits, rehearse
 from fader_server.model.rotary import longest
 from fader_server.model.states import NO_STATE
 from fader_server.model.wanted import keep_wanted
@@ -40,9 +40,10 @@ def load_base(
     device: torch.device,
     backend: Backend,
     quantize_experts: bool = False,
+    screen_head: bool = True,
 ) -> LoadedBase:
     """Read `source`, a local directory or Hub id, quantising to NF4 unless it already is; mixtures'
-    experts as well, if asked.
+    experts as well, if asked. `screen_head`: a large output layer on a CPU gets a Screen.
 
     The checkpoint on disk is never written. Raises ConfigInvalid when nothing is there and
     ModelUnsupported, in one line, when it cannot be served.
@@ -76,7 +77,7 @@ def load_base(
     # experts are let go of one by one as they are packed: nobody may still be hashing them
     digest = identity.digest() if installed.stacks else None
     if isinstance(backend, NativeBackend):
-        _use_native(model, installed, backend, dtype)
+        _use_native(model, installed, backend, dtype, screened=screen_head)
     elif backend.name == "cuda":
         from fader_server.model.cuda_modules import use_cuda  # imports triton
 
@@ -84,6 +85,7 @@ def load_base(
     if isinstance(backend, StackBackend):
         _pack_experts(model, installed, backend)
     keep_wanted(model)
+    screen = screen_of(model, installed, lambda: first_logits(model, packable=not reason))
     tape = backend.tape if isinstance(backend, NativeBackend) else None
     layers, solo, packed_states, state = {}, None, None, NO_STATE
     try:
@@ -117,11 +119,17 @@ def load_base(
         solo=solo,
         packed_states=packed_states,
         state=state,
+        screen=screen,
     )
 
 
 def _use_native(
-    model: PreTrainedModel, installed: Installed, backend: NativeBackend, dtype: torch.dtype
+    model: PreTrainedModel,
+    installed: Installed,
+    backend: NativeBackend,
+    dtype: torch.dtype,
+    *,
+    screened: bool,
 ) -> None:
     """Put native modules where they give what the model's own give."""
     tape = backend.tape
@@ -132,7 +140,7 @@ def _use_native(
     for module in model.modules():
         if "RotaryEmbedding" in type(module).__name__:
             make_opaque(module, tape)
-    replace_ends(model, installed, backend, dtype=dtype)
+    replace_ends(model, installed, backend, dtype=dtype, screened=screened)
 
 
 def _pack_experts(model: PreTrainedModel, installed: Installed, backend: StackBackend) -> None:

@@ -98,6 +98,12 @@ def rehearse(
     return Rehearsed(probe.shapes, callers.calls)
 
 
+def first_logits(model: PreTrainedModel, *, packable: bool) -> torch.Tensor:
+    """[1, tokens, vocab] of a sequence alone. `packable`: the model attends by Fader's function."""
+    with torch.inference_mode(), _as(model, "eager") if packable else nullcontext():
+        return model(input_ids=made_up(model, 2)[None], use_cache=False).logits
+
+
 def same_bits(model: PreTrainedModel, aside: Aside) -> bool:
     """Whether a sequence has the same bits alone and behind others of any length."""
     return all(_same_bits(model, own, aside) for own in OWN)

@@ -54,6 +54,14 @@ def edits(sequence: Sequence, unseen: int = 0) -> bool:
     )
 
 
+def largest_wanted(sequence: Sequence) -> int | None:
+    """How many of the row's largest logits are all that is asked of them; None: not only those."""
+    params = sequence.request.params
+    if params.logprobs is not None or edits(sequence):
+        return None
+    return 1 if params.temperature == 0 else params.top_k or None
+
+
 def guides(sequence: Sequence) -> bool:
     """Whether a guide says which tokens may come next."""
     return sequence.request.guide is not None

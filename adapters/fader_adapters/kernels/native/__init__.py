@@ -26,6 +26,7 @@ from fader_adapters.kernels.native.quantise import (
     quantise_keeping,
     quantise_nf4,
 )
+from fader_adapters.kernels.native.screen import Screen
 from fader_adapters.kernels.native.site import Lookup, Site, SiteTables, delta, gemm
 from fader_adapters.kernels.native.states import Convolution, Scan, ScanForm, StateRows
 from fader_adapters.kernels.native.step import StepPlan
@@ -54,6 +55,7 @@ __all__ = [
     "Quantised",
     "Scan",
     "ScanForm",
+    "Screen",
     "Site",
     "SiteTables",
     "StateRows",

@@ -36,7 +36,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16
 LEVELS: dict[str, list[str]] = {
     "isa_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "isa_avx512": AVX512,
-    "isa_avx512bf16": [*AVX512, "-mavx512bf16"],
+    "isa_avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
 }
 SANITISE = [
     "-fsanitize=address,undefined,float-cast-overflow",

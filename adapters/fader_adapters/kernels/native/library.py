@@ -31,6 +31,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "fader_repack": [_L, _L, _P, _P, _P, _P, _I],
     "fader_panels_dense": [_L, _L, _P, _P, _P, _I, _I],
     "fader_pack": [_L, _L, _P, _I, _P, _I],
+    "fader_screen_pack": [_L, _L, _P, _I, _P, _P, _I],
     "fader_panel_rows": [_L, _L, _P, _I, _P, _L, _P],
     "fader_quantise": [_L, _P, _I, _P, _P, _I],
     "fader_quantise_keeping": [_L, _L, _P, _P, _L, _F, _P, _P, _I],
@@ -67,6 +68,18 @@ class SiteStruct(ctypes.Structure):
         ],
         ("table_stride", _L),
         *[(name, ctypes.c_int32) for name in ("members", "slots", "arena_dtype", "weights")],
+        ("screen", _P),
+    ]
+
+
+class ScreenStruct(ctypes.Structure):
+    """fader_screen_t of csrc/fader.h, field for field."""
+
+    _fields_ = [
+        *[(name, _P) for name in ("codes", "scales")],
+        ("keep", ctypes.c_int32),
+        *[(name, _F) for name in ("coldest", "hottest")],
+        ("pad", ctypes.c_int32),
     ]
 
 

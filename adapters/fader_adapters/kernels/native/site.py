@@ -13,6 +13,7 @@ from fader_adapters.kernels.native.library import CODES, SiteStruct, library
 from fader_adapters.kernels.native.ops import Kind, Op, Tape
 from fader_adapters.kernels.native.panels import Nf4Panels
 from fader_adapters.kernels.native.plain import PlainPanels
+from fader_adapters.kernels.native.screen import Screen
 from fader_adapters.kernels.native.step import StepPlan
 from fader_adapters.kernels.native.workspace import Workspace
 
@@ -84,9 +85,11 @@ class Site:
         shape: tuple[int, int] | None = None,
         workspace: Workspace | None = None,
         tape: Tape | None = None,
+        screen: Screen | None = None,
     ) -> None:
         """base: the weights, or None for a delta alone (then `shape` = (n, k)); bias fp32 or bf16
-        [n], without a base what `out` already holds; tables may follow by `bind`.
+        [n], without a base what `out` already holds; tables may follow by `bind`; screen: of plain
+        weights.
 
         Raises: TypeError, ValueError.
         """
@@ -108,7 +111,9 @@ class Site:
             else:
                 self._struct.weights = PLAIN
         self._inputs = (base.dtype,) if isinstance(base, PlainPanels) else checks.FLOATS
-        self._keep = (base, bias)
+        if screen is not None:
+            self._struct.screen = screen.address
+        self._keep = (base, bias, screen)
         self.has_base, self.has_tables = base is not None, False
         if tables is not None:
             self.bind(tables)

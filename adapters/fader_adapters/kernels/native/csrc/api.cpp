@@ -26,7 +26,7 @@ static int detect(void) {
     __builtin_cpu_init();
     const bool f = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (f && __builtin_cpu_supports("avx512bf16")) return FADER_AVX512_BF16;
+    if (f && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) return FADER_AVX512_BF16;
     if (f) return FADER_AVX512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
         return FADER_AVX2;
@@ -124,6 +124,11 @@ int fader_panel_rows(int64_t n, int64_t k, const void *panels, int dtype, const 
         for (int64_t i = 0; i < words; i++) to[i] = from[i * PANEL];
     }
     return 0;
+}
+
+int fader_screen_pack(int64_t n, int64_t k, const void *panels, int dtype, int8_t *codes, float *scales, int nt) {
+    if (n <= 0 || k <= 0 || k % BLOCK || nt < 1 || !panels || !codes || !scales || dtype < 0 || dtype > FADER_BF16) return FADER_E_ARG;
+    return now().screen_pack(n, k, panels, dtype, codes, scales, nt) ? 0 : FADER_E_BOUNDS;
 }
 
 int fader_quantise(int64_t count, const void *w, int dtype, uint8_t *packed, float *absmax, int nt) {

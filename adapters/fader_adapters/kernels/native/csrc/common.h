@@ -98,6 +98,7 @@ struct Kernels {
                       float, void *, int);
     int (*largest)(const fader_logits_t *, int64_t, float *, int64_t *, void *, int64_t, int64_t *, int);
     int (*draw)(const fader_logits_t *, const fader_draw_t *, int64_t, void *, int64_t, int64_t *, int);
+    bool (*screen_pack)(int64_t, int64_t, const void *, int, int8_t *, float *, int);
     int (*score)(const fader_logits_t *, const fader_scores_t *, int64_t, void *, int64_t, int64_t *, int);
 };
 extern const Kernels fader_scalar, fader_avx2, fader_avx512, fader_avx512bf16;

@@ -81,6 +81,16 @@ int fader_plan_build(int64_t T, int64_t R, const int32_t *term_ptr, const int32_
  *   rank-major, -1 = that adapter does not touch the member. Slots nobody names are never read.
  *   gain_off, bias_off: the same to vectors [n1-n0], -1 = none; NULL: no adapter has any. */
 typedef struct {
+    const int8_t *codes;  /* [P][k/2][32][2] */
+    const float *scales;  /* [P][k/64][32] */
+    int32_t keep;         /* how many of a row's largest are wanted, 1 to 128; 0: it is off */
+    float coldest, hottest; /* they are drawn from at heats between these (fader_draw); 0: they are not */
+    int32_t pad;
+} fader_screen_t;
+/* of plain panels: a weight is about scale * code, off by half a scale at most. FADER_E_BOUNDS where one is not finite */
+int fader_screen_pack(int64_t n, int64_t k, const void *panels, int dtype, int8_t *codes, float *scales, int nt);
+
+typedef struct {
     const uint8_t *panels; /* NULL: no base, out (fp32) is accumulated in place */
     const float *scales;   /* of NF4 panels */
     const float *bias; /* [n] fp32 or NULL; without panels: what out already holds */
@@ -93,6 +103,8 @@ typedef struct {
     const int32_t *cols; /* [members][2]: n0, n1; ascending, disjoint */
     int64_t table_stride;
     int32_t members, slots, arena_dtype, weights; /* FADER_NF4 or FADER_PLAIN */
+    const fader_screen_t *screen; /* of plain panels, or NULL. While it is on, up to 8 rows, fp32 and without deltas here, have
+                                     what may be of their largest exactly, and may have -inf for what is smaller and weighs less */
 } fader_site_t;
 
 /* x [T,k] of x_dtype, with plain panels theirs too, rows x_stride elements apart; out [T,n] of out_dtype, rows out_stride apart.

@@ -13,4 +13,4 @@
 
 #define FADER_EXPORT(NAME) \
     extern const Kernels NAME = {site, attention, quantise, dequantise, probe_read, probe_dot, norm, map, lookup, keep, experts, conv, \
-                                 scan, gated_norm, largest, draw, score}
+                                 scan, gated_norm, largest, draw, screen_packed, score}

@@ -3,6 +3,7 @@
 #pragma once
 #include "delta.h"
 #include "gemm.h"
+#include "screen.h"
 #include "team.h"
 
 namespace {
@@ -46,9 +47,18 @@ FADER_INLINE void finish_row(const float *acc, const float *bias, int64_t n, voi
     for (; c < n; c++) o[c] = to_bf16(bias ? acc[c] + bias[c] : acc[c]);
 }
 
+FADER_INLINE bool touched(const fader_site_t &s, const Plan &p) {
+    for (int i = 0; i < p.terms; i++)
+        for (int m = 0; m < s.members; m++) {
+            const int slot = words_at(p, p.slot)[i];
+            if (!term_fits(s, slot, m) || rank_of(s, slot, m)) return true; // the usual way says what does not fit
+        }
+    return false;
+}
+
 template <class In, class E, class Ar>
 int site_run(const fader_site_t *s, const Plan *plan, int64_t T, const In *x, int64_t xs, void *out,
-             int out_dtype, int64_t os, char *scratch, int64_t bytes, int64_t *need, int nt) {
+             int out_dtype, int64_t os, bool screened, char *scratch, int64_t bytes, int64_t *need, int nt) {
     typedef Packer<In, E> Pack;
     typedef typename E::X X;
     const int64_t n = s->n, K = s->k, panels = ceil_div(n, PANEL);
@@ -65,7 +75,8 @@ int site_run(const fader_site_t *s, const Plan *plan, int64_t T, const In *x, in
     const int64_t pack_one = direct ? 0 : align64(T * K * (int64_t)sizeof(X) * E::STEP / 2);
     const int64_t pack_bytes = apart ? nt * pack_one : pack_one;
     Delta d;
-    const int64_t fixed = own * nt + pack_bytes;
+    const int64_t screen_bytes = screened ? Screened::bytes(n, K, T) : 0;
+    const int64_t fixed = own * nt + pack_bytes + screen_bytes;
     const int64_t total = fixed + (plan ? delta_bytes(*s, *plan) : 0);
     *need = total + 64;
     if (bytes < total) return FADER_E_SCRATCH;
@@ -73,6 +84,8 @@ int site_run(const fader_site_t *s, const Plan *plan, int64_t T, const In *x, in
         const int err = delta_layout(*s, *plan, scratch + fixed, nt, &d);
         if (err) return err;
     }
+    const Screened rows_screened(scratch + own * nt + pack_bytes, n, K, T);
+    const uint8_t *const hit = screened && screen(*s, T, x, xs, rows_screened, nt) ? rows_screened.hit : 0;
     const int64_t pack_blocks = direct ? 0 : K / BLOCK, shrink_items = plan ? d.items : 0;
     const int64_t pack_items = apart ? 0 : ceil_div(pack_blocks, PACK_BLOCKS);
     const int64_t esize = out_dtype == FADER_F32 ? 4 : 2;
@@ -105,8 +118,19 @@ int site_run(const fader_site_t *s, const Plan *plan, int64_t T, const In *x, in
         if (s->panels) {
             Rows<X> xc = direct ? Pack::view(x, xs) : Rows<X>{packed, Pack::PER_BLOCK, T * (int64_t)Pack::PER_BLOCK};
             xc.p += m0 * xc.row;
-            Gemm<E>::run(m1 - m0, K, xc, s->panels + p0 * (K / 2) * E::PAIR, s->scales + (E::SCALED ? p0 * (K / BLOCK) * PANEL : 0),
-                         (int)min64(bp, panels - p0), a, as, (char *)acc + acc_bytes);
+            const auto run = [&](int64_t p, int np) {
+                Gemm<E>::run(m1 - m0, K, xc, s->panels + p * (K / 2) * E::PAIR, s->scales + (E::SCALED ? p * (K / BLOCK) * PANEL : 0), np,
+                             a + (p - p0) * PANEL, as, (char *)acc + acc_bytes);
+            };
+            const int64_t p1 = min64(p0 + bp, panels);
+            if (!hit) run(p0, (int)(p1 - p0));
+            else
+                for (int64_t p = p0; p < p1; p++) {
+                    if (hit[p]) run(p, 1);
+                    else
+                        for (int64_t m = 0; m < m1 - m0; m++)
+                            for (int c = 0; c < PANEL; c++) a[m * as + (p - p0) * PANEL + c] = -INFINITY;
+                }
         } else {
             a = (float *)out + m0 * os + c0;
             as = os;
@@ -123,9 +147,16 @@ int site_run(const fader_site_t *s, const Plan *plan, int64_t T, const In *x, in
 template <class In, class E>
 int site_arena(const fader_site_t *s, const Plan *p, int64_t T, const void *x, int64_t xs, void *out,
                int od, int64_t os, char *scratch, int64_t bytes, int64_t *need, int nt) {
+    const bool screened = !E::SCALED && od == FADER_F32 && s->screen && s->screen->keep && T <= SCREEN_ROWS && !(p && touched(*s, *p));
+    if (screened) p = 0;
     if (s->arena_dtype == FADER_BF16)
-        return site_run<In, E, u16>(s, p, T, (const In *)x, xs, out, od, os, scratch, bytes, need, nt);
-    return site_run<In, E, float>(s, p, T, (const In *)x, xs, out, od, os, scratch, bytes, need, nt);
+        return site_run<In, E, u16>(s, p, T, (const In *)x, xs, out, od, os, screened, scratch, bytes, need, nt);
+    return site_run<In, E, float>(s, p, T, (const In *)x, xs, out, od, os, screened, scratch, bytes, need, nt);
+}
+
+bool screen_packed(int64_t n, int64_t k, const void *panels, int dtype, int8_t *codes, float *scales, int nt) {
+    if (dtype == FADER_BF16) return screen_pack(n, k, (const u16 *)panels, codes, scales, nt);
+    return screen_pack(n, k, (const float *)panels, codes, scales, nt);
 }
 
 int site(const fader_site_t *s, const int32_t *blob, int64_t T, const void *x, int x_dtype,

@@ -1,0 +1,215 @@
+// Finds the panels of a plain weight that may hold a row's largest products, from codes of one byte a weight: half of
+// what the weight itself takes to read, or less. Knows bounds; the products themselves are gemm.h's.
+//
+// A weight is scale * (code + d), |d| <= 1/2, with a scale a block of 64; a row of x is step * (q + e), |e| <= 1/2, q of 16
+// bits. Sums of code * q are exact integers, so a product is known up to scale * (|x|/2 + ...) a block, plus what the
+// kernel that computes it in fp32 may round. Nothing of it is assumed to be likely: what a bound excludes is smaller.
+#pragma once
+#include <math.h>
+
+#include <algorithm>
+
+#include "simd.h"
+#include "team.h"
+
+namespace {
+
+enum { SCREEN_ROWS = 8, SCREEN_GROUP = 8 }; // rows, beyond which the products themselves take no longer; panels an item
+FADER_INLINE V vabs(V v) { return vmax(vmul(v, vset(-1.0f)), v); }
+const float SCREEN_HALF = 0.5001f, SCREEN_TINY = 1e-30f;
+
+#if FADER_ISA >= 2
+typedef I Ints;
+FADER_INLINE Ints izero() { return _mm512_setzero_si512(); }
+FADER_INLINE Ints icodes(const int8_t *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
+FADER_INLINE Ints ipair(const int16_t *p) { int v; memcpy(&v, p, 4); return _mm512_set1_epi32(v); }
+#if FADER_ISA >= 3
+FADER_INLINE Ints idot(Ints acc, Ints a, Ints b) { return _mm512_dpwssd_epi32(acc, a, b); }
+#else
+FADER_INLINE Ints idot(Ints acc, Ints a, Ints b) { return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b)); }
+#endif
+FADER_INLINE V ifloat(Ints a) { return _mm512_cvtepi32_ps(a); }
+#elif FADER_ISA == 1
+typedef I Ints;
+FADER_INLINE Ints izero() { return _mm256_setzero_si256(); }
+FADER_INLINE Ints icodes(const int8_t *p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)); }
+FADER_INLINE Ints ipair(const int16_t *p) { int v; memcpy(&v, p, 4); return _mm256_set1_epi32(v); }
+FADER_INLINE Ints idot(Ints acc, Ints a, Ints b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
+FADER_INLINE V ifloat(Ints a) { return _mm256_cvtepi32_ps(a); }
+#else
+struct Ints {
+    int32_t i[W];
+};
+struct Codes {
+    int32_t low[W], high[W];
+};
+FADER_INLINE Ints izero() { Ints r; FADER_LANES r.i[i] = 0; return r; }
+FADER_INLINE Codes icodes(const int8_t *p) { Codes r; FADER_LANES { r.low[i] = p[2 * i]; r.high[i] = p[2 * i + 1]; } return r; }
+FADER_INLINE Codes ipair(const int16_t *p) { Codes r; FADER_LANES { r.low[i] = p[0]; r.high[i] = p[1]; } return r; }
+FADER_INLINE Ints idot(Ints acc, Codes a, Codes b) { FADER_LANES acc.i[i] += a.low[i] * b.low[i] + a.high[i] * b.high[i]; return acc; }
+FADER_INLINE V ifloat(Ints a) { V r; FADER_LANES r.f[i] = (float)a.i[i]; return r; }
+#endif
+
+// codes [P][k/2][32][2], scales [P][k/64][32] of panels as fader_pack leaves them; false where a weight is not finite
+template <class T> bool screen_pack(int64_t n, int64_t k, const T *panels, int8_t *codes, float *scales, int nt) {
+    const int64_t per = sizeof(T) == 2 ? 2 : 1, blocks = k / BLOCK;
+    int bad = 0;
+    share(nt, ceil_div(n, PANEL), [&](int64_t p, int) {
+        for (int64_t b = 0; b < blocks; b++)
+            for (int c = 0; c < PANEL; c++) {
+                float w[BLOCK], most = 0.0f;
+                bool finite = true;
+                for (int i = 0; i < BLOCK; i++) {
+                    const int64_t at = p * k + b * BLOCK + i; // rows of 32, or of 32 pairs
+                    w[i] = load1(panels + (at / per * PANEL + c) * per + at % per);
+                    finite = finite && isfinite(w[i]);
+                    most = fmaxf(most, fabsf(w[i]));
+                }
+                if (!finite) __atomic_store_n(&bad, 1, __ATOMIC_RELAXED);
+                const bool none = !finite || most < SCREEN_TINY; // then half a step holds all of it
+                const float scale = none ? 2 * most : most / 127.0f;
+                scales[(p * blocks + b) * PANEL + c] = finite ? scale : 0.0f;
+                for (int i = 0; i < BLOCK; i++) {
+                    const float code = none ? 0.0f : fminf(127.0f, fmaxf(-127.0f, rintf(w[i] / scale)));
+                    codes[((p * k + b * BLOCK + i) / 2 * PANEL + c) * 2 + i % 2] = (int8_t)code;
+                }
+            }
+    });
+    return !bad;
+}
+
+// A call's rows as the bounds want them, in scratch.
+struct Screened {
+    int16_t *q;            // [T][k]
+    float *step, *slack;   // [T][k/64]: of q; what a scale is multiplied with to bound a block's error
+    float *most, *least;   // [T][P] bounds of a panel's largest, from above and from below
+    uint8_t *hit;          // [P]: may hold one of the largest of a row
+    FADER_INLINE int64_t bytes(int64_t n, int64_t k, int64_t T) {
+        const int64_t panels = ceil_div(n, PANEL), blocks = align64(T * (k / BLOCK) * 4);
+        return align64(T * k * 2) + 2 * blocks + 2 * align64(panels * T * 4) + align64(panels);
+    }
+    Screened(char *p, int64_t n, int64_t k, int64_t T) {
+        const int64_t panels = ceil_div(n, PANEL), blocks = align64(T * (k / BLOCK) * 4);
+        q = (int16_t *)p, p += align64(T * k * 2);
+        step = (float *)p, p += blocks;
+        slack = (float *)p, p += blocks;
+        most = (float *)p, p += align64(panels * T * 4);
+        least = (float *)p, p += align64(panels * T * 4);
+        hit = (uint8_t *)p;
+    }
+};
+
+// false where the row holds what is no number: nothing can be said of it
+template <class X> bool screen_row(int64_t k, const X *x, int16_t *q, float *step, float *slack) {
+    // roundings that a product passes: 3 a pair in its block, one a block, in the kernel and here
+    const float rounding = 1.01f * (float)(3 * BLOCK / 2 + 2 * (k / BLOCK) + 16) * 0x1p-24f;
+    for (int64_t b = 0; b < k / BLOCK; b++) {
+        V most = vzero(), sum = vzero();
+        for (int i = 0; i < BLOCK; i += W) {
+            const V v = vabs(vload_as(x + b * BLOCK + i));
+            most = vmax(most, v);
+            sum = vadd(sum, v);
+        }
+        const float all = vsum(sum), top = vtop(most);
+        if (!isfinite(all)) return false;
+        const bool none = top < SCREEN_TINY;
+        step[b] = none ? 0.0f : top / 32767.0f;
+        for (int i = 0; i < BLOCK; i += W) {
+            float f[W];
+            vstore(f, vround(none ? vzero() : vdiv(vload_as(x + b * BLOCK + i), vset(step[b]))));
+            for (int j = 0; j < W; j++) q[b * BLOCK + i + j] = (int16_t)f[j]; // at most 32767 and a rounding
+        }
+        const float rest = none ? 128.0f * all : 127.0f * BLOCK * SCREEN_HALF * step[b];
+        slack[b] = 1.001f * (all * (SCREEN_HALF + 128.0f * rounding) + rest);
+    }
+    return true;
+}
+
+// bounds of the largest product of each row with one panel
+template <int MR>
+void screen_panel(const fader_screen_t &s, const float *bias, int64_t k, int64_t p, const Screened &rows, int64_t panels) {
+    enum { C = PANEL / W };
+    const int64_t blocks = k / BLOCK;
+    const int8_t *codes = s.codes + p * k * PANEL;
+    const float *scales = s.scales + p * blocks * PANEL;
+    float value[MR][PANEL] = {}, slack[MR][PANEL] = {};
+    for (int64_t b = 0; b < blocks; b++) {
+        Ints acc[MR][C];
+        for (int m = 0; m < MR; m++)
+            for (int c = 0; c < C; c++) acc[m][c] = izero();
+#pragma GCC unroll 4
+        for (int i = 0; i < BLOCK / 2; i++) {
+            const int8_t *w = codes + (b * (BLOCK / 2) + i) * 2 * PANEL;
+            prefetch(w + 4096);
+            decltype(icodes(w)) v[C];
+            for (int c = 0; c < C; c++) v[c] = icodes(w + 2 * W * c);
+            for (int m = 0; m < MR; m++) {
+                const auto x = ipair(rows.q + m * k + b * BLOCK + 2 * i);
+                for (int c = 0; c < C; c++) acc[m][c] = idot(acc[m][c], v[c], x);
+            }
+        }
+        for (int m = 0; m < MR; m++) {
+            const V step = vset(rows.step[m * blocks + b]), off = vset(rows.slack[m * blocks + b]);
+            for (int c = 0; c < C; c++) {
+                const V scale = vload(scales + b * PANEL + c * W);
+                float *to = value[m] + c * W, *by = slack[m] + c * W;
+                vstore(to, vfma(vmul(ifloat(acc[m][c]), step), scale, vload(to)));
+                vstore(by, vfma(scale, off, vload(by)));
+            }
+        }
+    }
+    for (int m = 0; m < MR; m++) {
+        V upper = vset(-INFINITY), lower = upper;
+        for (int c = 0; c < PANEL; c += W) {
+            const V at = vload(value[m] + c), about = bias ? vload(bias + p * PANEL + c) : vzero(), all = vadd(at, about);
+            const V by = vfma(vload(slack[m] + c), vset(1.001f), vfma(vadd(vabs(at), vabs(about)), vset(0x1p-21f), vset(SCREEN_TINY)));
+            upper = vmax(upper, vadd(all, by));
+            lower = vmax(lower, vfma(by, vset(-1.0f), all));
+        }
+        rows.most[m * panels + p] = vtop(upper);
+        rows.least[m * panels + p] = vtop(lower);
+    }
+}
+
+typedef void (*ScreenPanel)(const fader_screen_t &, const float *, int64_t, int64_t, const Screened &, int64_t);
+template <int M> ScreenPanel screen_for(int64_t m) {
+    if constexpr (M == 1) return screen_panel<1>;
+    else return m == M ? screen_panel<M> : screen_for<M - 1>(m);
+}
+
+// What is below has no place among a row's `keep` largest, nor does it weigh what the last of those weighs; `least` is put
+// in another order. NaN where that cannot be said.
+static float screen_edge(const fader_screen_t &s, const float *most, float *least, int64_t panels) {
+    if (s.keep > panels) return NAN;
+    float top = -INFINITY;
+    for (int64_t p = 0; p < panels; p++) top = most[p] > top ? most[p] : top;
+    std::nth_element(least, least + s.keep - 1, least + panels, [](float a, float b) { return a > b; });
+    const float edge = least[s.keep - 1]; // so many panels have one that is no smaller
+    if (s.hottest == 0.0f) return edge;
+    // weights are whole numbers, of exponentials that are off by 5e-6 at most: a gap keeps them apart
+    const float mass = 0x1p44f * expf((edge - top) / s.coldest);
+    if (!(mass >= 0x1p20f)) return NAN;
+    return edge - s.hottest * (2e-5f + 4.0f / mass) - fabsf(edge) * 0x1p-22f;
+}
+
+// `hit` of the rows x [T,k]; false where all products must be computed
+template <class X>
+bool screen(const fader_site_t &s, int64_t T, const X *x, int64_t xs, const Screened &rows, int nt) {
+    const int64_t panels = s.n / PANEL, blocks = s.k / BLOCK; // a last one that is not whole is hit
+    for (int64_t t = 0; t < T; t++)
+        if (!screen_row(s.k, x + t * xs, rows.q + t * s.k, rows.step + t * blocks, rows.slack + t * blocks)) return false;
+    share(nt, ceil_div(panels, SCREEN_GROUP), [&](int64_t group, int) {
+        for (int64_t p = group * SCREEN_GROUP; p < min64(panels, (group + 1) * SCREEN_GROUP); p++)
+            screen_for<SCREEN_ROWS>(T)(*s.screen, s.bias, s.k, p, rows, panels);
+    });
+    memset(rows.hit, 0, (size_t)panels);
+    rows.hit[ceil_div(s.n, PANEL) - 1] = 1;
+    for (int64_t t = 0; t < T; t++) {
+        const float *most = rows.most + t * panels, edge = screen_edge(*s.screen, most, rows.least + t * panels, panels);
+        if (edge != edge) return false;
+        for (int64_t p = 0; p < panels; p++) rows.hit[p] |= !(most[p] < edge);
+    }
+    return true;
+}
+
+} // namespace
