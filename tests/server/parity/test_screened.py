@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 QUICK = frozenset({"bloom", "gpt-oss", "opt", "phi", "qwen3.5"})
-CHANGED = ("cohere", "gemma2", "gemma3n", "gemma4", "granite", "grok")
+CHANGED = ("cohere", "dory", "gemma2", "gemma3n", "gemma4", "granite", "grok")
 """Families, by the beginnings of their names, that do something to logits."""
 FAMILIES = {**MANY, **SOLO}
 DRAWN = SamplingParams(temperature=0.8, top_k=6, top_p=0.9, max_tokens=8, seed=5)
