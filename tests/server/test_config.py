@@ -41,7 +41,8 @@ def example(setting) -> tuple[str, object]:
     if setting.name in EXAMPLES:
         return EXAMPLES[setting.name]
     if setting.switch:
-        return "true", True
+        other = not getattr(ServeConfig(), setting.name)
+        return str(other).lower(), other
     if setting.metavar == "SIZE":
         return "3MiB", 3 << 20
     return ("some-text", "some-text") if setting.metavar in ("MODEL", "NAME", "KEY") else ("7", 7)
