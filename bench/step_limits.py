@@ -23,6 +23,7 @@ from bench.step_rig import HostAdapter, Rig, read_adapters
 from fader_adapters.kernels.backend import choose
 from fader_adapters.kernels.measure.limits import Limits
 from fader_adapters.kernels.native import isa, threads
+from fader_adapters.kernels.native.screen import ROWS
 from fader_server.bench.machine import machine_facts
 from fader_server.model.device import set_threads
 from fader_server.model.loaded import LoadedBase
@@ -63,7 +64,8 @@ def token_flop(base: LoadedBase, adapter: HostAdapter | None) -> float:
 
 
 def step_work(base: LoadedBase, rows: int, context: int, adapters: list[HostAdapter]) -> Work:
-    """One decode step: every weight once, every row's cache, every adapter's matrices once."""
+    """One decode step: every weight once (of a screened output layer its codes), every row's cache,
+    every adapter's matrices once."""
     head = next(i for i in base.installed.spec.linears if i.role == "head")
     head_weights = head.in_features * head.out_features
     cached = sum(s.kv_heads * (s.head_dim + s.value_dim) for s in base.layers.values())
@@ -71,8 +73,12 @@ def step_work(base: LoadedBase, rows: int, context: int, adapters: list[HostAdap
     low_rank = sum(adapter.flat.numel() for adapter in used)
     flop = rows * (token_flop(base, None) + 2.0 * head_weights) + 2.0 * low_rank
     distinct = {id(adapter): adapter.flat.nbytes for adapter in used}
-    moved = base.installed.nbytes + (head_weights + rows * context * cached) * base.dtype.itemsize
-    return Work(flop, moved + sum(distinct.values()))
+    head_bytes = head_weights * base.dtype.itemsize
+    if base.screen is not None and rows <= ROWS:
+        head_bytes = base.screen.nbytes
+    cache_bytes = rows * context * cached * base.dtype.itemsize
+    moved = base.installed.nbytes + head_bytes + cache_bytes + sum(distinct.values())
+    return Work(flop, moved)
 
 
 def reach(limits: list[tuple[float, float]]) -> tuple[float, float]:

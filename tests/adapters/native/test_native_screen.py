@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from fader_adapters.kernels import native
+from fader_adapters.kernels.native.screen import ROWS
 from tests.adapters.native.native_sites import make, plan_of
 
 FLOATS = [torch.float32, torch.bfloat16]
-ROWS = 8
-"""From the ninth on nothing is left out."""
 
 
 def weights(n, k, dtype):

@@ -15,6 +15,8 @@ from fader_adapters.kernels.nf4 import BLOCK
 
 MOST = 128
 """Outputs that are worth looking for."""
+ROWS = 8
+"""SCREEN_ROWS of csrc/screen.h: calls with more leave nothing out."""
 _NOT_FINITE = -3
 
 
