@@ -38,6 +38,8 @@ class Shape:
     intermediate: int
     vocab: int
     context: int = 4096
+    tied: bool = False
+    """The output layer is the embedding."""
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -57,6 +59,7 @@ class Shape:
 PRESETS = {
     "tiny": Shape(64, 2, 4, 2, 128, 512, context=1024),
     "57m": Shape(512, 8, 8, 4, 1536, 32000),
+    "0.5b": Shape(896, 24, 14, 2, 4864, 151936, tied=True),
     "1.1b": Shape(2048, 22, 32, 4, 5632, 32000),
 }
 
@@ -94,7 +97,7 @@ def _config(shape: Shape, dtype: torch.dtype) -> dict[str, object]:
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": shape.tied,
         "attention_bias": False,
         "mlp_bias": False,
         "bos_token_id": 1,
@@ -117,7 +120,8 @@ def _shards(shape: Shape, seed: int, dtype: torch.dtype) -> Iterator[dict[str, t
         tensors[f"{prefix}input_layernorm.weight"] = ones.clone()
         tensors[f"{prefix}post_attention_layernorm.weight"] = ones.clone()
         yield tensors
-    yield {"lm_head.weight": normal(shape.vocab, shape.hidden), "model.norm.weight": ones.clone()}
+    head = {} if shape.tied else {"lm_head.weight": normal(shape.vocab, shape.hidden)}
+    yield {**head, "model.norm.weight": ones.clone()}
 
 
 def write_tokenizer(out: Path, vocab: int) -> None:
