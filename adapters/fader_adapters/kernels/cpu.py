@@ -43,14 +43,12 @@ class PanelLinear:
         *,
         scratch: Workspace,
         tape: Tape,
-        screen: Screen | None = None,
     ) -> None:
         self.panels = panels
         self.bias = bias
         self.out_features = panels.n
         self.in_features = panels.k
-        self.screen = screen
-        self.site = Site(panels, bias=bias, workspace=scratch, tape=tape, screen=screen)
+        self.site = Site(panels, bias=bias, workspace=scratch, tape=tape)
 
     @property
     def plain_dtype(self) -> torch.dtype | None:
@@ -58,7 +56,7 @@ class PanelLinear:
 
     @property
     def nbytes(self) -> int:
-        return self.panels.nbytes + (0 if self.screen is None else self.screen.nbytes)
+        return self.panels.nbytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.site(x)
@@ -198,9 +196,16 @@ class NativeHead:
     def __init__(self, site: SiteSpec, base: PanelHead) -> None:
         self.base: BaseLinear = base
         self.panels = base.panels
-        self.screen = base.screen
         self._head = base
         (self._index,) = site.linears
+
+    def screened(self) -> Screen | None:
+        """What may be left out of its outputs from now on; None where a weight is not finite."""
+        assert isinstance(self.panels, PlainPanels)
+        screen = Screen.of(self.panels)
+        if screen is not None:
+            self._head.site.leave_out(screen)
+        return screen
 
     def bind(self, tables: Tables) -> None:
         own = slice(self._index, self._index + 1)
@@ -258,18 +263,12 @@ class NativeBackend:
         return kernel
 
     def bind_head(
-        self,
-        site: SiteSpec,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        *,
-        screened: bool = False,
+        self, site: SiteSpec, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> NativeHead:
         """The output head for servers, which want few rows of logits a step, over a copy of its
-        weight [n, k], k % 64 == 0, of x's dtype; with a Screen, if asked for and it is finite."""
+        weight [n, k], k % 64 == 0, of x's dtype."""
         panels = PlainPanels.pack(weight.contiguous(), store=self._store)
-        screen = Screen.of(panels, store=self._store) if screened else None
-        base = PanelHead(panels, bias, scratch=self._scratch, tape=self.tape, screen=screen)
+        base = PanelHead(panels, bias, scratch=self._scratch, tape=self.tape)
         kernel = NativeHead(site, base)
         self._sites.append(kernel)
         return kernel

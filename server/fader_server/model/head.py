@@ -44,15 +44,9 @@ class NativeEmbedding(nn.Module):
 
 
 def replace_ends(
-    model: PreTrainedModel,
-    installed: Installed,
-    backend: NativeBackend,
-    *,
-    dtype: torch.dtype,
-    screened: bool = False,
+    model: PreTrainedModel, installed: Installed, backend: NativeBackend, *, dtype: torch.dtype
 ) -> None:
-    """Pack the output layer's weight, where the model has a plain one of `dtype`, in codes as well
-    if it is to be `screened` and large.
+    """Pack the output layer's weight, where the model has a plain one of `dtype`.
 
     A tied weight stays one: the embedding then reads the head's panels. An embedding that does more
     than look rows up and scale them keeps the model's own copy.
@@ -63,12 +57,7 @@ def replace_ends(
     weight, bias = head.weight, head.bias
     if weight.dtype != dtype or weight.shape[1] % BLOCK:
         return
-    kernel = backend.bind_head(
-        site.spec,
-        weight.data,
-        None if bias is None else bias.data,
-        screened=screened and weight.numel() >= SCREENED,
-    )
+    kernel = backend.bind_head(site.spec, weight.data, None if bias is None else bias.data)
     panels = kernel.panels
     assert isinstance(panels, PlainPanels)
     ours = model.get_input_embeddings()
@@ -86,10 +75,12 @@ def replace_ends(
 def screen_of(
     model: PreTrainedModel, installed: Installed, forward: Callable[[], torch.Tensor]
 ) -> Screen | None:
-    """The output layer's screen, where `forward`'s logits are its outputs as they are: what is done
-    to logits may make equal what was not."""
+    """A screen for a large native output layer, where `forward`'s logits are its outputs as they
+    are: what is done to logits may make equal what was not."""
     site = installed.head
-    if site is None or not isinstance(site.kernel, NativeHead) or site.kernel.screen is None:
+    if site is None or not isinstance(site.kernel, NativeHead):
+        return None
+    if site.kernel.panels.n * site.kernel.panels.k < SCREENED:
         return None
     outputs: list[torch.Tensor] = []
     head = model.get_output_embeddings()
@@ -102,7 +93,7 @@ def screen_of(
     finally:
         handle.remove()
     same = len(outputs) == 1 and outputs[0].shape == logits.shape
-    return site.kernel.screen if same and torch.equal(outputs[0], logits) else None
+    return site.kernel.screened() if same and torch.equal(outputs[0], logits) else None
 
 
 def _embedding(embedding: nn.Module, panels: PlainPanels, tape: Tape) -> NativeEmbedding | None:

@@ -8,7 +8,7 @@ import torch
 
 from fader_adapters.kernels.backend import Step
 from fader_adapters.kernels.cpu import NativeBackend
-from fader_adapters.kernels.native import Tape, Workspace
+from fader_adapters.kernels.native import Tape, Workspace, logits
 from fader_adapters.kernels.tables import Tables
 from fader_server.model import cpu_attention
 from fader_server.model.attention import PagedAttention
@@ -70,8 +70,8 @@ def attention_alone(
 
 
 def choose_distributions(base: LoadedBase) -> Distributions:
-    """Native kernels where the base's linears are."""
-    native = isinstance(base.backend, NativeBackend)
+    """Native kernels where the base's linears are, and they take its vocabulary."""
+    native = isinstance(base.backend, NativeBackend) and base.vocab_size <= logits.MOST
     return NativeDistributions() if native else TorchDistributions()
 
 

@@ -77,7 +77,7 @@ def load_base(
     # experts are let go of one by one as they are packed: nobody may still be hashing them
     digest = identity.digest() if installed.stacks else None
     if isinstance(backend, NativeBackend):
-        _use_native(model, installed, backend, dtype, screened=screen_head)
+        _use_native(model, installed, backend, dtype)
     elif backend.name == "cuda":
         from fader_server.model.cuda_modules import use_cuda  # imports triton
 
@@ -85,7 +85,9 @@ def load_base(
     if isinstance(backend, StackBackend):
         _pack_experts(model, installed, backend)
     keep_wanted(model)
-    screen = screen_of(model, installed, lambda: first_logits(model, packable=not reason))
+    screen = None
+    if screen_head:
+        screen = screen_of(model, installed, lambda: first_logits(model, packable=not reason))
     tape = backend.tape if isinstance(backend, NativeBackend) else None
     layers, solo, packed_states, state = {}, None, None, NO_STATE
     try:
@@ -124,12 +126,7 @@ def load_base(
 
 
 def _use_native(
-    model: PreTrainedModel,
-    installed: Installed,
-    backend: NativeBackend,
-    dtype: torch.dtype,
-    *,
-    screened: bool,
+    model: PreTrainedModel, installed: Installed, backend: NativeBackend, dtype: torch.dtype
 ) -> None:
     """Put native modules where they give what the model's own give."""
     tape = backend.tape
@@ -140,7 +137,7 @@ def _use_native(
     for module in model.modules():
         if "RotaryEmbedding" in type(module).__name__:
             make_opaque(module, tape)
-    replace_ends(model, installed, backend, dtype=dtype, screened=screened)
+    replace_ends(model, installed, backend, dtype=dtype)
 
 
 def _pack_experts(model: PreTrainedModel, installed: Installed, backend: StackBackend) -> None:

@@ -86,8 +86,9 @@ class Sampler:
         best, tokens = self._rows.largest(logits)
         finite = best.isfinite()
         edited = [i for i, sequence in enumerate(sequences) if edits(sequence, unseen)]
-        others = (i for i in range(len(sequences)) if i not in set(edited))
-        tokens = self._redrawn(logits, tokens, {i: sequences[i] for i in others}, unseen)
+        apart = set(edited)
+        plain = {i: sequence for i, sequence in enumerate(sequences) if i not in apart}
+        tokens = self._redrawn(logits, tokens, plain, unseen)
         faults: dict[int, EngineFault] = {}
         if edited:
             index = _upload(edited, logits)

@@ -34,7 +34,8 @@ class Layer:
         panels = native.PlainPanels.pack(w)
         self.screen = native.Screen.of(panels)
         assert self.screen is not None
-        self.site = native.Site(panels, tables, bias=bias, screen=self.screen)
+        self.site = native.Site(panels, tables, bias=bias)
+        self.site.leave_out(self.screen)
         self.n = len(w)
 
     def __call__(self, x, plan=None):

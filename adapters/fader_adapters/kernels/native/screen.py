@@ -33,10 +33,10 @@ class Screen:
         self._struct = ScreenStruct(codes=codes.data_ptr(), scales=scales.data_ptr())
 
     @classmethod
-    def of(cls, panels: PlainPanels, *, store: PanelStore | None = None) -> "Screen | None":
+    def of(cls, panels: PlainPanels) -> "Screen | None":
         """None where a weight is not finite: nothing can be said of its products."""
         count = -(-panels.n // PANEL)
-        store = store or PanelStore(0)
+        store = PanelStore(0)
         codes = store.take(count * panels.k * PANEL).view(torch.int8)
         scales = store.take(count * panels.k // BLOCK * PANEL * 4).view(torch.float32)
         code = library().fader_screen_pack(

@@ -85,11 +85,9 @@ class Site:
         shape: tuple[int, int] | None = None,
         workspace: Workspace | None = None,
         tape: Tape | None = None,
-        screen: Screen | None = None,
     ) -> None:
         """base: the weights, or None for a delta alone (then `shape` = (n, k)); bias fp32 or bf16
-        [n], without a base what `out` already holds; tables may follow by `bind`; screen: of plain
-        weights.
+        [n], without a base what `out` already holds; tables may follow by `bind`.
 
         Raises: TypeError, ValueError.
         """
@@ -111,9 +109,7 @@ class Site:
             else:
                 self._struct.weights = PLAIN
         self._inputs = (base.dtype,) if isinstance(base, PlainPanels) else checks.FLOATS
-        if screen is not None:
-            self._struct.screen = screen.address
-        self._keep = (base, bias, screen)
+        self._keep = (base, bias)
         self.has_base, self.has_tables = base is not None, False
         if tables is not None:
             self.bind(tables)
@@ -122,6 +118,12 @@ class Site:
     def address(self) -> int:
         """What recorded calls name it by."""
         return self._ref
+
+    def leave_out(self, screen: Screen) -> None:
+        """From now on what `screen`, of this site's own plain weights, lets be left out."""
+        assert isinstance(self._keep[0], PlainPanels)
+        self._struct.screen = screen.address
+        self._screen = screen
 
     def bind(self, tables: SiteTables) -> None:
         """Read deltas from `tables` from now on; the site's own address stays. Raises:
