@@ -116,15 +116,16 @@ def read_chat(body: dict[str, Any], limits: Limits) -> Call:
     _refuse_unserved(fields, n, FIXED_OF_CHAT)
     _refuse_of_chat(fields)
     tools = read_tools(fields)
-    continues = _continues(fields, messages)
+    continues = read_continues(fields, messages)
     return _call(
         fields, limits, prompts=(), messages=messages, n=n, max_tokens=most,
         tools=tools, logprobs=logprobs, echo=False, continues=continues,
     )  # fmt: skip
 
 
-def _continues(fields: Fields, messages: tuple[Message, ...]) -> bool:
-    """As vLLM's field asks, or `prefix` of the last message, as DeepSeek and Mistral have it."""
+def read_continues(fields: Fields, messages: tuple[Message, ...]) -> bool:
+    """Whether the answer goes on with the last message: as vLLM's field asks, or `prefix` of that
+    message, as DeepSeek and Mistral have it."""
     name, last = "continue_final_message", messages[-1] if messages else None
     asked = fields.boolean(name)
     if not asked and (last is None or not last.prefix):

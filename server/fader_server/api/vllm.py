@@ -27,7 +27,7 @@ from fader_server.api.known import CHAT_FIELDS, COMPLETION_FIELDS
 from fader_server.api.messages import plain, read_messages
 from fader_server.api.ports import Tokenizer
 from fader_server.api.resolve import resolve
-from fader_server.api.schemas import read_effort
+from fader_server.api.schemas import read_continues, read_effort
 from fader_server.api.tools import read_tools
 from fader_server.errors import ModelNotFound, RequestInvalid
 
@@ -167,16 +167,23 @@ def _of_prompt(fields: Fields, tokenizer: Tokenizer) -> Callable[[], list[int]]:
 def _of_messages(fields: Fields, tokenizer: Tokenizer) -> Callable[[], list[int]]:
     """The same of a chat."""
     fields.unknown(_MESSAGES_FIELDS)
-    messages = plain(read_messages(fields))
+    messages = read_messages(fields)
     use = read_tools(fields)
+    continues = read_continues(fields, messages)
+    if continues and use:
+        fields.refuse("continue_final_message", "cannot stand beside tools")
     effort = read_effort(fields)
     special = fields.boolean("add_special_tokens")
     speaks = fields.boolean("add_generation_prompt", default=True)
-    fields.only("continue_final_message", lambda v: v is False, "is not supported by this server")
     for name in ("chat_template", "chat_template_kwargs", "mm_processor_kwargs"):
         fields.only(name, lambda v: v == {}, "may not come from a request")
     return lambda: tokenizer.encode_chat(
-        messages, use.tools if use else (), effort, special=special, speaks=speaks
+        plain(messages),
+        use.tools if use else (),
+        effort,
+        special=special,
+        speaks=speaks,
+        continues=continues,
     )
 
 

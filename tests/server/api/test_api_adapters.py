@@ -267,6 +267,11 @@ async def test_tokenize_and_back(client):
 
 
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+GOES_ON = {
+    "messages": [{"role": "assistant", "content": "Once"}],
+    "continue_final_message": True,
+}
 
 
 @pytest.mark.parametrize(
@@ -279,6 +284,7 @@ CHAT = {"messages": [{"role": "user", "content": "x"}]}
         (CHAT | {"add_special_tokens": True, "max_tokens": 3}, "special\nuser:x\n"),
         (CHAT | {"reasoning_effort": "low"}, "effort:low\nuser:x\n"),
         (CHAT | {"continue_final_message": False, "chat_template_kwargs": {}}, "user:x\n"),
+        (GOES_ON, "assistant:Once"),
     ],
 )
 async def test_tokenize_does_as_its_fields_say(client, body, text):
@@ -297,6 +303,8 @@ async def test_tokenize_does_as_its_fields_say(client, body, text):
         ("/tokenize", CHAT | {"add_generation_promt": False}, "add_generation_prompt"),
         ("/tokenize", CHAT | {"add_generation_prompt": "no"}, "add_generation_prompt"),
         ("/tokenize", CHAT | {"continue_final_message": True}, "continue_final_message"),
+        ("/tokenize", GOES_ON | {"add_generation_prompt": True}, "continue_final_message"),
+        ("/tokenize", GOES_ON | {"tools": TOOLS}, "continue_final_message"),
         ("/tokenize", CHAT | {"chat_template": "{{ 1 }}"}, "chat_template"),
         ("/tokenize", CHAT | {"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
         ("/detokenize", {"tokens": [97], "modell": "tone"}, "model"),
