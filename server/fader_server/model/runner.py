@@ -162,11 +162,13 @@ class ModelRunner:
     def _screening(self, plan: Plan) -> Iterator[None]:
         """The output layer leaves out what is not among the largest, where nobody asks for it."""
         screen = self._base.screen
+        if screen is None or any(row.wants_prompt_logprobs for row in plan.rows):
+            yield
+            return
         asking = [row.sequence for row in plan.rows if row.samples]
         wanted = [largest_wanted(sequence) for sequence in asking]
         most = max((count or MOST + 1 for count in wanted), default=MOST + 1)
-        scored = any(row.wants_prompt_logprobs for row in plan.rows)
-        if screen is None or scored or most > MOST:
+        if most > MOST:
             yield
             return
         heats = [seq.request.params.temperature for seq in asking]

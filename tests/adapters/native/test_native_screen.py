@@ -120,6 +120,55 @@ def test_tokens_that_weigh_alike_are_kept_where_they_are_drawn_from(level):
     assert layer.keeping(x, 2, [100.0]).isinf().any()  # there they weigh enough to be told apart
 
 
+def test_an_end_that_is_no_whole_panel_is_bounded_like_others(level):
+    """The likeliest token stands there: what the others weigh depends on it."""
+    w = torch.zeros(2049, 64)
+    w[:, 0] = torch.linspace(-30.47, -29.83, 2049)
+    w[2048, 0] = 0.0
+    layer, x, scratch = Layer(w), torch.eye(64)[:1], native.Workspace()
+    for uniform in (0.0, 2**-44 * 300.5):
+        draws = native.Draws(
+            heat=torch.ones(1),
+            top_k=torch.tensor([2]),
+            top_p=torch.ones(1, dtype=torch.float64),
+            min_p=torch.zeros(1, dtype=torch.float64),
+            uniform=torch.tensor([uniform], dtype=torch.float64),
+        )
+        kept, full = layer.keeping(x, 2, [1.0]), layer(x)
+        found = [native.draw(y, draws, scratch=scratch).item() for y in (kept, full)]
+        assert found[0] == found[1]
+    assert layer.keeping(x, 1).isinf().sum() > 1000
+    assert layer.keeping(x, 1)[0, 2048] == 0.0
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_a_bias_that_is_not_finite_hides_nobody(level, bad):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        w, x, bias = torch.randn(2048, 64), torch.randn(1, 64), torch.zeros(2048)
+        best = (x @ w.T).argmax().item()
+        bias[best ^ 16] = bad  # of the same panel
+        layer = Layer(w, bias=bias)
+        found = [
+            native.largest(y, scratch=native.Workspace()) for y in (layer(x), layer.keeping(x, 1))
+        ]
+        if bad == -math.inf:
+            assert found[0][1].item() == best
+        assert torch.equal(found[0][0].isfinite(), found[1][0].isfinite())
+        assert torch.equal(found[0][1], found[1][1]) or not found[0][0].isfinite()
+
+
+def test_an_overflow_is_not_left_out(level):
+    w = torch.zeros(2048, 64)
+    w[0, :4] = torch.tensor([3e38, 3e38, -3e38, -3e38])
+    w[1280, :4] = 1e37
+    x = torch.zeros(1, 64)
+    x[0, :4] = 2
+    layer = Layer(w)
+    for y in (layer(x), layer.keeping(x, 1)):
+        assert not native.largest(y, scratch=native.Workspace())[0].isfinite()
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("size", [0.0, 1e-40, 1e-20, 1e4, 1e18, 1e37])
 def test_sizes_at_the_ends_of_floats_are_bounded_too(level, dtype, size):

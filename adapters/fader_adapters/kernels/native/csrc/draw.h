@@ -273,9 +273,10 @@ template <class X> void score_row(const fader_scores_t &s, int64_t r, const X *x
 template <class F>
 int each_row(const fader_logits_t &l, int64_t R, char *scratch, int64_t bytes, int64_t *need, int nt, const F &f) {
     const int64_t own = DrawScratch::bytes(l.n);
-    *need = own * nt;
+    const int threads = (int)min64(nt, R);
+    *need = own * threads;
     if (bytes < *need) return FADER_E_SCRATCH;
-    share(nt, R, [&](int64_t r, int me) {
+    share(threads, R, [&](int64_t r, int me) {
         const int64_t at = (l.index ? l.index[r] : r) * l.stride;
         const DrawScratch mine(scratch + own * me, l.n);
         if (l.dtype == FADER_BF16) f(r, (const u16 *)l.x + at, mine);

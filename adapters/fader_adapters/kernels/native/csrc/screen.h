@@ -16,7 +16,10 @@ namespace {
 
 enum { SCREEN_ROWS = 8, SCREEN_GROUP = 8 }; // rows, beyond which the products themselves take no longer; panels an item
 FADER_INLINE V vabs(V v) { return vmax(vmul(v, vset(-1.0f)), v); }
-const float SCREEN_HALF = 0.5001f, SCREEN_TINY = 1e-30f;
+const float SCREEN_HALF = 0.503f, SCREEN_TINY = 1e-30f; // half a step and what dividing by one is off; smaller is nothing
+const float SCREEN_LOST = 1e30f; // where a bound is larger sums may overflow: such a panel is computed
+const float SCREEN_LANE[PANEL] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                  16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
 
 #if FADER_ISA >= 2
 typedef I Ints;
@@ -127,9 +130,9 @@ template <class X> bool screen_row(int64_t k, const X *x, int16_t *q, float *ste
 
 // bounds of the largest product of each row with one panel
 template <int MR>
-void screen_panel(const fader_screen_t &s, const float *bias, int64_t k, int64_t p, const Screened &rows, int64_t panels) {
+void screen_panel(const fader_screen_t &s, const float *bias, int64_t n, int64_t k, int64_t p, const Screened &rows) {
     enum { C = PANEL / W };
-    const int64_t blocks = k / BLOCK;
+    const int64_t blocks = k / BLOCK, panels = ceil_div(n, PANEL), columns = min64(PANEL, n - p * PANEL);
     const int8_t *codes = s.codes + p * k * PANEL;
     const float *scales = s.scales + p * blocks * PANEL;
     float value[MR][PANEL] = {}, slack[MR][PANEL] = {};
@@ -158,20 +161,26 @@ void screen_panel(const fader_screen_t &s, const float *bias, int64_t k, int64_t
             }
         }
     }
+    float own[PANEL] = {};
+    if (bias) memcpy(own, bias + p * PANEL, (size_t)columns * 4);
     for (int m = 0; m < MR; m++) {
-        V upper = vset(-INFINITY), lower = upper;
+        const V none = vset(-INFINITY);
+        V upper = none, lower = none;
         for (int c = 0; c < PANEL; c += W) {
-            const V at = vload(value[m] + c), about = bias ? vload(bias + p * PANEL + c) : vzero(), all = vadd(at, about);
+            const V at = vload(value[m] + c), about = vload(own + c), all = vadd(at, about);
             const V by = vfma(vload(slack[m] + c), vset(1.001f), vfma(vadd(vabs(at), vabs(about)), vset(0x1p-21f), vset(SCREEN_TINY)));
-            upper = vmax(upper, vadd(all, by));
-            lower = vmax(lower, vfma(by, vset(-1.0f), all));
+            const V above = vwhere_less(by, vset(SCREEN_LOST), vadd(all, by), vset(INFINITY));
+            const V below = vwhere_less(by, vset(SCREEN_LOST), vfma(by, vset(-1.0f), all), none);
+            const V lane = vload(SCREEN_LANE + c), end = vset((float)columns);
+            upper = vmax(upper, vwhere_less(lane, end, above, none));
+            lower = vmax(lower, vwhere_less(lane, end, below, none));
         }
         rows.most[m * panels + p] = vtop(upper);
         rows.least[m * panels + p] = vtop(lower);
     }
 }
 
-typedef void (*ScreenPanel)(const fader_screen_t &, const float *, int64_t, int64_t, const Screened &, int64_t);
+typedef void (*ScreenPanel)(const fader_screen_t &, const float *, int64_t, int64_t, int64_t, const Screened &);
 template <int M> ScreenPanel screen_for(int64_t m) {
     if constexpr (M == 1) return screen_panel<1>;
     else return m == M ? screen_panel<M> : screen_for<M - 1>(m);
@@ -195,15 +204,14 @@ static float screen_edge(const fader_screen_t &s, const float *most, float *leas
 // `hit` of the rows x [T,k]; false where all products must be computed
 template <class X>
 bool screen(const fader_site_t &s, int64_t T, const X *x, int64_t xs, const Screened &rows, int nt) {
-    const int64_t panels = s.n / PANEL, blocks = s.k / BLOCK; // a last one that is not whole is hit
+    const int64_t panels = ceil_div(s.n, PANEL), blocks = s.k / BLOCK;
     for (int64_t t = 0; t < T; t++)
         if (!screen_row(s.k, x + t * xs, rows.q + t * s.k, rows.step + t * blocks, rows.slack + t * blocks)) return false;
     share(nt, ceil_div(panels, SCREEN_GROUP), [&](int64_t group, int) {
         for (int64_t p = group * SCREEN_GROUP; p < min64(panels, (group + 1) * SCREEN_GROUP); p++)
-            screen_for<SCREEN_ROWS>(T)(*s.screen, s.bias, s.k, p, rows, panels);
+            screen_for<SCREEN_ROWS>(T)(*s.screen, s.bias, s.n, s.k, p, rows);
     });
     memset(rows.hit, 0, (size_t)panels);
-    rows.hit[ceil_div(s.n, PANEL) - 1] = 1;
     for (int64_t t = 0; t < T; t++) {
         const float *most = rows.most + t * panels, edge = screen_edge(*s.screen, most, rows.least + t * panels, panels);
         if (edge != edge) return false;
