@@ -231,7 +231,8 @@ class RowResult:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """For prompt positions start + 1 .. min(start + count, prompt_len - 1), when wanted."""
     finite: bool = True
-    """False when the row's logits hold NaN or +Inf, or nothing finite: the request fails, its neighbours do not."""
+    """False when the row's logits hold NaN or +Inf, or nothing finite: the request fails, its
+    neighbours do not."""
     fault: Exception | None = None
     """What the row's guide raised: the request fails with it, its neighbours do not."""
 
