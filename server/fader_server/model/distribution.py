@@ -60,14 +60,14 @@ class TorchDistributions:
 
     def draw(self, logits: Tensor, rows: Tensor, draws: Draws) -> Tensor:
         x = logits.index_select(0, rows).float()
-        mass = masses(x.sub_(x.amax(-1, keepdim=True)).div_(_upload(draws.heat, x)[:, None]))
+        mass = masses(x.sub_(x.amax(-1, keepdim=True)).div_(uploaded(draws.heat, x)[:, None]))
         cut = truncates(draws.limits).nonzero()[0]
         if cut.size:
-            index = _upload(cut, mass)
+            index = uploaded(cut, mass)
             kept = mass if cut.size == len(mass) else mass.index_select(0, index)
             kept.masked_fill_(kept < edges(kept, draws.limits.of(cut)), 0)
             mass = kept if kept is mass else mass.index_copy_(0, index, kept)
-        return draw(mass, _upload(draws.uniform, mass)[:, None])
+        return draw(mass, uploaded(draws.uniform, mass)[:, None])
 
     def score(self, logits: Tensor, rows: Tensor, tokens: Tensor, top_n: int) -> Tensor:
         size = max(1, _CHUNK_ELEMENTS // logits.shape[1])
@@ -111,5 +111,6 @@ def _readable(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype == torch.float16 else logits
 
 
-def _upload(values: np.ndarray, like: Tensor) -> Tensor:
+def uploaded(values: np.ndarray | list[int], like: Tensor) -> Tensor:
+    """Where `like` lies, in order on its current stream."""
     return to_device(np.ascontiguousarray(values), like.device)

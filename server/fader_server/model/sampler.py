@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fader_server.core import RowResult, Sequence, TokenLogprob
 from fader_server.errors import EngineFault
-from fader_server.model.distribution import Distributions, Draws, TorchDistributions
-from fader_server.model.passage import to_device, to_host
+from fader_server.model.distribution import Distributions, Draws, TorchDistributions, uploaded
+from fader_server.model.passage import to_host
 from fader_server.model.sampling_state import (
     CountsTable,
     Permits,
@@ -91,7 +91,7 @@ class Sampler:
         tokens = self._redrawn(logits, tokens, plain, unseen)
         faults: dict[int, EngineFault] = {}
         if edited:
-            index = _upload(edited, logits)
+            index = uploaded(edited, logits)
             rows = [sequences[i] for i in edited]
             x = logits.index_select(0, index).float()
             permitted = _edit(x, rows, counts, unseen)
@@ -115,7 +115,7 @@ class Sampler:
         random = {i: seq for i, seq in rows.items() if seq.request.params.temperature > 0}
         if not random:
             return tokens
-        index = _upload(list(random), logits)
+        index = uploaded(list(random), logits)
         return tokens.index_copy(
             0, index, self._rows.draw(logits, index, _draws([*random.values()], unseen))
         )
@@ -128,7 +128,7 @@ class Sampler:
         scored = [row for row, count in enumerate(asked) if count is not None]
         parts = [tokens.double(), finite.double()]
         if scored:
-            index = _upload(scored, logits)
+            index = uploaded(scored, logits)
             top_n = max(count for count in asked if count is not None)
             scores = self._rows.score(logits, index, tokens.index_select(0, index), top_n)
             parts.append(scores.reshape(-1))
@@ -184,17 +184,17 @@ def _penalise(
     x: Tensor, row: np.ndarray, token: np.ndarray, repetition: np.ndarray, subtract: np.ndarray
 ) -> None:
     """Finite logits stay finite, so that the row is not taken for one with a fault."""
-    at = (_upload(row, x), _upload(token, x))
-    factor = _upload(repetition, x)
+    at = (uploaded(row, x), uploaded(token, x))
+    factor = uploaded(repetition, x)
     seen = x[at]
-    changed = torch.where(seen > 0, seen / factor, seen * factor) - _upload(subtract, x)
+    changed = torch.where(seen > 0, seen / factor, seen * factor) - uploaded(subtract, x)
     x[at] = torch.where(seen.isfinite(), changed.clamp(-_LARGEST, _LARGEST), changed)
 
 
 def _add(x: Tensor, shifts: Shifts | None) -> None:
     if shifts is not None:
-        at = (_upload(shifts.row, x), _upload(shifts.token, x))
-        x[at] = x[at] + _upload(shifts.value, x)
+        at = (uploaded(shifts.row, x), uploaded(shifts.token, x))
+        x[at] = x[at] + uploaded(shifts.value, x)
 
 
 def _forbid(x: Tensor, permitted: Permits) -> None:
@@ -203,9 +203,9 @@ def _forbid(x: Tensor, permitted: Permits) -> None:
     places = torch.arange(8, device=x.device)
     closed = (torch.arange(256, device=x.device)[:, None] >> places) & 1 == 0
     by_byte = torch.where(closed, -torch.inf, 0.0)  # [256, 8]
-    bits = _upload(permitted.bits, x)
+    bits = uploaded(permitted.bits, x)
     shifts = by_byte.index_select(0, bits.flatten().int()).view(len(bits), -1)
-    x.index_add_(0, _upload(permitted.row, x), shifts[:, : x.shape[1]])
+    x.index_add_(0, uploaded(permitted.row, x), shifts[:, : x.shape[1]])
 
 
 def _with_faults(results: list[RowResult], faults: Mapping[int, EngineFault]) -> list[RowResult]:
@@ -249,7 +249,3 @@ def _results(values: list[float], asked: list[int | None]) -> list[RowResult]:
 
 def _slices(values: list[float], width: int) -> Iterator[list[float]]:
     return (values[start : start + width] for start in range(0, len(values), max(1, width)))
-
-
-def _upload(values: np.ndarray | list[int], like: Tensor) -> Tensor:
-    return to_device(np.ascontiguousarray(values), like.device)
