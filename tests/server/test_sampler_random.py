@@ -1,6 +1,7 @@
 """Sampler: distributions, truncation against transformers' processors, and seeds."""
 
 from collections import Counter
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -14,9 +15,9 @@ from transformers import (
 )
 
 from fader_server.core import Request, SamplingParams, Sequence
-from fader_server.model import mass
+from fader_server.model import gumbel, mass
 from fader_server.model.sampler import Sampler
-from fader_server.model.sampling_state import uniform
+from fader_server.model.sampling_state import draw_key
 from tests.support.samplers import distributions  # noqa: F401
 
 
@@ -131,27 +132,44 @@ def test_the_seed_and_the_position_decide_the_draw():
 
 def test_seeded_answers_stay_what_they_were():
     """Recorded values: a change here changes every seeded answer ever given."""
-    assert [uniform(0, 0), uniform(1, 0), uniform(0, 1)] == RECORDED
-    assert uniform(2**63 - 1, 0) != uniform(-(2**63), 0)
+    keys = [draw_key(0, 0), draw_key(1, 0), draw_key(0, 1), draw_key(2**63 - 1, 0)]
+    assert keys == KEYS
+    assert draw_key(2**63 - 1, 0) != draw_key(-(2**63), 0)
+    found = gumbel.noise(torch.tensor([0, -1]), 3)
+    torch.testing.assert_close(found, torch.tensor(NOISE, dtype=torch.float64), rtol=1e-14, atol=0)
 
 
-def test_uniform_numbers_are_uniform_over_seeds_and_positions():
-    grid = np.array([[uniform(seed, pos) for pos in range(100)] for seed in range(100)])
-    assert grid.min() >= 0
-    assert grid.max() < 1
-    for values in (grid.ravel(), grid[:, 0], grid[0]):
-        counts = np.histogram(values, bins=10, range=(0, 1))[0]
-        expected = values.size / 10
+def test_one_seeds_answer_follows_the_distribution_too():
+    """Token after token of one request, as of many seeds."""
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(4)) * 1.5
+    rows = [
+        Sequence(Request("r", (1,), SamplingParams(seed=7)), [1, *[2] * place])
+        for place in range(6000)
+    ]
+    results = Sampler().sample(logits.expand(len(rows), -1).contiguous(), rows)
+    tokens = [result.token for result in results]
+    assert chi_square_per_degree(Counter(tokens), warped(logits).numpy()) < 1.9
+    pairs, share = Counter(pairwise(tokens)), warped(logits)
+    likely = share.topk(4).indices.tolist()
+    for pair in product(likely, likely):
+        expected = 6000 * share[list(pair)].prod().item()
+        assert abs(pairs[pair] - expected) < 4.5 * expected**0.5
+
+
+def test_noise_is_gumbels_over_keys_and_tokens():
+    keys = torch.tensor([draw_key(seed, place) for seed in range(40) for place in range(40)])
+    noise = gumbel.noise(keys, 500)
+    for values in (noise, noise[:, :1], noise[::97], noise[7]):
+        share = (-(-values).exp()).exp().flatten().numpy()  # uniform, if they are
+        counts = np.histogram(share, bins=10, range=(0, 1))[0]
+        expected = share.size / 10
         assert ((counts - expected) ** 2 / expected).sum() < 27.9  # 0.999 quantile, 9 degrees
-    assert abs(np.corrcoef(grid[:, :-1].ravel(), grid[:, 1:].ravel())[0, 1]) < 0.04
-    assert abs(np.corrcoef(grid[:-1].ravel(), grid[1:].ravel())[0, 1]) < 0.04
+    for one, other in ((noise[:-1], noise[1:]), (noise[:, :-1], noise[:, 1:])):
+        assert abs(np.corrcoef(one.flatten().numpy(), other.flatten().numpy())[0, 1]) < 0.005
 
 
-def test_draw_covers_the_ends_and_skips_what_weighs_nothing():
-    weight = torch.tensor([[0, 2, 0, 3, 0]])
-    ends = [mass.draw(weight, torch.tensor([[u]], dtype=torch.double)).item() for u in ENDS]
-    assert ends == [1, 1, 3, 3]
-
-
-ENDS = [0.0, 0.39, 0.41, 1 - 2**-53]
-RECORDED = [0.6968912266311272, 0.8047945671146708, 0.10909682172409196]
+KEYS = [-5591369968831625016, -3600904662233352620, 2012481149599441470, 4028478696975405459]
+NOISE = [
+    [2.0868436769674386, 0.17385007634518215, -1.290089817813329],
+    [2.1882448355261865, 2.391846183655574, -0.41639530424226173],
+]

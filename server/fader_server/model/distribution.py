@@ -2,7 +2,7 @@
 any device, or by native kernels on a CPU. Knows no requests.
 
 A row's result depends on its own logits and numbers only, bit for bit: sums are integers (mass.py),
-all else is elementwise or a maximum.
+draws are the maximum of what is elementwise (gumbel.py), and so is all else.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fader_adapters.kernels import native
-from fader_server.model.mass import Limits, draw, edges, likeliest, log_total, masses, truncates
+from fader_server.model import gumbel
+from fader_server.model.mass import Limits, edges, likeliest, log_total, masses, truncates
 from fader_server.model.passage import to_device
 
 _CHUNK_ELEMENTS = 2**22
@@ -27,8 +28,8 @@ class Draws:
     heat: np.ndarray
     """float32, above 0."""
     limits: Limits
-    uniform: np.ndarray
-    """float64 in [0, 1): which token it is."""
+    key: np.ndarray
+    """int64: what each token's noise is of (see gumbel.py)."""
 
 
 class Distributions(Protocol):
@@ -60,14 +61,16 @@ class TorchDistributions:
 
     def draw(self, logits: Tensor, rows: Tensor, draws: Draws) -> Tensor:
         x = logits.index_select(0, rows).float()
-        mass = masses(x.sub_(x.amax(-1, keepdim=True)).div_(uploaded(draws.heat, x)[:, None]))
+        x.sub_(x.amax(-1, keepdim=True))
+        heat = uploaded(draws.heat, x)[:, None]
         cut = truncates(draws.limits).nonzero()[0]
         if cut.size:
-            index = uploaded(cut, mass)
-            kept = mass if cut.size == len(mass) else mass.index_select(0, index)
-            kept.masked_fill_(kept < edges(kept, draws.limits.of(cut)), 0)
-            mass = kept if kept is mass else mass.index_copy_(0, index, kept)
-        return draw(mass, uploaded(draws.uniform, mass)[:, None])
+            index = uploaded(cut, x)
+            kept = x.index_select(0, index)
+            mass = masses(kept / heat.index_select(0, index))
+            kept.masked_fill_(mass < edges(mass, draws.limits.of(cut)), -torch.inf)
+            x.index_copy_(0, index, kept)
+        return gumbel.winners(x, heat, uploaded(draws.key, x))
 
     def score(self, logits: Tensor, rows: Tensor, tokens: Tensor, top_n: int) -> Tensor:
         size = max(1, _CHUNK_ELEMENTS // logits.shape[1])
@@ -99,7 +102,7 @@ class NativeDistributions:
 
     def draw(self, logits: Tensor, rows: Tensor, draws: Draws) -> Tensor:
         limits = draws.limits
-        arrays = (draws.heat, limits.top_k, limits.top_p, limits.min_p, draws.uniform)
+        arrays = (draws.heat, limits.top_k, limits.top_p, limits.min_p, draws.key)
         given = native.Draws(*map(torch.from_numpy, arrays))
         return native.draw(_readable(logits), given, scratch=self._scratch, rows=rows)
 

@@ -1,7 +1,7 @@
 """Distributions as exact integers, so that no order of summation and no neighbour can show.
 
-A token's mass is exp(x - max x) in units of 2^-44. Integer sums are associative: totals, edges and
-draws are the same bits on any device, thread count or batch. Knows nothing of requests.
+A token's mass is exp(x - max x) in units of 2^-44. Integer sums are associative: totals and edges
+are the same bits on any device, thread count or batch. Knows nothing of requests.
 """
 
 from dataclasses import dataclass
@@ -97,18 +97,6 @@ def _descending(mass: Tensor) -> Tensor:
         values.sort(axis=-1)
         return torch.from_numpy(np.negative(values, out=values))
     return mass.sort(dim=-1, descending=True).values
-
-
-def draw(mass: Tensor, uniform: Tensor) -> Tensor:
-    """The first token whose cumulative mass exceeds uniform · total.
-
-    mass: [R, V] int64, 0 for tokens left out. uniform: [R, 1] float64 in [0, 1). Returns [R] int64.
-    """
-    cumulative = mass.cumsum(-1)
-    total = cumulative[:, -1:]
-    target = torch.minimum((uniform * total.double()).long(), total - 1)
-    chosen = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return chosen.clamp_(0, mass.shape[-1] - 1)  # garbage rows stay inside the vocabulary
 
 
 def likeliest(x: Tensor, count: int) -> Tensor:

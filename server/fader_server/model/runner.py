@@ -10,7 +10,6 @@ from itertools import groupby
 import torch
 
 from fader_adapters.kernels.backend import Step
-from fader_adapters.kernels.native.screen import MOST
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import StepTerms
 from fader_adapters.step_state import LaneWeights
@@ -23,7 +22,7 @@ from fader_server.model.kv_cache import KVCache
 from fader_server.model.loaded import LoadedBase
 from fader_server.model.prefill import NativeReplays
 from fader_server.model.sampler import Drawn, Sampler
-from fader_server.model.sampling_state import largest_wanted
+from fader_server.model.screening import screening
 
 HeadStep = Callable[[torch.Size], Step | None]
 Ready = Callable[[], Drawn]
@@ -151,29 +150,12 @@ class ModelRunner:
             state = self._base.installed.state
             state.lane = part.weights.lane
             try:
-                with self._screening(part.plan):
+                with screening(self._base.screen, part.plan):
                     return compute()
             finally:
                 state.lane = None
 
         return begin
-
-    @contextmanager
-    def _screening(self, plan: Plan) -> Iterator[None]:
-        """The output layer leaves out what is not among the largest, where nobody asks for it."""
-        screen = self._base.screen
-        if screen is None or any(row.wants_prompt_logprobs for row in plan.rows):
-            yield
-            return
-        asking = [row.sequence for row in plan.rows if row.samples]
-        wanted = [largest_wanted(sequence) for sequence in asking]
-        most = max((count or MOST + 1 for count in wanted), default=MOST + 1)
-        if most > MOST:
-            yield
-            return
-        heats = [seq.request.params.temperature for seq in asking]
-        with screen.keeping(most, [heat for heat in heats if heat > 0]):
-            yield
 
     def _replay(self, plan: Plan, replays: Replays, tokens: torch.Tensor | None) -> Ready:
         step = self._base.backend.prepare(self._tables, plan.terms)

@@ -22,6 +22,7 @@ from fader_server.model.sampling_state import (
     Shifts,
     TokenCounts,
     biases,
+    draw_key,
     edits,
     guides,
     limits,
@@ -29,7 +30,6 @@ from fader_server.model.sampling_state import (
     penalties,
     permits,
     stop_masks,
-    uniform,
 )
 
 
@@ -158,8 +158,8 @@ def _draws(sequences: list[Sequence], unseen: int) -> Draws:
     """How the next tokens of these rows are drawn, after `unseen` that they do not hold yet."""
     params = [sequence.request.params for sequence in sequences]
     heat = np.array([p.temperature for p in params], np.float32).clip(min=_COLDEST)
-    numbers = [uniform(s.request.params.seed, s.output_len + unseen) for s in sequences]
-    return Draws(heat, limits(params), np.array(numbers, np.float64))
+    keys = [draw_key(s.request.params.seed, s.output_len + unseen) for s in sequences]
+    return Draws(heat, limits(params), np.array(keys, np.int64))
 
 
 def _edit(

@@ -18,9 +18,10 @@ from fader_server.model.mass import Limits
 _MASK = 2**64 - 1
 
 
-def uniform(seed: int, position: int) -> float:
-    """The number in [0, 1) that decides output token `position`: splitmix64 of both, 53 bits."""
-    return (_mix(_mix(seed & _MASK) + position + 1) >> 11) * 2.0**-53
+def draw_key(seed: int, position: int) -> int:
+    """What decides output token `position`: splitmix64 of both, as a signed 64-bit integer."""
+    key = _mix(_mix(seed & _MASK) + position + 1)
+    return key - (key >> 63 << 64)
 
 
 def _mix(value: int) -> int:
@@ -52,14 +53,6 @@ def edits(sequence: Sequence, unseen: int = 0) -> bool:
         or masks_stops(sequence, unseen)
         or guides(sequence)
     )
-
-
-def largest_wanted(sequence: Sequence) -> int | None:
-    """How many of the row's largest logits are all that is asked of them; None: not only those."""
-    params = sequence.request.params
-    if params.logprobs is not None or edits(sequence):
-        return None
-    return 1 if params.temperature == 0 else params.top_k or None
 
 
 def guides(sequence: Sequence) -> bool:

@@ -1,4 +1,4 @@
-"""Native draws, maxima and scores against integers that NumPy adds and sorts, on every instruction
+"""Native draws, maxima and scores against what NumPy adds, sorts and races, on every instruction
 set."""
 
 import math
@@ -20,8 +20,8 @@ def scratch():
 
 def draws(rows, **given):
     """Draws of `rows` rows, the same in each but for what is given by row."""
-    plain = {"heat": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "uniform": 0.5} | given
-    kinds = {"heat": torch.float32, "top_k": torch.int64}
+    plain = {"heat": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "key": 1} | given
+    kinds = {"heat": torch.float32, "top_k": torch.int64, "key": torch.int64}
     return native.Draws(
         **{
             name: torch.as_tensor(value, dtype=kinds.get(name, torch.float64)).expand(rows).clone()
@@ -65,48 +65,73 @@ CUTS = [
 ]
 
 
+def splitmix(key, at):
+    """By Python's own integers."""
+    z = (key + (at + 1) * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return z ^ z >> 31
+
+
+def noise(key, width):
+    """Gumbel numbers as fader.h states them."""
+    u = [((splitmix(key % 2**64, at) >> 12) + 0.5) * 2.0**-52 for at in range(width)]
+    return -np.log(-np.log(u))
+
+
+def winner(row, heat, key, **cut):
+    shifted = (row.float() - row.float().max()).double().numpy() / np.float32(heat)
+    z = np.where(kept(weights(row, heat), **cut) > 0, shifted + noise(key, len(row)), -math.inf)
+    return int(z.argmax())
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 @pytest.mark.parametrize("width", [1, 7, 133, 1024, 5003])
-def test_every_kept_token_is_drawn_by_its_share(level, dtype, cut, width):
-    """At both ends of a token's share of [0, 1) and a little beyond: that token, and its neighbours
-    among those kept."""
-    (row,) = logits(1, width, dtype)
-    share = kept(weights(row, 0.8), **cut).astype(np.float64)
-    ends = np.cumsum(share) / share.sum()
-    found = {}
-    for token in np.flatnonzero(share)[-12:]:
-        low = ends[token - 1] if token else 0.0
-        if share[token] / share.sum() < 1e-5:
-            continue  # too thin beside what exponentials differ by
-        width_of = ends[token] - low
-        for part in (0.02, 0.5, 0.98):
-            found[low + part * width_of] = token
-    assert found
-    x = row.expand(len(found), -1).contiguous()
-    given = draws(len(found), heat=0.8, uniform=list(found), **cut)
-    assert native.draw(x, given, scratch=scratch()).tolist() == list(found.values())
+def test_the_winner_of_the_race_is_drawn(level, dtype, cut, width):
+    keys = torch.randint(-(2**63), 2**63 - 1, (12,)).tolist()
+    x = logits(len(keys), width, dtype, spread=3.0)
+    given = draws(len(keys), heat=0.8, key=keys, **cut)
+    want = [winner(row, 0.8, key, **cut) for row, key in zip(x, keys, strict=True)]
+    assert native.draw(x, given, scratch=scratch()).tolist() == want
+    others = draws(len(keys), heat=0.8, key=[key + 1 for key in keys], **cut)
+    if cut in ({}, {"top_p": 0.9}) and width > 100:
+        assert native.draw(x, others, scratch=scratch()).tolist() != want
+
+
+@pytest.mark.parametrize("heat", [1e-30, 1e-3, 1.0, 50.0, 1e30])
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0, 1e3, 1e30])
+def test_no_winner_is_passed_over(level, heat, spread):
+    """The bounds by which others are passed over hold at every size of logits and heat."""
+    keys = torch.randint(-(2**63), 2**63 - 1, (20,)).tolist()
+    x = logits(len(keys), 2000, torch.float32, spread=spread)
+    given = draws(len(keys), heat=heat, key=keys)
+    with np.errstate(over="ignore"):
+        want = [winner(row, heat, key) for row, key in zip(x, keys, strict=True)]
+    assert native.draw(x, given, scratch=scratch()).tolist() == want
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_edges_are_where_a_sort_puts_them(level, dtype):
-    """The first and the last kept token are drawn at the ends of [0, 1): a cut that lay one token
-    beside would show."""
-    for seed in range(60):
+    """Of flat logits every kept token is drawn some time, and none beside: a cut that lay one token
+    aside would show."""
+    rows = 400
+    for seed in range(12):
         torch.manual_seed(seed)
-        (row,) = logits(1, 900, dtype, spread=0.5 + seed % 5)
-        cut = {"top_k": seed * 7 % 200, "top_p": [1.0, 0.5, 0.93][seed % 3]}
+        (row,) = logits(1, 300, dtype, spread=0.5)
+        cut = [{"top_k": 1 + seed}, {"top_p": 0.05}, {"top_k": 15, "top_p": 0.6}][seed % 3]
         stay = np.flatnonzero(kept(weights(row, 1.0), **cut))
-        x = row.expand(2, -1).contiguous()
-        ends = native.draw(x, draws(2, uniform=[0.0, 1 - 2**-53], **cut), scratch=scratch())
-        assert ends.tolist() == [stay[0], stay[-1]]
+        assert len(stay) < 20
+        x = row.expand(rows, -1).contiguous()
+        given = draws(rows, key=torch.arange(rows) * 977, **cut)
+        assert sorted(set(native.draw(x, given, scratch=scratch()).tolist())) == stay.tolist()
 
 
 def test_tokens_tied_at_an_edge_all_stay(level):
-    row = torch.tensor([[0.0, -1.0, -1.0, -2.0]])
+    row = torch.tensor([[0.0, -1.0, -1.0, -2.0]]).expand(200, -1).contiguous()
     for cut in ({"top_k": 2}, {"top_p": 0.6}):
-        last = native.draw(row, draws(1, uniform=1 - 2**-53, **cut), scratch=scratch())
-        assert last.item() == 2
+        found = native.draw(row, draws(200, key=torch.arange(200), **cut), scratch=scratch())
+        assert set(found.tolist()) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -138,7 +163,7 @@ def test_scores_are_log_softmax_and_equals_come_by_number(level, dtype, top, wid
 def test_a_row_is_the_same_alone_and_among_any_and_a_fault_is_its_own(level, dtype):
     wide = logits(133, 3 * 2048, dtype)
     x = wide[:, 2048:4096]
-    given = {"top_p": 0.8, "uniform": torch.rand(133, dtype=torch.float64)}
+    given = {"top_p": 0.8, "key": torch.arange(133) * 31}
     tokens = torch.arange(133)
     drawn = native.draw(x, draws(133, **given), scratch=scratch())
     scored = native.score(x, tokens, 5, scratch=scratch())
@@ -159,7 +184,7 @@ def test_a_row_is_the_same_alone_and_among_any_and_a_fault_is_its_own(level, dty
         assert torch.equal(others[6:], drawn[6:])
 
 
-FIELDS = ("heat", "top_k", "top_p", "min_p", "uniform")
+FIELDS = ("heat", "top_k", "top_p", "min_p", "key")
 
 
 def test_forbidden_tokens_weigh_nothing(level):
@@ -167,8 +192,8 @@ def test_forbidden_tokens_weigh_nothing(level):
     x[0, 1700] = -5.0
     best, tokens = native.largest(x, scratch=scratch())
     assert (best.tolist(), tokens[0].item()) == ([-5.0, -math.inf], 1700)
-    ends = draws(2, uniform=1 - 2**-53, top_p=0.5)
-    assert native.draw(x, ends, scratch=scratch()).tolist() == [1700, 0]
+    for cut in ({}, {"top_p": 0.5}):
+        assert native.draw(x, draws(2, **cut), scratch=scratch()).tolist() == [1700, 0]
     scored = native.score(x, torch.tensor([3, 3]), 1, scratch=scratch())
     assert scored[0].tolist() == [-math.inf, 1700, 0.0]
 
@@ -183,7 +208,7 @@ def test_wrong_arguments_are_named():
         native.draw(x, native.Draws(**vars_of(good, heat=good.top_p)), scratch=scratch())
     with pytest.raises(ValueError, match="top_k must have shape"):
         native.draw(x, native.Draws(**vars_of(good, top_k=good.top_k[:2])), scratch=scratch())
-    for change in ({"heat": 0.0}, {"uniform": 1.0}, {"top_p": 1.5}, {"min_p": math.nan}):
+    for change in ({"heat": 0.0}, {"top_p": 1.5}, {"min_p": math.nan}):
         with pytest.raises(ValueError, match="fader_draw"):
             native.draw(x, draws(3, **change), scratch=scratch())
     with pytest.raises(ValueError, match="fader_largest: a size"):

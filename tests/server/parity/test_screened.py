@@ -25,6 +25,7 @@ CHANGED = ("cohere", "dory", "gemma2", "gemma3n", "gemma4", "granite", "grok")
 """Families, by the beginnings of their names, that do something to logits."""
 FAMILIES = {**MANY, **SOLO}
 DRAWN = SamplingParams(temperature=0.8, top_k=6, top_p=0.9, max_tokens=8, seed=5)
+RACED = SamplingParams(temperature=0.8, max_tokens=8, seed=5)
 
 
 @pytest.fixture
@@ -48,9 +49,9 @@ def left_out(world: TinyWorld) -> list[float]:
 
 def questions(world: TinyWorld) -> list[Ask]:
     """Few enough at a time, greedy and drawn in turn, of base, adapters and blends."""
-    params = (greedy(8, logprobs=None), DRAWN)
+    params = (greedy(8, logprobs=None), DRAWN, RACED, replace(RACED, min_p=0.1))
     found = asks(world.base.max_positions)
-    return [replace(ask, params=params[i % 2]) for i, ask in enumerate(found)]
+    return [replace(ask, params=params[i % 4]) for i, ask in enumerate(found)]
 
 
 def tokens(world: TinyWorld, given: list[Ask]) -> list[list[int]]:
@@ -95,7 +96,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Setting:
         greedy(4, logprobs=None, repetition_penalty=1.3),
         greedy(4, logprobs=None, logit_bias=((7, 1.0),)),
         greedy(4, logprobs=None, min_tokens=4, stop_token_ids=frozenset({2})),
-        SamplingParams(max_tokens=4),
+        SamplingParams(max_tokens=4, temperature=1e-3),
         SamplingParams(max_tokens=4, top_k=200),
         SamplingParams(max_tokens=4, top_p=0.5),
     ],

@@ -12,7 +12,7 @@ import torch  # first: its libgomp must be the one both use
 
 from fader_adapters.kernels.native.build import LIBRARY
 
-ABI = 11
+ABI = 12
 BUILDER = "fader_adapters.kernels.native.build"
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -72,14 +72,23 @@ class SiteStruct(ctypes.Structure):
     ]
 
 
+class WantedStruct(ctypes.Structure):
+    """fader_wanted_t of csrc/fader.h, field for field."""
+
+    _fields_ = [
+        ("key", _L),
+        *[(name, ctypes.c_int32) for name in ("keep", "race")],
+        *[(name, _F) for name in ("heat", "reach")],
+    ]
+
+
 class ScreenStruct(ctypes.Structure):
     """fader_screen_t of csrc/fader.h, field for field."""
 
     _fields_ = [
         *[(name, _P) for name in ("codes", "scales")],
-        ("keep", ctypes.c_int32),
-        *[(name, _F) for name in ("coldest", "hottest")],
-        ("pad", ctypes.c_int32),
+        ("rows", ctypes.POINTER(WantedStruct)),
+        ("count", _L),
     ]
 
 
@@ -148,7 +157,7 @@ class LogitsStruct(ctypes.Structure):
 class DrawStruct(ctypes.Structure):
     """fader_draw_t of csrc/fader.h, field for field."""
 
-    _fields_ = [(name, _P) for name in ("heat", "top_k", "top_p", "min_p", "uniform", "tokens")]
+    _fields_ = [(name, _P) for name in ("heat", "top_k", "top_p", "min_p", "key", "tokens")]
 
 
 class ScoresStruct(ctypes.Structure):

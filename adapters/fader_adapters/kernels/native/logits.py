@@ -33,8 +33,8 @@ class Draws:
     """float64 in [0, 1]; of what top-k leaves."""
     min_p: Tensor
     """float64 in [0, 1]; of the likeliest."""
-    uniform: Tensor
-    """float64 in [0, 1): which token it is."""
+    key: Tensor
+    """int64: decides, with a token's number, what is added to its logit."""
 
 
 def largest(x: Tensor, *, scratch: Workspace) -> tuple[Tensor, Tensor]:
@@ -53,9 +53,10 @@ def draw(x: Tensor, draws: Draws, *, scratch: Workspace, rows: Tensor | None = N
     """A token [R] int64 of each of `rows` [R] int64 (None: all) of x [M, n]; 0 in a row whose
     maximum is not finite.
 
-    A token weighs floor(2^44·exp((x − max x)/heat)). Of those that top-k, top-p and min-p leave
-    (all that are tied at an edge stay) it is the first at which the sum of weights, by number,
-    passes uniform · all. Integers: no order of additions shows. Raises: TypeError, ValueError.
+    Gumbel-max: that of the largest (x − max x)/heat − log(−log u), where u in (0, 1) has the upper
+    52 bits of output number `token` of a SplitMix64 generator that starts at the row's key; of
+    those that top-k, top-p and min-p leave. There a token weighs floor(2^44·exp((x − max x)/heat)),
+    and all that are tied at an edge stay. Raises: TypeError, ValueError.
     """
     count = len(x) if rows is None else len(rows)
     logits = _logits(x, rows)
@@ -91,7 +92,7 @@ _DRAWS = {
     "top_k": torch.int64,
     "top_p": torch.float64,
     "min_p": torch.float64,
-    "uniform": torch.float64,
+    "key": torch.int64,
 }
 
 

@@ -2,12 +2,20 @@
 row's largest, in half the time that reading the weight takes. Knows weights; no sites."""
 
 import ctypes
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
-from fader_adapters.kernels.native.library import CODES, MESSAGES, ScreenStruct, library
+from fader_adapters.kernels.native.library import (
+    CODES,
+    MESSAGES,
+    ScreenStruct,
+    WantedStruct,
+    library,
+)
 from fader_adapters.kernels.native.panels import PANEL, PanelStore
 from fader_adapters.kernels.native.plain import PlainPanels
 from fader_adapters.kernels.native.threads import threads
@@ -15,16 +23,41 @@ from fader_adapters.kernels.nf4 import BLOCK
 
 MOST = 128
 """Outputs that are worth looking for."""
+COLDEST, HOTTEST = 0.01, 100.0
+"""Between these draws from all outputs are foreseen."""
 ROWS = 8
 """SCREEN_ROWS of csrc/screen.h: calls with more leave nothing out."""
 _NOT_FINITE = -3
+_EVERYWHERE = 1e31
+"""Farther than bounded outputs lie from each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is asked of a row of outputs."""
+
+    count: int = 1
+    """How many of the largest, 1 to MOST, equal ones included."""
+    heat: float = 0.0
+    """What a token is drawn at: with a key from all, else from those alone (see `draw`); 0: not."""
+    key: int | None = None
+    min_p: float = 0.0
+    """With a key: of those drawn from."""
+
+    def struct(self) -> WantedStruct:
+        given = WantedStruct(keep=self.count, heat=self.heat, reach=_EVERYWHERE)
+        if self.key is not None:
+            given.race, given.key = 1, self.key
+        if self.min_p:
+            given.reach = given.heat * math.log(2**44 / max(1, math.ceil(self.min_p * 2**44)))
+        return given
 
 
 class Screen:
     """Codes of panels, and what sites over those may leave out.
 
-    While it is `keeping` some of the largest, up to eight fp32 rows of outputs without deltas have
-    all that may be among them exactly, equal ones included; what is smaller may be -inf.
+    While it is `keeping` what is wanted of up to eight rows, fp32 outputs without deltas of as many
+    have all that may be among it exactly; what is smaller may be -inf.
     """
 
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
@@ -54,16 +87,17 @@ class Screen:
         return cls(codes, scales)
 
     @contextmanager
-    def keeping(self, count: int, heats: Sequence[float] = ()) -> Iterator[None]:
-        """For calls of this thread, while no other calls: only the `count` largest outputs of a row
-        are wanted, 1 to MOST; heats: tokens are drawn from those alone at these (see `draw`)."""
-        assert 0 < count <= MOST
-        self._struct.coldest, self._struct.hottest = min(heats, default=0), max(heats, default=0)
-        self._struct.keep = count
+    def keeping(self, rows: Sequence[Wanted]) -> Iterator[None]:
+        """For calls of this thread, while no other calls: of these rows, in order, no more is
+        wanted. Calls with another number of rows leave nothing out."""
+        assert all(0 < row.count <= MOST for row in rows)
+        assert all(row.key is None or COLDEST <= row.heat <= HOTTEST for row in rows)
+        given = (WantedStruct * len(rows))(*(row.struct() for row in rows))
+        self._struct.rows, self._struct.count = given, len(rows)
         try:
             yield
         finally:
-            self._struct.keep = 0
+            self._struct.count = 0
 
     @property
     def address(self) -> int:

@@ -336,10 +336,10 @@ int fader_largest(const fader_logits_t *l, int64_t R, float *best, int64_t *toke
 int fader_draw(const fader_logits_t *l, const fader_draw_t *d, int64_t R, void *scratch, int64_t bytes, int64_t *need, int nt) {
     const int status = logits_status(l, R, scratch, need, nt);
     if (status || !R) return status;
-    if (!d || !d->heat || !d->top_k || !d->top_p || !d->min_p || !d->uniform || !d->tokens) return FADER_E_ARG;
+    if (!d || !d->heat || !d->top_k || !d->top_p || !d->min_p || !d->key || !d->tokens) return FADER_E_ARG;
     for (int64_t r = 0; r < R; r++) {
         const bool cut = d->top_p[r] >= 0 && d->top_p[r] <= 1 && d->min_p[r] >= 0 && d->min_p[r] <= 1;
-        if (!(d->heat[r] > 0) || !(d->uniform[r] >= 0 && d->uniform[r] < 1) || !cut) return FADER_E_ARG;
+        if (!(d->heat[r] > 0) || !cut) return FADER_E_ARG;
     }
     return now().draw(l, d, R, scratch, bytes, need, nt);
 }

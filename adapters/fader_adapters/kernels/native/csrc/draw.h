@@ -1,10 +1,11 @@
 // Rows of logits: the largest, a draw, scores. A token weighs floor(2^44 exp((x - max x) / heat)), so sums are exact
-// integers that no order of additions changes. Knows rows and numbers; no requests.
+// integers that no order of additions changes; a draw is the winner of a race (gumbel.h). Knows rows and numbers; no requests.
 #pragma once
 #include <math.h>
 
 #include <algorithm>
 
+#include "gumbel.h"
 #include "simd.h"
 #include "team.h"
 
@@ -59,11 +60,11 @@ template <class X> int64_t first_of(const X *x, int64_t n, const float *tops, fl
     return 0;
 }
 
-// e[n] = exp((x - best) / heat); of each block their largest and their mass; returns that of all
-template <class X> int64_t weigh(const X *x, int64_t n, float best, float heat, float *e, float *tops, int64_t *sums) {
+// e[n] = exp((x - best) / heat), and of each block the largest of those; returns the mass of all
+template <class X> int64_t weigh(const X *x, int64_t n, float best, float heat, float *e, float *tops) {
     int64_t total = 0;
     for (int64_t b = 0; b < ceil_div(n, DRAW_BLOCK); b++) {
-        const int64_t from = b * DRAW_BLOCK, size = min64(DRAW_BLOCK, n - from);
+        const int64_t from = b * DRAW_BLOCK, size = min64(DRAW_BLOCK, n - b * DRAW_BLOCK);
         V top = vzero();
         over(x + from, size, -INFINITY, [&](V v, int64_t i) {
             const V w = vexp(vdiv(vadd(v, vset(-best)), vset(heat)));
@@ -73,7 +74,7 @@ template <class X> int64_t weigh(const X *x, int64_t n, float best, float heat, 
         int64_t sum = 0;
         for (int64_t i = 0; i < size; i++) sum += mass_of(e[from + i]);
         tops[b] = vtop(top);
-        total += sums[b] = sum;
+        total += sum;
     }
     return total;
 }
@@ -156,44 +157,19 @@ struct Radix {
     }
 };
 
-FADER_INLINE int64_t mass_from(const float *e, int64_t n, int64_t edge) { // of those that weigh at least `edge`
-    int64_t sum = 0;
-    for (int64_t i = 0; i < n; i++) {
-        const int64_t m = mass_of(e[i]);
-        sum += m >= edge ? m : 0;
-    }
-    return sum;
-}
-
-// the first token at which the mass passes `uniform` of all there is
-int64_t draw_from(const float *e, int64_t n, int64_t edge, const int64_t *sums, int64_t total, double uniform) {
-    int64_t target = min64((int64_t)(uniform * (double)total), total - 1);
-    for (int64_t b = 0; b < ceil_div(n, DRAW_BLOCK); target -= sums[b++]) {
-        if (sums[b] <= target) continue;
-        for (int64_t i = b * DRAW_BLOCK; i < n; i++) {
-            const int64_t m = mass_of(e[i]);
-            if (m < edge) continue;
-            if (m > target) return i;
-            target -= m;
-        }
-    }
-    return 0;
-}
-
 struct DrawScratch {
     float *e, *tops, *heaviest, *order; // [n]; of each block the largest element, the heaviest weight, and room to sort those
-    int64_t *sums;                      // of each block
     Radix *radix;
     FADER_INLINE int64_t row(int64_t n) { return align64((n + W) * 4); }
     FADER_INLINE int64_t bytes(int64_t n) {
-        const int64_t blocks = align64(ceil_div(n, DRAW_BLOCK) * 8);
-        return 3 * row(n) + 4 * blocks + align64((int64_t)sizeof(Radix));
+        const int64_t blocks = align64(ceil_div(n, DRAW_BLOCK) * 4);
+        return 3 * row(n) + 3 * blocks + align64((int64_t)sizeof(Radix));
     }
     DrawScratch(char *p, int64_t n) {
-        const int64_t blocks = align64(ceil_div(n, DRAW_BLOCK) * 8);
+        const int64_t blocks = align64(ceil_div(n, DRAW_BLOCK) * 4);
         char *rest = p + 3 * row(n);
         e = (float *)p, tops = (float *)rest, heaviest = (float *)(rest + blocks), order = (float *)(rest + 2 * blocks);
-        sums = (int64_t *)(rest + 3 * blocks), radix = (Radix *)(rest + 4 * blocks);
+        radix = (Radix *)(rest + 3 * blocks);
         radix->held = (u32 *)(p + row(n)), radix->found = (u32 *)(p + 2 * row(n));
     }
 };
@@ -223,19 +199,42 @@ int64_t edge_of(const fader_draw_t &d, int64_t r, const DrawScratch &s, int64_t 
     return nucleus ? max64(edge, radix.edge(true, (int64_t)ceil(p * (double)total))) : edge;
 }
 
+// Of the tokens that weigh at least `edge` (0: all) the one whose (x - best) / heat and Gumbel number add up to most, equal
+// ones by lowest number. Few can: the rest is passed over by bounds, without a logarithm.
+template <class X>
+int64_t race(const X *x, int64_t n, float best, float heat, uint64_t key, int64_t edge, const DrawScratch &s) {
+    int64_t winner = first_of(x, n, s.tops, best);
+    double lead = gumbel(key, winner);
+    const float least = edge ? lightest(edge) : 0.0f;
+    for (int64_t b = 0; b < ceil_div(n, DRAW_BLOCK); b++) {
+        if (s.tops[b] == -INFINITY || (edge && s.heaviest[b] < least)) continue;
+        const int64_t from = b * DRAW_BLOCK, size = min64(DRAW_BLOCK, n - from);
+        float bound[DRAW_BLOCK + W];
+        gumbel_tops(key, from, size, bound);
+        V top = vset(-INFINITY);
+        over(x + from, size, -INFINITY, [&](V v, int64_t i) { // none above 0: a little less of one is a little more
+            const V z = vfma(vdiv(vadd(v, vset(-best)), vset(heat)), vset(1 - 0x1p-20f), vload(bound + i));
+            vstore(bound + i, z);
+            top = vmax(top, z);
+        });
+        if ((double)vtop(top) < lead) continue;
+        for (int64_t i = 0; i < size; i++) {
+            if ((double)bound[i] < lead || (edge && mass_of(s.e[from + i]) < edge)) continue;
+            const double z = (double)(load1(x + from + i) - best) / (double)heat + gumbel(key, from + i);
+            if (z > lead || (z == lead && from + i < winner)) lead = z, winner = from + i;
+        }
+    }
+    return winner;
+}
+
 template <class X> void draw_row(const fader_draw_t &d, int64_t r, const X *x, int64_t n, const DrawScratch &s) {
     const float best = tops_of(x, n, s.tops);
     d.tokens[r] = 0;
     if (!isfinite(best)) return;
-    int64_t total = weigh(x, n, best, d.heat[r], s.e, s.heaviest, s.sums);
-    const int64_t edge = edge_of(d, r, s, n, total);
-    if (edge > 1) {
-        total = 0;
-        const float least = lightest(edge);
-        for (int64_t b = 0; b < ceil_div(n, DRAW_BLOCK); b++)
-            total += s.sums[b] = s.heaviest[b] < least ? 0 : mass_from(s.e + b * DRAW_BLOCK, min64(DRAW_BLOCK, n - b * DRAW_BLOCK), edge);
-    }
-    d.tokens[r] = draw_from(s.e, n, edge, s.sums, total, d.uniform[r]);
+    int64_t edge = 0;
+    if ((d.top_k[r] > 0 && d.top_k[r] < n) || d.top_p[r] < 1.0 || d.min_p[r] > 0.0)
+        edge = edge_of(d, r, s, n, weigh(x, n, best, d.heat[r], s.e, s.heaviest));
+    d.tokens[r] = race(x, n, best, d.heat[r], d.key[r], edge, s);
 }
 
 // the `count` largest, equal ones by lowest number, into ids and values
@@ -261,7 +260,7 @@ template <class X> void score_row(const fader_scores_t &s, int64_t r, const X *x
         for (int64_t i = 0; i < wide; i++) out[i] = i >= 1 && i <= s.top ? (double)(i - 1) : NAN;
         return;
     }
-    const double total = log((double)weigh(x, n, best, 1.0f, w.e, w.heaviest, w.sums) / (double)DRAW_ONE);
+    const double total = log((double)weigh(x, n, best, 1.0f, w.e, w.heaviest) / (double)DRAW_ONE);
     const auto logprob = [&](float v) { return (double)(v - best) - total; };
     out[0] = logprob(load1(x + s.tokens[r]));
     if (!s.top) return;

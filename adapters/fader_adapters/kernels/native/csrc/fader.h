@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define FADER_ABI 11
+#define FADER_ABI 12
 enum { FADER_F32 = 0, FADER_BF16 = 1, FADER_F16 = 2 };
 enum { FADER_NF4 = 0, FADER_PLAIN = 1 };
 enum { FADER_SCALAR = 0, FADER_AVX2 = 1, FADER_AVX512 = 2, FADER_AVX512_BF16 = 3 };
@@ -80,12 +80,18 @@ int fader_plan_build(int64_t T, int64_t R, const int32_t *term_ptr, const int32_
  *   a_off, b_off: element offset into the arena of A [rank,k] row-major and B [rank, n1-n0]
  *   rank-major, -1 = that adapter does not touch the member. Slots nobody names are never read.
  *   gain_off, bias_off: the same to vectors [n1-n0], -1 = none; NULL: no adapter has any. */
+typedef struct { /* of a row, both kinds at a time */
+    uint64_t key;         /* of `race` */
+    int32_t keep;         /* how many of the largest, 1 to 128 */
+    int32_t race;         /* 1: and the token that fader_draw gives without top_k and top_p; heat is 0.01 to 100 then */
+    float heat;           /* 0: greedy; else what it is drawn at: of those that are kept, or of all */
+    float reach;          /* race: tokens so far below the largest are not drawn (min_p); 1e31: all are */
+} fader_wanted_t;
 typedef struct {
     const int8_t *codes;  /* [P][k/2][32][2] */
     const float *scales;  /* [P][k/64][32] */
-    int32_t keep;         /* how many of a row's largest are wanted, 1 to 128; 0: it is off */
-    float coldest, hottest; /* they are drawn from at heats between these (fader_draw); 0: they are not */
-    int32_t pad;
+    const fader_wanted_t *rows; /* [count] */
+    int64_t count;        /* calls with as many rows leave out what theirs do not want; 0: no call does */
 } fader_screen_t;
 /* of plain panels: a weight is about scale * code, off by half a scale at most. FADER_E_BOUNDS where one is not finite */
 int fader_screen_pack(int64_t n, int64_t k, const void *panels, int dtype, int8_t *codes, float *scales, int nt);
@@ -104,7 +110,7 @@ typedef struct {
     int64_t table_stride;
     int32_t members, slots, arena_dtype, weights; /* FADER_NF4 or FADER_PLAIN */
     const fader_screen_t *screen; /* of plain panels, or NULL. While it is on, up to 8 rows, fp32 and without deltas here, have
-                                     what may be of their largest exactly, and may have -inf for what is smaller and weighs less */
+                                     what may be wanted exactly, and may have -inf for the rest, which is smaller and weighs less */
 } fader_site_t;
 
 /* x [T,k] of x_dtype, with plain panels theirs too, rows x_stride elements apart; out [T,n] of out_dtype, rows out_stride apart.
@@ -260,12 +266,14 @@ typedef struct {
 int fader_largest(const fader_logits_t *logits, int64_t R, float *best, int64_t *tokens, void *scratch, int64_t scratch_bytes,
                   int64_t *need, int nt);
 
-/* tokens[R]: the first whose sum of weights passes uniform * all, of those that top_k (0: all), then top_p, then min_p
- * leave; all tied at an edge stay. 0 in a row whose largest is not finite */
+/* tokens[R]: that of the largest (x - max x) / heat - log(-log u), u = (h + 1/2) / 2^52, h the upper 52 bits of output number
+ * `token` of a SplitMix64 generator that starts at the row's key; of those that top_k (0: all), then top_p, then min_p leave; all
+ * tied at an edge stay. 0 in a row whose largest is not finite */
 typedef struct {
     const float *heat; /* > 0 */
     const int64_t *top_k;
-    const double *top_p, *min_p, *uniform; /* in [0, 1]; uniform in [0, 1) */
+    const double *top_p, *min_p; /* in [0, 1] */
+    const uint64_t *key;
     int64_t *tokens;
 } fader_draw_t;
 int fader_draw(const fader_logits_t *logits, const fader_draw_t *draw, int64_t R, void *scratch, int64_t scratch_bytes,

@@ -9,12 +9,14 @@
 
 #include <algorithm>
 
+#include "gumbel.h"
 #include "simd.h"
 #include "team.h"
 
 namespace {
 
-enum { SCREEN_ROWS = 8, SCREEN_GROUP = 8 }; // rows, beyond which the products themselves take no longer; panels an item
+enum { SCREEN_ROWS = 8, SCREEN_GROUP = 8, SCREEN_LEADERS = 4 }; // rows, beyond which the products themselves take no longer;
+                                                                // panels an item; panels among which a race's lead is sought
 FADER_INLINE V vabs(V v) { return vmax(vmul(v, vset(-1.0f)), v); }
 const float SCREEN_HALF = 0.503f, SCREEN_TINY = 1e-30f; // half a step and what dividing by one is off; smaller is nothing
 const float SCREEN_LOST = 1e30f; // where a bound is larger sums may overflow: such a panel is computed
@@ -86,10 +88,11 @@ struct Screened {
     int16_t *q;            // [T][k]
     float *step, *slack;   // [T][k/64]: of q; what a scale is multiplied with to bound a block's error
     float *most, *least;   // [T][P] bounds of a panel's largest, from above and from below
-    uint8_t *hit;          // [P]: may hold one of the largest of a row
+    float *race;           // [T][P] of its best in the row's race, from above; where that is run
+    uint8_t *hit;          // [P]: may hold what a row wants
     FADER_INLINE int64_t bytes(int64_t n, int64_t k, int64_t T) {
         const int64_t panels = ceil_div(n, PANEL), blocks = align64(T * (k / BLOCK) * 4);
-        return align64(T * k * 2) + 2 * blocks + 2 * align64(panels * T * 4) + align64(panels);
+        return align64(T * k * 2) + 2 * blocks + 3 * align64(panels * T * 4) + align64(panels);
     }
     Screened(char *p, int64_t n, int64_t k, int64_t T) {
         const int64_t panels = ceil_div(n, PANEL), blocks = align64(T * (k / BLOCK) * 4);
@@ -98,6 +101,7 @@ struct Screened {
         slack = (float *)p, p += blocks;
         most = (float *)p, p += align64(panels * T * 4);
         least = (float *)p, p += align64(panels * T * 4);
+        race = (float *)p, p += align64(panels * T * 4);
         hit = (uint8_t *)p;
     }
 };
@@ -128,13 +132,13 @@ template <class X> bool screen_row(int64_t k, const X *x, int16_t *q, float *ste
     return true;
 }
 
-// bounds of the largest product of each row with one panel
+// bounds of every product of MR rows from `t` with one panel: [MR][PANEL] from above and from below
 template <int MR>
-void screen_panel(const fader_screen_t &s, const float *bias, int64_t n, int64_t k, int64_t p, const Screened &rows) {
+void screen_panel(const fader_site_t &s, int64_t t, int64_t p, const Screened &rows, float (*above)[PANEL], float (*below)[PANEL]) {
     enum { C = PANEL / W };
-    const int64_t blocks = k / BLOCK, panels = ceil_div(n, PANEL), columns = min64(PANEL, n - p * PANEL);
-    const int8_t *codes = s.codes + p * k * PANEL;
-    const float *scales = s.scales + p * blocks * PANEL;
+    const int64_t k = s.k, blocks = k / BLOCK, columns = min64(PANEL, s.n - p * PANEL);
+    const int8_t *codes = s.screen->codes + p * k * PANEL;
+    const float *scales = s.screen->scales + p * blocks * PANEL;
     float value[MR][PANEL] = {}, slack[MR][PANEL] = {};
     for (int64_t b = 0; b < blocks; b++) {
         Ints acc[MR][C];
@@ -147,12 +151,12 @@ void screen_panel(const fader_screen_t &s, const float *bias, int64_t n, int64_t
             decltype(icodes(w)) v[C];
             for (int c = 0; c < C; c++) v[c] = icodes(w + 2 * W * c);
             for (int m = 0; m < MR; m++) {
-                const auto x = ipair(rows.q + m * k + b * BLOCK + 2 * i);
+                const auto x = ipair(rows.q + (t + m) * k + b * BLOCK + 2 * i);
                 for (int c = 0; c < C; c++) acc[m][c] = idot(acc[m][c], v[c], x);
             }
         }
         for (int m = 0; m < MR; m++) {
-            const V step = vset(rows.step[m * blocks + b]), off = vset(rows.slack[m * blocks + b]);
+            const V step = vset(rows.step[(t + m) * blocks + b]), off = vset(rows.slack[(t + m) * blocks + b]);
             for (int c = 0; c < C; c++) {
                 const V scale = vload(scales + b * PANEL + c * W);
                 float *to = value[m] + c * W, *by = slack[m] + c * W;
@@ -162,43 +166,98 @@ void screen_panel(const fader_screen_t &s, const float *bias, int64_t n, int64_t
         }
     }
     float own[PANEL] = {};
-    if (bias) memcpy(own, bias + p * PANEL, (size_t)columns * 4);
-    for (int m = 0; m < MR; m++) {
-        const V none = vset(-INFINITY);
-        V upper = none, lower = none;
+    if (s.bias) memcpy(own, s.bias + p * PANEL, (size_t)columns * 4);
+    const V none = vset(-INFINITY), end = vset((float)columns);
+    for (int m = 0; m < MR; m++)
         for (int c = 0; c < PANEL; c += W) {
-            const V at = vload(value[m] + c), about = vload(own + c), all = vadd(at, about);
+            const V at = vload(value[m] + c), about = vload(own + c), all = vadd(at, about), lane = vload(SCREEN_LANE + c);
             const V by = vfma(vload(slack[m] + c), vset(1.001f), vfma(vadd(vabs(at), vabs(about)), vset(0x1p-21f), vset(SCREEN_TINY)));
-            const V above = vwhere_less(by, vset(SCREEN_LOST), vadd(all, by), vset(INFINITY));
-            const V below = vwhere_less(by, vset(SCREEN_LOST), vfma(by, vset(-1.0f), all), none);
-            const V lane = vload(SCREEN_LANE + c), end = vset((float)columns);
-            upper = vmax(upper, vwhere_less(lane, end, above, none));
-            lower = vmax(lower, vwhere_less(lane, end, below, none));
+            const V most = vwhere_less(by, vset(SCREEN_LOST), vadd(all, by), vset(INFINITY));
+            const V least = vwhere_less(by, vset(SCREEN_LOST), vfma(by, vset(-1.0f), all), none);
+            vstore(above[m] + c, vwhere_less(lane, end, most, none));
+            vstore(below[m] + c, vwhere_less(lane, end, least, none));
         }
-        rows.most[m * panels + p] = vtop(upper);
-        rows.least[m * panels + p] = vtop(lower);
+}
+
+FADER_INLINE float top_of(const float *x) {
+    V top = vload(x);
+    for (int c = W; c < PANEL; c += W) top = vmax(top, vload(x + c));
+    return vtop(top);
+}
+
+// bounds of logit / heat, a logit's part in a race
+FADER_INLINE V heated(V logit, float cold) { // from above; cold: 1 / heat
+    const V z = vmax(vset(-1e38f), vmul(logit, vset(cold)));
+    return vfma(vabs(z), vset(0x1p-21f), z);
+}
+FADER_INLINE double heated(float logit, float heat) { // from below
+    const double z = (double)logit / (double)heat;
+    return z - fabs(z) * 0x1p-40;
+}
+
+template <int MR> void screen_bounds(const fader_site_t &s, int64_t p, const Screened &rows) {
+    const int64_t panels = ceil_div(s.n, PANEL);
+    float above[MR][PANEL], below[MR][PANEL], noise[PANEL];
+    screen_panel<MR>(s, 0, p, rows, above, below);
+    for (int m = 0; m < MR; m++) {
+        const fader_wanted_t &wanted = s.screen->rows[m];
+        rows.most[m * panels + p] = top_of(above[m]);
+        rows.least[m * panels + p] = top_of(below[m]);
+        if (!wanted.race) continue;
+        gumbel_tops(wanted.key, p * PANEL, PANEL, noise);
+        for (int c = 0; c < PANEL; c += W)
+            vstore(noise + c, vadd(vload(noise + c), heated(vload(above[m] + c), 1.0f / wanted.heat)));
+        rows.race[m * panels + p] = top_of(noise);
     }
 }
 
-typedef void (*ScreenPanel)(const fader_screen_t &, const float *, int64_t, int64_t, int64_t, const Screened &);
-template <int M> ScreenPanel screen_for(int64_t m) {
-    if constexpr (M == 1) return screen_panel<1>;
-    else return m == M ? screen_panel<M> : screen_for<M - 1>(m);
+typedef void (*ScreenBounds)(const fader_site_t &, int64_t, const Screened &);
+template <int M> ScreenBounds screen_for(int64_t m) {
+    if constexpr (M == 1) return screen_bounds<1>;
+    else return m == M ? screen_bounds<M> : screen_for<M - 1>(m);
+}
+
+static float largest_of(const float *x, int64_t n) {
+    float top = -INFINITY;
+    for (int64_t i = 0; i < n; i++) top = x[i] > top ? x[i] : top;
+    return top;
 }
 
 // What is below has no place among a row's `keep` largest, nor does it weigh what the last of those weighs; `least` is put
 // in another order. NaN where that cannot be said.
-static float screen_edge(const fader_screen_t &s, const float *most, float *least, int64_t panels) {
-    if (s.keep > panels) return NAN;
-    float top = -INFINITY;
-    for (int64_t p = 0; p < panels; p++) top = most[p] > top ? most[p] : top;
-    std::nth_element(least, least + s.keep - 1, least + panels, [](float a, float b) { return a > b; });
-    const float edge = least[s.keep - 1]; // so many panels have one that is no smaller
-    if (s.hottest == 0.0f) return edge;
+static float screen_edge(const fader_wanted_t &wanted, const float *most, float *least, int64_t panels) {
+    if (wanted.keep > panels) return NAN;
+    std::nth_element(least, least + wanted.keep - 1, least + panels, [](float a, float b) { return a > b; });
+    const float edge = least[wanted.keep - 1]; // so many panels have one that is no smaller
+    if (wanted.race || wanted.heat == 0.0f) return edge;
     // weights are whole numbers, of exponentials that are off by 5e-6 at most: a gap keeps them apart
-    const float mass = 0x1p44f * expf((edge - top) / s.coldest);
+    const float mass = 0x1p44f * expf((edge - largest_of(most, panels)) / wanted.heat);
     if (!(mass >= 0x1p20f)) return NAN;
-    return edge - s.hottest * (2e-5f + 4.0f / mass) - fabsf(edge) * 0x1p-22f;
+    return edge - wanted.heat * (2e-5f + 4.0f / mass) - fabsf(edge) * 0x1p-22f;
+}
+
+// What is below does not win row t's race. Somebody is sought who can be drawn for certain and is nearly the first.
+static float screen_lead(const fader_site_t &s, int64_t t, const Screened &rows, int64_t panels) {
+    const fader_wanted_t &wanted = s.screen->rows[t];
+    const float *race = rows.race + t * panels, *most = rows.most + t * panels;
+    const float least = largest_of(most, panels) - wanted.reach; // a rounding more than this can be drawn
+    const float drawn = least + fabsf(least) * 0x1p-20f + wanted.heat * GUMBEL_OFF;
+    int64_t leaders[SCREEN_LEADERS], count = 0;
+    for (int64_t p = 0; p < panels; p++) {
+        if (!(most[p] >= drawn) || (count == SCREEN_LEADERS && !(race[p] > race[leaders[count - 1]]))) continue;
+        int64_t at = count < SCREEN_LEADERS ? count++ : count - 1;
+        for (; at > 0 && race[p] > race[leaders[at - 1]]; at--) leaders[at] = leaders[at - 1];
+        leaders[at] = p;
+    }
+    double lead = -INFINITY;
+    for (int64_t i = 0; i < count; i++) {
+        float above[1][PANEL], below[1][PANEL];
+        screen_panel<1>(s, t, leaders[i], rows, above, below);
+        for (int c = 0; c < PANEL; c++)
+            if (below[0][c] >= drawn && below[0][c] > -INFINITY)
+                lead = fmax(lead, heated(below[0][c], wanted.heat) + gumbel(wanted.key, leaders[i] * PANEL + c));
+    }
+    return (float)(lead - GUMBEL_OFF - fabs(lead) * 0x1p-20);
 }
 
 // `hit` of the rows x [T,k]; false where all products must be computed
@@ -209,13 +268,19 @@ bool screen(const fader_site_t &s, int64_t T, const X *x, int64_t xs, const Scre
         if (!screen_row(s.k, x + t * xs, rows.q + t * s.k, rows.step + t * blocks, rows.slack + t * blocks)) return false;
     share(nt, ceil_div(panels, SCREEN_GROUP), [&](int64_t group, int) {
         for (int64_t p = group * SCREEN_GROUP; p < min64(panels, (group + 1) * SCREEN_GROUP); p++)
-            screen_for<SCREEN_ROWS>(T)(*s.screen, s.bias, s.n, s.k, p, rows);
+            screen_for<SCREEN_ROWS>(T)(s, p, rows);
     });
     memset(rows.hit, 0, (size_t)panels);
     for (int64_t t = 0; t < T; t++) {
-        const float *most = rows.most + t * panels, edge = screen_edge(*s.screen, most, rows.least + t * panels, panels);
+        const fader_wanted_t &wanted = s.screen->rows[t];
+        const float *most = rows.most + t * panels, *race = rows.race + t * panels;
+        const float edge = screen_edge(wanted, most, rows.least + t * panels, panels);
         if (edge != edge) return false;
         for (int64_t p = 0; p < panels; p++) rows.hit[p] |= !(most[p] < edge);
+        if (!wanted.race) continue;
+        const float lead = screen_lead(s, t, rows, panels), least = edge - wanted.reach;
+        const float drawn = least - fabsf(least) * 0x1p-20f - wanted.heat * GUMBEL_OFF; // what is below cannot be
+        for (int64_t p = 0; p < panels; p++) rows.hit[p] |= !(race[p] < lead) && !(most[p] < drawn);
     }
     return true;
 }

@@ -147,7 +147,7 @@ int site_run(const fader_site_t *s, const Plan *plan, int64_t T, const In *x, in
 template <class In, class E>
 int site_arena(const fader_site_t *s, const Plan *p, int64_t T, const void *x, int64_t xs, void *out,
                int od, int64_t os, char *scratch, int64_t bytes, int64_t *need, int nt) {
-    const bool screened = !E::SCALED && od == FADER_F32 && s->screen && s->screen->keep && T <= SCREEN_ROWS && !(p && touched(*s, *p));
+    const bool screened = !E::SCALED && od == FADER_F32 && s->screen && s->screen->count == T && T <= SCREEN_ROWS && !(p && touched(*s, *p));
     if (screened) p = 0;
     if (s->arena_dtype == FADER_BF16)
         return site_run<In, E, u16>(s, p, T, (const In *)x, xs, out, od, os, screened, scratch, bytes, need, nt);
