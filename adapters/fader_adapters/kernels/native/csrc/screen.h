@@ -55,30 +55,45 @@ FADER_INLINE Ints idot(Ints acc, Codes a, Codes b) { FADER_LANES acc.i[i] += a.l
 FADER_INLINE V ifloat(Ints a) { V r; FADER_LANES r.f[i] = (float)a.i[i]; return r; }
 #endif
 
+// codes and scales of 64 rows of a panel w [64][32]; false where one is not finite
+FADER_INLINE bool screen_block(const float (*w)[PANEL], int8_t *codes, float *scales) {
+    float code[BLOCK][PANEL];
+    float wrong = 0.0f;
+    for (int c = 0; c < PANEL; c += W) {
+        V most = vzero(), sum = vzero();
+        for (int i = 0; i < BLOCK; i++) {
+            const V v = vload(w[i] + c);
+            most = vmax(most, vabs(v));
+            sum = vfma(v, vzero(), sum); // of what is not finite NaN
+        }
+        const V none = vwhere_less(most, vset(SCREEN_TINY), vset(1.0f), vzero()); // then half a step holds all of it
+        const V some = vwhere_less(vzero(), none, vset(1.0f), vdiv(most, vset(127.0f)));
+        vstore(scales + c, vwhere_less(vzero(), none, vadd(most, most), some));
+        for (int i = 0; i < BLOCK; i++) {
+            const V v = vmin(vset(127.0f), vmax(vset(-127.0f), vround(vdiv(vload(w[i] + c), some))));
+            vstore(code[i] + c, vwhere_less(vzero(), none, vzero(), v));
+        }
+        wrong += vsum(sum);
+    }
+    if (!(wrong == 0.0f)) return false;
+    for (int i = 0; i < BLOCK; i++)
+        for (int c = 0; c < PANEL; c++) codes[(i / 2 * PANEL + c) * 2 + i % 2] = (int8_t)code[i][c];
+    return true;
+}
+
 // codes [P][k/2][32][2], scales [P][k/64][32] of panels as fader_pack leaves them; false where a weight is not finite
 template <class T> bool screen_pack(int64_t n, int64_t k, const T *panels, int8_t *codes, float *scales, int nt) {
     const int64_t per = sizeof(T) == 2 ? 2 : 1, blocks = k / BLOCK;
     int bad = 0;
     share(nt, ceil_div(n, PANEL), [&](int64_t p, int) {
-        for (int64_t b = 0; b < blocks; b++)
-            for (int c = 0; c < PANEL; c++) {
-                float w[BLOCK], most = 0.0f;
-                bool finite = true;
-                for (int i = 0; i < BLOCK; i++) {
-                    const int64_t at = p * k + b * BLOCK + i; // rows of 32, or of 32 pairs
-                    w[i] = load1(panels + (at / per * PANEL + c) * per + at % per);
-                    finite = finite && isfinite(w[i]);
-                    most = fmaxf(most, fabsf(w[i]));
-                }
-                if (!finite) __atomic_store_n(&bad, 1, __ATOMIC_RELAXED);
-                const bool none = !finite || most < SCREEN_TINY; // then half a step holds all of it
-                const float scale = none ? 2 * most : most / 127.0f;
-                scales[(p * blocks + b) * PANEL + c] = finite ? scale : 0.0f;
-                for (int i = 0; i < BLOCK; i++) {
-                    const float code = none ? 0.0f : fminf(127.0f, fmaxf(-127.0f, rintf(w[i] / scale)));
-                    codes[((p * k + b * BLOCK + i) / 2 * PANEL + c) * 2 + i % 2] = (int8_t)code;
-                }
-            }
+        for (int64_t b = 0; b < blocks; b++) {
+            const T *from = panels + (p * k + b * BLOCK) * PANEL; // rows of 32, or of 32 pairs
+            float w[BLOCK][PANEL];
+            for (int i = 0; i < BLOCK; i++)
+                for (int c = 0; c < PANEL; c++) w[i][c] = load1(from + (i / per * PANEL + c) * per + i % per);
+            if (!screen_block(w, codes + (p * k + b * BLOCK) * PANEL, scales + (p * blocks + b) * PANEL))
+                __atomic_store_n(&bad, 1, __ATOMIC_RELAXED);
+        }
     });
     return !bad;
 }
