@@ -27,14 +27,15 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 --shell /usr/sbin/nologin fader \
     && install -d -o fader -g fader /models /home/fader/.cache \
-        /home/fader/.cache/huggingface /home/fader/.cache/fader
+        /home/fader/.cache/huggingface /home/fader/.cache/fader /home/fader/.cache/triton
 COPY --from=build /opt/fader /opt/fader
 ENV PATH=/opt/fader/bin:$PATH \
     PYTHONUNBUFFERED=1 \
-    HF_HOME=/home/fader/.cache/huggingface
+    HF_HOME=/home/fader/.cache/huggingface \
+    TRITON_CACHE_DIR=/home/fader/.cache/triton
 USER fader
 WORKDIR /home/fader
-VOLUME ["/models", "/home/fader/.cache/huggingface"]
+VOLUME ["/models", "/home/fader/.cache/huggingface", "/home/fader/.cache/triton"]
 EXPOSE 8000
 HEALTHCHECK --interval=15s --timeout=5s --start-period=10m --retries=4 \
     CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ.get('FADER_PORT', '8000') + '/health', timeout=4)"]

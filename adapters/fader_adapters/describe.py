@@ -4,12 +4,12 @@ Knows module trees and configs; looks at no weight.
 """
 
 import hashlib
+import importlib.util
 from collections.abc import Iterator
 from copy import deepcopy
 from math import prod
 
 import torch
-from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -27,9 +27,6 @@ _PACKS_IN_ORDER = frozenset({"phi3", "phi4_multimodal", "glm", "glm4"})
 
 _ODD_SHARE = 0.1
 """Of a text decoder's weights so much may stay as they are: NF4 cannot hold them."""
-
-_PLAIN = (nn.Linear, Conv1D, Linear4bit)
-"""What computes x·Wᵀ + b and nothing else; a class derived from it may do more."""
 
 
 def describe(model: PreTrainedModel, *, name: str = "") -> BaseSpec:
@@ -65,11 +62,21 @@ def describe(model: PreTrainedModel, *, name: str = "") -> BaseSpec:
 
 
 def linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """Every linear but the output head, in model order."""
-    head = model.get_output_embeddings()
+    """Every linear but the output head, in model order: what computes x·Wᵀ + b and nothing else, as
+    a class derived from it may do."""
+    head, plain = model.get_output_embeddings(), (nn.Linear, Conv1D, *_four_bits())
     for path, module in model.named_modules():
-        if module is not head and type(module) in _PLAIN:
+        if module is not head and type(module) in plain:
             yield path, module
+
+
+def _four_bits() -> tuple[type[nn.Module], ...]:
+    """bitsandbytes' linear; a model without it may be described where it is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return ()
+    from bitsandbytes.nn.modules import Linear4bit
+
+    return (Linear4bit,)
 
 
 def kept_plain(model: PreTrainedModel) -> list[str] | None:

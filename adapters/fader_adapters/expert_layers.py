@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from fader_adapters.kernels.backend import ExpertsWeight, StackBackend, StackKernel
+from fader_adapters.kernels.backend import ExpertsWeight, Product, StackBackend, StackKernel
 from fader_adapters.kernels.nf4 import Nf4Weight
 from fader_adapters.kernels.nf4_stack import Nf4Stack
 from fader_adapters.kernels.routing import Routing
@@ -65,7 +65,7 @@ def install_mixtures(
     for path, own in modules.items():
         module = model.get_submodule(path)
         if own[0].spec.role == "router":
-            _install_router(module, own[0], state)
+            _install_router(module, own[0], state, backend.router())
         else:
             _install_experts(module, own, state)
     return stacks
@@ -135,7 +135,7 @@ def _added(state: StepState, stack: Stack, chosen: int) -> Callable[..., None]:
     return add
 
 
-Product = Callable[[torch.Tensor], torch.Tensor]
+PairProduct = Callable[[torch.Tensor], torch.Tensor]
 """x [pairs, in] → [pairs, out], bias included."""
 
 
@@ -145,8 +145,8 @@ def experts_forward(
     routing: Routing,
     weights: torch.Tensor,
     *,
-    up: Product,
-    down: Product,
+    up: PairProduct,
+    down: PairProduct,
 ) -> torch.Tensor:
     """What an experts' module makes of [tokens, width], given its two products.
 
@@ -163,17 +163,25 @@ def experts_forward(
     return back.view(*weights.shape, -1).sum(dim=1).to(hidden.dtype)
 
 
-def _install_router(module: nn.Module, stack: Stack, state: StepState) -> None:
-    """Let the router's one product take the deltas of the step that runs."""
+def _install_router(
+    module: nn.Module, stack: Stack, state: StepState, product: Product | None
+) -> None:
+    """Let the router's one product take the deltas of the step that runs.
+
+    product  computes it; None: torch's own
+    """
     inner: Callable[..., Any] = module.forward
     add = _added(state, stack, 1)
+    multiply = product or F.linear
 
     def adapted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         merged = None if state.lane is None else state.lane.stacks.get(stack.index)
         if merged is not None:
             assert isinstance(merged, StackWeight)
-            return F.linear(x, merged.values.to(weight.dtype), bias)
-        y = F.linear(x, weight, bias)
+            return multiply(x, merged.values.to(weight.dtype), bias)
+        y = multiply(x, weight, bias)
+        if state.step is None and not state.recorder.recording:
+            return y
         rows = x.reshape(-1, x.shape[-1])
         state.check_tokens(rows.shape[0])
         every = torch.arange(len(rows), device=rows.device)
@@ -182,7 +190,7 @@ def _install_router(module: nn.Module, stack: Stack, state: StepState) -> None:
 
     def forward(*args: object, **kwargs: object) -> object:
         merged = state.lane is not None and stack.index in state.lane.stacks
-        if state.step is None and not merged and not state.recorder.recording:
+        if product is None and state.step is None and not merged and not state.recorder.recording:
             return inner(*args, **kwargs)
         with OtherProduct(stack.spec, adapted):
             return inner(*args, **kwargs)
@@ -196,9 +204,8 @@ class OtherProduct(TorchFunctionMode):
     def __init__(
         self,
         spec: LinearSpec,
-        product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
+        product: Product,
     ) -> None:
-        """product: of x [..., in], weight [out, in] and bias."""
         super().__init__()
         self._shape = (spec.out_features, spec.in_features)
         self._product = product

@@ -63,6 +63,19 @@ def test_sections_run_dry(names: Sequence[str], tmp_path: Path) -> None:
     assert all(s["figures"] for s in document["sections"] if s["name"] not in ABSENT)
 
 
+def test_sections_over_a_model_need_no_bitsandbytes() -> None:
+    """A GPU may be where it is not: what is compared with it is left out, nothing else."""
+    blocked = "import sys; sys.modules['bitsandbytes'] = None; "
+    names = ("steps", "merged", "swaps", "ahead", "modules", "programs", "model")
+    code = blocked + "; ".join(f"import bench.gpu.{name}" for name in names)
+    tried = blocked + "import bitsandbytes.nn"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    for source, works in ((code, True), (tried, False)):
+        command = [sys.executable, "-c", source]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert (done.returncode == 0) is works, done.stderr
+
+
 def test_a_package_that_a_needed_one_needs_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,6 +103,21 @@ def test_the_kept_set_is_transformers_kept_set(vocab, case):
     assert not kept.all() or case.get("top_k", 0) >= vocab
 
 
+def test_under_a_top_k_a_nucleus_lies_among_what_that_leaves():
+    """Ties included: so many of the largest tell both edges. Without a top-k they may not."""
+    differ = 0
+    for seed in range(40):
+        logits = torch.randn(3, 2000, generator=torch.Generator().manual_seed(seed)).mul(3).round()
+        weight = mass.masses(logits - logits.amax(-1, keepdim=True))
+        for top_k in ([1, 7, 40], [0, 7, 40]):
+            limits = mass.Limits(np.array(top_k), np.array([0.97, 0.9, 1.0]), np.zeros(3))
+            few, every = (mass._sorted_edges(weight, limits, head)[0] for head in (40, 2000))
+            assert torch.equal(few[1:], every[1:])
+            assert top_k[0] == 0 or torch.equal(few, every)
+            differ += not torch.equal(few, every)
+    assert differ > 3
+
+
 def test_tokens_tied_at_the_edge_all_stay():
     weight = mass.masses(torch.tensor([[0.0, -1.0, -1.0, -2.0]]))
     one = mass.Limits(np.array([2]), np.array([1.0]), np.array([0.0]))

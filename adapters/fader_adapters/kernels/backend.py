@@ -2,7 +2,7 @@
 
 import importlib.util
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -19,6 +19,9 @@ from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import SiteSpec, StepTerms
 
 log = logging.getLogger(__name__)
+
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""x [..., in], weight [out, in], bias [out] → x·Wᵀ + b."""
 
 
 class BaseLinear(Protocol):
@@ -157,8 +160,9 @@ class Backend(Protocol):
     """Base linears and batched deltas on one kind of device."""
 
     name: str
-    apart: bool
-    """Rows of one token and longer ones must run in steps of their own, or their bits would."""
+    together: int | None
+    """Rows of one token run in forwards of their own, so many in one, or their bits would depend on
+    longer ones; None: all rows in one."""
 
     def linear(self, weights: Sequence[Nf4Weight], bias: torch.Tensor | None) -> BaseLinear:
         """Bring NF4 weights, stacked by rows, into this backend's layout, once, at load."""
@@ -221,6 +225,10 @@ class StackBackend(Protocol):
 
     def bind_stack(self, site: SiteSpec, experts: int) -> StackKernel:
         """Prepare the call of one stack: in and out are those of one expert."""
+        ...
+
+    def router(self) -> Product | None:
+        """How routers multiply; None: torch's own way gives a row its bits in any company."""
         ...
 
     def pack_stack(self, weight: StackWeight | Nf4Stack) -> ExpertsWeight:

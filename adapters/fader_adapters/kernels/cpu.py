@@ -238,7 +238,7 @@ class NativeBackend:
     """fp32 and bf16 on any x86-64, with the widest instructions the machine has."""
 
     name = "native"
-    apart = False
+    together: int | None = None
 
     def __init__(self) -> None:
         self._store = PanelStore()
@@ -277,6 +277,9 @@ class NativeBackend:
         kernel = NativeLookup(site, scratch=self._scratch, tape=self.tape)
         self._sites.append(kernel)
         return kernel
+
+    def router(self) -> None:
+        return None
 
     def bind_stack(self, site: SiteSpec, experts: int) -> NativeStack:
         kernel = NativeStack(site, experts, plans=self._pairs, scratch=self._scratch)

@@ -167,7 +167,7 @@ class ReferenceBackend:
     """Runs anywhere torch runs. Every other backend is tested against it."""
 
     name = "reference"
-    apart = False
+    together: int | None = None
 
     def __init__(self) -> None:
         self._operands: KeptOperands | None = None
@@ -193,6 +193,9 @@ class ReferenceBackend:
 
     def bind_lookup(self, site: SiteSpec) -> "ReferenceLookup":
         return ReferenceLookup(site)
+
+    def router(self) -> None:
+        return None
 
     def bind_stack(self, site: SiteSpec, experts: int) -> "StackKernel":
         from fader_adapters.kernels.reference_experts import ReferenceStack  # it knows our steps

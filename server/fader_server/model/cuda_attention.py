@@ -1,6 +1,9 @@
 """Paged attention by the Triton kernels: no gathers, nothing on the host between the layers."""
 
+from collections.abc import Iterable
+
 import torch
+from triton import knobs
 
 from fader_adapters.kernels.cuda.attention import PagedAttention as Kernel
 from fader_adapters.kernels.cuda.attention import Scratch, write_cache
@@ -11,9 +14,13 @@ from fader_server.model.batch import Batch
 from fader_server.model.kv_cache import LayerCache, LayerShape
 
 
-def fits(shape: LayerShape) -> bool:
-    """The kernels take head sizes that are multiples of 16 up to 256, equal for keys and values."""
-    return shape.head_dim == shape.value_dim <= MAX_DIM and shape.head_dim % 16 == 0
+def obstacle(shapes: Iterable[LayerShape], dtype: torch.dtype) -> str:
+    """Why the kernels do not take a base's layers; empty where they do."""
+    if dtype == torch.float32 and not knobs.runtime.interpret:  # its tiles fit no shared memory
+        return "its kernels are for bfloat16 and float16"
+    if all(s.head_dim == s.value_dim <= MAX_DIM and s.head_dim % 16 == 0 for s in shapes):
+        return ""
+    return f"a head size is no multiple of 16 up to {MAX_DIM}, or another for values than for keys"
 
 
 class CudaAttention:

@@ -46,14 +46,15 @@ def choose_attention(
     if base.backend.name == "cuda":
         from fader_server.model import cuda_attention  # imports triton
 
-        if all(map(cuda_attention.fits, base.layers.values())):
+        obstacle = cuda_attention.obstacle(base.layers.values(), base.dtype)
+        if not obstacle:
             return cuda_attention.CudaAttention(
                 max_rows=max_rows,
                 max_context=max_context or base.max_positions,
                 max_tokens=max_tokens,
                 device=base.device,
             )
-        log.warning("attention runs in plain torch: a head size is no multiple of 16 up to 256")
+        log.warning("attention runs in plain torch, without CUDA graphs: %s", obstacle)
     tape = base.backend.tape if isinstance(base.backend, NativeBackend) else None
     return attention_alone(base, block_size=block_size, tape=tape)
 

@@ -64,8 +64,10 @@ def edges(mass: Tensor, limits: Limits) -> Tensor:
     if not (bounded.any() or nucleus.any()):
         return least
     widest = int(limits.top_k[bounded].max()) if bounded.any() else 1
-    on_cpu = mass.device.type == "cpu"
-    head = min(vocab, max(widest, _HEAD)) if on_cpu else vocab if nucleus.any() else widest
+    if mass.device.type == "cpu":
+        head = min(vocab, max(widest, _HEAD))
+    else:  # under a top-k the nucleus lies among what that leaves
+        head = vocab if (nucleus & ~bounded).any() else widest
     edge, covered = _sorted_edges(mass, limits, head)
     # Only a CPU takes the short head for a nucleus, and there asking costs no synchronisation.
     if head < vocab and nucleus.any() and not bool(covered.all()):

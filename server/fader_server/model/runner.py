@@ -53,11 +53,16 @@ class Part:
         return replays if replays is not None and replays.takes(self.plan) else None
 
 
-def apart(plan: Plan) -> Iterator[Plan]:
-    """The plan's rows in order, those of one token and longer ones in plans of their own."""
-    for _, group in groupby(zip(plan.rows, plan.terms.rows, strict=True), lambda r: r[0].count > 1):
-        rows, terms = zip(*group, strict=True)
-        yield Plan(rows, StepTerms(terms))
+def apart(plan: Plan, together: int) -> Iterator[Plan]:
+    """The plan's rows in order, those of one token and longer ones in plans of their own; of the
+    former `together` in one at most."""
+    every = zip(plan.rows, plan.terms.rows, strict=True)
+    for longer, group in groupby(every, lambda row: row[0].count > 1):
+        found = list(group)
+        size = len(found) if longer else together
+        for start in range(0, len(found), size):
+            rows, terms = zip(*found[start : start + size], strict=True)
+            yield Plan(rows, StepTerms(terms))
 
 
 def in_order(found: Iterable[tuple[Sequence[int], Sequence[RowResult]]]) -> list[RowResult]:
@@ -109,7 +114,10 @@ class ModelRunner:
 
     def _parts(self, plan: Plan) -> Iterator[Part]:
         """The forwards of a step: one for the rows of each lane, in the order of first rows."""
-        parts = apart(plan) if self._base.backend.apart else (plan,)
+        together = self._base.backend.together
+        if together is not None and self._replays is None:
+            together = len(plan.rows)
+        parts = (plan,) if together is None else apart(plan, together)
         start = 0
         for part in parts:
             rows = range(start, start := start + len(part.rows))

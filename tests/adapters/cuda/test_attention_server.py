@@ -8,7 +8,7 @@ import torch
 from fader_server.engine.limits import Limits
 from fader_server.model.attention import AttentionParams
 from fader_server.model.batch import AttentionRow, Batch
-from fader_server.model.cuda_attention import CudaAttention, fits
+from fader_server.model.cuda_attention import CudaAttention, obstacle
 from fader_server.model.kv_cache import LayerCache, LayerShape
 from fader_server.model.loaded import LoadedBase
 from fader_server.model.torch_attention import TorchAttention
@@ -24,7 +24,7 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the tiny eng
 def use_triton(patch: pytest.MonkeyPatch, chosen: list[CudaAttention]) -> None:
     def choose(base: LoadedBase, *, block_size: int) -> CudaAttention:
         assert block_size == 16
-        assert all(fits(shape) for shape in base.layers.values())
+        assert not obstacle(base.layers.values(), base.dtype)
         chosen.append(CudaAttention(max_rows=32, max_context=512, device=CPU))
         return chosen[-1]
 
@@ -116,4 +116,13 @@ def test_the_step_of_a_batch_attends_as_plain_torch_does(
     ("dims", "fit"), [((128, 128), True), ((272, 272), False), ((40, 40), False), ((64, 32), False)]
 )
 def test_only_head_sizes_the_kernels_take_fit(dims: tuple[int, int], fit: bool) -> None:
-    assert fits(LayerShape(2, *dims)) is fit
+    told = obstacle([LayerShape(2, 64, 64), LayerShape(2, *dims)], torch.bfloat16)
+    assert (not told) is fit
+
+
+def test_on_a_gpu_fp32_attends_in_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [LayerShape(2, 64, 64)]
+    assert not obstacle(shapes, torch.float32)  # interpreted
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    assert "bfloat16" in obstacle(shapes, torch.float32)
+    assert not obstacle(shapes, torch.float16)

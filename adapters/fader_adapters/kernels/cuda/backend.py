@@ -4,12 +4,13 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional as F
 
 from fader_adapters.errors import BaseUnsupported, first_line
 from fader_adapters.kernels.cuda import nf4
 from fader_adapters.kernels.cuda.beside import Beside
-from fader_adapters.kernels.cuda.dense import FixedRows
-from fader_adapters.kernels.cuda.lora import DeltaKernels, LoraStep
+from fader_adapters.kernels.cuda.dense import ROWS, FixedRows, in_parts
+from fader_adapters.kernels.cuda.lora import ROW_BUCKETS, DeltaKernels, LoraStep
 from fader_adapters.kernels.cuda.machines import Arch, arch_of
 from fader_adapters.kernels.cuda.nf4_codes import CODES
 from fader_adapters.kernels.cuda.nf4_experts import CudaNf4Stack
@@ -23,7 +24,7 @@ from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import SiteSpec, StepTerms
 
 if TYPE_CHECKING:
-    from fader_adapters.kernels.backend import BaseLinear
+    from fader_adapters.kernels.backend import BaseLinear, Product
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -67,12 +68,13 @@ class CudaBackend:
     A row's bits do not depend on its company: rows of one token go through the fused NF4 product,
     all longer ones through dequantised weights and the vendor's GEMM, always on the same number of
     rows at a time, as bitsandbytes' product takes them all on machines whose linears are its own
-    (10.0 and newer); those of NF4 experts all go through one fused product. On a CPU device the
-    kernels run in Triton's interpreter, in fp32, for tests.
+    (10.0 and newer); those of NF4 experts all go through one fused product, routers' through
+    products of one shape. On a CPU device the kernels run in Triton's interpreter, in fp32, for
+    tests.
     """
 
     name = "cuda"
-    apart = True
+    together: int | None = ROW_BUCKETS[-1]
 
     def __init__(
         self,
@@ -82,13 +84,17 @@ class CudaBackend:
         arch: Arch | None = None,
         entries: int = 1024,
     ) -> None:
-        """Allocates the scratch of dequantised weights. Raises KernelUnavailable for a dtype.
+        """Allocates the scratch of dequantised weights, and has torch's products summed in fp32,
+        in this process. Raises KernelUnavailable for a dtype.
 
         entries  16-rank chunks of adapters that a captured decode step holds, over all its tiles
         """
         if arch is None:
             capable = device.type == "cuda"
             arch = arch_of(torch.cuda.get_device_capability(device) if capable else (8, 0))
+        products = torch.backends.cuda.matmul
+        products.allow_bf16_reduced_precision_reduction = False
+        products.allow_fp16_reduced_precision_reduction = False
         self._scratch = nf4.Scratch(device)
         self._deltas = DeltaKernels(device, dtype, arch=arch, entries=entries)
         self._beside = Beside(device)
@@ -119,6 +125,18 @@ class CudaBackend:
 
     def bind_stack(self, site: SiteSpec, experts: int) -> CudaStack:
         return CudaStack(self._deltas.bind_stack(site))
+
+    def router(self) -> "Product":
+        return self._routed
+
+    def _routed(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        if self._scratch.way == "rows":
+            return F.linear(x, weight, bias)
+        rows = x.reshape(-1, x.shape[-1])
+        y = in_parts(rows, ROWS, lambda part: F.linear(part, weight, bias))
+        return y.view(*x.shape[:-1], -1)
 
     def pack_stack(self, weight: StackWeight | Nf4Stack) -> StackWeight | CudaNf4Stack:
         if isinstance(weight, StackWeight):
