@@ -1,5 +1,8 @@
 """Decode steps: a replay gives the bits of the model's own code, or is not used."""
 
+from threading import Thread
+
+import numpy as np
 import pytest
 import torch
 
@@ -94,6 +97,39 @@ def test_reading_a_value_is_refused_with_its_operator():
         Recorder(tape).record(lambda: torch.ones(2) * torch.ones(1).item())
     assert tape.listener is None
     assert Recorder(tape).record(lambda: torch.ones(2) * 2).result.tolist() == [2, 2]
+
+
+READS = {
+    "tolist": lambda x: x.tolist(),
+    "numpy": lambda x: x.numpy(),
+    "__array__": np.asarray,
+    "__dlpack__": np.from_dlpack,
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_reading_values_without_an_operator_is_refused_too(name):
+    """As a router does that splits its rows by how many each expert has."""
+    tape, read = native.Tape(), READS[name]
+    before = dict(vars(torch.Tensor))
+    with pytest.raises(Unrepeatable, match=rf"Tensor\.{name} reads values|Tensor\.numpy reads"):
+        Recorder(tape).record(lambda: torch.ones(2) * float(read(torch.ones(2))[0]))
+    assert dict(vars(torch.Tensor)) == before
+    assert read(torch.ones(2))[1] == 1
+
+
+def test_others_read_their_values_while_something_is_recorded():
+    """Threads that load adapters, and what is run as a whole."""
+    tape, found = native.Tape(), []
+
+    def forward():
+        other = Thread(target=lambda: found.append(torch.ones(2).tolist()))
+        other.start()
+        other.join()
+        return tape.whole(lambda x: x * x.tolist()[0], (torch.full((2,), 3.0),), {})
+
+    assert Recorder(tape).record(forward).result.tolist() == [9, 9]
+    assert found == [[1, 1]]
 
 
 def test_layout_reuses_room_and_never_overlaps_what_lives():

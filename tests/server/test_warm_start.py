@@ -4,6 +4,7 @@ import pytest
 
 from fader_adapters.kernels import native
 from fader_server.engine.warmup import warm_up
+from fader_server.model.decode import decodes
 from fader_server.model.recording import Recorder
 from tests.support.families import write_family
 from tests.support.replays import answered
@@ -50,3 +51,21 @@ def test_answers_are_those_of_a_server_that_did_not(llama):
     assert world.runner._replays.prefill._enabled
     assert world.runner._replays.decode._enabled
     assert serve(world) == serve(TinyWorld(llama))
+
+
+def test_a_recording_is_proven_on_other_tokens_than_it_was_learnt_from(llama, monkeypatch):
+    world = TinyWorld(llama)
+    seen, run = {}, world.runner.run
+
+    def noting(plan):
+        if decodes(plan):
+            tokens = [row.sequence.tokens[row.start] for row in plan.rows]
+            seen.setdefault(len(plan.rows), []).append(tokens)
+        return run(plan)
+
+    monkeypatch.setattr(world.runner, "run", noting)
+    limits, vocab = world.scheduler.limits, world.base.vocab_size
+    warm_up(world.runner, world.blocks, limits, vocab=vocab, seconds=60.0)
+    assert len(seen) > 5
+    for first, second in seen.values():
+        assert not set(first) & set(second)

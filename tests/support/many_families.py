@@ -118,6 +118,7 @@ _MANY: dict[str, tuple[str, Mapping[str, Any]]] = {
     "granite-swa": ("granite_swa", SLIDING),
     "hunyuan": ("hunyuan_v1_dense", {}),
     "hunyuan-moe": ("hunyuan_v1_moe", {**MOE, "moe_topk": 2}),
+    "jetmoe": ("jetmoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),  # reads its routing
     "mimo-v2-flash": ("mimo_v2_flash", {**MOE, **SLIDING}),
     "minicpm3": ("minicpm3", LATENT),
     "mixtral": ("mixtral", {**MOE, "sliding_window": WINDOW}),

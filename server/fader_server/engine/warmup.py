@@ -21,7 +21,7 @@ _SMALLEST = 3
 _TIMES = 3
 """So often they come before any other."""
 _TWICE = 2
-"""Once to be learnt, once to be proven."""
+"""Once to be learnt, once to be proven on other tokens."""
 _POSITIONS = 23
 """The rows of a decode step stand at so many different positions."""
 
@@ -112,6 +112,8 @@ def _steps(blocks: BlockManager, limits: Limits, vocab: int) -> Generator[Plan]:
                 yield _plan([(row, 0, len(row.tokens) - 1)])
                 decoding.append(row)
                 for _ in range(_TWICE):
+                    for one in decoding:
+                        one.tokens[-1] = next(ids) % vocab
                     yield _plan((one, len(one.tokens) - 1, 1) for one in decoding)
     finally:
         releasing(0)

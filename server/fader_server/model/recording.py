@@ -3,6 +3,7 @@
 Knows operators and storages; how a record is run again is replay.py's business.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ UNREPEATABLE = (
     torch.Tag.nondeterministic_seeded,
 )
 """Operators whose result depends on more than their inputs' addresses and shapes."""
+
+READERS = ("tolist", "numpy", "__array__", "__dlpack__")
+"""Methods of tensors that hand their values out without an operator."""
 
 UNFILLED = frozenset({"aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty"})
 """Operators that give memory and no values."""
@@ -98,7 +102,7 @@ class Recorder(TorchDispatchMode):
         self._tape.obstacle = ""
         self._tape.listener, self._tape.whole = self.heard_native, self._run_whole
         try:
-            with self:
+            with self, self._unread():
                 result = forward()
         finally:
             self._tape.listener = self._tape.whole = None
@@ -114,6 +118,32 @@ class Recorder(TorchDispatchMode):
             yield
         finally:
             self._paused = before
+
+    @contextmanager
+    def _unread(self) -> Iterator[None]:
+        """No value of a tensor leaves it on this thread: what followed from it would be what was
+        true of this one forward."""
+        here = threading.get_ident()
+
+        def guarded(name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+            def read(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+                if threading.get_ident() == here and not self._paused:
+                    raise Unrepeatable(f"Tensor.{name} reads values")
+                return inner(tensor, *args, **kwargs)
+
+            return read
+
+        before = {name: vars(torch.Tensor).get(name) for name in READERS}
+        for name in READERS:
+            setattr(torch.Tensor, name, guarded(name, getattr(torch.Tensor, name)))
+        try:
+            yield
+        finally:
+            for name, own in before.items():
+                if own is None:
+                    delattr(torch.Tensor, name)  # torch's own, of the class above
+                else:
+                    setattr(torch.Tensor, name, own)
 
     def _run_whole(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
