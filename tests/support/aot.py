@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import fader_adapters.kernels.cuda as cuda
-from fader_adapters.kernels.cuda.machines import LEAST_SHARED
+from fader_adapters.kernels.cuda.machines import LEAST_SHARED, codes_arch
 from fader_adapters.kernels.cuda.shipped import Shipped
 
 SHARED_LIMIT = {80: 163 * 1024, 89: LEAST_SHARED, 90: 227 * 1024, 120: LEAST_SHARED}
@@ -178,7 +178,7 @@ def _disassemble(cubin: bytes) -> str:
 
 def _likeness(entry: Shipped, pick: Pick) -> tuple[object, ...]:
     """What of a configuration must differ from those picked before."""
-    kernel, signature, constexprs, *launch, _, _ = entry
+    kernel, signature, constexprs, *launch = entry[:5]
     if pick == "kernels":
         return (kernel.__name__,)
     if pick == "tiles":
@@ -189,7 +189,8 @@ def _likeness(entry: Shipped, pick: Pick) -> tuple[object, ...]:
 
 def _runs_on(entry: Shipped, target: int) -> bool:
     roomy = SHARED_LIMIT[target] > LEAST_SHARED
-    return TABLES[target] in entry.archs and entry.roomy in (None, roomy)
+    table = codes_arch(divmod(target, 10)) if entry.codes else TABLES[target]
+    return table in entry.archs and entry.roomy in (None, roomy)
 
 
 def _picked(

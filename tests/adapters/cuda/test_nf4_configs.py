@@ -75,11 +75,11 @@ def test_machines_that_were_never_compiled_for_are_left_to_bitsandbytes(
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         return nf4.checked_arch(torch.device("cuda"))
 
-    known = {(8, 0): 80, (8, 6): 80, (8, 9): 80, (9, 0): 90}
+    known = {(8, 0): 80, (8, 6): 80, (8, 9): 80, (9, 0): 90, (12, 0): 80, (12, 1): 80}
     for capability, arch in known.items():
         assert arch_on(capability) == arch
         assert configs.method(arch_on(capability), 4096, 4096, 1) == "triton"
-    for capability in ((7, 5), (10, 0), (12, 0)):
+    for capability in ((7, 5), (10, 0), (11, 0)):
         assert configs.method(arch_on(capability), 4096, 4096, 1) == "bitsandbytes"
 
 

@@ -68,7 +68,7 @@ class CudaBackend:
     A row's bits do not depend on its company: rows of one token go through the fused NF4 product,
     all longer ones through dequantised weights and the vendor's GEMM, always on the same number of
     rows at a time, as bitsandbytes' product takes them all on machines whose linears are its own
-    (10.0 and newer); those of NF4 experts all go through one fused product, routers' through
+    (10.x and 11.x); those of NF4 experts all go through one fused product, routers' through
     products of one shape. On a CPU device the kernels run in Triton's interpreter, in fp32, for
     tests.
     """
@@ -199,11 +199,21 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _trial(device: torch.device) -> bool:
-    """Whether one decoded NF4 row holds the codes it should."""
-    bytes_of = [16 * i + (15 - i) for i in range(16)] * (BLOCK // 32)
+    """Whether a decoded NF4 weight holds the codes it should, and a fused product, where linears
+    have one, gives its columns."""
+    size = 128
+    bytes_of = [16 * i + (15 - i) for i in range(16)] * (size * size // 32)
     packed = torch.tensor(bytes_of, dtype=torch.uint8, device=device)
-    weight = Nf4Weight(packed, torch.full((1,), 2.0, device=device), 1, BLOCK)
-    scratch = nf4.Scratch(device, BLOCK * 4 * 128)
-    got = nf4.Nf4Linear([weight], None, scratch).dense(torch.float32)
+    scales = torch.full((size * size // BLOCK,), 2.0, device=device)
+    scratch = nf4.Scratch(device, size * size * 4)
+    linear = nf4.Nf4Linear([Nf4Weight(packed, scales, size, size)], None, scratch)
+    got = linear.dense(torch.float32)
     want = [2 * CODES[nibble] for byte in bytes_of for nibble in (byte >> 4, byte & 15)]
-    return torch.equal(got.cpu(), torch.tensor([want], dtype=torch.float32))
+    if not torch.equal(got.cpu().view(-1), torch.tensor(want, dtype=torch.float32)):
+        return False
+    if nf4.checked_arch(device) is None:
+        return True
+    dtype = torch.float32 if nf4.interpreted(packed) else torch.bfloat16
+    picked = torch.eye(16, size, dtype=dtype, device=device)
+    out = torch.empty(16, size, dtype=dtype, device=device)
+    return torch.equal(linear.fused(picked, out), linear.dense(dtype).T[:16])

@@ -16,9 +16,12 @@ def arch_of(capability: Capability) -> Arch:
     return 90 if capability >= (9, 0) else 80
 
 
-def checked(capability: Capability) -> bool:
-    """Whether kernels that choose their instructions by hand were compiled for the device."""
-    return capability == (9, 0) or capability[0] == 8
+def codes_arch(capability: Capability) -> Arch | None:
+    """The rows of kernels that choose their instructions by hand, where they were compiled for the
+    device: GeForce's Blackwell has the matrix instructions that Ampere has. Else None."""
+    if capability[0] in (8, 12):
+        return 80
+    return 90 if capability == (9, 0) else None
 
 
 def roomy(capability: Capability) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from fader_adapters.errors import KernelUnavailable
 from fader_adapters.kernels.cuda import nf4_configs as configs
-from fader_adapters.kernels.cuda.machines import Arch, arch_of, checked
+from fader_adapters.kernels.cuda.machines import Arch, codes_arch
 from fader_adapters.kernels.cuda.nf4_bitsandbytes import BitsandbytesLinear
 from fader_adapters.kernels.cuda.nf4_codes import CODES, table_words
 from fader_adapters.kernels.cuda.nf4_kernels import nf4_dense, nf4_gemm, nf4_sum
@@ -273,7 +273,7 @@ def checked_arch(device: torch.device) -> Arch | None:
     if device.type != "cuda":
         return 80
     capability = torch.cuda.get_device_capability(device)
-    return arch_of(capability) if checked(capability) else None
+    return codes_arch(capability)
 
 
 def options(warps: int, stages: int) -> dict[str, Any]:

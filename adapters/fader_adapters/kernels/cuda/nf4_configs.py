@@ -126,13 +126,8 @@ def dense_constants() -> dict[str, Any]:
     return {"ROWS": DENSE_ROWS}
 
 
-def only_on(arch: Arch) -> bool | None:
-    """Where rows of an arch run, as Shipped.roomy: Hopper's only there, see machines.checked."""
-    return True if arch == 90 else None
-
-
 def shipped() -> list[Shipped]:
-    """Every compilation that Nf4Linear can need in bf16 on sm_80 and sm_90. Imports Triton."""
+    """Every compilation that Nf4Linear can need in bf16. Imports Triton."""
     from fader_adapters.kernels.cuda import nf4_kernels as kernels
 
     found = []
@@ -141,7 +136,7 @@ def shipped() -> list[Shipped]:
             signature = _GEMM | {"out_ptr": f"*{out}:16"}
             constants = gemm_constants(config, bias=bias, exact=False)
             entry = (kernels.nf4_gemm, signature, constants, config.warps, config.stages)
-            found.append(Shipped(*entry, archs=(arch,), roomy=only_on(arch)))
+            found.append(Shipped(*entry, archs=(arch,), codes=True))
     for planes in range(2, MOST_SPLITS + 1):
         for bias in (False, True):
             constants = sum_constants(planes, bias=bias)

@@ -54,13 +54,13 @@ def shipped() -> list[Shipped]:
     found = []
 
     def add(config: Launch, dtype: str, *archs: Arch, exact: bool) -> None:
-        where = None if exact else linears.only_on(archs[0])
         for bias in (False, True):
             made = constants(config, bias=bias, exact=exact)
             types = {**_TYPES} | dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), f"*{dtype}:16")
             signature = signature_of(nf4_experts, types, made)
             sizes = (config.warps, config.stages)
-            found.append(Shipped(nf4_experts, signature, made, *sizes, archs=archs, roomy=where))
+            entry = (nf4_experts, signature, made, *sizes)
+            found.append(Shipped(*entry, archs=archs, codes=not exact))
 
     for (arch, _), config in linears.LAUNCHES.items():
         add(config, "bf16", arch, exact=False)

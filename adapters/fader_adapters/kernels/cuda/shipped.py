@@ -22,6 +22,8 @@ class Shipped(NamedTuple):
     """Whose tables have it."""
     roomy: bool | None = None
     """Whether it runs only on machines that are, or that are not; None: on both."""
+    codes: bool = False
+    """Whether machines.codes_arch says whose tables a device takes, not machines.arch_of."""
 
 
 def signature_of(
@@ -39,7 +41,7 @@ def joined(found: Iterable[Shipped]) -> list[Shipped]:
     every: dict[object, Shipped] = {}
     for entry in found:
         types = entry.signature.items()
-        key = (entry.kernel.__name__, *types, *entry.constexprs.items(), *entry[3:5], entry.roomy)
+        key = (entry.kernel.__name__, *types, *entry.constexprs.items(), *entry[3:5], *entry[6:])
         before = every.get(key)
         archs = entry.archs if before is None else (*before.archs, *entry.archs)
         every[key] = entry._replace(archs=archs)
