@@ -2,6 +2,8 @@
 
 import re
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -25,17 +27,20 @@ class Inspector:
         weights: BaseWeights | None = None,
         also_named: tuple[str, ...] = (),
         trust_copies: bool = False,
+        aside: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Without `weights` there are no relative norms, DoRA is refused, and so are copies of the
         base's weights unless `trust_copies`.
 
-        `also_named`: what the base is called beside the name it was loaded by.
+        `also_named`: what the base is called beside the name it was loaded by. `aside`: around
+        what is computed of the base's own weights, once each (see Aside).
         """
         self._base = base
         self._names = (base.name, *also_named)
         self._dtype = dtype
         self._weights = weights
         self._trust_copies = trust_copies
+        self._aside = aside
         self._norms: dict[int, float] = {}
         self._refusals = Refusals()
         self._lock = threading.Lock()
@@ -59,8 +64,11 @@ class Inspector:
 
     def health(self, parsed: ParsedAdapter) -> Health:
         """The report of an adapter that was read."""
+        linears = [delta.linear for delta in parsed.spec.deltas]
         with self._lock:
-            norms = [self._norm(delta.linear) for delta in parsed.spec.deltas]
+            known = all(linear in self._norms for linear in linears)
+            with nullcontext() if known else self._aside():
+                norms = [self._norm(linear) for linear in linears]
         modules, claimed = parsed.report.modules, parsed.report.base_name
         pairs = zip(modules, norms, strict=True)
         return Health(

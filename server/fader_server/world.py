@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from fader_adapters.claims import NONE, Claims
 from fader_adapters.errors import AdapterError, AdapterTooLarge, ArenaFull, NameReserved
+from fader_adapters.aside import Aside
 from fader_adapters.inspection import Inspector
 from fader_adapters.kernels.backend import choose
 from fader_adapters.kernels.tables import Tables
@@ -123,6 +124,7 @@ def open_world(
             dtype=dtype,
             weights=base.installed,
             also_named=(name,) if config.model else (name, demo.SERVED_NAME),
+            aside=Aside(base.device),
         ),
         tier=host_tier(arena, config.host_adapters),
         pool=pool,

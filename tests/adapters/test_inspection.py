@@ -1,5 +1,7 @@
 """The health report: numbers against dense mathematics, and what is said of the base."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -29,6 +31,25 @@ def inspect(weights: Weights | None = None, base: BaseSpec = BASE, **config: obj
     inspector = Inspector(base, dtype=torch.float32, weights=weights)
     parsed = inspector.read(make_raw(make_config(**config)))
     return inspector, parsed, inspector.health(parsed)
+
+
+def test_what_is_computed_of_the_base_is_computed_aside_once():
+    weights, inside, times = Weights(), [False], []
+
+    @contextmanager
+    def aside():
+        inside[0] = True
+        times.append(len(weights.asked))
+        yield
+        inside[0] = False
+
+    panels = weights.panels
+    weights.panels = lambda linear: panels(linear) if inside[0] else pytest.fail("not aside")
+    inspector = Inspector(BASE, dtype=torch.float32, weights=weights, aside=aside)
+    parsed = inspector.read(make_raw(make_config()))
+    assert inspector.health(parsed) == inspector.health(parsed)
+    assert times == [0]
+    assert weights.asked
 
 
 def test_norms_are_those_of_dense_mathematics():
