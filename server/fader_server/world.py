@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
+from fader_adapters.aside import Aside
 from fader_adapters.claims import NONE, Claims
 from fader_adapters.errors import AdapterError, AdapterTooLarge, ArenaFull, NameReserved
-from fader_adapters.aside import Aside
 from fader_adapters.inspection import Inspector
 from fader_adapters.kernels.backend import choose
 from fader_adapters.kernels.tables import Tables
