@@ -28,7 +28,11 @@ _ATTRIBUTES = {
     "cached_tokens": "gen_ai.usage.cache_read.input_tokens",
 }
 """Fields of the log that the conventions have a name for; others are `fader.` and their own."""
-_OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
+_OPERATIONS = {
+    "/v1/chat/completions": "chat",
+    "/v1/responses": "chat",
+    "/v1/completions": "text_completion",
+}
 _UNTOLD = ("/health", "/ready", "/metrics")
 _FAULTS = ("error", "timeout", "stalled")
 """Ends of a call after its status was sent."""

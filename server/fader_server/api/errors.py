@@ -46,6 +46,10 @@ class Forbidden(HttpError):
     """A known key that may not do this."""
 
 
+class ResponseNotKept(HttpError):
+    """A response is asked for by its id."""
+
+
 class ClientGone(HttpError):
     """The client closed the connection; nobody reads the answer."""
 
@@ -117,6 +121,7 @@ _TABLE: tuple[tuple[type[Exception], Answer], ...] = (  # the first match wins: 
     (UnsupportedMedia, Answer(415, INVALID, "unsupported_media_type")),
     (Unauthorized, Answer(401, INVALID, "invalid_api_key")),
     (Forbidden, Answer(403, INVALID, "permission_denied")),
+    (ResponseNotKept, Answer(404, INVALID, "not_found")),
     (ClientGone, Answer(499, INVALID, "client_closed_request")),
     (ClientStalled, Answer(499, INVALID, "client_stalled")),
     (adapters.AdapterInvalid, Answer(400, INVALID, "adapter_invalid")),
@@ -147,7 +152,8 @@ _UNKNOWN = Answer(
 _HTTP = {
     404: (
         "not_found",
-        "There is no such route; models answer at /v1/chat/completions and /v1/completions.",
+        "There is no such route; models answer at /v1/chat/completions, /v1/responses and "
+        "/v1/completions.",
     ),
     405: ("method_not_allowed", "This route does not answer this method."),
     400: ("bad_request", "The request is malformed."),

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from fader_server.api.response_format import FIELD
 from fader_server.api.shapes import SHAPE_FIELDS
 
 Fixed = Mapping[str, tuple[tuple[object, ...], str]]
@@ -38,6 +39,32 @@ FIXED_OF_CHAT: Fixed = {
     "echo": ((False,), "is of completions"),
     "suffix": ((), "is of completions, and not supported there"),
 }
+FIXED_OF_RESPONSES: Fixed = {
+    "background": ((False,), "is not supported: an answer is told as it is made"),
+    "previous_response_id": ((), "is not supported: responses are not kept, send all of input"),
+    "conversation": ((), "is not supported: responses are not kept, send all of input"),
+    "prompt": ((), "is not supported: prompts are not kept, send instructions and input"),
+    "moderation": ((), "is not supported"),
+    "truncation": (("disabled", "auto"), "must be disabled or auto"),
+    "messages": ((), "is of chat completions: see input"),
+    FIELD: ((), "is of chat completions: see text.format"),
+    "reasoning_effort": ((), "is of chat completions: see reasoning.effort"),
+    "max_tokens": ((), "is of chat completions: see max_output_tokens"),
+    "max_completion_tokens": ((), "is of chat completions: see max_output_tokens"),
+    "logprobs": ((False, 0), "is of chat completions: see include and top_logprobs"),
+    "functions": (([],), "is of chat completions: see tools"),
+    "function_call": (("none",), "is of chat completions: see tool_choice"),
+    "n": ((1,), "is always 1 here"),
+    "best_of": ((1,), "is always 1 here"),
+    "echo": ((False,), "is of completions"),
+    "suffix": ((), "is of completions, and not supported there"),
+    "add_generation_prompt": ((True,), "is always true here"),
+    "continue_final_message": ((False,), "is of chat completions"),
+    "return_token_ids": ((False,), "is of completions and chat completions"),
+    "modalities": ((["text"],), "is always text here"),
+    "chat_template": ((), "may not come from a request"),
+    "chat_template_kwargs": (({},), "may not come from a request: see reasoning.effort"),
+}
 UNSERVED_FIELDS = (
     "guided_grammar", "guided_whitespace_pattern", "grammar", "ebnf", "bad_words",
     "allowed_token_ids", "use_beam_search",
@@ -50,7 +77,24 @@ _CHAT = frozenset((
     "parallel_tool_calls", "functions", "function_call", "modalities", "chat_template",
     "chat_template_kwargs", "continue_final_message", "add_generation_prompt",
 ))
+_RESPONSE = frozenset((
+    "input", "instructions", "max_output_tokens", "max_tool_calls", "include", "text", "reasoning",
+    "tools", "tool_choice", "top_logprobs", "prompt_cache_retention", "prompt_cache_options",
+    "context_management", "background_options", "access_programs", "image", "client_metadata",
+))
 # fmt: on
 _BOTH = _SHARED | SHAPE_FIELDS | _IGNORED | frozenset(UNSERVED_FIELDS) | FIXED_FIELDS.keys()
 COMPLETION_FIELDS = _BOTH | _COMPLETION | FIXED_OF_COMPLETIONS.keys()
 CHAT_FIELDS = _BOTH | _CHAT | FIXED_OF_CHAT.keys()
+RESPONSE_FIELDS = _BOTH | _RESPONSE | {"parallel_tool_calls"} | FIXED_OF_RESPONSES.keys()
+SAME_FIELDS = (
+    RESPONSE_FIELDS - _RESPONSE - _IGNORED - FIXED_OF_RESPONSES.keys() - {"stream_options"}
+)
+"""What a response may ask for in the words of a chat."""
+RESPONSE_NAMES = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    FIELD: "text.format",
+    "reasoning_effort": "reasoning.effort",
+}
+"""What else of a chat it has by another name."""

@@ -16,6 +16,7 @@ _MEDIA = (
     *("image_url", "input_image", "image", "video_url", "input_video", "video"),
     *("input_audio", "audio_url", "audio"),
 )
+_FILES = ("file", "input_file")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,8 @@ def _problem_of_content(content: Any, role: str) -> str:  # noqa: ANN401 - any J
     kinds = [part.get("type") for part in _parts(content) if isinstance(part, dict)]
     if any(kind in _MEDIA for kind in kinds):
         return "has a picture or sound: pictures and sound are not supported by this server"
+    if any(kind in _FILES for kind in kinds):
+        return "has a file: files are not supported by this server"
     texts = [part.get("text") if isinstance(part, dict) else part for part in _parts(content)]
     if any(isinstance(text, str) and not is_text(text) for text in (content, *texts)):
         return "must have content that is text: half of a surrogate pair is none"

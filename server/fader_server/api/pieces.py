@@ -1,6 +1,6 @@
 """JSON written piece by piece: a long answer's logprobs are work that others need not wait for.
 
-Knows JSON alone.
+Knows JSON, and how an event of a stream frames it, alone.
 """
 
 import json
@@ -13,6 +13,12 @@ Json = dict[str, Any]
 def encode(value: object) -> bytes:
     """Compact JSON; strict, so that a NaN is our fault and not the client's surprise."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def event(body: bytes, name: str = "") -> bytes:
+    """One server-sent event. JSON escapes newlines, so one line is always enough."""
+    head = b"event: %s\n" % name.encode() if name else b""
+    return b"%sdata: %s\n\n" % (head, body)
 
 
 def written(fields: Json, **rest: bytes) -> bytes:

@@ -1,4 +1,7 @@
-"""OpenAI's answer bodies from deltas: completions and chat, whole and in chunks."""
+"""OpenAI's answer bodies from deltas: completions and chat, whole and in chunks.
+
+What is streamed comes as framed events. Knows nothing about HTTP.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -6,7 +9,7 @@ from typing import Protocol
 
 from fader_server.api.choice import Delta, PlacedCall, Scored
 from fader_server.api.generate import Usage
-from fader_server.api.pieces import Columns, Json, encode, written
+from fader_server.api.pieces import Columns, Json, encode, event, written
 from fader_server.api.ports import Tokenizer
 
 
@@ -75,8 +78,16 @@ class Gathered:
         return Delta.joined(self.parts)
 
 
+DONE = b"data: [DONE]\n\n"
+
+
 class Renderer(Protocol):
-    """One of the two wire formats."""
+    """One of the wire formats."""
+
+    @property
+    def last(self) -> bytes:
+        """What a stream ends with, however it went."""
+        ...
 
     def gather(self, gathered: Gathered, delta: Delta) -> None:
         """Add to a choice of an answer without stream."""
@@ -86,17 +97,25 @@ class Renderer(Protocol):
         """That answer; the choices in order."""
         ...
 
-    def opening(self, choices: int, usage: Usage | None) -> list[Json]:
-        """Chunks before the first delta. usage: so far, if chunks are to tell it."""
+    def opening(self, choices: int, usage: Usage | None) -> bytes:
+        """Events before the first delta. usage: so far, if they are to tell it."""
         ...
 
-    def chunk(self, delta: Delta, usage: Usage | None) -> Json: ...
+    def chunk(self, delta: Delta, usage: Usage | None) -> bytes: ...
 
-    def usage_chunk(self, usage: Usage) -> Json: ...
+    def closing(self, usage: Usage) -> bytes:
+        """Events after the last delta."""
+        ...
+
+    def failure(self, error: Json) -> bytes:
+        """Events after whatever was told, when nothing more comes."""
+        ...
 
 
 class CompletionRenderer:
     """text_completion; `logprobs` is null unless asked for."""
+
+    last = DONE
 
     def __init__(self, head: Head, tokenizer: Tokenizer, told: Told) -> None:
         self._head = head
@@ -117,20 +136,24 @@ class CompletionRenderer:
         scores = gathered.scores.written() if self._told.logprobs else b"null"
         return written(said, logprobs=scores)
 
-    def opening(self, choices: int, usage: Usage | None) -> list[Json]:
+    def opening(self, choices: int, usage: Usage | None) -> bytes:
         if self._told.prompts is None:
-            return []
+            return b""
         empty = [Delta(index) for index in range(choices)]
-        return [self._chunk(self._choice(d) | self._told.prompt(d.index), usage) for d in empty]
+        prompt = self._told.prompt
+        return b"".join(self._chunk(self._choice(d) | prompt(d.index), usage) for d in empty)
 
-    def chunk(self, delta: Delta, usage: Usage | None) -> Json:
+    def chunk(self, delta: Delta, usage: Usage | None) -> bytes:
         return self._chunk(self._choice(delta), usage)
 
-    def _chunk(self, choice: Json, usage: Usage | None) -> Json:
-        return self._head.body("text_completion", [choice]) | self._told.usage(usage)
+    def _chunk(self, choice: Json, usage: Usage | None) -> bytes:
+        return _event(self._head.body("text_completion", [choice]) | self._told.usage(usage))
 
-    def usage_chunk(self, usage: Usage) -> Json:
-        return {**self._head.body("text_completion", []), "usage": usage_body(usage)}
+    def closing(self, usage: Usage) -> bytes:
+        return _usage_chunk(self._head.body("text_completion", []), usage, self._told)
+
+    def failure(self, error: Json) -> bytes:
+        return _event({"error": error})
 
     def _choice(self, delta: Delta) -> Json:
         scores = self._scores(delta.scored) if self._told.logprobs else None
@@ -167,6 +190,8 @@ class CompletionRenderer:
 class ChatRenderer:
     """chat.completion and chat.completion.chunk."""
 
+    last = DONE
+
     def __init__(self, head: Head, tokenizer: Tokenizer, told: Told) -> None:
         self._head = head
         self._tokenizer = tokenizer
@@ -192,14 +217,14 @@ class ChatRenderer:
         scores = gathered.scores.written(refusal=b"null") if self._told.logprobs else b"null"
         return written(said, logprobs=scores)
 
-    def opening(self, choices: int, usage: Usage | None) -> list[Json]:
+    def opening(self, choices: int, usage: Usage | None) -> bytes:
         role = {"role": "assistant", "content": None if self._told.calls_alone else ""}
-        return [
-            self._chunk(self._choice(index, role, None, None), usage) | self._told.prompt(index)
-            for index in range(choices)
-        ]
+        return b"".join(
+            self._chunk(self._choice(at, role, None, None), usage, self._told.prompt(at))
+            for at in range(choices)
+        )
 
-    def chunk(self, delta: Delta, usage: Usage | None) -> Json:
+    def chunk(self, delta: Delta, usage: Usage | None) -> bytes:
         content: Json = {"reasoning_content": delta.thought} if delta.thought else {}
         if delta.text:
             content["content"] = delta.text
@@ -208,8 +233,11 @@ class ChatRenderer:
         choice = self._choice(delta.index, content, self._scores(delta.scored), delta.finish)
         return self._chunk(choice | self._told.ids(delta), usage)
 
-    def usage_chunk(self, usage: Usage) -> Json:
-        return {**self._head.body("chat.completion.chunk", []), "usage": usage_body(usage)}
+    def closing(self, usage: Usage) -> bytes:
+        return _usage_chunk(self._head.body("chat.completion.chunk", []), usage, self._told)
+
+    def failure(self, error: Json) -> bytes:
+        return _event({"error": error})
 
     def _message(self, delta: Delta) -> Json:
         message: Json = {"role": "assistant", "content": delta.text, "refusal": None}
@@ -220,8 +248,9 @@ class ChatRenderer:
         calls = [_call(call) for call in delta.calls]
         return {**message, "content": delta.text or None, "tool_calls": calls}
 
-    def _chunk(self, choice: Json, usage: Usage | None) -> Json:
-        return self._head.body("chat.completion.chunk", [choice]) | self._told.usage(usage)
+    def _chunk(self, choice: Json, usage: Usage | None, prompt: Json | None = None) -> bytes:
+        body = self._head.body("chat.completion.chunk", [choice]) | self._told.usage(usage)
+        return _event(body | (prompt or {}))
 
     def _choice(self, index: int, delta: Json, logprobs: Json | None, finish: str | None) -> Json:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
@@ -230,25 +259,41 @@ class ChatRenderer:
         return {"content": self._tokens(scored), "refusal": None} if self._told.logprobs else None
 
     def _tokens(self, scored: Sequence[Scored]) -> list[Json]:
-        return [
-            {
-                **self._token(item.token, item.logprob or 0.0),
-                "top_logprobs": [self._token(*pair) for pair in item.top],
-            }
-            for item in scored
-        ]
-
-    def _token(self, token: int, logprob: float) -> Json:
-        data = self._tokenizer.token_bytes(token)
-        return {
-            "token": self._tokenizer.token_text(token),
-            "logprob": max(logprob, _FLOOR),
-            "bytes": None if data is None else list(data),
-        }
+        return token_scores(self._tokenizer, scored)
 
 
 _FLOOR = -9999.0
 """OpenAI's stand-in for a token that cannot be: JSON has no -Infinity."""
+
+
+def token_scores(
+    tokenizer: Tokenizer, scored: Sequence[Scored], *, none: list[int] | None = None
+) -> list[Json]:
+    """Tokens with their logprobs and those of the likeliest. none: `bytes` of one without any."""
+
+    def told(token: int, logprob: float) -> Json:
+        data = tokenizer.token_bytes(token)
+        return {
+            "token": tokenizer.token_text(token),
+            "logprob": max(logprob, _FLOOR),
+            "bytes": none if data is None else list(data),
+        }
+
+    return [
+        {
+            **told(item.token, item.logprob or 0.0),
+            "top_logprobs": [told(*pair) for pair in item.top],
+        }
+        for item in scored
+    ]
+
+
+def _event(body: Json) -> bytes:
+    return event(encode(body))
+
+
+def _usage_chunk(body: Json, usage: Usage, told: Told) -> bytes:
+    return _event({**body, "usage": usage_body(usage)}) if told.include_usage else b""
 
 
 def _whole(fields: Json, choices: Iterable[bytes], usage: Usage) -> bytes:

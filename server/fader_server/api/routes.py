@@ -21,8 +21,9 @@ from fader_server.api.context import (
     visible_to,
 )
 from fader_server.api.disconnect import while_connected
-from fader_server.api.errors import describe
+from fader_server.api.errors import ResponseNotKept, describe
 from fader_server.api.generate import Generation
+from fader_server.api.known import RESPONSE_NAMES
 from fader_server.api.observe import CallRecord
 from fader_server.api.render import (
     ChatRenderer,
@@ -33,9 +34,11 @@ from fader_server.api.render import (
     Told,
 )
 from fader_server.api.resolve import blend_header
+from fader_server.api.responses.render import ResponseRenderer
+from fader_server.api.responses.request import read_response
 from fader_server.api.schemas import Call, read_chat, read_completion
 from fader_server.api.sse import EventStream, outcome_of, start
-from fader_server.errors import TenantBusy
+from fader_server.errors import RequestInvalid, TenantBusy
 
 router = APIRouter()
 Reader = Callable[[dict[str, Any], Limits], Call]
@@ -44,13 +47,27 @@ Reader = Callable[[dict[str, Any], Limits], Call]
 @router.post("/v1/completions")
 async def completions(request: Request) -> Response:
     """OpenAI's completions, streamed or whole."""
-    return await _generate(request, read_completion, "cmpl")
+    return await _generate(request, read_completion, "cmpl-")
 
 
 @router.post("/v1/chat/completions")
 async def chat_completions(request: Request) -> Response:
     """OpenAI's chat completions, streamed or whole."""
-    return await _generate(request, read_chat, "chatcmpl")
+    return await _generate(request, read_chat, "chatcmpl-")
+
+
+@router.post("/v1/responses")
+async def responses(request: Request) -> Response:
+    """OpenAI's responses, streamed or whole; none is kept."""
+    return await _generate(request, read_response, "resp_")
+
+
+@router.api_route("/v1/responses/{id:path}", methods=["GET", "HEAD", "POST", "DELETE"])
+async def kept_response(request: Request) -> Response:
+    """What OpenAI does with a response that it keeps."""
+    raise ResponseNotKept(
+        "There is no such response: this server keeps none. POST /v1/responses answers at once."
+    )
 
 
 async def _generate(request: Request, read: Reader, prefix: str) -> Response:
@@ -61,7 +78,7 @@ async def _generate(request: Request, read: Reader, prefix: str) -> Response:
     context.metrics.ignored(call.ignored)
     record = context.record(request)
     log_of(request).extra.update(stream=call.stream, n=call.n)
-    id = f"{prefix}-{secrets.token_hex(12)}"
+    id = f"{prefix}{secrets.token_hex(12)}"
     try:
         work = _answer(context, request, call, id, record)
         answer = await while_connected(request.receive, work)
@@ -70,6 +87,8 @@ async def _generate(request: Request, read: Reader, prefix: str) -> Response:
         answer = describe(error).response()
     except BaseException as error:
         record.end(outcome_of(error))
+        if call.repeats is not None and isinstance(error, RequestInvalid):
+            error.param = RESPONSE_NAMES.get(error.param or "", error.param)
         raise
     answer.headers.update(context.generator.quotas.headers(caller.tenant))
     return answer
@@ -113,8 +132,12 @@ async def _collect(generation: Generation, renderer: Renderer) -> list[Gathered]
 def _renderer(context: Context, generation: Generation, id: str) -> Renderer:
     call = generation.call
     head = Head(id, int(time.time()), call.model, context.fingerprint(generation.lease))
-    kind = ChatRenderer if call.chat else CompletionRenderer
     prompts = generation.prompts if call.return_ids else None
     must = call.tools is not None and call.tools.must
     told = Told(call.logprobs is not None, call.include_usage, prompts, calls_alone=must)
+    if call.repeats is not None:
+        return ResponseRenderer(
+            head, context.tokenizer, told, repeats=call.repeats, streamed=call.stream
+        )
+    kind = ChatRenderer if call.chat else CompletionRenderer
     return kind(head, context.tokenizer, told)

@@ -3,7 +3,7 @@
 Knows OpenAI's fields and our extensions; knows nothing about tokens, adapters that exist, or HTTP.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -74,6 +74,8 @@ class Call:
     cache_salt: str
     ignored: int
     """Unknown fields, and keys of tools, that were ignored."""
+    repeats: Mapping[str, bytes] | None = None
+    """JSON of the fields that a response repeats of its request; None: the call is no response."""
 
     @property
     def chat(self) -> bool:
@@ -103,6 +105,11 @@ def read_chat(body: dict[str, Any], limits: Limits) -> Call:
     """A /v1/chat/completions body. Raises RequestInvalid."""
     fields = Fields(body)
     fields.unknown(CHAT_FIELDS)
+    return read_chat_fields(fields, limits)
+
+
+def read_chat_fields(fields: Fields, limits: Limits) -> Call:
+    """The same of fields whose names have been judged."""
     messages = read_messages(fields)
     most = _max_tokens(fields, limits, low=1)
     logprobs = None
@@ -155,10 +162,15 @@ _MISSING = "is not supported by this server"
 
 def _refuse_unserved(fields: Fields, n: int, own: Fixed) -> None:
     fields.only("best_of", lambda v: v == n and type(v) is int, "is not supported beyond n")
-    for name, (allowed, why) in {**FIXED_FIELDS, **own}.items():
-        fields.only(name, partial(_is_one_of, allowed), why)
+    refuse_others(fields, {**FIXED_FIELDS, **own})
     for name in UNSERVED_FIELDS:
         fields.only(name, lambda v: v in (False, "", [], {}), _MISSING)
+
+
+def refuse_others(fields: Fields, fixed: Fixed) -> None:
+    """Whatever these fields say but what is done here anyway."""
+    for name, (allowed, why) in fixed.items():
+        fields.only(name, partial(_is_one_of, allowed), why)
 
 
 def _is_one_of(allowed: Sequence[object], value: object) -> bool:

@@ -19,12 +19,10 @@ from fader_server.api.disconnect import while_connected
 from fader_server.api.errors import ClientGone, ClientStalled, describe
 from fader_server.api.generate import Generation
 from fader_server.api.observe import CallRecord
-from fader_server.api.pieces import Json, encode
 from fader_server.api.render import Renderer
 from fader_server.errors import FaderError
 
 _log = logging.getLogger(__name__)
-DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 _now = time.monotonic
 HEADERS = {
@@ -115,9 +113,8 @@ class EventStream(Response):
             self._end(outcome_of(error))
             if not isinstance(error, FaderError):
                 _log.exception("a stream failed")
-            await self._write(send, event({"error": dict(describe(error).error)}))
-        await self._write(send, DONE)
-        await self._write(send, b"", more=False)
+            await self._write(send, self._renderer.failure(dict(describe(error).error)))
+        await self._write(send, self._renderer.last, more=False)
 
     def _end(self, outcome: str) -> None:
         """Only the first counts. The generation tells its tokens first."""
@@ -131,14 +128,14 @@ class EventStream(Response):
         batch = await self._started.first
         while batch is not None:
             usage = generation.usage if call.continuous_usage else None
-            chunks = [] if opened else renderer.opening(choices, usage)
-            chunks += [renderer.chunk(part, usage) for delta in batch for part in delta.told]
-            if chunks:
-                await self._write(send, b"".join([event(chunk) for chunk in chunks]))
+            told = [] if opened else [renderer.opening(choices, usage)]
+            told += [renderer.chunk(part, usage) for delta in batch for part in delta.told]
+            if any(told):
+                await self._write(send, b"".join(told))
             opened = True
             batch = await anext(self._started.batches, None)
-        if call.include_usage:
-            await self._write(send, event(renderer.usage_chunk(generation.usage)))
+        if closing := renderer.closing(generation.usage):
+            await self._write(send, closing)
 
     async def _watch(self, send: Send) -> Never:
         """Ping while nothing is written; raise ClientStalled when a write takes too long.
@@ -168,11 +165,6 @@ class EventStream(Response):
         self._writing_since = self._writing_since or _now()
         await send(message)
         self._writing_since, self._written_at = None, _now()
-
-
-def event(body: Json) -> bytes:
-    """One `data:` event. JSON escapes newlines, so one line is always enough."""
-    return b"data: " + encode(body) + b"\n\n"
 
 
 def outcome_of(error: BaseException) -> str:
