@@ -87,7 +87,7 @@ async def _generate(request: Request, read: Reader, prefix: str) -> Response:
         answer = describe(error).response()
     except BaseException as error:
         record.end(outcome_of(error))
-        if call.repeats is not None and isinstance(error, RequestInvalid):
+        if call.asked is not None and isinstance(error, RequestInvalid):
             error.param = RESPONSE_NAMES.get(error.param or "", error.param)
         raise
     answer.headers.update(context.generator.quotas.headers(caller.tenant))
@@ -135,9 +135,7 @@ def _renderer(context: Context, generation: Generation, id: str) -> Renderer:
     prompts = generation.prompts if call.return_ids else None
     must = call.tools is not None and call.tools.must
     told = Told(call.logprobs is not None, call.include_usage, prompts, calls_alone=must)
-    if call.repeats is not None:
-        return ResponseRenderer(
-            head, context.tokenizer, told, repeats=call.repeats, streamed=call.stream
-        )
+    if call.asked is not None:
+        return ResponseRenderer(head, context.tokenizer, told, call.asked)
     kind = ChatRenderer if call.chat else CompletionRenderer
     return kind(head, context.tokenizer, told)

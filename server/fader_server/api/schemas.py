@@ -3,7 +3,7 @@
 Knows OpenAI's fields and our extensions; knows nothing about tokens, adapters that exist, or HTTP.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from fader_server.api.known import (
     Fixed,
 )
 from fader_server.api.messages import Message, read_messages
+from fader_server.api.responses.asked import Asked
 from fader_server.api.shapes import read_shape
 from fader_server.api.tools import read_tools
 from fader_server.errors import RequestInvalid
@@ -74,8 +75,8 @@ class Call:
     cache_salt: str
     ignored: int
     """Unknown fields, and keys of tools, that were ignored."""
-    repeats: Mapping[str, bytes] | None = None
-    """JSON of the fields that a response repeats of its request; None: the call is no response."""
+    asked: Asked | None = None
+    """Of /v1/responses."""
 
     @property
     def chat(self) -> bool:

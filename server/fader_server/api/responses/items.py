@@ -18,6 +18,8 @@ _UNKNOWN = (
     "must be a message with role and content, a function_call, a function_call_output or a "
     "reasoning item"
 )
+_THOUGHTS = "rs_"
+"""What ids of reasoning items begin with."""
 _REFERENCE = (
     "refers to an item by its id: none is kept here, send the item itself (as Vercel's AI SDK does "
     "with store: false)"
@@ -45,10 +47,11 @@ def read_input(fields: Fields) -> tuple[list[Json], list[int]]:
             if problem:
                 fields.refuse("input", problem, inside=f"[{at}]")
                 break
-    instructions = fields.string("instructions")
     told = [(one, at) for one, at in chat.messages if not _is_bare_thought(one)]
+    instructions = fields.string("instructions")
     if instructions:
-        told = _led(instructions, told)
+        told.insert(0, ({"role": "system", "content": instructions}, 0))
+    told = _led(told)
     return [one for one, _ in told], [at for _, at in told]
 
 
@@ -59,6 +62,12 @@ class _Chat:
         self.messages: list[tuple[Json, int]] = []
         self._said: Json | None = None
         """The assistant's message at the end, which further items may be of."""
+        self._adds: Mapping[str, Callable[[int, Json], str]] = {
+            "message": self._message,
+            "function_call": self._call,
+            "function_call_output": self._result,
+            "reasoning": self._thought,
+        }
 
     def add(self, at: int, item: Any) -> str:  # noqa: ANN401 - any JSON value
         """What is wrong with the item; empty: nothing that the messages do not show."""
@@ -68,11 +77,16 @@ class _Chat:
         if item.get("type") is None:
             kind = "item_reference" if "id" in item and "role" not in item else "message"
         if kind == "item_reference":
-            return _REFERENCE
+            return self._reference(item)
         add = self._adds.get(kind)
         if add is None:
             return f"is of type {kind}, which is not supported here" if kind else _UNKNOWN
-        return add(self, at, item)
+        return add(at, item)
+
+    def _reference(self, item: Json) -> str:
+        """A thought is not missed: most templates leave out past ones anyway."""
+        id = item.get("id")
+        return "" if isinstance(id, str) and id.startswith(_THOUGHTS) else _REFERENCE
 
     def _message(self, at: int, item: Json) -> str:
         message = {"role": item.get("role"), "content": item.get("content")}
@@ -111,13 +125,6 @@ class _Chat:
             )
         return ""
 
-    _adds: Mapping[str, Callable[["_Chat", int, Json], str]] = {
-        "message": _message,
-        "function_call": _call,
-        "function_call_output": _result,
-        "reasoning": _thought,
-    }
-
     def _append(self, at: int, message: Json) -> None:
         self.messages.append((message, at))
         self._said = message if message["role"] == "assistant" else None
@@ -147,16 +154,20 @@ def _is_bare_thought(message: Json) -> bool:
     return message["role"] == "assistant" and not any(has)
 
 
-def _led(instructions: str, told: list[tuple[Json, int]]) -> list[tuple[Json, int]]:
-    """With the instructions first, and what systems and developers say behind them in one message:
-    many templates take one alone."""
-    parts: list[Any] = [instructions]
-    count, place = 0, 0
+def _led(told: list[tuple[Json, int]]) -> list[tuple[Json, int]]:
+    """With what systems and developers say at the beginning in one message: many templates take no
+    second one."""
+    leads: list[tuple[Json, int]] = []
     for message, at in told:
-        content = message.get("content")
-        if message["role"] not in _LEADS or not isinstance(content, str | list):
+        if message["role"] not in _LEADS or not isinstance(message["content"], str | list):
             break
-        parts += ["\n\n", *([content] if isinstance(content, str) else content)]
-        count, place = count + 1, at
-    content = instructions if count == 0 else parts
-    return [({"role": "system", "content": content}, place), *told[count:]]
+        leads.append((message, at))
+    if len(leads) < 2:
+        return told
+    parts: list[Any] = []
+    for message, _ in leads:
+        content = message["content"]
+        parts += ["\n\n"] if parts else []
+        parts += [content] if isinstance(content, str) else content
+    first, _ = leads[0]
+    return [({"role": first["role"], "content": parts}, leads[-1][1]), *told[len(leads) :]]

@@ -4,7 +4,7 @@ Knows deltas and OpenAI's items; nothing about requests or HTTP.
 """
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -103,11 +103,15 @@ class _Item:
 class Output:
     """The items of one answer."""
 
-    def __init__(self, events: Events, scores: Scores | None) -> None:
-        """scores: tokens with logprobs as JSON, where they are asked for."""
+    def __init__(
+        self, events: Events, scores: Scores | None, namespaces: Mapping[str, str]
+    ) -> None:
+        """scores: tokens with logprobs as JSON, where they are asked for. namespaces: of functions
+        that are in one."""
         self.finish: Finish | None = None
         self._events = events
         self._scores = scores
+        self._namespaces = namespaces
         self._ended: list[bytes] = []
         self._item: _Item | None = None
         self._kinds: set[_Kind] = set()
@@ -144,6 +148,8 @@ class Output:
     def _begin_call(self, call: PlacedCall) -> None:
         self._unplaced = []  # they are of the call's markup
         own = {"call_id": call.id, "name": call.name}
+        if call.name in self._namespaces:
+            own["namespace"] = self._namespaces[call.name]
         self._grow(self._open(_CALL, own, call.index), call.arguments)
 
     def _say(self, text: str) -> None:

@@ -4,13 +4,14 @@ Knows the frame around the items; what they are is `output`'s business.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from fader_server.api.choice import Delta, Scored
 from fader_server.api.generate import Usage
 from fader_server.api.pieces import Json, written
 from fader_server.api.ports import Tokenizer
 from fader_server.api.render import Gathered, Head, Told, token_scores
+from fader_server.api.responses.asked import Asked
 from fader_server.api.responses.output import Events, Output
 
 
@@ -19,21 +20,13 @@ class ResponseRenderer:
 
     last = b""
 
-    def __init__(
-        self,
-        head: Head,
-        tokenizer: Tokenizer,
-        told: Told,
-        *,
-        repeats: Mapping[str, bytes],
-        streamed: bool,
-    ) -> None:
-        """repeats: fields of the request, as JSON."""
+    def __init__(self, head: Head, tokenizer: Tokenizer, told: Told, asked: Asked) -> None:
         self._head = head
         self._tokenizer = tokenizer
-        self._repeats = repeats
-        self._events = Events(streamed=streamed)
-        self._output = Output(self._events, self._scores if told.logprobs else None)
+        self._asked = asked
+        self._events = Events(streamed=asked.streamed)
+        scores = self._scores if told.logprobs else None
+        self._output = Output(self._events, scores, asked.namespaces)
 
     def gather(self, gathered: Gathered, delta: Delta) -> None:
         """The items keep what there is."""
@@ -94,7 +87,7 @@ class ResponseRenderer:
             "incomplete_details": why,
             "usage": usage,
         }
-        return written(fields, output=self._output.written, **self._repeats)
+        return written(fields, output=self._output.written, **self._asked.repeats)
 
     def _scores(self, scored: Sequence[Scored]) -> list[Json]:
         return token_scores(self._tokenizer, scored, none=[])

@@ -14,8 +14,9 @@ from fader_server.api.known import (
 )
 from fader_server.api.pieces import Json, encode
 from fader_server.api.response_format import FIELD as SCHEMA
+from fader_server.api.responses.asked import Asked
 from fader_server.api.responses.items import read_input
-from fader_server.api.responses.tools import read_choice, read_offer, shown
+from fader_server.api.responses.tools import read_choice, read_offer
 from fader_server.api.schemas import Call, read_chat_fields, refuse_others
 from fader_server.errors import RequestInvalid
 
@@ -23,6 +24,7 @@ _LOGPROBS = "message.output_text.logprobs"
 _MOST_PAIRS = 16
 _TEXTS = ("user", "safety_identifier", "prompt_cache_key")
 _OF_TEXT = ("format", "verbosity")
+_VERBOSITIES = ("low", "medium", "high")
 _OF_REASONING = ("effort", "summary", "generate_summary", "context", "mode")
 _OF_STREAM = ("include_obfuscation",)
 _INNER = ("json_schema.", "function.")
@@ -52,18 +54,19 @@ def read_response(body: dict[str, Any], limits: Limits) -> Call:
     _object(fields, "stream_options", _OF_STREAM)
     text, reasoning = _object(fields, "text", _OF_TEXT), _object(fields, "reasoning", _OF_REASONING)
     messages, places = read_input(fields)
+    offer = read_offer(fields)
     scored = _includes(fields, _LOGPROBS) or fields.raw("top_logprobs") not in (None, 0)
     chat = {name: body[name] for name in SAME_FIELDS & body.keys()} | {
         "messages": messages,
         "max_tokens": fields.raw("max_output_tokens"),
-        "tools": read_offer(fields),
+        "tools": offer.tools,
         "tool_choice": read_choice(fields),
         "top_logprobs": fields.raw("top_logprobs"),
         "logprobs": scored,
         SCHEMA: _format(text.get("format")),
         "reasoning_effort": reasoning.get("effort"),
     }
-    told = _told(fields, text, reasoning)
+    told = _told(fields, text)
     fields.finish()
     made = _Chat(chat, places)
     made.ignored = fields.ignored
@@ -76,12 +79,15 @@ def read_response(body: dict[str, Any], limits: Limits) -> Call:
         "top_p": choosing.top_p,
         "presence_penalty": choosing.presence_penalty,
         "frequency_penalty": choosing.frequency_penalty,
+        "reasoning": {"effort": call.effort, "summary": None},
+        "tools": offer.shown,
         "parallel_tool_calls": fields.boolean("parallel_tool_calls", default=True),
     }
     try:
-        return replace(call, repeats={name: encode(value) for name, value in told.items()})
+        repeats = {name: encode(value) for name, value in told.items()}
     except ValueError:
         raise RequestInvalid("the body has text or a number that JSON cannot carry back") from None
+    return replace(call, asked=Asked(repeats, offer.namespaces, call.stream))
 
 
 def _object(fields: Fields, name: str, known: tuple[str, ...]) -> Mapping[str, Any]:
@@ -115,7 +121,7 @@ def _format(value: Any) -> Any:  # noqa: ANN401 - any JSON value
     return {"type": "json_schema", "json_schema": inner}
 
 
-def _told(fields: Fields, text: Mapping[str, Any], reasoning: Mapping[str, Any]) -> Json:
+def _told(fields: Fields, text: Mapping[str, Any]) -> Json:
     """What an answer repeats as it came, or says of what is not done here."""
     plain = {name: fields.raw(name) for name in _TEXTS}
     told: Json = {name: value if is_text(value) else None for name, value in plain.items()}
@@ -129,12 +135,10 @@ def _told(fields: Fields, text: Mapping[str, Any], reasoning: Mapping[str, Any])
         "instructions": fields.raw("instructions"),
         "metadata": _metadata(fields),
         "max_tool_calls": fields.optional_integer("max_tool_calls", low=0, high=1 << 31),
-        "reasoning": {"effort": reasoning.get("effort"), "summary": None},
         "text": {
             "format": text.get("format") or {"type": "text"},
-            "verbosity": text.get("verbosity") or "medium",
+            "verbosity": next((v for v in _VERBOSITIES if v == text.get("verbosity")), "medium"),
         },
-        "tools": shown(fields),
         "tool_choice": "auto" if choice is None else choice,
     }
 
