@@ -4,7 +4,7 @@ The only place that holds leases and engine requests for HTTP. Knows no wire for
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from fader_server.api.adapter_ports import Lease
@@ -229,14 +229,19 @@ class Generation:
                         await asyncio.sleep(0)  # a long prompt's logprobs are work
             if failure is not None and not told:
                 raise failure  # nothing has been told yet: the error can have a status of its own
-            joined = [Delta.joined(parts) for parts in gained.values()]
-            batch = [delta for delta in joined if not delta.empty]
+            batch = [delta for delta in self._batch(gained.values()) if not delta.empty]
             if batch or (self._record.started and not told):
                 yield batch
                 told = True
             if failure is not None:
                 raise failure
         self.close()
+
+    def _batch(self, gained: Iterable[list[Delta]]) -> list[Delta]:
+        """One delta a choice, or a token where items are made of them: their order counts."""
+        if self.call.asked is not None:
+            return [delta for parts in gained for delta in parts]
+        return [Delta.joined(parts) for parts in gained]
 
     def _expire(self) -> None:
         """The first token or the end is due."""

@@ -101,7 +101,7 @@ class Renderer(Protocol):
         """Events before the first delta. usage: so far, if they are to tell it."""
         ...
 
-    def chunk(self, delta: Delta, usage: Usage | None) -> bytes: ...
+    def chunks(self, batch: Sequence[Delta], usage: Usage | None) -> bytes: ...
 
     def closing(self, usage: Usage) -> bytes:
         """Events after the last delta."""
@@ -143,8 +143,9 @@ class CompletionRenderer:
         prompt = self._told.prompt
         return b"".join(self._chunk(self._choice(d) | prompt(d.index), usage) for d in empty)
 
-    def chunk(self, delta: Delta, usage: Usage | None) -> bytes:
-        return self._chunk(self._choice(delta), usage)
+    def chunks(self, batch: Sequence[Delta], usage: Usage | None) -> bytes:
+        parts = (part for delta in batch for part in delta.told)
+        return b"".join(self._chunk(self._choice(part), usage) for part in parts)
 
     def _chunk(self, choice: Json, usage: Usage | None) -> bytes:
         return _event(self._head.body("text_completion", [choice]) | self._told.usage(usage))
@@ -224,7 +225,11 @@ class ChatRenderer:
             for at in range(choices)
         )
 
-    def chunk(self, delta: Delta, usage: Usage | None) -> bytes:
+    def chunks(self, batch: Sequence[Delta], usage: Usage | None) -> bytes:
+        parts = (part for delta in batch for part in delta.told)
+        return b"".join(self._part(part, usage) for part in parts)
+
+    def _part(self, delta: Delta, usage: Usage | None) -> bytes:
         content: Json = {"reasoning_content": delta.thought} if delta.thought else {}
         if delta.text:
             content["content"] = delta.text

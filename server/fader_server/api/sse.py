@@ -129,7 +129,7 @@ class EventStream(Response):
         while batch is not None:
             usage = generation.usage if call.continuous_usage else None
             told = [] if opened else [renderer.opening(choices, usage)]
-            told += [renderer.chunk(part, usage) for delta in batch for part in delta.told]
+            told.append(renderer.chunks(batch, usage))
             if any(told):
                 await self._write(send, b"".join(told))
             opened = True

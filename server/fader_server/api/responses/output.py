@@ -115,6 +115,8 @@ class Output:
         self._ended: list[bytes] = []
         self._item: _Item | None = None
         self._kinds: set[_Kind] = set()
+        self._gained: list[str] = []
+        self._gained_scores: list[Json] = []
         self._unplaced: list[Scored] = []
         """Tokens that no text has come of so far."""
 
@@ -124,7 +126,7 @@ class Output:
         return b"[%s]" % b",".join(self._ended)
 
     def add(self, delta: Delta) -> None:
-        """What the answer gained; where it has an end, that."""
+        """What one token gave; where it ends the answer, that."""
         if self._scores is not None:
             self._unplaced += [one for one in delta.scored if not one.thought]
         if delta.thought:
@@ -133,9 +135,21 @@ class Output:
         if delta.text:
             self._say(delta.text)
         for call in new:
-            self._begin_call(call)
+            if not self._goes_on(call):  # one token may begin a call and go on with it
+                self._begin_call(call)
         if delta.finish is not None:
             self._end(delta.finish)
+
+    def tell(self) -> None:
+        """What the item under way gained since this was asked."""
+        item, gained, scores = self._item, self._gained, self._gained_scores
+        if item is None or not (gained or scores):
+            return
+        self._gained, self._gained_scores = [], []
+        fields = self._place(item) | {"delta": "".join(gained)}
+        if item.kind is _MESSAGE:
+            fields["logprobs"] = scores
+        self._events.tell(f"{item.kind.event}.delta", fields)
 
     def _goes_on(self, call: PlacedCall) -> bool:
         """Whether it is the call under way; then it has grown."""
@@ -158,7 +172,8 @@ class Output:
         scores = self._scores(scored) if self._scores is not None and scored else []
         if scores:
             item.scores.append(encode(scores)[1:-1])
-        self._grow(item, text, scores)
+            self._gained_scores += scores
+        self._grow(item, text)
 
     def _of(self, kind: _Kind, own: Json) -> _Item:
         """The item under way if it is of this kind, else a new one."""
@@ -178,17 +193,14 @@ class Output:
             self._events.tell("response.content_part.added", self._place(item), part=item.part)
         return item
 
-    def _grow(self, item: _Item, text: str, scores: list[Json] | None = None) -> None:
-        if not text and not scores:
-            return
-        item.texts.append(text)
-        fields = self._place(item) | {"delta": text}
-        if item.kind is _MESSAGE:
-            fields["logprobs"] = scores or []
-        self._events.tell(f"{item.kind.event}.delta", fields)
+    def _grow(self, item: _Item, text: str) -> None:
+        if text:
+            item.texts.append(text)
+            self._gained.append(text)
 
     def _close(self, status: Status) -> None:
         """The item under way, if there is one."""
+        self.tell()
         item, self._item = self._item, None
         if item is None:
             return

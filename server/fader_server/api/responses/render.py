@@ -40,8 +40,10 @@ class ResponseRenderer:
             self._events.tell(kind, {}, response=lambda: self._response("in_progress"))
         return self._events.taken()
 
-    def chunk(self, delta: Delta, usage: Usage | None) -> bytes:
-        self._output.add(delta)
+    def chunks(self, batch: Sequence[Delta], usage: Usage | None) -> bytes:
+        for delta in batch:
+            self._output.add(delta)
+        self._output.tell()
         return self._events.taken()
 
     def closing(self, usage: Usage) -> bytes:
