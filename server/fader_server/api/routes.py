@@ -11,6 +11,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from fader_server.api.answers import Gathered, Head, Renderer, Told
 from fader_server.api.choosing import Limits
 from fader_server.api.context import (
     Context,
@@ -25,14 +26,7 @@ from fader_server.api.errors import ResponseNotKept, describe
 from fader_server.api.generate import Generation
 from fader_server.api.known import RESPONSE_NAMES
 from fader_server.api.observe import CallRecord
-from fader_server.api.render import (
-    ChatRenderer,
-    CompletionRenderer,
-    Gathered,
-    Head,
-    Renderer,
-    Told,
-)
+from fader_server.api.render import ChatRenderer, CompletionRenderer
 from fader_server.api.resolve import blend_header
 from fader_server.api.responses.render import ResponseRenderer
 from fader_server.api.responses.request import read_response

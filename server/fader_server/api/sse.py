@@ -14,12 +14,12 @@ from typing import Never
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from fader_server.api.answers import Renderer
 from fader_server.api.choice import Delta
 from fader_server.api.disconnect import while_connected
 from fader_server.api.errors import ClientGone, ClientStalled, describe
 from fader_server.api.generate import Generation
 from fader_server.api.observe import CallRecord
-from fader_server.api.render import Renderer
 from fader_server.errors import FaderError
 
 _log = logging.getLogger(__name__)

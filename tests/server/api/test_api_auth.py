@@ -25,6 +25,7 @@ ADMIN = {
     ("POST", "/v1/load_lora_adapter"),
     ("POST", "/v1/unload_lora_adapter"),
 }
+NOTHING_KEPT = "/v1/responses/{id:path}"
 KEYS = {"api_key": ("user-key",), "admin_key": "admin-key"}
 
 
@@ -49,7 +50,7 @@ def path_of(template: str) -> str:
 def test_the_list_of_routes_is_the_contract(world: World):
     listed = routes(world)
     changing = {route for route in listed if route[0] in ("PUT", "PATCH", "DELETE")}
-    assert changing - {("DELETE", "/v1/responses/{id:path}")} < ADMIN
+    assert changing - {("DELETE", NOTHING_KEPT)} < ADMIN
     assert len([route for route in listed if route[0] != "HEAD"]) == 25
     heads, gets = ([path for method, path in listed if method == verb] for verb in ("HEAD", "GET"))
     assert heads == gets
@@ -78,7 +79,8 @@ async def test_user_key_opens_user_routes_only(worlds):
                 told = b"" if method == "HEAD" else b'"code":"permission_denied"'
                 assert told in answer.content
             else:
-                assert answer.status_code in (200, 400), (method, template)
+                expected = (404,) if template == NOTHING_KEPT else (200, 400)
+                assert answer.status_code in expected, (method, template)
     assert set(world.adapters.infos) == {"tone", "domain"}
 
 

@@ -14,6 +14,7 @@ from tests.server.api.conftest import asgi, listening
 GOOD = {
     "/v1/completions": {"model": "base", "prompt": "x"},
     "/v1/chat/completions": {"model": "base", "messages": [{"role": "user", "content": "x"}]},
+    "/v1/responses": {"model": "base", "input": "x"},
     "/tokenize": {"prompt": "x"},
     "/detokenize": {"tokens": [1]},
     "/v1/load_lora_adapter": {"lora_name": "a", "lora_path": "p"},

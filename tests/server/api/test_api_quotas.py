@@ -203,6 +203,7 @@ CAPPED = (
 )
 CHAT = {"model": "tone", "messages": [{"role": "user", "content": "x"}]}
 COMPLETION = {"model": "tone", "prompt": "x"}
+RESPONSE = {"model": "tone", "input": "x"}
 
 
 @pytest.mark.parametrize(
@@ -211,6 +212,8 @@ COMPLETION = {"model": "tone", "prompt": "x"}
         ("/v1/chat/completions", CHAT, "sk-capped", 5),
         ("/v1/chat/completions", CHAT | {"max_tokens": None}, "sk-capped", 5),
         ("/v1/chat/completions", CHAT | {"max_completion_tokens": 4}, "sk-capped", 4),
+        ("/v1/responses", RESPONSE, "sk-capped", 5),
+        ("/v1/responses", RESPONSE | {"max_output_tokens": 4}, "sk-capped", 4),
         ("/v1/completions", COMPLETION, "sk-capped", 5),
         ("/v1/completions", COMPLETION, "sk-wide", 16),
         ("/v1/completions", COMPLETION | {"max_tokens": 20}, "sk-wide", 20),
@@ -249,6 +252,7 @@ async def test_a_cap_is_no_promise_beyond_the_context(worlds):
         ("/v1/chat/completions", CHAT | {"max_tokens": 6}, "max_tokens"),
         ("/v1/chat/completions", CHAT | {"max_completion_tokens": 6}, "max_completion_tokens"),
         ("/v1/chat/completions", CHAT | {"min_tokens": 6}, "min_tokens"),
+        ("/v1/responses", RESPONSE | {"max_output_tokens": 6}, "max_output_tokens"),
         ("/v1/completions", COMPLETION | {"max_tokens": 6}, "max_tokens"),
     ],
 )

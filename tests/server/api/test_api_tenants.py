@@ -40,11 +40,14 @@ def spellings(name: str) -> list[str]:
 def generations(model: str, **others: Any) -> list[Ask]:
     body = {"model": model, "max_tokens": 2, **others}
     chat = {**body, "messages": [{"role": "user", "content": "x"}]}
+    response = {"model": model, "max_output_tokens": 2, **others, "input": "x"}
     return [
         ("POST", "/v1/completions", {**body, "prompt": "x"}),
         ("POST", "/v1/completions", {**body, "prompt": "x", "stream": True}),
         ("POST", "/v1/chat/completions", chat),
         ("POST", "/v1/chat/completions", {**chat, "stream": True}),
+        ("POST", "/v1/responses", response),
+        ("POST", "/v1/responses", {**response, "stream": True}),
     ]
 
 

@@ -75,6 +75,20 @@ def test_streamed_deltas_are_the_whole_answer(client, model):
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
 
 
+@pytest.mark.parametrize("model", ["shout", BASE])
+def test_responses_say_what_chats_say(client, model):
+    for blend in (None, {"adapters": [{"name": "german", "weight": 1.0}]} if model == BASE else {}):
+        asked = {"model": model, "input": SKY, "temperature": 0, "extra_body": blend}
+        whole = client.responses.create(**asked)
+        with client.responses.stream(**asked) as stream:
+            said = [event.delta for event in stream if event.type == "response.output_text.delta"]
+            last = stream.get_final_response()
+        assert len(said) > 1
+        assert "".join(said) == last.output_text == whole.output_text
+        assert whole.output_text == _chat(client, model, {"german": 1.0} if blend else None)
+        assert (last.usage, last.status) == (whole.usage, "completed")
+
+
 def test_echo_scores_the_prompt_as_the_answer_was_scored(client):
     first = client.completions.create(
         model="german", prompt="The sky", max_tokens=4, temperature=0, logprobs=2, echo=True
@@ -131,6 +145,20 @@ def test_mistakes_get_their_named_error(client):
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model=BASE, prompt="x", extra_body={"adapter": "shout"})
     assert caught.value.param == "adapter"
+
+
+def test_responses_are_parsed_and_not_kept(client):
+    class Colour(pydantic.BaseModel):
+        colour: Literal["mauve", "ochre"]
+
+    asked = {"model": BASE, "input": SKY, "temperature": 0}
+    answer = client.responses.parse(**asked, text_format=Colour)
+    assert isinstance(answer.output_parsed, Colour)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(answer.id)
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.create(**asked, previous_response_id=answer.id)
+    assert caught.value.param == "previous_response_id"
 
 
 async def test_fifty_callers_of_everything_get_what_they_get_alone(server, client):

@@ -112,6 +112,32 @@ async def test_an_agent_calls_is_told_and_answers(client: AsyncOpenAI):
     assert last.usage.prompt_tokens > 200
 
 
+async def test_an_agent_of_responses_calls_is_told_and_answers(client: AsyncOpenAI):
+    items: list[Any] = list(ASKED)
+    tools: list[Any] = [openai.pydantic_function_tool(Weather)["function"] | {"type": "function"}]
+    asked: dict[str, Any] = {"model": "base", "tools": tools, "parallel_tool_calls": False}
+    for seed in range(2):
+        more = {"tool_choice": "required", "extra_body": BLEND | {"seed": seed}}
+        async with client.responses.stream(
+            input=items, **asked, **more, max_output_tokens=1500
+        ) as stream:
+            answer = await stream.get_final_response()
+        assert answer.output
+        items += [item.to_dict() for item in answer.output]
+        for call in answer.output:
+            assert call.type == "function_call"
+            Weather.model_validate_json(call.arguments)
+            items.append(
+                {"type": "function_call_output", "call_id": call.call_id, "output": "<|im_end|> 5"}
+            )
+    last = await client.responses.create(
+        input=items, **asked, tool_choice="none", max_output_tokens=9
+    )
+    assert [item.type for item in last.output] == ["message"]
+    assert last.usage is not None
+    assert last.usage.input_tokens > 150
+
+
 @pytest.mark.parametrize(("model", "extra"), WAYS)
 async def test_calls_are_parsed_into_models_and_a_random_one_calls_nothing_by_itself(
     client: AsyncOpenAI, model: str, extra: dict | None

@@ -6,11 +6,11 @@ Knows the frame around the items; what they are is `output`'s business.
 import time
 from collections.abc import Sequence
 
+from fader_server.api.answers import Gathered, Head, Told, token_scores
 from fader_server.api.choice import Delta, Scored
 from fader_server.api.generate import Usage
 from fader_server.api.pieces import Json, written
 from fader_server.api.ports import Tokenizer
-from fader_server.api.render import Gathered, Head, Told, token_scores
 from fader_server.api.responses.asked import Asked
 from fader_server.api.responses.output import Events, Output
 
