@@ -32,8 +32,10 @@ class CallingChoice(Choice):
 
     def take(self, event: TokenEvent) -> Delta:
         delta = super().take(event)
-        gained = (part for part in self._calls.taken() if part.name or part.arguments)
-        calls = tuple(self._placed(part) for part in gained)
+        parts = self._calls.taken()
+        calls = tuple(self._placed(part) for part in parts if part.name or part.arguments)
+        if parts and delta.scored:
+            delta = replace(delta, scored=tuple(replace(one, of="call") for one in delta.scored))
         finish = "tool_calls" if self._made and delta.finish == "stop" else delta.finish
         return replace(delta, calls=calls, finish=finish)
 

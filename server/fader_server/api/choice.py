@@ -18,8 +18,8 @@ class Scored:
     top: tuple[tuple[int, float], ...]
     offset: int
     """Characters of the returned text before it."""
-    thought: bool = False
-    """It is of the thought."""
+    of: Literal["text", "thought", "call"] = "text"
+    """What came of it, or may yet; of a call: those before it without a text were so, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,17 +170,15 @@ class Choice:
             return Delta(self.index)
         thought = None if self._thought is None else self._thought.take(token)
         if thought is not None:
-            scored = self._scored(event, token, 0, thought=True)
+            scored = tuple(replace(one, of="thought") for one in self._scored(event, token, 0))
             return Delta(self.index, scored=scored, thought=thought)
         delta = self._text.feed(token)
         self.finish = "stop" if delta.stopped else None
         scored = self._scored(event, token, delta.offset)
         return Delta(self.index, delta.text, scored, self.finish)
 
-    def _scored(
-        self, event: TokenEvent, token: int, offset: int, *, thought: bool = False
-    ) -> tuple[Scored, ...]:
+    def _scored(self, event: TokenEvent, token: int, offset: int) -> tuple[Scored, ...]:
         score = event.logprob
         if score is None or self.request.params.logprobs is None:
             return ()
-        return (Scored(token, score.logprob, score.top, offset, thought),)
+        return (Scored(token, score.logprob, score.top, offset),)

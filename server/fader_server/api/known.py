@@ -40,6 +40,7 @@ FIXED_OF_CHAT: Fixed = {
     "suffix": ((), "is of completions, and not supported there"),
 }
 FIXED_OF_RESPONSES: Fixed = {
+    **FIXED_OF_CHAT,
     "background": ((False,), "is not supported: an answer is told as it is made"),
     "previous_response_id": ((), "is not supported: responses are not kept, send all of input"),
     "conversation": ((), "is not supported: responses are not kept, send all of input"),
@@ -56,8 +57,6 @@ FIXED_OF_RESPONSES: Fixed = {
     "function_call": (("none",), "is of chat completions: see tool_choice"),
     "n": ((1,), "is always 1 here"),
     "best_of": ((1,), "is always 1 here"),
-    "echo": ((False,), "is of completions"),
-    "suffix": ((), "is of completions, and not supported there"),
     "add_generation_prompt": ((True,), "is always true here"),
     "continue_final_message": ((False,), "is of chat completions"),
     "return_token_ids": ((False,), "is of completions and chat completions"),

@@ -12,6 +12,8 @@ import pydantic
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 
+from fader_server.api.choice import Delta, PlacedCall
+from fader_server.api.responses.output import Events, Output
 from fader_server.core import Request, TokenEvent
 from fader_server.errors import EngineFault, NumericFault, Overloaded
 from tests.server.api.api_fakes import TEXT, World, say
@@ -225,7 +227,30 @@ async def test_logprobs_are_those_of_the_message(worlds):
             assert [score["bytes"] for score in scores] == [[byte] for byte in "é!".encode()]
             assert {len(score["top_logprobs"]) for score in scores} == {2}
         without = await ask(client, include=["reasoning.encrypted_content"])
+        stopped = await ask(client, top_logprobs=1, stop="!")
     assert without["output"][1]["content"][0]["logprobs"] == []
+    (part,) = stopped["output"][1]["content"]
+    assert (part["text"], len(part["logprobs"])) == ("é", 3)
+
+
+async def test_logprobs_of_words_between_calls_are_not_those_of_the_calls(worlds):
+    world = worlds(script=say("a" + CALL + "bc" + OTHER))
+    async with asgi(world) as client:
+        answer = await ask(client, tools=[TOOL], top_logprobs=1)
+    parts = [item["content"][0] for item in answer["output"] if item["type"] == "message"]
+    said = ["".join(score["token"] for score in part["logprobs"]) for part in parts]
+    assert [part["text"] for part in parts] == said == ["a", "bc"]
+
+
+def test_a_token_that_ends_a_call_and_begins_words_is_of_both():
+    events = Events(streamed=True)
+    output = Output(events, None, {})
+    output.add(Delta(0, calls=(PlacedCall(0, "c1", "f", "{"),)))
+    output.add(Delta(0, "b", calls=(PlacedCall(0, "", "", "}"),)))
+    output.add(Delta(0, finish="tool_calls"))
+    call, message = json.loads(output.written)
+    assert (call["arguments"], message["content"][0]["text"]) == ("{}", "b")
+    assert events.taken().count(b"event: response.output_item.done") == 2
 
 
 async def test_calls_of_a_namespace_name_it(worlds):

@@ -140,6 +140,8 @@ BAD_INPUT = {
     "no role": ([USER, {"content": "x"}], "input[1] must be"),
     "another's role": ([{"role": "SECRET", "content": "x"}], "input[0] must have a role"),
     "no content": ([THOUGHT, {"role": "user"}], "input[1] must have content"),
+    "an answer of no text": ([USER, THOUGHT, {"role": "assistant", "content": 5}],
+                             "input[2] must have content"),
     "a picture": ([THOUGHT, USER, {"role": "user", "content": [{"type": "input_image"}]}],
                   "input[2] has a picture"),
     "a file": ([{"role": "user", "content": [{"type": "input_file", "file_id": "SECRET"}]}],
@@ -177,7 +179,7 @@ REFUSED = {
     "stream_options": True, "instructions": 3, "max_output_tokens": 0, "top_logprobs": 21,
     "temperature": 3, "stop": [""], "chat_template": "SECRET", "guided_grammar": "SECRET",
     "instrutions": "typo", "adapter": "tone", "tools": {"a": 1}, "tool_choice": "any",
-    "max_tool_calls": -1, "add_generation_prompt": False, "logprob": 1,
+    "add_special_tokens": True, "max_tool_calls": -1, "add_generation_prompt": False, "logprob": 1,
 }  # fmt: skip
 
 
@@ -204,8 +206,9 @@ async def test_what_changes_nothing_is_taken(client, world: World):
     assert (answer["store"], answer["truncation"], answer["user"]) == (False, "disabled", None)
     assert (answer["max_tool_calls"], answer["text"]["verbosity"]) == (3, "low")
     assert "fader_ignored_fields_total 0.0" in world.metrics.render().decode()
-    await taken(client, zzz=1, text={"zzz": 1}, reasoning={"zzz": 1})
-    assert "fader_ignored_fields_total 3.0" in world.metrics.render().decode()
+    tools = [TOOL | {"zzz": 1}, {"type": "web_search"}]
+    await taken(client, zzz=1, text={"zzz": 1}, reasoning={"zzz": 1}, tools=tools)
+    assert "fader_ignored_fields_total 5.0" in world.metrics.render().decode()
 
 
 async def test_sampling_and_effort_reach_the_engine(client, world: World):
@@ -274,12 +277,14 @@ async def test_what_are_no_functions_is_named(client, world: World, tools, told)
     [
         *("any", 1, [], {}, {"type": "function"}, {"type": "function", "name": "g"}),
         {"type": "function", "function": {"name": "f"}},
+        NAMED | {"more": 1},
         *({"type": "web_search"}, allowed("none", NAMED), allowed("auto"), allowed("auto", TOOL)),
     ],
 )
 async def test_what_is_no_choice_is_one_400(client, choice):
     error = await refused(client, tools=[TOOL], tool_choice=choice)
     assert error["param"] == "tool_choice"
+    assert '"function": {' not in error["message"], "that is how a chat has it"
 
 
 async def test_forms_are_those_of_a_chat(client, world: World):

@@ -127,8 +127,11 @@ class Output:
 
     def add(self, delta: Delta) -> None:
         """What one token gave; where it ends the answer, that."""
-        if self._scores is not None:
-            self._unplaced += [one for one in delta.scored if not one.thought]
+        for one in delta.scored if self._scores is not None else ():
+            if one.of == "call":
+                self._unplaced = []
+            if one.of == "text" or (one.of == "call" and delta.text):
+                self._unplaced.append(one)
         if delta.thought:
             self._grow(self._of(_THOUGHT, {"summary": []}), delta.thought)
         new = [call for call in delta.calls if not self._goes_on(call)]
@@ -160,7 +163,6 @@ class Output:
         return True
 
     def _begin_call(self, call: PlacedCall) -> None:
-        self._unplaced = []  # they are of the call's markup
         own = {"call_id": call.id, "name": call.name}
         if call.name in self._namespaces:
             own["namespace"] = self._namespaces[call.name]

@@ -31,7 +31,7 @@ _INNER = ("json_schema.", "function.")
 """Objects of a chat whose keys a response has one level further up."""
 
 
-class _Chat(Fields):
+class _ChatFields(Fields):
     """A chat's fields that were made of a response: problems have the names that it has."""
 
     def __init__(self, body: Json, places: Sequence[int]) -> None:
@@ -68,7 +68,7 @@ def read_response(body: dict[str, Any], limits: Limits) -> Call:
     }
     told = _told(fields, text)
     fields.finish()
-    made = _Chat(chat, places)
+    made = _ChatFields(chat, places)
     made.ignored = fields.ignored
     call = read_chat_fields(made, limits)
     choosing = call.choosing
