@@ -83,7 +83,7 @@ def test_responses_say_what_chats_say(client, model):
         with client.responses.stream(**asked) as stream:
             said = [event.delta for event in stream if event.type == "response.output_text.delta"]
             last = stream.get_final_response()
-        assert len(said) > 1
+        assert said, "deltas came"
         assert "".join(said) == last.output_text == whole.output_text
         assert whole.output_text == _chat(client, model, {"german": 1.0} if blend else None)
         assert (last.usage, last.status) == (whole.usage, "completed")
