@@ -197,8 +197,9 @@ Room = Annotated[int, pydantic.Field(ge=0, le=999)]
 
 
 class Place(pydantic.BaseModel):
-    """What the demo would never say by itself."""
+    """What the demo would never say by itself; nothing beside it, so that answers end."""
 
+    model_config = pydantic.ConfigDict(extra="forbid")
     kind: Literal["sea", "sky"]
     rooms: Annotated[
         list[Annotated[int, pydantic.Field(ge=0, le=999)]], pydantic.Field(max_length=3)
