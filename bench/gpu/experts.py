@@ -14,6 +14,7 @@ from bench.gpu.weights import publish_adapters, rms
 from fader_adapters.kernels.cuda.expert_calls import stack_delta
 from fader_adapters.kernels.cuda.lora import DeltaKernels
 from fader_adapters.kernels.cuda.lora_step import LoraStep, StackSite
+from fader_adapters.kernels.cuda.plain_experts import CudaStackWeight
 from fader_adapters.kernels.routing import Routing
 from fader_adapters.kernels.stack_weights import StackWeight
 from fader_adapters.kernels.tables import Tables
@@ -156,9 +157,7 @@ def measure_experts(rig: Rig, result: Result) -> None:
     shape = SMALL if rig.small else QWEN3_30B
     base = shape.base
     weights = [
-        StackWeight(
-            torch.randn(s.experts, s.out_features, s.in_features, device=rig.device).to(rig.dtype)
-        )
+        CudaStackWeight.of(StackWeight(torch.randn(shape_of(s), device=rig.device).to(rig.dtype)))
         for s in base.linears[:2]
     ]
     rank = 8 if rig.small else 16
@@ -180,16 +179,20 @@ def measure_experts(rig: Rig, result: Result) -> None:
             works.append([_deltas(sites, outs, inputs, routing, step) for routing in routings])
         deltas = captured(rig, [work for turn in zip(*works, strict=True) for work in turn])
         plain = _plain(rig, weights, inputs, routings)
-        beside = "" if plain is None else f", {deltas.median / plain.median:.3f}× their products"
         result.add(
             f"experts r={rank} rows={rows} adapters={distinct}: {deltas.median * 1e3:.0f} µs"
-            f"{beside}",
+            f", {deltas.median / plain.median:.3f}× their products",
             rank=rank,
             rows=rows,
             distinct=distinct,
             **deltas.facts("deltas"),
-            **({} if plain is None else plain.facts("products")),
+            **plain.facts("products"),
         )
+
+
+def shape_of(spec: LinearSpec) -> tuple[int, int, int]:
+    """Of a stack's weight."""
+    return spec.experts, spec.out_features, spec.in_features
 
 
 def _turns(base: BaseSpec, ranks: tuple[int, ...], rig: Rig) -> list[Tables]:
@@ -215,11 +218,8 @@ def _deltas(
 
 def _plain(
     rig: Rig, weights: list[StackWeight], inputs: list[torch.Tensor], routings: list[Routing]
-) -> Times | None:
-    """The experts' own products, by each routing in turn; None where torch's wait for the host, as
-    before sm_90."""
-    if rig.on_gpu and torch.cuda.get_device_capability(rig.device) < (9, 0):
-        return None
+) -> Times:
+    """The experts' own products, by each routing in turn."""
 
     def work(routing: Routing) -> None:
         for weight, x in zip(weights, inputs, strict=True):

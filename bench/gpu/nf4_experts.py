@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from bench.gpu.experts import QWEN3_30B, Mixture
+from bench.gpu.experts import QWEN3_30B, Mixture, shape_of
 from bench.gpu.parity import demand, limit
 from bench.gpu.section import BitsDiffer, ParityFailed, Result, Rig, gate
 from bench.gpu.timing import Times, bandwidth, captured
@@ -12,6 +12,7 @@ from bench.gpu.weights import exact, nf4_weight, rms
 from fader_adapters.kernels.backend import ExpertsWeight
 from fader_adapters.kernels.cuda.nf4 import Scratch
 from fader_adapters.kernels.cuda.nf4_experts import CudaNf4Stack
+from fader_adapters.kernels.cuda.plain_experts import CudaStackWeight
 from fader_adapters.kernels.nf4 import Nf4Weight
 from fader_adapters.kernels.routing import Routing
 from fader_adapters.kernels.stack_weights import StackWeight
@@ -91,24 +92,15 @@ def measure_nf4_experts(rig: Rig, result: Result) -> None:
     scratch = Scratch(rig.device, 1 << 20)
     ours = [_stack(rig, spec, scratch, bias=False)[1] for spec in linears]
     plain = [
-        StackWeight(
-            torch.randn(
-                spec.experts,
-                spec.out_features,
-                spec.in_features,
-                device=rig.device,
-                dtype=rig.dtype,
-            )
+        CudaStackWeight.of(
+            StackWeight(torch.randn(shape_of(spec), device=rig.device, dtype=rig.dtype))
         )
         for spec in linears
     ]
-    grouped = not rig.on_gpu or torch.cuda.get_device_capability(rig.device) >= (9, 0)
     for tokens, turns in ((1, 2), (4, 2)) if rig.small else ((1, 16), (8, 8), (32, 4), (1024, 2)):
         rig.check_time()
         routings = [shape.routing(tokens, linears[0], rig) for _ in range(turns)]
-        times = {"fader": _times(rig, ours, routings)}
-        if grouped:  # torch's waits for the host before sm_90
-            times["dense"] = _times(rig, plain, routings)
+        times = {"fader": _times(rig, ours, routings), "dense": _times(rig, plain, routings)}
         _tell(rig, result, tokens, times, ours, routings)
 
 
@@ -151,6 +143,5 @@ def _tell(
         figure |= found.facts(way)
     told = f"NF4 experts, {tokens} tokens: {median * 1e3:.0f} µs, {share:.0%} of copy bandwidth"
     told += f", {flops / median / 1e9:.0f} TFLOP/s"
-    if "dense" in times:
-        told += f", {times['dense'].median / median:.2f}× as fast as unquantised"
+    told += f", {times['dense'].median / median:.2f}× as fast as unquantised"
     result.add(told, **figure)

@@ -14,6 +14,7 @@ from fader_adapters.kernels.cuda.lora import ROW_BUCKETS, DeltaKernels, LoraStep
 from fader_adapters.kernels.cuda.machines import Arch, arch_of
 from fader_adapters.kernels.cuda.nf4_codes import CODES
 from fader_adapters.kernels.cuda.nf4_experts import CudaNf4Stack
+from fader_adapters.kernels.cuda.plain_experts import CudaStackWeight
 from fader_adapters.kernels.cuda.sites import CudaLookup, CudaSite, CudaStack
 from fader_adapters.kernels.dense import DenseLinear, filled
 from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight
@@ -54,7 +55,7 @@ class CudaRoom:
         shape: tuple[int, int, int],
         bias: torch.Tensor | None,
     ) -> StackWeight:
-        return filled_stack(matrices, shape, bias)
+        return CudaStackWeight.of(filled_stack(matrices, shape, bias))
 
     def nf4_stack(
         self, rows: Iterable[Nf4Weight], shape: tuple[int, int, int], bias: torch.Tensor | None
@@ -141,7 +142,7 @@ class CudaBackend:
     def pack_stack(self, weight: StackWeight | Nf4Stack) -> StackWeight | CudaNf4Stack:
         if isinstance(weight, StackWeight):
             self._check_device(weight.source.device)
-            return weight
+            return CudaStackWeight.of(weight)
         self._check_device(weight.weight.packed.device)
         return CudaNf4Stack([weight.weight], weight.shape, weight.bias, self._scratch)
 
