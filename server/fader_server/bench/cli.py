@@ -57,11 +57,14 @@ def serve(
     ignore_base: Annotated[
         bool, typer.Option(help="Never ask the base, not even for parity.")
     ] = False,
+    temperature: Annotated[
+        float, typer.Option(help="Above 0: drawn, by seeds of the prompts.")
+    ] = 0.0,
 ) -> None:
     """Load a server over HTTP and report latencies and throughput.
 
     Exit code 1 and no figure when any request failed, came out at another length than asked, ended
-    without [DONE], or when an adapter's greedy answer amid the load is not its answer alone.
+    without [DONE], or when an adapter's answer amid the load is not its answer alone.
     """
     if compare and popularity:
         raise typer.BadParameter("give either --popularity or --compare")
@@ -85,6 +88,7 @@ def serve(
             api_key=api_key.split(",")[0] if api_key else None,
             vocab=vocab,
             ignore_base=ignore_base,
+            temperature=temperature,
         )
     )
     result = checked(lambda: asyncio.run(run(options)))

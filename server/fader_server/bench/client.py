@@ -3,7 +3,8 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+import zlib
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -16,7 +17,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A greedy completion of exactly `output_tokens` tokens."""
+    """A completion of exactly `output_tokens` tokens."""
 
     model: str
     prompt: tuple[int, ...]
@@ -127,9 +128,11 @@ class BenchClient:
         timeout: float,
         api_key: str | None = None,
         keep_alive: bool = True,
+        temperature: float = 0.0,
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
+        """temperature: above 0 tokens are drawn, by seeds that follow from prompts."""
         headers = {"accept-encoding": "identity"}
         if api_key:
             headers["authorization"] = f"Bearer {api_key}"
@@ -145,6 +148,7 @@ class BenchClient:
             trust_env=False,  # a proxy between client and server would be measured too
         )
         self._timeout = timeout
+        self._temperature = temperature
         self.clock = clock
 
     async def __aenter__(self) -> Self:
@@ -212,7 +216,8 @@ class BenchClient:
             "max_tokens": ask.output_tokens,
             "min_tokens": ask.output_tokens,
             "ignore_eos": True,
-            "temperature": 0,
+            "temperature": self._temperature,
+            **({"seed": _seed_of(ask.prompt)} if self._temperature else {}),
             "stream": True,
             "stream_options": {"include_usage": True},
         }
@@ -239,16 +244,26 @@ class Reachable(Protocol):
 
 
 def client_of(
-    options: Reachable, *, transport: httpx.AsyncBaseTransport | None, clock: Clock
+    options: Reachable,
+    *,
+    temperature: float = 0.0,
+    transport: httpx.AsyncBaseTransport | None,
+    clock: Clock,
 ) -> BenchClient:
     """The connections of one run."""
     return BenchClient(
         options.url,
         timeout=options.timeout,
         api_key=options.api_key,
+        temperature=temperature,
         transport=transport,
         clock=clock,
     )
+
+
+def _seed_of(prompt: Sequence[int]) -> int:
+    """One prompt is answered alike whenever it is asked."""
+    return zlib.crc32(repr(list(prompt)).encode())
 
 
 async def _events(response: httpx.Response, clock: Clock) -> AsyncIterator[tuple[bytes, float]]:

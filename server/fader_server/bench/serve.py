@@ -51,6 +51,8 @@ class Options:
     api_key: str | None = field(default=None, repr=False)
     vocab: int | None = None
     ignore_base: bool = False
+    temperature: float = 0.0
+    """0: the likeliest tokens; above, drawn by a seed that follows from the prompt."""
 
     def __post_init__(self) -> None:
         if (self.concurrency is None) == (self.rate is None):
@@ -59,6 +61,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigInvalid(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.temperature <= 2:
+            raise ConfigInvalid(f"temperature must be from 0 to 2, got {self.temperature}")
         if self.rate is not None and not 0 < self.rate < float("inf"):
             raise ConfigInvalid(f"rate must be above 0, got {self.rate}")
         if len(set(map(str, self.scenarios))) != len(self.scenarios):
@@ -93,7 +97,8 @@ async def run(
     clock: Clock = time.perf_counter,
 ) -> Result:
     """Run every scenario. ConfigInvalid for what the user can mend, faults are in the result."""
-    async with client_of(options, transport=transport, clock=clock) as client:
+    made = client_of(options, temperature=options.temperature, transport=transport, clock=clock)
+    async with made as client:
         served = await discover(
             client, model=options.model, adapters=options.adapters, vocab=options.vocab
         )

@@ -1,4 +1,5 @@
 import asyncio
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -31,6 +32,22 @@ async def test_request_asks_for_exact_lengths():
     (body,) = server.asked
     assert (body["max_tokens"], body["min_tokens"], body["ignore_eos"]) == (5, 5, True)
     assert (body["prompt"], body["temperature"], body["stream"]) == ([1, 2, 3], 0, True)
+
+
+async def test_drawn_answers_have_a_seed_of_their_prompt():
+    server = FakeServer()
+    transport = FakeTransport(server)
+    async with BenchClient(
+        "http://fake", timeout=5, temperature=0.7, transport=transport, clock=transport.clock
+    ) as client:
+        other = replace(ASK, prompt=(1, 2, 4))
+        for ask in (ASK, ASK, other):
+            await client.ask(ask)
+    first, second, third = server.asked
+    assert first["temperature"] == 0.7
+    assert first["seed"] == second["seed"] != third["seed"]
+    await sample_of(server)
+    assert "seed" not in server.asked[-1]
 
 
 @pytest.mark.parametrize(
