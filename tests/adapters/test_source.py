@@ -1,5 +1,6 @@
 """Files from disk: nothing outside the roots, nothing but regular files, nothing read twice."""
 
+import errno
 import os
 import threading
 
@@ -10,6 +11,7 @@ from fader_adapters.errors import (
     AdapterTooLarge,
     SourceForbidden,
     SourceNotFound,
+    SourceUnavailable,
 )
 from fader_adapters.limits import Limits
 from fader_adapters.source import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, LocalSources
@@ -281,4 +283,37 @@ def test_a_file_that_comes_in_pieces_is_whole_or_seen_to_change(
         assert sources.fetch("tone").weights == written
         return
     with pytest.raises(AdapterInvalid, match="changed while it was read"):
+        sources.fetch("tone")
+
+
+@pytest.mark.parametrize("call", ["fstat", "read", "readv"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_is_an_error_of_the_source_and_leaves_no_descriptor(
+    root, sources, monkeypatch, call, code
+):
+    write_files(root / "tone")
+    whole, read_all = sources.fetch("tone").weights, os.read
+    count = len(os.listdir("/proc/self/fd"))
+
+    def fail(*arguments: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fader_adapters.source.os.read", lambda fd, size: read_all(fd, 9))
+        patch.setattr(f"fader_adapters.source.os.{call}", fail)
+        for fetch in (lambda: sources.fetch("tone"), lambda: sources.fetch_trusted(root / "tone")):
+            with pytest.raises(SourceUnavailable, match=rf"{errno.errorcode[code]}.*mend the disk"):
+                fetch()
+    assert len(os.listdir("/proc/self/fd")) == count
+    assert sources.fetch("tone").weights == whole
+
+
+def test_a_file_that_memory_has_no_room_for_is_too_large(root, sources, monkeypatch):
+    write_files(root / "tone")
+
+    def fail(fd: int, size: int) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr("fader_adapters.source.os.read", fail)
+    with pytest.raises(AdapterTooLarge, match="memory"):
         sources.fetch("tone")
