@@ -24,6 +24,19 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # O_NONBLOCK: a FIFO put in a file's place between stat and open must not hang the loader.
 _FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
+_PASSING = {
+    errno.EAGAIN,
+    errno.EINTR,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOTCONN,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
+"""What is the system's or the disk's, not the file's: the same call may succeed later."""
+
 
 @dataclass(frozen=True, slots=True)
 class RawAdapter:
@@ -76,7 +89,8 @@ class LocalSources:
             return self._read_pair(directory, str(path), follow=True)
 
     def holds(self, reference: str) -> bool:
-        """Whether a directory stands at a client's reference. Raises SourceForbidden."""
+        """Whether a directory stands at a client's reference. Raises SourceForbidden,
+        SourceUnavailable."""
         for root, parts in self._candidates(reference):
             try:
                 with _descend(root, parts):
@@ -169,6 +183,7 @@ def _open(path: str | Path, flags: int, *, directory: int | None = None) -> int:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise SourceNotFound("no such file or directory") from None
+        _check_passing(error, f"{path} cannot be opened")
         raise SourceForbidden(
             f"a component of the source cannot be opened ({_named(error)}):"
             " expected plain directories and files, no symlinks"
@@ -182,7 +197,8 @@ def _read_file(name: str, *, directory: int, cap: int, follow: bool) -> bytes:
         mode = os.stat(name, dir_fd=directory, follow_symlinks=follow).st_mode
     except FileNotFoundError:
         raise SourceNotFound(f"the directory has no {name}") from None
-    except OSError:
+    except OSError as error:
+        _check_passing(error, f"{name} cannot be examined")
         raise SourceForbidden(f"{name} cannot be examined") from None
     _require_regular(name, mode)
     flags = _FILE if follow else _FILE | os.O_NOFOLLOW
@@ -210,6 +226,12 @@ def _readable(name: str) -> Iterator[None]:
         ) from None
     except MemoryError:
         raise AdapterTooLarge(f"{name} is larger than the memory that is free for it") from None
+
+
+def _check_passing(error: OSError, what: str) -> None:
+    """Raises SourceUnavailable."""
+    if error.errno in _PASSING:
+        raise SourceUnavailable(f"{what} ({_named(error)}); try again") from None
 
 
 def _named(error: OSError) -> str:

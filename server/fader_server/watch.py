@@ -167,6 +167,8 @@ class Watcher:
             try:
                 if await asyncio.to_thread(self._folders.holds, name):
                     continue
+            except SourceUnavailable:
+                continue  # a disk that fails says nothing about its folders
             except SourceForbidden:
                 pass  # something else stands there now
             gone.add(name)

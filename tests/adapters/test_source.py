@@ -317,3 +317,41 @@ def test_a_file_that_memory_has_no_room_for_is_too_large(root, sources, monkeypa
     monkeypatch.setattr("fader_adapters.source.os.read", fail)
     with pytest.raises(AdapterTooLarge, match="memory"):
         sources.fetch("tone")
+
+
+PASSING = ["EMFILE", "ENFILE", "ENOMEM", "EIO", "ESTALE", "EINTR", "EAGAIN"]
+
+
+@pytest.mark.parametrize("call", ["open", "stat"])
+@pytest.mark.parametrize("code", [*PASSING, "EACCES", "ELOOP", "ENXIO"])
+def test_what_passes_is_told_from_what_is_forbidden(root, sources, monkeypatch, call, code):
+    write_files(root / "tone")
+
+    def fail(*arguments: object, **options: object) -> int:
+        raise OSError(getattr(errno, code), "no")
+
+    error = SourceUnavailable if code in PASSING else SourceForbidden
+    with monkeypatch.context() as patch:
+        patch.setattr(f"fader_adapters.source.os.{call}", fail)
+        with pytest.raises(error) as caught:
+            sources.fetch("tone")
+        assert call == "stat" or code in str(caught.value)
+        if call == "open":
+            with pytest.raises(error):
+                sources.holds("tone")
+    assert sources.holds("tone")
+
+
+def test_a_root_that_cannot_be_opened_for_now_gives_its_names_to_no_other(tmp_path, monkeypatch):
+    write_files(tmp_path / "a" / "tone")
+    write_files(tmp_path / "b" / "tone", make_raw(tensors=make_tensors(seed=1)))
+    sources, really = LocalSources((tmp_path / "a", tmp_path / "b")), os.open
+
+    def fail(path, *arguments, **options):
+        if path == tmp_path / "a":
+            raise OSError(errno.ESTALE, "stale")
+        return really(path, *arguments, **options)
+
+    monkeypatch.setattr("fader_adapters.source.os.open", fail)
+    with pytest.raises(SourceUnavailable):
+        sources.fetch("tone")

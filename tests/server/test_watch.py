@@ -197,6 +197,22 @@ async def test_a_root_that_cannot_be_listed_unloads_nothing(place, caplog):
     assert "cannot be listed" in caplog.text
 
 
+async def test_a_root_that_cannot_be_opened_for_now_unloads_nothing(place, monkeypatch):
+    place.put("tone")
+    await place.watcher.look()
+    shutil.rmtree(place.root / "tone")
+
+    def fail(reference: str) -> bool:
+        raise SourceUnavailable("EMFILE")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place.sources, "holds", fail)
+        await place.watcher.look()
+    assert place.names.versions == {"tone": V1}
+    await place.watcher.look()
+    assert place.names.versions == {}
+
+
 async def test_a_moved_folder_moves_its_name(place):
     place.put("a")
     await place.watcher.look()
