@@ -12,7 +12,7 @@ AdapterError
 ├── BlendInvalid          weights, number of terms, duplicates
 ├── SourceForbidden       outside the allowed roots, or not a plain file
 ├── SourceNotFound        nothing there (told apart from SourceForbidden only to administrators)
-├── SourceUnavailable     a remote source failed, or did not answer in time: try again later
+├── SourceUnavailable     a disk or remote source failed, or was silent too long: try again later
 ├── BaseUnsupported       the base model cannot be served by these kernels
 ├── CheckpointInvalid     a model's files are malformed, incomplete or of a form that is not read
 ├── DeltaEmpty            there is no difference to merge, extract or compress
@@ -83,7 +83,7 @@ class SourceNotFound(AdapterError):
 
 
 class SourceUnavailable(AdapterError):
-    """A remote source failed or did not answer in time; the same call may succeed later."""
+    """A disk or a remote source failed or was silent; the same call may succeed later."""
 
 
 class BaseUnsupported(AdapterError):

@@ -13,6 +13,7 @@ from fader_adapters.errors import (
     AdapterTooLarge,
     SourceForbidden,
     SourceNotFound,
+    SourceUnavailable,
 )
 from fader_adapters.limits import Limits
 from fader_adapters.roots import CONFIG_FILE, WEIGHTS_FILE, Found, PassedOver, look
@@ -22,6 +23,19 @@ PICKLE_FILE = "adapter_model.bin"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # O_NONBLOCK: a FIFO put in a file's place between stat and open must not hang the loader.
 _FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+_PASSING = {
+    errno.EAGAIN,
+    errno.EINTR,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOTCONN,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
+"""What is the system's or the disk's, not the file's: the same call may succeed later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +69,8 @@ class LocalSources:
     def fetch(self, reference: str) -> RawAdapter:
         """Read an adapter that a client named: relative to the roots in order, or inside one.
 
-        Raises SourceForbidden, SourceNotFound, AdapterTooLarge, or AdapterInvalid for pickle files
-        and files that change while they are read.
+        Raises SourceForbidden, SourceNotFound, SourceUnavailable, AdapterTooLarge, or
+        AdapterInvalid for pickle files and files that change while they are read.
         """
         for root, parts in self._candidates(reference):
             try:
@@ -75,7 +89,8 @@ class LocalSources:
             return self._read_pair(directory, str(path), follow=True)
 
     def holds(self, reference: str) -> bool:
-        """Whether a directory stands at a client's reference. Raises SourceForbidden."""
+        """Whether a directory stands at a client's reference. Raises SourceForbidden,
+        SourceUnavailable."""
         for root, parts in self._candidates(reference):
             try:
                 with _descend(root, parts):
@@ -152,8 +167,8 @@ def _descend(root: Path, parts: tuple[str, ...]) -> Iterator[int]:
 
 
 @contextmanager
-def _opened(path: Path, flags: int) -> Iterator[int]:
-    fd = _open(path, flags)
+def _opened(path: str | Path, flags: int, *, directory: int | None = None) -> Iterator[int]:
+    fd = _open(path, flags, directory=directory)
     try:
         yield fd
     finally:
@@ -168,8 +183,9 @@ def _open(path: str | Path, flags: int, *, directory: int | None = None) -> int:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise SourceNotFound("no such file or directory") from None
+        _check_passing(error, f"{path} cannot be opened")
         raise SourceForbidden(
-            f"a component of the source cannot be opened ({errno.errorcode.get(error.errno or 0)}):"
+            f"a component of the source cannot be opened ({_named(error)}):"
             " expected plain directories and files, no symlinks"
         ) from None
 
@@ -181,21 +197,45 @@ def _read_file(name: str, *, directory: int, cap: int, follow: bool) -> bytes:
         mode = os.stat(name, dir_fd=directory, follow_symlinks=follow).st_mode
     except FileNotFoundError:
         raise SourceNotFound(f"the directory has no {name}") from None
-    except OSError:
+    except OSError as error:
+        _check_passing(error, f"{name} cannot be examined")
         raise SourceForbidden(f"{name} cannot be examined") from None
     _require_regular(name, mode)
-    fd = _open(name, _FILE if follow else _FILE | os.O_NOFOLLOW, directory=directory)
-    with open(fd, "rb", buffering=0) as file:
+    flags = _FILE if follow else _FILE | os.O_NOFOLLOW
+    with _opened(name, flags, directory=directory) as fd, _readable(name):
         status = os.fstat(fd)
         _require_regular(name, status.st_mode)
         if status.st_size > cap:
             raise AdapterTooLarge(f"{name} has {status.st_size} bytes, the limit is {cap}")
-        data = _read_exactly(file.fileno(), status.st_size)
+        data = _read_exactly(fd, status.st_size)
     if len(data) != status.st_size:
         raise AdapterInvalid(
             f"{name} changed while it was read; write a new file and rename it into place"
         )
     return data
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """What a disk or too little memory does to an open file, as errors of the adapter."""
+    try:
+        yield
+    except OSError as error:
+        raise SourceUnavailable(
+            f"{name} cannot be read ({_named(error)}); mend the disk and try again"
+        ) from None
+    except MemoryError:
+        raise AdapterTooLarge(f"{name} is larger than the memory that is free for it") from None
+
+
+def _check_passing(error: OSError, what: str) -> None:
+    """Raises SourceUnavailable."""
+    if error.errno in _PASSING:
+        raise SourceUnavailable(f"{what} ({_named(error)}); try again") from None
+
+
+def _named(error: OSError) -> str:
+    return errno.errorcode.get(error.errno or 0, "no reason given")
 
 
 def _read_exactly(fd: int, size: int) -> bytes:

@@ -69,7 +69,7 @@ class Sources:
 
     def offers(self, reference: str) -> bool:
         """Whether a client's reference may lead anywhere: a folder stands there, or the Hub's list
-        allows it. Cheap: asks nobody outside this machine."""
+        allows it. Cheap: asks nobody outside this machine. Raises SourceUnavailable."""
         try:
             if self._local.holds(reference):
                 return True
@@ -79,7 +79,7 @@ class Sources:
         return ref is not None and self._hub is not None and self._hub.allows(ref.repo)
 
     def holds(self, reference: str) -> bool:
-        """Whether a folder stands at the reference. Raises SourceForbidden."""
+        """Whether a folder stands at the reference. Raises SourceForbidden, SourceUnavailable."""
         return self._local.holds(reference)
 
     def discover(self) -> list[Found]:

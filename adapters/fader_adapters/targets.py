@@ -39,6 +39,8 @@ class Targets:
             return False
         if isinstance(self.include, str):
             return True
+        if isinstance(self.include, frozenset) and path in self.include:
+            return True  # named as a whole: PEFT asks for no layer
         if not self._matches(self.include, path):
             return False
         return self.layers is None or _layer_index(path, self.layer_names) in self.layers

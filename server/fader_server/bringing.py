@@ -14,6 +14,7 @@ from fader_adapters.errors import (
     ArenaFull,
     SourceForbidden,
     SourceNotFound,
+    SourceUnavailable,
     VersionConflict,
 )
 from fader_server.api.adapter_ports import Loaded, LoadOrder
@@ -56,7 +57,8 @@ class Bringing:
         told: Callable[[str, float], None] = lambda result, seconds: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`offers(name)`: whether a source of this name may exist; cheap, called on a thread.
+        """`offers(name)`: whether a source of this name may exist; cheap, called on a thread; may
+        raise SourceUnavailable.
 
         `make_room` is called on the loader's thread. `told` hears of every load that was tried: ok
         or refused, and its seconds.
@@ -96,11 +98,14 @@ class Bringing:
         return self._refusals.of(name) or (AdapterNotFound.of(name) if barred else None)
 
     async def offered(self, name: str, tenant: str) -> bool:
-        """Whether a source of it may exist. Raises Overloaded."""
+        """Whether a source of it may exist. Raises Overloaded, SourceUnavailable."""
         if self._loads.full(tenant, MAX_LOADS):  # a look at a slow disk takes a thread, as a load
             raise _too_many()
-        with self._loads.one(tenant):
-            return await self._look(name)
+        try:
+            with self._loads.one(tenant):
+                return await self._look(name)
+        except SourceUnavailable as error:
+            raise self.refuse(name, error) from None
 
     async def _look(self, name: str) -> bool:
         return await asyncio.get_running_loop().run_in_executor(self._disks, self._offers, name)

@@ -21,8 +21,6 @@ from fader_server.errors import Overloaded
 _log = logging.getLogger(__name__)
 _TELL_SECONDS = 10.0
 """The log has a line of refused connections no more often."""
-_MOST_REFUSED = 256
-"""Of them may be open at a time, until their clients have heard it."""
 _ABSOLUTE = re.compile(rb"https?://([^/?#@]+)(?=[/?]|$)", re.IGNORECASE)
 LINGER_SECONDS = 5.0
 LINGER_BYTES = 1 << 26
@@ -109,10 +107,12 @@ class OriginForm(h11.Connection):
         )
 
 
-def bounded_protocol(*, client_seconds: float, max_connections: int) -> type[H11Protocol]:
+def bounded_protocol(
+    *, client_seconds: float, max_connections: int, most_refused: int
+) -> type[H11Protocol]:
     """uvicorn's h11 protocol with a deadline for request heads, one for bodies that nobody waits
     for any more, and a cap on open sockets: one too many takes the place of the one that was idle
-    for longest, or is told that there is none."""
+    for longest, or is told that there is none. `most_refused` may be open until they heard it."""
     told_at = -_TELL_SECONDS
 
     class BoundedProtocol(H11Protocol):
@@ -152,7 +152,7 @@ def bounded_protocol(*, client_seconds: float, max_connections: int) -> type[H11
             if self.loop.time() > told_at + _TELL_SECONDS:
                 told_at = self.loop.time()
                 _log.warning("connections are refused: %d are open", max_connections)
-            if len(self.connections) > max_connections + _MOST_REFUSED:
+            if len(self.connections) > max_connections + most_refused:
                 self._socket.abort()
 
         def data_received(self, data: bytes) -> None:

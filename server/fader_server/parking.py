@@ -13,6 +13,8 @@ from fader_adapters.errors import (
     AdapterNotFound,
     ArenaFull,
     NameReserved,
+    SourceForbidden,
+    SourceNotFound,
     SourceUnavailable,
     VersionConflict,
 )
@@ -123,7 +125,8 @@ class Parking:
     async def bring(self, name: str, *, make_room: Callable[[], bool]) -> Loaded | None:
         """Load a parked version again; None: it is there already. Raises AdapterError.
 
-        SourceUnavailable when its source holds another version now.
+        SourceUnavailable when its source holds another version now, or none: the name is
+        registered, whatever became of its files.
         """
         order = self.order_of(name)
         if order is None:
@@ -135,6 +138,10 @@ class Parking:
                 return None  # somebody else moved the name meanwhile
             raise SourceUnavailable(
                 f"the files of {name!r} changed since it was loaded; load it anew"
+            ) from None
+        except (SourceForbidden, SourceNotFound) as error:
+            raise SourceUnavailable(
+                f"the files of {name!r} cannot be found again: {error}; put them back, or unload it"
             ) from None
 
     def load_now(self, order: LoadOrder) -> Loaded:

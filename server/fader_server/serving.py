@@ -13,11 +13,14 @@ from fader_server.api.context import Context
 from fader_server.api.ports import Engine
 from fader_server.config import ServeConfig
 from fader_server.connection import bounded_protocol
+from fader_server.descriptors import ACCEPTS, make_places, told_seldom
 from fader_server.errors import ConfigInvalid, EngineFault
 
 _MAX_HEADER_BYTES = 16 * 1024
 _KEEP_ALIVE_SECONDS = 75
 """Longer than usual proxies keep theirs, which would else use one that is being closed."""
+_QUEUE = 2048
+"""Connections that the kernel holds until they are taken."""
 _PULSE_SECONDS = 0.25
 """How soon the death of the engine is noticed."""
 _LONGEST_MS = 2**31 - 1
@@ -50,8 +53,11 @@ class Server(uvicorn.Server):
     """uvicorn that leaves signals to us, so that a drain comes before the listener closes."""
 
     def __init__(self, config: ServeConfig, app: FastAPI) -> None:
+        places = make_places(config.max_connections)
         protocol = bounded_protocol(
-            client_seconds=config.body_timeout, max_connections=config.max_connections
+            client_seconds=config.body_timeout,
+            max_connections=places.connections,
+            most_refused=places.refused,
         )
         super().__init__(
             uvicorn.Config(
@@ -63,11 +69,18 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
+                backlog=ACCEPTS,
                 h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
                 timeout_keep_alive=_KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=int(config.drain_timeout) + 10,
             )
         )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(told_seldom())
+        await super().startup(sockets)
+        for sock in sockets or ():  # asyncio takes one number for this queue and for its own turns
+            sock.listen(_QUEUE)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

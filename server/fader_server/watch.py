@@ -18,6 +18,7 @@ from fader_adapters.errors import (
     ArenaFull,
     NameReserved,
     SourceForbidden,
+    SourceUnavailable,
     VersionConflict,
 )
 from fader_adapters.roots import Found
@@ -84,8 +85,8 @@ class Watcher:
     async def run(self, changes: Callable[[], AsyncIterator[object]]) -> None:
         """Look now and after each change, until cancelled."""
         while True:
-            await self.look()
             try:
+                await self.look()
                 async for _ in changes():
                     await self.look()
             except (OSError, RuntimeError) as error:  # RuntimeError: watchfiles' own
@@ -99,7 +100,12 @@ class Watcher:
         if found is None:
             return
         for folder in found:
-            await self._follow(folder)
+            try:
+                await self._follow(folder)
+            except Exception:  # noqa: BLE001 - one folder ends no watching of all
+                self._remember(folder)
+                fields = {"adapter": folder.name}
+                _log.exception("a folder could not be followed", extra={"fields": fields})
         gone = await self._gone({folder.name for folder in found})
         if gone:
             await asyncio.sleep(self._gone_seconds)
@@ -134,11 +140,11 @@ class Watcher:
         )
         try:
             loaded = await self._names.load(order)
-        except (VersionConflict, ArenaFull, NameReserved) as error:
+        except (VersionConflict, ArenaFull, NameReserved, SourceUnavailable) as error:
             self._tell("adapter not loaded yet", folder.name, reason=str(error))
             return  # the next look tries again
         except AdapterError as error:
-            self._seen[folder.name] = Seen(folder.stamp, current)
+            self._remember(folder)
             self._tell("adapter not loaded from its folder", folder.name, reason=str(error))
             return
         version = loaded.info.version
@@ -149,6 +155,11 @@ class Watcher:
                 extra={"fields": {"adapter": folder.name, "version": version}},
             )
 
+    def _remember(self, folder: Found) -> None:
+        """These files are not tried again: the name stays at what it means now."""
+        info = self._info(folder.name)
+        self._seen[folder.name] = Seen(folder.stamp, info.version if info else "")
+
     async def _gone(self, here: set[str]) -> set[str]:
         """Names seen before that are not `here`, and whose folder does not stand any more."""
         gone: set[str] = set()
@@ -156,6 +167,8 @@ class Watcher:
             try:
                 if await asyncio.to_thread(self._folders.holds, name):
                     continue
+            except SourceUnavailable:
+                continue  # a disk that fails says nothing about its folders
             except SourceForbidden:
                 pass  # something else stands there now
             gone.add(name)

@@ -14,7 +14,13 @@ from transformers.utils import logging as transformers_logging
 
 from fader_adapters.aside import Aside
 from fader_adapters.claims import NONE, Claims
-from fader_adapters.errors import AdapterError, AdapterTooLarge, ArenaFull, NameReserved
+from fader_adapters.errors import (
+    AdapterError,
+    AdapterTooLarge,
+    ArenaFull,
+    NameReserved,
+    SourceUnavailable,
+)
 from fader_adapters.inspection import Inspector
 from fader_adapters.kernels.backend import choose
 from fader_adapters.kernels.tables import Tables
@@ -263,7 +269,7 @@ def _load_adapters(
             loaded = parking.load_now(LoadOrder(found.name, found.reference))
             seen[found.name] = Seen(found.stamp, loaded.info.version)
         except AdapterError as error:
-            if not isinstance(error, NameReserved):  # that may end while the folder stays
+            if not isinstance(error, NameReserved | SourceUnavailable):  # may end: folder stays
                 seen[found.name] = Seen(found.stamp, "")
             _skip(found.name, str(error))
     return seen

@@ -72,6 +72,29 @@ CASES = {
     "all-linear": (make_llama, {"r": 2, "target_modules": "all-linear"}),
     "pattern": (make_llama, {"r": 2, "target_modules": r"model\.layers\.\d+\.mlp\.(up|gate)_proj"}),
     "one layer": (make_llama, {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]}),
+    "one layer and the head": (
+        make_llama,
+        {"target_modules": ["q_proj", "v_proj", "lm_head"], "layers_to_transform": [1]},
+    ),
+    "one layer and a whole path of another": (
+        make_llama,
+        {
+            "target_modules": ["model.layers.0.self_attn.q_proj", "k_proj"],
+            "layers_to_transform": [1],
+        },
+    ),
+    "a whole path of another layer than the one": (
+        make_llama,
+        {"target_modules": ["model.layers.0.self_attn.q_proj"], "layers_to_transform": [1]},
+    ),
+    "a whole path that is excluded": (
+        make_llama,
+        {
+            "target_modules": ["q_proj", "lm_head"],
+            "exclude_modules": ["lm_head"],
+            "layers_to_transform": [1],
+        },
+    ),
     "layer names": (
         make_llama,
         {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},

@@ -1,5 +1,6 @@
 """Files from disk: nothing outside the roots, nothing but regular files, nothing read twice."""
 
+import errno
 import os
 import threading
 
@@ -10,6 +11,7 @@ from fader_adapters.errors import (
     AdapterTooLarge,
     SourceForbidden,
     SourceNotFound,
+    SourceUnavailable,
 )
 from fader_adapters.limits import Limits
 from fader_adapters.source import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, LocalSources
@@ -281,4 +283,75 @@ def test_a_file_that_comes_in_pieces_is_whole_or_seen_to_change(
         assert sources.fetch("tone").weights == written
         return
     with pytest.raises(AdapterInvalid, match="changed while it was read"):
+        sources.fetch("tone")
+
+
+@pytest.mark.parametrize("call", ["fstat", "read", "readv"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_is_an_error_of_the_source_and_leaves_no_descriptor(
+    root, sources, monkeypatch, call, code
+):
+    write_files(root / "tone")
+    whole, read_all = sources.fetch("tone").weights, os.read
+    count = len(os.listdir("/proc/self/fd"))
+
+    def fail(*arguments: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fader_adapters.source.os.read", lambda fd, size: read_all(fd, 9))
+        patch.setattr(f"fader_adapters.source.os.{call}", fail)
+        for fetch in (lambda: sources.fetch("tone"), lambda: sources.fetch_trusted(root / "tone")):
+            with pytest.raises(SourceUnavailable, match=rf"{errno.errorcode[code]}.*mend the disk"):
+                fetch()
+    assert len(os.listdir("/proc/self/fd")) == count
+    assert sources.fetch("tone").weights == whole
+
+
+def test_a_file_that_memory_has_no_room_for_is_too_large(root, sources, monkeypatch):
+    write_files(root / "tone")
+
+    def fail(fd: int, size: int) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr("fader_adapters.source.os.read", fail)
+    with pytest.raises(AdapterTooLarge, match="memory"):
+        sources.fetch("tone")
+
+
+PASSING = ["EMFILE", "ENFILE", "ENOMEM", "EIO", "ESTALE", "EINTR", "EAGAIN"]
+
+
+@pytest.mark.parametrize("call", ["open", "stat"])
+@pytest.mark.parametrize("code", [*PASSING, "EACCES", "ELOOP", "ENXIO"])
+def test_what_passes_is_told_from_what_is_forbidden(root, sources, monkeypatch, call, code):
+    write_files(root / "tone")
+
+    def fail(*arguments: object, **options: object) -> int:
+        raise OSError(getattr(errno, code), "no")
+
+    error = SourceUnavailable if code in PASSING else SourceForbidden
+    with monkeypatch.context() as patch:
+        patch.setattr(f"fader_adapters.source.os.{call}", fail)
+        with pytest.raises(error) as caught:
+            sources.fetch("tone")
+        assert call == "stat" or code in str(caught.value)
+        if call == "open":
+            with pytest.raises(error):
+                sources.holds("tone")
+    assert sources.holds("tone")
+
+
+def test_a_root_that_cannot_be_opened_for_now_gives_its_names_to_no_other(tmp_path, monkeypatch):
+    write_files(tmp_path / "a" / "tone")
+    write_files(tmp_path / "b" / "tone", make_raw(tensors=make_tensors(seed=1)))
+    sources, really = LocalSources((tmp_path / "a", tmp_path / "b")), os.open
+
+    def fail(path, *arguments, **options):
+        if path == tmp_path / "a":
+            raise OSError(errno.ESTALE, "stale")
+        return really(path, *arguments, **options)
+
+    monkeypatch.setattr("fader_adapters.source.os.open", fail)
+    with pytest.raises(SourceUnavailable):
         sources.fetch("tone")

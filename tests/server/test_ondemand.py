@@ -378,6 +378,42 @@ async def test_a_parked_name_whose_files_changed_is_refused_with_the_reason():
     await lease_all(adapters, "one")
 
 
+@pytest.mark.parametrize("error", [SourceForbidden("secret"), SourceNotFound("secret")])
+async def test_a_parked_name_never_looks_as_if_it_did_not_exist(error):
+    loader = FakeLoader(room=2)
+    adapters, clock, _ = make(loader)
+    await adapters.load(LoadOrder("one", "one"))
+    await adapters.load(LoadOrder("two", "two"))
+    loader.failures["one"] = error
+    for _ in range(2):  # the second one is told what the first one was
+        with pytest.raises(SourceUnavailable, match="cannot be found again"):
+            await adapters.lease(terms("one"))
+    del loader.failures["one"]
+    clock.now += refusals.PASSING_SECONDS
+    await lease_all(adapters, "one")
+
+
+async def test_a_look_that_fails_says_nothing_of_what_exists():
+    broken = [True]
+
+    def offered(name: str) -> bool:
+        if broken:
+            raise SourceUnavailable("EMFILE")
+        return True
+
+    loader = FakeLoader()
+    adapters, clock, asked = make(loader, offered)
+    with pytest.raises(SourceUnavailable):
+        await adapters._bringing.offered("new", "")  # as one asks who may have to wait for room
+    for _ in range(3):
+        with pytest.raises(SourceUnavailable):
+            await adapters.lease(terms("new"))
+    assert asked == ["new"]
+    broken.clear()
+    clock.now += refusals.PASSING_SECONDS
+    await lease_all(adapters, "new")
+
+
 async def test_names_are_bounded_parked_or_not():
     loader = FakeLoader(room=2)
     adapters = OnDemand(Parking(loader, fixed=frozenset({"tone"}), limit=3), offers=lambda n: False)

@@ -8,7 +8,13 @@ from dataclasses import replace
 
 import pytest
 
-from fader_adapters.errors import AdapterNotFound, ArenaFull, NameReserved, VersionConflict
+from fader_adapters.errors import (
+    AdapterNotFound,
+    ArenaFull,
+    NameReserved,
+    SourceUnavailable,
+    VersionConflict,
+)
 from fader_adapters.source import CONFIG_FILE, WEIGHTS_FILE, LocalSources
 from fader_server.api.adapter_ports import AdapterInfo, Loaded, LoadOrder
 from fader_server.api.blends import AdapterRef
@@ -27,6 +33,7 @@ class Names:
         self.infos: dict[str, AdapterInfo] = {}
         self.tried = 0
         self.full = False
+        self.failures: dict[str, Exception] = {}
         self.reserved: set[str] = set()
         self.changed = asyncio.Event()
 
@@ -40,6 +47,8 @@ class Names:
     def _load(self, order: LoadOrder) -> Loaded:
         if self.full:
             raise ArenaFull("no room")
+        if order.name in self.failures:
+            raise self.failures[order.name]
         if order.name in self.reserved:
             raise NameReserved("a recipe has the name")
         parsed = read(self.sources.fetch(order.source))
@@ -188,6 +197,22 @@ async def test_a_root_that_cannot_be_listed_unloads_nothing(place, caplog):
     assert "cannot be listed" in caplog.text
 
 
+async def test_a_root_that_cannot_be_opened_for_now_unloads_nothing(place, monkeypatch):
+    place.put("tone")
+    await place.watcher.look()
+    shutil.rmtree(place.root / "tone")
+
+    def fail(reference: str) -> bool:
+        raise SourceUnavailable("EMFILE")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place.sources, "holds", fail)
+        await place.watcher.look()
+    assert place.names.versions == {"tone": V1}
+    await place.watcher.look()
+    assert place.names.versions == {}
+
+
 async def test_a_moved_folder_moves_its_name(place):
     place.put("a")
     await place.watcher.look()
@@ -246,6 +271,35 @@ async def test_what_does_not_fit_is_tried_again(place):
     place.names.full = False
     await place.watcher.look()
     assert place.names.versions == {"tone": V1}
+
+
+async def test_a_folder_whose_disk_failed_is_tried_again_without_a_change(place, caplog):
+    place.put("tone")
+    place.names.failures["tone"] = SourceUnavailable("cannot be read (EIO)")
+    await place.watcher.look()
+    assert place.names.versions == {}
+    assert "adapter not loaded yet" in caplog.text
+    place.names.failures.clear()
+    await place.watcher.look()
+    assert place.names.versions == {"tone": V1}
+
+
+@pytest.mark.parametrize("fault", [OSError(5, "EIO"), MemoryError(), TypeError("a bug")])
+async def test_no_fault_of_one_folder_ends_the_watching_of_the_others(place, caplog, fault):
+    for name in ("first", "second"):
+        place.put(name)
+    place.names.failures["first"] = fault
+    task = asyncio.create_task(place.watcher.run(changes_in([place.root])))
+    try:
+        await until(place, {"second": V1})
+        place.names.failures.clear()
+        place.put("first", TWO)
+        await until(place, {"first": V2, "second": V1})
+        assert not task.done()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert caplog.text.count("a folder could not be followed") == 1
 
 
 async def test_a_folder_with_the_name_of_a_recipe_loads_when_the_recipe_has_gone(place):

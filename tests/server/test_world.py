@@ -1,6 +1,8 @@
 """What `fader serve` opens, and how it refuses."""
 
+import errno
 import logging
+import os
 import shutil
 import threading
 import time
@@ -11,6 +13,7 @@ import torch
 
 from fader_adapters.errors import AdapterMismatch, AdapterTooLarge
 from fader_adapters.kernels import native
+from fader_adapters.source import WEIGHTS_FILE
 from fader_server import assembly, config, demo
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.assembly import host_tier
@@ -127,6 +130,30 @@ def test_an_adapter_of_another_base_in_a_folder_is_skipped_aloud(tmp_path, caplo
     skipped = [r.fields for r in caplog.records if r.message == "adapter skipped"]
     assert [fields["adapter"] for fields in skipped] == ["bad name", "stranger"]
     assert all(fields["reason"] for fields in skipped)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, None])
+def test_a_folder_that_cannot_be_read_is_skipped_and_left_to_the_watcher(
+    tmp_path, caplog, monkeypatch, code
+):
+    root = tmp_path / "root"
+    shutil.copytree(demo.adapter_dirs()["shout"], root / "friend")
+    inode, read = os.stat(root / "friend" / WEIGHTS_FILE).st_ino, os.read
+
+    def fail(fd: int, size: int) -> bytes:
+        if code is not None and os.fstat(fd).st_ino == inode:
+            raise OSError(code, os.strerror(code))
+        return read(fd, size)
+
+    monkeypatch.setattr("fader_adapters.source.os.read", fail)
+    options = {"adapter_dir": [str(root)], "watch_adapters": True}
+    with caplog.at_level(logging.WARNING), _open(**options) as world:
+        names = {info.name for info in world.adapters.list()}
+        (watching,) = world.background
+        seen = watching.func.__self__._seen  # type: ignore[attr-defined]
+    assert ("friend" in names, "friend" in seen) == (code is None, code is None)
+    skipped = [r.fields["reason"] for r in caplog.records if r.message == "adapter skipped"]
+    assert ["EIO" in reason for reason in skipped] == ([True] if code else [])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,9 @@ keeps a connection by sending for ever."""
 import asyncio
 import contextlib
 import logging
+import os
+import resource
+import socket
 from dataclasses import replace
 
 import pytest
@@ -184,3 +187,37 @@ async def test_what_is_not_http_has_a_request_id_too(world: World, lines, id):
         head, _ = await ask(port, *lines)
         assert head.startswith(b"HTTP/1.1 400")
         assert b"x-request-id: " + id in head
+
+
+async def test_a_burst_of_clients_waits_in_the_kernel(world: World):
+    """The event loop stands still meanwhile: none of them is taken."""
+    async with listening(world) as port:
+        with contextlib.ExitStack() as stack:
+            for _ in range(200):
+                client = socket.create_connection(("127.0.0.1", port), timeout=0.5)
+                stack.enter_context(client)
+
+
+async def test_without_descriptors_clients_wait_and_the_log_has_one_line(
+    world: World, caplog, monkeypatch
+):
+    monkeypatch.setattr("asyncio.constants.ACCEPT_RETRY_DELAY", 0.02)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with listening(world) as port:
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(socket.socket()) for _ in range(4)]
+            loop = asyncio.get_running_loop()
+            used = max(int(number) for number in os.listdir("/dev/fd")) + 1
+            stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+            spare = [stack.enter_context(socket.socket()) for _ in range(used)]  # no gaps below
+            resource.setrlimit(resource.RLIMIT_NOFILE, (spare[-1].fileno() + 1, limits[1]))
+            for client in clients:
+                client.setblocking(False)
+                await loop.sock_connect(client, ("127.0.0.1", port))
+                await loop.sock_sendall(client, b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            await asyncio.sleep(0.1)
+            told = [record for record in caplog.records if record.levelno >= logging.WARNING]
+            assert [record.name for record in told] == ["fader_server.descriptors"]
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            for client in clients:
+                assert (await loop.sock_recv(client, 99)).startswith(b"HTTP/1.1 200")
