@@ -15,6 +15,7 @@ from fader_server.model import checkpoint
 from fader_server.model.checkpoint import quantize, read_config, read_nf4
 from tests.support.composites import write_composite
 from tests.support.families import write_family
+from tests.support.many_families import MANY, write_many
 
 CPU = torch.device("cpu")
 Tensors = dict[str, torch.Tensor]
@@ -168,3 +169,62 @@ def test_a_base_of_the_hub_is_looked_at_once_it_is_here(llama, tmp_path, monkeyp
     with pytest.raises(ModelUnsupported, match=r"down_proj\.weight is int8"):
         read_nf4("some/model", config, device=CPU, attn_implementation=None)
     assert asked == ["some/model"]
+
+
+def _told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        (f"{LAYER}.mlp.up_proj.bias",),
+        (f"{LAYER}.self_attn.q_norm.weight", "model.layers.1.self_attn.q_norm.weight"),
+        (f"{LAYER}.cross.0.inner.proj.weight",),
+        ("layers.0.mlp.up_proj.bias",),  # as the base model alone is saved
+        ("model.norm.bias", "model.embed_norm.weight", "model.gain", "score.weight"),
+        ("model.layers.2.mlp.up_proj.weight",),  # the config tells of two
+        (f"{LAYER}.self_attn.k_scale",),
+    ],
+)
+def test_tensors_that_the_model_has_no_place_for_are_told(llama, tmp_path, caplog, names):
+    _read(_with(llama, tmp_path / "base", _beside(*names)))
+    (line,) = _told(caplog)
+    assert f"{len(names)} tensors" in line
+    assert "no place in LlamaForCausalLM" in line
+    for name in sorted(names)[:3]:
+        assert name in line
+    assert line.endswith("…") == (len(names) > 3)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        (f"{LAYER}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.cos_cached"),
+        (f"{LAYER}.attn.bias", f"{LAYER}.attn.masked_bias", "h.0.attn.attention.bias"),
+        ("model.embed_positions.weights", "model.position_ids"),
+        ("model.layers.2.eh_proj.weight", "model.layers.2.mlp.up_proj.weight"),
+        ("mtp.norm.weight", "mtp.layers.0.mlp.up_proj.weight", "mtp.fc.weight"),
+        ("model.visual.patch.proj.weight", "model.visual.pos"),
+        ("v_head.summary.weight",),
+    ],
+)
+def test_what_models_make_themselves_or_leave_out_as_a_whole_is_not_told(
+    llama, tmp_path, caplog, names
+):
+    _read(_with(llama, tmp_path / "base", _beside(*names)))
+    assert _told(caplog) == []
+
+
+def test_what_a_class_ignores_by_itself_is_not_told(tmp_path, caplog):
+    name, changes = MANY["gpt-neox"]
+    base = write_many(name, changes, tmp_path / "plain")
+    _read(
+        _with(
+            base,
+            tmp_path / "base",
+            _beside("gpt_neox.layers.0.attention.bias_of_old", "gpt_neox.layers.0.thing"),
+        )
+    )
+    (line,) = _told(caplog)
+    assert line.endswith("left out: gpt_neox.layers.0.thing")

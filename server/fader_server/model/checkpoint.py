@@ -34,7 +34,13 @@ from fader_adapters.kernels import native
 from fader_server.errors import ConfigInvalid, ModelUnsupported
 from fader_server.model.by_expert import packed_by_expert
 from fader_server.model.decoded import settle
-from fader_server.model.leftovers import QUANT_FILE, codes_among, codes_in, other_method
+from fader_server.model.leftovers import (
+    QUANT_FILE,
+    codes_among,
+    codes_in,
+    other_method,
+    passed_over,
+)
 from fader_server.model.quantizer import Nf4Config, packed_stacks, read_packed_experts
 from fader_server.model.rotary import unknown_rope
 
@@ -250,6 +256,14 @@ def read_nf4(
     if missing:  # transformers would go on with random numbers in their place
         raise ModelUnsupported(
             f"{source}: {len(missing)} weights are missing or of another shape, first {missing[0]}"
+        )
+    if dropped := passed_over(model, told["unexpected_keys"]):
+        log.warning(
+            "%s: %d tensors of its files have no place in %s and are left out: %s",
+            source,
+            len(dropped),
+            type(model).__name__,
+            ", ".join(dropped[:3]) + (" …" if len(dropped) > 3 else ""),
         )
     if quantize_experts and not any(True for _ in packed_stacks(model)):
         log.warning("%s has no experts that could be held in NF4", source)

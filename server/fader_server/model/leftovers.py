@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fader_adapters.errors import AdapterError
 from fader_adapters.weightspace.tensors import Checkpoint
@@ -32,6 +32,16 @@ _OF_A_METHOD = re.compile(
 
 _OF_A_CACHE = re.compile(r"\.[kv]_proj\.output_(scale|zero_point)$", re.ASCII)
 """Of keys and values in eight bits, which Fader holds otherwise: weights are as they are."""
+
+_NORMAL = re.compile(
+    r"(^|\.)(rotary_emb\..*|(original_)?inv_freq|(cos|sin)_cached|position_ids|causal_mask"
+    r"|masked_bias|attn\.bias|attention\.bias|embed_positions\.weights)$",
+    re.ASCII,
+)
+"""What older files hold, and models now make by themselves: positions and causal masks."""
+
+_GUESSES = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head|mtp\w*)\.", re.ASCII)
+"""What such layers hold that guess the token after the next."""
 
 
 def other_method(config: PretrainedConfig, quant_file: str | None) -> str:
@@ -86,3 +96,37 @@ def _of_codes(key: str, weights: Collection[str]) -> bool:
     # others may be called so, too, but for one that stands beside a weight
     own = f"{parent}.weight" if name == "scale" else key.removesuffix("_scale")
     return own in weights
+
+
+def passed_over(model: PreTrainedModel, unread: Iterable[str]) -> list[str]:
+    """Those of the tensors that a model did not read which it should have had a place for. Not what
+    models make by themselves, nor parts that it leaves out as a whole: towers, guesses ahead."""
+    parts: dict[tuple[str, ...], list[str]] = {}
+    for key in sorted(unread):
+        if not _NORMAL.search(key):
+            names = key.split(".")
+            parts.setdefault(tuple(names[: _known(model, names) + 1]), []).append(key)
+    return [key for part, keys in parts.items() if not _left_out(part, keys) for key in keys]
+
+
+def _known(model: PreTrainedModel, names: list[str]) -> int:
+    """How many names, from the first on, are modules. Some files leave the base model's out."""
+    inner: nn.Module = model.base_model
+    here = inner if names[0] in dict(inner.named_children()) else model
+    for at, name in enumerate(names):
+        child = dict(here.named_children()).get(name)
+        if child is None:
+            return at
+        here = child
+    return len(names)
+
+
+def _left_out(part: tuple[str, ...], keys: Collection[str]) -> bool:
+    """Whether the first names of these keys that the model has no module of are a part by itself:
+    layers behind the last one that guess ahead, or several modules, in no layer."""
+    *inside, name = part
+    if any(map(str.isdigit, inside)):
+        return False
+    if name.isdigit():
+        return any(map(_GUESSES.search, keys))
+    return any(key.count(".") > len(part) for key in keys)
