@@ -102,9 +102,13 @@ def _decode_experts(model: PreTrainedModel, dtype: torch.dtype) -> None:
             stack.data = decoded.mT.contiguous() if module.is_transposed else decoded
 
 
+_OF_ITS_DTYPE = ("embed_scale", "embed_positions.weights")
+
+
 def _scale_as_loaded(model: PreTrainedModel, config: PretrainedConfig, dtype: torch.dtype) -> None:
-    """Embeddings multiply by what they would if transformers had loaded the model in `dtype`."""
-    held = {path: b for path, b in model.named_buffers() if path.endswith("embed_scale")}
+    """Embeddings multiply by, and sinusoidal positions are, what they would be if transformers had
+    loaded the model in `dtype`."""
+    held = {path: b for path, b in model.named_buffers() if path.endswith(_OF_ITS_DTYPE)}
     if held:
         like = dict(auto_class(config).from_config(config, dtype=dtype).named_buffers())
         for path, buffer in held.items():
