@@ -24,7 +24,8 @@ def nf4_oracle(source: Path, dtype: torch.dtype, *, experts: bool = False) -> Pr
         source,
         dtype="auto",
         device_map={"": "cpu"},
-        attn_implementation="eager",
+        # Falcon's eager attention adds distances to a mask that has them already
+        attn_implementation="sdpa" if config.model_type == "falcon" else "eager",
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -34,6 +35,7 @@ def nf4_oracle(source: Path, dtype: torch.dtype, *, experts: bool = False) -> Pr
         ),
     )
     decode_linears(model, dtype)
+    _round_of_their_own(model)
     if experts:
         _decode_experts(model, dtype)
     model.is_loaded_in_4bit = False  # PEFT is to see plain linears
@@ -70,6 +72,16 @@ def decode_linears(model: PreTrainedModel, dtype: torch.dtype) -> None:
                 plain.bias.data = module.bias.data
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, plain)
+
+
+def _round_of_their_own(model: PreTrainedModel) -> None:
+    """Linears of a class that bitsandbytes does not take keep their forward, over NF4's values."""
+    for module in model.modules():
+        if type(module).__name__ == "FalconLinear":
+            packed, state = bnb.functional.quantize_4bit(
+                module.weight.data, blocksize=64, compress_statistics=True, quant_type="nf4"
+            )
+            module.weight.data = bnb.functional.dequantize_4bit(packed, state)
 
 
 def ready_oracle(source: Path, dtype: torch.dtype) -> PreTrainedModel:

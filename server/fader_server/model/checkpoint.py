@@ -41,7 +41,7 @@ from fader_server.model.leftovers import (
     other_method,
     passed_over,
 )
-from fader_server.model.quantizer import Nf4Config, packed_stacks, read_packed_experts
+from fader_server.model.quantizer import Nf4Config, packed_stacks, read_here
 from fader_server.model.rotary import unknown_rope
 
 log = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ def read_nf4(
     else:
         values = packed_by_expert(local_copy(source))
         facts = facts if values is None else {**facts, "experts_in_nf4": True}
-        config.quantization_config = read_packed_experts(facts)
+        config.quantization_config = read_here(facts)
         if quantize_experts and not facts.get("experts_in_nf4"):
             raise ConfigInvalid(
                 f"{source} is quantised already, but not its experts; quantise the original with "
