@@ -5,9 +5,11 @@ Knows module trees and configs; looks at no weight.
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import lru_cache
 from math import prod
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -37,7 +39,7 @@ def describe(model: PreTrainedModel, *, name: str = "") -> BaseSpec:
     """
     specs = [_linear(path, module, model) for path, module in linears(model)]
     if not specs:
-        raise BaseUnsupported(f"{type(model).__name__} has no linear that an adapter could target")
+        raise BaseUnsupported(_no_linear(model))
     for path, module in experts(model):
         specs += [stack_of(module, name, path, layer_of(path)) for name in stack_names(module)]
     for path, weight in routers(model):
@@ -66,8 +68,52 @@ def linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     a class derived from it may do."""
     head, plain = model.get_output_embeddings(), (nn.Linear, Conv1D, *_four_bits())
     for path, module in model.named_modules():
-        if module is not head and type(module) in plain:
+        if module is not head and (type(module) in plain or _as_linear(type(module))):
             yield path, module
+
+
+def make_plain(model: PreTrainedModel) -> None:
+    """Let linears of another class that compute as nn.Linear does be of that class, in place: a
+    quantiser takes no other."""
+    for _, module in linears(model):
+        if _as_linear(type(module)):
+            module.__class__ = nn.Linear
+
+
+def _as_linear(kind: type[nn.Module]) -> bool:
+    """Whether a class of transformers' that is derived from nn.Linear computes what that does."""
+    own = kind.__module__.startswith("transformers.") and issubclass(kind, nn.Linear)
+    return own and _gives_the_same(kind, kind.forward)
+
+
+@lru_cache
+def _gives_the_same(kind: type[nn.Module], forward: Callable[..., Any]) -> bool:
+    """The class beside nn.Linear on a few numbers. `forward`: its own, part of what is known."""
+    x = torch.linspace(-2, 3, 48, device="cpu", dtype=torch.float32).view(2, 3, 8)
+    for bias in (False, True):
+        plain = nn.Linear(8, 4, bias=bias, device="cpu", dtype=torch.float32)
+        with torch.no_grad():
+            wanted = plain(x)
+            plain.__class__ = cast("type[nn.Linear]", kind)
+            try:
+                given = forward(plain, x)
+            except Exception:  # noqa: BLE001 - it wants what nn.Linear does not have
+                return False
+        if not isinstance(given, torch.Tensor) or given.shape != wanted.shape:
+            return False
+        if not torch.allclose(given, wanted, rtol=1e-5, atol=1e-5):
+            return False
+    return True
+
+
+def _no_linear(model: PreTrainedModel) -> str:
+    told = f"{type(model).__name__} has no linear that an adapter could target"
+    head, of_its_own = model.get_output_embeddings(), set[str]()
+    for module in model.modules():
+        if module is not head and isinstance(module, nn.Linear):
+            of_its_own.add(type(module).__name__)
+    named = ", ".join(sorted(of_its_own))
+    return f"{told}; what it has ({named}) computes more than x·Wᵀ + b" if named else told
 
 
 def _four_bits() -> tuple[type[nn.Module], ...]:

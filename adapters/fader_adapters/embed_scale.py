@@ -19,16 +19,3 @@ def embed_scale(embedding: nn.Embedding) -> float:
             return float(cast(Any, embedding).scalar_embed_scale)
         scale = scale.to(cast("nn.Parameter", embedding.weight).dtype)
     return float(scale)
-
-
-def round_embed_scales(model: nn.Module, dtype: torch.dtype) -> None:
-    """Make every embedding's factor what it is in a model that was loaded in `dtype`.
-
-    To be called where parameters are cast to another dtype than that of the checkpoint.
-    """
-    for module in model.modules():
-        exact = getattr(module, "scalar_embed_scale", None)
-        held = getattr(module, "embed_scale", None)
-        if exact is not None and isinstance(held, torch.Tensor):
-            loose: Any = module
-            loose.embed_scale = torch.tensor(exact, dtype=dtype, device=held.device)

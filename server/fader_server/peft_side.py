@@ -15,7 +15,7 @@ import torch
 from bitsandbytes import functional
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fader_adapters.architecture import auto_class
 from fader_adapters.describe import kept_plain_of
@@ -26,6 +26,7 @@ from fader_adapters.stacks import experts as mixtures
 from fader_server.errors import ConfigInvalid
 from fader_server.model.checkpoint import NO_ADAPTER, read_config, read_nf4
 from fader_server.model.precision import cast_base
+from fader_server.model.quantizer import Nf4Config
 
 
 def require_peft() -> ModuleType:
@@ -42,17 +43,18 @@ def require_peft() -> ModuleType:
 def nf4_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
     """The base quantised by bitsandbytes, then plain linears that hold the decoded weights."""
     config = read_config(source)
+    # Falcon's eager attention adds distances to a mask that has them already
+    attention = "sdpa" if config.model_type == "falcon" else "eager"
     if getattr(config, "quantization_config", None) is not None:
-        model = read_nf4(source, config, device=torch.device("cpu"), attn_implementation="eager")
+        model = read_nf4(source, config, device=torch.device("cpu"), attn_implementation=attention)
     else:
         model = auto_class(config).from_pretrained(
             source,
-            attn_implementation="eager",
+            attn_implementation=attention,
             device_map={"": "cpu"},
             dtype="auto",
             adapter_kwargs=NO_ADAPTER,
-            quantization_config=BitsAndBytesConfig(
-                load_in_4bit=True,
+            quantization_config=Nf4Config(
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=dtype,

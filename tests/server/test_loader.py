@@ -4,12 +4,15 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import cast
 
 import httpx2
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.models.falcon import modeling_falcon as falcon_code
 
 from fader_adapters.kernels.backend import choose
 from fader_adapters.weightspace.base import open_base
@@ -246,12 +249,38 @@ def test_models_that_are_not_causal_decoders_are_refused(tmp_path):
             _load(_save(config, auto, tmp_path / name))
 
 
-def test_a_model_with_linears_of_its_own_is_refused(tmp_path):
+def _falcon(target: Path) -> Path:
     config = transformers.FalconConfig(
-        hidden_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+        hidden_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=64, bias=True
     )
-    with pytest.raises(ModelUnsupported, match="no linear that an adapter could target"):
-        _load(_save(config, transformers.AutoModelForCausalLM, tmp_path / "falcon"))
+    return _save(config, transformers.AutoModelForCausalLM, target)
+
+
+def test_linears_of_a_class_that_computes_the_same_are_quantised(tmp_path):
+    """Falcon's, which bitsandbytes leaves as they are."""
+    falcon = _falcon(tmp_path / "falcon")
+    base = _load(falcon)
+    assert len([linear for linear in base.installed.spec.linears if linear.inside]) == 4
+    quantize(str(falcon), tmp_path / "nf4", device=CPU)
+    assert _identity(tmp_path / "nf4") == base.installed.spec.identity
+    files = open_base(falcon), open_base(tmp_path / "nf4")
+    for linear in files[0].spec.linears:
+        if linear.inside:
+            assert [f.is_packed(f.keys(linear)[0]) for f in files] == [False, True]
+            assert linear.path in files[0].quantisable
+    theirs = nf4_model(str(falcon), torch.float32).get_submodule(
+        "transformer.h.0.mlp.dense_h_to_4h"
+    )
+    spec = base.installed.spec
+    (index,) = [i for i, item in enumerate(spec.linears) if item.path.endswith("dense_h_to_4h")]
+    assert torch.equal(cast("nn.Linear", theirs).weight, _weights(base)[index])
+
+
+def test_linears_that_compute_more_are_refused_by_name(tmp_path, monkeypatch):
+    own = falcon_code.FalconLinear.forward
+    monkeypatch.setattr(falcon_code.FalconLinear, "forward", lambda self, x: own(self, x) * 2)
+    with pytest.raises(ModelUnsupported, match=r"no linear .*FalconLinear.* more than x·Wᵀ \+ b"):
+        _load(_falcon(tmp_path / "falcon"))
 
 
 def test_a_width_that_splits_blocks_is_refused_with_the_module(tmp_path):

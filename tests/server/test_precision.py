@@ -1,6 +1,8 @@
 """Parameters that a family keeps in fp32 in a bf16 model: as transformers loads them."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,23 +11,73 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fader_server.model import loader
+from fader_server.model.checkpoint import read_config, read_nf4
+from fader_server.model.precision import cast_base
 from tests.support.many_families import MOE, SLIDING, write_many
 from tests.support.oracle import Oracle
 from tests.support.peft_adapters import write_adapter
+from tests.support.solo_families import SOLO
 from tests.support.world import Ask, TinyWorld, greedy
 
 BF16 = torch.bfloat16
 ERNIE = {"moe_num_experts": 16, "moe_k": 4, "num_hidden_layers": 4, "moe_layer_start_index": 0}
-FAMILIES = {
+FAMILIES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "ernie": ("ernie4_5_moe", {**MOE, **ERNIE}),
     "flint": ("flint", {**MOE, **SLIDING, "mlp_only_layers": [0]}),
     "llama": ("llama", {}),
 }
+XGLM = {"d_model": 128, "ffn_dim": 512, "num_layers": 2, "attention_heads": 4}
 KEPT = {
     "ernie": {"gate.weight", "moe_statics.e_score_correction_bias"},
     "flint": {"gate.weight", "sinks"},
     "llama": set(),
 }
+
+
+BUFFERED: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "apertus": ("apertus", {}),
+    "falcon-h1": ("falcon_h1", SOLO["falcon-h1"][1]),
+    "gemma": ("gemma", {}),
+    "gpt-j": ("gptj", {"n_embd": 128, "n_head": 4, "n_layer": 2, "rotary_dim": 16}),
+    "xglm": ("xglm", XGLM),
+}
+"""Families that make numbers of their own beside rotary frequencies, and GPT-J, in fp32."""
+
+
+@pytest.mark.parametrize("stored", [torch.float32, BF16])
+@pytest.mark.parametrize("served", [torch.float32, BF16])
+@pytest.mark.parametrize("family", sorted(BUFFERED))
+def test_buffers_are_those_of_a_model_in_the_dtype_it_is_served_in(
+    family: str, stored: torch.dtype, served: torch.dtype, tmp_path: Path
+):
+    base = write_many(*BUFFERED[family], tmp_path / "base")
+    if stored != torch.float32:
+        AutoModelForCausalLM.from_pretrained(base, dtype=stored).save_pretrained(base)
+    theirs = dict(AutoModelForCausalLM.from_pretrained(base, dtype=served).named_buffers())
+    ours = read_nf4(
+        str(base), read_config(str(base)), device=torch.device("cpu"), attn_implementation=None
+    )
+    assert ours.config.dtype == stored
+    before = {path for path, buffer in ours.named_buffers() if not same(buffer, theirs[path])}
+    assert bool(before) == (stored != served and family != "gpt-j")
+    cast_base(ours, served)
+    for path, buffer in ours.named_buffers():
+        assert same(buffer, theirs[path]), path
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+def test_sinusoidal_positions_of_an_fp32_checkpoint_meet_bf16(tmp_path: Path):
+    """They are a buffer, which a checkpoint's fp32 was left in."""
+    base = write_many("xglm", XGLM, tmp_path / "base")
+    (answer,) = TinyWorld(base, dtype=BF16).run([Ask([5, 6, 7, 8], {}, WHOLE)])
+    tokens = [5, 6, 7, 8, *answer.tokens]
+    logprobs = torch.log_softmax(Oracle(base, BF16, {}).logits(tokens[:-1], {}), dim=-1)
+    own = logprobs[torch.arange(len(tokens) - 1), tokens[1:]]
+    told = [x.logprob for x in [*answer.prompt_logprobs, *answer.logprobs]]
+    assert (torch.tensor(told) - own).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -159,7 +159,12 @@ MANY = known(_MANY)
 def write_many(model_type: str, changes: Mapping[str, Any], target: Path) -> Path:
     """Save a random fp32 checkpoint; norms and biases are random too."""
     plain = transformers.AutoConfig.for_model(model_type)
-    common = {k: v for k, v in COMMON.items() if hasattr(plain, k) or k in plain.attribute_map}
+    common = {
+        k: v
+        for k, v in COMMON.items()
+        if (hasattr(plain, k) or k in plain.attribute_map)
+        and not isinstance(getattr(type(plain), k, None), property)
+    }
     config = type(plain)(**(common | dict(changes)))
     assert config.vocab_size == VOCAB
     config.initializer_range = 0.05

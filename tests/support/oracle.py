@@ -24,7 +24,8 @@ def nf4_oracle(source: Path, dtype: torch.dtype, *, experts: bool = False) -> Pr
         source,
         dtype="auto",
         device_map={"": "cpu"},
-        attn_implementation="eager",
+        # Falcon's eager attention adds distances to a mask that has them already
+        attn_implementation="sdpa" if config.model_type == "falcon" else "eager",
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -34,6 +35,7 @@ def nf4_oracle(source: Path, dtype: torch.dtype, *, experts: bool = False) -> Pr
         ),
     )
     decode_linears(model, dtype)
+    _round_of_their_own(model)
     if experts:
         _decode_experts(model, dtype)
     model.is_loaded_in_4bit = False  # PEFT is to see plain linears
@@ -72,6 +74,16 @@ def decode_linears(model: PreTrainedModel, dtype: torch.dtype) -> None:
             setattr(model.get_submodule(parent), child, plain)
 
 
+def _round_of_their_own(model: PreTrainedModel) -> None:
+    """Linears of a class that bitsandbytes does not take keep their forward, over NF4's values."""
+    for module in model.modules():
+        if type(module).__name__ == "FalconLinear":
+            packed, state = bnb.functional.quantize_4bit(
+                module.weight.data, blocksize=64, compress_statistics=True, quant_type="nf4"
+            )
+            module.weight.data = bnb.functional.dequantize_4bit(packed, state)
+
+
 def ready_oracle(source: Path, dtype: torch.dtype) -> PreTrainedModel:
     """A checkpoint in NF4 as transformers reads it, then plain linears of the decoded weights."""
     config = AutoConfig.from_pretrained(source)
@@ -102,9 +114,13 @@ def _decode_experts(model: PreTrainedModel, dtype: torch.dtype) -> None:
             stack.data = decoded.mT.contiguous() if module.is_transposed else decoded
 
 
+_OF_ITS_DTYPE = ("embed_scale", "embed_positions.weights")
+
+
 def _scale_as_loaded(model: PreTrainedModel, config: PretrainedConfig, dtype: torch.dtype) -> None:
-    """Embeddings multiply by what they would if transformers had loaded the model in `dtype`."""
-    held = {path: b for path, b in model.named_buffers() if path.endswith("embed_scale")}
+    """Embeddings multiply by, and sinusoidal positions are, what they would be if transformers had
+    loaded the model in `dtype`."""
+    held = {path: b for path, b in model.named_buffers() if path.endswith(_OF_ITS_DTYPE)}
     if held:
         like = dict(auto_class(config).from_config(config, dtype=dtype).named_buffers())
         for path, buffer in held.items():

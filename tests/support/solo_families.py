@@ -32,6 +32,16 @@ _SOLO: dict[str, tuple[str, Mapping[str, Any]]] = {
     "deepseek-v3.2": ("deepseek_v32", INDEXED),
     "diffllama": ("diffllama", {}),
     "dory": ("dory", {**SLIDING, "n_input_layers": 1, "n_output_layers": 1}),  # runs layers twice
+    "falcon-7b": ("falcon", {}),
+    "falcon-40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-11b": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "falcon-rw": (
+        "falcon",
+        {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+    ),
     "falcon-h1": ("falcon_h1", {**MAMBA2, "mamba_d_ssm": 256, "mamba_n_groups": 1}),
     "glm-moe-dsa": ("glm_moe_dsa", INDEXED),
     "granite-hybrid": ("granitemoehybrid", {**STATE_SPACE, "num_local_experts": 0}),

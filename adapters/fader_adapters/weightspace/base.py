@@ -16,7 +16,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from fader_adapters.architecture import auto_class
-from fader_adapters.describe import describe, kept_plain
+from fader_adapters.describe import describe, kept_plain, make_plain
 from fader_adapters.errors import (
     AdapterInvalid,
     BaseUnsupported,
@@ -266,6 +266,7 @@ def _quantisable(model: PreTrainedModel, kept: list[str] | None) -> frozenset[st
     from bitsandbytes.nn.modules import Linear4bit
 
     quantizer = Bnb4BitHfQuantizer(nf4_config(kept), pre_quantized=False)
+    make_plain(model)
     quantizer.preprocess_model(cast(Any, model), device_map=None)
     return frozenset(
         path for path, module in model.named_modules() if isinstance(module, Linear4bit)

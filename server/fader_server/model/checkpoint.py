@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file
 
 from fader_adapters.architecture import auto_class, model_class, uses_interface
 from fader_adapters.describe import kept_plain_of
@@ -33,7 +34,14 @@ from fader_adapters.kernels import native
 from fader_server.errors import ConfigInvalid, ModelUnsupported
 from fader_server.model.by_expert import packed_by_expert
 from fader_server.model.decoded import settle
-from fader_server.model.quantizer import Nf4Config, packed_stacks, read_packed_experts
+from fader_server.model.leftovers import (
+    QUANT_FILE,
+    codes_among,
+    codes_in,
+    other_method,
+    passed_over,
+)
+from fader_server.model.quantizer import Nf4Config, packed_stacks, read_here
 from fader_server.model.rotary import unknown_rope
 
 log = logging.getLogger(__name__)
@@ -57,6 +65,8 @@ _OTHER_ATTENTION = (
     "index_topk_blocks",
 )
 """Settings of configs under which a token sees other keys than those of a causal window."""
+
+_READS = "Fader reads bitsandbytes NF4 or unquantised checkpoints"
 
 
 def read_config(source: str) -> PretrainedConfig:
@@ -148,17 +158,32 @@ def local_copy(source: str, files: Iterable[str] = _FILES) -> Path:
 def _check_quantization(source: str, config: PretrainedConfig) -> None:
     given = getattr(config, "quantization_config", None)
     if given is None:
+        file = cached_file(
+            source,
+            QUANT_FILE,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if method := other_method(config, file):
+            raise ModelUnsupported(f"{source}: quantised with {method}; {_READS}")
         return
     facts: dict[str, Any] = given if isinstance(given, dict) else given.to_dict()
     method = facts.get("quant_method") or "a method that its config does not name"
     if method != "bitsandbytes" or not facts.get("load_in_4bit"):
         eight = ", in 8-bit" if facts.get("load_in_8bit") else ""
-        raise ModelUnsupported(
-            f"{source}: quantised with {method}{eight}; "
-            "Fader reads bitsandbytes NF4 or unquantised checkpoints"
-        )
+        raise ModelUnsupported(f"{source}: quantised with {method}{eight}; {_READS}")
     if facts.get("bnb_4bit_quant_type") != "nf4":
         raise ModelUnsupported(f"{source}: 4-bit type {facts.get('bnb_4bit_quant_type')}, not nf4")
+
+
+def _check_plain(source: str) -> None:
+    """Refuse files, as far as they are here, that hold codes where a config names no method."""
+    found = source if Path(source).is_dir() else try_to_load_from_cache(source, CONFIG_NAME)
+    folder = Path(found) if isinstance(found, str) else None
+    if folder is not None and (told := codes_in(folder if folder.is_dir() else folder.parent)):
+        raise ModelUnsupported(
+            f"{source}: {told}, quantised by a method that its config does not name; {_READS}"
+        )
 
 
 def read_nf4(
@@ -175,10 +200,12 @@ def read_nf4(
     """
     facts: dict[str, Any] | None = getattr(config, "quantization_config", None)
     ready, values = facts is not None, None
-    if facts is not None:
+    if facts is None:
+        _check_plain(source)
+    else:
         values = packed_by_expert(local_copy(source))
         facts = facts if values is None else {**facts, "experts_in_nf4": True}
-        config.quantization_config = read_packed_experts(facts)
+        config.quantization_config = read_here(facts)
         if quantize_experts and not facts.get("experts_in_nf4"):
             raise ConfigInvalid(
                 f"{source} is quantised already, but not its experts; quantise the original with "
@@ -218,10 +245,25 @@ def read_nf4(
         why = unknown_rope(config) if isinstance(error, KeyError) else ""
         raise ModelUnsupported(f"{source}: cannot be loaded: {why or first_line(error)}") from error
     model, told = cast("tuple[PreTrainedModel, dict[str, Any]]", read)
+    if not ready and not Path(source).is_dir():
+        _check_plain(source)  # what was fetched only now
+    if key := codes_among(model, told["unexpected_keys"]):
+        raise ModelUnsupported(
+            f"{source}: it holds {key}, of a quantisation that its config does not name, and which "
+            f"the weights beside it mean nothing without; {_READS}"
+        )
     missing = sorted({*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])})
     if missing:  # transformers would go on with random numbers in their place
         raise ModelUnsupported(
             f"{source}: {len(missing)} weights are missing or of another shape, first {missing[0]}"
+        )
+    if dropped := passed_over(model, told["unexpected_keys"]):
+        log.warning(
+            "%s: %d tensors of its files have no place in %s and are left out: %s",
+            source,
+            len(dropped),
+            type(model).__name__,
+            ", ".join(dropped[:3]) + (" …" if len(dropped) > 3 else ""),
         )
     if quantize_experts and not any(True for _ in packed_stacks(model)):
         log.warning("%s has no experts that could be held in NF4", source)

@@ -18,6 +18,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
+from fader_adapters.describe import make_plain
 from fader_adapters.kernels import native
 from fader_adapters.stacks import absmax_of, experts, in_nf4, stack_names, stack_of
 
@@ -53,11 +54,8 @@ class Nf4Config(BitsAndBytesConfig):
         return told
 
 
-def read_packed_experts(facts: dict[str, Any]) -> dict[str, Any]:
-    """The quantisation config of a checkpoint as one that this module's quantiser reads, if it says
-    that experts are packed; else as it is."""
-    if not facts.get("experts_in_nf4"):
-        return facts
+def read_here(facts: dict[str, Any]) -> dict[str, Any]:
+    """The quantisation config of a checkpoint as one that this module's quantiser reads."""
     return {key: value for key, value in facts.items() if key not in _OF_METHOD} | {
         "quant_method": METHOD
     }
@@ -98,6 +96,7 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
         device_map: Any,  # noqa: ANN401 - transformers' own
         **given: Any,  # noqa: ANN401
     ) -> None:
+        make_plain(model)
         super()._process_model_before_weight_loading(model, device_map, **given)
         if self.experts_in_nf4:
             make_room(model, packed=self.pre_quantized)

@@ -33,7 +33,7 @@ from tests.support.world import Ask, TinyWorld, greedy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-QUICK = frozenset({"bloom", "lfm2"})
+QUICK = frozenset({"bloom", "falcon-40b", "falcon-rw", "lfm2"})
 STATEFUL = "qwen3.5"
 ELSEWHERE = "reference"
 """The backend: native kernels take states of all rows at once (`test_packed_states`)."""
