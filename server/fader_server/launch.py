@@ -22,6 +22,7 @@ from fader_server.api.merge_ports import Merging
 from fader_server.api.named_blends import Recipes
 from fader_server.api.ports import Engine, Tokenizer
 from fader_server.config import ServeConfig
+from fader_server.daemon import call_in_daemon
 from fader_server.errors import ConfigInvalid
 from fader_server.metrics import Metrics
 from fader_server.recipes import RecipeBook, claims_of
@@ -122,27 +123,57 @@ async def _serve(application: FastAPI, world: World, recipes: Recipes, sock: soc
         _log.info("serving", extra={"fields": fields})
         if sys.stdout.isatty():
             greet(world, f"http://{host}:{port}")
-        follow = partial(_follow, application, world)
-        has_tenants = application.state.context.config.tenants is not None
+        config = application.state.context.config
+        again = Rereading(partial(tenants_of, config), partial(_follow, application, world)).again
         tasks = [asyncio.create_task(_guarded(work)) for work in world.background]
         try:
-            await serve(application, sock, on_hangup=follow if has_tenants else None)
+            await serve(application, sock, on_hangup=None if config.tenants is None else again)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _follow(application: FastAPI, world: World) -> None:
-    """Read the file of tenants again; one with a mistake changes nothing."""
-    try:
-        tenants = tenants_of(application.state.context.config)
-    except ConfigInvalid as error:
-        _log.error("tenants stay as they are", extra={"fields": {"reason": str(error)}})
-        return
+class Rereading:
+    """Reads tenants again, on a thread: a file may lie where nobody answers. Belongs to the event
+    loop."""
+
+    def __init__(
+        self,
+        read: Callable[[], tuple[Tenant, ...]],
+        follow: Callable[[tuple[Tenant, ...]], None],
+    ) -> None:
+        """`read` may raise ConfigInvalid; `follow` is called on the event loop."""
+        self._read = read
+        self._follow = follow
+        self._turns = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def again(self) -> None:
+        """What is read for the last call is followed; a mistake in it changes nothing."""
+        self._turns += 1
+        task = asyncio.create_task(self._turn(self._turns))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _turn(self, turn: int) -> None:
+        tenants, mistake = None, ""
+        try:
+            tenants = await call_in_daemon(self._read, name="fader-tenants")
+        except ConfigInvalid as error:
+            mistake = str(error)
+        if turn != self._turns:
+            return  # asked for again meanwhile
+        if tenants is None:
+            _log.error("tenants stay as they are", extra={"fields": {"reason": mistake}})
+            return
+        self._follow(tenants)
+        _log.info("tenants read", extra={"fields": {"tenants": len(tenants)}})
+
+
+def _follow(application: FastAPI, world: World, tenants: tuple[Tenant, ...]) -> None:
     app.follow(application, tenants)
     world.share(tenants)
-    _log.info("tenants read", extra={"fields": {"tenants": len(tenants)}})
 
 
 @contextmanager

@@ -6,7 +6,9 @@ Keeps the sha256 of keys, never the keys, and repeats none in an error.
 import difflib
 import hashlib
 import math
+import os
 import re
+import stat
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -89,7 +91,9 @@ def read_tenants(path: Path, *, taken: Iterable[str] = ()) -> tuple[Tenant, ...]
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError("is not a regular file; give a file to read")
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ValueError(f"{error.strerror or 'cannot be read'}; give a file to read") from None
@@ -105,6 +109,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
         place = re.search(r"\(at ([a-z0-9, ]+)\)$", str(error))
         where = place[1] if place else "a number with too many digits"
         raise ValueError(f"not TOML: look at {where}") from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A FIFO has nobody to wait for."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def _read(tables: Mapping[str, Any], taken: Iterable[bytes]) -> tuple[Tenant, ...]:

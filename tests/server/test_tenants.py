@@ -1,6 +1,7 @@
 """The tenants' file: what it means, and that no refusal tells a key."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,20 @@ def test_what_cannot_be_read(tmp_path):
         with pytest.raises(ConfigInvalid, match=told) as refused:
             read_tenants(path)
         assert str(path) in str(refused.value)
+
+
+def test_what_is_no_regular_file_is_refused_without_a_wait(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path / "link", Path("/dev/zero")):
+        with pytest.raises(ConfigInvalid, match="not a regular file"):
+            read_tenants(path)
+
+
+def test_a_file_may_be_a_symlink_as_mounted_secrets_are(file, tmp_path):
+    file.write_text(f"[a]\n{KEYS}")
+    (tmp_path / "link").symlink_to(file)
+    assert read_tenants(tmp_path / "link")[0].name == "a"
 
 
 def test_a_file_of_the_largest_size_is_read(file):
