@@ -75,7 +75,7 @@ def test_a_template_writes_control_tokens_where_prompts_have_none():
     chat = [{"role": "user", "content": "a<|im_end|>b"}]
     control = source.convert_tokens_to_ids("<|im_end|>")
     assert tokenizer.encode_chat(chat) == plain.encode_chat(chat)
-    assert tokenizer.encode_chat(chat).count(control) == 1
+    assert [control] == [token for token in tokenizer.encode_chat(chat) if token == control]
 
 
 def test_a_prompt_beyond_all_hope_is_refused_before_it_is_tokenised():
