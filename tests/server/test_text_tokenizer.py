@@ -52,6 +52,32 @@ def test_control_tokens_of_a_raw_prompt_are_control_tokens():
     assert source.convert_tokens_to_ids("<|im_end|>") in ids
 
 
+def test_control_tokens_are_text_in_the_prompts_of_a_base_that_says_so():
+    """As transformers encodes them; those that a chat template writes are control tokens."""
+    source, plain = with_bos(), Tokenizer(with_bos(), max_model_len=64)
+    source.split_special_tokens = True
+    tokenizer = Tokenizer(source, max_model_len=64)
+    control = source.convert_tokens_to_ids("<|im_end|>")
+    for text in ("a<|im_end|>b", "<s>hi</s>", *CORPUS[:2]):
+        want = source(text)["input_ids"]
+        assert tokenizer.encode_prompt(text) == want
+        assert want[0] == source.bos_token_id
+        assert tokenizer.encode_prompt(text, special=False) == want[1:]
+    assert control not in tokenizer.encode_prompt("a<|im_end|>b")
+    assert control in plain.encode_prompt("a<|im_end|>b")
+
+
+def test_a_template_writes_control_tokens_where_prompts_have_none():
+    source = hf("byte_level", TEMPLATES["chatml"])
+    plain = Tokenizer(source, max_model_len=64)
+    source.split_special_tokens = True
+    tokenizer = Tokenizer(source, max_model_len=64)
+    chat = [{"role": "user", "content": "a<|im_end|>b"}]
+    control = source.convert_tokens_to_ids("<|im_end|>")
+    assert tokenizer.encode_chat(chat) == plain.encode_chat(chat)
+    assert [control] == [token for token in tokenizer.encode_chat(chat) if token == control]
+
+
 def test_a_prompt_beyond_all_hope_is_refused_before_it_is_tokenised():
     tokenizer = make(max_model_len=10)
     assert len(tokenizer.encode_prompt("a" * 320)) > 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftModel
 from torch import nn
@@ -77,11 +78,11 @@ def decode_linears(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def _round_of_their_own(model: PreTrainedModel) -> None:
     """Linears of a class that bitsandbytes does not take keep their forward, over NF4's values."""
     for module in model.modules():
-        if type(module).__name__ == "FalconLinear":
-            packed, state = bnb.functional.quantize_4bit(
+        if isinstance(module, nn.Linear) and type(module).__name__ == "FalconLinear":
+            packed, state = quantize_4bit(
                 module.weight.data, blocksize=64, compress_statistics=True, quant_type="nf4"
             )
-            module.weight.data = bnb.functional.dequantize_4bit(packed, state)
+            module.weight.data = dequantize_4bit(packed, state)
 
 
 def ready_oracle(source: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -277,7 +277,7 @@ def read_nf4(
 
 def quantize(source: str, target: Path, *, device: torch.device, experts: bool = False) -> None:
     """Write `source` as a bitsandbytes NF4 checkpoint that transformers and Fader read; with its
-    experts in NF4, too, Fader alone.
+    experts in NF4, too, or with linears of another class (Falcon), Fader alone.
 
     Raises ConfigInvalid when the target exists or the source is quantised already.
     """

@@ -41,7 +41,7 @@ def keep_rows_apart(
     elements, products = Steady(tape), _Apart(tape)
     before: dict[nn.Module, Callable[..., Any]] = {}
     for module, heard in calls.items():
-        own = module in inside and not isinstance(module, SiteLinear)
+        own = (module in inside or _slices(module)) and not isinstance(module, SiteLinear)
         if own and any(c.name in _PRODUCTS and c.dtype == torch.float32 for c in heard):
             mode = products
         elif any(map(unsteady, heard)):
@@ -87,6 +87,13 @@ def routed(model: nn.Module) -> Iterator[nn.Module]:
         other = isinstance(module, nn.Conv1d | SiteLinear)  # a filter, a head's panels
         if not other and any(p.dim() == 3 for p in module.parameters(recurse=False)):
             yield model.get_submodule(path.rpartition(".")[0])
+
+
+def _slices(module: nn.Module) -> bool:
+    """Whether a module that multiplies holds matrices of its own, as mixtures do whose experts are
+    rows of one matrix."""
+    plain = isinstance(module, nn.Linear | nn.Embedding)
+    return not plain and any(p.dim() == 2 for p in module.parameters(recurse=False))
 
 
 class _Apart(Steady):

@@ -12,6 +12,8 @@ DEFAULT = 2048
 """Positions of a config that tells none."""
 _LENGTHS = ("max_position_embeddings", "max_seq_len")
 """What configs call their number of positions."""
+_KEPT = "keep_window_size"
+"""Keys that a token of Doge attends to: all of them, as long as there are no more."""
 
 
 def longest(text: PretrainedConfig, source: str) -> int:
@@ -20,10 +22,21 @@ def longest(text: PretrainedConfig, source: str) -> int:
     Rotary embeddings of the kind longrope turn all keys of a sequence otherwise once it is longer
     than its original length: those that are cached would be of the other kind. Those of the kind
     yarn reach their factor times the original length, also where only they were written into the
-    config, as the cards of Qwen tell.
+    config, as the cards of Qwen tell. Families that attend to a choice of keys do so to all up to
+    its size.
     """
     told = (getattr(text, name, None) for name in _LENGTHS)
     positions = max(int(next(filter(None, told), DEFAULT)), _yarn(text))
+    kept = getattr(text, _KEPT, None)
+    if kept and kept < positions:
+        log.warning(
+            "%s: sequences end at %d tokens, not %d: past that it attends to a choice of keys, "
+            "which depends on how a prompt is cut",
+            source,
+            kept,
+            positions,
+        )
+        positions = int(kept)
     original = min((_original(rope, text) or positions for rope in _longropes(text)), default=0)
     if not 0 < original < positions:
         return positions

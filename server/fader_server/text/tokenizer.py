@@ -59,6 +59,10 @@ class Tokenizer:
         self._backend = tokenizers.Tokenizer.from_str(backend.to_str())
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._of_prompts = self._backend
+        if getattr(tokenizer, "split_special_tokens", False):
+            self._of_prompts = tokenizers.Tokenizer.from_str(self._backend.to_str())
+            self._of_prompts.encode_special_tokens = True  # a template's own are no such text
         self._max_model_len = max_model_len
         self._pieces = Pieces(self._backend)
         own = tokenizer.eos_token_id
@@ -119,14 +123,15 @@ class Tokenizer:
         )
 
     def encode_prompt(self, text: str, *, special: bool = True) -> list[int]:
-        """Ids of a raw prompt; control tokens in it are control tokens.
+        """Ids of a raw prompt; control tokens in it are control tokens,
+        unless the base's tokenizer_config.json says split_special_tokens.
 
         special: with the tokens the tokenizer adds by itself, such as BOS. Raises RequestInvalid,
         and ContextTooLong for a text too long to be worth encoding.
         """
         check_length(len(text), self._max_model_len, param="prompt")
-        own = self._backend if special else None
-        ids = encode(self._backend, text, param="prompt", special=own)
+        own = self._of_prompts if special else None
+        ids = encode(self._of_prompts, text, param="prompt", special=own)
         return self._taken(ids, param="prompt")
 
     def encode_chat(

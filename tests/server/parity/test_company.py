@@ -9,7 +9,7 @@ import torch
 
 from fader_adapters.kernels import native
 from fader_server.engine.limits import Limits
-from fader_server.model import cpu_attention, loader
+from fader_server.model import cpu_attention, experts, loader
 from fader_server.model.prefill import NativeReplays
 from tests.support.many_families import MANY, write_many
 from tests.support.world import Answer, Ask, TinyWorld, greedy
@@ -103,6 +103,32 @@ def test_a_rows_logits_are_the_same_alone_and_beside_one_to_nine_others(name, dt
 def test_torchs_own_functions_would_show(name, tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "keep_rows_apart", lambda *_: None)
     assert differs(opened(name, torch.float32, tmp_path), prompt_logprobs=0)
+
+
+DBRX: dict[str, Any] = {
+    "d_model": 128,
+    "n_heads": 4,
+    "n_layers": 2,
+    "max_seq_len": 512,
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.0, "rope_theta": 1e4},
+    "ffn_config": {
+        "hidden_size": 128,
+        "ffn_hidden_size": 192,
+        "moe_num_experts": 4,
+        "moe_top_k": 2,
+        "moe_jitter_eps": 0.0,
+    },
+}
+
+
+def test_experts_that_are_rows_of_one_matrix_know_no_company(tmp_path, monkeypatch):
+    base = write_many("dbrx", DBRX, tmp_path)
+    limits = Limits(max_rows=16, max_step_tokens=1024, chunk_size=256, max_model_len=512)
+    world = TinyWorld(base, limits=limits)
+    assert not differs(world, prompt_logprobs=0)
+    assert not differs(world)
+    monkeypatch.setattr(experts, "_slices", lambda _: False)
+    assert differs(TinyWorld(base, limits=limits), prompt_logprobs=0)
 
 
 @pytest.mark.parametrize("name", ["deepseek-v2", "deepseek-v3"])
