@@ -93,7 +93,10 @@ def check_modules(
     taken = {module.place.path for module in modules}
     for rows in tokens:
         if rows.place.path in taken:
-            raise AdapterInvalid(f"{rows.place.path!r} has both LoRA factors and trained tokens")
+            raise AdapterInvalid(
+                f"{rows.place.path!r} has both LoRA factors and trained tokens; leave it out of "
+                "target_modules, or train without trainable_token_indices"
+            )
     ends = {module.place.role: module for module in modules if module.place.role in _ENDS}
     both = tied and len(ends) == len(_ENDS)
     pair = (ends["embedding"], ends["head"]) if both else None

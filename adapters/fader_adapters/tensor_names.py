@@ -22,8 +22,8 @@ _PATTERNS = tuple((re.compile(pattern), kind) for pattern, kind in _ROLES)
 _KNOWN_EXTRAS = {
     "modules_to_save": "a full module (modules_to_save); train LoRA only",
     "lora_E": "AdaLoRA, which is not implemented",
-    ".base_layer.": "a copy of the base's own layer; save with save_embedding_layers=False",
     ".bias": "a trained bias of the base; train with bias='none'",
+    ".base_layer.": "a copy of the base's own layer; save with save_embedding_layers=False",
     "embed_tokens": "full embeddings; save with save_embedding_layers=False",
     "lm_head.weight": "a full output head; save with save_embedding_layers=False",
 }

@@ -372,12 +372,10 @@ def test_a_name_with_half_a_character_is_refused_and_a_long_one_cut():
 def test_biases_that_nobody_trained_change_nothing_and_others_are_refused(bias):
     plain, named = read(make_raw()), read(make_raw(make_config(bias=bias)))
     assert named.spec == plain.spec
-    trained = {
-        **make_tensors(),
-        "base_model.model.model.layers.0.self_attn.q_proj.bias": torch.ones(64),
-    }
-    with pytest.raises(AdapterInvalid, match="a trained bias of the base"):
-        read(make_raw(make_config(bias=bias), trained))
+    for of in ("bias", "base_layer.bias"):  # of a linear beside, and of an adapted one
+        name = f"base_model.model.model.layers.0.self_attn.q_proj.{of}"
+        with pytest.raises(AdapterInvalid, match="a trained bias of the base"):
+            read(make_raw(make_config(bias=bias), {**make_tensors(), name: torch.ones(64)}))
 
 
 @pytest.mark.parametrize(

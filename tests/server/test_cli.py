@@ -123,3 +123,20 @@ def test_a_timeout_longer_than_the_kernel_takes_is_no_fault():
     from fader_server.serving import bind
 
     bind(ServeConfig(port=0, stall_timeout=3e6)).close()
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("--version >&-", 0),
+        ("nope 2>&-", 2),
+        ("--version > /dev/full", 2),
+        ("--version", 0),
+    ],
+)
+def test_a_closed_or_full_output_is_no_traceback(command, code):
+    program = f"{sys.executable} -c 'from fader_server.cli import main; raise SystemExit(main())'"
+    done = subprocess.run(f"{program} {command}", shell=True, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert ("make room" in done.stderr) == ("full" in command)

@@ -1,6 +1,8 @@
 """The `fader` command: finds the subcommand, turns errors into one line and an exit code."""
 
+import errno
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -70,14 +72,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # It recommends a package that fetches code from the network when it is imported.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     given = sys.argv[1:] if arguments is None else list(arguments)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - a stream that was closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     try:
         code = app(args=given or ["--help"], standalone_mode=False)
+        sys.stdout.flush()
     except _UsageError as error:
         return _fail(f"{_one_line(error)} See --help.", 2)
     except _MENDABLE as error:
         return _fail(_one_line(error), 2)
     except FaderError as error:
         return _fail(_one_line(error), 1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return _fail(f"{_one_line(error)}; make room and try again", 2)
     except (KeyboardInterrupt, typer.Abort):
         return 130
     return code if isinstance(code, int) else 0
