@@ -10,8 +10,10 @@ import httpx2
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.models.falcon import modeling_falcon as falcon_code
 
 from fader_adapters.kernels.backend import choose
@@ -58,6 +60,28 @@ def test_quantised_checkpoint_loads_to_the_same_bytes_and_is_not_rewritten(llama
     config = json.loads((tmp_path / "nf4" / "config.json").read_text())
     assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
     assert config["quantization_config"]["bnb_4bit_use_double_quant"] is True
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(llama, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigInvalid, match="is no directory"):
+        quantize(str(llama), tmp_path / "file", device=CPU)
+    with pytest.raises(ConfigInvalid, match="cannot be written"):
+        quantize(str(llama), Path("/proc/of/nowhere"), device=CPU)
+    for error in (OSError(28, "No space left on device"), SafetensorError("No space left")):
+
+        def full(self, folder, *, error=error, **others):
+            (folder / "model.safetensors").write_text("half")
+            raise error
+
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+        with pytest.raises(ConfigInvalid, match=r"cannot be written: .*No space"):
+            quantize(str(llama), tmp_path / "nf4", device=CPU)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    (tmp_path / "nf4").mkdir()
+    quantize(str(llama), tmp_path / "nf4", device=CPU)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "nf4"]
 
 
 def test_quantised_checkpoint_is_readable_by_transformers(llama, tmp_path):

@@ -4,6 +4,8 @@ Knows transformers' loading and files; knows nothing of Fader's linears.
 """
 
 import logging
+import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ from huggingface_hub import (
     snapshot_download,
     try_to_load_from_cache,
 )
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     PretrainedConfig,
@@ -279,16 +282,40 @@ def quantize(source: str, target: Path, *, device: torch.device, experts: bool =
     """Write `source` as a bitsandbytes NF4 checkpoint that transformers and Fader read; with its
     experts in NF4, too, or with linears of another class (Falcon), Fader alone.
 
-    Raises ConfigInvalid when the target exists or the source is quantised already.
+    It is written beside the target and renamed when it is whole. Raises ConfigInvalid when the
+    target holds something or cannot be written, or the source is quantised already.
     """
     config = read_config(source)
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigInvalid(f"{source} is quantised already; serve it as it is")
+    if target.exists() and not target.is_dir():
+        raise ConfigInvalid(f"{target} is no directory; name a new one")
     if target.exists() and any(target.iterdir()):
         raise ConfigInvalid(f"{target} is not empty; name a new directory")
-    model = read_nf4(
-        source, config, device=device, attn_implementation=None, quantize_experts=experts
-    )
+    made = target.with_name(f".{target.name}.part-{os.getpid()}")
+    try:
+        with _refusals_of(target):
+            made.mkdir(parents=True)
+        model = read_nf4(
+            source, config, device=device, attn_implementation=None, quantize_experts=experts
+        )
+        with _refusals_of(target):
+            _write(model, source, made)
+            os.replace(made, target)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+@contextmanager
+def _refusals_of(target: Path) -> Iterator[None]:
+    """What a disk says of what is written for it, in one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ConfigInvalid(f"{target} cannot be written: {first_line(error)}") from error
+
+
+def _write(model: PreTrainedModel, source: str, target: Path) -> None:
     # packed stacks do not come apart into the matrices that some families store
     packed = any(True for _ in packed_stacks(model))
     model.save_pretrained(target, save_original_format=not packed)
