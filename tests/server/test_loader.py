@@ -84,6 +84,44 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(llama, tmp_path, monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "nf4"]
 
 
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left"), Exception("No space left (os error 28)")]
+)
+def test_a_tokenizer_that_the_disk_has_no_room_for_leaves_nothing(
+    llama, tmp_path, monkeypatch, error, there
+):
+    target = tmp_path / "nf4"
+    if there:
+        target.mkdir()
+
+    def full(self, folder):
+        raise error
+
+    class Words:
+        save_pretrained = full
+
+    monkeypatch.setattr(
+        transformers.AutoTokenizer, "from_pretrained", lambda *given, **others: Words()
+    )
+    with pytest.raises(ConfigInvalid, match=r"cannot be written: .*No space"):
+        quantize(str(llama), target, device=CPU)
+    assert [path.name for path in tmp_path.rglob("*")] == (["nf4"] if there else [])
+
+
+def test_an_empty_folder_stays_the_one_it_is(llama, tmp_path, monkeypatch):
+    """It may be a mount, or where the user stands."""
+    target = tmp_path / "nf4"
+    target.mkdir()
+    inode = target.stat().st_ino
+    monkeypatch.chdir(target)
+    quantize(str(llama), Path("."), device=CPU)
+    assert target.stat().st_ino == inode
+    assert {"config.json", "model.safetensors"} <= {path.name for path in target.iterdir()}
+    assert not list(target.glob(".*"))
+    assert [path.name for path in tmp_path.iterdir()] == ["nf4"]
+
+
 def test_quantised_checkpoint_is_readable_by_transformers(llama, tmp_path):
     quantize(str(llama), tmp_path / "nf4", device=CPU)
     ids = torch.arange(3, 20).unsqueeze(0)

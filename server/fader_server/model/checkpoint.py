@@ -282,8 +282,9 @@ def quantize(source: str, target: Path, *, device: torch.device, experts: bool =
     """Write `source` as a bitsandbytes NF4 checkpoint that transformers and Fader read; with its
     experts in NF4, too, or with linears of another class (Falcon), Fader alone.
 
-    It is written beside the target and renamed when it is whole. Raises ConfigInvalid when the
-    target holds something or cannot be written, or the source is quantised already.
+    It is written beside the target, or within an empty folder, and renamed when it is whole.
+    Raises ConfigInvalid when the target holds something or cannot be written, or the source is
+    quantised already.
     """
     config = read_config(source)
     if getattr(config, "quantization_config", None) is not None:
@@ -292,7 +293,9 @@ def quantize(source: str, target: Path, *, device: torch.device, experts: bool =
         raise ConfigInvalid(f"{target} is no directory; name a new one")
     if target.exists() and any(target.iterdir()):
         raise ConfigInvalid(f"{target} is not empty; name a new directory")
-    made = target.with_name(f".{target.name}.part-{os.getpid()}")
+    # a folder that is there may be a mount, or where the user stands: it stays the one it is
+    near = target if target.is_dir() else target.parent
+    made = near / f".{target.name}.part-{os.getpid()}"
     try:
         with _refusals_of(target):
             made.mkdir(parents=True)
@@ -301,7 +304,11 @@ def quantize(source: str, target: Path, *, device: torch.device, experts: bool =
         )
         with _refusals_of(target):
             _write(model, source, made)
-            os.replace(made, target)
+            if near is target:
+                for file in sorted(made.iterdir(), key=lambda file: file.name == CONFIG_NAME):
+                    file.rename(target / file.name)  # the config last: without it there is no model
+            else:
+                made.rename(target)
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
@@ -311,7 +318,9 @@ def _refusals_of(target: Path) -> Iterator[None]:
     """What a disk says of what is written for it, in one line."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # tokenizers' own is a bare one
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
+            raise
         raise ConfigInvalid(f"{target} cannot be written: {first_line(error)}") from error
 
 
@@ -320,11 +329,11 @@ def _write(model: PreTrainedModel, source: str, target: Path) -> None:
     packed = any(True for _ in packed_stacks(model))
     model.save_pretrained(target, save_original_format=not packed)
     try:
-        transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(
-            target
-        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         log.warning("no tokenizer was written: %s", first_line(error))
+    else:
+        tokenizer.save_pretrained(target)
     folder = local_copy(source, _PROCESSOR)
     for pattern in _PROCESSOR:
         for file in folder.glob(pattern):
