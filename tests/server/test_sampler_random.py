@@ -118,6 +118,12 @@ def test_under_a_top_k_a_nucleus_lies_among_what_that_leaves():
     assert differ > 3
 
 
+def test_a_top_k_of_the_whole_vocabulary_cuts_nothing():
+    """Not even what weighs nothing."""
+    limits = mass.Limits(np.array([0, 7, 8, 10**9]), np.ones(4), np.zeros(4))
+    assert mass.truncates(limits, 8).tolist() == [False, True, False, False]
+
+
 def test_tokens_tied_at_the_edge_all_stay():
     weight = mass.masses(torch.tensor([[0.0, -1.0, -1.0, -2.0]]))
     one = mass.Limits(np.array([2]), np.array([1.0]), np.array([0.0]))

@@ -63,7 +63,7 @@ class TorchDistributions:
         x = logits.index_select(0, rows).float()
         x.sub_(x.amax(-1, keepdim=True))
         heat = uploaded(draws.heat, x)[:, None]
-        cut = truncates(draws.limits).nonzero()[0]
+        cut = truncates(draws.limits, x.shape[1]).nonzero()[0]
         if cut.size:
             index = uploaded(cut, x)
             kept = x.index_select(0, index)

@@ -35,9 +35,10 @@ class Limits:
         return Limits(self.top_k[rows], self.top_p[rows], self.min_p[rows])
 
 
-def truncates(limits: Limits) -> np.ndarray:
-    """Whether some tokens of a row may not be drawn, [R] bool."""
-    return (limits.top_k > 0) | (limits.top_p < 1.0) | (limits.min_p > 0.0)
+def truncates(limits: Limits, vocab: int) -> np.ndarray:
+    """Whether some tokens of a row of `vocab` may not be drawn, [R] bool."""
+    bounded = (limits.top_k > 0) & (limits.top_k < vocab)
+    return bounded | (limits.top_p < 1.0) | (limits.min_p > 0.0)
 
 
 def masses(shifted: Tensor) -> Tensor:

@@ -27,6 +27,9 @@ UNREPEATABLE = (
 READERS = ("tolist", "numpy", "__array__", "__dlpack__")
 """Methods of tensors that hand their values out without an operator."""
 
+_guarding = threading.RLock()
+"""One recording at a time guards those: what each leaves is what it found."""
+
 UNFILLED = frozenset({"aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty"})
 """Operators that give memory and no values."""
 
@@ -133,17 +136,18 @@ class Recorder(TorchDispatchMode):
 
             return read
 
-        before = {name: vars(torch.Tensor).get(name) for name in READERS}
-        for name in READERS:
-            setattr(torch.Tensor, name, guarded(name, getattr(torch.Tensor, name)))
-        try:
-            yield
-        finally:
-            for name, own in before.items():
-                if own is None:
-                    delattr(torch.Tensor, name)  # torch's own, of the class above
-                else:
-                    setattr(torch.Tensor, name, own)
+        with _guarding:
+            before = {name: vars(torch.Tensor).get(name) for name in READERS}
+            for name in READERS:
+                setattr(torch.Tensor, name, guarded(name, getattr(torch.Tensor, name)))
+            try:
+                yield
+            finally:
+                for name, own in before.items():
+                    if own is None:
+                        delattr(torch.Tensor, name)  # torch's own, of the class above
+                    else:
+                        setattr(torch.Tensor, name, own)
 
     def _run_whole(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -1,13 +1,17 @@
 """Native draws, maxima and scores against what NumPy adds, sorts and races, on every instruction
 set."""
 
+import ctypes
 import math
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 
 from fader_adapters.kernels import native
+from fader_adapters.kernels.native import build
+from fader_adapters.kernels.native.library import library
 
 FLOATS = [torch.float32, torch.bfloat16]
 
@@ -97,6 +101,56 @@ def test_the_winner_of_the_race_is_drawn(level, dtype, cut, width):
     others = draws(len(keys), heat=0.8, key=[key + 1 for key in keys], **cut)
     if cut in ({}, {"top_p": 0.9}) and width > 100:
         assert native.draw(x, others, scratch=scratch()).tolist() != want
+
+
+STALE = """
+#include <alloca.h>
+#include <stdint.h>
+__attribute__((noinline)) static void fill(uint32_t value) {
+    volatile uint32_t *p = (volatile uint32_t *)alloca(4 * 8192);
+    for (int i = 0; i < 8192; i++) p[i] = value;
+}
+typedef int (*Draw)(const void *, const void *, int64_t, void *, int64_t, int64_t *, int);
+extern "C" int stale_draw(Draw draw, uint32_t value, const void *l, const void *d, int64_t rows,
+                          void *scratch, int64_t bytes, int64_t *need, int nt) {
+    fill(value);
+    return draw(l, d, rows, scratch, bytes, need, nt);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def stale(tmp_path_factory):
+    """fader_draw on a stack that holds one value everywhere."""
+    folder = tmp_path_factory.mktemp("stale")
+    (folder / "stale.cpp").write_text(STALE)
+    command = [build.find_compiler(), "-O2", "-shared", "-fPIC", "stale.cpp", "-o", "stale.so"]
+    subprocess.run(command, cwd=folder, check=True)
+    function = ctypes.CDLL(str(folder / "stale.so")).stale_draw
+    function.argtypes = [
+        *[ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64],
+        *[ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int],
+    ]
+    return function
+
+
+@pytest.mark.parametrize("width", [5, 33, 133, 201, 250])
+def test_what_a_stack_holds_decides_no_draw(level, stale, width, monkeypatch):
+    """Of rows that are no whole vectors: what is beside them is no number here, then infinite."""
+    x, keys = logits(200, width, torch.float32), torch.randint(-(2**63), 2**63 - 1, (200,))
+    given = draws(200, key=keys)
+    want = [winner(row, 1.0, key) for row, key in zip(x, keys.tolist(), strict=True)]
+    address = ctypes.cast(library().fader_draw, ctypes.c_void_p)
+    for value in (0xFFFFFFFF, 0x7F800000):
+
+        def on_it(*args, value=value):
+            *args, _ = args
+            return stale(address, value, *args, 1)
+
+        workspace = scratch()
+        monkeypatch.setattr(library(), "fader_draw", on_it, raising=False)
+        assert native.draw(x, given, scratch=workspace).tolist() == want
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("heat", [1e-30, 1e-3, 1.0, 50.0, 1e30])

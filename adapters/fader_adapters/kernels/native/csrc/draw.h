@@ -210,7 +210,7 @@ int64_t race(const X *x, int64_t n, float best, float heat, uint64_t key, int64_
         if (s.tops[b] == -INFINITY || (edge && s.heaviest[b] < least)) continue;
         const int64_t from = b * DRAW_BLOCK, size = min64(DRAW_BLOCK, n - from);
         float bound[DRAW_BLOCK + W];
-        gumbel_tops(key, from, size, bound);
+        gumbel_tops(key, from, ceil_div(size, W) * W, bound); // a tail is read by whole vectors
         V top = vset(-INFINITY);
         over(x + from, size, -INFINITY, [&](V v, int64_t i) { // none above 0: a little less of one is a little more
             const V z = vfma(vdiv(vadd(v, vset(-best)), vset(heat)), vset(1 - 0x1p-20f), vload(bound + i));
