@@ -16,8 +16,8 @@ from transformers import (
 
 from fader_server.core import Request, SamplingParams, Sequence
 from fader_server.model import gumbel, mass
+from fader_server.model.gumbel import draw_key
 from fader_server.model.sampler import Sampler
-from fader_server.model.sampling_state import draw_key
 from tests.support.samplers import distributions  # noqa: F401
 
 

@@ -75,6 +75,17 @@ def chosen(tokens: int, *, experts: int = EXPERTS, count: int = CHOSEN) -> torch
     return torch.stack([torch.randperm(experts, generator=g)[:count] for _ in range(tokens)])
 
 
+COUNTS = {
+    "one pair": (0, 0, 1, 0, 0),
+    "few pairs": (1, 0, 3, 2, 1),
+    "all at one": (0, 0, 0, 63, 0),
+    "all at the last": (0, 0, 0, 0, 7),
+    "skewed": (1, 133, 0, 5, 17),
+    "even": (16, 17, 15, 33, 32),
+}
+"""Pairs of each of five experts."""
+
+
 def counted(counts: Sequence[int], *, device: str = "cpu") -> Routing:
     """Of tokens with one expert each, so many of every expert."""
     expert = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))

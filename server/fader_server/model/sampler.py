@@ -15,6 +15,7 @@ from torch import Tensor
 from fader_server.core import RowResult, Sequence, TokenLogprob
 from fader_server.errors import EngineFault
 from fader_server.model.distribution import Distributions, Draws, TorchDistributions, uploaded
+from fader_server.model.gumbel import draw_key
 from fader_server.model.passage import to_host
 from fader_server.model.sampling_state import (
     CountsTable,
@@ -22,7 +23,6 @@ from fader_server.model.sampling_state import (
     Shifts,
     TokenCounts,
     biases,
-    draw_key,
     edits,
     guides,
     limits,

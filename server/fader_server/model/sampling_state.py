@@ -15,21 +15,6 @@ from fader_server.core import SamplingParams, Sequence
 from fader_server.errors import EngineFault
 from fader_server.model.mass import Limits
 
-_MASK = 2**64 - 1
-
-
-def draw_key(seed: int, position: int) -> int:
-    """What decides output token `position`: splitmix64 of both, as a signed 64-bit integer."""
-    key = _mix(_mix(seed & _MASK) + position + 1)
-    return key - (key >> 63 << 64)
-
-
-def _mix(value: int) -> int:
-    value = (value * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
-
 
 def penalises(params: SamplingParams) -> bool:
     """Whether the tokens seen so far change the logits."""

@@ -4,7 +4,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 from fader_adapters.kernels.native.screen import COLDEST, HOTTEST, MOST, Screen, Wanted
 from fader_server.core import Plan, Sequence
-from fader_server.model.sampling_state import draw_key, edits
+from fader_server.model.gumbel import draw_key
+from fader_server.model.sampling_state import edits
 
 
 def screening(screen: Screen | None, plan: Plan) -> AbstractContextManager[None]:

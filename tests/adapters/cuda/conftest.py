@@ -21,6 +21,15 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Every fresh tensor holds NaN: outputs, planes and scratch."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def device() -> "Iterator[PretendDevice]":
     """A pretended one, what it notices being the test's to expect."""
     from tests.support.pretend_cuda import pretend

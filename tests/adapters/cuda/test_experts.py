@@ -10,7 +10,6 @@ pytest.importorskip("triton", reason="the CUDA kernels need triton")
 if torch.cuda.is_available():
     pytest.skip("with a GPU tests/gpu checks these kernels", allow_module_level=True)
 
-from fader_adapters.kernels.cuda import backend as backend_of
 from fader_adapters.kernels.cuda import expert_calls, expert_configs, lora
 from fader_adapters.kernels.cuda.backend import CudaBackend
 from fader_adapters.kernels.cuda.expert_configs import (
@@ -386,22 +385,3 @@ def test_pairs_of_a_step_in_pieces_have_the_bits_they_have_at_once(shared: Rig) 
     assert step is not None
     assert len(step.launches) > 3
     assert torch.equal(made.run(MIXED, routing, x, y), shared.run(MIXED, routing, x, y))
-
-
-@pytest.mark.parametrize("way", ["fused", "pieces", "rows"])
-def test_routers_multiply_one_number_of_rows_whatever_a_step_holds(monkeypatch, way: str) -> None:
-    """Which the vendor's products cut their sums by; in a notebook, where nobody leads the steps,
-    it is all rows."""
-    backend, seen, linear = CudaBackend(CPU, torch.float32, arch=90), [], backend_of.F.linear
-    backend._scratch.way = way
-    monkeypatch.setattr(
-        backend_of.F, "linear", lambda x, *rest: seen.append(len(x)) or linear(x, *rest)
-    )
-    weight, bias = torch.randn(8, 64), torch.randn(8)
-    for rows in (1, 63, 64, 130):
-        x = torch.randn(1, rows, 64)
-        y = backend.router()(x, weight, bias)
-        torch.testing.assert_close(y, x @ weight.T + bias)
-        if way != "rows":
-            assert torch.equal(backend.router()(x[:, -1:], weight, bias), y[:, -1:])
-    assert set(seen) == ({64} if way != "rows" else {1})

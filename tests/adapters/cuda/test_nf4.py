@@ -1,6 +1,5 @@
 """NF4 linears against float64: the kernels as Triton's interpreter runs them, in fp32."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,18 +17,10 @@ from fader_adapters.kernels.cuda.nf4_tiles import HALF, TILE, tile
 from fader_adapters.kernels.nf4 import Nf4Weight, dense
 from tests.support.nf4_weights import random_weight, rms, values
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 F32 = torch.float32
 LIMIT = 5e-7
 SHAPES = [(128, 64), (130, 192), (1, 128), (96, 1088), (257, 2048)]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    """Every fresh tensor holds NaN: outputs, planes and the scratch."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -24,28 +24,12 @@ from fader_adapters.kernels.nf4_stack import Nf4Stack
 from fader_adapters.kernels.routing import Routing
 from fader_adapters.kernels.stack_weights import StackWeight
 from tests.support.nf4_weights import random_weight, rms, values
-from tests.support.stacks import counted
+from tests.support.stacks import COUNTS, counted
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 CPU = torch.device("cpu")
 EXPERTS, OUT, IN = 5, 150, 192
 LIMIT = 5e-7
-COUNTS = {
-    "one pair": (0, 0, 1, 0, 0),
-    "few pairs": (1, 0, 3, 2, 1),
-    "all at one": (0, 0, 0, 63, 0),
-    "all at the last": (0, 0, 0, 0, 7),
-    "skewed": (1, 133, 0, 5, 17),
-    "even": (16, 17, 15, 33, 32),
-}
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    """Every fresh tensor holds NaN."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def made(

@@ -1,8 +1,6 @@
 """Unquantised experts in Triton's interpreter, in fp32, against float64 and torch: every pair by
 its own expert, however the weight lies, and a pair's bits in any company."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -15,26 +13,11 @@ from fader_adapters.kernels.cuda import plain_experts
 from fader_adapters.kernels.cuda.plain_experts import CudaStackWeight
 from fader_adapters.kernels.stack_weights import StackWeight
 from tests.support.nf4_weights import rms
-from tests.support.stacks import counted
+from tests.support.stacks import COUNTS, counted
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 EXPERTS, OUT, IN = 5, 150, 208
 LIMIT = 5e-7
-COUNTS = {
-    "one pair": (0, 0, 1, 0, 0),
-    "few pairs": (1, 0, 3, 2, 1),
-    "all at the last": (0, 0, 0, 0, 7),
-    "skewed": (1, 133, 0, 5, 17),
-    "even": (16, 17, 15, 33, 32),
-}
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    """Every fresh tensor holds NaN."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=[2, 4], ids=["tiles of two bytes", "tiles of four"])

@@ -1,15 +1,15 @@
 """The CUDA backend: Triton linears over NF4 and batched deltas. Knows sites, not models."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional as F
 
 from fader_adapters.errors import BaseUnsupported, first_line
 from fader_adapters.kernels.cuda import nf4
 from fader_adapters.kernels.cuda.beside import Beside
-from fader_adapters.kernels.cuda.dense import ROWS, FixedRows, in_parts
+from fader_adapters.kernels.cuda.dense import FixedRows, linear
 from fader_adapters.kernels.cuda.lora import ROW_BUCKETS, DeltaKernels, LoraStep
 from fader_adapters.kernels.cuda.machines import Arch, arch_of
 from fader_adapters.kernels.cuda.nf4_codes import CODES
@@ -128,16 +128,7 @@ class CudaBackend:
         return CudaStack(self._deltas.bind_stack(site))
 
     def router(self) -> "Product":
-        return self._routed
-
-    def _routed(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        if self._scratch.way == "rows":
-            return F.linear(x, weight, bias)
-        rows = x.reshape(-1, x.shape[-1])
-        y = in_parts(rows, ROWS, lambda part: F.linear(part, weight, bias))
-        return y.view(*x.shape[:-1], -1)
+        return partial(linear, scratch=self._scratch)
 
     def pack_stack(self, weight: StackWeight | Nf4Stack) -> StackWeight | CudaNf4Stack:
         if isinstance(weight, StackWeight):

@@ -28,6 +28,18 @@ def in_parts(
     return whole[: x.shape[0]]
 
 
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, scratch: "Scratch"
+) -> torch.Tensor:
+    """x·Wᵀ + b, [..., in] → [..., out]; while a backend leads the steps, by the `way` of its
+    scratch, always of ROWS rows at a time."""
+    if scratch.way == "rows":
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    y = in_parts(rows, ROWS, lambda part: F.linear(part, weight, bias))
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
 class FixedRows(ByRows):
     """A DenseLinear whose rows get the same bits in any company while a backend leads the steps."""
 
@@ -47,9 +59,7 @@ class FixedRows(ByRows):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, in] → [T, out] in x's dtype."""
-        if self._scratch.way == "rows":
-            return F.linear(x, self.weight, self.bias)
-        return in_parts(x, ROWS, lambda part: F.linear(part, self.weight, self.bias))
+        return linear(x, self.weight, self.bias, scratch=self._scratch)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         return self.inner.dense(dtype)
