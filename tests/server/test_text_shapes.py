@@ -65,6 +65,48 @@ async def test_an_answer_matches_the_whole_expression(tokenizer: Tokenizer, patt
         assert by_python.fullmatch(text), (pattern, text)
 
 
+GRAMMARS = (
+    ('start: "a" ITEM~1..3 "b"\nITEM: /[0-9]/ ","', r"a([0-9],){1,3}b"),
+    (
+        '?start: pair\npair: WORD ":" WORD\nWORD: /[a-z]{1,3}/\n%ignore / /',
+        " *[a-z]{1,3} *: *[a-z]{1,3} *",
+    ),
+    ('root ::= "a" item+ "b"\nitem ::= [0-9]{1,2} [,;] # one\n', r"a([0-9]{1,2}[,;])+b"),
+    ('root ::= ("ja" | "nein") "\\n"?', r"(ja|nein)\n?"),
+    ('start: "a" // } no end\n | "}" | /[{}]/', "a|[{}]"),
+)
+
+
+@pytest.mark.parametrize(("grammar", "pattern"), GRAMMARS)
+async def test_an_answer_follows_a_grammar_as_lark_or_gbnf(
+    tokenizer: Tokenizer, grammar: str, pattern: str
+):
+    found = await texts(tokenizer, Shape("grammar", grammar))
+    assert len(set(found)) > 1
+    for text in found:
+        assert re.fullmatch(pattern, text), text
+
+
+@pytest.mark.parametrize(
+    ("grammar", "told"),
+    [
+        ("no grammar", "guided_grammar has a grammar that is not valid here"),
+        ("start: nobody", "guided_grammar has a grammar that is not valid here"),
+        ('start: "a" }\nmore: %lark { start: "b"', "guided_grammar has a grammar"),
+        ("start: " + "(" * 3000 + '"a"' + ")" * 3000, "that is not valid here"),
+        ("root ::= nobody", "guided_grammar is no valid GBNF"),
+        ("::=", "guided_grammar is no valid GBNF"),
+        ("root ::= " + "(" * 3000 + '"a"' + ")" * 3000, "guided_grammar is no valid GBNF"),
+    ],
+)
+async def test_what_is_no_grammar_here_is_told_by_its_field(
+    tokenizer: Tokenizer, grammar: str, told: str
+):
+    with pytest.raises(RequestInvalid, match=told) as caught:
+        await tokenizer.guides(Shape("grammar", grammar, "guided_grammar"), 1)
+    assert caught.value.param == "guided_grammar"
+
+
 @pytest.mark.parametrize("pattern", ["(", "a(?=b)", r"a\b", r"(a)\1", "[z-a]", "*"])
 async def test_what_is_no_expression_here_is_told_by_its_field(tokenizer: Tokenizer, pattern: str):
     told = "guided_regex has a pattern that is invalid or looks around"

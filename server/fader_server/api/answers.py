@@ -9,7 +9,6 @@ from typing import Protocol
 from fader_server.api.choice import Delta, Scored
 from fader_server.api.generate import Usage
 from fader_server.api.pieces import Columns, Json
-from fader_server.api.ports import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +76,27 @@ class Gathered:
         return Delta.joined(self.parts)
 
 
+class TokenNames(Protocol):
+    """What tokens are called where their logprobs are told."""
+
+    def token_text(self, token: int) -> str: ...
+
+    def token_bytes(self, token: int) -> bytes | None: ...
+
+
+class ById:
+    """Tokens called by their ids, as vLLM calls them: no two have one name."""
+
+    def __init__(self, names: TokenNames) -> None:
+        self._names = names
+
+    def token_text(self, token: int) -> str:
+        return f"token_id:{token}"
+
+    def token_bytes(self, token: int) -> bytes | None:
+        return self._names.token_bytes(token)
+
+
 class Renderer(Protocol):
     """One of the wire formats."""
 
@@ -113,14 +133,14 @@ FLOOR = -9999.0
 
 
 def token_scores(
-    tokenizer: Tokenizer, scored: Sequence[Scored], *, none: list[int] | None = None
+    names: TokenNames, scored: Sequence[Scored], *, none: list[int] | None = None
 ) -> list[Json]:
     """Tokens with their logprobs and those of the likeliest. none: `bytes` of one without any."""
 
     def told(token: int, logprob: float) -> Json:
-        data = tokenizer.token_bytes(token)
+        data = names.token_bytes(token)
         return {
-            "token": tokenizer.token_text(token),
+            "token": names.token_text(token),
             "logprob": max(logprob, FLOOR),
             "bytes": none if data is None else list(data),
         }

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fader_server.api.fields import Fields, is_finite
+from fader_server.api.fields import Fields, is_finite, is_text
 
 INT64 = 1 << 63
+_MOST_BANNED = 256
+_LONGEST_BANNED = 128
 COLDEST = 1e-5
 """Temperatures below are 0, as in vLLM: the likeliest token has all the mass, and float32 ends."""
 
@@ -81,6 +83,10 @@ class Choosing:
     min_tokens: int
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool
+    permitted: tuple[int, ...] = ()
+    """The ids that may come; none: all."""
+    banned: tuple[str, ...] = ()
+    """Words whose tokens may not come in a row."""
 
 
 def read_choosing(fields: Fields, limits: Limits, max_tokens: int | None) -> Choosing:
@@ -103,6 +109,8 @@ def read_choosing(fields: Fields, limits: Limits, max_tokens: int | None) -> Cho
         min_tokens=shortest,
         stop_token_ids=_stop_token_ids(fields, limits.vocab_size),
         ignore_eos=fields.boolean("ignore_eos"),
+        permitted=_permitted(fields, limits.vocab_size),
+        banned=_banned(fields),
     )
 
 
@@ -117,6 +125,28 @@ def _stop_token_ids(fields: Fields, vocab_size: int) -> tuple[int, ...]:
         return ()
     if not isinstance(value, list) or len(value) > 64 or not is_token_ids(value, vocab_size):
         fields.refuse("stop_token_ids", f"must be up to 64 ids from 0 to {vocab_size - 1}")
+        return ()
+    return tuple(value)
+
+
+def _permitted(fields: Fields, vocab_size: int) -> tuple[int, ...]:
+    value = fields.raw("allowed_token_ids")
+    if value is None or value == []:
+        return ()
+    if not isinstance(value, list) or not is_token_ids(value, vocab_size):
+        fields.refuse("allowed_token_ids", f"must be a list of ids from 0 to {vocab_size - 1}")
+        return ()
+    return tuple(value)
+
+
+def _banned(fields: Fields) -> tuple[str, ...]:
+    value = fields.raw("bad_words")
+    if value is None or value == []:
+        return ()
+    good = isinstance(value, list) and len(value) <= _MOST_BANNED
+    if not good or not all(is_text(word) and 0 < len(word) <= _LONGEST_BANNED for word in value):
+        form = f"up to {_MOST_BANNED} texts of 1 to {_LONGEST_BANNED} characters"
+        fields.refuse("bad_words", f"must be a list of {form}")
         return ()
     return tuple(value)
 

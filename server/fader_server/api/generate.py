@@ -5,7 +5,7 @@ The only place that holds leases and engine requests for HTTP. Knows no wire for
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fader_server.api.adapter_ports import Lease
 from fader_server.api.calling import CallingChoice
@@ -86,11 +86,13 @@ class Generator:
         lease = await self._lease(target, visible)
         try:
             record.leased(label_of(target, lease), lease.terms, recipe=target.recipe)
-            read = await asyncio.to_thread(self._preparer.read, call)
+            read, restriction = await asyncio.to_thread(self._preparer.read, call)
             prompts = [prompt.tokens for prompt in read]
             requests = self._preparer.requests(call, prompts, lease, id=id, tenant=tenant)
             counted = self.quotas.admit(tenant, _most(requests, call.n))
             requests = await self._guided(call, requests, counted)
+            if restriction is not None:
+                requests = [replace(one, guide=restriction.guide(one.guide)) for one in requests]
             choices = [
                 self._choice(call, index, item, read[index // call.n].echo)
                 for index, item in enumerate(requests)

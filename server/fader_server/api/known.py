@@ -12,7 +12,8 @@ _SHARED = frozenset((
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "logprobs", "stream", "stream_options", "adapters", "lora", "lora_path",
     "ignore_eos", "min_tokens", "stop_token_ids", "cache_salt", "best_of", "return_token_ids",
-    "reasoning_effort", "include_stop_str_in_output",
+    "return_tokens_as_token_ids", "allowed_token_ids", "bad_words", "reasoning_effort",
+    "include_stop_str_in_output",
 ))
 _IGNORED = frozenset((
     "user", "metadata", "store", "service_tier", "prompt_cache_key",
@@ -64,11 +65,7 @@ FIXED_OF_RESPONSES: Fixed = {
     "chat_template": ((), "may not come from a request"),
     "chat_template_kwargs": (({},), "may not come from a request: see reasoning.effort"),
 }
-UNSERVED_FIELDS = (
-    "guided_grammar", "guided_whitespace_pattern", "grammar", "ebnf", "bad_words",
-    "allowed_token_ids", "use_beam_search",
-    "return_tokens_as_token_ids",
-)
+UNSERVED_FIELDS = ("guided_whitespace_pattern", "use_beam_search")
 """They change what an answer may be: without them it would be another, and look right."""
 _COMPLETION = frozenset(("prompt", "echo", "parallel_tool_calls"))
 _CHAT = frozenset((

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from fader_server.core import Guide, Request, Sink
+from fader_server.text.restriction import Restriction
 from fader_server.text.shape import Shape
 from fader_server.text.tools import CallPart, Tool, ToolUse
 
@@ -224,6 +225,11 @@ class Tokenizer(Protocol):
 
         Raises RequestInvalid for a shape that cannot be enforced, Overloaded.
         """
+        ...
+
+    def restriction(self, ids: Sequence[int], words: Iterable[str]) -> Restriction:
+        """To these ids, all if there are none, and without these words; on any thread.
+        Raises RequestInvalid."""
         ...
 
     async def tool_guides(

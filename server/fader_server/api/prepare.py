@@ -13,6 +13,7 @@ from fader_server.api.ports import Echo, Tokenizer
 from fader_server.api.schemas import Call, Prompt
 from fader_server.core import Guide, Request, SamplingParams
 from fader_server.errors import ContextTooLong, RequestInvalid
+from fader_server.text.restriction import Restriction
 
 Tokens = tuple[int, ...]
 MOST_SCORES = 1 << 20
@@ -35,8 +36,15 @@ class Preparer:
         self._tokenizer = tokenizer
         self._longest = max_model_len
 
-    def read(self, call: Call) -> list[Read]:
-        """Every prompt. Takes its time, on any thread. Raises RequestInvalid, ContextTooLong."""
+    def read(self, call: Call) -> tuple[list[Read], Restriction | None]:
+        """Every prompt, and what is forbidden of tokens, if anything is. Takes its time, on any
+        thread. Raises RequestInvalid, ContextTooLong."""
+        choosing, restriction = call.choosing, None
+        if choosing.permitted or choosing.banned:
+            restriction = self._tokenizer.restriction(choosing.permitted, choosing.banned)
+        return self._read_prompts(call), restriction
+
+    def _read_prompts(self, call: Call) -> list[Read]:
         if not call.chat:
             return [self._read(prompt, echo=call.echo) for prompt in call.prompts]
         tools = () if call.tools is None else call.tools.tools

@@ -9,6 +9,7 @@ from fader_server.api.answers import (
     FLOOR,
     Gathered,
     Head,
+    TokenNames,
     Told,
     clamp,
     token_scores,
@@ -17,7 +18,6 @@ from fader_server.api.answers import (
 from fader_server.api.choice import Delta, PlacedCall, Scored
 from fader_server.api.generate import Usage
 from fader_server.api.pieces import Json, encode, event, written
-from fader_server.api.ports import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 
@@ -27,9 +27,9 @@ class CompletionRenderer:
 
     last = DONE
 
-    def __init__(self, head: Head, tokenizer: Tokenizer, told: Told) -> None:
+    def __init__(self, head: Head, names: TokenNames, told: Told) -> None:
         self._head = head
-        self._tokenizer = tokenizer
+        self._names = names
         self._told = told
 
     def gather(self, gathered: Gathered, delta: Delta) -> None:
@@ -79,7 +79,7 @@ class CompletionRenderer:
         }
 
     def _scores(self, scored: Sequence[Scored]) -> Json:
-        text = self._tokenizer.token_text
+        text = self._names.token_text
         return {
             "tokens": [text(item.token) for item in scored],
             "token_logprobs": [clamp(item.logprob) for item in scored],
@@ -93,7 +93,7 @@ class CompletionRenderer:
             return None
         top: dict[str, float] = {}
         for token, logprob in (*item.top, (item.token, item.logprob)):
-            text = self._tokenizer.token_text(token)
+            text = self._names.token_text(token)
             top[text] = max(logprob, top.get(text, logprob))
         return {text: max(logprob, FLOOR) for text, logprob in top.items()}
 
@@ -103,9 +103,9 @@ class ChatRenderer:
 
     last = DONE
 
-    def __init__(self, head: Head, tokenizer: Tokenizer, told: Told) -> None:
+    def __init__(self, head: Head, names: TokenNames, told: Told) -> None:
         self._head = head
-        self._tokenizer = tokenizer
+        self._names = names
         self._told = told
 
     def gather(self, gathered: Gathered, delta: Delta) -> None:
@@ -174,7 +174,7 @@ class ChatRenderer:
         return {"content": self._tokens(scored), "refusal": None} if self._told.logprobs else None
 
     def _tokens(self, scored: Sequence[Scored]) -> list[Json]:
-        return token_scores(self._tokenizer, scored)
+        return token_scores(self._names, scored)
 
 
 def _event(body: Json) -> bytes:

@@ -152,6 +152,11 @@ def heavy(pattern: str) -> Iterator[str]:
     """What about a pattern is too much."""
     if len(pattern) > MAX_PATTERN:
         yield f"of more than {MAX_PATTERN} characters"
+    yield from repeats(pattern)
+
+
+def repeats(pattern: str) -> Iterator[str]:
+    """What about its counts is too much."""
     counts = (count for pair in _REPEATS.findall(pattern) for count in pair if count)
     if any(len(count) > 4 or int(count) > MAX_COUNT for count in counts):
         yield f"that repeats more than {MAX_COUNT} times"

@@ -11,7 +11,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fader_server.api.answers import Gathered, Head, Renderer, Told
+from fader_server.api.answers import ById, Gathered, Head, Renderer, Told
 from fader_server.api.choosing import Limits
 from fader_server.api.context import (
     Context,
@@ -129,7 +129,8 @@ def _renderer(context: Context, generation: Generation, id: str) -> Renderer:
     prompts = generation.prompts if call.return_ids else None
     must = call.tools is not None and call.tools.must
     told = Told(call.logprobs is not None, call.include_usage, prompts, calls_alone=must)
+    names = ById(context.tokenizer) if call.names_by_id else context.tokenizer
     if call.asked is not None:
-        return ResponseRenderer(head, context.tokenizer, told, call.asked)
+        return ResponseRenderer(head, names, told, call.asked)
     kind = ChatRenderer if call.chat else CompletionRenderer
-    return kind(head, context.tokenizer, told)
+    return kind(head, names, told)

@@ -72,6 +72,8 @@ class Call:
     """How hard the model is to think, one of EFFORTS; None: as it does by itself."""
     return_ids: bool
     """The answer has the ids of its tokens and of the prompt's."""
+    names_by_id: bool
+    """Where logprobs are told, tokens are called by their ids."""
     cache_salt: str
     ignored: int
     """Unknown fields, and keys of tools, that were ignored."""
@@ -236,6 +238,7 @@ def _call(
         continues=continues,
         effort=read_effort(fields),
         return_ids=fields.boolean("return_token_ids"),
+        names_by_id=fields.boolean("return_tokens_as_token_ids"),
         cache_salt=fields.string("cache_salt", longest=256),
         ignored=fields.ignored,
     )

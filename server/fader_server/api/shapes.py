@@ -8,10 +8,12 @@ from typing import Any
 
 from fader_server.api import response_format
 from fader_server.api.fields import Fields, is_text
-from fader_server.api.response_format import MAX_STRING, MAX_TEXT, excesses, heavy
+from fader_server.api.response_format import MAX_STRING, MAX_TEXT, excesses, heavy, repeats
 from fader_server.text.shape import Shape
 
 MAX_CHOICES = 1024
+MAX_GRAMMAR = 8192
+"""Characters: the worst of so many take two seconds of the thread that makes grammars."""
 _UNSET = (None, False, "", [])
 
 Reader = Callable[[str, Any], Shape | str]
@@ -65,6 +67,18 @@ def _choice(name: str, value: object) -> Shape | str:
     return Shape("choice", json.dumps(value), name)
 
 
+def _grammar(name: str, value: object) -> Shape | str:
+    """Lark, or GBNF."""
+    if not isinstance(value, str) or not is_text(value):
+        return "must be a grammar, as Lark or GBNF write it"
+    if len(value) > MAX_GRAMMAR:
+        return f"must have at most {MAX_GRAMMAR} characters"
+    if "%json" in value:
+        return "has %json in it: a JSON Schema has fields of its own"
+    problem = next(repeats(value), None)
+    return f"is a grammar {problem}" if problem else Shape("grammar", value, name)
+
+
 def _any_object(name: str, value: object) -> Shape | str:
     return Shape("schema", response_format.ANY_OBJECT, name) if value is True else "must be true"
 
@@ -73,6 +87,7 @@ _INNER: Mapping[str, Reader] = {
     "json": _schema,
     "regex": _regex,
     "choice": _choice,
+    "grammar": _grammar,
     "json_object": _any_object,
 }
 
@@ -92,6 +107,9 @@ _READERS: Mapping[str, Reader] = {
     "guided_json": _schema,
     "guided_regex": _regex,
     "guided_choice": _choice,
+    "guided_grammar": _grammar,
+    "grammar": _grammar,
+    "ebnf": _grammar,
     "json_schema": _schema,
     "regex": _regex,
 }

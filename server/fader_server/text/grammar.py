@@ -12,6 +12,7 @@ from time import thread_time
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from fader_server.errors import EngineFault
 from fader_server.text.shape import Shape
@@ -77,8 +78,20 @@ def _without_lookaround(part: Any) -> Any:  # noqa: ANN401 - any JSON value
     return kept
 
 
+def in_lark(grammar: str) -> str:
+    """A client's grammar as Lark has it. Raises ValueError for one that is no GBNF."""
+    if "::=" not in grammar:
+        return grammar
+    try:
+        return gbnf_to_lark(grammar)
+    except Exception as error:  # of the library's, some of them no classes of their own
+        raise ValueError("this is no GBNF") from error
+
+
 def rule_of(shape: Shape) -> str:
-    """What stands in a grammar for a text of that shape."""
+    """What stands in a grammar for a text of that shape; a grammar is Lark."""
+    if shape.kind == "grammar":
+        return "%lark {\n" + shape.text + "\n}"
     if shape.kind == "choice":
         return " | ".join(json.dumps(text, ensure_ascii=False) for text in json.loads(shape.text))
     if shape.kind == "regex":

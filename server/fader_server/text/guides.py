@@ -10,17 +10,21 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import TypeVar
 
 from fader_server.errors import Overloaded, RequestInvalid
 from fader_server.portions import Portions
-from fader_server.text.grammar import Grammar, GrammarGuide, grammar_of
+from fader_server.text.grammar import Grammar, GrammarGuide, grammar_of, in_lark
 from fader_server.text.shape import Shape
 from fader_server.text.vocabulary import Vocabulary
 from fader_server.turns import Turns
 
+T = TypeVar("T")
+
 PATTERN = "a pattern"
-_NOUNS = {"schema": "a schema", "regex": PATTERN, "choice": "choices"}
+_NOUNS = {"schema": "a schema", "regex": PATTERN, "choice": "choices", "grammar": "a grammar"}
 _KEPT = 64
 _WAITING = 32
 """Grammars that may wait for the thread; more are told to come again, of tenants that have their
@@ -74,15 +78,28 @@ class Guides:
         Raises RequestInvalid, Overloaded."""
         grammar = self._find(source)
         if grammar is None:
-            if self._waiting.full(tenant, _WAITING):
-                raise Overloaded("many grammars are being made: try again later", retry_after=2)
-            with self._waiting.one(tenant):
-                async with self._turns.one(tenant):
-                    work = self._executor.submit(self._make, source, tenant)
-                    grammar = await asyncio.wrap_future(work)
+            grammar = await self._in_turn(tenant, partial(self._make, source, tenant))
         if grammar.problem:
             raise RequestInvalid(_told(grammar.problem, param, noun), param=param)
         return [grammar.guide() for _ in range(count)]
+
+    async def in_lark(self, shape: Shape, *, tenant: str = "") -> Shape:
+        """A shape whose grammar, if it is one, is Lark. Raises RequestInvalid, Overloaded."""
+        if shape.kind != "grammar":
+            return shape
+        try:
+            text = await self._in_turn(tenant, partial(in_lark, shape.text))
+        except ValueError:
+            raise RequestInvalid(f"{shape.param} is no valid GBNF", param=shape.param) from None
+        return replace(shape, text=text)
+
+    async def _in_turn(self, tenant: str, work: Callable[[], T]) -> T:
+        """On the thread."""
+        if self._waiting.full(tenant, _WAITING):
+            raise Overloaded("many grammars are being made: try again later", retry_after=2)
+        with self._waiting.one(tenant):
+            async with self._turns.one(tenant):
+                return await asyncio.wrap_future(self._executor.submit(work))
 
     def _find(self, source: str) -> Grammar | None:
         with self._lock:

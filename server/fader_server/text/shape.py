@@ -8,10 +8,10 @@ from typing import Literal
 class Shape:
     """Of the whole answer, or of the content beside calls of tools."""
 
-    kind: Literal["schema", "regex", "choice"]
+    kind: Literal["schema", "regex", "choice", "grammar"]
     text: str
-    """A JSON Schema, a regular expression that the whole answer matches, or a JSON list of texts,
-    one of which it is."""
+    """A JSON Schema, a regular expression that the whole answer matches, a JSON list of texts, one
+    of which it is, or a grammar as Lark or llama.cpp (GBNF) write it."""
     param: str = "response_format"
     """The field that asked."""
     lenient: bool = False

@@ -17,6 +17,7 @@ from fader_server.text.detokenizer import Detokenizer
 from fader_server.text.encoding import check_length, encode
 from fader_server.text.files import config_eos, processor_template, what_is_missing
 from fader_server.text.pieces import Pieces
+from fader_server.text.restriction import Restriction, restriction_of
 from fader_server.text.shape import Shape
 from fader_server.text.stream import Echo, TextStream
 from fader_server.text.thought import Thought, ThoughtGuide, all_but
@@ -246,7 +247,17 @@ class Tokenizer:
 
     async def guides(self, shape: Shape, count: int, *, tenant: str = "") -> "list[GrammarGuide]":
         """For so many outputs of one shape. Raises RequestInvalid, Overloaded."""
+        shape = await self._guides.in_lark(shape, tenant=tenant)
         return await self._guides.start_shape(shape, count, tenant=tenant)
+
+    def restriction(self, ids: Sequence[int], words: Iterable[str]) -> Restriction:
+        """To these ids, all if there are none, and without these words. Takes its time, on any
+        thread. Raises RequestInvalid."""
+
+        def encoded(word: str) -> tuple[int, ...]:
+            return tuple(encode(self._of_prompts, word, param="bad_words", special=None))
+
+        return restriction_of(ids, words, encoded, self.vocab_size, self.eos_ids)
 
     async def tool_guides(
         self, use: ToolUse, shape: Shape | None, count: int, *, tenant: str = ""
@@ -256,6 +267,7 @@ class Tokenizer:
         from fader_server.text.tool_grammar import tool_grammar
 
         if shape is not None:
+            shape = await self._guides.in_lark(shape, tenant=tenant)
             # what is wrong with it is told by itself
             await self._guides.start_shape(shape, 0, tenant=tenant)
         grammar = tool_grammar(self._tool_format, use, shape)

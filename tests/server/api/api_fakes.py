@@ -41,6 +41,7 @@ from fader_server.engine.stats import TenantStats
 from fader_server.errors import RequestInvalid
 from fader_server.metrics import Metrics
 from fader_server.recipes import RecipeBook
+from fader_server.text.restriction import Restriction, restriction_of
 from fader_server.text.shape import Shape
 from fader_server.text.thought import Markers, Thought
 from fader_server.text.tool_format import Frame, ToolFormat
@@ -261,6 +262,9 @@ class FakeTokenizer:
         self.guided.append(tenant)
         self.uses.append((use, shape and shape.text))
         return [FakeGuide() for _ in range(count)] if use.must else None
+
+    def restriction(self, ids: Sequence[int], words: Iterable[str]) -> Restriction:
+        return restriction_of(ids, words, lambda word: tuple(word.encode()), VOCAB, self.eos_ids)
 
     async def guides(self, shape: Shape, count: int, *, tenant: str = "") -> list["FakeGuide"]:
         """Of a schema with `wait` never, with `refuse` a refusal."""

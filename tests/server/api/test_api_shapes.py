@@ -12,6 +12,8 @@ from tests.server.api.test_api_bodies import GOOD, check_envelope
 ROUTES = ("/v1/completions", "/v1/chat/completions")
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 TEXT = json.dumps(SCHEMA)
+LARK = 'start: "a" | "b"'
+GBNF = 'root ::= "a" | "b"'
 
 
 async def ask(client, route: str, fields: dict, **others):
@@ -38,6 +40,10 @@ async def ask(client, route: str, fields: dict, **others):
         ({"structured_outputs": {"choice": ["a"]}}, "choice", '["a"]'),
         ({"structured_outputs": {"json_object": True}}, "schema", '{"type": "object"}'),
         ({"guided_choice": ["a"], "response_format": {"type": "text"}}, "choice", '["a"]'),
+        ({"guided_grammar": LARK}, "grammar", LARK),
+        ({"grammar": GBNF}, "grammar", GBNF),
+        ({"ebnf": GBNF}, "grammar", GBNF),
+        ({"structured_outputs": {"grammar": LARK}}, "grammar", LARK),
         ({"guided_regex": "a", "guided_decoding_backend": "outlines"}, "regex", "a"),
     ],
 )
@@ -53,7 +59,7 @@ async def test_every_choice_has_the_shape(client, world: World, route, fields, k
 
 NAMES = (
     *("guided_json", "guided_regex", "guided_choice", "structured_outputs"),
-    *("json_schema", "regex"),
+    *("json_schema", "regex", "guided_grammar", "grammar", "ebnf"),
 )
 
 
@@ -73,8 +79,20 @@ BAD = [
     *[("guided_choice", v) for v in ("yes", {"a": 1}, [1], [""], ["a", None], ["\ud800"], True)],
     *[("guided_choice", v) for v in (["a"] * 1025, ["a" * 2049], ["a" * 2000] * 40)],
     *[("structured_outputs", v) for v in (1, "a+", [1], {"json": {}, "regex": "a"}, {"more": 1})],
-    *[("structured_outputs", {k: 1}) for k in ("json", "regex", "choice", "json_object")],
-    *[("structured_outputs", {k: "x"}) for k in ("grammar", "structural_tag")],
+    *[
+        ("structured_outputs", {k: 1})
+        for k in ("json", "regex", "choice", "json_object", "grammar")
+    ],
+    ("structured_outputs", {"structural_tag": "x"}),
+    *[
+        (n, v)
+        for n in ("guided_grammar", "grammar", "ebnf")
+        for v in (1, True, ["a"], {}, "a" * 8193)
+    ],
+    *[
+        ("grammar", f"start: {rule}")
+        for rule in ("%json {}", '"a"{9999}', "/a{1,9999}/", '"\ud800"')
+    ],
 ]
 
 

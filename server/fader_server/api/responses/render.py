@@ -6,11 +6,10 @@ Knows the frame around the items; what they are is `output`'s business.
 import time
 from collections.abc import Sequence
 
-from fader_server.api.answers import Gathered, Head, Told, token_scores
+from fader_server.api.answers import Gathered, Head, TokenNames, Told, token_scores
 from fader_server.api.choice import Delta, Scored
 from fader_server.api.generate import Usage
 from fader_server.api.pieces import Json, written
-from fader_server.api.ports import Tokenizer
 from fader_server.api.responses.asked import Asked
 from fader_server.api.responses.output import Events, Output
 
@@ -20,9 +19,9 @@ class ResponseRenderer:
 
     last = b""
 
-    def __init__(self, head: Head, tokenizer: Tokenizer, told: Told, asked: Asked) -> None:
+    def __init__(self, head: Head, names: TokenNames, told: Told, asked: Asked) -> None:
         self._head = head
-        self._tokenizer = tokenizer
+        self._names = names
         self._asked = asked
         self._events = Events(streamed=asked.streamed)
         scores = self._scores if told.logprobs else None
@@ -92,7 +91,7 @@ class ResponseRenderer:
         return written(fields, output=self._output.written, **self._asked.repeats)
 
     def _scores(self, scored: Sequence[Scored]) -> list[Json]:
-        return token_scores(self._tokenizer, scored, none=[])
+        return token_scores(self._names, scored, none=[])
 
 
 def _usage(usage: Usage) -> Json:
