@@ -177,7 +177,7 @@ REFUSED = {
     "truncation": "SECRET", "moderation": {"model": "m"}, "return_token_ids": True,
     "metadata": {"a": 1}, "include": "SECRET", "text": "SECRET", "reasoning": ["low"],
     "stream_options": True, "instructions": 3, "max_output_tokens": 0, "top_logprobs": 21,
-    "temperature": 3, "stop": [""], "chat_template": "SECRET", "guided_grammar": "SECRET",
+    "temperature": 3, "stop": [""], "chat_template": "SECRET", "use_beam_search": True,
     "instrutions": "typo", "adapter": "tone", "tools": {"a": 1}, "tool_choice": "any",
     "add_special_tokens": True, "max_tool_calls": -1, "add_generation_prompt": False, "logprob": 1,
 }  # fmt: skip
