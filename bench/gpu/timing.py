@@ -86,11 +86,6 @@ def events(rig: Rig, work: Work, repeats: int = 20) -> Times:
     return Times.of(found)
 
 
-def walls(rig: Rig, work: Work, repeats: int) -> Times:
-    """Wall time of `work`, which ends with the device idle."""
-    return Times.of([_seconds(work) * 1e3 for _ in range(repeats if rig.on_gpu else 2)])
-
-
 def _seconds(work: Work) -> float:
     started = time.perf_counter()
     work()
