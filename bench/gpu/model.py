@@ -25,6 +25,7 @@ from fader_server.core import Sequence as Stream
 from fader_server.model import attention, graphs
 from fader_server.model.cuda_attention import CudaAttention
 from fader_server.model.cuda_modules import use_cuda
+from fader_server.model.kernels import choose_distributions
 from fader_server.model.kv_cache import KVCache, LayerShape
 from fader_server.model.launching import LaunchingRunner
 from fader_server.model.loaded import LoadedBase
@@ -69,7 +70,7 @@ class Machine:
             cache=self.cache,
             tables=self.tables,
             attention=self.attention,
-            sampler=Sampler(),
+            sampler=Sampler(choose_distributions(self.base)),
         )
         if not rig.on_gpu:  # a graph that runs its work again
             self.runner._replays = graphs.capture(

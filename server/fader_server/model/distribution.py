@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fader_adapters.kernels import native
 from fader_server.model import gumbel
-from fader_server.model.mass import Limits, edges, likeliest, log_total, masses, truncates
+from fader_server.model.mass import Limits, Search, edges, likeliest, log_total, masses, truncates
 from fader_server.model.passage import to_device
 
 _CHUNK_ELEMENTS = 2**22
@@ -52,6 +52,13 @@ class Distributions(Protocol):
 class TorchDistributions:
     """By tensors, on any device, without waiting for it."""
 
+    search: Search | None = None
+    """How the end of a nucleus is found; None: by sorting."""
+
+    def winners(self, x: Tensor, heat: Tensor, keys: Tensor) -> Tensor:
+        """As gumbel.winners."""
+        return gumbel.winners(x, heat, keys)
+
     def largest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         if logits.device.type != "cpu" or logits.dtype != torch.float32:
             best, tokens = logits.max(-1)
@@ -68,9 +75,9 @@ class TorchDistributions:
             index = uploaded(cut, x)
             kept = x.index_select(0, index)
             mass = masses(kept / heat.index_select(0, index))
-            kept.masked_fill_(mass < edges(mass, draws.limits.of(cut)), -torch.inf)
+            kept.masked_fill_(mass < edges(mass, draws.limits.of(cut), self.search), -torch.inf)
             x.index_copy_(0, index, kept)
-        return gumbel.winners(x, heat, uploaded(draws.key, x))
+        return self.winners(x, heat, uploaded(draws.key, x))
 
     def score(self, logits: Tensor, rows: Tensor, tokens: Tensor, top_n: int) -> Tensor:
         size = max(1, _CHUNK_ELEMENTS // logits.shape[1])

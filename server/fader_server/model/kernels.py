@@ -71,7 +71,11 @@ def attention_alone(
 
 
 def choose_distributions(base: LoadedBase) -> Distributions:
-    """Native kernels where the base's linears are, and they take its vocabulary."""
+    """The kernels of the base's backend, native ones where they take its vocabulary."""
+    if base.backend.name == "cuda":
+        from fader_server.model.cuda_distribution import CudaDistributions  # imports triton
+
+        return CudaDistributions(base.vocab_size, base.device)
     native = isinstance(base.backend, NativeBackend) and base.vocab_size <= logits.MOST
     return NativeDistributions() if native else TorchDistributions()
 

@@ -4,6 +4,7 @@ A token's mass is exp(x - max x) in units of 2^-44. Integer sums are associative
 are the same bits on any device, thread count or batch. Knows nothing of requests.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,10 +53,16 @@ def log_total(mass: Tensor) -> Tensor:
     return (mass.sum(-1).double() / ONE).log()
 
 
-def edges(mass: Tensor, limits: Limits) -> Tensor:
+Search = Callable[[Tensor, Tensor], Tensor]
+"""The largest e of each row of masses [R, V] int64 for which what weighs at least e weighs at least
+need [R] int64 together; [R] int64."""
+
+
+def edges(mass: Tensor, limits: Limits, search: Search | None = None) -> Tensor:
     """The least mass each row keeps under top-k, then top-p of what is left, then min-p.
 
-    mass: [R, V] int64. Returns [R, 1] int64, at least 1. Tokens tied at an edge all stay, as in
+    mass: [R, V] int64, adjacent. search: how the end of a nucleus is found that no top-k bounds;
+    None: by sorting. Returns [R, 1] int64, at least 1. Tokens tied at an edge all stay, as in
     transformers' top-k; transformers' top-p drops some of the tied by sort order.
     """
     vocab = mass.shape[-1]
@@ -65,6 +72,8 @@ def edges(mass: Tensor, limits: Limits) -> Tensor:
     if not (bounded.any() or nucleus.any()):
         return least
     widest = int(limits.top_k[bounded].max()) if bounded.any() else 1
+    if search is not None and (nucleus & ~bounded).any():
+        return torch.maximum(_searched_edges(mass, limits, widest, search), least)
     if mass.device.type == "cpu":
         head = min(vocab, max(widest, _HEAD))
     else:  # under a top-k the nucleus lies among what that leaves
@@ -82,16 +91,30 @@ def _sorted_edges(mass: Tensor, limits: Limits, head: int) -> tuple[Tensor, Tens
     """Edges [R, 1] from the `head` largest masses, and whether they sufficed [R]."""
     vocab = mass.shape[-1]
     values = mass.topk(head).values if head < vocab else _descending(mass)  # [R, head]
-    unbounded = (limits.top_k <= 0) | (limits.top_k >= vocab)
-    last = _column(np.where(unbounded, 1, limits.top_k) - 1, mass)
-    edge_k = torch.where(_column(unbounded, mass), 1, values.gather(-1, last))
-    kept = mass if unbounded.all() else mass.masked_fill(mass < edge_k, 0)
-    total = kept.sum(-1, keepdim=True)
-    need = (_column(limits.top_p, mass) * total.double()).ceil().long()
+    edge_k, _, need = _wanted(mass, limits, values)
     reached = (values.cumsum(-1) < need).sum(-1, keepdim=True)  # index of the token that reaches it
     whole = _column(limits.top_p >= 1.0, mass)
     edge_p = torch.where(whole, 1, values.gather(-1, reached.clamp(max=head - 1)))
     return torch.maximum(edge_k, edge_p), (whole | (reached < head))[:, 0]
+
+
+def _searched_edges(mass: Tensor, limits: Limits, widest: int, search: Search) -> Tensor:
+    """The same [R, 1], of the `widest` largest masses and a search through all."""
+    edge_k, kept, need = _wanted(mass, limits, mass.topk(widest).values)
+    edge_p = search(kept, need[:, 0].clamp(min=1))[:, None]
+    whole = _column(limits.top_p >= 1.0, mass)
+    return torch.maximum(edge_k, torch.where(whole, 1, edge_p))
+
+
+def _wanted(mass: Tensor, limits: Limits, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """By the largest masses [R, n]: the edge of top-k [R, 1], the masses it keeps, others being 0,
+    and how much of them top-p wants together [R, 1]."""
+    unbounded = (limits.top_k <= 0) | (limits.top_k >= mass.shape[-1])
+    last = _column(np.where(unbounded, 1, limits.top_k) - 1, mass)
+    edge_k = torch.where(_column(unbounded, mass), 1, values.gather(-1, last))
+    kept = mass if unbounded.all() else mass.masked_fill(mass < edge_k, 0)
+    total = kept.sum(-1, keepdim=True)
+    return edge_k, kept, (_column(limits.top_p, mass) * total.double()).ceil().long()
 
 
 def _descending(mass: Tensor) -> Tensor:

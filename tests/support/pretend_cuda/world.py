@@ -9,7 +9,7 @@ from fader_server.core import Plan, TokenEvent
 from fader_server.engine.limits import Limits
 from fader_server.engine.stats import Unobserved
 from fader_server.engine.stepper import Stepper
-from fader_server.model.kernels import choose_attention
+from fader_server.model.kernels import choose_attention, choose_distributions
 from fader_server.model.launching import LaunchedStep, LaunchingRunner
 from fader_server.model.runner import ModelRunner
 from fader_server.model.sampler import Sampler
@@ -55,7 +55,7 @@ class PretendWorld(TinyWorld):
                 max_context=limits.max_model_len,
                 max_tokens=limits.max_step_tokens,
             ),
-            sampler=Sampler(),
+            sampler=Sampler(choose_distributions(self.base)),
         )
         launch, go_on = runner.launch, runner.go_on
 
