@@ -1,7 +1,7 @@
 """transformers and PEFT on the very same NF4 base: what a server's answers are compared with.
 
 Slow and plain on purpose: nothing here is Fader's own, but for the reading of folders' names and of
-checkpoints that are NF4 already.
+checkpoints that are NF4 already, or in codes of other methods.
 """
 
 import copy
@@ -17,14 +17,13 @@ from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import nn
 from transformers import PreTrainedModel
 
-from fader_adapters.architecture import auto_class
 from fader_adapters.describe import kept_plain_of
 from fader_adapters.errors import first_line
 from fader_adapters.kernels.nf4 import BLOCK
 from fader_adapters.stacks import absmax_of, in_nf4, stack_names
 from fader_adapters.stacks import experts as mixtures
 from fader_server.errors import ConfigInvalid
-from fader_server.model.checkpoint import NO_ADAPTER, read_config, read_nf4
+from fader_server.model.checkpoint import of_bitsandbytes, read_config, read_nf4, values_of
 from fader_server.model.precision import cast_base
 from fader_server.model.quantizer import Nf4Config
 
@@ -45,15 +44,13 @@ def nf4_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
     config = read_config(source)
     # Falcon's eager attention adds distances to a mask that has them already
     attention = "sdpa" if config.model_type == "falcon" else "eager"
-    if getattr(config, "quantization_config", None) is not None:
+    if of_bitsandbytes(config):
         model = read_nf4(source, config, device=torch.device("cpu"), attn_implementation=attention)
     else:
-        model = auto_class(config).from_pretrained(
-            source,
+        model, _ = values_of(source, config).load(
+            config,
             attn_implementation=attention,
             device_map={"": "cpu"},
-            dtype="auto",
-            adapter_kwargs=NO_ADAPTER,
             quantization_config=Nf4Config(
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,

@@ -29,6 +29,8 @@ from fader_adapters.spec import BaseSpec, LinearSpec
 from fader_adapters.stacks import absmax_of
 from fader_adapters.strict_json import load_object
 from fader_adapters.weightspace import quantised
+from fader_adapters.weightspace.coded import Decoded
+from fader_adapters.weightspace.methods import READ, method_of
 from fader_adapters.weightspace.stored_experts import StoredRows, read_packed, stored_rows
 from fader_adapters.weightspace.tensors import Checkpoint
 
@@ -45,7 +47,7 @@ class Base:
     checkpoint: Checkpoint
     spec: BaseSpec
     config: dict[str, Any]
-    """config.json."""
+    """config.json, without a quantization_config where codes are decoded."""
     names: dict[str, str]
     """The model's own name of a tensor → its key in the files; what is stored fused is not here."""
     quantisable: frozenset[str]
@@ -187,8 +189,7 @@ def open_base(directory: Path) -> Base:
 
     Raises SourceNotFound, CheckpointInvalid, BaseUnsupported.
     """
-    checkpoint = Checkpoint(directory)
-    config = _config(directory)
+    checkpoint, config = _files(directory)
     model = _skeleton(directory)
     spec = describe(model, name=str(directory))
     kept = kept_plain(model)
@@ -196,23 +197,36 @@ def open_base(directory: Path) -> Base:
     return Base(checkpoint, spec, config, names, _quantisable(model, kept), stacks, kept)
 
 
+def _files(directory: Path) -> tuple[Checkpoint, dict[str, Any]]:
+    """The tensors, decoded where they are another method's codes, and the config that says so no
+    more."""
+    files, config = Checkpoint(directory), _config(directory)
+    facts = config.get("quantization_config")
+    if facts is None or (
+        isinstance(facts, dict) and facts.get("load_in_4bit") and "bnb_4bit_quant_type" in facts
+    ):
+        return files, config
+    try:
+        method = method_of(facts if isinstance(facts, dict) else {})
+    except BaseUnsupported as error:
+        raise BaseUnsupported(
+            f"{directory}: quantised with {error}; expected an unquantised checkpoint, "
+            f"bitsandbytes' NF4, {READ}"
+        ) from None
+    del config["quantization_config"]
+    named = config.get("dtype") or config.get("torch_dtype")
+    dtype = getattr(torch, named, None) if isinstance(named, str) else None
+    return Decoded(files, method, dtype), config
+
+
 def _config(directory: Path) -> dict[str, Any]:
     path = directory / MODEL_CONFIG
     try:
-        config = load_object(path.read_bytes(), str(path))
+        return load_object(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise SourceNotFound(f"{directory} has no {MODEL_CONFIG}") from None
     except AdapterInvalid as error:
         raise CheckpointInvalid(str(error)) from None
-    facts = config.get("quantization_config")
-    if facts is not None and not (
-        isinstance(facts, dict) and facts.get("load_in_4bit") and "bnb_4bit_quant_type" in facts
-    ):
-        raise BaseUnsupported(
-            f"{directory}: quantised, but not with bitsandbytes in 4 bits; "
-            "expected an unquantised or an NF4 checkpoint"
-        )
-    return config
 
 
 def _skeleton(directory: Path) -> PreTrainedModel:

@@ -3,12 +3,11 @@ as packed stacks. Knows files and names; transformers does the rest.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from fader_adapters.errors import AdapterError
 from fader_adapters.kernels.nf4 import BLOCK
@@ -18,6 +17,7 @@ from fader_adapters.weightspace.base import Base, open_base
 from fader_adapters.weightspace.quantised import COMPONENTS, STATE
 from fader_adapters.weightspace.tensors import Checkpoint
 from fader_server.errors import ModelUnsupported
+from fader_server.model.values import unread
 
 _OWN = re.compile(rf"\.experts\.\d+\..+\.weight\.{re.escape(STATE)}$", re.ASCII)
 """What lies beside a packed linear of one expert."""
@@ -39,22 +39,12 @@ def packed_by_expert(folder: Path) -> dict[str, Any] | None:
         if plain is not None:
             raise ModelUnsupported(f"{folder}: of its experts some are in NF4, {plain} is not")
         own |= {f"{key}.{part}" for key in own for part in COMPONENTS}
-        values = _unread(base.checkpoint, without=own)
+        values = unread(base.checkpoint, without=own)
         for linear in keys:
             values |= _stack(base, linear)
     except AdapterError as error:
         raise ModelUnsupported(str(error)) from error
     return values
-
-
-def _unread(checkpoint: Checkpoint, *, without: Collection[str]) -> dict[str, Any]:
-    """Tensors of the files as safetensors hands them out, by their keys."""
-    files = {file: safe_open(file, framework="pt") for file in checkpoint.files}
-    return {
-        key: files[stored.file].get_slice(key)
-        for key, stored in checkpoint.tensors.items()
-        if key not in without
-    }
 
 
 def _stack(base: Base, linear: LinearSpec) -> Mapping[str, torch.Tensor]:

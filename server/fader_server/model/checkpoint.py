@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -31,21 +31,24 @@ from transformers.utils.hub import cached_file
 
 from fader_adapters.architecture import auto_class, model_class, uses_interface
 from fader_adapters.describe import kept_plain_of
-from fader_adapters.errors import BaseUnsupported, first_line
+from fader_adapters.errors import AdapterError, BaseUnsupported, first_line
 from fader_adapters.hub import hub_transport
 from fader_adapters.kernels import native
+from fader_adapters.stacks import experts
+from fader_adapters.weightspace.methods import READ, method_of
 from fader_server.errors import ConfigInvalid, ModelUnsupported
 from fader_server.model.by_expert import packed_by_expert
 from fader_server.model.decoded import settle
 from fader_server.model.leftovers import (
     QUANT_FILE,
-    codes_among,
     codes_in,
     other_method,
     passed_over,
+    unread_codes,
 )
 from fader_server.model.quantizer import Nf4Config, packed_stacks, read_here
 from fader_server.model.rotary import unknown_rope
+from fader_server.model.values import Values, decoded
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +60,6 @@ _TWICE = "consolidated*"
 _PROCESSOR = ("*processor_config.json", "chat_template.json")
 """What models that also see or hear have beside a tokenizer, their chat template among it."""
 
-NO_ADAPTER = {"subfolder": ".none"}
-"""Where transformers looks for an adapter that it would put into the model it reads."""
-
 _OTHER_ATTENTION = (
     "attention_chunk_size",
     "use_bidirectional_attention",
@@ -69,7 +69,8 @@ _OTHER_ATTENTION = (
 )
 """Settings of configs under which a token sees other keys than those of a causal window."""
 
-_READS = "Fader reads bitsandbytes NF4 or unquantised checkpoints"
+_BY_BITSANDBYTES = "bitsandbytes"
+_READS = f"Fader reads unquantised checkpoints, bitsandbytes' NF4, {READ}"
 
 
 def read_config(source: str) -> PretrainedConfig:
@@ -171,12 +172,35 @@ def _check_quantization(source: str, config: PretrainedConfig) -> None:
             raise ModelUnsupported(f"{source}: quantised with {method}; {_READS}")
         return
     facts: dict[str, Any] = given if isinstance(given, dict) else given.to_dict()
-    method = facts.get("quant_method") or "a method that its config does not name"
-    if method != "bitsandbytes" or not facts.get("load_in_4bit"):
+    if facts.get("quant_method") != _BY_BITSANDBYTES:
+        try:
+            method_of(facts)
+        except BaseUnsupported as error:
+            raise ModelUnsupported(f"{source}: quantised with {error}; {_READS}") from None
+        return
+    if not facts.get("load_in_4bit"):
         eight = ", in 8-bit" if facts.get("load_in_8bit") else ""
-        raise ModelUnsupported(f"{source}: quantised with {method}{eight}; {_READS}")
+        raise ModelUnsupported(f"{source}: quantised with bitsandbytes{eight}; {_READS}")
     if facts.get("bnb_4bit_quant_type") != "nf4":
         raise ModelUnsupported(f"{source}: 4-bit type {facts.get('bnb_4bit_quant_type')}, not nf4")
+
+
+def of_bitsandbytes(config: PretrainedConfig) -> bool:
+    """Whether a config that `read_config` took is of a checkpoint in NF4."""
+    facts: Any = getattr(config, "quantization_config", None)
+    return facts is not None and facts.get("quant_method") == _BY_BITSANDBYTES
+
+
+def values_of(source: str, config: PretrainedConfig) -> Values:
+    """Of a base that is not in NF4; `config` says no more that it is quantised. Raises
+    ConfigInvalid, ModelUnsupported."""
+    if getattr(config, "quantization_config", None) is None:
+        _check_plain(source)
+        return Values(source)
+    try:
+        return decoded(source, local_copy(source), config)
+    except AdapterError as error:
+        raise ModelUnsupported(f"{source}: {error}") from error
 
 
 def _check_plain(source: str) -> None:
@@ -201,13 +225,13 @@ def read_nf4(
 
     quantize_experts: mixtures' experts too, where they are not already.
     """
-    facts: dict[str, Any] | None = getattr(config, "quantization_config", None)
-    ready, values = facts is not None, None
-    if facts is None:
-        _check_plain(source)
+    ready = of_bitsandbytes(config)
+    if not ready:
+        values = values_of(source, config)
     else:
-        values = packed_by_expert(local_copy(source))
-        facts = facts if values is None else {**facts, "experts_in_nf4": True}
+        facts: dict[str, Any] = config.quantization_config
+        values = Values(source, packed_by_expert(local_copy(source)))
+        facts = facts if values.by_name is None else {**facts, "experts_in_nf4": True}
         config.quantization_config = read_here(facts)
         if quantize_experts and not facts.get("experts_in_nf4"):
             raise ConfigInvalid(
@@ -224,20 +248,11 @@ def read_nf4(
     try:
         with quiet_libraries():
             nf4.llm_int8_skip_modules = None if ready else kept_plain_of(config)
-            # by its own class where there is no file to read, which the other looks at
-            kind = auto_class(config) if values is None else model_class(config)
-            read: Any = kind.from_pretrained(
-                source if values is None else None,
-                state_dict=values,
-                output_loading_info=True,
-                config=config,
-                dtype="auto",
+            model, told = values.load(
+                config,
                 device_map={"": str(device)},
                 attn_implementation=attn_implementation,
                 quantization_config=None if ready else nf4,
-                trust_remote_code=False,
-                use_safetensors=True,
-                adapter_kwargs=NO_ADAPTER,
             )
     except torch.OutOfMemoryError as error:
         raise ConfigInvalid(
@@ -247,10 +262,9 @@ def read_nf4(
     except Exception as error:  # whatever a checkpoint on disk can cause ends as one line
         why = unknown_rope(config) if isinstance(error, KeyError) else ""
         raise ModelUnsupported(f"{source}: cannot be loaded: {why or first_line(error)}") from error
-    model, told = cast("tuple[PreTrainedModel, dict[str, Any]]", read)
-    if not ready and not Path(source).is_dir():
+    if not ready and values.by_name is None and not Path(source).is_dir():
         _check_plain(source)  # what was fetched only now
-    if key := codes_among(model, told["unexpected_keys"]):
+    if key := unread_codes(model, told["unexpected_keys"]):
         raise ModelUnsupported(
             f"{source}: it holds {key}, of a quantisation that its config does not name, and which "
             f"the weights beside it mean nothing without; {_READS}"
@@ -268,7 +282,12 @@ def read_nf4(
             type(model).__name__,
             ", ".join(dropped[:3]) + (" …" if len(dropped) > 3 else ""),
         )
-    if quantize_experts and not any(True for _ in packed_stacks(model)):
+    packed = any(True for _ in packed_stacks(model))
+    if values.told:
+        stay = any(True for _ in experts(model)) and not packed
+        kept = "; experts stay as they are dequantised (--quantize-experts: NF4)" if stay else ""
+        log.warning("%s: %s%s", source, values.told, kept)
+    if quantize_experts and not packed:
         log.warning("%s has no experts that could be held in NF4", source)
     model.eval()
     try:
@@ -287,7 +306,7 @@ def quantize(source: str, target: Path, *, device: torch.device, experts: bool =
     quantised already.
     """
     config = read_config(source)
-    if getattr(config, "quantization_config", None) is not None:
+    if of_bitsandbytes(config):
         raise ConfigInvalid(f"{source} is quantised already; serve it as it is")
     if target.exists() and not target.is_dir():
         raise ConfigInvalid(f"{target} is no directory; name a new one")

@@ -9,17 +9,15 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fader_adapters.errors import AdapterError
+from fader_adapters.weightspace.coded import codes_among
 from fader_adapters.weightspace.tensors import Checkpoint
 
 QUANT_FILE = "hf_quant_config.json"
 """Where ModelOpt's exports tell their method, older ones only there."""
-
-_CODES = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 _OF_A_METHOD = re.compile(
     r"weight_(\w+_)?scale(_\w+)?|(input|output|act|activation)_(\w+_)?scale(_inv)?|pre_quant_scale"
@@ -67,20 +65,15 @@ def other_method(config: PretrainedConfig, quant_file: str | None) -> str:
 
 
 def codes_in(folder: Path) -> str:
-    """The first weight that the files hold as codes of a byte, with its dtype; empty: none. Masks
-    of old checkpoints are of such dtypes as well."""
+    """The first weight that the files hold as codes of a byte, with its dtype; empty: none."""
     try:
         tensors = Checkpoint(folder).tensors
     except (AdapterError, OSError):
         return ""  # transformers says what is wrong
-    for key, stored in tensors.items():
-        weight = len(stored.shape) == 3 or (len(stored.shape) == 2 and key.endswith("weight"))
-        if weight and stored.dtype in _CODES:
-            return f"{key} is {str(stored.dtype).removeprefix('torch.')}"
-    return ""
+    return codes_among(tensors)
 
 
-def codes_among(model: nn.Module, unread: Iterable[str]) -> str:
+def unread_codes(model: nn.Module, unread: Iterable[str]) -> str:
     """The first of the tensors that a model did not read without which some weight means nothing;
     empty: none."""
     weights = {name for name, weight in model.named_parameters() if weight.dim() > 1}

@@ -1,0 +1,150 @@
+"""How one weight lies in a checkpoint as codes, and its reading. Knows keys, shapes and files."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from fader_adapters.errors import CheckpointInvalid
+from fader_adapters.weightspace.decoding import MX_BLOCK, Grid, microscaled, scaled, unpacked
+from fader_adapters.weightspace.tensors import Checkpoint, Stored
+
+_PIECE = 1 << 22
+"""Codes that are read and decoded at a time, or a row, or one expert's."""
+_SCALES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Coded(Protocol):
+    """One weight. Everything but the values was checked when this was made."""
+
+    @property
+    def name(self) -> str:
+        """The key that the weight would have by itself."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        ...
+
+    @property
+    def key(self) -> str:
+        """Of its codes."""
+        ...
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Every key that is spent on it."""
+        ...
+
+    def read(self, files: Checkpoint, dtype: torch.dtype) -> torch.Tensor:
+        """Its numbers. Raises CheckpointInvalid, with the key."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledWeight:
+    """Codes [out, width], or [experts, out, width], and a scale a block."""
+
+    name: str
+    key: str
+    shape: tuple[int, ...]
+    grid: Grid
+    scales: str
+    in_fp32: bool
+    """What is computed in; else the dtype of the scales."""
+    zeros: str | None = None
+    column_groups: str | None = None
+    bits: int | None = None
+    """Of numbers that lie packed in words of 32; None: each is one of the tensor's."""
+    dropped: tuple[str, ...] = ()
+    """Keys of what is no part of a weight: scales of activations."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        given = (self.key, self.scales, self.zeros, self.column_groups, *self.dropped)
+        return tuple(key for key in given if key is not None)
+
+    def read(self, files: Checkpoint, dtype: torch.dtype) -> torch.Tensor:
+        """`shape` in `dtype`, contiguous. Raises CheckpointInvalid."""
+        *experts, out, width = self.shape
+        made = torch.empty(self.shape, dtype=dtype)
+        scales = files.read(self.scales)
+        if not bool(torch.isfinite(scales).all()):
+            raise CheckpointInvalid(f"{self.scales!r} has NaN or infinite scales")
+        scales = scales.to(torch.float32) if self.in_fp32 else scales
+        grids = scales.reshape(-1, *self.grid.shape(out, width))
+        row = files.tensors[self.key].shape[-1]
+        rows = out if experts else max(1, _PIECE // row)
+        pieces = (part.view(-1, row) for part in files.chunks(self.key, elements=rows * row))
+        if self.bits is not None:
+            pieces = (unpacked(words, self.bits, width) for words in pieces)
+        zeros, groups = self._zeros(files, out, width), self._column_groups(files, width)
+        for grid, target in zip(grids, made.view(-1, out, width), strict=True):
+            scaled(
+                [next(pieces)] if experts else pieces,
+                grid, self.grid, target, zeros=zeros, column_groups=groups,
+            )  # fmt: skip
+        return made
+
+    def _zeros(self, files: Checkpoint, out: int, width: int) -> torch.Tensor | None:
+        if self.zeros is None:
+            return None
+        stored = files.read(self.zeros)
+        if self.bits is not None and stored.dtype == torch.int32:
+            return unpacked(stored.T, self.bits, out).T
+        return stored.reshape(self.grid.shape(out, width))
+
+    def _column_groups(self, files: Checkpoint, width: int) -> torch.Tensor | None:
+        if self.column_groups is None:
+            return None
+        groups, count = files.read(self.column_groups).long(), self.grid.shape(1, width)[1]
+        if int(groups.min()) < 0 or int(groups.max()) >= count:
+            raise CheckpointInvalid(f"{self.column_groups!r} names groups beyond the {count}")
+        return groups
+
+
+@dataclass(frozen=True, slots=True)
+class MicroscaledStack:
+    """Experts' matrices in MXFP4, each [out, width] there and [width, out] in the model."""
+
+    name: str
+    key: str
+    """uint8 [experts, out, width / 32, 16]"""
+    scales: str
+    """uint8 [experts, out, width / 32]"""
+    shape: tuple[int, ...]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.key, self.scales
+
+    def read(self, files: Checkpoint, dtype: torch.dtype) -> torch.Tensor:
+        """`shape` in `dtype`, contiguous. Raises CheckpointInvalid."""
+        _, width, out = self.shape
+        made = torch.empty(self.shape, dtype=dtype)
+        codes = files.chunks(self.key, elements=out * width // 2)
+        scales = files.chunks(self.scales, elements=out * width // MX_BLOCK)
+        for matrix, blocks, exponents in zip(made, codes, scales, strict=True):
+            try:
+                numbers = microscaled(blocks.view(out, -1), exponents.view(out, -1))
+            except ValueError as error:
+                raise CheckpointInvalid(f"{self.scales!r}: {error}") from None
+            matrix.copy_(numbers.T)
+        return made
+
+
+def beside(files: Checkpoint, key: str, part: str) -> Stored:
+    """What has to lie beside the codes under `key`. Raises CheckpointInvalid."""
+    found = files.tensors.get(part)
+    if found is None:
+        raise CheckpointInvalid(f"{key!r} holds codes, and {part!r}, which they need, is missing")
+    return found
+
+
+def scales_beside(files: Checkpoint, key: str, part: str) -> tuple[int, ...]:
+    """The shape of the scales that have to lie there. Raises CheckpointInvalid."""
+    found = beside(files, key, part)
+    if found.dtype not in _SCALES:
+        raise CheckpointInvalid(f"{part!r} is {found.dtype}, expected scales in floating point")
+    return found.shape

@@ -1,0 +1,102 @@
+"""Where transformers takes a base's values from: the files as they are, or values by their names.
+
+Knows transformers' loading; knows nothing of what values become.
+"""
+
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from fader_adapters.architecture import auto_class, model_class
+from fader_adapters.weightspace.coded import Decoded
+from fader_adapters.weightspace.methods import method_of
+from fader_adapters.weightspace.tensors import Checkpoint
+
+_NO_ADAPTER = {"subfolder": ".none"}
+"""Where transformers looks for an adapter that it would put into the model it reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """One tensor of a checkpoint as transformers takes it: by a slice, which reads it."""
+
+    checkpoint: Checkpoint
+    key: str
+
+    def __getitem__(self, _: object) -> torch.Tensor:
+        return self.checkpoint.read(self.key)
+
+    def is_floating_point(self) -> bool:
+        return self.checkpoint.tensors[self.key].dtype.is_floating_point
+
+
+def unread(checkpoint: Checkpoint, *, without: Collection[str] = ()) -> dict[str, Any]:
+    """The tensors of a checkpoint by their keys, none of them read yet."""
+    return {key: Unread(checkpoint, key) for key in checkpoint.tensors if key not in without}
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """What a model of `source` is made of."""
+
+    source: str
+    by_name: Mapping[str, Any] | None = None
+    """Values, or what reads them, by the names of a file; None: those of the files."""
+    dtype: torch.dtype | Literal["auto"] = "auto"
+    told: str = ""
+    """How they were published, where that is another method's codes."""
+
+    def load(
+        self,
+        config: PretrainedConfig,
+        **given: Any,  # noqa: ANN401 - transformers' own
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The model, and what transformers tells of keys that it missed or did not expect."""
+        # by its own class where there is no file to read, which the other looks at
+        kind: Any = auto_class(config) if self.by_name is None else model_class(config)
+        read = kind.from_pretrained(
+            self.source if self.by_name is None else None,
+            state_dict=self.by_name,
+            output_loading_info=True,
+            config=config,
+            dtype=self.dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            adapter_kwargs=_NO_ADAPTER,
+            **given,
+        )
+        model, told = cast("tuple[PreTrainedModel, dict[str, Any]]", read)
+        if self.by_name is not None and model.can_generate():
+            with suppress(OSError):  # a base need not have one
+                model.generation_config = GenerationConfig.from_pretrained(self.source)
+        return model, told
+
+
+def decoded(source: str, folder: Path, config: PretrainedConfig) -> Values:
+    """The values of a base that `folder` holds in the codes of another method than bitsandbytes',
+    one decoded when it is asked for. `config` says no more that it is quantised.
+
+    Raises BaseUnsupported, CheckpointInvalid.
+    """
+    facts: Any = config.quantization_config
+    checkpoint = Decoded(Checkpoint(folder), method_of(facts), config.dtype)
+    del config.quantization_config
+    plain = sorted(
+        key
+        for key, item in checkpoint.tensors.items()
+        if key not in checkpoint.coded and len(item.shape) > 1 and not key.endswith("bias")
+    )
+    told = (
+        f"published in {checkpoint.method.told}: {len(checkpoint.coded)} weights are dequantised to "
+        f"{str(checkpoint.dtype).removeprefix('torch.')}, and quantised anew where they are held in "
+        "NF4, a second rounding"
+    )
+    if plain:
+        first = ", ".join(plain[:3]) + (" …" if len(plain) > 3 else "")
+        told += f"; {len(plain)} other matrices were published plainly: {first}"
+    return Values(source, unread(checkpoint), checkpoint.dtype, told)
