@@ -94,7 +94,13 @@ def mxfp4() -> Form:
     return Form(encode, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
 
 
-def fp8(block: tuple[int, int] | None = (128, 128), *, activations: bool = False) -> Form:
+def fp8(
+    block: tuple[int, int] | None = (128, 128),
+    *,
+    activations: bool = False,
+    scale: str = "_scale_inv",
+    scale_dtype: torch.dtype = torch.float32,
+) -> Form:
     """Every linear of the layers, experts' own ones too."""
 
     def encode(key: str, value: torch.Tensor) -> Encoded | None:
@@ -103,11 +109,11 @@ def fp8(block: tuple[int, int] | None = (128, 128), *, activations: bool = False
         rows, columns = block or value.shape
         of_row = (torch.arange(value.shape[0]) // rows)[:, None]
         of_column = torch.arange(value.shape[1]) // columns
-        scales = _top(value.float(), rows, columns) / 448
-        wide = scales[of_row, of_column]
+        scales = (_top(value.float(), rows, columns) / 448).to(scale_dtype)
+        wide = scales[of_row, of_column].float()
         codes = (value / wide).to(torch.float8_e4m3fn)
         module = key.removesuffix(".weight")
-        tensors = {key: codes, f"{key}_scale_inv": scales if block else scales.reshape(())}
+        tensors = {key: codes, f"{key}{scale}": scales if block else scales.reshape(())}
         if activations:
             tensors[f"{module}.activation_scale"] = torch.tensor(0.5)
         return Encoded(tensors, codes.float() * wide)
@@ -130,6 +136,7 @@ def compressed(
     symmetric: bool = True,
     ordered: bool = False,
     scale_dtype: torch.dtype = torch.bfloat16,
+    form: str = "",
 ) -> Form:
     """Every linear of the layers in compressed-tensors' words. `ordered`: columns choose groups."""
 
@@ -156,10 +163,9 @@ def compressed(
             codes = shifted.round().clamp(-top - 1, top).to(torch.int8)
         number = codes.to(scale_dtype) - zeros[of_row, of_column].to(scale_dtype)
         weight = number * scales[of_row, of_column]
-        packed = kind == "int" and form == "pack-quantized"
         scales = scales.reshape(1) if strategy == "tensor" else scales
         tensors |= {f"{module}.weight_scale": scales, f"{module}.input_scale": torch.tensor(0.5)}
-        if not packed:
+        if form != "pack-quantized":
             return Encoded(tensors | {key: codes}, weight)
         tensors[f"{module}.weight_packed"] = _words(codes, bits)
         tensors[f"{module}.weight_shape"] = torch.tensor([out, width])
@@ -167,7 +173,7 @@ def compressed(
             tensors[f"{module}.weight_zero_point"] = _words(zeros.T, bits).T
         return Encoded(tensors, weight)
 
-    form = "float-quantized" if kind == "float" else "pack-quantized"
+    form = form or ("float-quantized" if kind == "float" else "pack-quantized")
     weights = {
         "num_bits": bits, "type": kind, "symmetric": symmetric, "strategy": strategy,
         "group_size": group, "dynamic": False, "actorder": "group" if ordered else None,

@@ -1,5 +1,7 @@
 """How one weight lies in a checkpoint as codes, and its reading. Knows keys, shapes and files."""
 
+import itertools
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +12,7 @@ from fader_adapters.weightspace.decoding import MX_BLOCK, Grid, microscaled, sca
 from fader_adapters.weightspace.tensors import Checkpoint, Stored
 
 _PIECE = 1 << 22
-"""Codes that are read and decoded at a time, or a row, or one expert's."""
+"""Codes that are read and decoded at a time, in whole rows."""
 _SCALES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -75,16 +77,14 @@ class ScaledWeight:
         scales = scales.to(torch.float32) if self.in_fp32 else scales
         grids = scales.reshape(-1, *self.grid.shape(out, width))
         row = files.tensors[self.key].shape[-1]
-        rows = out if experts else max(1, _PIECE // row)
-        pieces = (part.view(-1, row) for part in files.chunks(self.key, elements=rows * row))
+        rows = _rows_a_piece(row, out, alone=not experts)
+        codes = (part.view(-1, row) for part in files.chunks(self.key, elements=rows * row))
         if self.bits is not None:
-            pieces = (unpacked(words, self.bits, width) for words in pieces)
+            codes = (unpacked(words, self.bits, width) for words in codes)
         zeros, groups = self._zeros(files, out, width), self._column_groups(files, width)
         for grid, target in zip(grids, made.view(-1, out, width), strict=True):
-            scaled(
-                [next(pieces)] if experts else pieces,
-                grid, self.grid, target, zeros=zeros, column_groups=groups,
-            )  # fmt: skip
+            own = itertools.islice(codes, math.ceil(out / rows))
+            scaled(own, grid, self.grid, target, zeros=zeros, column_groups=groups)
         return made
 
     def _zeros(self, files: Checkpoint, out: int, width: int) -> torch.Tensor | None:
@@ -123,15 +123,26 @@ class MicroscaledStack:
         """`shape` in `dtype`, contiguous. Raises CheckpointInvalid."""
         _, width, out = self.shape
         made = torch.empty(self.shape, dtype=dtype)
-        codes = files.chunks(self.key, elements=out * width // 2)
-        scales = files.chunks(self.scales, elements=out * width // MX_BLOCK)
-        for matrix, blocks, exponents in zip(made, codes, scales, strict=True):
+        rows = _rows_a_piece(width // 2, out, alone=False)
+        codes = files.chunks(self.key, elements=rows * width // 2)
+        scales = files.chunks(self.scales, elements=rows * width // MX_BLOCK)
+        for place, (blocks, exponents) in enumerate(zip(codes, scales, strict=True)):
             try:
-                numbers = microscaled(blocks.view(out, -1), exponents.view(out, -1))
+                numbers = microscaled(blocks.view(rows, -1), exponents.view(rows, -1), dtype)
             except ValueError as error:
                 raise CheckpointInvalid(f"{self.scales!r}: {error}") from None
-            matrix.copy_(numbers.T)
+            expert, at = divmod(place * rows, out)
+            made[expert, :, at : at + rows] = numbers.T
         return made
+
+
+def _rows_a_piece(row: int, out: int, *, alone: bool) -> int:
+    """How many rows of so many codes to read at a time. Pieces end where each matrix of `out` rows
+    does; one that is alone may end with a smaller one."""
+    most = max(1, _PIECE // row)
+    if alone or out <= most:
+        return min(out, most)
+    return next((rows for rows in range(most, most // 4, -1) if out % rows == 0), out)
 
 
 def beside(files: Checkpoint, key: str, part: str) -> Stored:

@@ -4,7 +4,7 @@ Codes come row by row, as they are read: nothing but the result is ever held as 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -48,40 +48,71 @@ def scaled(
     zeros          as scales, whole numbers; None: 0
     column_groups  [width], which column of `scales` each column has; None: the grid's
     """
-    out, width = target.shape
-    row_blocks = torch.arange(out) // grid.rows
-    if column_groups is None:
-        column_groups = torch.arange(width) // grid.columns
-
-    def spread(values: torch.Tensor, at: int, count: int) -> torch.Tensor:
-        own = values[row_blocks[at : at + count]].to(scales.dtype)
-        return own if values.shape[1] == 1 else own[:, column_groups]
-
+    row_blocks = torch.arange(len(target)) // grid.rows
     at = 0
     for part in codes:
-        numbers = part.to(scales.dtype)
+        own = row_blocks[at : at + len(part)]
+        numbers = _numbers(part, scales.dtype)
         if zeros is not None:
-            numbers -= spread(zeros, at, len(part))
-        target[at : at + len(part)] = numbers.mul_(spread(scales, at, len(part)))
+            _spread(numbers, zeros[own].to(scales.dtype), grid, column_groups, torch.Tensor.sub_)
+        _spread(numbers, scales[own], grid, column_groups, torch.Tensor.mul_)
+        target[at : at + len(part)] = numbers
         at += len(part)
 
 
-def microscaled(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Two codes of E2M1 a byte, the first in the low half, times a power of two: fp32 [rows, width].
+def _numbers(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Codes of whole numbers or FP8, as these are in `dtype`; of FP8 by a table, which is faster."""
+    if codes.dtype != torch.float8_e4m3fn:
+        return codes.to(dtype)
+    table = torch.arange(256, dtype=torch.uint8).view(codes.dtype).to(dtype)
+    places = codes.view(torch.uint8).reshape(-1).to(torch.int32)
+    return table.index_select(0, places).view(codes.shape)
+
+
+def _spread(
+    numbers: torch.Tensor,
+    values: torch.Tensor,
+    grid: Grid,
+    column_groups: torch.Tensor | None,
+    change: Callable[[torch.Tensor, torch.Tensor], object],
+) -> None:
+    """Change numbers [n, width] in place by the value [n, groups] of each one's row and group."""
+    if column_groups is not None:
+        change(numbers, values[:, column_groups])
+        return
+    width = numbers.shape[1]
+    whole = width // grid.columns
+    inside = numbers[:, : whole * grid.columns].unflatten(1, (whole, grid.columns))
+    change(inside, values[:, :whole, None])
+    if width % grid.columns:
+        change(numbers[:, whole * grid.columns :], values[:, whole:])
+
+
+def microscaled(
+    blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
+    """Two codes of E2M1 a byte, the first in the low half, times a power of two: [rows, width].
 
     blocks  uint8 [rows, width / 2]
     scales  uint8 [rows, width / 32]
+    dtype   bf16 and fp32 hold every product as it is
     Raises ValueError where a scale is NaN.
     """
     if bool((scales == _NAN).any()):
         raise ValueError("a scale is NaN")
     signed = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
     byte = torch.arange(256)
-    pairs = torch.stack((signed[byte & 15], signed[byte >> 4]), dim=1)
+    pairs = torch.stack((signed[byte & 15], signed[byte >> 4]), dim=1).to(torch.bfloat16)
+    table = pairs.view(torch.int32).view(-1)  # a pair is one element, which is faster
     powers = torch.tensor([2.0 ** (code - _BIAS) for code in range(_NAN)])
-    numbers = pairs.index_select(0, blocks.reshape(-1).to(torch.int32))
-    factors = powers.index_select(0, scales.reshape(-1).to(torch.int32))
-    return numbers.view(len(factors), MX_BLOCK).mul_(factors[:, None]).view(len(blocks), -1)
+    numbers = table.index_select(0, blocks.reshape(-1).to(torch.int32)).view(torch.bfloat16)
+    factors = powers.index_select(0, scales.reshape(-1).to(torch.int32))[:, None]
+    numbers = numbers.view(len(factors), MX_BLOCK)
+    if dtype == torch.bfloat16:
+        numbers.mul_(factors.to(dtype))
+    else:
+        numbers = (numbers.to(torch.float32) * factors).to(dtype)
+    return numbers.view(len(blocks), -1)
 
 
 def unpacked(words: torch.Tensor, bits: int, width: int) -> torch.Tensor:

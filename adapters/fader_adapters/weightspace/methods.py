@@ -22,6 +22,8 @@ from fader_adapters.weightspace.decoding import MX_BLOCK, Grid
 from fader_adapters.weightspace.tensors import Checkpoint, Stored
 
 FP8 = torch.float8_e4m3fn
+_SCALES = ("_scale_inv", "_scale")
+"""What a key of FP8 ends in where it is that of its scales; the second by AutoFP8."""
 READ = "MXFP4, FP8 and compressed-tensors' integers and FP8"
 
 
@@ -48,7 +50,7 @@ def method_of(facts: Mapping[str, Any]) -> Method:
             raise BaseUnsupported(f"fp8 of the form {facts['fmt']!r}, expected e4m3")
         block = _block(facts.get("weight_block_size"))
         told = f"FP8 with a scale for every {block.rows}x{block.columns}" if block else "FP8"
-        return Method(told, partial(_in_fp8, block=block), ("_scale_inv",))
+        return Method(told, partial(_in_fp8, block=block), ("_scale_inv", ".weight_scale"))
     if name == "compressed-tensors":
         schemes = compressed_tensors.schemes_of(facts)
         told = ", ".join(sorted({scheme.told for scheme in schemes}))
@@ -93,7 +95,8 @@ def _in_fp8(files: Checkpoint, *, block: Grid | None) -> Iterator[Coded]:
             continue
         if len(stored.shape) not in (2, 3):
             raise CheckpointInvalid(f"{key!r} is FP8 of shape {stored.shape}, expected a matrix")
-        scales = f"{key}_scale_inv"
+        names = [f"{key}{end}" for end in _SCALES]
+        scales = next((name for name in names if name in files.tensors), names[0])
         grid = _grid(stored, scales, scales_beside(files, key, scales), block)
         module = key.removesuffix(".weight")
         of_activations = (

@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 _FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE*")
 """What of a repository on the Hub is a model."""
-_TWICE = "consolidated*"
+_TWICE = ("consolidated*", "*/*.safetensors")
 """The same weights in the form of their maker."""
 
 _PROCESSOR = ("*processor_config.json", "chat_template.json")
@@ -154,7 +154,7 @@ def local_copy(source: str, files: Iterable[str] = _FILES) -> Path:
     if Path(source).is_dir():
         return Path(source)
     try:
-        return Path(snapshot_download(source, allow_patterns=list(files), ignore_patterns=_TWICE))
+        return Path(snapshot_download(source, allow_patterns=list(files), ignore_patterns=[*_TWICE]))
     except (OSError, ValueError) as error:
         raise ConfigInvalid(f"no model at {source!r}: {first_line(error)}") from error
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import safe_open
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from fader_adapters.architecture import auto_class, model_class
@@ -23,21 +24,25 @@ _NO_ADAPTER = {"subfolder": ".none"}
 
 @dataclass(frozen=True, slots=True)
 class Unread:
-    """One tensor of a checkpoint as transformers takes it: by a slice, which reads it."""
+    """A weight in codes as transformers takes it: by a slice, which reads it."""
 
-    checkpoint: Checkpoint
+    checkpoint: Decoded
     key: str
 
     def __getitem__(self, _: object) -> torch.Tensor:
         return self.checkpoint.read(self.key)
 
-    def is_floating_point(self) -> bool:
-        return self.checkpoint.tensors[self.key].dtype.is_floating_point
-
 
 def unread(checkpoint: Checkpoint, *, without: Collection[str] = ()) -> dict[str, Any]:
-    """The tensors of a checkpoint by their keys, none of them read yet."""
-    return {key: Unread(checkpoint, key) for key in checkpoint.tensors if key not in without}
+    """The tensors of a checkpoint by their keys, none of them read yet: those that lie in its files
+    as safetensors hands them out."""
+    opened = {file: safe_open(file, framework="pt") for file in checkpoint.files}
+    coded = checkpoint.coded if isinstance(checkpoint, Decoded) else {}
+    return {
+        key: Unread(checkpoint, key) if key in coded else opened[stored.file].get_slice(key)
+        for key, stored in checkpoint.tensors.items()
+        if key not in without
+    }
 
 
 @dataclass(frozen=True, slots=True)

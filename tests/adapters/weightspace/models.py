@@ -1,5 +1,6 @@
 """Models and their logits for the tests of weight space; PEFT is the reference."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,18 @@ def load(path: Path, *, quantise: bool = False, dtype="auto") -> PreTrainedModel
     assert not told["unexpected_keys"]
     assert not told["mismatched_keys"]
     return model.eval()
+
+
+def load_unchecked(path: Path, **given: object) -> PreTrainedModel:
+    """As transformers loads it, whatever it makes of the files' tensors."""
+    auto = auto_class(AutoConfig.from_pretrained(path))
+    return auto.from_pretrained(path, dtype="auto", device_map={"": "cpu"}, **given)
+
+
+def configure(folder: Path, **changes: object) -> None:
+    """Change what a model's config.json says."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
