@@ -38,7 +38,7 @@ class Form:
 
 
 def publish(base: Path, folder: Path, form: Form, dtype: torch.dtype) -> tuple[Path, Path]:
-    """`folder`/coded and `folder`/plain of the base in `base`, everything that is plain in `dtype`."""
+    """`folder`/coded and `folder`/plain of the base in `base`; what is plain is in `dtype`."""
     coded: Tensors = {}
     plain: Tensors = {}
     for key, value in load_file(base / "model.safetensors").items():

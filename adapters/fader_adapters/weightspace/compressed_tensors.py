@@ -148,7 +148,9 @@ def _weight(
     if groups is not None and beside(files, key, groups).shape != (shape[1],):
         raise CheckpointInvalid(f"{groups!r} is not of shape {(shape[1],)}")
     of_no_weight = ("weight_shape", "input_scale", "input_zero_point")
-    spent = tuple(f"{module}.{name}" for name in of_no_weight if f"{module}.{name}" in files.tensors)
+    spent = tuple(
+        f"{module}.{name}" for name in of_no_weight if f"{module}.{name}" in files.tensors
+    )
     return ScaledWeight(
         f"{module}.weight", key, shape, grid, scales,
         in_fp32=False, zeros=zeros, column_groups=groups, bits=bits if packed else None,

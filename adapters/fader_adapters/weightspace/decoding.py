@@ -1,4 +1,4 @@
-"""From the codes of other methods of quantisation to numbers. Knows formulas, no files and no names.
+"""From the codes of other methods of quantisation to numbers. Knows formulas, no files or names.
 
 Codes come row by row, as they are read: nothing but the result is ever held as a whole.
 """
@@ -61,7 +61,7 @@ def scaled(
 
 
 def _numbers(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Codes of whole numbers or FP8, as these are in `dtype`; of FP8 by a table, which is faster."""
+    """Codes of whole numbers or FP8 as numbers of `dtype`; FP8 by a table, which is faster."""
     if codes.dtype != torch.float8_e4m3fn:
         return codes.to(dtype)
     table = torch.arange(256, dtype=torch.uint8).view(codes.dtype).to(dtype)

@@ -81,8 +81,8 @@ def _microscaled(files: Checkpoint) -> Iterator[Coded]:
         sound = len(shape) == 4 and shape[-1] == MX_BLOCK // 2 and stored.dtype == torch.uint8
         if not sound or scales.dtype != torch.uint8 or scales.shape != shape[:-1]:
             raise CheckpointInvalid(
-                f"{key!r} is {stored.dtype} of shape {shape} with scales in {scales.dtype} of shape "
-                f"{scales.shape}, expected uint8 [experts, out, blocks, {MX_BLOCK // 2}] and "
+                f"{key!r} is {stored.dtype} of shape {shape} with scales in {scales.dtype} of "
+                f"shape {scales.shape}, expected uint8 [experts, out, blocks, {MX_BLOCK // 2}] and "
                 "[experts, out, blocks]"
             )
         experts, out, blocks, _ = shape

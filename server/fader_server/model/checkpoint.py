@@ -154,7 +154,9 @@ def local_copy(source: str, files: Iterable[str] = _FILES) -> Path:
     if Path(source).is_dir():
         return Path(source)
     try:
-        return Path(snapshot_download(source, allow_patterns=list(files), ignore_patterns=[*_TWICE]))
+        return Path(
+            snapshot_download(source, allow_patterns=list(files), ignore_patterns=[*_TWICE])
+        )
     except (OSError, ValueError) as error:
         raise ConfigInvalid(f"no model at {source!r}: {first_line(error)}") from error
 

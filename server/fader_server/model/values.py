@@ -37,12 +37,14 @@ def unread(checkpoint: Checkpoint, *, without: Collection[str] = ()) -> dict[str
     """The tensors of a checkpoint by their keys, none of them read yet: those that lie in its files
     as safetensors hands them out."""
     opened = {file: safe_open(file, framework="pt") for file in checkpoint.files}
-    coded = checkpoint.coded if isinstance(checkpoint, Decoded) else {}
-    return {
-        key: Unread(checkpoint, key) if key in coded else opened[stored.file].get_slice(key)
-        for key, stored in checkpoint.tensors.items()
-        if key not in without
-    }
+
+    def one(key: str, file: Path) -> Any:  # noqa: ANN401 - safetensors'
+        if isinstance(checkpoint, Decoded) and key in checkpoint.coded:
+            return Unread(checkpoint, key)
+        return opened[file].get_slice(key)
+
+    tensors = checkpoint.tensors
+    return {key: one(key, item.file) for key, item in tensors.items() if key not in without}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +90,18 @@ def decoded(source: str, folder: Path, config: PretrainedConfig) -> Values:
 
     Raises BaseUnsupported, CheckpointInvalid.
     """
-    facts: Any = config.quantization_config
-    checkpoint = Decoded(Checkpoint(folder), method_of(facts), config.dtype)
-    del config.quantization_config
+    loose: Any = config  # which declares neither of the two
+    checkpoint = Decoded(Checkpoint(folder), method_of(loose.quantization_config), loose.dtype)
+    del loose.quantization_config
     plain = sorted(
         key
         for key, item in checkpoint.tensors.items()
         if key not in checkpoint.coded and len(item.shape) > 1 and not key.endswith("bias")
     )
+    dtype = str(checkpoint.dtype).removeprefix("torch.")
     told = (
-        f"published in {checkpoint.method.told}: {len(checkpoint.coded)} weights are dequantised to "
-        f"{str(checkpoint.dtype).removeprefix('torch.')}, and quantised anew where they are held in "
-        "NF4, a second rounding"
+        f"published in {checkpoint.method.told}: {len(checkpoint.coded)} weights are dequantised "
+        f"to {dtype}, and quantised anew where they are held in NF4, a second rounding"
     )
     if plain:
         first = ", ".join(plain[:3]) + (" …" if len(plain) > 3 else "")
