@@ -159,3 +159,10 @@ def scales_beside(files: Checkpoint, key: str, part: str) -> tuple[int, ...]:
     if found.dtype not in _SCALES:
         raise CheckpointInvalid(f"{part!r} is {found.dtype}, expected scales in floating point")
     return found.shape
+
+
+def two_sizes(told: object) -> Grid | None:
+    """Blocks of [rows, columns], as configs tell them; None where that is nothing of the kind."""
+    sizes = told if isinstance(told, list | tuple) else ()
+    sound = len(sizes) == 2 and all(type(size) is int and size > 0 for size in sizes)
+    return Grid(*sizes) if sound else None

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 
 from fader_adapters.errors import BaseUnsupported, CheckpointInvalid
-from fader_adapters.weightspace.code_layout import Coded, ScaledWeight, beside, scales_beside
+from fader_adapters.weightspace.code_layout import (
+    Coded,
+    ScaledWeight,
+    beside,
+    scales_beside,
+    two_sizes,
+)
 from fader_adapters.weightspace.decoding import Grid
 from fader_adapters.weightspace.tensors import Checkpoint
 
@@ -67,7 +73,7 @@ def schemes_of(facts: Mapping[str, Any]) -> list[Scheme]:
         form = group.get("format") or facts.get("format")
         if form not in _FORMATS:
             raise BaseUnsupported(f"compressed-tensors in the form {form}")
-        if group.get("weights") is not None:
+        if isinstance(group.get("weights"), dict):
             found.append(_scheme(group["weights"]))
     return found
 
@@ -82,8 +88,8 @@ def _scheme(weights: Mapping[str, Any]) -> Scheme:
         rows = None
     elif strategy == "group" and type(group) is int and group > 0:
         columns = group
-    elif strategy == "block" and isinstance(block, list) and len(block) == 2:
-        rows, columns = block
+    elif strategy == "block" and (sizes := two_sizes(block)):
+        rows, columns = sizes.rows, sizes.columns
     elif strategy != "channel":
         raise BaseUnsupported(f"compressed-tensors by {strategy} of {group or block}")
     if (kind, bits) not in _KINDS or weights.get("dynamic"):

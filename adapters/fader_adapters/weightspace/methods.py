@@ -17,6 +17,7 @@ from fader_adapters.weightspace.code_layout import (
     ScaledWeight,
     beside,
     scales_beside,
+    two_sizes,
 )
 from fader_adapters.weightspace.decoding import MX_BLOCK, Grid
 from fader_adapters.weightspace.tensors import Checkpoint, Stored
@@ -62,13 +63,10 @@ def method_of(facts: Mapping[str, Any]) -> Method:
 def _block(size: Any) -> Grid | None:  # noqa: ANN401 - it is a stranger's JSON
     if size is None:
         return None
-    if (
-        not isinstance(size, list | tuple)
-        or len(size) != 2
-        or not all(type(side) is int and side > 0 for side in size)
-    ):
+    sizes = two_sizes(size)
+    if sizes is None:
         raise BaseUnsupported(f"fp8 with weight_block_size {size!r}, expected two sizes or null")
-    return Grid(*size)
+    return sizes
 
 
 def _microscaled(files: Checkpoint) -> Iterator[Coded]:

@@ -156,7 +156,7 @@ BROKEN = [
     ("mxfp4", _more(f"{UP}.weight", ODD.to(torch.int8)), "up_proj.weight is int8, which MXFP4 has"),
     ("fp8-bf16", _less("k_proj.weight_scale_inv"), "k_proj.weight' .*weight_scale_inv'.* missing"),
     ("fp8-bf16", _with("k_proj.weight_scale_inv", lambda v: v[:0]), r"scale_inv' is of shape \(0"),
-    ("fp8-ragged", _with("o_proj.weight_scale_inv", lambda v: v[1:]), r"o_proj.* expected \(3, 3\)"),
+    ("fp8-ragged", _with("o_proj.weight_scale_inv", lambda v: v[1:]), r"o_proj.*expected \(3, 3\)"),
     ("fp8-bf16", _with("_scale_inv", lambda v: v.to(torch.int32)), "expected scales in floating"),
     ("fp8-bf16", _more("model.norm.weight_scale_inv", ODD), "norm.weight_scale_inv' belongs to no"),
     ("fp8-bf16", _more("other.weight", ODD.to(torch.float8_e5m2)), "other.weight is float8_e5m2"),
