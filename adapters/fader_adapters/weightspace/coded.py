@@ -8,6 +8,7 @@ from fader_adapters.errors import CheckpointInvalid
 from fader_adapters.weightspace.methods import Method
 from fader_adapters.weightspace.tensors import Checkpoint, Stored
 
+_PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 _CODES = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -35,6 +36,8 @@ class Decoded(Checkpoint):
         for key, weight in self.coded.items():
             if key in self.tensors:
                 raise CheckpointInvalid(f"{key!r} is there by itself and as codes")
+            if 0 in weight.shape:
+                raise CheckpointInvalid(f"{weight.key!r} holds codes of nothing: {weight.shape}")
             codes = files.tensors[weight.key]
             self.tensors[key] = Stored(key, codes.file, self.dtype, weight.shape, codes.start)
         lost = next((key for key in sorted(self.tensors) if key.endswith(method.beside)), None)
@@ -67,10 +70,9 @@ def codes_among(tensors: Mapping[str, Stored]) -> str:
 
 
 def _dtype_of(tensors: Mapping[str, Stored], method: Method) -> torch.dtype:
-    plain = (torch.bfloat16, torch.float16, torch.float32)
     found = (
         item.dtype
         for key, item in sorted(tensors.items())
-        if item.dtype in plain and len(item.shape) > 1 and not key.endswith(method.beside)
+        if item.dtype in _PLAIN and len(item.shape) > 1 and not key.endswith(method.beside)
     )
     return next(found, torch.bfloat16)

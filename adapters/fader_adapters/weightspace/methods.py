@@ -22,7 +22,7 @@ from fader_adapters.weightspace.code_layout import (
 from fader_adapters.weightspace.decoding import MX_BLOCK, Grid
 from fader_adapters.weightspace.tensors import Checkpoint, Stored
 
-FP8 = torch.float8_e4m3fn
+_FP8 = torch.float8_e4m3fn
 _SCALES = ("_scale_inv", "_scale")
 """What a key of FP8 ends in where it is that of its scales; the second by AutoFP8."""
 READ = "MXFP4, FP8 and compressed-tensors' integers and FP8"
@@ -89,7 +89,7 @@ def _microscaled(files: Checkpoint) -> Iterator[Coded]:
 
 def _in_fp8(files: Checkpoint, *, block: Grid | None) -> Iterator[Coded]:
     for key, stored in files.tensors.items():
-        if stored.dtype != FP8:
+        if stored.dtype != _FP8:
             continue
         if len(stored.shape) not in (2, 3):
             raise CheckpointInvalid(f"{key!r} is FP8 of shape {stored.shape}, expected a matrix")

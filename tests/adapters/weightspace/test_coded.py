@@ -146,6 +146,7 @@ def _more(key: str, value: torch.Tensor) -> Callable[[Tensors], Tensors]:
 
 UP = f"{LAYER}.mlp.up_proj"
 ODD = torch.zeros(3, 5)
+EMPTY = torch.zeros(0, 64).to(torch.float8_e4m3fn)
 BROKEN = [
     ("mxfp4", _less("down_proj_scales"), "down_proj_blocks' .*down_proj_scales'.* is missing"),
     ("mxfp4", _less("_proj_blocks"), "says MXFP4, and its files hold no such weights"),
@@ -158,6 +159,7 @@ BROKEN = [
     ("fp8-bf16", _with("k_proj.weight_scale_inv", lambda v: v[:0]), r"scale_inv' is of shape \(0"),
     ("fp8-ragged", _with("o_proj.weight_scale_inv", lambda v: v[1:]), r"o_proj.*expected \(3, 3\)"),
     ("fp8-bf16", _with("_scale_inv", lambda v: v.to(torch.int32)), "expected scales in floating"),
+    ("fp8-bf16", lambda t: t | {"a.weight": EMPTY, "a.weight_scale_inv": torch.zeros(0, 1)}, "of nothing"),
     ("fp8-bf16", _more("model.norm.weight_scale_inv", ODD), "norm.weight_scale_inv' belongs to no"),
     ("fp8-bf16", _more("other.weight", ODD.to(torch.float8_e5m2)), "other.weight is float8_e5m2"),
     ("fp8-tensor", _with("_scale_inv", lambda v: v.repeat(2)), r"scale_inv' is of shape \(2,\)"),
@@ -198,6 +200,22 @@ def test_values_that_mean_nothing_are_refused_when_they_are_read(name, how, told
     assert isinstance(files, Decoded)
     with pytest.raises(CheckpointInvalid, match=told):
         list(map(files.read, files.coded))
+
+
+@pytest.mark.parametrize(
+    ("told", "files", "found"),
+    [
+        ("float16", torch.bfloat16, torch.float16),
+        (None, torch.float32, torch.float32),
+        (None, torch.float16, torch.float16),
+    ],
+)
+def test_weights_are_of_the_dtype_that_the_config_or_the_files_tell(told, files, found, tmp_path):
+    coded, _ = published("fp8-bf16", tmp_path, files)
+    models.configure(coded, dtype=told)
+    opened = open_base(coded).checkpoint
+    assert isinstance(opened, Decoded)
+    assert {opened.read(key).dtype for key in opened.coded} == {found}
 
 
 def _groups(**weights: object) -> dict[str, object]:
