@@ -146,7 +146,10 @@ def _more(key: str, value: torch.Tensor) -> Callable[[Tensors], Tensors]:
 
 UP = f"{LAYER}.mlp.up_proj"
 ODD = torch.zeros(3, 5)
-EMPTY = torch.zeros(0, 64).to(torch.float8_e4m3fn)
+EMPTY = {
+    "a.weight": torch.zeros(0, 64).to(torch.float8_e4m3fn),
+    "a.weight_scale_inv": torch.zeros(0, 1),
+}
 BROKEN = [
     ("mxfp4", _less("down_proj_scales"), "down_proj_blocks' .*down_proj_scales'.* is missing"),
     ("mxfp4", _less("_proj_blocks"), "says MXFP4, and its files hold no such weights"),
@@ -159,7 +162,7 @@ BROKEN = [
     ("fp8-bf16", _with("k_proj.weight_scale_inv", lambda v: v[:0]), r"scale_inv' is of shape \(0"),
     ("fp8-ragged", _with("o_proj.weight_scale_inv", lambda v: v[1:]), r"o_proj.*expected \(3, 3\)"),
     ("fp8-bf16", _with("_scale_inv", lambda v: v.to(torch.int32)), "expected scales in floating"),
-    ("fp8-bf16", lambda t: t | {"a.weight": EMPTY, "a.weight_scale_inv": torch.zeros(0, 1)}, "of nothing"),
+    ("fp8-bf16", lambda t: t | EMPTY, "a.weight' holds codes of nothing"),
     ("fp8-bf16", _more("model.norm.weight_scale_inv", ODD), "norm.weight_scale_inv' belongs to no"),
     ("fp8-bf16", _more("other.weight", ODD.to(torch.float8_e5m2)), "other.weight is float8_e5m2"),
     ("fp8-tensor", _with("_scale_inv", lambda v: v.repeat(2)), r"scale_inv' is of shape \(2,\)"),
