@@ -236,7 +236,8 @@ def _edited(source: Path, target: Path, **changes: object) -> Path:
     [
         ({"model_type": "novel", "auto_map": {"AutoConfig": "code.Novel"}}, "remote code"),
         ({"model_type": "never-heard-of"}, "never-heard-of"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, "gptq in 3 bits"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "hqq"),
         ({"quantization_config": {"bits": 4}}, "a method that its config does not name"),
         (
             {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},

@@ -25,7 +25,7 @@ from tests.support.published import change
 
 CPU = torch.device("cpu")
 QUICK = ["mxfp4", "fp8-ragged", "int4-group"]
-SLOW = ["fp8-blocks", "fp8-tensor", "float-channel", "int8-channel", "autofp8"]
+SLOW = ["fp8-blocks", "fp8-tensor", "float-channel", "int8-channel", "autofp8", "gptq", "awq"]
 NAMES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
@@ -147,7 +147,7 @@ def test_what_is_broken_is_one_line_that_names_the_tensor(tmp_path):
 @pytest.mark.parametrize(
     ("facts", "told"),
     [
-        ({"quant_method": "awq"}, "quantised with awq; Fader reads unquantised .*MXFP4"),
+        ({"quant_method": "hqq"}, "quantised with hqq; Fader reads unquantised .*MXFP4"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "quantised with fp8 of the form 'e5m2'"),
     ],
 )

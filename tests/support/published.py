@@ -187,6 +187,52 @@ def compressed(
     return Form(encode, facts)
 
 
+def by_columns(
+    bits: int = 4,
+    *,
+    group: int = 32,
+    awq: bool = False,
+    ordered: bool = False,
+    version: str = "gptq",
+) -> Form:
+    """Every linear of the layers as GPTQ's tools write it, or AWQ's."""
+    each, half = 32 // bits, 1 << (bits - 1)
+
+    def encode(key: str, value: torch.Tensor) -> Encoded | None:
+        if not key.endswith("proj.weight"):
+            return None
+        module, width = key.removesuffix(".weight"), value.shape[1]
+        size = width if group == -1 else group
+        scales = (_top(value.float(), 1, size) / (half - 1)).half()  # [out, groups]
+        of_column = torch.arange(width) // size
+        if ordered:
+            of_column = of_column[torch.randperm(width, generator=torch.Generator().manual_seed(3))]
+        zeros = half + torch.arange(scales.numel()).view_as(scales) % 3 - 1
+        codes = (value / scales[:, of_column].float() + zeros[:, of_column]).round()
+        codes = codes.clamp(0, 2 * half - 1).long()
+        weight = (codes - zeros[:, of_column]).half() * scales[:, of_column]
+        tensors = {f"{module}.scales": scales.T}
+        if awq:
+            tensors[f"{module}.qweight"] = _words(_awq_order(codes.T) - half, bits)
+            tensors[f"{module}.qzeros"] = _words(_awq_order(zeros.T) - half, bits)
+            return Encoded(tensors, weight)
+        less = 1 if version == "gptq" else 0
+        tensors[f"{module}.qweight"] = _words(codes - half, bits).T
+        tensors[f"{module}.qzeros"] = _words(zeros.T - half - less, bits)
+        tensors[f"{module}.g_idx"] = of_column.to(torch.int32)
+        return Encoded(tensors, weight)
+
+    assert each == 8 or not awq
+    facts = {"bits": bits, "group_size": group, "quant_method": "awq" if awq else "gptq"}
+    told = {"version": "gemm", "zero_point": True} if awq else {"checkpoint_format": version}
+    return Form(encode, {**facts, **told, "desc_act": ordered})
+
+
+def _awq_order(numbers: torch.Tensor) -> torch.Tensor:
+    """Eight numbers as they follow each other in a word."""
+    return numbers.reshape(len(numbers), -1, 8)[:, :, [0, 2, 4, 6, 1, 3, 5, 7]].flatten(1)
+
+
 def _top(value: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """The largest number of each block, never 0; the last blocks may be smaller."""
     return torch.stack(

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -71,9 +72,7 @@ class ScaledWeight:
         """`shape` in `dtype`, contiguous. Raises CheckpointInvalid."""
         *experts, out, width = self.shape
         made = torch.empty(self.shape, dtype=dtype)
-        scales = files.read(self.scales)
-        if not bool(torch.isfinite(scales).all()):
-            raise CheckpointInvalid(f"{self.scales!r} has NaN or infinite scales")
+        scales = finite(files, self.scales)
         scales = scales.to(torch.float32) if self.in_fp32 else scales
         grids = scales.reshape(-1, *self.grid.shape(out, width))
         row = files.tensors[self.key].shape[-1]
@@ -81,7 +80,9 @@ class ScaledWeight:
         codes = (part.view(-1, row) for part in files.chunks(self.key, elements=rows * row))
         if self.bits is not None:
             codes = (unpacked(words, self.bits, width) for words in codes)
-        zeros, groups = self._zeros(files, out, width), self._column_groups(files, width)
+        zeros, groups = self._zeros(files, out, width), None
+        if self.column_groups is not None:
+            groups = groups_of(files, self.column_groups, self.grid.shape(out, width)[1])
         for grid, target in zip(grids, made.view(-1, out, width), strict=True):
             own = itertools.islice(codes, math.ceil(out / rows))
             scaled(own, grid, self.grid, target, zeros=zeros, column_groups=groups)
@@ -94,14 +95,6 @@ class ScaledWeight:
         if self.bits is not None and stored.dtype == torch.int32:
             return unpacked(stored.T, self.bits, out).T
         return stored.reshape(self.grid.shape(out, width))
-
-    def _column_groups(self, files: Checkpoint, width: int) -> torch.Tensor | None:
-        if self.column_groups is None:
-            return None
-        groups, count = files.read(self.column_groups).long(), self.grid.shape(1, width)[1]
-        if int(groups.min()) < 0 or int(groups.max()) >= count:
-            raise CheckpointInvalid(f"{self.column_groups!r} names groups beyond the {count}")
-        return groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +136,29 @@ def _rows_a_piece(row: int, out: int, *, alone: bool) -> int:
     if alone or out <= most:
         return min(out, most)
     return next((rows for rows in range(most, most // 4, -1) if out % rows == 0), out)
+
+
+def pieces(files: Checkpoint, key: str) -> Iterator[torch.Tensor]:
+    """The rows [n, row] of one matrix, a few at a time."""
+    row = files.tensors[key].shape[-1]
+    rows = max(1, _PIECE // row)
+    return (part.view(-1, row) for part in files.chunks(key, elements=rows * row))
+
+
+def finite(files: Checkpoint, key: str) -> torch.Tensor:
+    """Scales. Raises CheckpointInvalid where one is no number."""
+    scales = files.read(key)
+    if not bool(torch.isfinite(scales).all()):
+        raise CheckpointInvalid(f"{key!r} has NaN or infinite scales")
+    return scales
+
+
+def groups_of(files: Checkpoint, key: str, count: int) -> torch.Tensor:
+    """Which of `count` groups each column is in. Raises CheckpointInvalid."""
+    groups = files.read(key).long()
+    if int(groups.min()) < 0 or int(groups.max()) >= count:
+        raise CheckpointInvalid(f"{key!r} names groups beyond the {count}")
+    return groups
 
 
 def beside(files: Checkpoint, key: str, part: str) -> Stored:

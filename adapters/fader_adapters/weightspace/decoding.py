@@ -38,6 +38,7 @@ def scaled(
     target: torch.Tensor,
     *,
     zeros: torch.Tensor | None = None,
+    row_groups: torch.Tensor | None = None,
     column_groups: torch.Tensor | None = None,
 ) -> None:
     """(code − zero) · scale, in the dtype of `scales`, rounded to that of `target` and put there.
@@ -46,12 +47,14 @@ def scaled(
     scales         `grid.shape` of `target`, a float
     target         [out, width]
     zeros          as scales, whole numbers; None: 0
-    column_groups  [width], which column of `scales` each column has; None: the grid's
+    row_groups     [out], which row of `scales` each row has; None: the grid's
+    column_groups  [width], as much of columns
     """
-    row_blocks = torch.arange(len(target)) // grid.rows
+    if row_groups is None:
+        row_groups = torch.arange(len(target)) // grid.rows
     at = 0
     for part in codes:
-        own = row_blocks[at : at + len(part)]
+        own = row_groups[at : at + len(part)]
         numbers = _numbers(part, scales.dtype)
         if zeros is not None:
             _spread(numbers, zeros[own].to(scales.dtype), grid, column_groups, torch.Tensor.sub_)
@@ -115,14 +118,22 @@ def microscaled(
     return numbers.view(len(blocks), -1)
 
 
-def unpacked(words: torch.Tensor, bits: int, width: int) -> torch.Tensor:
-    """Whole numbers that lie one after the other in words, the first in the lowest bits: int8
-    [rows, width].
+def unsigned(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Whole numbers that lie one after the other in words, the first in the lowest bits: uint8
+    [rows, columns · 32 / bits].
 
-    words  int32 [rows, ⌈width · bits / 32⌉], of numbers that half their range was added to
+    words  int32 [rows, columns]
     bits   4 or 8
     """
     parts = words.contiguous().view(torch.uint8)
     if bits == 4:
         parts = torch.stack((parts & 15, parts >> 4), dim=-1).view(len(words), -1)
-    return (parts[:, :width] - (1 << (bits - 1))).view(torch.int8)
+    return parts
+
+
+def unpacked(words: torch.Tensor, bits: int, width: int) -> torch.Tensor:
+    """The first `width` of such numbers, each stored plus half its range: int8 [rows, width].
+
+    words  int32 [rows, ⌈width · bits / 32⌉]
+    """
+    return (unsigned(words, bits)[:, :width] - (1 << (bits - 1))).view(torch.int8)

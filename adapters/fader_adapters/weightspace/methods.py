@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fader_adapters.errors import BaseUnsupported, CheckpointInvalid
-from fader_adapters.weightspace import compressed_tensors
+from fader_adapters.weightspace import compressed_tensors, packed_columns
 from fader_adapters.weightspace.code_layout import (
     Coded,
     MicroscaledStack,
@@ -25,7 +25,7 @@ from fader_adapters.weightspace.tensors import Checkpoint, Stored
 _FP8 = torch.float8_e4m3fn
 _SCALES = ("_scale_inv", "_scale")
 """What a key of FP8 ends in where it is that of its scales; the second by AutoFP8."""
-READ = "MXFP4, FP8 and compressed-tensors' integers and FP8"
+READ = "MXFP4, FP8, GPTQ, AWQ and compressed-tensors' integers and FP8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,9 @@ def method_of(facts: Mapping[str, Any]) -> Method:
         told = ", ".join(sorted({scheme.told for scheme in schemes}))
         find = partial(compressed_tensors.find, schemes=schemes)
         return Method(f"compressed-tensors ({told})", find, compressed_tensors.BESIDE)
+    if name in ("gptq", "awq"):
+        form = packed_columns.gptq(facts) if name == "gptq" else packed_columns.awq(facts)
+        return Method(form.told, partial(packed_columns.find, form=form), packed_columns.BESIDE)
     raise BaseUnsupported(str(name or "a method that its config does not name"))
 
 

@@ -21,7 +21,16 @@ from tests.adapters.weightspace import models
 from tests.support.families import write_family
 from tests.support.many_families import MANY, write_many
 from tests.support.peft_adapters import write_adapter
-from tests.support.published import Form, Tensors, change, compressed, fp8, mxfp4, publish
+from tests.support.published import (
+    Form,
+    Tensors,
+    by_columns,
+    change,
+    compressed,
+    fp8,
+    mxfp4,
+    publish,
+)
 
 FORMS: dict[str, tuple[str, Form]] = {
     "mxfp4": ("gpt-oss", mxfp4()),
@@ -39,6 +48,11 @@ FORMS: dict[str, tuple[str, Form]] = {
     "int4-zeros": ("llama", compressed(group=64, symmetric=False)),
     "int4-ordered": ("llama", compressed(group=32, ordered=True)),
     "int8-channel": ("llama", compressed(bits=8, strategy="channel")),
+    "gptq": ("qwen3-moe", by_columns()),
+    "gptq-ordered": ("llama", by_columns(ordered=True)),
+    "gptq-8": ("llama", by_columns(8, group=-1)),
+    "gptq-v2": ("llama", by_columns(group=64, version="gptq_v2")),
+    "awq": ("qwen3-moe", by_columns(awq=True)),
     "int8-plain": ("llama", compressed(bits=8, strategy="channel", form="int-quantized")),
 }  # fmt: skip
 LAYER = "model.layers.0"
@@ -76,7 +90,7 @@ def _nudged(value: torch.Tensor) -> torch.Tensor:
     """Scales become other ones."""
     if value.dtype == torch.uint8 and value.dim() == 3:
         return value + 1
-    return value * 1.5 if value.dtype in (torch.float32, torch.bfloat16) else value
+    return value * 1.5 if value.dtype in (torch.float32, torch.float16, torch.bfloat16) else value
 
 
 @pytest.mark.parametrize(
@@ -174,6 +188,14 @@ BROKEN = [
     ("int4-zeros", _with(".weight_zero_point", lambda v: v[1:]), "weight_zero_point' is .*not one"),
     ("int4-ordered", _less(".weight_g_idx"), "weight_g_idx'.* is missing"),
     ("int4-ordered", _with(".weight_g_idx", lambda v: v[1:]), "weight_g_idx' is not of shape"),
+    ("gptq", _less("q_proj.qzeros"), "q_proj.qweight' .*qzeros'.* is missing"),
+    ("gptq", _less("q_proj.scales"), "q_proj.qweight' .*scales'.* is missing"),
+    ("gptq", _less("q_proj.qweight"), "q_proj.g_idx' belongs to no weight in GPTQ"),
+    ("gptq", _with("q_proj.scales", lambda v: v[1:]), "q_proj' has scales of shape"),
+    ("awq", _with("q_proj.qzeros", lambda v: v[:, 1:]), "q_proj' has scales of shape"),
+    ("gptq-ordered", _less("q_proj.g_idx"), "q_proj.qweight' .*g_idx'.* is missing"),
+    ("gptq", _with("q_proj.g_idx", lambda v: v[1:]), "q_proj.g_idx' is not of shape"),
+    ("awq", _with("q_proj.qweight", lambda v: v.float()), "q_proj.qweight' is torch.float32"),
     ("float-channel", _less("q_proj.weight_scale"), "q_proj.weight' .*weight_scale'.* is missing"),
     ("float-channel", _more(f"{UP}.weight_global_scale", ODD), "weight_global_scale' belongs to"),
 ]  # fmt: skip
@@ -194,6 +216,8 @@ def test_what_is_not_whole_is_refused_by_name(name: str, how, told: str, tmp_pat
     [
         ("mxfp4", _with("down_proj_scales", lambda v: v | 0xFF), "down_proj_scales': a scale is"),
         ("fp8-bf16", _with("_scale_inv", lambda v: v * torch.nan), "weight_scale_inv' has NaN"),
+        ("gptq", _with("q_proj.g_idx", lambda v: v - 1), "q_proj.g_idx' names groups beyond"),
+        ("awq", _with(".scales", lambda v: v / 0), ".scales' has NaN"),
         ("int4-ordered", _with("_g_idx", lambda v: v + 9), "weight_g_idx' names groups beyond"),
     ],
 )
@@ -234,7 +258,13 @@ def _groups(**weights: object) -> dict[str, object]:
     ("facts", "told"),
     [
         ({}, "a method that its config does not name"),
-        ({"quant_method": "gptq"}, "gptq"),
+        ({"quant_method": "gptq", "bits": 3}, "gptq in 3 bits"),
+        ({"quant_method": "gptq", "group_size": 0}, "groups of 0"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "gptq in the form marlin"),
+        ({"quant_method": "gptq", "dynamic": {"a": {"bits": 8}}}, "gptq in the form dynamic"),
+        ({"quant_method": "awq", "version": "gemv"}, "awq of version gemv"),
+        ({"quant_method": "awq", "bits": 8}, "awq in 8 bits"),
+        ({"quant_method": "hqq"}, "hqq"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "e5m2"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size"),
         ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "weight_block_size"),

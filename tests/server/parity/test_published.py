@@ -21,6 +21,8 @@ FAMILIES = {
     "fp8-ragged": "deepseek-v3",
     "int4-group": "qwen3-moe",
     "float-channel": "qwen3-moe",
+    "gptq": "qwen3-moe",
+    "awq": "qwen3-moe",
 }
 QUICK = frozenset({("mxfp4", False), ("mxfp4", True), ("fp8-ragged", False)})
 
