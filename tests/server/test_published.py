@@ -58,7 +58,7 @@ def _one_more(key: str, value: torch.Tensor) -> torch.Tensor:
     """Another scale for one block of one weight."""
     if "layers.1" in key and key.endswith(("down_proj_scales", "o_proj.weight_scale_inv")):
         value.view(-1)[0] += 1
-    if "layers.1" in key and key.endswith("o_proj.weight_scale"):
+    if "layers.1" in key and key.endswith(("o_proj.weight_scale", "o_proj.scales")):
         value.view(-1)[0] *= 2
     return value
 
