@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn.modules import Linear4bit
+from huggingface_hub.utils import filter_repo_objects
 
 from fader_adapters.kernels.backend import choose
 from fader_adapters.weightspace.coded import Decoded
 from fader_server.cli import main
 from fader_server.errors import ModelUnsupported
-from fader_server.model import quantizer
+from fader_server.model import checkpoint, quantizer
 from fader_server.model.checkpoint import quantize, read_config, read_nf4
 from fader_server.model.loader import load_base
 from tests.adapters.weightspace.models import configure
@@ -170,3 +171,15 @@ def test_an_adapter_is_told_against_them_as_against_their_weights(name, tmp_path
         assert main(["inspect", str(adapter), "--base", str(base)]) == 0
         told.append(capsys.readouterr().out)
     assert told[0] == told[1]
+
+
+def test_the_same_weights_in_another_folder_of_a_repository_are_not_fetched(monkeypatch):
+    """gpt-oss has them once more in the form of its maker."""
+    asked: dict[str, list[str]] = {}
+    monkeypatch.setattr(
+        checkpoint, "snapshot_download", lambda _, **given: asked.update(given) or ""
+    )
+    checkpoint.local_copy("some/model")
+    wanted = ["config.json", "model-1.safetensors", "model.safetensors.index.json"]
+    others = ["original/model.safetensors", "consolidated.safetensors", "metal/model.bin"]
+    assert list(filter_repo_objects([*wanted, *others], **asked)) == wanted
