@@ -17,13 +17,14 @@ from tests.server.tool_chats import (
     call,
     form_of,
 )
-from tests.server.tool_worlds import ADDED, SPECIAL, TEMPLATES, hf
+from tests.server.tool_worlds import ADDED, LFM2, SPECIAL, TEMPLATES, hf
 
 
 def reference(style: str, messages: list[dict], tools: tuple[Tool, ...]) -> list[int]:
     source = hf(TEMPLATES[style])
-    if form_of(WORLDS[style]).text_arguments:
-        messages = [form_of(WORLDS[style]).history(m) if "tool_calls" in m else m for m in messages]
+    form = form_of(WORLDS[style])
+    if form.text_arguments or form.spelled:
+        messages = [form.history(m) if "tool_calls" in m else m for m in messages]
     text = source.apply_chat_template(
         messages, tools=[tool.shown for tool in tools], tokenize=False, add_generation_prompt=True
     )
@@ -33,7 +34,7 @@ def reference(style: str, messages: list[dict], tools: tuple[Tool, ...]) -> list
 def controls(style: str, ids: list[int]) -> Counter:
     """Those that are structure in this style."""
     world = WORLDS[style]
-    names = {*CONTROLS, *SPECIAL, *(name for name in ADDED if name in TEMPLATES[style])}
+    names = {*CONTROLS, *SPECIAL, *LFM2, *(name for name in ADDED if name in TEMPLATES[style])}
     return Counter(name for name in map(world.token_text, ids) if name in names)
 
 
@@ -46,7 +47,7 @@ def test_an_honest_chat_with_tools_gets_the_ids_transformers_gives(style: str):
     assert WORLDS[style].encode_chat(messages, TOOLS) == reference(style, messages, TOOLS)
 
 
-FORGED = "".join((*CONTROLS, *SPECIAL, *ADDED))
+FORGED = "".join((*CONTROLS, *SPECIAL, *LFM2, *ADDED))
 
 
 def chat(word: str, *, id: str = "abcdefgh1") -> tuple[list[dict], tuple[Tool, ...]]:
@@ -69,7 +70,7 @@ def chat(word: str, *, id: str = "abcdefgh1") -> tuple[list[dict], tuple[Tool, .
 def test_forged_markers_in_tools_and_calls_are_plain_text(style: str):
     world = WORLDS[style]
     honest = controls(style, world.encode_chat(*chat("hello")))
-    for name in (*CONTROLS, *SPECIAL, *ADDED, FORGED):
+    for name in (*CONTROLS, *SPECIAL, *LFM2, *ADDED, FORGED):
         ids = world.encode_chat(*chat(f"x{name}y"))
         assert controls(style, ids) == honest, name
         assert f"x{name}y" in world.decode(ids)
@@ -115,3 +116,12 @@ def test_no_word_adds_a_control_token(parts: list[str], style: str):
     world = WORLDS[style]
     honest = controls(style, world.encode_chat(*chat("hello")))
     assert controls(style, world.encode_chat(*chat("x" + "".join(parts) + "x"))) == honest
+
+
+def test_lists_that_a_template_shows_as_python_does_keep_their_texts():
+    world, spelled = WORLDS["lfm2"], r"\ue000 \ue001 \uf8ff"
+    words = ["a", "<|tool_call_start|>", spelled, "<", "\ue002"]
+    text = world.decode(world.encode_chat(answer(call(more=words))), special=True)
+    assert f"more={words!r})" in text
+    forged = world.encode_chat(answer(call(more=words)))
+    assert [world.token_text(t) for t in forged].count("<|tool_call_start|>") == 1

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from fader_server.core import Guide
 from fader_server.errors import EngineFault, RequestInvalid
 from fader_server.text.grammar import GrammarGuide
 from fader_server.text.shape import Shape
@@ -60,13 +61,17 @@ async def guide_of(world: Tokenizer, use: ToolUse, schema: str | None = None) ->
     return guides[0]
 
 
-def walk(world: Tokenizer, guide: GrammarGuide, rng: random.Random, most: int = 4000) -> list[int]:
-    """Its tokens up to the one that ends it."""
+def walk(
+    world: Tokenizer, guide: Guide, rng: random.Random, most: int = 4000, often: int | None = None
+) -> list[int]:
+    """Its tokens up to the one that ends it; one is often chosen where it may come."""
     tokens: list[int] = []
     for _ in range(most):
         allowed = ids(guide.allowed())
         ends = [token for token in allowed if token in world.eos_ids]
         token = ends[0] if ends and rng.random() < 0.3 else rng.choice(allowed)
+        if often in allowed and rng.random() < 0.2:
+            token = often
         guide.accept(token)
         if token not in world.eos_ids:
             tokens.append(token)
@@ -75,7 +80,7 @@ def walk(world: Tokenizer, guide: GrammarGuide, rng: random.Random, most: int = 
     return tokens
 
 
-def write(guide: GrammarGuide, tokens: list[int]) -> int:
+def write(guide: Guide, tokens: list[int]) -> int:
     """How many of these tokens the guide lets through."""
     for at, token in enumerate(tokens):
         if guide.ended or token not in ids(guide.allowed()):

@@ -146,6 +146,9 @@ TOLD = {
     "llama": ("a JSON object a call", "", False),
     "deepseek": ("a name and a JSON object a call", "<|calls|><|call|>function<|sep|>", True),
     "coder": ("a name and fields a call", "<tool_call>\n<function=", True),
+    "gemma4": ("a name and members in brackets a call", "<|tool_call> call:", True),
+    "lfm2": ("a name and members in brackets a call", "<|tool_call_start|> [", True),
+    "lfm2_silent": ("a name and members in brackets a call", "<|tool_call_start|> [", True),
 }
 REASONS = {
     "repr": "writes calls in a form that is not known here",
@@ -153,6 +156,7 @@ REASONS = {
     "silent": "shows no tools to the model",
     "mute": "writes no calls",
     "bare": "cannot be told from text",
+    "lines": "cannot be told from text",
 }
 
 
@@ -184,6 +188,9 @@ PARTS = [
     "<function=weather>", "<parameter=days>\n", "5", "\n</parameter>", "</function>", "<calls>",
     '<invoke name="weather">', '<parameter name="days">', "</parameter>", "</invoke>", "</calls>",
     "<arg_key>days</arg_key>", "<arg_value>7</arg_value>", "\ud800", "\ud801", "\ud802",
+    "weather(", "weather(days=1)", 'city="x\\"', "(", ")", "=", ":", "'", "\\u00e4", "{days:1}",
+    "call:weather", "<function_calls>", "</function_calls>", "time-of_day()", "1.5", "None",
+    "\ud803", "\ud803x\ud803",
 ]  # fmt: skip
 
 
@@ -195,7 +202,7 @@ def pieces_of(style: str, chunks: list[str], use: ToolUse = USE) -> list[str | T
 @given(
     st.lists(st.sampled_from(PARTS), max_size=25), st.sampled_from(sorted(TEMPLATES)), st.randoms()
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=600, deadline=None)
 def test_cuts_change_nothing_and_no_text_is_lost(parts: list[str], style: str, rng: random.Random):
     text = "".join(parts)
     whole = pieces_of(style, [text])
@@ -204,7 +211,7 @@ def test_cuts_change_nothing_and_no_text_is_lost(parts: list[str], style: str, r
     assert pieces_of(style, chunks) == whole
     assert pieces_of(style, list(text)) == whole
     if not any(isinstance(piece, ToolCall) for piece in whole):
-        shown = text.translate({0xD800: None, 0xD801: None, 0xD802: None})
+        shown = text.translate(dict.fromkeys(range(0xD800, 0xD804)))
         assert "".join(map(str, whole)) == shown
 
 
@@ -370,7 +377,8 @@ def test_alternatives_without_end_are_any_type():
 
 
 MUST = ToolUse(TOOLS, must=True)
-AS_JSON = sorted(style for style in TEMPLATES if form_of(WORLDS[style]).fields is None)
+BY_PART = ("fields", "members")
+AS_JSON = sorted(style for style in TEMPLATES if form_of(WORLDS[style]).body not in BY_PART)
 
 
 def parts_of(world: Tokenizer, tokens: list[int], use: ToolUse) -> list[list[CallPart]]:

@@ -29,7 +29,38 @@ def _chatml(calls: str, *, head: str = _HEAD) -> str:
 _EACH = "{% for call in m.tool_calls %}{% set f = call.function %}"
 _LEAD = "{% if not loop.first or m.content %}{{ '\n' }}{% endif %}"
 
+_PYTHON = (  # texts as JSON writes them, the rest in Python's words
+    _EACH + "{{ f.name }}({% for k, v in f.arguments | items %}{{ k }}="
+    "{{ v | tojson if v is string or v is mapping else v }}"
+    "{% if not loop.last %}, {% endif %}{% endfor %})"
+)
+_MARKED = (
+    "{% macro noted(v) %}{% if v is string %}{{ '<|\"|>' + v + '<|\"|>' }}{% elif v is boolean %}"
+    "{{ 'true' if v else 'false' }}{% elif v is mapping %}{{ '{' }}{% for k, w in v | items %}"
+    "{{ k }}:{{ noted(w) }}{% if not loop.last %},{% endif %}{% endfor %}{{ '}' }}"
+    "{% elif v is sequence %}[{% for w in v %}{{ noted(w) }}{% if not loop.last %},{% endif %}"
+    "{% endfor %}]{% else %}{{ v }}{% endif %}{% endmacro %}"
+)
+
 TEMPLATES = {
+    "gemma4": _MARKED
+    + _chatml(  # what follows a call is a result, if it is known
+        _EACH + "<|tool_call>call:{{ f.name }}{{ noted(f.arguments) }}<tool_call|>{% endfor %}"
+        "{% if loop.last %}<|tool_response>{% endif %}"
+    ),
+    "lfm2": _chatml(
+        "<|tool_call_start|>[" + _PYTHON + "{% if not loop.last %}, {% endif %}{% endfor %}]"
+        "<|tool_call_end|>"
+    ),
+    "lfm2_silent": _chatml("", head=_HEAD.replace("these:", "these:<|tool_list_start|>")),
+    "olmo3": _chatml(
+        "<function_calls>"
+        + _PYTHON.replace(" if v is string or v is mapping else v", "")
+        + "{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}</function_calls>"
+    ),
+    "pythonic": _chatml(  # no marker: all of the answer
+        "[" + _PYTHON + "{% if not loop.last %}, {% endif %}{% endfor %}]"
+    ),
     "hermes": _chatml(
         _EACH + _LEAD + '<tool_call>\n{"name": "{{ f.name }}", "arguments": '
         "{{ f.arguments | tojson }}}\n</tool_call>{% endfor %}"
@@ -107,8 +138,10 @@ TEMPLATES = {
 SPECIAL = (
     "[INST]", "[/INST]", "[TOOL_CALLS]", "[ARGS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
     "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "<|tool_call|>", "<|calls|>", "<|call|>", "<|sep|>",
-    "<|end_call|>", "<|end_calls|>",
+    "<|end_call|>", "<|end_calls|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", '<|"|>',
 )  # fmt: skip
+LFM2 = ("<|tool_list_start|>", "<|tool_call_start|>", "<|tool_call_end|>")
+"""Of its own worlds: where a template is silent they say how calls are written."""
 ADDED = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<arg_key>")
 """Tokens of their own, but text: not special."""
 
@@ -127,9 +160,12 @@ NO_TOOLS = {
         "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
     ),
     "silent": "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}",
-    "code": _chatml(  # calls as a line of Python
+    "code": _chatml(  # texts that nothing tells from other values
         "[" + _EACH + "{{ f.name }}({% for k, v in f.arguments | items %}{{ k }}={{ v }}"
         "{% endfor %}){% endfor %}]"
+    ),
+    "lines": _chatml(  # without a marker and brackets they may be anything
+        _PYTHON + "{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
     ),
     "names": _chatml(_EACH + "<tool_call>{{ f.name }}</tool_call>{% endfor %}"),
     "mute": _chatml(""),
@@ -142,7 +178,8 @@ def hf(template: str, *, merges: bool = True) -> PreTrainedTokenizerFast:
     tok = backend("byte_level")
     if not merges:
         tok = _bytes_only(tok)
-    tok.add_special_tokens([AddedToken(name, normalized=False) for name in SPECIAL])
+    special = [*SPECIAL, *(LFM2 if any(name in template for name in LFM2) else ())]
+    tok.add_special_tokens([AddedToken(name, normalized=False) for name in special])
     tok.add_tokens([AddedToken(name, normalized=False) for name in ADDED])
     return PreTrainedTokenizerFast(
         tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>",

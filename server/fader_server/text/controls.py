@@ -18,6 +18,8 @@ from fader_server.errors import ModelUnsupported, RequestInvalid
 
 _MARKUP = re.compile(r"<[^\s<>]+>|\[[A-Z_/]+\]")
 _PRIVATE = range(0xE000, 0xF900)
+_ESCAPED = re.compile(r"\\u(e[0-9a-f]{3}|f[0-8][0-9a-f]{2})")
+"""Private characters as templates may write them that show values as Python does."""
 _SCHEMA = frozenset((
     "$defs", "$ref", "additionalProperties", "allOf", "anyOf", "array", "boolean", "const",
     "default", "description", "enum", "format", "function", "integer", "items", "name", "null",
@@ -55,6 +57,7 @@ class Controls:
         """Private characters nobody uses here: a seam, and one for each control token found."""
         texts = [text for value in given for text in strings(value)]
         used = set(self._template).union(*texts)
+        used |= {chr(int(code, 16)) for text in texts for code in _ESCAPED.findall(text)}
         patterns = (self.all, self.special_only)
         names = sorted({name for text in texts for p in patterns for name in p.findall(text)})
         unused = [char for char in map(chr, _PRIVATE) if char not in used][: len(names) + 1]
@@ -103,9 +106,10 @@ class Marking:
 
     def restored(self, rendered: str) -> str:
         """For the twin: the template's control tokens by their secret names, all else as it was."""
-        words = {char: name for name, char in self._stand_ins.items()}
-        written = {self._seam: "", **words, **self._controls.secret}
-        pattern = _any_of([*self._controls.secret, self._seam, *words])
+        words = {self._seam: "", **{char: name for name, char in self._stand_ins.items()}}
+        words |= {f"\\u{ord(char):04x}": name for char, name in words.items()}
+        written = {**words, **self._controls.secret}
+        pattern = _any_of([*self._controls.secret, *words])
         return pattern.sub(lambda match: written[match[0]], rendered)
 
 

@@ -32,6 +32,11 @@ class Detokenizer:
         other._first = self._first
         return other
 
+    @property
+    def whole(self) -> bool:
+        """Whether no character is unfinished."""
+        return not self._utf8.getstate()[0]
+
     def feed(self, token: int) -> str:
         """The text that is certain now."""
         if self._pieces.is_silent(token):

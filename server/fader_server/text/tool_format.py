@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fader_server.text.notation import Notation
+
 CONTROL = range(0xD800, 0xDF00)
 """Lone surrogates: characters for special tokens."""
 ID = "\udfff"
@@ -49,9 +51,9 @@ class ToolFormat:
     """An answer is written as opening, name, middle, arguments, then closing, or between and the
     next name, and so on."""
 
-    body: Literal["object", "list", "named", "fields"]
-    """A JSON object with name and arguments, a list of those, a name and a JSON object, or a name
-    and fields; `frame` is around it."""
+    body: Literal["object", "list", "named", "fields", "members"]
+    """A JSON object with name and arguments, a list of those, a name and a JSON object, a name and
+    fields, or a name and members; `frame` is around it."""
     opening: str
     middle: str
     between: str | None
@@ -66,6 +68,10 @@ class ToolFormat:
     """Of the name and the arguments in a JSON object."""
     fields: FieldStyle | None = None
     """Of a body of fields."""
+    notation: Notation | None = None
+    """Of a body of members."""
+    spelled: Mapping[str, str] | None = None
+    """Names of its special tokens, where the template writes no calls: they are content there."""
 
     @property
     def told(self) -> str:
@@ -75,19 +81,30 @@ class ToolFormat:
             "list": "a JSON list of calls",
             "named": "a name and a JSON object a call",
             "fields": "a name and fields a call",
+            "members": "a name and members in brackets a call",
         }[self.body]
 
     @property
     def bare(self) -> bool:
         """No marker tells a call from text: an answer is one as a whole, or it has none."""
-        return not self.frame.first.strip()
+        return self.frame.first.strip() in ("", "[")
 
     def history(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """A past answer with calls, whose arguments are objects, as the template takes it."""
         calls = message["tool_calls"]
+        if self.spelled is not None:
+            said = message["content"] + self._written([call["function"] for call in calls])
+            return {"role": message["role"], "content": said}
         if self.text_arguments:
             calls = [with_text(call) for call in calls]
         return {**message, "tool_calls": calls}
+
+    def _written(self, functions: list[Mapping[str, Any]]) -> str:
+        assert self.notation is not None
+        names = str.maketrans(dict(self.spelled or {}))
+        each = [f["name"] + self.notation.arguments(f["arguments"]) for f in functions]
+        between = (self.between or "").translate(names)
+        return self.opening.translate(names) + between.join(each) + self.closing.translate(names)
 
 
 def with_text(call: Mapping[str, Any]) -> dict[str, Any]:

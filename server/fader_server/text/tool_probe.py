@@ -6,7 +6,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fader_server.text.notation_probe import known_format, read_notation
 from fader_server.text.tool_format import CONTROL, FieldStyle, Frame, ToolFormat
+from fader_server.text.tool_frames import frame_of, recognised
 from fader_server.text.tool_samples import (
     KEYS,
     NAMES,
@@ -43,24 +45,15 @@ def find_format(
     # as text only where the template takes nothing else: another it would write down unread
     as_text = samples.write(ONE, as_text=False) is None
     if as_text and samples.write(ONE, as_text=True) is None:
-        return Unread("the chat template writes no calls")
-    found = _Probe(samples, as_text=as_text).read()
+        return known_format(special) or Unread("the chat template writes no calls")
+    found = _Probe(samples, as_text=as_text).read() or read_notation(samples)
     if found is None:
         return Unread("the chat template writes calls in a form that is not known here")
-    if not _recognised(found):
+    if not recognised(found):
         return Unread("the calls that the chat template writes cannot be told from text")
     if samples.wrapping & set(found.controls.values()):
         return Unread("the chat template writes calls in the channels that answers are in")
     return found
-
-
-def _recognised(found: ToolFormat) -> bool:
-    """Whether each call can be told from text, and its end from what follows."""
-    frame, lists = found.frame, found.body in ("object", "list")
-    if found.bare:
-        return lists and not frame.end.strip() and found.between is None
-    again = found.between is None or lists or frame.again.strip()
-    return bool(again) and (found.body != "fields" or bool(frame.end.strip()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +98,13 @@ class _Probe:
             return self._format("list", written, frame, keys=_keys(json.loads(whole[begin:end])[0]))
         begin, end = _find(whole, _is_call)
         if not end:
-            frame = _frame(one.before, between, written.closing)
+            frame = frame_of(one.before, between, written.closing)
             return self._format("named", written, frame)
         apart = None
         if between is not None and two is not None:
             both = two.before + NAMES[0] + two.after
             apart = both[end : max(end, _find(both, _is_call, end)[0])]
-        frame = _frame(whole[:begin], apart, whole[end:])
+        frame = frame_of(whole[:begin], apart, whole[end:])
         return self._format("object", written, frame, keys=_keys(json.loads(whole[begin:end])))
 
     def _read_fields(self, one: Written) -> ToolFormat | None:
@@ -140,7 +133,7 @@ class _Probe:
             between = text if name and last == middle + closing else None
         return self._format(
             "fields", _Parts(one.before, middle, between, closing),
-            _frame(one.before, between, closing), fields=FieldStyle(before, within, after),
+            frame_of(one.before, between, closing), fields=FieldStyle(before, within, after),
         )  # fmt: skip
 
     def _format(
@@ -156,16 +149,6 @@ class _Probe:
             body, parts.opening, parts.middle, parts.between, parts.closing, frame,
             self._as_text, dict(self._samples.controls), keys, fields,
         )  # fmt: skip
-
-
-def _frame(head: str, apart: str | None, tail: str) -> Frame:
-    """Around several bodies, of what is before the first, between two and after the last."""
-    if apart is None:
-        return Frame(head, tail, "", "")
-    end = common_start(tail, apart)
-    if end != tail:
-        end = end.rstrip("< \n")
-    return Frame(head, end, apart.removeprefix(end), tail.removeprefix(end))
 
 
 def _find(text: str, good: Callable[[Any], bool], start: int = 0) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """What a base's chat template makes of calls that are known. Knows no format of calls."""
 
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,6 +30,26 @@ _WORD = "ostrich"
 _USER = {"role": "user", "content": "owl"}
 
 
+def tools_shown() -> list[dict[str, Any]]:
+    """Tools of these names and keys."""
+    text = {"type": "string", "description": ""}
+    shape = {"type": "object", "properties": dict.fromkeys(KEYS, text)}
+    return [Tool(name, "", shape).shown for name in NAMES]
+
+
+def messages_of(
+    arguments: Sequence[Mapping[str, Any]], *, as_text: bool = False
+) -> list[dict[str, Any]]:
+    """A chat whose last answer has calls with these arguments."""
+    calls = [
+        {"id": id, "type": "function", "function": {"name": name, "arguments": given}}
+        for id, name, given in zip(_IDS, NAMES, arguments, strict=False)
+    ]
+    if as_text:
+        calls = [with_text(call) for call in calls]
+    return [_USER, {"role": "assistant", "content": "", "tool_calls": calls}]
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
     """Some calls as the template writes them, split at the first name."""
@@ -43,9 +63,7 @@ class Samples:
 
     def __init__(self, render: Render, special: Mapping[str, int], ends: Collection[int]) -> None:
         """special: ids of special tokens by name. ends: tokens that end an answer."""
-        text = {"type": "string", "description": ""}
-        shape = {"type": "object", "properties": dict.fromkeys(KEYS, text)}
-        self._tools = [Tool(name, "", shape).shown for name in NAMES]
+        self._tools = tools_shown()
         self._render = render
         self._special = special
         self._ends = ends
@@ -67,16 +85,9 @@ class Samples:
         lead = self._head[len(common_start(self._head, self._prompt)) :]
         return {token for name, token in self._special.items() if name in lead}
 
-    def write(self, *arguments: dict[str, str], as_text: bool) -> Written | None:
+    def write(self, *arguments: Mapping[str, Any], as_text: bool = False) -> Written | None:
         """Calls with these arguments; as_text: given as text. None: the template writes none."""
-        calls = [
-            {"id": id, "type": "function", "function": {"name": name, "arguments": given}}
-            for id, name, given in zip(_IDS, NAMES, arguments, strict=False)
-        ]
-        if as_text:
-            calls = [with_text(call) for call in calls]
-        said = {"role": "assistant", "content": "", "tool_calls": calls}
-        text = self._render([_USER, said], self._tools, prompt=False)
+        text = self._render(messages_of(arguments, as_text=as_text), self._tools, prompt=False)
         if text is None:
             return None
         text = text[len(common_start(self._head, text)) :]

@@ -38,14 +38,14 @@ def _after(rest: str, char: str) -> str | None:
 
 
 def one_of(*options: list[str], first: str = "", may_end: bool = False) -> Reading[int]:
-    """Which of these sequences of words comes."""
+    """Which of these sequences of words comes; -1: the text ends, as it may."""
     ways = {index: "\n" + "\n".join(words) for index, words in enumerate(options)}
     while True:
         char = first or (yield)
         first = ""
         if not char:
             if may_end:
-                return 0
+                return -1
             raise Broken
         left = ((index, _after(rest, char)) for index, rest in ways.items())
         ways = {index: rest for index, rest in left if rest is not None}

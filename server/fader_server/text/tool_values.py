@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,8 +11,19 @@ _HOPS = 8
 _MOST = 64
 """References and alternatives that are followed to learn types."""
 _NOTES = frozenset(("title", "description", "default", "examples", "deprecated", "$comment"))
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character, which JSON can write but UTF-8 cannot."""
 _SPELLINGS = {"True": "true", "False": "false", "None": "null"}
 """Models of these formats were taught by templates that write Python's words."""
+
+
+def keys_of(schema: Mapping[str, Any]) -> dict[str, bool]:
+    """The keys of an object that has a schema, in its order, and if each must be there."""
+    found, needed = schema.get("properties"), schema.get("required")
+    keys = dict.fromkeys(found if isinstance(found, Mapping) else (), False)
+    return keys | {
+        key: True for key in (needed if isinstance(needed, list) else ()) if isinstance(key, str)
+    }
 
 
 def ways_of(parameters: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
@@ -19,10 +31,13 @@ def ways_of(parameters: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
     is left as it is."""
     properties = parameters.get("properties")
     found = properties.get(key) if isinstance(properties, Mapping) else None
-    if not isinstance(found, Mapping):
-        return [{}]
-    ways = list(itertools.islice(_ways(found, parameters, _HOPS), _MOST + 1))
-    return ways if len(ways) <= _MOST else [found]
+    return alternatives(found, parameters) if isinstance(found, Mapping) else [{}]
+
+
+def alternatives(schema: Mapping[str, Any], root: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The same of any schema in the parameters `root`."""
+    ways = list(itertools.islice(_ways(schema, root, _HOPS), _MOST + 1))
+    return ways if len(ways) <= _MOST else [schema]
 
 
 def types_of(ways: list[Mapping[str, Any]]) -> frozenset[str]:
@@ -46,6 +61,14 @@ def values_of(way: Mapping[str, Any]) -> list[Any] | None:
     if "const" in way:
         return [way["const"]]
     return way["enum"] if isinstance(way.get("enum"), list) else None
+
+
+def written_object(value: object) -> str:
+    """Arguments as clients get them. Raises ValueError for what is no JSON object."""
+    if not isinstance(value, dict):
+        raise ValueError("no object")
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return json.dumps(value) if not text.isascii() and _SURROGATE.search(text) else text
 
 
 def load_json(text: str) -> Any:  # noqa: ANN401 - any JSON value
