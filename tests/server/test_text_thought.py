@@ -131,6 +131,16 @@ def test_past_thoughts_reach_templates_that_read_them_and_are_no_control_tokens(
     )
 
 
+def test_past_thoughts_have_the_name_that_the_template_reads_them_by():
+    for read in ("m.thinking", "m['thinking']"):
+        named = made(QWEN.replace("m.reasoning_content", read))
+        assert named.encode_chat(chat("x", "y", "z", thought="hm")) == made().encode_chat(
+            chat("x", "y", "z", thought="hm")
+        )
+    switch = made(QWEN.replace("m.reasoning_content", "thinking"))
+    assert "hm" not in switch.decode(switch.encode_chat(chat("x", "y", "z", thought="hm")))
+
+
 def test_without_markers_or_where_the_operator_wants_none_nothing_is_told_apart():
     assert made(TEMPLATES["chatml"]).thought(()) is None  # the template has none
     source = hf("byte_level", QWEN)

@@ -143,13 +143,13 @@ class Generator:
             return await self._tokenizer.tool_guides(call.tools, call.shape, count, tenant=tenant)
         if call.shape is None:
             return None
-        return await self._tokenizer.guides(call.shape, count, tenant=tenant)
+        return await self._tokenizer.guides(call.shape, count, tenant=tenant, chat=call.chat)
 
     def _choice(self, call: Call, index: int, request: Request, echo: Echo | None) -> Choice:
         thought = self._tokenizer.thought(request.prompt) if call.chat else None
         if call.tools is not None:
             stream = self._tokenizer.tool_stream(
-                call.tools, stops=call.stop, include_stop=call.include_stop
+                call.tools, stops=call.stop, include_stop=call.include_stop, thought=thought
             )
             return CallingChoice(index, request, stream, ids=call.return_ids, thought=thought)
         if echo is not None:
@@ -159,6 +159,7 @@ class Generator:
             after=() if call.chat and not call.continues else request.prompt,
             stops=call.stop,
             include_stop=call.include_stop,
+            thought=thought,
         )
         return Choice(index, request, text, ids=call.return_ids, thought=thought)
 

@@ -193,8 +193,9 @@ class Tokenizer(Protocol):
         after: Sequence[int] = (),
         stops: Iterable[str] = (),
         include_stop: bool = False,
+        thought: Thought | None = None,
     ) -> TextStream:
-        """after: what the text continues; none in a chat."""
+        """after: what the text continues; none in a chat. thought: of the same choice."""
         ...
 
     def echo(self, prompt: Sequence[int]) -> Echo:
@@ -202,9 +203,14 @@ class Tokenizer(Protocol):
         ...
 
     def tool_stream(
-        self, use: ToolUse, *, stops: Iterable[str] = (), include_stop: bool = False
+        self,
+        use: ToolUse,
+        *,
+        stops: Iterable[str] = (),
+        include_stop: bool = False,
+        thought: Thought | None = None,
     ) -> ToolStream:
-        """Of a chat that was encoded with these tools."""
+        """Of a chat that was encoded with these tools. thought: of the same choice."""
         ...
 
     def thought(self, prompt: Sequence[int]) -> Thought | None:
@@ -212,16 +218,19 @@ class Tokenizer(Protocol):
         ...
 
     def after_thought(self, guide: Guide, prompt: Sequence[int]) -> Guide:
-        """The guide for the answer of a choice in a chat with this prompt."""
+        """The guide for the answer of a choice in a chat with this prompt. Raises
+        RequestInvalid."""
         ...
 
     def token_text(self, token: int) -> str: ...
 
     def token_bytes(self, token: int) -> bytes | None: ...
 
-    async def guides(self, shape: Shape, count: int, *, tenant: str = "") -> Sequence[Guide]:
-        """For so many outputs of one shape. Waits for its grammar, which others share; grammars
-        are made for tenants in turn.
+    async def guides(
+        self, shape: Shape, count: int, *, tenant: str = "", chat: bool = False
+    ) -> Sequence[Guide]:
+        """For so many outputs of one shape; chat: for answers of one. Waits for its grammar, which
+        others share; grammars are made for tenants in turn.
 
         Raises RequestInvalid for a shape that cannot be enforced, Overloaded.
         """

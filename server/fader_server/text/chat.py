@@ -1,6 +1,7 @@
 """Chats to token ids by the base's own template. What a client writes is never a control token."""
 
 import inspect
+import re
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -14,13 +15,19 @@ from fader_server.text.contents import text_of, with_short_ids
 from fader_server.text.controls import Controls, Marking
 from fader_server.text.effort import variables_for, variables_read
 from fader_server.text.encoding import encode
+from fader_server.text.harmony import as_template_takes, find_harmony
 from fader_server.text.roles import ROLES
 from fader_server.text.thought import find_markers
 from fader_server.text.tool_format import ToolFormat
 from fader_server.text.tool_probe import Unread, find_format
 from fader_server.text.tools import Tool
 
-_FIELDS = ("content", "name", "tool_call_id", "reasoning_content")
+_THOUGHTS = {
+    "reasoning_content": re.compile("reasoning_content"),
+    "thinking": re.compile(r"""\w\.thinking\b|["']thinking["']"""),
+}
+"""Fields of messages that templates read what was thought from, and how they do."""
+_FIELDS = ("content", "name", "tool_call_id", *_THOUGHTS)
 _WORD = "parrot"
 """What a template is asked to repeat."""
 _ARGUMENTS = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
@@ -39,8 +46,10 @@ class ChatEncoder:
         *,
         ends: Collection[int] = (),
         variables: Mapping[str, Any] = MappingProxyType({}),
+        thoughts_apart: bool = True,
     ) -> None:
         """ends: tokens that end an answer. variables: of the template, for every chat.
+        thoughts_apart: what the model thinks is no part of its answers.
 
         Raises ModelUnsupported when the tokenizer's control tokens cannot be told from text, or
         when it has several templates and none of them is the default, and ConfigInvalid for
@@ -55,16 +64,26 @@ class ChatEncoder:
         with_tools = str(tokenizer.get_chat_template(tools=[]))
         self._read = variables_read(self.template) | variables_read(with_tools)
         self._variables = _checked(variables, self._read)
-        self.markers = find_markers(backend, self.template + with_tools)
+        found_markers = find_markers(backend, self.template + with_tools)
+        self.markers = found_markers if thoughts_apart else None
         """Around what the model thinks; None where the template has none."""
+        self._thought_field = next(
+            (name for name, read in _THOUGHTS.items() if read.search(self.template)), None
+        )
         self._controls = Controls(backend, self.template + with_tools)
         added = backend.get_added_tokens_decoder().items()
         special = {entry.content: token for token, entry in added if entry.special}
-        found = find_format(self._try, special, ends)
+        self.harmony = find_harmony(self._try, special) if thoughts_apart else None
+        """Where answers are in harmony's channels."""
+        found = (
+            find_format(self._try, special, ends)
+            if self.harmony is None
+            else Unread(self.harmony.unread)
+        )
         self.tool_format: ToolFormat | None = found if isinstance(found, ToolFormat) else None
-        """None where the template has no calls of tools, or none that can be read."""
+        """None where the template has no calls of tools, none that can be read, or harmony's."""
         self.unread = found.reason if isinstance(found, Unread) else ""
-        """Why there is no tool_format, in words."""
+        """Why there are no calls, in words; empty: there are."""
         self._short_ids = self._takes_id("parrot024") and not self._takes_id("call_parrot24")
 
     def encode(
@@ -93,7 +112,7 @@ class ChatEncoder:
         if self._short_ids:  # a chat may have begun at another server
             plain = [with_short_ids(message) for message in plain]
         shown = [tool.shown for tool in tools]
-        if shown and self.tool_format is None:
+        if shown and self.unread:
             raise RequestInvalid(
                 "this model's chat template has no calls of tools that this server can read: only "
                 'tool_choice "none" is possible',
@@ -139,10 +158,10 @@ class ChatEncoder:
         for field in ("name", "tool_call_id"):
             if isinstance(message.get(field), str):
                 fields[field] = message[field]
-        if message.get("reasoning_content") and "reasoning_content" in self.template:
-            fields["reasoning_content"] = message["reasoning_content"]
+        if message.get("reasoning_content") and self._thought_field is not None:
+            fields[self._thought_field] = message["reasoning_content"]
         if message.get("tool_calls"):
-            if self.tool_format is None:
+            if self.unread:
                 raise RequestInvalid(
                     "this model's chat template has no calls of tools that this server can read",
                     param="messages",
@@ -161,6 +180,8 @@ class ChatEncoder:
 
     def _written(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """As the template takes calls."""
+        if self.harmony is not None:
+            return as_template_takes(messages)
         form = self.tool_format
         return [form.history(m) if form and "tool_calls" in m else m for m in messages]
 

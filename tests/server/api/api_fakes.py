@@ -231,6 +231,7 @@ class FakeTokenizer:
         after: Sequence[int] = (),
         stops: Iterable[str] = (),
         include_stop: bool = False,
+        thought: Thought | None = None,
     ) -> FakeTextStream:
         return FakeTextStream(stops=stops, include_stop=include_stop)
 
@@ -251,7 +252,12 @@ class FakeTokenizer:
         return None if token == EOS else bytes([token])
 
     def tool_stream(
-        self, use: ToolUse, *, stops: Iterable[str] = (), include_stop: bool = False
+        self,
+        use: ToolUse,
+        *,
+        stops: Iterable[str] = (),
+        include_stop: bool = False,
+        thought: Thought | None = None,
     ) -> FakeToolStream:
         return FakeToolStream(use, stops=stops, include_stop=include_stop)
 
@@ -266,7 +272,9 @@ class FakeTokenizer:
     def restriction(self, ids: Sequence[int], words: Iterable[str]) -> Restriction:
         return restriction_of(ids, words, lambda word: tuple(word.encode()), VOCAB, self.eos_ids)
 
-    async def guides(self, shape: Shape, count: int, *, tenant: str = "") -> list["FakeGuide"]:
+    async def guides(
+        self, shape: Shape, count: int, *, tenant: str = "", chat: bool = False
+    ) -> list["FakeGuide"]:
         """Of a schema with `wait` never, with `refuse` a refusal."""
         self.guided.append(tenant)
         self.shapes.append(shape)

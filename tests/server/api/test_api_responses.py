@@ -253,6 +253,15 @@ def test_a_token_that_ends_a_call_and_begins_words_is_of_both():
     assert events.taken().count(b"event: response.output_item.done") == 2
 
 
+def test_a_line_break_that_parts_two_messages_is_of_neither_item():
+    output = Output(Events(streamed=False), None, {})
+    for delta in (Delta(0, "\na"), Delta(0, "\nb"), Delta(0, thought="t"), Delta(0, "\nc")):
+        output.add(delta)
+    output.add(Delta(0, finish="stop"))
+    items = json.loads(output.written)
+    assert [item["content"][0]["text"] for item in items] == ["\na\nb", "t", "c"]
+
+
 async def test_calls_of_a_namespace_name_it(worlds):
     world = worlds(script=say(CALL))
     space = {"type": "namespace", "name": "n", "description": "d", "tools": [TOOL]}

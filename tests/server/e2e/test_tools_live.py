@@ -21,8 +21,7 @@ from tests.server.tool_worlds import NO_TOOLS, TEMPLATES, hf
 from tests.support.peft_adapters import write_adapter
 
 
-def write_base(folder: Path, template: str) -> Path:
-    tokenizer = hf(template)
+def write_base(folder: Path, tokenizer: transformers.PreTrainedTokenizerFast) -> Path:
     torch.manual_seed(5)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1,
@@ -37,7 +36,7 @@ def write_base(folder: Path, template: str) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    base = write_base(tmp_path_factory.mktemp("base"), TEMPLATES["hermes"])
+    base = write_base(tmp_path_factory.mktemp("base"), hf(TEMPLATES["hermes"]))
     roots = tmp_path_factory.mktemp("roots")
     for seed, name in enumerate(("tone", "domain")):
         write_adapter(base, roots / name, rank=4, seed=seed, scale=0.5)
@@ -86,13 +85,13 @@ BLEND = {"adapters": [{"name": "tone", "weight": 0.7}, {"name": "domain", "weigh
 WAYS = [("base", None), ("tone", None), ("base", BLEND)]
 
 
-async def test_an_agent_calls_is_told_and_answers(client: AsyncOpenAI):
-    """Three turns of calls, then one of words."""
+async def called(client: AsyncOpenAI, **more: Any) -> list[Any]:
+    """A chat after three turns of calls and their results."""
     messages = list(ASKED)
     for turn in range(3):
         answer = await client.chat.completions.create(
             model="base", messages=messages, tools=TOOLS, tool_choice="required",
-            parallel_tool_calls=turn == 1, temperature=1.0, seed=turn, max_tokens=1500,
+            parallel_tool_calls=turn == 1, temperature=1.0, seed=turn, max_tokens=1500, **more,
         )  # fmt: skip
         (choice,) = answer.choices
         assert choice.finish_reason == "tool_calls"
@@ -103,6 +102,12 @@ async def test_an_agent_calls_is_told_and_answers(client: AsyncOpenAI):
             assert call.type == "function"
             MODELS[call.function.name].model_validate_json(call.function.arguments)
             messages.append({"role": "tool", "tool_call_id": call.id, "content": "<|im_end|> 5"})
+    return messages
+
+
+async def test_an_agent_calls_is_told_and_answers(client: AsyncOpenAI):
+    """Three turns of calls, then one of words."""
+    messages = await called(client)
     last = await client.chat.completions.create(
         model="base", messages=messages, tools=TOOLS, tool_choice="none", max_tokens=9
     )
@@ -202,7 +207,7 @@ async def test_the_clients_own_stream_reads_the_calls(client: AsyncOpenAI):
 
 
 async def test_a_base_whose_template_has_no_tools_says_so(tmp_path: Path):
-    base = write_base(tmp_path / "base", NO_TOOLS["silent"])
+    base = write_base(tmp_path / "base", hf(NO_TOOLS["silent"]))
     (tmp_path / "roots").mkdir()
     async with agents(base, tmp_path / "roots") as (client, world):
         with pytest.raises(openai.BadRequestError, match="chat template") as caught:

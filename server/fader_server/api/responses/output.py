@@ -169,6 +169,8 @@ class Output:
         self._grow(self._open(_CALL, own, call.index), call.arguments)
 
     def _say(self, text: str) -> None:
+        if _MESSAGE in self._kinds and not (self._item and self._item.kind is _MESSAGE):
+            text = text.removeprefix("\n")  # parts what it says in one text: here it is an item
         item = self._of(_MESSAGE, {"role": "assistant"})
         scored, self._unplaced = self._unplaced, []
         scores = self._scores(scored) if self._scores is not None and scored else []
