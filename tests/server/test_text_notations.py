@@ -6,7 +6,6 @@ import random
 import pytest
 
 from fader_server.errors import RequestInvalid
-from fader_server.text.notation_reader import Members
 from fader_server.text.shape import Shape
 from fader_server.text.tokenizer import Tokenizer
 from fader_server.text.tool_reader import CallReader
@@ -222,7 +221,6 @@ def test_words_are_those_of_the_template():
         "olmo3": ("true", "false", "null"),
         "gemma4": ("true", "false", "None"),
     }
-    assert Members  # read with any of them
 
 
 def test_where_a_template_is_silent_past_calls_are_content():
@@ -329,6 +327,8 @@ REFUSED = (
     {"a": {"type": "object", "patternProperties": {"x": {}}}},
     {"a:b": {"type": "string"}},
     {"a": {"enum": []}},
+    {"a": {"enum": [5], "type": "string"}},
+    {"a": False},
 )
 
 
@@ -375,3 +375,21 @@ async def test_content_with_a_shape_may_stand_where_python_calls_have_no_mark():
     assert heard(WORLDS["pythonic"], said) == ("[1, 2]", [])
     tokens = spoken(WORLDS["pythonic"], call(days=3))
     assert write(guides[1], tokens) == len(tokens)
+
+
+@pytest.mark.parametrize("style", ["lfm2", "olmo3"])
+async def test_what_python_has_words_for_is_kept_to_other_keywords_too(style: str):
+    some = {"anyOf": [{"type": "integer"}, {"type": "string"}], "minLength": 2}
+    shape = {"type": "object", "properties": {"a": some, "b": {"enum": ["x", 5], "type": "string"}}}
+    use = ToolUse((Tool("weather", "", shape, strict=True),), must=True)
+    for given, good in (
+        ({"a": 5}, True),
+        ({"a": "xy"}, True),
+        ({"a": "x"}, False),
+        ({"a": True}, False),
+        ({"a": None}, False),
+        ({"b": "x"}, True),
+        ({"b": 5}, False),
+    ):
+        tokens = spoken(WORLDS[style], call(**given))
+        assert (write(await guide_of(WORLDS[style], use), tokens) == len(tokens)) == good

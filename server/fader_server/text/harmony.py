@@ -102,8 +102,10 @@ def may_be_head(text: str) -> bool:
 
 def find_harmony(render: Render, special: Mapping[str, int]) -> Harmony | None:
     """None: the base does not speak it. special: ids of special tokens by name."""
-    names: dict[str, Mark] = {f"<|{mark}|>": mark for mark in get_args(Mark)}
-    marks = {special[name]: mark for name, mark in names.items() if name in special}
+    all_marks: tuple[Mark, ...] = get_args(Mark)
+    marks: dict[int, Mark] = {
+        special[f"<|{mark}|>"]: mark for mark in all_marks if f"<|{mark}|>" in special
+    }
     if not _NEEDED.issubset(marks.values()):
         return None
     said = {"role": ROLE, "content": _WORD}
@@ -112,11 +114,11 @@ def find_harmony(render: Render, special: Mapping[str, int]) -> Harmony | None:
     lead = f"<|start|>{ROLE}<|channel|>final<|message|>"
     if not prompt.endswith(f"<|start|>{ROLE}") or not answer.partition(_WORD)[0].endswith(lead):
         return None
-    return Harmony(marks, _why_not(render, {*marks.values()}))
+    return Harmony(marks, _why_not(render, ends="call" in marks.values()))
 
 
-def _why_not(render: Render, marks: set[Mark]) -> str:
-    """Why calls are not read."""
+def _why_not(render: Render, *, ends: bool) -> str:
+    """Why calls are not read. ends: there is a token for their end."""
     tools = tools_shown()
     if NAMES[0] not in (render([_USER], tools, prompt=True) or ""):
         return "the chat template shows no tools to the model"
@@ -125,7 +127,7 @@ def _why_not(render: Render, marks: set[Mark]) -> str:
     read = read_head(head.replace("<|channel|>", CHANNEL).replace("<|constrain|>", CONSTRAIN))
     if not found or read.recipient != PREFIX + NAMES[0] or json.dumps(ONE) not in text:
         return "the chat template writes no calls to functions"
-    return "" if "call" in marks else "the tokenizer has no <|call|>"
+    return "" if ends else "the tokenizer has no <|call|>"
 
 
 def as_template_takes(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

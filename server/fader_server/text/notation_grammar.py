@@ -13,7 +13,7 @@ from typing import Any
 
 from fader_server.text.notation import Notation
 from fader_server.text.tool_rules import Rules, unwritable
-from fader_server.text.tool_values import alternatives, keys_of, types_in, values_of
+from fader_server.text.tool_values import alternatives, is_of, keys_of, types_in, values_of
 from fader_server.text.tools import Tool
 
 _NOTES = frozenset((
@@ -31,6 +31,7 @@ _KEPT: Mapping[str, tuple[str, ...]] = {
     "null": (),
 }
 """Keywords that are followed to the letter, by type."""
+_KNOWN = _NOTES.union(*_KEPT.values())
 _NAME = r"/[a-zA-Z_][a-zA-Z0-9_]{0,63}/"
 _HALF = re.compile("[\ud800-\udfff]")
 _DEPTH = 64
@@ -59,6 +60,8 @@ class MemberRules:
 
     def _value(self, schema: object) -> str:
         """A rule for a value that has a schema."""
+        if schema is False:
+            raise unwritable(self._tool)
         shape = schema if isinstance(schema, Mapping) else {}
         key = json.dumps(shape, sort_keys=True)
         if key not in self._made:
@@ -76,9 +79,11 @@ class MemberRules:
         values = values_of(way)
         if values is not None:
             self._check(way, frozenset())
-            if not values:
+            named = types_in(way)
+            kept = [self._literal(value) for value in values if not named or is_of(value, named)]
+            if not kept:
                 raise unwritable(self._tool)
-            return " | ".join(map(self._literal, values))
+            return " | ".join(kept)
         types = types_in(way) & _KEPT.keys() or frozenset(_KEPT)
         if not self._notation.quote:
             return self._python(way, types)
@@ -87,7 +92,7 @@ class MemberRules:
 
     def _python(self, way: Mapping[str, Any], types: frozenset[str]) -> str:
         """Its words for truth and nothing, also in lists, else JSON."""
-        own = types & {"boolean", "null"}
+        own = types & {"boolean", "null"} if _KNOWN.issuperset(way) else frozenset[str]()
         if not way.keys() - _NOTES - {*_KEPT["array"]}:
             own |= types & {"array"}  # its items may be such words
         words = [self._of_type(name, way) for name in sorted(own)]

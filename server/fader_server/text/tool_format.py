@@ -87,14 +87,16 @@ class ToolFormat:
     @property
     def bare(self) -> bool:
         """No marker tells a call from text: an answer is one as a whole, or it has none."""
-        return self.frame.first.strip() in ("", "[")
+        first = self.frame.first.strip()
+        return not first or (self.notation is not None and first == "[")
 
     def history(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """A past answer with calls, whose arguments are objects, as the template takes it."""
         calls = message["tool_calls"]
         if self.spelled is not None:
             said = message["content"] + self._written([call["function"] for call in calls])
-            return {"role": message["role"], "content": said}
+            rest = {key: value for key, value in message.items() if key != "tool_calls"}
+            return {**rest, "content": said}
         if self.text_arguments:
             calls = [with_text(call) for call in calls]
         return {**message, "tool_calls": calls}

@@ -85,7 +85,7 @@ def read_value(text: str, types: frozenset[str]) -> Any:  # noqa: ANN401 - any J
         value = load_json(_SPELLINGS.get(text.strip(), text))
     except (ValueError, RecursionError):
         value = text
-    if not isinstance(value, str) and (not types or _is_of(value, types)):
+    if not isinstance(value, str) and (not types or is_of(value, types)):
         return value
     if types and "string" not in types:
         raise ValueError("a value of another type")
@@ -122,7 +122,8 @@ def _target(reference: object, root: Mapping[str, Any]) -> object:
     return found
 
 
-def _is_of(value: object, types: frozenset[str]) -> bool:
+def is_of(value: object, types: frozenset[str]) -> bool:
+    """Whether a value has one of these JSON types."""
     name = _type(value)
     return name in types or (name == "integer" and "number" in types)
 
