@@ -196,6 +196,14 @@ def test_arguments_that_a_grammar_keeps_are_told_as_they_come():
         assert all(BODY.startswith(made.arguments) for made in told.calls)
 
 
+def test_what_a_cut_leaves_of_a_head_before_what_is_kept_is_no_content():
+    strict = ToolUse((Tool("weather", "", {"type": "object"}, strict=True),))
+    tokens = tokens_of(THOUGHT + TO)
+    for cut in range(len(tokens)):
+        assert heard(tokens[:cut], strict).text == ""
+    assert heard(TO[:9], USE).text == TO[:9], "the check cannot fail"
+
+
 # The template's side: what is known of a base, and what past turns become
 
 

@@ -108,6 +108,8 @@ def test_names_and_keys():
          [ToolCall("weather", "{}"), ", other()]"]),
         ("<|tool_call_start|>[weather(days=3", ["[weather(days=3"]),
         ("<|tool_call_start|>weather()<|tool_call_end|>", ["weather()"]),
+        ("<|tool_call_start|>[weather(city='x)]<|tool_call_end|>a<|tool_call_start|>[weather()]",
+         ["[weather(city='x)]a", ToolCall("weather", "{}")]),
         ("<|tool_call_start|>[]<|tool_call_end|>", ["[]"]),
         ("[weather()]", ["[weather()]"]),
     ],
