@@ -126,6 +126,7 @@ def test_lists_of_calls_between_tokens(text: str, expected: list[str | ToolCall]
         ("[weather()", 0),
         ("[weather()] is it", 0),
         ("So: [weather()]", 0),
+        ("So [[weather()]", 0),
         ("[weather(), other()]", 0),
         ("[1] weather [weather()]", 0),
         ("[]", 0),
