@@ -38,6 +38,7 @@ _READ = frozenset(
         "layers_to_transform",
         "lora_alpha",
         "lora_bias",
+        "modules_to_save",
         "peft_type",
         "r",
         "rank_pattern",
@@ -51,7 +52,6 @@ _READ = frozenset(
 )
 
 _REMEDY = {
-    "modules_to_save": "full modules cannot be served beside the base; train LoRA only",
     "alora_invocation_tokens": "activated LoRA is not implemented",
     "layer_replication": "the base's layers are shared and cannot be replicated",
 }

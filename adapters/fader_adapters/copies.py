@@ -8,6 +8,7 @@ from fader_adapters.dtypes import DTYPES
 from fader_adapters.errors import AdapterInvalid, AdapterMismatch
 from fader_adapters.header import TensorInfo
 from fader_adapters.modules import Checked, Module
+from fader_adapters.saved import ENDS
 from fader_adapters.spec import BaseWeights
 from fader_adapters.tensor_names import Named
 
@@ -27,9 +28,13 @@ def check_copies(
     *,
     trusted: bool,
 ) -> tuple[str, ...]:
-    """Every copy of the base's weights, and the tied pair, is what it must be. Returns the names
+    """Every copy of the base's linears, and the tied pair, is what it must be. Returns the names
     of copies that were not compared. Raises AdapterInvalid, AdapterMismatch."""
-    copied = [(named.copies[m.path], m) for m in checked.modules if m.path in named.copies]
+    copied = [
+        (named.copies[m.path], m)
+        for m in checked.modules
+        if m.path in named.copies and m.place.role not in ENDS
+    ]
     for info, module in copied:
         _check_copy(data, info, module, dtype, weights, trusted=trusted)
     if checked.tied is not None:
@@ -46,14 +51,10 @@ def _check_copy(
     *,
     trusted: bool,
 ) -> None:
-    """A weight of the base that PEFT saved beside the adapter must be the base's own, rounded.
-
-    PEFT does so by default for the embedding and the output head, and loads them in their place.
-    """
+    """A linear's weight that was saved beside the adapter must be the base's own, rounded."""
     remedy = "save with save_embedding_layers=False"
     place, (span, *others) = module.place, module.place.spans
     copy = tensor_of(data, info)
-    copy = copy.t() if place.role == "embedding" else copy
     if others or copy.shape != (place.out_features, place.in_features):
         raise AdapterMismatch(
             f"tensor {info.name[:160]!r} has shape {info.shape}, {place.path!r} of the base another"

@@ -2,7 +2,7 @@
 were checked; no configs, no layout.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -11,8 +11,9 @@ from fader_adapters.errors import AdapterInvalid
 from fader_adapters.expert_factors import of_experts, of_stack
 from fader_adapters.factors import Linear, Part, put_together
 from fader_adapters.header import TensorInfo
-from fader_adapters.modules import Checked, Module
+from fader_adapters.modules import NOTHING, Checked, Module
 from fader_adapters.pauses import Pause
+from fader_adapters.replaced import Replaced, as_linear
 from fader_adapters.spec import BaseSpec, BaseWeights, LinearSpec
 from fader_adapters.tokens import as_part
 
@@ -20,6 +21,7 @@ from fader_adapters.tokens import as_part
 def linears_of(
     data: bytes,
     checked: Checked,
+    replaced: Mapping[int, Replaced],
     base: BaseSpec,
     dtype: torch.dtype,
     weights: BaseWeights | None,
@@ -28,12 +30,20 @@ def linears_of(
     """Every adapted linear by its index in the base, in its order, cast to `dtype`.
 
     data     of the weights file
+    replaced  tables by their linear's index
     weights  the base's own, where they are at hand; without them DoRA is refused
     Raises AdapterInvalid, also where none does anything.
     """
     linears: dict[int, Linear] = {}
-    for index, own in checked.by_linear.items():
-        linears[index] = _linear(data, index, own, base, dtype, weights)
+    adapted = checked.by_linear
+    for index in sorted({*adapted, *replaced}):
+        own, table = adapted.get(index, NOTHING), replaced.get(index)
+        if table is None:
+            linears[index] = _linear(data, index, own, base, dtype, weights)
+        else:
+            assert weights is not None
+            lora = _on_table(data, index, own, table)
+            linears[index] = as_linear(table, lora, base, dtype, weights, pause)
         pause()
     if all(linear.idle for linear in linears.values()):
         raise AdapterInvalid("every delta is zero: the adapter would answer as the base does")
@@ -62,6 +72,20 @@ def _linear(
             )
         panels = weights.panels(index)
     return put_together(parts, base.linears[index].out_features, dtype, panels)
+
+
+def _on_table(data: bytes, index: int, own: Checked, table: Replaced) -> list[Part]:
+    """The LoRA modules of a table that is replaced by a copy that was trained. Raises
+    AdapterInvalid for what else stands there."""
+    others = ["trained tokens"] if own.tokens else []
+    others += ["DoRA"] if any(module.tensors.magnitude for module in own.modules) else []
+    if others:
+        raise AdapterInvalid(
+            f"{table.place.path!r} has {others[0]} over a copy of the base's weight that differs "
+            "from the base's own: it was trained or belongs to another base; where it was not "
+            "trained, save with save_embedding_layers=False"
+        )
+    return [part for module in own.modules for part in _parts(data, index, module)]
 
 
 def _stack(

@@ -12,7 +12,7 @@ from fader_adapters.limits import Limits
 from fader_adapters.pattern_nodes import Budget, PatternUnsafe
 from fader_adapters.patterns import Pattern
 from fader_adapters.strict_json import load_object
-from fader_adapters.targets import ALL_LINEAR, PathMap, Targets
+from fader_adapters.targets import ALL_LINEAR, TIED_NAMES, PathMap, Targets
 
 _NAME = re.compile(r"[A-Za-z0-9_]+", re.ASCII)
 _MAX_NAMES = 4096
@@ -44,6 +44,18 @@ class LoraConfig:
     """Of the library that saved it, where it says so."""
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Trained token rows by module name; "" is the embedding."""
+    saved: tuple[str, ...] = ()
+    """Names of modules that were trained whole (modules_to_save)."""
+
+    def saves(self, path: str) -> bool:
+        """Whether PEFT trains the module at `path` of the adapter's model whole: by the end of its
+        path, dots or not."""
+        return f"base_model.model.{path}".endswith(self.saved)
+
+    @property
+    def ties_saved(self) -> bool:
+        """Whether what is trained of one end of a tied base is trained of both. By names alone."""
+        return self.tying and any(name.rpartition(".")[2] in TIED_NAMES for name in self.saved)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -52,6 +64,7 @@ class LoraConfig:
             ("dora", self.dora),
             ("lora_bias", self.bias),
             ("trainable_tokens", bool(self.tokens)),
+            ("modules_to_save", bool(self.saved)),
         )
         return tuple(kind for kind, there in flags if there)
 
@@ -115,6 +128,7 @@ def read_config(data: bytes, limits: Limits) -> LoraConfig:
         bias=bias,
         tying=_boolean(fields, "ensure_weight_tying"),
         tokens=_tokens(fields.get("trainable_token_indices")),
+        saved=_saved(fields.get("modules_to_save")),
     )
 
 
@@ -199,6 +213,14 @@ def _tokens(value: Any) -> dict[str, tuple[int, ...]]:  # noqa: ANN401
         ):
             raise invalid("trainable_token_indices", value, "lists of different token numbers")
     return {name: tuple(tokens) for name, tokens in named.items()}
+
+
+def _saved(value: Any) -> tuple[str, ...]:  # noqa: ANN401
+    if not value:
+        return ()
+    if _strings(value) and len(value) <= _MAX_NAMES and all(value):
+        return tuple(value)
+    raise invalid("modules_to_save", value, f"a list of 1 to {_MAX_NAMES} names")
 
 
 def _entries(fields: dict[str, Any], key: str) -> list[tuple[str, Any]]:

@@ -4,7 +4,7 @@ Knows headers; reads no weights.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fader_adapters.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge
@@ -15,13 +15,13 @@ from fader_adapters.parameters import name_parameters
 from fader_adapters.pattern_nodes import PatternUnsafe
 from fader_adapters.pauses import Pause
 from fader_adapters.places import Place
+from fader_adapters.saved import ENDS, SavedTable, check_apart, check_saved
 from fader_adapters.spec import BaseSpec
 from fader_adapters.targets import ALL_LINEAR, Targets
 from fader_adapters.tensor_names import ModuleTensors, Named
 from fader_adapters.tokens import TokenRows, check_tokens
 from fader_adapters.views import view_base
 
-_ENDS = ("embedding", "head")
 _PLAIN_ONLY = {"experts": "experts", "router": "router"}
 """Places that take A and B alone, and how they are told."""
 
@@ -47,6 +47,7 @@ class Checked:
 
     modules: tuple[Module, ...]
     tokens: tuple[TokenRows, ...]
+    saved: tuple[SavedTable, ...] = ()
     tied: tuple[Module, Module] | None = None
     """The embedding and the head, where one delta is to be at both."""
     unmatched: tuple[str, ...] = ()
@@ -66,6 +67,9 @@ class Checked:
         return {i: Checked(tuple(found[i][0]), tuple(found[i][1])) for i in sorted(found)}
 
 
+NOTHING = Checked((), ())
+
+
 def check_modules(
     named: Named, config: LoraConfig, base: BaseSpec, limits: Limits, pause: Pause
 ) -> Checked:
@@ -75,13 +79,17 @@ def check_modules(
     """
     named = name_parameters(named, config.targets, base)
     view = view_base({**named.modules, **named.tokens}, base)
-    for path, info in named.copies.items():
-        if path not in named.modules:
-            raise AdapterInvalid(f"tensor {info.name[:160]!r} belongs to no adapted module")
+    saved = check_saved(named, config, view, base)
+    whole = {table.place.path for table in saved if table.trained}
     places = {path: place for path in named.modules if (place := view.place(path))}
     theirs = view.theirs_too  # all that it could have adapted
-    unmatched = _unmatched(config.targets, {**places, **theirs})
-    tying = config.tying and base.tied
+    unmatched = (
+        *_unmatched(config.targets, {**places, **theirs}),
+        *(name for name in config.saved if not any(p.endswith(name) for p in (*theirs, *whole))),
+    )
+    # PEFT adapts nothing that it trains whole, and ties that first
+    theirs = {path: place for path, place in theirs.items() if place.path not in whole}
+    tying = config.tying and base.tied and not config.ties_saved
     tied = _check_targets(config, named, places, theirs, tying=tying, pause=pause)
     modules: list[Module] = []
     other_way = turned(named.modules, places, config, base)
@@ -90,17 +98,36 @@ def check_modules(
         modules.append(module)
         pause()
     tokens = check_tokens(named.tokens, config.tokens, view, base, limits)
-    taken = {module.place.path for module in modules}
+    _check_trained_tokens(tokens, modules, tied=base.tied)
+    check_apart(
+        saved,
+        {
+            **{module.place.path: "LoRA factors" for module in modules},
+            **{rows.place.path: "trained tokens" for rows in tokens},
+        },
+    )
+    ends = {module.place.role: module for module in modules if module.place.role in ENDS}
+    both = tied and len(ends) == len(ENDS)
+    pair = (ends["embedding"], ends["head"]) if both else None
+    return Checked(tuple(modules), tokens, saved, pair, unmatched)
+
+
+def _check_trained_tokens(
+    tokens: Iterable[TokenRows], modules: Iterable[Module], *, tied: bool
+) -> None:
+    """Only over a tied head, whose tokens are trained with the embedding's, does LoRA stand on
+    trained tokens: the sum of both. Raises AdapterInvalid."""
+    taken = {module.place.path: module for module in modules}
     for rows in tokens:
-        if rows.place.path in taken:
+        module = taken.get(rows.place.path)
+        if module is None:
+            continue
+        if not tied or rows.place.role != "head" or module.tensors.magnitude is not None:
+            kind = "LoRA factors" if module.tensors.magnitude is None else "DoRA"
             raise AdapterInvalid(
-                f"{rows.place.path!r} has both LoRA factors and trained tokens; leave it out of "
+                f"{rows.place.path!r} has both {kind} and trained tokens; leave it out of "
                 "target_modules, or train without trainable_token_indices"
             )
-    ends = {module.place.role: module for module in modules if module.place.role in _ENDS}
-    both = tied and len(ends) == len(_ENDS)
-    pair = (ends["embedding"], ends["head"]) if both else None
-    return Checked(tuple(modules), tokens, pair, unmatched)
 
 
 def _check_targets(

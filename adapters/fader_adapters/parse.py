@@ -16,8 +16,9 @@ from fader_adapters.header import read_header
 from fader_adapters.limits import Limits
 from fader_adapters.linears import linears_of
 from fader_adapters.lora_config import LoraConfig, read_config
-from fader_adapters.modules import Checked, Module, check_modules
+from fader_adapters.modules import NOTHING, Checked, Module, check_modules
 from fader_adapters.pauses import Pause, never
+from fader_adapters.replaced import read_tables
 from fader_adapters.report import AdapterReport, ModuleReport
 from fader_adapters.source import RawAdapter
 from fader_adapters.spec import (
@@ -93,11 +94,14 @@ def read_adapter(
     named = _named(raw.weights, limits, pause)
     checked = check_modules(named, config, base, limits, pause)
     untold = check_copies(raw.weights, named, checked, dtype, weights, trusted=trust_copies)
-    linears = linears_of(raw.weights, checked, base, dtype, weights, pause)
+    tables = read_tables(
+        raw.weights, checked.saved, base, dtype, weights, pause, trusted=trust_copies
+    )
+    linears = linears_of(raw.weights, checked, tables.replaced, base, dtype, weights, pause)
     reports = _reports(linears, checked, base, limits, pause)
     spec = lay_out(
         base,
-        _version(raw.weights, config, checked.modules, pause),
+        _version(raw.weights, config, checked, pause),
         (_shape(index, linear, base) for index, linear in linears.items()),
     )
     report = AdapterReport(
@@ -109,7 +113,8 @@ def read_adapter(
         base_name=config.base_name,
         kinds=config.kinds,
         unmatched=checked.unmatched,
-        copies_not_compared=untold,
+        copies=tables.unchanged,
+        copies_not_compared=(*untold, *tables.not_compared),
     )
     factors = tuple(linear.factors for linear in linears.values())
     return ParsedAdapter(spec, report, dtype, factors)
@@ -140,7 +145,8 @@ def _reports(
     by_linear = checked.by_linear
     reports: list[ModuleReport] = []
     for index, linear in linears.items():
-        reports.append(_report(index, linear, by_linear[index].modules, base, limits))
+        own = by_linear.get(index, NOTHING)
+        reports.append(_report(index, linear, own.modules, base, limits))
         pause()
     return tuple(reports)
 
@@ -163,14 +169,16 @@ def _report(
             f"the delta of {theirs!r} has norm {linear.norm:.3g}, "
             f"the limit is {limits.delta_norm:g}"
         )
-    if not own:  # trained rows: one rank a token
+    if not own:  # trained rows, one rank a token, or a whole table
         return ModuleReport(path, linear.factors.rank, 1.0, linear.scale, linear.norm)
     rank, alpha = max(m.rank for m in own), max(m.alpha for m in own)
     return ModuleReport(path, rank, alpha, max(m.scale for m in own), linear.norm)
 
 
-def _version(weights: bytes, config: LoraConfig, modules: Sequence[Module], pause: Pause) -> Digest:
+def _version(weights: bytes, config: LoraConfig, checked: Checked, pause: Pause) -> Digest:
     """sha256 of what the config decides, then the weights file, each with its length before it."""
+    modules = checked.modules
+    trained = sorted(table.place.path for table in checked.saved if table.trained)
     effective = json.dumps(
         {
             "format": "fader-adapter-1",
@@ -183,6 +191,7 @@ def _version(weights: bytes, config: LoraConfig, modules: Sequence[Module], paus
                 else {}
             ),
             **({"tokens": config.tokens} if config.tokens else {}),
+            **({"saved": trained} if trained else {}),
         },
         sort_keys=True,
         separators=(",", ":"),

@@ -34,6 +34,12 @@ class Place:
         return sum(span.stop - span.start for span in self.spans)
 
     @property
+    def table(self) -> tuple[int, int]:
+        """Tokens and width of an embedding, or of the output head."""
+        sizes = (self.in_features, self.out_features)
+        return sizes if self.role == "embedding" else sizes[::-1]
+
+    @property
     def module(self) -> bool:
         """Whether it is a module of the adapter's model, not a parameter of one."""
         return self.role != "experts" or self.spans[0].expert is not None

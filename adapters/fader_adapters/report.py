@@ -34,9 +34,11 @@ class AdapterReport:
     base_name: str | None
     """What the adapter says it was trained on."""
     kinds: tuple[str, ...] = ()
-    """What it has beside A and B: "dora", "lora_bias", "trainable_tokens"."""
+    """What it has beside A and B: "dora", "lora_bias", "trainable_tokens", "modules_to_save"."""
     unmatched: tuple[str, ...] = ()
-    """Names in its lists of targets that the base has nothing of."""
+    """Names of what is to be trained that the base has nothing of."""
+    copies: tuple[str, ...] = ()
+    """Tensors that are the base's own weights: they change nothing."""
     copies_not_compared: tuple[str, ...] = ()
     """Tensors that must be the base's own weights, which were not at hand."""
 

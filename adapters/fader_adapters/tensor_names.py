@@ -15,17 +15,20 @@ _ROLES = (
     (rf"(?P<path>.+)\.lora_(?P<role>magnitude)_vector{_ADAPTER}(?:\.weight)?", ""),
     (rf"(?P<path>.+)\.lora_B{_ADAPTER}\.(?P<role>bias)", ""),
     (rf"(?P<path>.+)\.token_adapter\.trainable_(?P<role>tokens)_delta{_ADAPTER}", ""),
-    (r"(?P<path>.+)\.base_layer\.(?P<role>weight)(?P<adapter>)", ""),
+    (r"(?P<path>.+?)(?:\.token_adapter)?\.base_layer\.(?P<role>weight)(?P<adapter>)", ""),
+    (r"(?P<path>.+)\.original_module\.(?P<role>weight)(?P<adapter>)", ""),
+    (rf"(?P<path>.+)\.modules_to_save{_ADAPTER}\.(?P<role>weight)", "kept "),
+    (r"(?P<path>(?:.+\.)?(?!lora_)[^.]+)\.(?P<role>weight)(?P<adapter>)", "whole "),
 )
 _PATTERNS = tuple((re.compile(pattern), kind) for pattern, kind in _ROLES)
 
+_WEIGHTS = frozenset(("weight", "kept weight", "whole weight"))
+"""Roles of tensors that are all of a module's weight."""
+
 _KNOWN_EXTRAS = {
-    "modules_to_save": "a full module (modules_to_save); train LoRA only",
     "lora_E": "AdaLoRA, which is not implemented",
-    ".bias": "a trained bias of the base; train with bias='none'",
-    ".base_layer.": "a copy of the base's own layer; save with save_embedding_layers=False",
-    "embed_tokens": "full embeddings; save with save_embedding_layers=False",
-    "lm_head.weight": "a full output head; save with save_embedding_layers=False",
+    ".bias": "a trained bias of the base; train with bias='none', and leave modules that have one "
+    "out of modules_to_save",
 }
 
 
@@ -57,13 +60,18 @@ class Named:
     tokens: Mapping[str, TensorInfo] = field(default_factory=dict)
     """Trained rows of embeddings [tokens, width]."""
     copies: Mapping[str, TensorInfo] = field(default_factory=dict)
-    """The base's own weights, saved beside the adapter."""
+    """The base's own weights of adapted modules, saved beside the adapter."""
+    whole: Mapping[str, TensorInfo] = field(default_factory=dict)
+    """Whole weights of modules that are not adapted otherwise."""
+    kept: Mapping[str, TensorInfo] = field(default_factory=dict)
+    """The same once more, as PEFT's modules_to_save keeps it."""
 
     @property
     def dtypes(self) -> tuple[str, ...]:
         """As safetensors spells them, sorted."""
         infos = [info for module in self.modules.values() for info in module.infos]
-        return tuple(sorted({info.dtype for info in (*infos, *self.tokens.values())}))
+        infos += [*self.tokens.values(), *self.whole.values()]
+        return tuple(sorted({info.dtype for info in infos}))
 
 
 def sort_tensors(infos: Iterable[TensorInfo]) -> Named:
@@ -72,7 +80,7 @@ def sort_tensors(infos: Iterable[TensorInfo]) -> Named:
     adapters: set[str | None] = set()
     for info in infos:
         path, role, adapter = _role(info.name)
-        if role != "weight":
+        if role not in _WEIGHTS:
             adapters.add(adapter)
         own = found.setdefault(path, {})
         if role in own:
@@ -82,12 +90,13 @@ def sort_tensors(infos: Iterable[TensorInfo]) -> Named:
         raise AdapterInvalid(
             f"the tensors name several adapters ({', '.join(map(repr, adapters))[:120]}); save one"
         )
-    modules = {p: _module(p, own) for p, own in found.items() if own.keys() - {"tokens", "weight"}}
-    return Named(
-        modules,
-        {path: own["tokens"] for path, own in found.items() if "tokens" in own},
-        {path: own["weight"] for path, own in found.items() if "weight" in own},
-    )
+    others = _WEIGHTS | {"tokens"}
+    modules = {path: _module(path, own) for path, own in found.items() if own.keys() - others}
+
+    def of(role: str) -> dict[str, TensorInfo]:
+        return {path: own[role] for path, own in found.items() if role in own}
+
+    return Named(modules, of("tokens"), of("weight"), of("whole weight"), of("kept weight"))
 
 
 def _role(name: str) -> tuple[str, str, str | None]:
@@ -105,6 +114,11 @@ def _module(path: str, own: dict[str, TensorInfo]) -> ModuleTensors:
     if len(kinds) != 1:
         raise AdapterInvalid(f"{path[:160]!r} has {', '.join(map(_shown, own))} but no lora_A, B")
     (kind,) = kinds
+    if "whole weight" in own:
+        raise AdapterInvalid(
+            f"tensor {own['whole weight'].name[:160]!r} is a whole weight, of a module that has "
+            "LoRA factors: leave the module out of modules_to_save, or out of target_modules"
+        )
     for there, missing in (("A", "B"), ("B", "A")):
         if kind + missing not in own:
             raise AdapterInvalid(

@@ -5,7 +5,6 @@ Knows tables by rows and tokens by number; no files.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 
 import torch
 
@@ -83,7 +82,7 @@ def as_part(rows: TokenRows, values: torch.Tensor, weights: BaseWeights | None) 
     (span,) = rows.place.spans
     index = torch.tensor(rows.tokens)
     change = values.float() - _own(rows.place, index, weights)
-    one_hot = torch.zeros(len(index), _vocabulary(rows.place))
+    one_hot = torch.zeros(len(index), rows.place.table[0])
     one_hot[torch.arange(len(index)), index] = 1.0
     if rows.place.role == "embedding":
         return Part(0, span.stop, one_hot, change.t(), 1.0)
@@ -109,21 +108,17 @@ def _rows(place: Place, info: TensorInfo, tokens: tuple[int, ...], limits: Limit
         raise AdapterTooLarge(
             f"trainable_token_indices has {len(tokens)} tokens, the limit is {limits.rank}"
         )
-    if max(tokens) >= _vocabulary(place):
+    vocabulary, width = place.table
+    if max(tokens) >= vocabulary:
         raise AdapterMismatch(
             f"trainable_token_indices names token {shown(max(tokens))}, the base has "
-            f"{_vocabulary(place)}: another base"
+            f"{vocabulary}: another base"
         )
-    width = prod((place.in_features, place.out_features)) // _vocabulary(place)
     if info.shape != (len(tokens), width):
         raise AdapterMismatch(
             f"tensor {info.name[:160]!r} has shape {info.shape}, expected ({len(tokens)}, {width})"
         )
     return TokenRows(place, info, tokens)
-
-
-def _vocabulary(place: Place) -> int:
-    return place.in_features if place.role == "embedding" else place.out_features
 
 
 def _own(place: Place, index: torch.Tensor, weights: BaseWeights) -> torch.Tensor:

@@ -127,10 +127,14 @@ class PeftSide:
 
     def _with(self, adapter: str) -> Any:  # noqa: ANN401 - PEFT's model
         """Modules of its own over the base's one set of weights: what PEFT makes of an adapter
-        depends on what it has loaded into the same modules before, where it can load it at all."""
+        depends on what it has loaded into the same modules before, where it can load it at all.
+        Embedding and head are copies, for PEFT writes saved ones over them."""
         if self._under is None or self._under[0] != adapter:
             self._under = None
-            tensors = (*self._plain.parameters(), *self._plain.buffers())
+            ends = (self._plain.get_input_embeddings(), self._plain.get_output_embeddings())
+            own = {id(tensor) for end in ends if end is not None for tensor in end.parameters()}
+            every = (*self._plain.parameters(), *self._plain.buffers())
+            tensors = [tensor for tensor in every if id(tensor) not in own]
             modules = copy.deepcopy(self._plain, {id(tensor): tensor for tensor in tensors})
             self._under = adapter, self._load(modules, adapter)
         return self._under[1]

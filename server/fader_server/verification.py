@@ -127,9 +127,10 @@ def _fader(
 
 
 def _arena(folders: Iterable[Path]) -> int:
-    """Bytes that hold all of them in fp32, whatever they are stored in."""
+    """Bytes that hold all of them in fp32, whatever they are stored in, at both ends of a tied
+    base."""
     files = [file for folder in folders for file in Path(folder).glob("*.safetensors")]
-    return (8 << 20) + 4 * sum(file.stat().st_size for file in files)
+    return (8 << 20) + 8 * sum(file.stat().st_size for file in files)
 
 
 def _answers(

@@ -210,15 +210,14 @@ def test_without_a_base_the_adapter_of_a_tied_embedding_is_told_like_any_other()
         alone({**PLAIN, **ROWS}, trainable_token_indices=[1, 2, 3])
 
 
-def test_a_saved_copy_of_the_base_is_taken_only_if_it_is_the_bases():
-    head = {**pair(HEAD, VOCAB, WIDTH), f"{HEAD}.base_layer.weight": WEIGHTS.w[2].contiguous()}
-    config: dict[str, Any] = {"target_modules": ["lm_head"]}
-    assert load(head, **config).report.matched == 1
-    trained = {**head, f"{HEAD}.base_layer.weight": WEIGHTS.w[2].contiguous() + 0.1}
-    with pytest.raises(AdapterMismatch, match="save_embedding_layers=False"):
-        load(trained, **config)
-    with pytest.raises(AdapterInvalid, match="save_embedding_layers=False"):
-        load(head, weights=None, **config)
+def test_a_saved_copy_of_the_base_changes_nothing_and_wants_the_base():
+    name = f"{HEAD}.base_layer.weight"
+    head = {**pair(HEAD, VOCAB, WIDTH), name: WEIGHTS.w[2].contiguous()}
+    parsed = load(head, target_modules=["lm_head"])
+    assert parsed.report.copies == (name,)
+    assert parsed.report.matched == 1
+    with pytest.raises(AdapterInvalid, match="name the base"):
+        load(head, weights=None, target_modules=["lm_head"])
 
 
 THIRD = torch.tensor([3])

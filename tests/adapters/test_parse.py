@@ -226,13 +226,13 @@ BAD_TENSORS = {
     "full embedding": (
         extra(f"{PREFIX}model.embed_tokens.weight"),
         AdapterInvalid,
-        "save_embedding",
+        "whole module of its own",
     ),
-    "full head": (extra(f"{PREFIX}lm_head.weight"), AdapterInvalid, "save_embedding"),
+    "full head": (extra(f"{PREFIX}lm_head.weight", 128, 64), AdapterInvalid, "name the base"),
     "saved module": (
         extra(f"{PREFIX}lm_head.modules_to_save.weight"),
         AdapterInvalid,
-        "full module",
+        "whole module",
     ),
     "stranger": (extra("stranger"), AdapterInvalid, "no part of a LoRA pair"),
     "twice": (extra(f"{Q0}.lora_A.weight", 4, 64), AdapterInvalid, "two tensors"),

@@ -35,6 +35,10 @@ class DenseOracle:
         config = json.loads((path / "adapter_config.json").read_text())
         tensors = load_file(path / "adapter_model.safetensors")
         for name, b in tensors.items():
+            if "lora" not in name and name.endswith(".weight"):  # trained whole
+                where = name.removesuffix(".weight").removeprefix("base_model.model.")
+                own, there = (m.get_submodule(where).weight.data for m in (self._base, model))
+                there += gamma * (b.double() - own)
             for end in (".lora_B.weight", ".lora_embedding_B"):
                 if name.endswith(end):
                     stem = name.removesuffix(end)

@@ -1,6 +1,7 @@
 """Random LoRA adapters written by PEFT itself, with B that is not zero."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ def write_adapter(
     seed: int,
     scale: float = 0.02,
     copies: bool = False,
+    rows: Sequence[int] | None = None,
     **config: Any,
 ) -> Path:
     """Train nothing, draw what is trained at random, save as PEFT does.
 
-    `copies`: with the base's embeddings, as PEFT does by default where they are adapted.
+    copies  with the base's embedding and head
+    rows    of modules that are trained whole, those that change; None: all
     """
     model = auto_class(transformers.AutoConfig.from_pretrained(base)).from_pretrained(base)
     settings = {
@@ -54,9 +57,13 @@ def write_adapter(
                 parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
             elif "trainable_tokens_delta" in name:
                 parameter.add_(parameter.std() * torch.randn_like(parameter))
+            elif "modules_to_save" in name:
+                noise = parameter.std() * torch.randn_like(parameter)
+                some = slice(None) if rows is None else list(rows)
+                parameter[some] += noise[some]
     peft.create_or_update_model_card = lambda folder: None  # a README that nothing here reads
     with warnings.catch_warnings():
         # PEFT takes the bias of a B for a B that was not gathered, and tells when it saves copies
         warnings.filterwarnings("ignore", message=".*LoRA tensor.*|.*save_embedding_layers.*")
-        peft.save_pretrained(target, save_embedding_layers="auto" if copies else False)
+        peft.save_pretrained(target, save_embedding_layers=copies)
     return target

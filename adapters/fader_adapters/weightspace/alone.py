@@ -8,6 +8,7 @@ from fader_adapters.limits import Limits
 from fader_adapters.lora_config import LoraConfig, read_config
 from fader_adapters.parameters import unwrapped
 from fader_adapters.pattern_nodes import PatternUnsafe
+from fader_adapters.replaced import WANTS_BASE
 from fader_adapters.source import RawAdapter
 from fader_adapters.spec import BaseSpec, Digest, LinearSpec, layer_of
 from fader_adapters.stacks import DOWN, UP
@@ -26,6 +27,8 @@ def own_linears(raw: RawAdapter) -> BaseSpec:
     named = sort_tensors(read_header(raw.weights, limits))
     if named.tokens:
         raise AdapterInvalid(WANTS_TABLE)
+    if named.whole:
+        raise AdapterInvalid(WANTS_BASE)
     linears = [
         _linear(path, tensors, config)
         for path, tensors in named.modules.items()

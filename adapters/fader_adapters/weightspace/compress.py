@@ -33,6 +33,7 @@ _NO_LINEAR = {"embedding": "is an adapted embedding", "experts": "are adapted ex
 _OF_THE_BASE = {
     "dora": "use_dora = true scales rows of the base",
     "trainable_tokens": "trainable_token_indices replaces rows of the base",
+    "modules_to_save": "modules_to_save replaces whole weights of the base",
 }
 """What no sum of low-rank products says, however much is known of the base."""
 

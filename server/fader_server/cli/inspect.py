@@ -72,7 +72,9 @@ def _show(console: Console, version: str, health: "Health", *, against: str | No
         "base": health.match.told if against else "not looked at: name it with --base",
     }
     if report.unmatched and against:
-        facts["not in the base"] = f"{', '.join(report.unmatched)}: named as targets"
+        facts["not in the base"] = f"{', '.join(report.unmatched)}: named as to be trained"
+    if report.copies:
+        facts["not trained"] = f"{', '.join(report.copies)}: the base's own"
     if against:
         facts["fingerprint"] = health.match.fingerprint
     if report.copies_not_compared:
