@@ -15,7 +15,7 @@ from fader_server.errors import ConfigInvalid
 from fader_server.peft_side import PeftSide
 from tests.support.families import write_family
 from tests.support.many_families import MANY, write_many
-from tests.support.peft_adapters import write_adapter
+from tests.support.peft_adapters import train_copies, write_adapter
 
 SHOUT = demo.adapter_dirs()["shout"]
 BASE = demo.base_dir()
@@ -196,6 +196,45 @@ def test_adapters_that_peft_does_not_hold_together_are_compared_one_by_one(kind,
         assert torch.equal(found, alone.logits(tokens, name))
         assert not torch.equal(found, before)
     assert torch.equal(before, together.logits(tokens, None))
+
+
+def test_fader_is_peft_where_modules_were_trained_whole(tmp_path, capsys):
+    kinds = {"copied": {"copies": True}, "both": {"modules_to_save": ["lm_head", "embed_tokens"]}}
+    folders = [
+        write_adapter(BASE, tmp_path / name, rank=4, seed=5, **config)
+        for name, config in kinds.items()
+    ]
+    train_copies(folders[0], slice(None))
+    flags = ["--base", str(BASE), "--tokens", "4", "--prompt", "What colour is the sky?"]
+    assert main(["verify", *map(str, folders), *flags, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert all(row["effect"] > 0.5 for row in told["findings"][1:])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_whole_modules_and_trained_copies_are_told_and_leave_pefts_base_alone(
+    family, tmp_path, capsys
+):
+    base = write_family(family, tmp_path / "base")
+    both = {"modules_to_save": ["lm_head", "embed_tokens"]}
+    kinds = {"copied": {"copies": True}, "both": both, "plain": {}}
+    folders = {
+        name: write_adapter(base, tmp_path / name, rank=4, seed=seed, **config)
+        for seed, (name, config) in enumerate(kinds.items())
+    }
+    train_copies(folders["copied"], slice(None))
+    side = PeftSide(str(base), torch.float32, folders)
+    tokens = [5, 6, 3]
+    before = side.logits(tokens, None)
+    found = {name: side.logits(tokens, name) for name in folders}
+    assert torch.equal(before, side.logits(tokens, None)), "a copy was written over the base"
+    assert all((one - before).abs().max() > 0.1 for one in found.values())
+    for name in ("copied", "both"):
+        told = inspect(capsys, folders[name], "--base", base)
+        assert {"lm_head", "embed_tokens"} <= told["sites"].keys()
+        assert ("modules_to_save" in told["kinds"]) == (name == "both")
+        assert main(["inspect", str(folders[name])]) == 2
+        assert "name the base" in capsys.readouterr().err
 
 
 def test_an_adapter_that_peft_refuses_is_named_in_one_line(tmp_path):

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from fader_adapters.architecture import auto_class
+from fader_adapters.source import WEIGHTS_FILE
 
 TIED = "Model (has|with) .?tie_word_embeddings.*|.*ensure_weight_tying.*"
 """What PEFT has to say about adapters of tied embeddings."""
@@ -58,7 +60,7 @@ def write_adapter(
             elif "trainable_tokens_delta" in name:
                 parameter.add_(parameter.std() * torch.randn_like(parameter))
             elif "modules_to_save" in name:
-                noise = parameter.std() * torch.randn_like(parameter)
+                noise = 0.5 * parameter.std() * torch.randn_like(parameter)
                 some = slice(None) if rows is None else list(rows)
                 parameter[some] += noise[some]
     peft.create_or_update_model_card = lambda folder: None  # a README that nothing here reads
@@ -67,3 +69,22 @@ def write_adapter(
         warnings.filterwarnings("ignore", message=".*LoRA tensor.*|.*save_embedding_layers.*")
         peft.save_pretrained(target, save_embedding_layers=copies)
     return target
+
+
+COPIES = (".base_layer.weight", ".original_module.weight", "embed_tokens.weight", "wte.weight")
+
+
+def train_copies(adapter: Path, rows: Sequence[int] | slice) -> None:
+    """Change the copies of the base's weights in a folder, which PEFT loads into the base itself:
+    both ends of a tied one alike."""
+    tensors = load_file(adapter / WEIGHTS_FILE)
+    copies = [name for name in tensors if name.endswith(COPIES)]
+    if not any("modules_to_save" in name for name in tensors):
+        copies += [name for name in tensors if name.endswith("lm_head.weight")]
+    assert copies
+    for name in copies:
+        random = torch.Generator().manual_seed(9)
+        noise = torch.randn(tensors[name].shape, generator=random) * tensors[name].std() / 2
+        some = rows if isinstance(rows, slice) else list(rows)
+        tensors[name][some] += noise[some]
+    save_file(tensors, adapter / WEIGHTS_FILE, metadata={"format": "pt"})

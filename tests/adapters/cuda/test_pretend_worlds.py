@@ -66,6 +66,15 @@ def test_every_kind_of_adapter_gives_the_references_answers(
     check(setting, world, mixed(blends, start=40))
 
 
+def test_ends_that_were_trained_whole_give_the_references_answers(
+    setting: Setting, world: PretendWorld, device: PretendDevice
+) -> None:
+    before = device.replays
+    blends = [{"whole": 1.0}, {"rows": 1.0}, {"whole": 0.5, "rows": 0.3}, {}]
+    check(setting, world, mixed(blends, start=40))
+    assert device.replays > before
+
+
 SAMPLED: list[dict] = [
     {"temperature": 0.8, "seed": 3, "top_k": 7, "top_p": 0.9, "logprobs": 2},
     {"seed": 4, "min_p": 0.1, "presence_penalty": 0.5, "repetition_penalty": 1.2},

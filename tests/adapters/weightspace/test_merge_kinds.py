@@ -156,6 +156,46 @@ def test_a_tied_base_whose_ends_are_adapted_comes_out_untied(family, which, form
         torch.testing.assert_close(models.logits(mine), models.logits(theirs), rtol=0, atol=0.15)
 
 
+WHOLE = {
+    "both": ("qwen3", {"modules_to_save": ["lm_head", "embed_tokens"]}),
+    "head": ("gemma2", {"modules_to_save": ["lm_head"], "rows": range(0, 90, 3)}),
+    "table": ("gemma2", {"modules_to_save": ["embed_tokens"], "rows": range(0, 90, 3)}),
+    "untied": ("llama", {"modules_to_save": ["lm_head", "embed_tokens"], "rows": [3, 5]}),
+}
+
+
+@pytest.mark.parametrize("form", ["bf16", "nf4"])
+@pytest.mark.parametrize("kind", WHOLE)
+def test_what_was_trained_whole_is_in_the_checkpoint(kind, form, tmp_path):
+    family, trained = WHOLE[kind]
+    base = write_family(family, tmp_path / "base")
+    adapter = write_adapter(
+        base, tmp_path / "a", rank=4, seed=1, target_modules=["q_proj"], **trained
+    )
+    merge(base, [Ingredient(adapter)], tmp_path / "out", form=form)
+    plain = models.load(base, dtype=torch.float32) if kind == "untied" else untied(base)
+    was = [plain.lm_head.weight.clone(), plain.get_input_embeddings().weight.clone()]
+    theirs = PeftModel.from_pretrained(plain, adapter).merge_and_unload()
+    mine = models.load(tmp_path / "out")
+    moved = 0
+    for before, (got, wanted) in zip(
+        was,
+        ((m.weight, t.weight) for m, t in zip(_ends(mine), _ends(theirs), strict=True)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got.float(), wanted, rtol=2**-8, atol=1e-6)
+        moved += bool((wanted - before).abs().max() > 0.02)
+    assert moved == len(trained["modules_to_save"])
+    if form == "bf16":
+        torch.testing.assert_close(models.logits(mine), models.logits(theirs), rtol=0, atol=0.15)
+    with pytest.raises(AdapterInvalid, match="modules_to_save replaces whole weights"):
+        compress([Ingredient(adapter)], tmp_path / "low", rank=8)
+
+
+def _ends(model) -> tuple[torch.nn.Module, torch.nn.Module]:
+    return model.lm_head, model.get_input_embeddings()
+
+
 def test_a_tied_base_stays_tied_when_its_ends_are_left_alone(tmp_path):
     tied = write_family("qwen3", tmp_path / "tied")
     inside = write_adapter(tied, tmp_path / "a", rank=2, seed=1, target_modules=["q_proj"])

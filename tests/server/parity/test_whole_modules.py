@@ -16,7 +16,7 @@ from tests.support.dense import DenseOracle
 from tests.support.families import outside, write_family
 from tests.support.lanes import merge, publish, weights_hash
 from tests.support.oracle import Oracle
-from tests.support.peft_adapters import write_adapter
+from tests.support.peft_adapters import train_copies, write_adapter
 from tests.support.world import Answer, Ask, TinyWorld, greedy
 
 SOME = range(3, 60, 2)
@@ -46,20 +46,6 @@ def settings(family: str) -> dict[str, dict[str, Any]]:
 
 TRAINED = {"on_a_copy": slice(None), "head_beside_copies": SOME}
 """Whose copies of the base's weights are trained after all, and which rows."""
-
-
-def train_copies(adapter: Path, rows: Any) -> None:
-    """Change what PEFT loads into the base itself, both ends of a tied one alike."""
-    tensors = load_file(adapter / WEIGHTS_FILE)
-    ends = (".base_layer.weight", ".original_module.weight", "embed_tokens.weight", "wte.weight")
-    copies = [name for name in tensors if name.endswith(ends)]
-    assert copies
-    for name in copies:
-        generator = torch.Generator().manual_seed(9)
-        noise = torch.randn(tensors[name].shape, generator=generator) * tensors[name].std()
-        some = rows if isinstance(rows, slice) else list(rows)
-        tensors[name][some] += noise[some]
-    save_file(tensors, adapter / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 class Setting:
