@@ -36,8 +36,9 @@ class Place:
     @property
     def table(self) -> tuple[int, int]:
         """Tokens and width of an embedding, or of the output head."""
-        sizes = (self.in_features, self.out_features)
-        return sizes if self.role == "embedding" else sizes[::-1]
+        if self.role == "embedding":
+            return self.in_features, self.out_features
+        return self.out_features, self.in_features
 
     @property
     def module(self) -> bool:

@@ -185,7 +185,7 @@ def _pieces(place: Place, base: BaseSpec, weights: BaseWeights, pause: Pause) ->
     for panel in weights.panels(linear):
         some = slice(at, at := at + len(panel))
         own = panel.cpu()
-        yield Piece(some, every, own) if by_token else Piece(every, some, own.t())
+        yield Piece(some, every, own) if by_token else Piece(every, some, own.t().contiguous())
         pause()
 
 
@@ -196,13 +196,18 @@ def _compare(
     changed = torch.zeros(table.place.table[0], dtype=torch.bool)
     for piece in pieces:
         new = values[piece.tokens, piece.columns]
+        if not len(new):
+            continue  # beyond a smaller vocabulary
         own, here = piece.own[: len(new)], changed[piece.tokens][: len(new)]
         served = new.to(dtype)
-        if not bool(served.isfinite().all()):
+        if not all(map(math.isfinite, served.aminmax())):  # either is NaN where a value is
             raise AdapterInvalid(
                 f"tensor {table.infos[0].name[:160]!r} has NaN or infinite values as {dtype}"
             )
-        here |= ((served != own.to(dtype)) & (new != own.to(new.dtype))).any(dim=1)
+        differs = served != own.to(dtype)
+        if new.dtype != dtype:
+            differs &= new != own.to(new.dtype)
+        here |= differs.any(dim=1)
     return changed
 
 

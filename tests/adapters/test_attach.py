@@ -163,6 +163,23 @@ def test_dora_of_linears_head_and_embedding_equals_peft(base, backend):
     assert "site" not in repr(model).lower()
 
 
+@pytest.mark.filterwarnings("ignore")  # PEFT's advice on tied weights
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_ends_that_were_trained_whole_equal_peft(base, backend):
+    table, head, inside = outside(_model(base).config.model_type)
+    config = {"target_modules": [inside], "modules_to_save": [table, head]}
+    path = write_adapter(base, base.parent / f"whole-{backend}", rank=4, seed=6, **config)
+    lora = attach(model := _model(base), arena_bytes=1 << 22, backend=backend)
+    lora.load("whole", path)
+    ids = _ids(3)
+    with lora.rows([None, "whole", {"whole": 0.5}]):
+        ours = _logits(model, ids)
+    peft = PeftModel.from_pretrained(_model(base), path).eval()
+    torch.testing.assert_close(ours[1], _logits(peft, ids[1:2])[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours[0], _logits(_model(base), ids)[0], rtol=0, atol=1e-4)
+    assert (ours[1:] - _logits(_model(base), ids[1:])).abs().amax((1, 2)).min() > 0.1
+
+
 def test_unknown_names_and_wrong_batches_are_refused_and_nothing_stays_held(base, adapters):
     lora = attach(model := _model(base), arena_bytes=1 << 22)
     lora.load("one", adapters["one"])

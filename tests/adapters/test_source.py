@@ -128,7 +128,7 @@ def test_a_file_in_place_of_a_directory_is_forbidden(root, sources):
 
 def test_a_huge_sparse_file_is_refused_before_it_is_read(root, sources):
     tone = write_files(root / "tone")
-    os.truncate(tone / WEIGHTS_FILE, 8 << 30)
+    os.truncate(tone / WEIGHTS_FILE, 9 << 30)
     with pytest.raises(AdapterTooLarge, match="limit"):
         sources.fetch("tone")
 

@@ -35,7 +35,8 @@ class DenseOracle:
         config = json.loads((path / "adapter_config.json").read_text())
         tensors = load_file(path / "adapter_model.safetensors")
         for name, b in tensors.items():
-            if "lora" not in name and name.endswith(".weight"):  # trained whole
+            if name.endswith(".weight") and "lora" not in name and "base_layer" not in name:
+                # trained whole
                 where = name.removesuffix(".weight").removeprefix("base_model.model.")
                 own, there = (m.get_submodule(where).weight.data for m in (self._base, model))
                 there += gamma * (b.double() - own)
