@@ -142,6 +142,7 @@ def health_facts(health: Health) -> dict[str, Any]:
         "total_modules": report.total,
         "targets": list(report.targets),
         "unmatched_targets": list(report.unmatched),
+        "copies_of_base": list(report.copies),
         "rank": max(report.ranks),
         "ranks": list(report.ranks),
         "scales": list(report.scales),

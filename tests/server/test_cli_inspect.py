@@ -84,6 +84,7 @@ def test_copies_of_the_base_are_compared_with_it_or_named(target, tmp_path, caps
     save_file({**tensors, name: tensors[name] + 1}, other / WEIGHTS_FILE)
     assert inspect(capsys, other)["copies_not_compared"] == [name]
     moved, alike = (inspect(capsys, path, "--base", base) for path in (other, folder))
+    assert (moved["copies_of_base"], alike["copies_of_base"]) == ([], [name])
     assert moved["sites"][target]["delta_norm"] > 10 * alike["sites"][target]["delta_norm"]
     assert main(["inspect", str(folder), "--base", str(base)]) == 0
     assert "not trained" in capsys.readouterr().out

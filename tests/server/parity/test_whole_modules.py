@@ -35,8 +35,9 @@ def settings(family: str) -> dict[str, dict[str, Any]]:
         "on_a_copy": {"copies": True, "target_modules": [table, head, inside]},
         "head_beside_copies": {"modules_to_save": [head], "copies": True},
     }
-    if family == "gemma3":
+    if family in ("gemma3", "gpt2"):  # of gpt2 PEFT saves it in other words
         found["tied"] = {"modules_to_save": [head], "ensure_weight_tying": True}
+    if family == "gemma3":
         found["head_on_tokens"] = {
             "target_modules": [head, inside],
             "trainable_token_indices": list(SOME),
