@@ -13,7 +13,7 @@ from fader_server.core import SamplingParams
 from fader_server.model import graphs
 from fader_server.model.cuda_attention import CudaAttention
 from tests.support.pretend_cuda import PretendDevice, unavailable
-from tests.support.pretend_cuda.setting import SMALL, Setting, check, on_device, opened
+from tests.support.pretend_cuda.setting import ADAPTERS, SMALL, Setting, check, on_device, opened
 from tests.support.pretend_cuda.world import PretendWorld
 from tests.support.world import Ask, greedy
 
@@ -23,9 +23,17 @@ pytestmark = [
 ]
 
 
+WHOLE = {
+    "rank": 4,
+    "target_modules": ["o_proj"],
+    "modules_to_save": ["embed_tokens", "lm_head"],
+}
+
+
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    return Setting(tmp_path_factory.mktemp("llama"))
+    every = ADAPTERS | {"whole": WHOLE, "rows": WHOLE | {"rows": range(40, 60)}}
+    return Setting(tmp_path_factory.mktemp("llama"), adapters=every)
 
 
 @pytest.fixture(scope="module")

@@ -40,17 +40,6 @@ ADAPTERS: dict[str, dict] = {
         "trainable_token_indices": {"embed_tokens": [3, 40, 41], "lm_head": [9, 40, 50]},
     },
     "ends": {"rank": 4, "target_modules": ["embed_tokens", "lm_head", "o_proj"], "copies": True},
-    "whole": {
-        "rank": 4,
-        "target_modules": ["o_proj"],
-        "modules_to_save": ["embed_tokens", "lm_head"],
-    },
-    "rows": {
-        "rank": 4,
-        "target_modules": ["o_proj"],
-        "modules_to_save": ["embed_tokens", "lm_head"],
-        "rows": range(40, 60),
-    },
 }
 
 
