@@ -116,6 +116,14 @@ def test_the_base_is_only_read(base):
     assert all(map(torch.equal, before, OWN[base].tables))
 
 
+def test_a_table_that_overflows_its_dtype_in_memory_is_refused():
+    saved = {f"{HEAD}.weight": drawn(UNTIED, 1)}
+    saved[f"{HEAD}.weight"][5, 3] = 7e4
+    assert load(saved, modules_to_save=["lm_head"]).report.matched == 2
+    with pytest.raises(AdapterInvalid, match=r"infinite values as torch\.float16"):
+        load(saved, dtype=torch.float16, modules_to_save=["lm_head"])
+
+
 def test_a_table_costs_its_rows_or_itself():
     vocabulary, width = VOCAB, WIDTH
     for rows, wanted in ((FEW, 3), (MANY, width), (None, width)):
