@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fader_adapters.invocation import require_everywhere
 from fader_adapters.spec import AdapterData, BaseSpec, Blend, DeltaSpec, Digest, LinearSpec
 from fader_adapters.weightspace.terms import Sum
 
@@ -49,6 +50,8 @@ class Changes:
     def __init__(
         self, blend: Blend, adapters: Mapping[Digest, AdapterData], base: BaseSpec
     ) -> None:
+        """Raises BlendInvalid for an activated adapter."""
+        require_everywhere(adapters[term.version].spec for term in blend.terms)
         self.blend = blend
         self._base = base
         self._terms = [(term.gamma, adapters[term.version]) for term in blend.terms]

@@ -28,6 +28,7 @@ _IGNORED = frozenset(
 
 _READ = frozenset(
     {
+        "alora_invocation_tokens",
         "alpha_pattern",
         "bias",
         "ensure_weight_tying",
@@ -52,7 +53,6 @@ _READ = frozenset(
 )
 
 _REMEDY = {
-    "alora_invocation_tokens": "activated LoRA is not implemented",
     "layer_replication": "the base's layers are shared and cannot be replicated",
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fader_adapters.config_keys import check_init, invalid, require_known, shown
 from fader_adapters.errors import AdapterInvalid, AdapterTooLarge
+from fader_adapters.invocation import read_invocation
 from fader_adapters.limits import Limits
 from fader_adapters.pattern_nodes import Budget, PatternUnsafe
 from fader_adapters.patterns import Pattern
@@ -46,6 +47,8 @@ class LoraConfig:
     """Trained token rows by module name; "" is the embedding."""
     saved: tuple[str, ...] = ()
     """Names of modules that were trained whole (modules_to_save)."""
+    invocation: tuple[int, ...] = ()
+    """Tokens that activate it; none: it always applies."""
 
     def saves(self, path: str) -> bool:
         """Whether PEFT trains the module at `path` of the adapter's model whole: by the end of its
@@ -65,6 +68,7 @@ class LoraConfig:
             ("lora_bias", self.bias),
             ("trainable_tokens", bool(self.tokens)),
             ("modules_to_save", bool(self.saved)),
+            ("alora", bool(self.invocation)),
         )
         return tuple(kind for kind, there in flags if there)
 
@@ -103,6 +107,7 @@ def read_config(data: bytes, limits: Limits) -> LoraConfig:
     _boolean(fields, "fan_in_fan_out")
     check_init(fields.get("init_lora_weights", True))
     dora, bias = _boolean(fields, "use_dora"), _boolean(fields, "lora_bias")
+    invocation = read_invocation(fields, limits)
     if dora and bias:
         raise invalid("lora_bias", bias, "false beside use_dora = true")
     budget = Budget(limits.pattern_work)
@@ -129,6 +134,7 @@ def read_config(data: bytes, limits: Limits) -> LoraConfig:
         tying=_boolean(fields, "ensure_weight_tying"),
         tokens=_tokens(fields.get("trainable_token_indices")),
         saved=_saved(fields.get("modules_to_save")),
+        invocation=invocation,
     )
 
 

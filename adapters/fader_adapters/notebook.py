@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fader_adapters.errors import BlendInvalid
+from fader_adapters.invocation import require_everywhere
 from fader_adapters.kernels.backend import BackendName, Step, choose
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.layers import Installed, install
@@ -53,11 +54,13 @@ class Attached:
         vars(model)["forward"] = torch.no_grad()(model.forward)  # the kernels have no gradients
 
     def load(self, name: str, path: str | Path) -> AdapterReport:
-        """Read a PEFT directory; the name may be taken, then it moves. Raises AdapterError."""
+        """Read a PEFT directory; the name may be taken, then it moves. Raises AdapterError, for an
+        activated adapter as well: it would need the place in the prompt of every token."""
         raw = LocalSources(()).fetch_trusted(Path(path))
         installed = self._installed
         dtype = self._tables.arena.dtype
         parsed = read_adapter(raw, installed.spec, dtype=dtype, weights=installed)
+        require_everywhere([parsed.spec])
         with self._store.reserve(parsed) as reservation:
             reservation.fill()
             return self._store.publish(name, reservation, replace=True).report

@@ -13,6 +13,7 @@ from fader_adapters.errors import AdapterInvalid
 from fader_adapters.factors import Factors, Linear
 from fader_adapters.hashing import absorb
 from fader_adapters.header import read_header
+from fader_adapters.invocation import check_invocation
 from fader_adapters.limits import Limits
 from fader_adapters.linears import linears_of
 from fader_adapters.lora_config import LoraConfig, read_config
@@ -93,6 +94,7 @@ def read_adapter(
     pause()
     named = _named(raw.weights, limits, pause)
     checked = check_modules(named, config, base, limits, pause)
+    check_invocation(config.invocation, (module.place for module in checked.modules), base)
     untold = check_copies(raw.weights, named, checked, dtype, weights, trusted=trust_copies)
     tables = read_tables(
         raw.weights, checked.saved, base, dtype, weights, pause, trusted=trust_copies
@@ -103,6 +105,7 @@ def read_adapter(
         base,
         _version(raw.weights, config, checked, pause),
         (_shape(index, linear, base) for index, linear in linears.items()),
+        config.invocation,
     )
     report = AdapterReport(
         modules=reports,
@@ -112,6 +115,7 @@ def read_adapter(
         source_dtypes=named.dtypes,
         base_name=config.base_name,
         kinds=config.kinds,
+        invocation=config.invocation,
         unmatched=checked.unmatched,
         copies=tables.unchanged,
         copies_not_compared=(*untold, *tables.not_compared),
@@ -192,6 +196,7 @@ def _version(weights: bytes, config: LoraConfig, checked: Checked, pause: Pause)
             ),
             **({"tokens": config.tokens} if config.tokens else {}),
             **({"saved": trained} if trained else {}),
+            **({"invocation": config.invocation} if config.invocation else {}),
         },
         sort_keys=True,
         separators=(",", ":"),

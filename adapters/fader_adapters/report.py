@@ -34,13 +34,16 @@ class AdapterReport:
     base_name: str | None
     """What the adapter says it was trained on."""
     kinds: tuple[str, ...] = ()
-    """What it has beside A and B: "dora", "lora_bias", "trainable_tokens", "modules_to_save"."""
+    """What it has beside A and B: "dora", "lora_bias", "trainable_tokens", "modules_to_save",
+    "alora"."""
     unmatched: tuple[str, ...] = ()
     """Names of what is to be trained that the base has nothing of."""
     copies: tuple[str, ...] = ()
     """Tensors that are the base's own weights: they change nothing."""
     copies_not_compared: tuple[str, ...] = ()
     """Tensors that must be the base's own weights, which were not at hand."""
+    invocation: tuple[int, ...] = ()
+    """Tokens that activate it; none: it always applies."""
 
     @property
     def matched(self) -> int:
@@ -147,6 +150,7 @@ def health_facts(health: Health) -> dict[str, Any]:
         "ranks": list(report.ranks),
         "scales": list(report.scales),
         "kinds": ["lora", *report.kinds],
+        "invocation_tokens": list(report.invocation) or None,
         "dtype": health.dtype,
         "source_dtypes": list(report.source_dtypes),
         "bytes": health.nbytes,

@@ -235,6 +235,9 @@ class AdapterSpec:
     """In the order of BaseSpec.linears."""
     numel: int
     """Elements of the extent; bytes are numel · element size of the arena."""
+    invocation: tuple[int, ...] = ()
+    """Activated LoRA: it applies from the start of the last occurrence of these tokens in a prompt,
+    and nowhere without one. None: it always applies."""
 
     @cached_property
     def by_linear(self) -> dict[int, DeltaSpec]:
@@ -283,7 +286,12 @@ class RankScale:
     bias: bool = False
 
 
-def lay_out(base: BaseSpec, version: Digest, parts: Iterable[RankScale]) -> AdapterSpec:
+def lay_out(
+    base: BaseSpec,
+    version: Digest,
+    parts: Iterable[RankScale],
+    invocation: tuple[int, ...] = (),
+) -> AdapterSpec:
     """Assign offsets: for each linear in base order A, B, gain, bias, each at EXTENT_ALIGN."""
     deltas: list[DeltaSpec] = []
     cursor = 0
@@ -302,7 +310,7 @@ def lay_out(base: BaseSpec, version: Digest, parts: Iterable[RankScale]) -> Adap
         assert a_offset is not None
         assert b_offset is not None
         deltas.append(DeltaSpec(part.linear, part.rank, part.scale, a_offset, b_offset, gain, bias))
-    return AdapterSpec(version, tuple(deltas), cursor)
+    return AdapterSpec(version, tuple(deltas), cursor, invocation)
 
 
 def _align(elements: int) -> int:

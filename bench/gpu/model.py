@@ -111,7 +111,7 @@ class Machine:
             tokens = [(7 * row + 3 * i) % self.shape.vocab for i in range(at + 1)]
             blocks = list(range(row * self._per_row + 1, (row + 1) * self._per_row + 1))
             request = Request(f"r{row}", tuple(tokens), GREEDY)
-            found.append(Stream(request, tokens, at, blocks, terms=RowTerms(1, own)))
+            found.append(Stream(request, tokens, at, blocks, terms=(RowTerms(1, own),)))
         return found
 
     def prompt(self, row: int, tokens: int, own: Terms = ()) -> Plan:
@@ -133,7 +133,7 @@ class _Told(logging.Handler):
 def decode_plan(streams: Sequence[Stream]) -> Plan:
     """Every stream's newest token."""
     rows = tuple(PlanRow(s, len(s.tokens) - 1, 1, True) for s in streams)
-    return Plan(rows, StepTerms(tuple(s.terms for s in streams)))
+    return Plan(rows, StepTerms(tuple(s.terms[-1] for s in streams)))
 
 
 def advance(streams: Sequence[Stream], tokens: Sequence[int | None]) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 from fader_adapters.spec import BASE, AdapterData, Blend, Digest, RowTerms, StepTerms, Upload
+from fader_server.phases import Phase, phases_of
 
 FinishReason = Literal["stop", "length"]
 
@@ -79,6 +80,13 @@ class Request:
     """Whose it is; the queue is fair between tenants."""
     guide: Guide | None = None
     """Of its output, at the start; no other request has it. It moves when a token is committed."""
+    phases: tuple[Phase, ...] = ()
+    """Which blend computes which of its tokens: that of its prompt, found where nobody gave it."""
+
+    def __post_init__(self) -> None:
+        if not self.phases:
+            phases = phases_of(self.prompt, self.blend, self.adapters)
+            object.__setattr__(self, "phases", phases)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,8 +164,9 @@ class Sequence:
     """Its place in the order of arrival: larger is newer."""
     decoding: bool = False
     """Only the newest token's keys and values are missing."""
-    terms: RowTerms = field(default_factory=lambda: RowTerms(1))
-    """The delta work of one of its tokens, fixed from admission on: its versions stay pinned."""
+    terms: tuple[RowTerms, ...] = (RowTerms(1),)
+    """The delta work of a token in each of its phases, fixed from admission on: its versions stay
+    pinned."""
     keys: list[bytes] = field(default_factory=list)
     """Prefix-cache keys of its first full blocks, extended when asked for."""
     published: int = 0
@@ -181,6 +190,11 @@ class Sequence:
     @property
     def output_len(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+    def phase_at(self, position: int) -> int:
+        """Index of the phase that the token there is in."""
+        phases = self.request.phases
+        return next(i for i in reversed(range(len(phases))) if phases[i].start <= position)
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,6 +101,19 @@ def _decode(experts: nn.Module, name: str, dtype: torch.dtype) -> None:
     setattr(experts, name, nn.Parameter(values, requires_grad=False))
 
 
+def _activation(model: Any, ids: torch.Tensor, prompt_len: int) -> dict[str, Any]:  # noqa: ANN401
+    """From where on an activated adapter applies: PEFT's own search, in the prompt alone, as when
+    it generates."""
+    if not getattr(model.active_peft_config, "alora_invocation_tokens", None):
+        return {}
+    from peft.tuners.lora.variants import calculate_alora_offsets
+
+    prompt = ids[:, :prompt_len]
+    (offset,) = calculate_alora_offsets(model.peft_config, model.active_adapter, prompt)
+    after = ids.shape[1] - prompt_len
+    return {"alora_offsets": [None if offset is None else offset + after]}
+
+
 class PeftSide:
     """Answers one sequence at a time, under the base or one adapter."""
 
@@ -115,15 +128,19 @@ class PeftSide:
         self.sums = int(text.num_hidden_layers * text.hidden_size)
         """How many terms an output adds up, roughly."""
 
-    def logits(self, tokens: Sequence[int], adapter: str | None) -> torch.Tensor:
-        """[len(tokens), vocab] in fp32; another adapter than the last one is loaded first.
+    def logits(
+        self, tokens: Sequence[int], adapter: str | None, *, prompt_len: int
+    ) -> torch.Tensor:
+        """[len(tokens), vocab] in fp32, as for a prompt of `prompt_len` tokens and what came after
+        it; another adapter than the last one is loaded first.
 
         Raises ConfigInvalid.
         """
         model = self._plain if adapter is None else self._with(adapter)
         with torch.inference_mode():
             ids = torch.tensor([list(tokens)])
-            return model(input_ids=ids, use_cache=False).logits[0].float()
+            places = {} if adapter is None else _activation(model, ids, prompt_len)
+            return model(input_ids=ids, use_cache=False, **places).logits[0].float()
 
     def _with(self, adapter: str) -> Any:  # noqa: ANN401 - PEFT's model
         """Modules of its own over the base's one set of weights: what PEFT makes of an adapter

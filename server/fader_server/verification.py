@@ -87,17 +87,15 @@ def verify(
     ours = _fader(source, adapters, names, dtype=dtype, prompts=prompts, tokens=tokens)
     gc.collect()  # the server's base goes before PEFT's comes
     theirs = PeftSide(source, dtype, adapters)
-    logits = {name: [theirs.logits(answer.tokens, name) for answer in ours[name]] for name in names}
-    without = {
-        name: [theirs.logits(answer.tokens, None) for answer in ours[name]] for name in names
-    }
+    logits = {name: [_logits(theirs, answer, name) for answer in ours[name]] for name in names}
+    without = {name: [_logits(theirs, answer, None) for answer in ours[name]] for name in names}
     threshold = _threshold(theirs, [one for found in logits.values() for one in found])
     del theirs
     if dtype != torch.float32:
         exact = PeftSide(source, torch.float32, adapters)
         for name in names:
             for answer, rounded in zip(ours[name], logits[name], strict=True):
-                right = _chosen(exact.logits(answer.tokens, name), answer)
+                right = _chosen(_logits(exact, answer, name), answer)
                 threshold = max(threshold, SLACK * _largest(_chosen(rounded, answer), right))
     findings = [_finding(name, ours[name], logits[name], without[name]) for name in names]
     return Verified(tuple(findings), threshold, str(dtype).removeprefix("torch."))
@@ -146,23 +144,43 @@ def _answers(
         if event.finish is not None or event.error is not None:
             left.release()
 
-    leases = []
+    leases, asked = [], []
     for number, name in enumerate(names):
         terms = [] if name is None else [NamedTerm(AdapterRef(name), 1.0)]
-        for index, prompt in enumerate(prompts):
-            lease = world.adapters.acquire(terms)
-            leases.append(lease)
+        lease = world.adapters.acquire(terms)
+        leases.append(lease)
+        invocation = next((d.spec.invocation for d in lease.adapters.values()), ())
+        asked.append(invoked(prompts, invocation))
+        for index, prompt in enumerate(asked[-1]):
             request = Request(f"{number}.{index}", prompt, params, lease.blend, lease.adapters)
             events[request.id] = []
             world.engine.submit(request, sink)
-    for _ in leases:
+    for _ in events:
         left.acquire()
     for lease in leases:
         lease.release()
     return {
-        name: [_answer(prompt, events[f"{number}.{index}"]) for index, prompt in enumerate(prompts)]
-        for number, name in enumerate(names)
+        name: [_answer(prompt, events[f"{number}.{index}"]) for index, prompt in enumerate(own)]
+        for number, (name, own) in enumerate(zip(names, asked, strict=True))
     }
+
+
+def invoked(
+    prompts: Sequence[tuple[int, ...]], invocation: tuple[int, ...]
+) -> list[tuple[int, ...]]:
+    """Of an activated adapter every prompt with its invocation, at the end or amid it in turn, and
+    one without."""
+    if not invocation:
+        return list(prompts)
+    asked = [*prompts[:1]]
+    for index, prompt in enumerate(prompts):
+        at = len(prompt) // 2 if index % 2 else len(prompt)
+        asked.append((*prompt[:at], *invocation, *prompt[at:]))
+    return asked
+
+
+def _logits(side: PeftSide, answer: Answer, name: str | None) -> torch.Tensor:
+    return side.logits(answer.tokens, name, prompt_len=answer.prompt_len)
 
 
 def _answer(prompt: tuple[int, ...], events: Sequence[TokenEvent]) -> Answer:

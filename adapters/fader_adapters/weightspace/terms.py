@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fader_adapters.errors import AdapterError, BlendInvalid
+from fader_adapters.invocation import require_everywhere
 from fader_adapters.limits import Limits
 from fader_adapters.parse import ParsedAdapter, read_adapter
 from fader_adapters.source import LocalSources, RawAdapter
@@ -148,7 +149,8 @@ def mix(
 ) -> Mixture:
     """Check adapters against `base` and blend them; DoRA wants the base's `weights`.
 
-    Raises AdapterInvalid, AdapterMismatch (each names its adapter), BlendInvalid.
+    Raises AdapterInvalid, AdapterMismatch, BlendInvalid for an activated adapter (each names its
+    adapter), BlendInvalid.
     """
     found: dict[Digest, tuple[float, ParsedAdapter]] = {}
     sources: dict[Digest, str] = {}
@@ -156,6 +158,7 @@ def mix(
     for raw, gamma in zip(raws, gammas, strict=True):
         try:
             parsed = read_adapter(raw, base, dtype=torch.float32, limits=limits, weights=weights)
+            require_everywhere([parsed.spec])
         except AdapterError as error:
             error.args = (f"{raw.origin}: {error}",)
             raise

@@ -40,7 +40,10 @@ class CallRecord:
     """Empty until the names are resolved."""
     terms: Sequence[LeasedTerm] = ()
     blend: BlendKey = ()
+    """What its tokens are counted for; those that no lane could draw, as the base's."""
     recipe: Recipe | None = None
+    not_invoked: Sequence[str] = ()
+    """Activated adapters that do not apply, for a prompt lacks their invocation."""
     first: float | None = None
     queue: float | None = None
     """Seconds that the call's slowest choice so far waited for its place in a step."""
@@ -60,10 +63,16 @@ class CallRecord:
         return self.first is not None
 
     def leased(
-        self, adapter: str, terms: Sequence[LeasedTerm], *, recipe: Recipe | None = None
+        self,
+        adapter: str,
+        terms: Sequence[LeasedTerm],
+        *,
+        recipe: Recipe | None = None,
+        merges: bool = True,
     ) -> None:
+        """`merges`: weights could be made of the blend."""
         self.adapter, self.terms, self.recipe = adapter, terms, recipe
-        self.blend = blend_key(terms)
+        self.blend = blend_key(terms) if merges else ()
         self.board.waiting.update(self._names())
 
     def token(self, choice: int) -> None:
@@ -124,6 +133,7 @@ class CallRecord:
             "recipe": self.recipe and f"{self.recipe.name}@{self.recipe.digest[:12]}",
             "versions": [f"{term.name}@{term.version[:12]}" for term in self.terms],
             "weights": [exact(term.weight) for term in self.terms],
+            "not_invoked": list(self.not_invoked),
             "prompt_tokens": self.tokens[0],
             "completion_tokens": self.tokens[1],
             "cached_tokens": self.tokens[2],

@@ -13,6 +13,7 @@ from fader_server.api.ports import Echo, Tokenizer
 from fader_server.api.schemas import Call, Prompt
 from fader_server.core import Guide, Request, SamplingParams
 from fader_server.errors import ContextTooLong, RequestInvalid
+from fader_server.phases import phases_of
 from fader_server.text.restriction import Restriction
 
 Tokens = tuple[int, ...]
@@ -69,11 +70,15 @@ class Preparer:
         requests: list[Request] = []
         for prompt in prompts:
             room = self._output_room(call, len(prompt))
+            phases = phases_of(prompt, lease.blend, lease.adapters)
             for k in range(call.n):
                 params = self._params(call, room, k)
                 name = f"{id}-{len(requests)}"
                 requests.append(
-                    Request(name, prompt, params, lease.blend, lease.adapters, salt, tenant)
+                    Request(
+                        *(name, prompt, params, lease.blend, lease.adapters, salt, tenant),
+                        phases=phases,
+                    )
                 )
         return requests
 

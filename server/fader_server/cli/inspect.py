@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fader_server.cli.offline import ROOTS_HELP, Dtype, find_adapter, open_model
+from fader_server.errors import ModelUnsupported
 
 if TYPE_CHECKING:
     from fader_adapters.report import Health
@@ -50,13 +51,35 @@ def inspect(
     if base is None:
         facts |= {"total_modules": None, "base_match": None, "largest_relative_norm": None}
         facts |= {"copies_not_compared": list(parsed.report.copies_not_compared)}
+    text = _text(base, parsed.report.invocation)
+    facts["invocation_text"] = text
     if as_json:
         typer.echo(json.dumps(facts, indent=1))
         return
-    _show(Console(highlight=False), parsed.spec.version, health, against=base)
+    _show(Console(highlight=False), parsed.spec.version, health, against=base, invocation=text)
 
 
-def _show(console: Console, version: str, health: "Health", *, against: str | None) -> None:
+def _text(base: str | None, invocation: tuple[int, ...]) -> str | None:
+    """What tokens stand for in a base; None: there are none, or it is not known."""
+    if base is None or not invocation:
+        return None
+    from fader_server.text.tokenizer import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.load(str(open_model(base)), max_model_len=len(invocation))
+    except ModelUnsupported:  # it needs none to be looked at
+        return None
+    return tokenizer.decode(invocation, special=True)
+
+
+def _show(
+    console: Console,
+    version: str,
+    health: "Health",
+    *,
+    against: str | None,
+    invocation: str | None,
+) -> None:
     report = health.report
     total = f" of {report.total} linears of the base" if against else " linears"
     kinds = ", ".join(("LoRA", *report.kinds))
@@ -71,6 +94,9 @@ def _show(console: Console, version: str, health: "Health", *, against: str | No
         "‖ΔW‖": f"{report.delta_norm:.4g}{_ratio(health.relative_norm, ' of ‖W‖')}",
         "base": health.match.told if against else "not looked at: name it with --base",
     }
+    if report.invocation:
+        told = "" if invocation is None else f": {invocation!r}"
+        facts["activated by"] = f"tokens {_numbers(report.invocation)}{told}, if a prompt has them"
     if report.unmatched and against:
         facts["not in the base"] = f"{', '.join(report.unmatched)}: named as to be trained"
     if report.copies:

@@ -13,13 +13,15 @@ from typing import Protocol
 from fader_adapters.spec import Digest
 from fader_server.core import Sequence
 from fader_server.errors import ConfigInvalid
+from fader_server.phases import Phase
 
 NULL_BLOCK = 0
 """Never handed out: padding may point at it."""
 
 
 def chain_seed(blend: Digest, salt: str, block_size: int) -> bytes:
-    """Start of a hash chain: blocks are shared only inside one blend, salt and block size."""
+    """Start of a hash chain: blocks are shared only inside one salt, block size and blend of their
+    first tokens."""
     name = salt.encode("utf-8", "surrogatepass")
     frame = struct.pack("<II", block_size, len(name))
     return hashlib.sha256(b"fader-kv-1" + bytes.fromhex(blend) + frame + name).digest()
@@ -28,6 +30,11 @@ def chain_seed(blend: Digest, salt: str, block_size: int) -> bytes:
 def lane_seed(seed: bytes, lane: Digest) -> bytes:
     """The start of a chain in a merged lane, whose weights give other keys and values."""
     return hashlib.sha256(b"fader-kv-lane-1" + seed + bytes.fromhex(lane)).digest()
+
+
+def turn(phase: Phase, at: int) -> bytes:
+    """What a block from position `at` adds to its key where a phase begins in it."""
+    return struct.pack("<I", phase.start - at) + bytes.fromhex(phase.blend.digest)
 
 
 class States(Protocol):
@@ -196,17 +203,18 @@ class BlockManager:
         return block
 
     def _key(self, sequence: Sequence, index: int) -> bytes:
-        """Key of the index-th block: every token up to its end, under blend and salt."""
-        keys, size = sequence.keys, self.block_size
+        """Key of the index-th block: every token up to its end, under salt and the blends that
+        compute them, whatever comes after."""
+        keys, size, request = sequence.keys, self.block_size, sequence.request
         while len(keys) <= index:
             if keys:
                 before = keys[-1]
             else:
-                request = sequence.request
-                before = chain_seed(request.blend.digest, request.cache_salt, size)
+                before = chain_seed(request.phases[0].blend.digest, request.cache_salt, size)
                 if sequence.lane is not None:
                     before = lane_seed(before, sequence.lane.key)
             at = len(keys) * size
             tokens = self._pack(*sequence.tokens[at : at + size])
-            keys.append(hashlib.sha256(before + tokens).digest())
+            turns = (turn(p, at) for p in request.phases[1:] if at <= p.start < at + size)
+            keys.append(hashlib.sha256(before + tokens + b"".join(turns)).digest())
         return keys[index]

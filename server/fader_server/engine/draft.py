@@ -28,7 +28,7 @@ class Draft:
     def add_token(self, sequence: Sequence) -> None:
         """The row of a sequence that decodes."""
         self._rows.append(PlanRow(sequence, sequence.computed, 1, True))
-        self._terms.append(sequence.terms)
+        self._terms.append(sequence.terms[-1])
         self.room -= 1
 
     def add_chunk(self, sequence: Sequence) -> None:
@@ -40,22 +40,30 @@ class Draft:
         last = start + count == len(sequence.tokens)
         samples = last and sequence.request.params.max_tokens > 0
         self._rows.append(PlanRow(sequence, start, count, samples))
-        self._terms.append(RowTerms(count, sequence.terms.terms))
+        terms = sequence.terms[sequence.phase_at(start)].terms
+        self._terms.append(RowTerms(count, terms))
         self.room -= count
 
     def chunk(self, sequence: Sequence, start: int) -> int:
-        """Tokens of the chunk from `start`: to a multiple of chunk_size, or the prompt's end."""
+        """Tokens of the chunk from `start`: to a multiple of chunk_size, or the end of its phase or
+        of the prompt."""
         size = self._chunk_size
         end = min((start // size + 1) * size, len(sequence.tokens))
-        prompt_len = sequence.prompt_len
-        if start < prompt_len:
-            return self._to_a_block(start, min(end, prompt_len), prompt_len)
-        return 1 if self._solo else end - start
+        if start >= sequence.prompt_len:
+            return 1 if self._solo else end - start
+        phases = sequence.request.phases[sequence.phase_at(start) + 1 :]
+        if phases:
+            return self._to_a_block(start, end, phases[0].start, phases[0].start)
+        return self._to_a_block(start, end, sequence.prompt_len, sequence.prompt_len - 1)
 
-    def _to_a_block(self, start: int, end: int, prompt_len: int) -> int:
-        """Tokens from `start`: a long last chunk ends on a block, but for its last few."""
-        if self._block and end == prompt_len and end - start > _LEAST:
-            end = (end - 1) // self._block * self._block
+    def _to_a_block(self, start: int, end: int, last: int, kept: int) -> int:
+        """Tokens from `start` to `end`, or `last` if that is before: a long chunk up to there ends
+        on a block, that of the first `kept` tokens, but for its last few."""
+        if end < last:
+            return end - start
+        end = last
+        if self._block and end - start > _LEAST:
+            end = kept // self._block * self._block
         return end - start
 
     def plan(self) -> Plan | None:

@@ -60,9 +60,11 @@ class Roster:
         sequence.computed = len(hits) * size
         if not sequence.output_len:
             sequence.cached_tokens = sequence.computed
-        slot = self._pool.slot
-        terms = () if sequence.lane is not None else sequence.request.blend.terms
-        sequence.terms = RowTerms(1, tuple((slot(t.version), t.gamma) for t in terms))
+        slot, merged = self._pool.slot, sequence.lane is not None
+        sequence.terms = tuple(
+            RowTerms(1, () if merged else tuple((slot(t.version), t.gamma) for t in blend.terms))
+            for blend in (phase.blend for phase in sequence.request.phases)
+        )
         at = len(self.running)
         while at and self.running[at - 1].arrival > sequence.arrival:
             at -= 1
@@ -71,9 +73,11 @@ class Roster:
     def in_place(self, sequence: Sequence) -> bool:
         """True while every version it uses still is in the slot it was admitted with. One in a
         merged lane uses none."""
-        if not sequence.terms.terms:
+        terms = sequence.terms[-1].terms  # no phase has one that the last has not
+        if not terms:
             return True
-        for term, (slot, _) in zip(sequence.request.blend.terms, sequence.terms.terms, strict=True):
+        blend = sequence.request.phases[-1].blend
+        for term, (slot, _) in zip(blend.terms, terms, strict=True):
             try:
                 if self._pool.slot(term.version) != slot:
                     return False

@@ -96,8 +96,9 @@ class StateSlots:
     def keep(self, sequence: Sequence, key: bytes, blocks: int) -> None:
         """Have the state of all it has computed, so many whole blocks, found again.
 
-        What lasts is the last of its prompt, for who asks the same or goes on from there, and
-        powers of two blocks, for who has a beginning in common: few, however long it is. Any other
+        What lasts is the last of its prompt, for who asks the same or goes on from there, the last
+        before each later phase, for who has another blend from there on, and powers of two blocks,
+        for who has a beginning in common: few, however long it is. Any other
         lasts until the next: who goes on with an answer has all of it.
         """
         held = self._held[sequence]
@@ -110,7 +111,9 @@ class StateSlots:
         self._users[slot] += 1
         self._kept[key] = slot
         size = sequence.computed // blocks
-        lasts = blocks == (sequence.prompt_len - 1) // size or not blocks & (blocks - 1)
+        ends = {(sequence.prompt_len - 1) // size}
+        ends.update(phase.start // size for phase in sequence.request.phases[1:])
+        lasts = blocks in ends or not blocks & (blocks - 1)
         held.newest = None if lasts else key
 
     def forget(self, keys: Iterable[bytes]) -> None:

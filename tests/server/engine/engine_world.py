@@ -29,6 +29,7 @@ from fader_server.engine.stats import Unobserved
 from fader_server.engine.stepper import Stepper
 from tests.server.engine.engine_device import Ahead, Device, Stateful, draw
 from tests.server.engine.engine_guides import Turns, guided
+from tests.support.activation import terms_at
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,16 @@ def version(name: str) -> Digest:
     return Digest(hashlib.sha256(name.encode()).hexdigest())
 
 
+INVOCATIONS = {version("p"): (3, 4), version("q"): (5,)}
+"""Tokens that activate these adapters."""
+
+
 def adapters_of(blend: Blend, sizes: Mapping[Digest, int]) -> dict[Digest, AdapterData]:
-    return {
-        t.version: FakeData(AdapterSpec(t.version, (), sizes.get(t.version, 1)))  # type: ignore[misc]
+    specs = (
+        AdapterSpec(t.version, (), sizes.get(t.version, 1), INVOCATIONS.get(t.version, ()))
         for t in blend.terms
-    }
+    )
+    return {spec.version: FakeData(spec) for spec in specs}  # type: ignore[misc]
 
 
 def blend_of(*terms: tuple[str, float]) -> Blend:
@@ -151,9 +157,10 @@ class FakePool:
 
 
 def _contents(request: Request, tokens: list[int]) -> tuple[int, ...]:
-    key = tuple((int(t.version[:12], 16), t.gamma) for t in request.blend.terms)
     contents, content = [], 0
-    for token in tokens:
+    for position, token in enumerate(tokens):
+        terms = terms_at(request, position)
+        key = tuple((int(t.version[:12], 16), t.gamma) for t in terms)
         content = hash((content, token, key))
         contents.append(content)
     return tuple(contents)
@@ -236,7 +243,12 @@ def check_blocks(scheduler: Scheduler) -> None:
     assert blocks.used + blocks.cached + blocks.free == blocks.total
     for block, held in holders.items():
         if len(held) > 1:
-            keys = {(s.request.blend.digest, s.request.cache_salt, i) for s, i in held}
+            ends = {(i + 1) * blocks.block_size for _, i in held}
+            assert len(ends) == 1, f"block {block} is in several places"
+            keys = {
+                (s.request.cache_salt, *(terms_at(s.request, p) for p in range(max(ends))))
+                for s, _ in held
+            }
             prefixes = {tuple(s.tokens[: (i + 1) * blocks.block_size]) for s, i in held}
             assert len(keys) == len(prefixes) == 1, f"block {block} is shared by strangers"
             assert all((i + 1) * blocks.block_size <= s.computed for s, i in held)

@@ -15,8 +15,9 @@ from fader_server.engine import blocks as blocks_module
 from fader_server.engine.blocks import chain_seed
 from tests.server.engine.engine_world import World, blend_of, request, version
 
-NAMES = ("a", "b", "c")
-SIZES = {version("a"): 1, version("b"): 1, version("c"): 2}
+NAMES = ("a", "p", "q", "c")
+"""The two in the middle are activated."""
+SIZES = {version("c"): 2}
 
 
 class EngineMachine(RuleBasedStateMachine):

@@ -8,7 +8,7 @@ import pytest
 
 from fader_adapters.errors import AdapterTooLarge
 from fader_server.core import Sequence
-from fader_server.engine import draft
+from fader_server.engine import blocks, draft
 from fader_server.engine.blocks import BlockManager
 from fader_server.engine.roster import Roster
 from fader_server.model.state_slots import NOBODY, StateSlots
@@ -16,8 +16,8 @@ from tests.server.engine.engine_device import Ahead, Stateful
 from tests.server.engine.engine_guides import Turns
 from tests.server.engine.engine_world import FakePool, World, blend_of, request, version
 
-NAMES = ("a", "b", "c", "d")
-SIZES = {version("a"): 1, version("b"): 1, version("c"): 2, version("d"): 4}  # d never fits
+NAMES = ("a", "b", "c", "p", "q", "d")  # p and q are activated
+SIZES = {version("c"): 2, version("d"): 4}  # d never fits
 
 
 def build(rng: random.Random, *, ahead: bool = False, states: bool = False) -> World:
@@ -36,11 +36,11 @@ def build(rng: random.Random, *, ahead: bool = False, states: bool = False) -> W
 
 
 def draw_request(rng: random.Random, name: str):
-    terms = rng.sample(NAMES if rng.random() < 0.1 else NAMES[:3], rng.choice([0, 1, 1, 2]))
-    start = rng.randint(0, 1)
+    terms = rng.sample(NAMES if rng.random() < 0.1 else NAMES[:-1], rng.choice([0, 1, 1, 2, 3]))
+    start, wrap = rng.randint(0, 1), rng.choice([50, 9])
     return request(
         name,
-        range(start, start + rng.randint(1, 20)),
+        [token % wrap for token in range(start, start + rng.randint(1, 20))],
         blend=blend_of(*((t, rng.choice([0.5, 1.0])) for t in terms)),
         sizes=SIZES,
         salt=rng.choice(["", "", "x"]),
@@ -73,7 +73,8 @@ def disturb(rng: random.Random, world: World) -> None:
         case 4:
             device.out_of_memory_above = rng.choice([2, 5, 10**9, 10**9])
         case 5:
-            device.bad_uploads = set(rng.sample(list(SIZES), rng.choice([0, 0, 1])))
+            lost = rng.sample(NAMES, rng.choice([0, 0, 1]))
+            device.bad_uploads = {version(name) for name in lost}
         case 6:
             world.pool.fail_acquires = rng.choice([0, 1, 2])
 
@@ -100,6 +101,7 @@ def test_no_world_breaks_a_promise():
     assert {"stop", "length", "EngineFault", "NumericFault"} == set(ends)
     assert sum(w.scheduler.preemptions for w in worlds) > 20
     assert sum(s.cached > 0 for s in seen) > 20
+    assert sum(s.cached > 0 for s in seen if len(s.request.phases) > 1) > 20
     assert sum(w.device.led for w in worlds if isinstance(w.device, Ahead)) > 200
 
 
@@ -247,6 +249,25 @@ def find_blocks_without_states(monkeypatch):
     monkeypatch.setattr(StateSlots, "longest", lambda self, keys: len(keys))
 
 
+def share_across_an_activation(monkeypatch):
+    """A block in which an adapter begins is found by who has another there, or none."""
+    monkeypatch.setattr(blocks, "turn", lambda phase, at: b"")
+
+
+def run_over_an_activation(monkeypatch):
+    """A chunk has the terms of its first token to its end."""
+    chunk = draft.Draft.chunk
+
+    def over(self, sequence: Sequence, start: int):
+        phases = sequence.request.phases
+        object.__setattr__(sequence.request, "phases", phases[:1])
+        count = chunk(self, sequence, start)
+        object.__setattr__(sequence.request, "phases", phases)
+        return count
+
+    monkeypatch.setattr(draft.Draft, "chunk", over)
+
+
 OF_STATES = [
     write_over_what_is_kept,
     take_what_is_resumed,
@@ -261,6 +282,8 @@ PLANTED = [
     free_while_used,
     move_guides_when_sent_back,
     forget_the_end,
+    share_across_an_activation,
+    run_over_an_activation,
 ]
 
 

@@ -186,9 +186,10 @@ def slots_remembered_from_before(monkeypatch):
     def stale(self, sequence, hits, *, total, sought):
         start(self, sequence, hits, total=total, sought=sought)
         memo = self.__dict__.setdefault("memo", {})
-        now = zip(sequence.request.blend.terms, sequence.terms.terms, strict=True)
+        (terms,) = sequence.terms
+        now = zip(sequence.request.blend.terms, terms.terms, strict=True)
         slots = [(memo.setdefault(term.version, slot), gamma) for term, (slot, gamma) in now]
-        sequence.terms = RowTerms(1, tuple(slots))
+        sequence.terms = (RowTerms(1, tuple(slots)),)
 
     monkeypatch.setattr(Roster, "start", stale)
     monkeypatch.setattr(Roster, "in_place", lambda self, sequence: True)
