@@ -129,17 +129,17 @@ class PeftSide:
         """How many terms an output adds up, roughly."""
 
     def logits(
-        self, tokens: Sequence[int], adapter: str | None, *, prompt_len: int
+        self, tokens: Sequence[int], adapter: str | None, *, prompt_len: int | None = None
     ) -> torch.Tensor:
-        """[len(tokens), vocab] in fp32, as for a prompt of `prompt_len` tokens and what came after
-        it; another adapter than the last one is loaded first.
+        """[len(tokens), vocab] in fp32; another adapter than the last one is loaded first.
 
+        prompt_len: so many of the tokens are the prompt, the rest came after it; None: all are.
         Raises ConfigInvalid.
         """
         model = self._plain if adapter is None else self._with(adapter)
         with torch.inference_mode():
             ids = torch.tensor([list(tokens)])
-            places = {} if adapter is None else _activation(model, ids, prompt_len)
+            places = {} if adapter is None else _activation(model, ids, prompt_len or len(tokens))
             return model(input_ids=ids, use_cache=False, **places).logits[0].float()
 
     def _with(self, adapter: str) -> Any:  # noqa: ANN401 - PEFT's model

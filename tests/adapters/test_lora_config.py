@@ -40,7 +40,7 @@ BAD_CONFIGS = {
     "replication": {"layer_replication": [[0, 2]]},
     "parameters by pattern": {"target_parameters": "experts.*"},
     "tokens": {"trainable_token_indices": [1]},
-    "alora": {"alora_invocation_tokens": [1]},
+    "alora": {"alora_invocation_tokens": []},
     "megatron": {"megatron_config": {"a": 1}},
     "arrow": {"arrow_config": {"top_k": 1}},
     "kasa": {"kasa_config": {"beta": 1}},

@@ -122,6 +122,7 @@ async def served(
             metrics=metrics,
             version="9",
             tenants=tenants,
+            merging=world.merging,
         )
         application.state.context.readiness.reason = ""
         transport = httpx.ASGITransport(application)

@@ -43,6 +43,8 @@ UNIT = 2 * WIDTH
 BASE = BaseSpec((LinearSpec("l", WIDTH, WIDTH, 0),), Digest("0" * 64), "test")
 RANKS = (1, 1, 2, 2, 3, 9)
 """Of the contents 1, 2, …; the last one never fits."""
+INVOCATIONS = {2: (4,), 4: (7, 8)}
+"""Tokens that activate these contents."""
 VERSIONS = {version(f"content {k}"): k for k in range(1, len(RANKS) + 1)}
 
 
@@ -50,7 +52,8 @@ VERSIONS = {version(f"content {k}"): k for k in range(1, len(RANKS) + 1)}
 def parsed(content: int) -> ParsedAdapter:
     """The adapter whose every weight is `content`."""
     rank = RANKS[content - 1]
-    spec = lay_out(BASE, version(f"content {content}"), [RankScale(0, rank, 1.0)])
+    parts, invocation = [RankScale(0, rank, 1.0)], INVOCATIONS.get(content, ())
+    spec = lay_out(BASE, version(f"content {content}"), parts, invocation)
     matrix = torch.full((rank, WIDTH), float(content))
     module = ModuleReport("l", rank, 1.0, 1.0, 1.0)
     report = AdapterReport((module,), 1, "LORA", False, ("F32",), None)

@@ -186,10 +186,12 @@ def slots_remembered_from_before(monkeypatch):
     def stale(self, sequence, hits, *, total, sought):
         start(self, sequence, hits, total=total, sought=sought)
         memo = self.__dict__.setdefault("memo", {})
-        (terms,) = sequence.terms
-        now = zip(sequence.request.blend.terms, terms.terms, strict=True)
-        slots = [(memo.setdefault(term.version, slot), gamma) for term, (slot, gamma) in now]
-        sequence.terms = (RowTerms(1, tuple(slots)),)
+        found = []
+        for phase, terms in zip(sequence.request.phases, sequence.terms, strict=True):
+            now = zip(phase.blend.terms, terms.terms, strict=True)
+            slots = [(memo.setdefault(term.version, slot), gamma) for term, (slot, gamma) in now]
+            found.append(RowTerms(1, tuple(slots)))
+        sequence.terms = tuple(found)
 
     monkeypatch.setattr(Roster, "start", stale)
     monkeypatch.setattr(Roster, "in_place", lambda self, sequence: True)

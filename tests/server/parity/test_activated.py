@@ -171,7 +171,9 @@ def test_what_is_generated_activates_nothing(llama: Setting, tmp_path: Path):
     assert answer.tokens == base.tokens
     oracle = ActivatedOracle(llama.source, torch.float32, {"late": late})
     assert oracle.generate(prompt, 12, "late") == base.tokens
-    asked = [Ask([*prompt, *base.tokens[:4]], blend, greedy(8)) for blend in ({"late": 1.0}, {})]
+    said = [*prompt, *base.tokens[:4]]
+    params = greedy(8, prompt_logprobs=0)
+    asked = [Ask(said, blend, params) for blend in ({"late": 1.0}, {})]
     answers = world.run(asked)
     oracle.check(asked, answers, FP32)
     assert bits(answers[:1]) != bits(answers[1:]), "in a prompt it does"
@@ -292,8 +294,8 @@ def test_bases_with_states_and_such_that_run_alone(family, backend, cached, tmp_
         "b16": activate(plain["r16"], tmp_path / "b16", B),
     }
 
-    def world(**options) -> TinyWorld:
-        made = TinyWorld(base, backend=backend, limits=SMALL, **options)
+    def world(limits: Limits = SMALL) -> TinyWorld:
+        made = TinyWorld(base, backend=backend, limits=limits)
         for name, path in adapters.items():
             made.load(name, path)
         return made
@@ -309,3 +311,11 @@ def test_bases_with_states_and_such_that_run_alone(family, backend, cached, tmp_
     found = [shared.run([ask])[0] for ask in asks]
     assert bits(found) == bits([one.run([ask])[0] for ask in asks])
     assert [answer.cached for answer in found[1:]] == [cached] * 4
+    # what one call left before its invocation, and a longer prompt after it, another goes on from
+    asks[0] = Ask([*asks[1].prompt, *text(6, 60)], {"a8": 1.0}, greedy(5))
+    for limits in (SMALL, replace(SMALL, chunk_size=256, max_step_tokens=288)):
+        one, shared = world(limits), world(limits)
+        one.blocks.findable = False
+        found = [shared.run([ask])[0] for ask in asks[:3]]
+        assert bits(found) == bits([one.run([ask])[0] for ask in asks[:3]])
+        assert [answer.cached for answer in found] == [0, cached, cached]
