@@ -20,6 +20,9 @@ from fader_adapters.spec import AdapterSpec, BaseSpec
 KEY = "alora_invocation_tokens"
 TASK = "CAUSAL_LM"
 """PEFT applies activated LoRA in models of this task alone."""
+_NO_TOKENS = (
+    "token numbers, or null for an ordinary LoRA: PEFT takes none for either, by the kind of weight"
+)
 _PLACES = frozenset({"linear", "head"})
 """What it can adapt: modules that are linears."""
 
@@ -33,10 +36,7 @@ def read_invocation(fields: dict[str, Any], limits: Limits) -> tuple[int, ...]:
     if tokens is None:
         return ()
     if tokens == []:
-        raise invalid(
-            KEY, tokens, "token numbers, or null for an ordinary LoRA: what none means depends on "
-            "the base in PEFT"
-        )  # fmt: skip
+        raise invalid(KEY, tokens, _NO_TOKENS)
     if not isinstance(tokens, list) or not all(type(one) is int and one >= 0 for one in tokens):
         raise invalid(KEY, tokens, "a list of token numbers, 0 or more each")
     if len(tokens) > limits.invocation:
@@ -79,8 +79,8 @@ def require_everywhere(specs: Iterable[AdapterSpec]) -> None:
     for spec in specs:
         if spec.invocation:
             raise BlendInvalid(
-                f"adapter version {spec.version[:12]} is an activated LoRA ({KEY}): it applies from "
-                "a place in each prompt on, which no weights can; serve it as an adapter"
+                f"adapter version {spec.version[:12]} is an activated LoRA ({KEY}): it applies "
+                "from a place in each prompt on, which no weights can; serve it as an adapter"
             )
 
 

@@ -20,9 +20,17 @@ from fader_adapters.weightspace.compress import compress
 from fader_adapters.weightspace.merge import merge
 from fader_adapters.weightspace.terms import Ingredient
 from tests.adapters.peft_files import BASE, make_config, make_raw, read
-from tests.adapters.test_kinds_checked import HEAD, MAGNITUDE, PLAIN, ROWS, TABLE, VOCAB, WIDTH
+from tests.adapters.test_kinds_checked import (
+    HEAD,
+    MAGNITUDE,
+    PLAIN,
+    ROWS,
+    TABLE,
+    VOCAB,
+    WIDTH,
+    pair,
+)
 from tests.adapters.test_kinds_checked import load as load_kind
-from tests.adapters.test_kinds_checked import pair
 from tests.support.families import CONFIGS, write_family
 from tests.support.many_families import MANY, write_many
 from tests.support.peft_adapters import write_adapter
@@ -32,9 +40,7 @@ A = {KEY: [5, 6]}
 
 
 def test_the_tokens_are_told_and_a_part_of_the_version():
-    plain, one, other = (
-        read(make_raw(make_config(**extra))) for extra in ({}, A, {KEY: [6, 5]})
-    )
+    plain, one, other = (read(make_raw(make_config(**extra))) for extra in ({}, A, {KEY: [6, 5]}))
     assert plain.spec.invocation == plain.report.invocation == ()
     assert one.spec.invocation == one.report.invocation == (5, 6)
     assert one.report.kinds == ("alora",)
@@ -135,7 +141,7 @@ def test_what_peft_refuses_beside_it(name):
 
 
 def test_dora_trained_tokens_and_an_adapted_embedding_are_refused():
-    with pytest.raises(AdapterInvalid, match="use_dora.*no DoRA that is activated"):
+    with pytest.raises(AdapterInvalid, match=r"use_dora.*no DoRA that is activated"):
         load_kind({**PLAIN, **MAGNITUDE}, use_dora=True, **A)
     rows = {"trainable_token_indices": [1, 2, 3]}
     load_kind({**PLAIN, **ROWS}, **rows)
@@ -144,9 +150,11 @@ def test_dora_trained_tokens_and_an_adapted_embedding_are_refused():
     table = {**PLAIN, **pair(TABLE, WIDTH, VOCAB)}
     targets = {"target_modules": ["q_proj", "embed_tokens"]}
     load_kind(table, **targets)
-    with pytest.raises(AdapterInvalid, match="embed_tokens.*PEFT activates linears alone"):
+    with pytest.raises(AdapterInvalid, match=r"embed_tokens.*PEFT activates linears alone"):
         load_kind(table, **targets, **A)
-    head = load_kind({**PLAIN, **pair(HEAD, VOCAB, WIDTH)}, target_modules=["q_proj", "lm_head"], **A)
+    head = load_kind(
+        {**PLAIN, **pair(HEAD, VOCAB, WIDTH)}, target_modules=["q_proj", "lm_head"], **A
+    )
     assert head.spec.invocation == (5, 6)
 
 
@@ -173,11 +181,10 @@ def test_experts_and_routers_are_refused_as_by_peft(target: str, tmp_path: Path)
     with pytest.raises(AdapterInvalid, match="which is no linear"):
         attached.load("two", adapter)
     attached.detach()
+    given = {"target_modules": [], "target_parameters": [target]}
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", **given, **A)
     with pytest.raises(ValueError, match="unsupported variant"):
-        peft.get_peft_model(
-            transformers.AutoModelForCausalLM.from_pretrained(base),
-            peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=[], target_parameters=[target], **A),
-        )  # fmt: skip
+        peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config)
 
 
 def test_no_weights_are_made_of_it(tmp_path: Path):

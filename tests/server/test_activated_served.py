@@ -94,7 +94,8 @@ async def test_logprobs_of_an_echo_are_each_under_its_own_blend(root):
     # the logprob of a token is of the logits before it
     assert scores["late"][: begins + 1] == scores[BASE][: begins + 1]
     rest = slice(begins + 1, begins + 5)
-    assert all(a != b for a, b in zip(scores["late"][rest], scores[BASE][rest]))
+    pairs = zip(scores["late"][rest], scores[BASE][rest], strict=True)
+    assert all(late != plain for late, plain in pairs)
     assert scores["late"][5:] != scores["shout"][5:]
 
 
@@ -210,7 +211,7 @@ async def test_no_lane_is_made_of_it(root):
 
 def test_nor_at_start(root):
     with (
-        pytest.raises(ConfigInvalid, match="--merge: .*activated LoRA"),
+        pytest.raises(ConfigInvalid, match=r"--merge: .*activated LoRA"),
         opened(adapter=[f"late={root / 'late'}"], merge="late=1"),
     ):
         pass

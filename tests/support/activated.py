@@ -114,7 +114,7 @@ def _each_its_own() -> Iterator[None]:
     """PEFT's variant, given places by adapter, looks at its own."""
     forward = ALoraLinearVariant.forward
 
-    def own(module: Any, active_adapter: str, x: Any, result: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def own(module: Any, active_adapter: str, x: Any, result: Any, **kwargs: Any) -> Any:
         kwargs["alora_offsets"] = kwargs["alora_offsets"][active_adapter]
         return forward(module, active_adapter, x, result, **kwargs)
 

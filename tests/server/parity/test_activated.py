@@ -104,9 +104,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return Setting("llama", tmp_path_factory.mktemp("llama"), torch.float32)
 
 
-@pytest.mark.parametrize(
-    "backend", ["auto", pytest.param("reference", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("backend", ["auto", pytest.param("reference", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("limits", [None, SMALL], ids=["whole", "chunks"])
 def test_mixed_batches_equal_peft(llama: Setting, limits, backend):
     world = llama.world(limits=limits, backend=backend)
@@ -249,7 +247,7 @@ def test_in_company_every_bit_is_what_it_is_alone(llama: Setting, dtype, monkeyp
     together = bits(llama.world(limits=SMALL).run(asks))
     assert together == alone(llama, asks, limits=SMALL)
     changed = [replace(ask, blend={**ask.blend, "a8": 0.9}) for ask in asks]
-    assert sum(a != b for a, b in zip(bits(llama.world().run(changed)), together)) > 30
+    assert sum(a != b for a, b in zip(bits(llama.world().run(changed)), together, strict=True)) > 30
 
 
 def test_a_stream_keeps_the_invocation_of_its_version_over_a_swap(llama: Setting, tmp_path: Path):
