@@ -127,8 +127,8 @@ def report(info: AdapterInfo, request: Request) -> dict[str, Any]:
         "retired": list(info.retired),
         "created": info.created,
     }
-    if tokens := body.get("invocation_tokens"):
-        body["invocation_text"] = context_of(request).tokenizer.decode(tokens, special=True)
+    tokens, tokenizer = body.get("invocation_tokens"), context_of(request).tokenizer
+    body["invocation_text"] = tokens and tokenizer.decode(tokens, special=True)
     if principal_of(request).role == "admin":
         body["source"] = info.source
         body["revision"] = info.revision

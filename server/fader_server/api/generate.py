@@ -4,10 +4,10 @@ The only place that holds leases and engine requests for HTTP. Knows no wire for
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence, Set
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from fader_adapters.spec import Digest
+from fader_server.api.activated import activated, not_invoked
 from fader_server.api.adapter_ports import Lease
 from fader_server.api.calling import CallingChoice
 from fader_server.api.choice import Choice, Delta
@@ -86,14 +86,12 @@ class Generator:
         target = resolve(call.model, call.terms, base=self._base_name, recipes=visible.find)
         lease = await self._lease(target, visible)
         try:
-            activated = {v for v, data in lease.adapters.items() if data.spec.invocation}
-            record.leased(
-                label_of(target, lease), lease.terms, recipe=target.recipe, merges=not activated
-            )
+            label, merges = label_of(target, lease), not activated(lease)
+            record.leased(label, lease.terms, recipe=target.recipe, merges=merges)
             read, restriction = await asyncio.to_thread(self._preparer.read, call)
             prompts = [prompt.tokens for prompt in read]
             requests = self._preparer.requests(call, prompts, lease, id=id, tenant=tenant)
-            record.not_invoked = _not_invoked(requests, lease, activated)
+            record.not_invoked = not_invoked(requests, lease)
             counted = self.quotas.admit(tenant, _most(requests, call.n))
             requests = await self._guided(call, requests, counted)
             if restriction is not None:
@@ -308,14 +306,6 @@ class Generation:
         self._record.used(usage.prompt, usage.completion, usage.cached)
         self._counted.end(usage.prompt + usage.completion)
         self._on_close(self)
-
-
-def _not_invoked(requests: list[Request], lease: Lease, activated: Set[Digest]) -> list[str]:
-    """Names of the activated adapters whose invocation a prompt lacks."""
-    missed: set[Digest] = set()
-    for request in requests:
-        missed |= activated - {term.version for term in request.phases[-1].blend.terms}
-    return [term.name for term in lease.terms if term.version in missed]
 
 
 def _most(requests: list[Request], n: int) -> int:

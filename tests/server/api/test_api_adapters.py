@@ -19,7 +19,8 @@ REPORT = {
     "object", "name", "version", "base", "rank", "scales", "modules", "targets", "bytes",
     "delta_norm", "relative_norm", "tier", "leases", "pinned", "retired", "created", "source",
     "revision", "total_modules", "ranks", "dtype", "source_dtypes", "kinds", "sites", "base_match",
-    "largest_relative_norm", "unmatched_targets", "copies_of_base",
+    "largest_relative_norm", "unmatched_targets", "copies_of_base", "invocation_tokens",
+    "invocation_text",
 }  # fmt: skip
 
 
