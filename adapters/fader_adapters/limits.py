@@ -25,7 +25,7 @@ class Limits:
     tensors: int = 4096
     rank: int = 512
     """Rank of one linear."""
-    invocation: int = 1024
+    invocation: int = 256
     """Tokens that activate an adapter."""
     pattern_work: int = WORK
     """Of evaluating a config's patterns, in node visits."""
