@@ -120,6 +120,21 @@ def test_a_prefix_that_is_found_again_gives_the_references_answers(
     assert answer.cached == 32
 
 
+def test_activated_adapters_give_the_references_answers_over_blocks_of_the_base(
+    setting: Setting, world: PretendWorld
+) -> None:
+    said = list(range(100, 120))
+    call = Ask([*said, 147, 148, 9], {"late": 1.0}, greedy(3, prompt_logprobs=None))
+    check(setting, world, [Ask(said, {}, greedy(2))])
+    (answer,) = check(setting, world, [call])
+    assert answer.cached == 16
+    beside = [{}, {"late": 0.7, "a": 0.4}, {"late": -1.0}, {"late": 1.0}]
+    prompts = [call.prompt, [*said[:9], *call.prompt[-3:]], [147, 148, 3], said]
+    asks = zip(prompts, beside, strict=True)
+    check(setting, world, [Ask(prompt, blend, greedy(3)) for prompt, blend in asks])
+    assert {1, 2} <= {len(row.terms) for plan in world.plans for row in plan.terms.rows}
+
+
 def test_a_decode_step_waits_once_and_for_its_own_copy_alone(
     world: PretendWorld, device: PretendDevice
 ) -> None:

@@ -39,6 +39,7 @@ ADAPTERS: dict[str, dict] = {
         "target_modules": ["o_proj"],
         "trainable_token_indices": {"embed_tokens": [3, 40, 41], "lm_head": [9, 40, 50]},
     },
+    "late": {"rank": 4, "alora_invocation_tokens": [147, 148]},
     "ends": {"rank": 4, "target_modules": ["embed_tokens", "lm_head", "o_proj"], "copies": True},
 }
 
