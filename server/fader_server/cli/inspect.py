@@ -96,7 +96,8 @@ def _show(
     }
     if report.invocation:
         told = "" if invocation is None else f": {invocation!r}"
-        facts["activated by"] = f"tokens {_numbers(report.invocation)}{told}, if a prompt has them"
+        tokens = ", ".join(map(str, report.invocation))
+        facts["activated by"] = f"tokens {tokens}{told}, where a prompt has them"
     if report.unmatched and against:
         facts["not in the base"] = f"{', '.join(report.unmatched)}: named as to be trained"
     if report.copies:
