@@ -134,13 +134,22 @@ class PeftSide:
         """[len(tokens), vocab] in fp32; another adapter than the last one is loaded first.
 
         prompt_len: so many of the tokens are the prompt, the rest came after it; None: all are.
-        Raises ConfigInvalid.
+        Raises ConfigInvalid, also for an activated adapter that PEFT loads and cannot apply.
         """
         model = self._plain if adapter is None else self._with(adapter)
         with torch.inference_mode():
             ids = torch.tensor([list(tokens)])
             places = {} if adapter is None else _activation(model, ids, prompt_len or len(tokens))
-            return model(input_ids=ids, use_cache=False, **places).logits[0].float()
+            try:
+                return model(input_ids=ids, use_cache=False, **places).logits[0].float()
+            except IndexError as error:
+                if adapter is None or not places:
+                    raise
+                # linears that a model gives all tokens in one row, as beside experts
+                raise ConfigInvalid(
+                    f"PEFT cannot apply the activated {self._adapters[adapter]}: "
+                    f"{first_line(error)}"
+                ) from None
 
     def _with(self, adapter: str) -> Any:  # noqa: ANN401 - PEFT's model
         """Modules of its own over the base's one set of weights: what PEFT makes of an adapter

@@ -5,11 +5,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from fader_server import demo, phases
 from fader_server.cli import main
+from fader_server.errors import ConfigInvalid
+from fader_server.peft_side import PeftSide
 from fader_server.verification import invoked
 from tests.support.activated import activate
+from tests.support.many_families import MANY, write_many
+from tests.support.peft_adapters import write_adapter
 
 BASE = demo.base_dir()
 ANSWER = [949, 757, 31]
@@ -68,6 +73,20 @@ def test_verify_notices_another_place(late: str, capsys, monkeypatch):
     told = verified(capsys, late)
     assert not told["ok"]
     assert told["findings"][1]["difference"] > 10 * told["threshold"]
+
+
+def test_what_peft_cannot_apply_is_one_line(tmp_path: Path):
+    """A shared expert's linears get all tokens in one row."""
+    base = write_many(*MANY["qwen2-moe"], tmp_path / "base")
+    given = {"target_modules": ["shared_expert.down_proj"], "alora_invocation_tokens": ANSWER[2:]}
+    side = PeftSide(
+        str(base),
+        torch.float32,
+        {"a": write_adapter(base, tmp_path / "a", rank=4, seed=1, **given)},
+    )
+    assert side.logits([5, 6, *ANSWER[2:]], None).shape[0] == 3
+    with pytest.raises(ConfigInvalid, match=r"PEFT cannot apply the activated .*/a: .*shape"):
+        side.logits([5, 6, *ANSWER[2:]], "a")
 
 
 def test_prompts_have_the_invocation_at_the_end_amid_and_not_at_all():
