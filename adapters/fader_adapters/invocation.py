@@ -48,19 +48,28 @@ def read_invocation(fields: dict[str, Any], limits: Limits) -> tuple[int, ...]:
     for other, told in (
         ("use_dora", "PEFT has no DoRA that is activated"),
         ("trainable_token_indices", "trained tokens would change what comes before the invocation"),
+        ("modules_to_save", "whole modules would change what comes before the invocation"),
     ):
         if fields.get(other):
             raise invalid(other, fields[other], f"null or false beside {KEY}: {told}")
     return tuple(tokens)
 
 
-def check_invocation(tokens: tuple[int, ...], places: Iterable[Place], base: BaseSpec) -> None:
+def check_invocation(
+    tokens: tuple[int, ...], places: Iterable[Place], replaced: Iterable[Place], base: BaseSpec
+) -> None:
     """Whether the base has such tokens, and the adapter only modules that can be activated.
 
+    replaced: of tables that it holds and that differ from the base's.
     Raises AdapterInvalid, AdapterMismatch.
     """
     if not tokens:
         return
+    for place in replaced:
+        raise AdapterInvalid(
+            f"adapter_config.json: {KEY} beside a copy of {place.path[:160]!r} that differs from "
+            "the base's own: it would change what comes before the invocation"
+        )
     for place in places:
         if place.role not in _PLACES:
             raise AdapterInvalid(

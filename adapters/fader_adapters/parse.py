@@ -94,11 +94,13 @@ def read_adapter(
     pause()
     named = _named(raw.weights, limits, pause)
     checked = check_modules(named, config, base, limits, pause)
-    check_invocation(config.invocation, (module.place for module in checked.modules), base)
     untold = check_copies(raw.weights, named, checked, dtype, weights, trusted=trust_copies)
     tables = read_tables(
         raw.weights, checked.saved, base, dtype, weights, pause, trusted=trust_copies
     )
+    places = [module.place for module in checked.modules]
+    changed = [table.place for table in tables.replaced.values()]
+    check_invocation(config.invocation, places, changed, base)
     linears = linears_of(raw.weights, checked, tables.replaced, base, dtype, weights, pause)
     reports = _reports(linears, checked, base, limits, pause)
     spec = lay_out(

@@ -360,3 +360,18 @@ def test_lora_of_a_tied_head_stands_on_trained_tokens():
     }
     with pytest.raises(AdapterInvalid, match="both LoRA factors and trained tokens"):
         load({**LORA_HEAD, **TOKENS}, **apart)
+
+
+def test_beside_invocation_tokens_only_copies_of_the_bases_own_are_taken():
+    """PEFT applies whole modules everywhere, before the invocation, too."""
+    activated = {"alora_invocation_tokens": [5, 6]}
+    own = {f"{TABLE}.weight": OWN[UNTIED].tables[0]}
+    assert load(own, **activated).spec.invocation == (5, 6)
+    trained = {f"{TABLE}.weight": drawn(UNTIED, 0, [3])}
+    load(trained)
+    with pytest.raises(AdapterInvalid, match="a copy of 'model.embed_tokens' that differs"):
+        load(trained, **activated)
+    saved = {"modules_to_save": ["embed_tokens"]}
+    load(trained, **saved)
+    with pytest.raises(AdapterInvalid, match="whole modules would change what comes before"):
+        load(trained, **saved, **activated)
