@@ -369,7 +369,7 @@ def test_beside_invocation_tokens_only_copies_of_the_bases_own_are_taken():
     assert load(own, **activated).spec.invocation == (5, 6)
     trained = {f"{TABLE}.weight": drawn(UNTIED, 0, [3])}
     load(trained)
-    with pytest.raises(AdapterInvalid, match="a copy of 'model.embed_tokens' that differs"):
+    with pytest.raises(AdapterInvalid, match=r"a copy of 'model\.embed_tokens' that differs"):
         load(trained, **activated)
     saved = {"modules_to_save": ["embed_tokens"]}
     load(trained, **saved)
