@@ -37,10 +37,10 @@ from bench.step_rig import Rig, read_adapters
 from fader_adapters.kernels.backend import Backend, choose
 from fader_server.bench.machine import machine_facts
 from fader_server.bench.stats import spread
-from fader_server.model.checkpoint import quantize
 from fader_server.model.device import set_threads
 from fader_server.model.loaded import LoadedBase
 from fader_server.model.loader import load_base
+from fader_server.model.writing import quantize
 from fader_server.verification import verify
 
 

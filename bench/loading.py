@@ -21,7 +21,7 @@ from safetensors import safe_open
 from fader_adapters.kernels.measure.quiet import QUIET, Others
 from fader_server.bench.machine import machine_facts
 from fader_server.bench.stats import spread
-from fader_server.model import checkpoint, loader
+from fader_server.model import checkpoint, loader, writing
 
 WAYS = ("native", "bitsandbytes", "nf4")
 """Quantise while loading with either quantiser, and load what `fader quantize` wrote."""
@@ -115,7 +115,7 @@ def same_tensors(source: str, other: Path) -> bool:
         theirs = Path(folder) / "nf4"
         available, checkpoint.native.available = checkpoint.native.available, lambda: False
         try:
-            checkpoint.quantize(source, theirs, device=CPU)
+            writing.quantize(source, theirs, device=CPU)
         finally:
             checkpoint.native.available = available
         for path in sorted(theirs.glob("*.safetensors")):
@@ -145,7 +145,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         ready = Path(folder) / "nf4"
-        checkpoint.quantize(words.model, ready, device=CPU)
+        writing.quantize(words.model, ready, device=CPU)
         if not same_tensors(words.model, ready):
             sys.exit("parity failed, no figures: the two quantisers wrote different tensors")
         runs, watch = [], Others()

@@ -14,7 +14,7 @@ from fader_adapters.weightspace.merge import merge
 from fader_adapters.weightspace.plan import Form
 from fader_adapters.weightspace.terms import Ingredient
 from fader_server.errors import ModelUnsupported
-from fader_server.model.checkpoint import quantize
+from fader_server.model.writing import quantize
 from tests.server.parity.test_expert_adapters import ARENA, LIMITS, base_of
 from tests.server.parity.test_families import BOUND
 from tests.server.parity.test_many_families import asks

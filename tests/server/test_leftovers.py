@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from fader_server.errors import ModelUnsupported
 from fader_server.model import checkpoint
-from fader_server.model.checkpoint import quantize, read_config, read_nf4
+from fader_server.model.checkpoint import read_config, read_nf4
+from fader_server.model.writing import quantize
 from tests.support.composites import write_composite
 from tests.support.families import write_family
 from tests.support.many_families import MANY, write_many

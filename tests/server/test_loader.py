@@ -21,9 +21,10 @@ from fader_adapters.weightspace.base import open_base
 from fader_server import demo
 from fader_server.errors import ConfigInvalid, ModelUnsupported
 from fader_server.model import checkpoint
-from fader_server.model.checkpoint import quantize, read_config
+from fader_server.model.checkpoint import read_config
 from fader_server.model.loaded import LoadedBase
 from fader_server.model.loader import load_base
+from fader_server.model.writing import quantize
 from fader_server.peft_side import nf4_model
 from tests.support.families import CONFIGS, write_family
 from tests.support.oracle import nf4_oracle

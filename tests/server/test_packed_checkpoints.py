@@ -15,7 +15,7 @@ from fader_adapters.stacks import absmax_of
 from fader_adapters.weightspace.base import Base, open_base
 from fader_adapters.weightspace.merge import merge
 from fader_adapters.weightspace.terms import Ingredient
-from fader_server.model.checkpoint import quantize
+from fader_server.model.writing import quantize
 from fader_server.peft_side import nf4_model
 from fader_server.verification import verify
 from tests.adapters.weightspace import models

@@ -17,8 +17,9 @@ from fader_adapters.weightspace.coded import Decoded
 from fader_server.cli import main
 from fader_server.errors import ModelUnsupported
 from fader_server.model import checkpoint, quantizer
-from fader_server.model.checkpoint import quantize, read_config, read_nf4
+from fader_server.model.checkpoint import read_config, read_nf4
 from fader_server.model.loader import load_base
+from fader_server.model.writing import quantize
 from tests.adapters.weightspace.models import configure
 from tests.adapters.weightspace.test_coded import published
 from tests.support.peft_adapters import write_adapter

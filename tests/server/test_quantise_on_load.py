@@ -19,9 +19,10 @@ from fader_adapters.kernels.backend import choose
 from fader_adapters.kernels.cpu import NativeHead
 from fader_server.errors import ModelUnsupported
 from fader_server.model import checkpoint, loader, quantizer
-from fader_server.model.checkpoint import quantize, read_config, read_nf4
+from fader_server.model.checkpoint import read_config, read_nf4
 from fader_server.model.head import NativeEmbedding
 from fader_server.model.loader import load_base
+from fader_server.model.writing import quantize
 from tests.support.families import write_family
 
 CPU = torch.device("cpu")

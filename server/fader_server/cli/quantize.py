@@ -15,8 +15,8 @@ def quantize(
 
     transformers reads the result too, unless experts are quantised.
     """
-    from fader_server.model import checkpoint
+    from fader_server.model import writing
     from fader_server.model.device import choose_device
 
-    checkpoint.quantize(source, target, device=choose_device("cpu"), experts=experts)
+    writing.quantize(source, target, device=choose_device("cpu"), experts=experts)
     typer.echo(f"{target}: {sum(f.stat().st_size for f in target.iterdir()):,} bytes")

@@ -1,11 +1,9 @@
-"""A checkpoint on disk as bitsandbytes' NF4 model, and the other way round; refuses what cannot be.
+"""A checkpoint on disk as bitsandbytes' NF4 model; refuses what cannot be.
 
 Knows transformers' loading and files; knows nothing of Fader's linears.
 """
 
 import logging
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +18,6 @@ from huggingface_hub import (
     snapshot_download,
     try_to_load_from_cache,
 )
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     PretrainedConfig,
@@ -56,9 +53,6 @@ _FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"
 """What of a repository on the Hub is a model."""
 _TWICE = ("consolidated*", "*/*.safetensors")
 """The same weights in the form of their maker."""
-
-_PROCESSOR = ("*processor_config.json", "chat_template.json")
-"""What models that also see or hear have beside a tokenizer, their chat template among it."""
 
 _OTHER_ATTENTION = (
     "attention_chunk_size",
@@ -297,68 +291,6 @@ def read_nf4(
     except BaseUnsupported as error:
         raise ModelUnsupported(f"{source}: {error}") from error
     return model
-
-
-def quantize(source: str, target: Path, *, device: torch.device, experts: bool = False) -> None:
-    """Write `source` as a bitsandbytes NF4 checkpoint that transformers and Fader read; with its
-    experts in NF4, too, or with linears of another class (Falcon), Fader alone.
-
-    It is written beside the target, or within an empty folder, and renamed when it is whole.
-    Raises ConfigInvalid when the target holds something or cannot be written, or the source is
-    quantised already.
-    """
-    config = read_config(source)
-    if of_bitsandbytes(config):
-        raise ConfigInvalid(f"{source} is quantised already; serve it as it is")
-    if target.exists() and not target.is_dir():
-        raise ConfigInvalid(f"{target} is no directory; name a new one")
-    if target.exists() and any(target.iterdir()):
-        raise ConfigInvalid(f"{target} is not empty; name a new directory")
-    # a folder that is there may be a mount, or where the user stands: it stays the one it is
-    near = target if target.is_dir() else target.parent
-    made = near / f".{target.name}.part-{os.getpid()}"
-    try:
-        with _refusals_of(target):
-            made.mkdir(parents=True)
-        model = read_nf4(
-            source, config, device=device, attn_implementation=None, quantize_experts=experts
-        )
-        with _refusals_of(target):
-            _write(model, source, made)
-            if near is target:
-                for file in sorted(made.iterdir(), key=lambda file: file.name == CONFIG_NAME):
-                    file.rename(target / file.name)  # the config last: without it there is no model
-            else:
-                made.rename(target)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-
-
-@contextmanager
-def _refusals_of(target: Path) -> Iterator[None]:
-    """What a disk says of what is written for it, in one line."""
-    try:
-        yield
-    except Exception as error:  # tokenizers' own is a bare one
-        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
-            raise
-        raise ConfigInvalid(f"{target} cannot be written: {first_line(error)}") from error
-
-
-def _write(model: PreTrainedModel, source: str, target: Path) -> None:
-    # packed stacks do not come apart into the matrices that some families store
-    packed = any(True for _ in packed_stacks(model))
-    model.save_pretrained(target, save_original_format=not packed)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        log.warning("no tokenizer was written: %s", first_line(error))
-    else:
-        tokenizer.save_pretrained(target)
-    folder = local_copy(source, _PROCESSOR)
-    for pattern in _PROCESSOR:
-        for file in folder.glob(pattern):
-            (target / file.name).write_bytes(file.read_bytes())
 
 
 @contextmanager

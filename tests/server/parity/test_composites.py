@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from fader_adapters.errors import AdapterMismatch
 from fader_adapters.weightspace import base as weightspace
 from fader_server.errors import ModelUnsupported
-from fader_server.model.checkpoint import quantize, read_config
+from fader_server.model.checkpoint import read_config
+from fader_server.model.writing import quantize
 from tests.server.parity.test_families import BOUND, check, difference
 from tests.server.parity.test_many_families import asks, equals_peft
 from tests.support.composites import COMPOSITES, ODD, write_composite

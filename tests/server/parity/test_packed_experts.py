@@ -15,9 +15,9 @@ from fader_adapters.kernels.cpu_experts import PanelStack
 from fader_adapters.kernels.nf4_stack import Nf4Stack
 from fader_adapters.kernels.stack_weights import StackWeight
 from fader_server.errors import ConfigInvalid, ModelUnsupported
-from fader_server.model.checkpoint import quantize
 from fader_server.model.fidelity import measure
 from fader_server.model.probe import ProbeModel
+from fader_server.model.writing import quantize
 from tests.server.parity.test_expert_adapters import (
     ARENA,
     BY_NAME,
