@@ -216,6 +216,11 @@ def _call(
         fields.refuse(
             "continue_final_message", "cannot stand beside tools and what the answer must look like"
         )
+    choosing = read_choosing(fields, limits, max_tokens)
+    if choosing.permitted and (tools or shape):
+        fields.refuse(
+            "allowed_token_ids", "cannot stand beside tools and what the answer must look like"
+        )
     call = Call(
         model=model,
         terms=read_named(fields, model, limits.max_terms),
@@ -224,7 +229,7 @@ def _call(
         n=n,
         max_tokens=max_tokens,
         longest=_longest_of(choices, limits),
-        choosing=read_choosing(fields, limits, max_tokens),
+        choosing=choosing,
         stop=_stop(fields),
         include_stop=fields.boolean("include_stop_str_in_output"),
         shape=shape,

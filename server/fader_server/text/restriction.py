@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from fader_server.core import Guide
-from fader_server.errors import EngineFault
 
 Ids = tuple[int, ...]
 
@@ -20,10 +19,8 @@ class Restriction:
     """Of the vocabulary."""
     permitted: int
     """A bit for each id, lowest first: of those that may come at all."""
-    ends: int
-    """The same of the stop tokens."""
     banned: Sequence[Ids]
-    """The tokens of words, none of which the output has in a row."""
+    """The tokens of words: the output has none in a row, unless nothing else could come."""
 
     def guide(self, inner: Guide | None) -> "RestrictedGuide":
         """Of one output, at its start."""
@@ -31,10 +28,7 @@ class Restriction:
 
 
 class RestrictedGuide:
-    """A core.Guide that takes from what another one allows, or from everything.
-
-    Where the other one lets the output end, it may end.
-    """
+    """A core.Guide that takes from what another one allows, or from everything."""
 
     def __init__(self, restriction: Restriction, guide: Guide | None) -> None:
         self._guide = guide
@@ -48,19 +42,15 @@ class RestrictedGuide:
 
     def allowed(self) -> bytes:
         restriction = self._restriction
-        bits = restriction.permitted
+        every = restriction.permitted
+        if self._guide is not None:
+            every &= int.from_bytes(self._guide.allowed(), "little")
+        bits = every
         for word in restriction.banned:
             before = word[:-1]
             if not before or self._tail[-len(before) :] == before:
                 bits &= ~(1 << word[-1])
-        if self._guide is not None:
-            wanted = int.from_bytes(self._guide.allowed(), "little")
-            bits = wanted & (bits | restriction.ends)
-        if not bits:
-            raise EngineFault(
-                "allowed_token_ids and bad_words leave no token that this output could go on with"
-            )
-        return bits.to_bytes(-(-restriction.size // 8), "little")
+        return (bits or every).to_bytes(-(-restriction.size // 8), "little")
 
     def accept(self, token: int) -> None:
         if self._kept:
@@ -70,17 +60,13 @@ class RestrictedGuide:
 
 
 def restriction_of(
-    ids: Sequence[int],
-    words: Iterable[str],
-    encode: Callable[[str], Ids],
-    size: int,
-    ends: Iterable[int],
+    ids: Sequence[int], words: Iterable[str], encode: Callable[[str], Ids], size: int
 ) -> Restriction:
     """Of the ids that may come, all if there are none, and of words as they are encoded inside and
     at the start of a text."""
     banned = {encode(text) for word in words for text in (word, f" {word.lstrip()}")}
     permitted = _bits(ids or range(size), size)
-    return Restriction(size, permitted, _bits(ends, size), sorted(banned - {()}))
+    return Restriction(size, permitted, sorted(banned - {()}))
 
 
 def _bits(tokens: Iterable[int], size: int) -> int:

@@ -163,4 +163,4 @@ class Tokenizer(Answers):
         def encoded(word: str) -> tuple[int, ...]:
             return tuple(encode(self._of_prompts, word, param="bad_words", special=None))
 
-        return restriction_of(ids, words, encoded, self.vocab_size, self.eos_ids)
+        return restriction_of(ids, words, encoded, self.vocab_size)

@@ -270,7 +270,7 @@ class FakeTokenizer:
         return [FakeGuide() for _ in range(count)] if use.must else None
 
     def restriction(self, ids: Sequence[int], words: Iterable[str]) -> Restriction:
-        return restriction_of(ids, words, lambda word: tuple(word.encode()), VOCAB, self.eos_ids)
+        return restriction_of(ids, words, lambda word: tuple(word.encode()), VOCAB)
 
     async def guides(
         self, shape: Shape, count: int, *, tenant: str = "", chat: bool = False

@@ -4,7 +4,7 @@ import pytest
 
 from tests.server.api.api_fakes import EOS, TEXT, VOCAB, World, say
 from tests.server.api.conftest import asgi
-from tests.server.api.test_api_bodies import GOOD
+from tests.server.api.test_api_bodies import GOOD, check_envelope
 from tests.server.api.test_api_streaming import events
 from tests.server.api.test_api_tools import OFFER
 from tests.server.test_text_guides import ids
@@ -46,6 +46,17 @@ async def test_they_stand_over_guides_of_tools_and_shapes(client, world: World):
         assert set(range(VOCAB)) - set(ids(request.guide.allowed())) == {98}
         assert EOS in request.params.stop_token_ids
     assert EOS not in free.params.stop_token_ids, "words alone end nothing"
+
+
+@pytest.mark.parametrize(
+    "more", [{"response_format": {"type": "json_object"}}, {"guided_regex": "a"}, OFFER]
+)
+async def test_permitted_ids_stand_beside_no_tools_and_shapes(client, world: World, more):
+    body = {**GOOD[ROUTES[1]], "allowed_token_ids": [97], **more}
+    answer = await client.post(ROUTES[1], json=body)
+    assert answer.status_code == 400
+    assert check_envelope(answer)["param"] == "allowed_token_ids"
+    assert world.engine.seen == []
 
 
 @pytest.mark.parametrize("route", ROUTES)
