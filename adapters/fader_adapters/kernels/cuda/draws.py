@@ -39,12 +39,12 @@ def narrow_kernel(
     chunk = tl.cdiv(vocab, PARTS)
     first = part * chunk
     last = tl.minimum(first + chunk, vocab)
-    total = tl.zeros((16,), tl.int64)
+    total = tl.zeros((BLOCK, 16), tl.int64)
     for begin in range(first, last, BLOCK):
         at = begin + tl.arange(0, BLOCK)
         some = tl.load(mass + row * vocab + at, mask=at < last, other=0)[:, None]
-        total += tl.sum(tl.where(some >= edges[None, :], some, 0), 0)
-    tl.store(sums + (here * PARTS + part) * 16 + digits, total)
+        total += tl.where(some >= edges[None, :], some, 0)
+    tl.store(sums + (here * PARTS + part) * 16 + digits, tl.sum(total, 0))
 
 
 @triton.jit
