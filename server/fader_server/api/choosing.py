@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fader_server.api.fields import Fields, is_finite, is_text
+from fader_server.api.fields import Fields, is_finite
 
 INT64 = 1 << 63
 _MOST_BANNED = 256
@@ -110,7 +110,7 @@ def read_choosing(fields: Fields, limits: Limits, max_tokens: int | None) -> Cho
         stop_token_ids=_stop_token_ids(fields, limits.vocab_size),
         ignore_eos=fields.boolean("ignore_eos"),
         permitted=_permitted(fields, limits.vocab_size),
-        banned=_banned(fields),
+        banned=fields.texts("bad_words", most=_MOST_BANNED, longest=_LONGEST_BANNED),
     )
 
 
@@ -135,18 +135,6 @@ def _permitted(fields: Fields, vocab_size: int) -> tuple[int, ...]:
         return ()
     if not isinstance(value, list) or not is_token_ids(value, vocab_size):
         fields.refuse("allowed_token_ids", f"must be a list of ids from 0 to {vocab_size - 1}")
-        return ()
-    return tuple(value)
-
-
-def _banned(fields: Fields) -> tuple[str, ...]:
-    value = fields.raw("bad_words")
-    if value is None or value == []:
-        return ()
-    good = isinstance(value, list) and len(value) <= _MOST_BANNED
-    if not good or not all(is_text(word) and 0 < len(word) <= _LONGEST_BANNED for word in value):
-        form = f"up to {_MOST_BANNED} texts of 1 to {_LONGEST_BANNED} characters"
-        fields.refuse("bad_words", f"must be a list of {form}")
         return ()
     return tuple(value)
 

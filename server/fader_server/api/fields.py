@@ -93,6 +93,19 @@ class Fields:
             return None
         return value
 
+    def texts(self, name: str, *, most: int, longest: int, alone: bool = False) -> tuple[str, ...]:
+        """None of them empty. alone: a text by itself is a list of one."""
+        value = self.raw(name)
+        items = [value] if alone and isinstance(value, str) else value
+        if items is None or items == []:
+            return ()
+        good = isinstance(items, list) and len(items) <= most
+        if not good or not all(is_text(item) and 0 < len(item) <= longest for item in items):
+            form = f"a list of up to {most} texts of 1 to {longest} characters"
+            self.refuse(name, f"must be {'text or ' if alone else ''}{form}")
+            return ()
+        return tuple(items)
+
     def only(self, name: str, allowed: Callable[[Any], bool], text: str) -> None:
         """Refuse a field we do not implement unless its value changes nothing."""
         value = self.raw(name)

@@ -294,19 +294,11 @@ def _prompts(fields: Fields, limits: Limits) -> tuple[Prompt, ...]:
 
 
 def _stop(fields: Fields) -> tuple[str, ...]:
-    value = fields.raw("stop")
-    items = [value] if isinstance(value, str) else value
-    if items is None or items == []:
-        return ()
-    good = isinstance(items, list) and len(items) <= _MOST_STOPS
-    if not good or not all(is_text(item) and 0 < len(item) <= _LONGEST_STOP for item in items):
-        form = f"up to {_MOST_STOPS} texts of 1 to {_LONGEST_STOP} characters"
-        fields.refuse("stop", f"must be text or a list of {form}")
-        return ()
+    items = fields.texts("stop", most=_MOST_STOPS, longest=_LONGEST_STOP, alone=True)
     if sum(map(len, items)) > _MOST_OF_STOPS:
         fields.refuse("stop", f"must have at most {_MOST_OF_STOPS} characters in all")
         return ()
-    return tuple(items)
+    return items
 
 
 def _stream_options(fields: Fields, *, stream: bool) -> dict[str, Any]:

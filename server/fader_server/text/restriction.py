@@ -65,7 +65,7 @@ def restriction_of(
     """Of the ids that may come, all if there are none, and of words as they are encoded inside and
     at the start of a text."""
     banned = {encode(text) for word in words for text in (word, f" {word.lstrip()}")}
-    permitted = _bits(ids or range(size), size)
+    permitted = _bits(ids, size) if ids else (1 << size) - 1
     return Restriction(size, permitted, sorted(banned - {()}))
 
 
