@@ -34,6 +34,8 @@ BLOCK_SIZE = 16
 _HOST_ARENAS = 4
 """Beside a GPU the host keeps so many times what its arena holds, unless told otherwise."""
 CHUNK_SIZE = 256
+LOOKUP_ROWS = 8
+"""Rows up to which one more costs native kernels little, and a screened output layer screens."""
 _TOUCH_SECONDS = 2.0
 """What a start may take longer so that the first blocks of the cache are there; see KVCache."""
 
@@ -88,6 +90,7 @@ def scheduler_of(
         max_model_len=plan.max_model_len,
         solo=base.solo is not None,
         block=BLOCK_SIZE if base.packed_states is not None else 0,
+        lookup=_lookup(config, base),
     )
     return Scheduler(
         limits,
@@ -95,6 +98,16 @@ def scheduler_of(
         pool=pool,
         shares=shares_of(tenants),
     )
+
+
+def _lookup(config: ServeConfig, base: LoadedBase) -> int:
+    """Rows up to which guesses fill a step: none where a token that did not come would be part of
+    what a sequence goes on from."""
+    if base.solo is not None or base.packed_states is not None:
+        return 0
+    if config.prompt_lookup is not None:
+        return config.prompt_lookup
+    return LOOKUP_ROWS if isinstance(base.backend, NativeBackend) else 0
 
 
 def blocks_of(base: LoadedBase, count: int) -> BlockManager:

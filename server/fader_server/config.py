@@ -142,6 +142,12 @@ class ServeConfig:
         64, "requests in one step", parse=partial(kinds.integer, low=1, high=4096)
     )
     max_step_tokens: int = define(512, "tokens in one step", parse=_COUNT)
+    prompt_lookup: int | None = define(
+        None,
+        "rows up to which guesses fill a decode step, from what texts hold already; "
+        "default 8 with native kernels on a CPU, else 0: none",
+        parse=partial(kinds.integer, low=0, high=64),
+    )
     threads: int | None = define(
         None, "CPU threads of the engine, default all cores", parse=kinds.threads
     )

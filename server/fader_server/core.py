@@ -38,6 +38,13 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     """EOS and the client's own; empty under ignore_eos."""
 
+    @property
+    def penalises(self) -> bool:
+        """Whether the tokens seen so far change the logits."""
+        return bool(
+            self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty
+        )
+
 
 class Guide(Protocol):
     """What one output may be, and how far it is. Used on the engine's thread only.
@@ -206,6 +213,23 @@ class PlanRow:
     count: int
     samples: bool
     """True when the row reaches the sequence's last token and a new one is wanted."""
+    guesses: tuple[int, ...] = ()
+    """Tokens that may come after the sequence's own, of which this row computes the last; what it
+    samples counts if all of them came. Its sequence's rows for the tokens before stand in the same
+    step, before it."""
+
+    @property
+    def tokens(self) -> list[int]:
+        """The ids that it computes."""
+        if self.guesses:
+            return [self.guesses[-1]]
+        return self.sequence.tokens[self.start : self.start + self.count]
+
+    @property
+    def unseen(self) -> int:
+        """Tokens, up to those it computes, that its sequence does not hold yet: guesses, or what a
+        step under way draws."""
+        return self.start + self.count - len(self.sequence.tokens)
 
     @property
     def lane(self) -> Lane | None:

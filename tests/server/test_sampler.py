@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from fader_server.core import Request, SamplingParams, Sequence
+from fader_server.core import PlanRow, Request, SamplingParams, Sequence
 from fader_server.model.sampler import Sampler
 from tests.support.samplers import distributions  # noqa: F401
 
@@ -272,3 +272,22 @@ def test_tokens_that_the_model_reads_and_cannot_write_are_asked_nothing_of():
 
 def test_an_empty_batch_gives_nothing():
     assert Sampler().sample(torch.empty(0, V), []) == []
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_row_of_guesses_is_one_whose_sequence_holds_them(wrong):
+    """All rows of a sequence in one call, and each alone."""
+    differs = 0
+    for index in range(60):
+        sequence = random_sequence(random.Random(index))
+        start = len(sequence.tokens)
+        guesses = tuple(random.Random(-index).choices(sequence.tokens, k=3))
+        logits = noise(4, seed=index)
+        rows = [PlanRow(sequence, start - 1, 1, True)]
+        rows += [PlanRow(sequence, start - 1 + n, 1, True, guesses[:n]) for n in (1, 2, 3)]
+        own = [replace(sequence, tokens=[*sequence.tokens, *guesses[:n]]) for n in range(4)]
+        if wrong:
+            own = [sequence] * 4
+        alone = [one(x, s) for x, s in zip(logits, own, strict=True)]
+        differs += Sampler().launch(logits, rows).wait() != alone
+    assert bool(differs) == wrong

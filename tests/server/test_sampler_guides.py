@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from fader_server.core import Request, SamplingParams, Sequence
+from fader_server.core import PlanRow, Request, SamplingParams, Sequence
 from fader_server.errors import EngineFault
 from fader_server.model.sampler import Sampler
 from tests.server.test_sampler import GREEDY, V, noise, random_sequence
@@ -152,4 +152,4 @@ def test_a_step_without_guides_asks_for_no_mask(monkeypatch):
 
 def test_no_guided_row_is_drawn_ahead_of_its_tokens():
     with pytest.raises(AssertionError):
-        Sampler().launch(noise(1), [seq(5)], unseen=1)
+        Sampler().launch(noise(1), [PlanRow(seq(5), 3, 1, samples=True)])

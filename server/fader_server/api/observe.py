@@ -212,6 +212,8 @@ def gauges(
         yield counter("fader_prefix_queries", "Prompt blocks looked up.", stats.prefix_queries)
         yield counter("fader_prefix_hits", "Prompt blocks found cached.", stats.prefix_hits)
         yield counter("fader_generated_tokens", "Tokens drawn by the engine.", stats.generated)
+        yield counter("fader_guessed_tokens", "Tokens computed before drawn.", stats.guessed)
+        yield counter("fader_accepted_tokens", "Guessed tokens that were drawn.", stats.accepted)
         yield counter("fader_preemptions", "Requests put back into the queue.", stats.preemptions)
         yield counter("fader_engine_faults", "Requests ended by a fault.", stats.faults)
         yield gauge("fader_adapters", "Registered adapters.", totals.adapters)

@@ -17,17 +17,23 @@ class Draft:
         self._chunk_size = limits.chunk_size
         self._solo = limits.solo
         self._block = limits.block
-        self._rows: list[PlanRow] = []
+        self.rows: list[PlanRow] = []
         self._terms: list[RowTerms] = []
 
     @property
     def empty(self) -> bool:
         """No row is in it."""
-        return not self._rows
+        return not self.rows
 
     def add_token(self, sequence: Sequence) -> None:
         """The row of a sequence that decodes."""
-        self._rows.append(PlanRow(sequence, sequence.computed, 1, True))
+        self.rows.append(PlanRow(sequence, sequence.computed, 1, True))
+        self._terms.append(sequence.terms[-1])
+        self.room -= 1
+
+    def add_guess(self, sequence: Sequence, guesses: tuple[int, ...]) -> None:
+        """One row more of a sequence that decodes, for the last of these tokens."""
+        self.rows.append(PlanRow(sequence, sequence.computed + len(guesses), 1, True, guesses))
         self._terms.append(sequence.terms[-1])
         self.room -= 1
 
@@ -39,7 +45,7 @@ class Draft:
             return
         last = start + count == len(sequence.tokens)
         samples = last and sequence.request.params.max_tokens > 0
-        self._rows.append(PlanRow(sequence, start, count, samples))
+        self.rows.append(PlanRow(sequence, start, count, samples))
         terms = sequence.terms[sequence.phase_at(start)].terms
         self._terms.append(RowTerms(count, terms))
         self.room -= count
@@ -68,6 +74,6 @@ class Draft:
 
     def plan(self) -> Plan | None:
         """None without any row."""
-        if not self._rows:
+        if not self.rows:
             return None
-        return Plan(tuple(self._rows), StepTerms(tuple(self._terms)), tuple(self.uploads))
+        return Plan(tuple(self.rows), StepTerms(tuple(self._terms)), tuple(self.uploads))

@@ -43,7 +43,7 @@ _PASSING = (
 
 @dataclass(slots=True)
 class StepOutcome:
-    """Every row of a plan is in exactly one of these."""
+    """Every row of a plan is in exactly one of these; guesses may be in none."""
 
     done: list[tuple[Plan, list[RowResult]]] = field(default_factory=list)
     failed: list[tuple[Sequence, Exception]] = field(default_factory=list)
@@ -190,7 +190,10 @@ def _split(runner: Runner, plan: Plan, outcome: StepOutcome, error: Exception) -
     if is_device_lost(error):
         outcome.lost = error
         return
-    if is_out_of_memory(error):
+    guesses = {i for i, row in enumerate(plan.rows) if row.guesses}
+    if guesses:  # nothing is lost with them
+        parts = [without(plan, guesses)]
+    elif is_out_of_memory(error):
         newest = max(range(count), key=lambda i: plan.rows[i].sequence.arrival)
         outcome.crowded.append((plan.rows[newest].sequence, error))
         parts = [without(plan, {newest})]

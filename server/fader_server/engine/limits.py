@@ -25,7 +25,8 @@ class Limits:
     solo: bool = False
     """A sequence that was sent back computes its own tokens again one by one, as it first did: the
     base gives other bits for several at a time."""
-
+    lookup: int = 0
+    """Rows up to which guesses from what texts hold already fill a decode step; 0: none."""
     block: int = 0
     """Tokens of a block, where a long prompt stops at the end of one, for the state it has there to
     be kept; 0: there are no states to keep."""

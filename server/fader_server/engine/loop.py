@@ -202,7 +202,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """A snapshot, from any thread, without waiting for the engine's."""
         blocks, stepper = self._scheduler.blocks, self._stepper
-        cached, free = blocks.cached, blocks.free
+        cached, free, lookup = blocks.cached, blocks.free, self._scheduler.lookup
         return EngineStats(
             healthy=not self._fatal,
             reason=self._fatal,
@@ -223,7 +223,9 @@ class Engine:
             rows=stepper.rows,
             tokens=stepper.tokens,
             generated=stepper.generated,
-            merged=stepper.merged,
+            merged=self._scheduler.merged,
+            guessed=lookup.guessed,
+            accepted=lookup.accepted,
             preemptions=self._scheduler.preemptions,
             faults=stepper.faults,
             tenants=self._tenants(),

@@ -20,6 +20,7 @@ from fader_server.engine.draft import Draft
 from fader_server.engine.following import following
 from fader_server.engine.lanes import Lanes
 from fader_server.engine.limits import Limits, check_ids, check_request
+from fader_server.engine.lookup import Lookup
 from fader_server.engine.outcome import outcome
 from fader_server.engine.roster import Roster
 from fader_server.engine.shares import Share, Shares
@@ -50,6 +51,13 @@ class Scheduler:
         self.context = min(limits.max_model_len, blocks.total * blocks.block_size)
         """Tokens the longest sequence may have."""
         self.preemptions = 0
+        self.merged = 0
+        """Tokens drawn in a merged lane."""
+        self.lookup = Lookup(
+            rows=min(limits.lookup, limits.max_rows),
+            blocks=blocks,
+            max_model_len=limits.max_model_len,
+        )
         self._checked: tuple[int, ...] = ()
         """The last prompt whose ids were looked at: choices of a call share one."""
         self._shares = Shares(shares or {}, limits=limits, blocks=blocks, pool=pool)
@@ -143,18 +151,22 @@ class Scheduler:
         for sequence in self._plan_decodes(draft):
             draft.add_chunk(sequence)
         self._admission.admit(draft)
+        self.lookup.fill(draft)
         return draft.plan()
 
     def ahead(self, plan: Plan) -> Plan | None:
         """The step after `plan`, before that is committed; None where it cannot be told yet."""
         if len(plan.rows) < self.limits.max_rows and self._admission.expected:
             return None
+        if self.lookup.may_fill(len(plan.rows)):
+            return None  # which guesses that step has, the tokens of this one say
         return following(plan, roster=self._roster, blocks=self.blocks, limits=self.limits)
 
     def commit(self, plan: Plan, results: list[RowResult]) -> list[TokenEvent]:
         """Take the results of a plan, or of some of its rows, in; one result per row.
 
-        Rows whose sequence ended, was aborted or preempted since the plan are skipped.
+        Rows whose sequence ended, was aborted or preempted since the plan are skipped, and those
+        for guesses that did not come.
         """
         assert len(plan.rows) == len(results), "one result per row"
         events: list[TokenEvent] = []
@@ -162,6 +174,8 @@ class Scheduler:
         for row, result in zip(plan.rows, results, strict=True):
             sequence = row.sequence
             if not sequence.blocks:
+                continue
+            if row.guesses and not self.lookup.came(row):
                 continue
             if not result.finite:
                 events.append(self._numeric_fault(sequence))
@@ -171,6 +185,7 @@ class Scheduler:
                 continue
             if row.samples:
                 self._roster.waiting.charge(sequence, 1)
+                self.merged += row.lane is not None
             try:
                 event = outcome(row, result, self.limits.max_model_len)
             except EngineFault as fault:

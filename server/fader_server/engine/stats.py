@@ -47,10 +47,14 @@ class EngineStats:
     step_seconds: float
     rows: int
     tokens: int
-    """Computed positions, prompt and output, recomputed ones included."""
+    """Computed positions, prompt and output, recomputed ones and guesses included."""
     generated: int
     merged: int
     """Of the generated tokens, those drawn in a merged lane."""
+    guessed: int
+    """Tokens that were computed before they were drawn, from what their texts held already."""
+    accepted: int
+    """Of those, the ones that were drawn."""
     preemptions: int
     faults: int
     """Requests ended by an error after they were accepted."""

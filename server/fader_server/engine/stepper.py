@@ -69,8 +69,6 @@ class Stepper:
         self.progress_at = clock()
         """When a step was last committed or nothing was there to do, in the clock's seconds."""
         self.steps = self.rows = self.tokens = self.generated = self.faults = 0
-        self.merged = 0
-        """Of the generated tokens, those of merged lanes."""
         self.seconds = 0.0
         self._runner = runner
         self._overlap = (
@@ -169,8 +167,6 @@ class Stepper:
         if outcome.lost is not None:
             raise EngineFault("the device is lost") from outcome.lost
         for part, results in outcome.done:
-            if self.scheduler.lanes.members:
-                self.merged += sum(row.samples and row.lane is not None for row in part.rows)
             for event in self.scheduler.commit(part, results):
                 self._emit(event)
         for sequence, error in outcome.crowded:

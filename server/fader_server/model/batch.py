@@ -79,7 +79,7 @@ class Batch:
         for row in plan.rows:
             stop = row.start + row.count
             rows.append(AttentionRow(len(ids), row.count, stop))
-            ids += row.sequence.tokens[row.start : stop]
+            ids += row.tokens
             positions += range(row.start, stop)
             blocks = row.sequence.blocks
             slots += [

@@ -99,7 +99,7 @@ class DecodeInputs:
         starts = [row.start for row in rows]
         blocks = [row.sequence.blocks for row in rows]
         n = len(rows)
-        self._ids.numpy()[0, :n] = [row.sequence.tokens[row.start] for row in rows]
+        self._ids.numpy()[0, :n] = [row.tokens[0] for row in rows]
         self._positions.numpy()[0, :n] = starts
         self._contexts.numpy()[:n] = [at + 1 for at in starts]
         self._slots.numpy()[:n] = [

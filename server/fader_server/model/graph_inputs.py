@@ -70,7 +70,7 @@ class GraphInputs:
         words = self._words.open().reshape(4, self._rows)
         words[:2, n:bucket] = 0
         if tokens is None:
-            words[0, :n] = [row.sequence.tokens[row.start] for row in rows]
+            words[0, :n] = [row.tokens[0] for row in rows]
         words[1, :n] = starts
         words[2, n:bucket] = -1
         words[2, :n] = [

@@ -13,7 +13,6 @@ from fader_server.core import Plan, RowResult
 from fader_server.model.decode import LeadingReplays, decodes
 from fader_server.model.runner import ModelRunner, Part, Ready, in_order
 from fader_server.model.sampler import Drawn
-from fader_server.model.sampling_state import penalises
 
 
 class LaunchingRunner(ModelRunner):
@@ -57,7 +56,7 @@ class LaunchedStep:
         (part,), (drawn,) = self._parts, self._begun
         if not decodes(part.plan) or not isinstance(part.replays, LeadingReplays):
             return None
-        if any(penalises(row.sequence.request.params) for row in part.plan.rows):
+        if any(row.sequence.request.params.penalises for row in part.plan.rows):
             return None
         return lambda plan: self._runner.go_on(plan, drawn.tokens)
 

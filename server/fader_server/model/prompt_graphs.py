@@ -77,7 +77,7 @@ class PromptInputs:
         starts[0] = 0
         for i, row in enumerate(plan.rows):
             stop, end = row.start + row.count, at + row.count
-            ids[at:end] = row.sequence.tokens[row.start : stop]
+            ids[at:end] = row.tokens
             places = np.arange(row.start, stop)
             positions[at:end] = places
             used = -(-stop // size)

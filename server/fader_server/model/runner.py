@@ -182,7 +182,7 @@ class ModelRunner:
                 return self._sampled(plan, sampling, logits)
             assert isinstance(replays, LeadingReplays)
             logits = replays.run_ahead(plan, step, forward, tokens)
-            return self._sampled(plan, sampling, logits, unseen=1)
+            return self._sampled(plan, sampling, logits)
 
         return compute
 
@@ -268,12 +268,10 @@ class ModelRunner:
             state.head = state.tokens = None
         return out.logits[0]
 
-    def _sampled(
-        self, plan: Plan, sampling: tuple[int, ...], logits: torch.Tensor, *, unseen: int = 0
-    ) -> Drawn:
+    def _sampled(self, plan: Plan, sampling: tuple[int, ...], logits: torch.Tensor) -> Drawn:
         """Results of every row; `sampling` are the rows that sample, in the order of `logits`."""
-        sequences = [plan.rows[i].sequence for i in sampling]
-        drawn = self._sampler.launch(logits[: len(sequences)], sequences, unseen=unseen)
+        rows = [plan.rows[i] for i in sampling]
+        drawn = self._sampler.launch(logits[: len(rows)], rows)
 
         def results() -> list[RowResult]:
             found = [RowResult() for _ in plan.rows]

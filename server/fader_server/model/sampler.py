@@ -6,16 +6,16 @@ randomness is a hash, edits are elementwise, and what is said of whole rows keep
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fader_server.core import RowResult, Sequence, TokenLogprob
+from fader_server.core import PlanRow, RowResult, Sequence, TokenLogprob
 from fader_server.errors import EngineFault
 from fader_server.model.distribution import Distributions, Draws, TorchDistributions, uploaded
-from fader_server.model.gumbel import draw_key
 from fader_server.model.passage import to_host
 from fader_server.model.sampling_state import (
     CountsTable,
@@ -26,9 +26,9 @@ from fader_server.model.sampling_state import (
     edits,
     guides,
     limits,
-    penalises,
     penalties,
     permits,
+    row_key,
     stop_masks,
 )
 
@@ -63,68 +63,65 @@ class Sampler:
 
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[RowResult]:
         """What `launch` leads to, waited for."""
-        return self.launch(logits, sequences).wait()
+        rows = [PlanRow(s, len(s.tokens) - 1, 1, samples=True) for s in sequences]
+        return self.launch(logits, rows).wait()
 
     @torch.inference_mode()
-    def launch(self, logits: Tensor, sequences: list[Sequence], *, unseen: int = 0) -> Drawn:
+    def launch(self, logits: Tensor, rows: Many[PlanRow]) -> Drawn:
         """One token per row: the device's work is queued, the result waits for it.
 
-        unseen: tokens of every row that were drawn and are not in its sequence yet. A row that
-        `penalises` or `guides` must have none.
+        rows: those that sample. One that penalises or has a guide follows no tokens but its
+        sequence's and its own guesses.
 
-        logits: [R, V], any float dtype, untouched; row i belongs to sequences[i]. Greedy takes the
+        logits: [R, V], any float dtype, untouched; row i belongs to rows[i]. Greedy takes the
         lowest id among equals. Order of edits: bias, repetition, presence and frequency, stop mask,
         guide; then temperature, top-k, top-p, min-p. Logprobs are of the logits as given. A row
         with NaN, +Inf or no finite logit comes back with token None and finite False, one whose
         guide failed with its fault.
         """
-        assert logits.shape[0] == len(sequences)
-        if not sequences:
+        assert logits.shape[0] == len(rows)
+        if not rows:
             return Drawn(logits.new_empty(0, dtype=torch.int64), list)
-        assert not (unseen and any(penalises(s.request.params) or guides(s) for s in sequences))
-        counts = self._counts.refresh([s for s in sequences if penalises(s.request.params)])
+        assert all(row.unseen <= len(row.guesses) or not _follows(row) for row in rows)
+        counts = self._counts.refresh([row.sequence for row in rows if _penalises(row)])
         best, tokens = self._rows.largest(logits)
         finite = best.isfinite()
-        edited = [i for i, sequence in enumerate(sequences) if edits(sequence, unseen)]
+        edited = [i for i, row in enumerate(rows) if edits(row)]
         apart = set(edited)
-        plain = {i: sequence for i, sequence in enumerate(sequences) if i not in apart}
-        tokens = self._redrawn(logits, tokens, plain, unseen)
+        plain = {i: row for i, row in enumerate(rows) if i not in apart}
+        tokens = self._redrawn(logits, tokens, plain)
         faults: dict[int, EngineFault] = {}
         if edited:
             index = uploaded(edited, logits)
-            rows = [sequences[i] for i in edited]
+            changed = [rows[i] for i in edited]
             x = logits.index_select(0, index).float()
-            permitted = _edit(x, rows, counts, unseen)
+            permitted = _edit(x, changed, counts)
             if permitted is not None:
                 faults = {edited[row]: fault for row, fault in permitted.faults.items()}
-            chosen, sound = self._choose(x, rows, unseen)
+            chosen, sound = self._choose(x, changed)
             tokens = tokens.index_copy(0, index, chosen)
             finite = finite.index_copy(0, index, finite.index_select(0, index) & sound)
-        drawn = self._drawn(logits, sequences, tokens, finite)
+        drawn = self._drawn(logits, rows, tokens, finite)
         return Drawn(drawn.tokens, lambda: _with_faults(drawn.wait(), faults)) if faults else drawn
 
-    def _choose(self, x: Tensor, rows: list[Sequence], unseen: int) -> tuple[Tensor, Tensor]:
+    def _choose(self, x: Tensor, rows: Many[PlanRow]) -> tuple[Tensor, Tensor]:
         """Token [R] of every row of x [R, V], and whether it has a finite maximum [R]."""
         best, chosen = self._rows.largest(x)
-        return self._redrawn(x, chosen, dict(enumerate(rows)), unseen), best.isfinite()
+        return self._redrawn(x, chosen, dict(enumerate(rows))), best.isfinite()
 
-    def _redrawn(
-        self, logits: Tensor, tokens: Tensor, rows: dict[int, Sequence], unseen: int
-    ) -> Tensor:
+    def _redrawn(self, logits: Tensor, tokens: Tensor, rows: dict[int, PlanRow]) -> Tensor:
         """tokens [R], but drawn in those of `rows`, by their numbers, that are not greedy."""
-        random = {i: seq for i, seq in rows.items() if seq.request.params.temperature > 0}
+        random = {i: r for i, r in rows.items() if r.sequence.request.params.temperature > 0}
         if not random:
             return tokens
         index = uploaded(list(random), logits)
         return tokens.index_copy(
-            0, index, self._rows.draw(logits, index, _draws([*random.values()], unseen))
+            0, index, self._rows.draw(logits, index, _draws([*random.values()]))
         )
 
-    def _drawn(
-        self, logits: Tensor, sequences: list[Sequence], tokens: Tensor, finite: Tensor
-    ) -> Drawn:
+    def _drawn(self, logits: Tensor, rows: Many[PlanRow], tokens: Tensor, finite: Tensor) -> Drawn:
         """Everything to the host in one transfer, then plain values."""
-        asked = [s.request.params.logprobs for s in sequences]
+        asked = [row.sequence.request.params.logprobs for row in rows]
         scored = [row for row, count in enumerate(asked) if count is not None]
         parts = [tokens.double(), finite.double()]
         if scored:
@@ -154,26 +151,32 @@ class Sampler:
         return tuple(_prompt_logprob(token, values, top_n, width) for token, values in found)
 
 
-def _draws(sequences: list[Sequence], unseen: int) -> Draws:
-    """How the next tokens of these rows are drawn, after `unseen` that they do not hold yet."""
-    params = [sequence.request.params for sequence in sequences]
+def _penalises(row: PlanRow) -> bool:
+    return row.sequence.request.params.penalises
+
+
+def _follows(row: PlanRow) -> bool:
+    """Whether what may come depends on which tokens came."""
+    return _penalises(row) or guides(row.sequence)
+
+
+def _draws(rows: list[PlanRow]) -> Draws:
+    """How the next tokens of these rows are drawn."""
+    params = [row.sequence.request.params for row in rows]
     heat = np.array([p.temperature for p in params], np.float32).clip(min=_COLDEST)
-    keys = [draw_key(s.request.params.seed, s.output_len + unseen) for s in sequences]
-    return Draws(heat, limits(params), np.array(keys, np.int64))
+    return Draws(heat, limits(params), np.array([row_key(row) for row in rows], np.int64))
 
 
-def _edit(
-    x: Tensor, rows: list[Sequence], counts: list[TokenCounts], unseen: int
-) -> Permits | None:
+def _edit(x: Tensor, rows: list[PlanRow], counts: list[TokenCounts]) -> Permits | None:
     """Change logits x [R, V] float32 as their rows ask; what guides allowed. `counts`: of the rows
     that penalise, in order."""
     vocab = x.shape[1]
     _add(x, biases(rows, vocab))
     if counts:
-        counted = [row for row, sequence in enumerate(rows) if penalises(sequence.request.params)]
+        counted = [i for i, row in enumerate(rows) if _penalises(row)]
         pairs = penalties(counted, [rows[row] for row in counted], counts, vocab)
         _penalise(x, pairs.row, pairs.token, pairs.repetition, pairs.subtract)
-    _add(x, stop_masks(rows, vocab, unseen))
+    _add(x, stop_masks(rows, vocab))
     permitted = permits(rows, vocab)
     if permitted is not None:
         _forbid(x, permitted)

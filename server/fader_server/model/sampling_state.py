@@ -11,33 +11,28 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fader_server.core import SamplingParams, Sequence
+from fader_server.core import PlanRow, SamplingParams, Sequence
 from fader_server.errors import EngineFault
+from fader_server.model.gumbel import draw_key
 from fader_server.model.mass import Limits
 
 
-def penalises(params: SamplingParams) -> bool:
-    """Whether the tokens seen so far change the logits."""
-    return bool(
-        params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
-    )
+def masks_stops(row: PlanRow) -> bool:
+    """Whether stop tokens are still forbidden."""
+    sequence, params = row.sequence, row.sequence.request.params
+    return sequence.output_len + row.unseen < params.min_tokens and bool(params.stop_token_ids)
 
 
-def masks_stops(sequence: Sequence, unseen: int = 0) -> bool:
-    """Whether stop tokens are still forbidden, after `unseen` tokens that it does not hold yet."""
-    params = sequence.request.params
-    return sequence.output_len + unseen < params.min_tokens and bool(params.stop_token_ids)
-
-
-def edits(sequence: Sequence, unseen: int = 0) -> bool:
+def edits(row: PlanRow) -> bool:
     """Whether the row's logits must be changed before a token is chosen."""
-    params = sequence.request.params
-    return (
-        bool(params.logit_bias)
-        or penalises(params)
-        or masks_stops(sequence, unseen)
-        or guides(sequence)
-    )
+    params = row.sequence.request.params
+    return bool(params.logit_bias) or params.penalises or masks_stops(row) or guides(row.sequence)
+
+
+def row_key(row: PlanRow) -> int:
+    """What decides the row's next token where it is drawn."""
+    sequence = row.sequence
+    return draw_key(sequence.request.params.seed, sequence.output_len + row.unseen)
 
 
 def guides(sequence: Sequence) -> bool:
@@ -87,10 +82,21 @@ class TokenCounts:
             self._counts[index] += 1
         self._read = len(self._source)
 
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Distinct token ids [n] and their output counts [n]; 0 for a token of the prompt only."""
+    def arrays(self, guesses: tuple[int, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
+        """Distinct token ids [n] and their output counts [n]; 0 for a token of the prompt only.
+
+        guesses: put out after those that were read
+        """
         size = len(self._at)
-        return self._ids[:size], self._counts[:size]
+        ids, counts = self._ids[:size], self._counts[:size]
+        if not guesses:
+            return ids, counts
+        fresh = [token for token in dict.fromkeys(guesses) if token not in self._at]
+        at = self._at | {token: size + i for i, token in enumerate(fresh)}
+        ids = np.concatenate([ids, np.array(fresh, np.int64)])
+        counts = np.concatenate([counts, np.zeros(len(fresh), np.int64)])
+        np.add.at(counts, [at[token] for token in guesses], 1)
+        return ids, counts
 
 
 class CountsTable:
@@ -109,13 +115,15 @@ class CountsTable:
         """Counts of these sequences, up to date and in order; every other one is forgotten."""
         fresh: dict[int, TokenCounts] = {}
         for sequence in sequences:
+            if id(sequence.tokens) in fresh:
+                continue
             counts = self._rows.get(id(sequence.tokens))
             if counts is None or not counts.follows(sequence):
                 counts = TokenCounts(sequence)
             counts.update()
             fresh[id(sequence.tokens)] = counts
         self._rows = fresh
-        return list(fresh.values())
+        return [fresh[id(sequence.tokens)] for sequence in sequences]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,20 +139,21 @@ class Penalties:
 
 
 def penalties(
-    rows: list[int], sequences: list[Sequence], counts: list[TokenCounts], vocab: int
+    places: list[int], rows: list[PlanRow], counts: list[TokenCounts], vocab: int
 ) -> Penalties:
-    """Pairs of the given rows; tokens of the prompt count for the repetition penalty only."""
+    """Pairs of the given rows, which stand at `places`; tokens of the prompt count for the
+    repetition penalty only."""
     columns: list[tuple[np.ndarray, ...]] = []
-    for row, sequence, count in zip(rows, sequences, counts, strict=True):
-        params = sequence.request.params
-        token, times = count.arrays()
+    for place, row, count in zip(places, rows, counts, strict=True):
+        params = row.sequence.request.params
+        token, times = count.arrays(row.guesses)
         keep = token < vocab
         if params.repetition_penalty == 1.0:
             keep &= times > 0
         token, times = token[keep], times[keep]
         subtract = params.presence_penalty * (times > 0) + params.frequency_penalty * times
         repetition = np.full(token.size, params.repetition_penalty, np.float32)
-        columns.append((np.full(token.size, row), token, repetition, subtract.astype(np.float32)))
+        columns.append((np.full(token.size, place), token, repetition, subtract.astype(np.float32)))
     return Penalties(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
 
@@ -157,30 +166,30 @@ class Shifts:
     value: np.ndarray
 
 
-def biases(sequences: list[Sequence], vocab: int) -> Shifts | None:
+def biases(rows: list[PlanRow], vocab: int) -> Shifts | None:
     """The rows' logit biases."""
-    return _shifts(sequences, vocab, lambda sequence: dict(sequence.request.params.logit_bias))
+    return _shifts(rows, vocab, lambda row: dict(row.sequence.request.params.logit_bias))
 
 
-def stop_masks(sequences: list[Sequence], vocab: int, unseen: int = 0) -> Shifts | None:
+def stop_masks(rows: list[PlanRow], vocab: int) -> Shifts | None:
     """The stop tokens still forbidden. For rows without a guide: of the others `permits` knows
     it."""
 
-    def masked(sequence: Sequence) -> dict[int, float]:
-        if guides(sequence) or not masks_stops(sequence, unseen):
+    def masked(row: PlanRow) -> dict[int, float]:
+        if guides(row.sequence) or not masks_stops(row):
             return {}
-        return dict.fromkeys(sequence.request.params.stop_token_ids, -np.inf)
+        return dict.fromkeys(row.sequence.request.params.stop_token_ids, -np.inf)
 
-    return _shifts(sequences, vocab, masked)
+    return _shifts(rows, vocab, masked)
 
 
 def _shifts(
-    sequences: list[Sequence], vocab: int, values: Callable[[Sequence], dict[int, float]]
+    rows: list[PlanRow], vocab: int, values: Callable[[PlanRow], dict[int, float]]
 ) -> Shifts | None:
     found = [
-        (row, token, value)
-        for row, sequence in enumerate(sequences)
-        for token, value in values(sequence).items()
+        (place, token, value)
+        for place, row in enumerate(rows)
+        for token, value in values(row).items()
         if token < vocab
     ]
     if not found:
@@ -201,30 +210,30 @@ class Permits:
     """Of rows whose guide failed: all tokens are forbidden there."""
 
 
-def permits(sequences: list[Sequence], vocab: int) -> Permits | None:
+def permits(rows: list[PlanRow], vocab: int) -> Permits | None:
     """The tokens that the rows' guides allow; None without a guide."""
-    rows = [row for row, sequence in enumerate(sequences) if guides(sequence)]
-    if not rows:
+    places = [place for place, row in enumerate(rows) if guides(row.sequence)]
+    if not places:
         return None
-    bits = np.zeros((len(rows), -(-vocab // 8)), np.uint8)
+    bits = np.zeros((len(places), -(-vocab // 8)), np.uint8)
     faults: dict[int, EngineFault] = {}
-    for row, own in zip(rows, bits, strict=True):
+    for place, own in zip(places, bits, strict=True):
         try:
-            _permit(sequences[row], own)
+            _permit(rows[place], own)
         except EngineFault as fault:
-            faults[row] = fault
-    return Permits(np.array(rows, np.int64), bits, faults)
+            faults[place] = fault
+    return Permits(np.array(places, np.int64), bits, faults)
 
 
-def _permit(sequence: Sequence, bits: np.ndarray) -> None:
+def _permit(row: PlanRow, bits: np.ndarray) -> None:
     """Stop tokens that are still forbidden may all the same where nothing else may: an output that
     must end does, whatever min_tokens says."""
-    guide = sequence.request.guide
+    guide = row.sequence.request.guide
     assert guide is not None
     allowed = np.frombuffer(guide.allowed(), np.uint8)[: bits.size]
     bits[: allowed.size] = allowed
-    if masks_stops(sequence):
-        for token in sequence.request.params.stop_token_ids:
+    if masks_stops(row):
+        for token in row.sequence.request.params.stop_token_ids:
             if token >> 3 < bits.size:
                 bits[token >> 3] &= ~np.uint8(1 << (token & 7))
         if not bits.any():

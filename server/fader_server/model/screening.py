@@ -3,24 +3,23 @@
 from contextlib import AbstractContextManager, nullcontext
 
 from fader_adapters.kernels.native.screen import COLDEST, HOTTEST, MOST, Screen, Wanted
-from fader_server.core import Plan, Sequence
-from fader_server.model.gumbel import draw_key
-from fader_server.model.sampling_state import edits
+from fader_server.core import Plan, PlanRow
+from fader_server.model.sampling_state import edits, row_key
 
 
 def screening(screen: Screen | None, plan: Plan) -> AbstractContextManager[None]:
     """Around a forward of the plan: the output layer leaves out what nobody asks for."""
     if screen is None or any(row.wants_prompt_logprobs for row in plan.rows):
         return nullcontext()
-    asked = [wanted(row.sequence) for row in plan.rows if row.samples]
+    asked = [wanted(row) for row in plan.rows if row.samples]
     rows = [row for row in asked if row is not None]
     return screen.keeping(rows) if rows and len(rows) == len(asked) else nullcontext()
 
 
-def wanted(sequence: Sequence) -> Wanted | None:
+def wanted(row: PlanRow) -> Wanted | None:
     """Of the row's next logits; None: more than can be left out."""
-    params = sequence.request.params
-    if params.logprobs is not None or edits(sequence):
+    params = row.sequence.request.params
+    if params.logprobs is not None or edits(row):
         return None
     heat = params.temperature
     if not heat:
@@ -29,4 +28,4 @@ def wanted(sequence: Sequence) -> Wanted | None:
         return Wanted(params.top_k, heat) if params.top_k <= MOST else None
     if params.top_p < 1 or not COLDEST <= heat <= HOTTEST:
         return None  # what a nucleus holds depends on every logit
-    return Wanted(heat=heat, key=draw_key(params.seed, sequence.output_len), min_p=params.min_p)
+    return Wanted(heat=heat, key=row_key(row), min_p=params.min_p)

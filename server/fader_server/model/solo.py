@@ -127,12 +127,10 @@ class SoloForward:
             step.end()
 
     def _row(self, row: PlanRow, wanted: list[int]) -> torch.Tensor:
-        sequence, stop = row.sequence, row.start + row.count
-        held = self._states.at(sequence, row.start)
+        held = self._states.at(row.sequence, row.start)
         held.computed = None
-        tokens = sequence.tokens[row.start : stop]
-        logits = self.solo.logits(tokens, row.start, held.cache, wanted)
-        held.computed = stop
+        logits = self.solo.logits(row.tokens, row.start, held.cache, wanted)
+        held.computed = row.start + row.count
         return logits
 
 

@@ -311,6 +311,8 @@ class FakeStats:
     prefix_hits: int = 0
     generated: int = 0
     merged: int = 0
+    guessed: int = 0
+    accepted: int = 0
     preemptions: int = 0
     faults: int = 0
     stuck_reason: str = ""

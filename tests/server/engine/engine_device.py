@@ -16,6 +16,7 @@ from fader_server.model.state_slots import NOBODY, StateSlots
 from tests.server.engine.engine_guides import guided
 
 VOCAB = 50
+LOOPS = 100
 
 
 class OutOfMemoryError(RuntimeError):
@@ -58,11 +59,14 @@ class Device:
             raise RuntimeError("injected")
         self.plans.append(plan)
         after = []
-        for row, terms, content in zip(plan.rows, plan.terms.rows, self._before(plan), strict=True):
+        before = self._before(plan)
+        for row, terms, content in zip(plan.rows, plan.terms.rows, before, strict=True):
             assert terms.tokens == row.count
+            if row.guesses:  # after those that stand before it
+                content = self._read(row.sequence, row.start - 1)
             key = tuple((self.content(slot), gamma) for slot, gamma in terms.terms)
-            for at in range(row.start, row.start + row.count):
-                content = hash((content, row.sequence.tokens[at], key))
+            for at, token in enumerate(row.tokens, row.start):
+                content = hash((content, token, key))
                 block = row.sequence.blocks[at // self.size]
                 self.kv[block][at % self.size] = content
             after.append(content)
@@ -199,9 +203,11 @@ def _copy(plan: Plan) -> Plan:
     for row in plan.rows:
         own = row.sequence
         told = Sequence(own.request, list(own.tokens), row.start, list(own.blocks))
-        rows.append(PlanRow(told, row.start, row.count, row.samples))
+        rows.append(PlanRow(told, row.start, row.count, row.samples, row.guesses))
     return Plan(tuple(rows), plan.terms)
 
 
 def draw(seed: int, contents: tuple[int, ...]) -> int:
-    return hash((seed, contents)) % VOCAB
+    """From LOOPS on a seed is one of outputs that mostly say the same again."""
+    number = hash((seed, contents))
+    return len(contents) % 4 if seed >= LOOPS and number % 8 else number % VOCAB

@@ -289,8 +289,10 @@ class World:
         ahead: bool = False,
         shares: Mapping[str, Share] | None = None,
         states: bool = False,
+        lookup: int = 0,
     ) -> None:
-        """`ahead`: the device computes by itself; `states`: rows go on from those."""
+        """`ahead`: the device computes by itself; `states`: rows go on from those; `lookup`: rows
+        up to which guesses fill a step."""
         limits = Limits(
             max_rows=max_rows,
             chunk_size=chunk_size,
@@ -298,6 +300,7 @@ class World:
             max_model_len=max_model_len,
             max_overtakes=max_overtakes,
             block=block_size if states else 0,
+            lookup=lookup,
         )
         self.now = 0.0
         kind = Stateful if states else Ahead if ahead else Device
@@ -339,7 +342,12 @@ class World:
     def _check_plan(self, plan: Plan) -> None:
         limits = self.scheduler.limits
         assert plan.tokens <= limits.max_step_tokens
-        assert len({id(row.sequence) for row in plan.rows}) == len(plan.rows) <= limits.max_rows
+        own = [row for row in plan.rows if not row.guesses]
+        assert len({id(row.sequence) for row in own}) == len(own) <= len(plan.rows)
+        assert len(plan.rows) <= limits.max_rows
+        if len(own) < len(plan.rows):
+            assert len(plan.rows) <= limits.lookup
+            assert all(row.count == 1 and row.samples for row in plan.rows)
         for row in plan.rows:
             end, prompt_len = row.start + row.count, row.sequence.prompt_len
             ends = row.start // limits.chunk_size + 1

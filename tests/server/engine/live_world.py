@@ -34,7 +34,7 @@ from fader_server.engine.scheduler import Scheduler
 from fader_server.engine.shares import Share
 from fader_server.errors import FaderError
 from fader_server.registry import LockedLease, Registry
-from tests.server.engine.engine_device import Ahead, Device
+from tests.server.engine.engine_device import LOOPS, Ahead, Device
 from tests.server.engine.engine_world import Seen, check_answer, check_blocks, version
 
 WIDTH = 32
@@ -170,8 +170,10 @@ class Call:
 class LiveWorld:
     """Everything between HTTP and the model, with its promises checked after every turn."""
 
-    def __init__(self, rng: random.Random, *, ahead: bool = False) -> None:
-        """`ahead`: the device computes by itself."""
+    def __init__(self, rng: random.Random, *, ahead: bool = False, lookup: int = 0) -> None:
+        """`ahead`: the device computes by itself; `lookup`: rows up to which guesses fill a step,
+        and then outputs say things again."""
+        self.loops = LOOPS if lookup else 0
         self.rng = rng
         in_place = rng.random() < 0.3
         rows, chunk = rng.randint(1, 5), rng.choice([4, 8, 11])
@@ -192,6 +194,7 @@ class LiveWorld:
             max_step_tokens=rows + chunk + rng.randint(0, 12),
             max_model_len=32,
             max_overtakes=rng.randint(0, 3),
+            lookup=lookup,
         )
         self.device = (LiveAhead if ahead else LiveDevice)(count, 4, tables, self.pool)
         self.scheduler = Scheduler(
@@ -263,6 +266,7 @@ class LiveWorld:
         for ref, gamma in refs:
             gammas[self.names[ref]] = gammas.get(self.names[ref], 0.0) + gamma
         assert {t.version: t.gamma for t in lease.blend.terms} == gammas
+        params["seed"] = self.loops + self.rng.randint(0, 2)
         prompt = range(start := self.rng.randint(0, 1), start + self.rng.randint(1, 20))
         request = Request(
             name,
@@ -411,14 +415,13 @@ def _params(rng: random.Random) -> dict[str, object]:
         "max_tokens": rng.randint(0, 12),
         "min_tokens": rng.choice([0, 0, 3]),
         "stop_token_ids": frozenset(rng.sample(range(50), rng.choice([0, 5]))),
-        "seed": rng.randint(0, 2),
     }
 
 
-def live(seed: int) -> LiveWorld:
+def live(seed: int, *, guesses: bool = False) -> LiveWorld:
     """One world from its first load to the last release; raises on any broken promise."""
     rng = random.Random(seed)
-    world = LiveWorld(rng, ahead=bool(seed % 2))
+    world = LiveWorld(rng, ahead=bool(seed % 2), lookup=2 + seed % 4 if guesses else 0)
     calm = rng.random() < 0.5
     for name in rng.sample("abcd", rng.randint(1, 4)):
         world.load(name, rng.randint(1, len(RANKS)))

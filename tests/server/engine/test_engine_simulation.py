@@ -10,9 +10,10 @@ from fader_adapters.errors import AdapterTooLarge
 from fader_server.core import Sequence
 from fader_server.engine import blocks, draft
 from fader_server.engine.blocks import BlockManager
+from fader_server.engine.lookup import Lookup
 from fader_server.engine.roster import Roster
 from fader_server.model.state_slots import NOBODY, StateSlots
-from tests.server.engine.engine_device import Ahead, Stateful
+from tests.server.engine.engine_device import LOOPS, Ahead, Stateful
 from tests.server.engine.engine_guides import Turns
 from tests.server.engine.engine_world import FakePool, World, blend_of, request, version
 
@@ -20,7 +21,9 @@ NAMES = ("a", "b", "c", "p", "q", "d")  # p and q are activated
 SIZES = {version("c"): 2, version("d"): 4}  # d never fits
 
 
-def build(rng: random.Random, *, ahead: bool = False, states: bool = False) -> World:
+def build(
+    rng: random.Random, *, ahead: bool = False, states: bool = False, lookup: int = 0
+) -> World:
     rows, chunk = rng.randint(1, 5), rng.choice([4, 8, 11])
     return World(
         blocks=rng.randint(9, 40),
@@ -32,10 +35,11 @@ def build(rng: random.Random, *, ahead: bool = False, states: bool = False) -> W
         capacity=3,
         ahead=ahead,
         states=states,
+        lookup=lookup,
     )
 
 
-def draw_request(rng: random.Random, name: str):
+def draw_request(rng: random.Random, name: str, *, loops: bool = False):
     terms = rng.sample(NAMES if rng.random() < 0.1 else NAMES[:-1], rng.choice([0, 1, 1, 2, 3]))
     start, wrap = rng.randint(0, 1), rng.choice([50, 9])
     return request(
@@ -48,7 +52,7 @@ def draw_request(rng: random.Random, name: str):
         min_tokens=rng.choice([0, 0, 3]),
         stop_token_ids=frozenset(rng.sample(range(50), rng.choice([0, 5]))),
         prompt_logprobs=rng.choice([None, None, 0]),
-        seed=rng.randint(0, 2),
+        seed=rng.randint(0, 2) + (LOOPS if loops else 0),
         guide=draw_guide(rng) if rng.random() < 0.1 else None,
     )
 
@@ -79,14 +83,14 @@ def disturb(rng: random.Random, world: World) -> None:
             world.pool.fail_acquires = rng.choice([0, 1, 2])
 
 
-def live(seed: int, *, states: bool = False) -> World:
+def live(seed: int, *, states: bool = False, guesses: bool = False) -> World:
     """One world, from its first request to the last event; raises on any broken promise."""
     rng = random.Random(seed)
-    world = build(rng, ahead=bool(seed % 2), states=states)
+    world = build(rng, ahead=bool(seed % 2), states=states, lookup=2 + seed % 4 if guesses else 0)
     for turn in range(rng.randint(1, 30)):
         for index in range(rng.choice([0, 0, 1, 1, 3])):
             with suppress(AdapterTooLarge):  # "d", refused at the door
-                world.submit(draw_request(rng, f"{turn}.{index}"))
+                world.submit(draw_request(rng, f"{turn}.{index}", loops=guesses))
         disturb(rng, world)
         world.turn()
         world.check()
@@ -115,10 +119,18 @@ def test_no_world_where_rows_go_on_from_states_breaks_a_promise(monkeypatch):
     assert sum(own.kept for own in slots) > 200
 
 
+def test_no_world_with_guesses_breaks_a_promise():
+    worlds = [live(seed, guesses=True) for seed in range(250)]
+    looked = [w.scheduler.lookup for w in worlds]
+    assert sum(own.accepted for own in looked) > 100
+    assert sum(own.guessed - own.accepted for own in looked) > 20
+    assert sum(w.scheduler.preemptions for w in worlds) > 20
+
+
 @pytest.mark.slow
 def test_no_world_of_many_breaks_a_promise():
     for seed in range(600, 4_000):
-        live(seed, states=seed % 3 == 0)
+        live(seed, states=seed % 3 == 0, guesses=seed % 3 == 1)
 
 
 def test_a_world_is_replayed_by_its_seed():
@@ -268,6 +280,21 @@ def run_over_an_activation(monkeypatch):
     monkeypatch.setattr(draft.Draft, "chunk", over)
 
 
+def believe_guesses(monkeypatch):
+    """What was computed after a guess counts, whatever came."""
+    monkeypatch.setattr(Lookup, "came", lambda self, row: True)
+
+
+def believe_later_guesses(monkeypatch):
+    """A guess is right by its own token, whatever came before it."""
+
+    def came(self, row):
+        return row.start < len(row.sequence.tokens) or row.sequence.tokens[-1] == row.guesses[-1]
+
+    monkeypatch.setattr(Lookup, "came", came)
+
+
+OF_GUESSES = [believe_guesses, believe_later_guesses]
 OF_STATES = [
     write_over_what_is_kept,
     take_what_is_resumed,
@@ -287,12 +314,12 @@ PLANTED = [
 ]
 
 
-@pytest.mark.parametrize("plant", [*PLANTED, *OF_STATES])
+@pytest.mark.parametrize("plant", [*PLANTED, *OF_STATES, *OF_GUESSES])
 def test_the_simulation_notices(plant, monkeypatch):
     plant(monkeypatch)
     for seed in range(600):
         try:
-            live(seed, states=plant in OF_STATES)
+            live(seed, states=plant in OF_STATES, guesses=plant in OF_GUESSES)
         except Exception:  # noqa: BLE001 - a broken promise may show itself in any way
             return
     pytest.fail("the planted bug went unnoticed")
