@@ -89,6 +89,8 @@ class Request:
     """Of its output, at the start; no other request has it. It moves when a token is committed."""
     phases: tuple[Phase, ...] = ()
     """Which blend computes which of its tokens: that of its prompt, found where nobody gave it."""
+    prediction: tuple[int, ...] = ()
+    """What its output may be like. It changes no token, only how soon they come."""
 
     def __post_init__(self) -> None:
         if not self.phases:
@@ -148,6 +150,8 @@ class TokenEvent:
     error: Exception | None = None
     admitted: Admission | None = None
     """Set on a request's first event after its admission."""
+    guessed: bool = False
+    """The token before this one had been guessed: they came in one step."""
 
 
 Sink = Callable[[TokenEvent], None]

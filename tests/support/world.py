@@ -1,6 +1,6 @@
 """A whole engine over a tiny model, driven step by step on the test's own thread."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -120,6 +120,7 @@ class TinyWorld:
                 lease.blend,
                 lease.adapters,
                 guide=ask.guide,
+                prediction=tuple(ask.prediction),
             )
             self._next += 1
             answers[request.id] = Answer()
@@ -157,6 +158,7 @@ class Ask:
     blend: Mapping[str, float] = field(default_factory=dict)
     params: SamplingParams = field(default_factory=lambda: greedy())
     guide: Guide | None = None
+    prediction: Sequence[int] = ()
 
 
 def greedy(count: int = 6, **others) -> SamplingParams:

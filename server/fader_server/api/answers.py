@@ -159,11 +159,15 @@ def clamp(logprob: float | None) -> float | None:
 
 
 def usage_body(usage: Usage) -> Json:
-    details = {"completion_tokens_details": {"reasoning_tokens": usage.thought}}
+    details: Json = {"reasoning_tokens": usage.thought} if usage.thought else {}
+    if usage.foretold:
+        came = min(usage.guessed, usage.foretold)
+        details["accepted_prediction_tokens"] = came
+        details["rejected_prediction_tokens"] = usage.foretold - came
     return {
         "prompt_tokens": usage.prompt,
         "completion_tokens": usage.completion,
         "total_tokens": usage.prompt + usage.completion,
         "prompt_tokens_details": {"cached_tokens": usage.cached},
-        **(details if usage.thought else {}),
+        **({"completion_tokens_details": details} if details else {}),
     }

@@ -113,6 +113,7 @@ class Choice:
         self.index = index
         self.request = request
         self.generated = 0
+        self.guessed = 0
         self.cached = 0
         self.finish: FinishReason | None = None
         self._text = text
@@ -128,6 +129,7 @@ class Choice:
         if self.finish is not None or (event.token is None and event.finish is None):
             return Delta(self.index)
         delta = Delta(self.index)
+        self.guessed += event.guessed
         if event.token is not None:
             delta = self._take_token(event, event.token)
             if self._ids:

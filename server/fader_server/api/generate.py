@@ -33,6 +33,10 @@ class Usage:
     cached: int
     thought: int
     """Of the completion."""
+    guessed: int
+    """Of the completion, those that came sooner because they had been guessed."""
+    foretold: int
+    """Tokens of what each answer was said to be like."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +92,16 @@ class Generator:
         try:
             label, merges = label_of(target, lease), not activated(lease)
             record.leased(label, lease.terms, recipe=target.recipe, merges=merges)
-            read, restriction = await asyncio.to_thread(self._preparer.read, call)
-            prompts = [prompt.tokens for prompt in read]
-            requests = self._preparer.requests(call, prompts, lease, id=id, tenant=tenant)
+            reading = await asyncio.to_thread(self._preparer.read, call)
+            requests = self._preparer.requests(call, reading, lease, id=id, tenant=tenant)
             record.not_invoked = not_invoked(requests, lease)
             counted = self.quotas.admit(tenant, _most(requests, call.n))
             requests = await self._guided(call, requests, counted)
-            if restriction is not None:
-                requests = [replace(one, guide=restriction.guide(one.guide)) for one in requests]
+            if reading.restriction is not None:
+                guide = reading.restriction.guide
+                requests = [replace(one, guide=guide(one.guide)) for one in requests]
             choices = [
-                self._choice(call, index, item, read[index // call.n].echo)
+                self._choice(call, index, item, reading.prompts[index // call.n].echo)
                 for index, item in enumerate(requests)
             ]
         except BaseException:
@@ -290,6 +294,8 @@ class Generation:
             completion=sum(choice.generated for choice in choices),
             cached=sum(choice.cached for choice in firsts),
             thought=sum(choice.thought_tokens for choice in choices),
+            guessed=sum(choice.guessed for choice in choices),
+            foretold=sum(len(choice.request.prediction) for choice in choices),
         )
 
     def close(self) -> None:

@@ -13,11 +13,11 @@ _SHARED = frozenset((
     "repetition_penalty", "logprobs", "stream", "stream_options", "adapters", "lora", "lora_path",
     "ignore_eos", "min_tokens", "stop_token_ids", "cache_salt", "best_of", "return_token_ids",
     "return_tokens_as_token_ids", "allowed_token_ids", "bad_words", "reasoning_effort",
-    "include_stop_str_in_output",
+    "include_stop_str_in_output", "prediction",
 ))
 _IGNORED = frozenset((
     "user", "metadata", "store", "service_tier", "prompt_cache_key",
-    "safety_identifier", "verbosity", "prediction", "audio",
+    "safety_identifier", "verbosity", "audio",
     "web_search_options", "spaces_between_special_tokens", "request_id", "priority",
     "guided_decoding_backend",
 ))

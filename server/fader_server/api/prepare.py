@@ -30,6 +30,17 @@ class Read:
     """Where it is part of the answer."""
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The texts of a call as tokens."""
+
+    prompts: list[Read]
+    restriction: Restriction | None
+    """What is forbidden of tokens, if anything is."""
+    prediction: Tokens
+    """What each answer may be like."""
+
+
 class Preparer:
     """Knows the base's tokenizer and the longest sequence the engine takes."""
 
@@ -37,13 +48,21 @@ class Preparer:
         self._tokenizer = tokenizer
         self._longest = max_model_len
 
-    def read(self, call: Call) -> tuple[list[Read], Restriction | None]:
-        """Every prompt, and what is forbidden of tokens, if anything is. Takes its time, on any
-        thread. Raises RequestInvalid, ContextTooLong."""
+    def read(self, call: Call) -> Reading:
+        """Takes its time, on any thread. Raises RequestInvalid, ContextTooLong."""
         choosing, restriction = call.choosing, None
         if choosing.permitted or choosing.banned:
             restriction = self._tokenizer.restriction(choosing.permitted, choosing.banned)
-        return self._read_prompts(call), restriction
+        return Reading(self._read_prompts(call), restriction, self._foretold(call.prediction))
+
+    def _foretold(self, text: str) -> Tokens:
+        """Nothing of what no answer has room for."""
+        if not text:
+            return ()
+        try:
+            return tuple(self._tokenizer.encode_prompt(text, special=False))
+        except ContextTooLong:
+            return ()
 
     def _read_prompts(self, call: Call) -> list[Read]:
         if not call.chat:
@@ -61,10 +80,11 @@ class Preparer:
         return Read(tokens, self._tokenizer.echo(tokens) if echo and fits else None)
 
     def requests(
-        self, call: Call, prompts: Sequence[Tokens], lease: Lease, *, id: str, tenant: str
+        self, call: Call, reading: Reading, lease: Lease, *, id: str, tenant: str
     ) -> list[Request]:
         """One request for each choice, prompts outer, n inner. Raises ContextTooLong,
         RequestInvalid."""
+        prompts = [prompt.tokens for prompt in reading.prompts]
         self._check_scores(call, prompts)
         salt = f"{tenant}/{call.cache_salt}"
         requests: list[Request] = []
@@ -78,6 +98,7 @@ class Preparer:
                     Request(
                         *(name, prompt, params, lease.blend, lease.adapters, salt, tenant),
                         phases=phases,
+                        prediction=reading.prediction,
                     )
                 )
         return requests

@@ -21,6 +21,7 @@ from fader_server.api.known import (
     Fixed,
 )
 from fader_server.api.messages import Message, read_messages
+from fader_server.api.prediction import read_prediction
 from fader_server.api.responses.asked import Asked
 from fader_server.api.shapes import read_shape
 from fader_server.api.tools import read_tools
@@ -77,6 +78,8 @@ class Call:
     cache_salt: str
     ignored: int
     """Unknown fields, and keys of tools, that were ignored."""
+    prediction: str = ""
+    """What the answer may be like."""
     asked: Asked | None = None
     """Of /v1/responses."""
 
@@ -245,6 +248,7 @@ def _call(
         return_ids=fields.boolean("return_token_ids"),
         names_by_id=fields.boolean("return_tokens_as_token_ids"),
         cache_salt=fields.string("cache_salt", longest=256),
+        prediction=read_prediction(fields),
         ignored=fields.ignored,
     )
     fields.finish()

@@ -1,4 +1,4 @@
-"""Prompt lookup: what may come next, as it came after the same tokens before in the same text.
+"""Prompt lookup: what may come next, as it came before in the same text, or as the caller foretold.
 
 Guesses fill decode steps that have few rows: a row more costs little there, and where the model
 draws what was guessed, its sequence is a token further. They change no token, only when it comes.
@@ -11,11 +11,8 @@ from weakref import WeakKeyDictionary
 from fader_server.core import PlanRow, Sequence
 from fader_server.engine.blocks import BlockManager
 from fader_server.engine.draft import Draft
+from fader_server.engine.recall import Recall
 
-_NGRAM = 3
-"""Tokens in a row that must have been there before."""
-_REACH = 1 << 15
-"""Tokens of a prompt, the last ones, in which they are sought."""
 _ROW_COST = 0.4
 """Of a row more in a step, in what a step costs before its first row."""
 _FIRST_RATE = 0.6
@@ -29,9 +26,7 @@ _FORGET = 0.003
 class _Memory:
     """Of one sequence."""
 
-    after: dict[tuple[int, ...], int] = field(default_factory=dict)
-    """Where the last of these tokens were followed by another: its place."""
-    read: int = 0
+    recall: Recall
     rate: float = _FIRST_RATE
     """How often a guess after nothing but right ones was right, of late."""
 
@@ -99,7 +94,8 @@ class Lookup:
         """What may follow, at most so many tokens, as far as the sequence may go on."""
         memory = self._memories.get(sequence)
         if memory is None:
-            memory = self._memories[sequence] = _Memory()
+            recall = Recall(sequence.request.prediction, sequence.prompt_len)
+            memory = self._memories[sequence] = _Memory(recall)
         params, tokens = sequence.request.params, sequence.tokens
         most = min(
             most,
@@ -108,14 +104,7 @@ class Lookup:
         )
         if sequence.request.guide is not None or most <= 0:
             return memory, []
-        _read(memory, tokens)
-        at = memory.after.get(tuple(tokens[-_NGRAM:]))
-        if at is None:
-            return memory, []
-        found = tokens[at : at + most]
-        while len(found) < most:  # it went round: and so on
-            found.append(found[-(len(tokens) - at)])
-        return memory, found
+        return memory, memory.recall.next(tokens, most)
 
     def _have_room(self, sequence: Sequence, guesses: int) -> bool:
         """A block for the keys of so many guesses, of those that nobody has."""
@@ -136,11 +125,3 @@ class _Line:
     def chance(self) -> float:
         """That the next guess counts: all before it and itself."""
         return self.memory.rate ** (len(self.taken) + 1)
-
-
-def _read(memory: _Memory, tokens: list[int]) -> None:
-    """Remember what came after which tokens, up to the last one."""
-    first = max(memory.read or len(tokens) - _REACH, _NGRAM)
-    grams = zip(*(tokens[first - _NGRAM + i : -1] for i in range(_NGRAM)), strict=False)
-    memory.after.update(zip(grams, range(first, len(tokens)), strict=False))
-    memory.read = len(tokens)

@@ -4,7 +4,6 @@ from fader_server.core import (
     FinishReason,
     PlanRow,
     RowResult,
-    Sequence,
     TokenEvent,
     TokenLogprob,
 )
@@ -20,7 +19,7 @@ def outcome(row: PlanRow, result: RowResult, max_model_len: int) -> TokenEvent |
     sequence.computed = row.start + row.count
     scored = _unsent(row, result) if result.prompt_logprobs else ()
     if row.samples:
-        return _append(sequence, result, scored, max_model_len)
+        return _append(row, result, scored, max_model_len)
     if sequence.computed == len(sequence.tokens):
         return TokenEvent(
             sequence.request.id,
@@ -32,9 +31,9 @@ def outcome(row: PlanRow, result: RowResult, max_model_len: int) -> TokenEvent |
 
 
 def _append(
-    sequence: Sequence, result: RowResult, scored: tuple[TokenLogprob, ...], max_model_len: int
+    row: PlanRow, result: RowResult, scored: tuple[TokenLogprob, ...], max_model_len: int
 ) -> TokenEvent:
-    token = result.token
+    sequence, token = row.sequence, result.token
     assert token is not None, "a row that samples has a token"
     guide = sequence.request.guide
     if guide is not None:
@@ -50,7 +49,15 @@ def _append(
     elif output >= params.max_tokens or len(sequence.tokens) >= max_model_len:
         finish = "length"
     cached = sequence.cached_tokens if output == 1 or finish else 0
-    return TokenEvent(sequence.request.id, token, result.logprob, scored, cached, finish)
+    return TokenEvent(
+        sequence.request.id,
+        token,
+        result.logprob,
+        scored,
+        cached,
+        finish,
+        guessed=bool(row.guesses),
+    )
 
 
 def _unsent(row: PlanRow, result: RowResult) -> tuple[TokenLogprob, ...]:

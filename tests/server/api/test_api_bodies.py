@@ -176,6 +176,10 @@ CHAT_BAD = [
     ("echo", True), ("suffix", "x"), ("best_of", 2), ("add_special_tokens", True),
     ("skip_special_tokens", False), ("truncate_prompt_tokens", 3), ("prompt_logprobs", 1),
     ("length_penalty", 2), ("detokenize", False), ("return_token_ids", "yes"),
+    *[("prediction", v) for v in ("x", [], {}, {"type": "content"}, {"type": "x", "content": "x"},
+      {"type": "content", "content": 1}, {"type": "content", "content": ["x"]},
+      {"type": "content", "content": [{"type": "image_url", "text": "x"}]},
+      {"type": "content", "content": "\ud800"})],
 ]  # fmt: skip
 
 

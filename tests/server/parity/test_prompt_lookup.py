@@ -68,6 +68,23 @@ def test_guesses_change_no_answer(llama: Setting):
     assert 0 < lookup.accepted < lookup.guessed
 
 
+def test_what_was_foretold_comes_in_fewer_steps(llama: Setting):
+    """Of nothing that stands in the prompt, right and wrong, and changes no answer."""
+    plain = llama.world(limits=LIMITS)
+    guessing = llama.world(limits=replace(LIMITS, lookup=8))
+    prompt = [(31 * i * i) % 490 + 5 for i in range(20)]
+    params = SamplingParams(temperature=0.9, seed=8, max_tokens=50, logprobs=1)
+    (answer,) = plain.run([Ask(prompt, {"r8": 1.0}, params)])
+    wrong = [*answer.tokens[:20], 3, 4, *answer.tokens[23:]]
+    steps = {}
+    for name, prediction in {"none": [], "right": answer.tokens, "edited": wrong}.items():
+        before = len(guessing.plans)
+        (other,) = guessing.run([Ask(prompt, {"r8": 1.0}, params, prediction=prediction)])
+        assert told(other) == told(answer)
+        steps[name] = len(guessing.plans) - before
+    assert steps["right"] < steps["edited"] < steps["none"] * 0.7
+
+
 def test_a_guess_that_is_believed_shows(llama: Setting, monkeypatch: pytest.MonkeyPatch):
     def believed(self: Lookup, row: PlanRow) -> bool:
         return True
