@@ -12,6 +12,7 @@ AdapterError
 ├── BlendInvalid          weights, number of terms, duplicates
 ├── SourceForbidden       outside the allowed roots, or not a plain file
 ├── SourceNotFound        nothing there (told apart from SourceForbidden only to administrators)
+│   └── SourceIncomplete  a folder that may be read, without an adapter's files: says what it has
 ├── SourceUnavailable     a disk or remote source failed, or was silent too long: try again later
 ├── BaseUnsupported       the base model cannot be served by these kernels
 ├── CheckpointInvalid     a model's files are malformed, incomplete or of a form that is not read
@@ -80,6 +81,10 @@ class SourceForbidden(AdapterError):
 
 class SourceNotFound(AdapterError):
     """The source does not exist."""
+
+
+class SourceIncomplete(SourceNotFound):
+    """A folder is there, the files of an adapter are not."""
 
 
 class SourceUnavailable(AdapterError):

@@ -78,6 +78,8 @@ def read_header(weights: bytes, limits: Limits) -> tuple[TensorInfo, ...]:
 
 
 def _check_metadata(metadata: Any) -> None:  # noqa: ANN401 - it is a stranger's JSON
+    if metadata is None:  # as MLX writes none
+        return
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise AdapterInvalid(f"__metadata__ in {_WHAT} must map strings to strings")
 
@@ -93,6 +95,12 @@ def _tensor(name: str, field: Any, start: int, end: int) -> TensorInfo:  # noqa:
         raise AdapterInvalid(
             f"tensor {name!r} has dtype {str(dtype)[:32]!r}, expected one of "
             f"{', '.join(ELEMENT_BYTES)}; save the adapter in one of these"
+        )
+    if _integers(shape) and 0 in shape:
+        raise AdapterInvalid(
+            f"tensor {name!r} has shape {str(shape)[:80]}, no elements: its weights were spread "
+            "over several processes (DeepSpeed's ZeRO-3, FSDP) and not gathered when it was saved; "
+            "save the whole state dict"
         )
     if not _integers(shape) or len(shape) > _MAX_DIMS or min(shape, default=1) < 1:
         raise AdapterInvalid(f"tensor {name!r} has shape {str(shape)[:80]}, expected sizes ≥ 1")

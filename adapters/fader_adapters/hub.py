@@ -35,7 +35,8 @@ from fader_adapters.errors import (
     SourceUnavailable,
 )
 from fader_adapters.limits import Limits, Patience
-from fader_adapters.source import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, RawAdapter, only_pickle
+from fader_adapters.roots import CONFIG_FILE, WEIGHTS_FILE, WEIGHTS_FILES
+from fader_adapters.source import PICKLE_FILE, RawAdapter, only_pickle
 from fader_adapters.spec import NESTED_NAME
 
 _REVISION = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._/-]{0,126}[A-Za-z0-9_-])?", re.ASCII)
@@ -126,9 +127,10 @@ class HubSource:
 
     def _download(self, info: ModelInfo, repo: str, commit: str, deadline: float) -> RawAdapter:
         files = {item.rfilename: item for item in info.siblings or ()}
-        if WEIGHTS_FILE not in files and PICKLE_FILE in files:
+        weights_file = next((name for name in WEIGHTS_FILES if name in files), WEIGHTS_FILE)
+        if weights_file not in files and PICKLE_FILE in files:
             raise only_pickle()
-        caps = {CONFIG_FILE: self._limits.config_bytes, WEIGHTS_FILE: self._limits.file_bytes}
+        caps = {CONFIG_FILE: self._limits.config_bytes, weights_file: self._limits.file_bytes}
         for name, cap in caps.items():
             size = files[name].size if name in files else None
             if size is None:
@@ -136,7 +138,7 @@ class HubSource:
             if size > cap:
                 raise AdapterTooLarge(f"{name} has {size} bytes, the limit is {cap}")
         config, weights = (self._file(files[name], repo, commit, deadline) for name in caps)
-        return RawAdapter(config, weights, f"{repo}@{commit}", commit)
+        return RawAdapter.of((config, weights), f"{repo}@{commit}", self._limits, commit)
 
     def _file(self, file: RepoSibling, repo: str, commit: str, deadline: float) -> bytes:
         assert file.size is not None
@@ -166,10 +168,9 @@ class HubSource:
 
     def _from_library(self, repo: str, revision: str) -> RawAdapter:
         """What huggingface_hub itself has kept, for machines without a network."""
-        paths = [
-            try_to_load_from_cache(repo, name, revision=revision)
-            for name in (CONFIG_FILE, WEIGHTS_FILE)
-        ]
+        kept = (try_to_load_from_cache(repo, name, revision=revision) for name in WEIGHTS_FILES)
+        weights_path = next((path for path in kept if isinstance(path, str)), None)
+        paths = [try_to_load_from_cache(repo, CONFIG_FILE, revision=revision), weights_path]
         if not all(isinstance(path, str) for path in paths):
             raise SourceNotFound(
                 f"HF_HUB_OFFLINE is set and {repo!r} is in no cache of this machine"
@@ -181,7 +182,7 @@ class HubSource:
         config, weights = (Path(str(path)).read_bytes() for path in paths)
         commit = Path(str(paths[1])).parent.name  # snapshots/COMMIT/FILE
         commit = commit if _COMMIT.fullmatch(commit) else revision
-        return RawAdapter(config, weights, f"{repo}@{commit}", commit)
+        return RawAdapter.of((config, weights), f"{repo}@{commit}", self._limits, commit)
 
 
 def with_revision(ref: HubRef, revision: str | None) -> HubRef:

@@ -12,6 +12,8 @@ from fader_adapters.spec import ADAPTER_NAME
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+WEIGHTS_FILES = (WEIGHTS_FILE, "adapters.safetensors")
+"""PEFT's, and MLX-LM's; the first one that is there counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +50,9 @@ def look(root: Path) -> tuple[list[Found], list[PassedOver]]:
             name = entry.name.encode(errors="backslashreplace").decode()
             passed.append(PassedOver(name, reason))
             continue
-        config, weights = _stamp(entry.path, CONFIG_FILE), _stamp(entry.path, WEIGHTS_FILE)
+        config = _stamp(entry.path, CONFIG_FILE)
         if config:
+            weights = next(filter(None, (_stamp(entry.path, n) for n in WEIGHTS_FILES)), ())
             stamp = config + weights
             found.append(Found(entry.name, entry.name, stamp, complete=bool(weights)))
     return found, passed

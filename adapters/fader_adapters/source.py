@@ -7,16 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Self
 
 from fader_adapters.errors import (
     AdapterInvalid,
     AdapterTooLarge,
     SourceForbidden,
+    SourceIncomplete,
     SourceNotFound,
     SourceUnavailable,
 )
 from fader_adapters.limits import Limits
-from fader_adapters.roots import CONFIG_FILE, WEIGHTS_FILE, Found, PassedOver, look
+from fader_adapters.mlx import in_peft_terms
+from fader_adapters.roots import CONFIG_FILE, WEIGHTS_FILE, WEIGHTS_FILES, Found, PassedOver, look
+from fader_adapters.strangers import what_is_there
 
 PICKLE_FILE = "adapter_model.bin"
 
@@ -40,7 +44,7 @@ _PASSING = {
 
 @dataclass(frozen=True, slots=True)
 class RawAdapter:
-    """An adapter's two files as private bytes: nothing on disk can change them any more."""
+    """An adapter's two files as private bytes, in PEFT's terms: nothing on disk can change them."""
 
     config: bytes
     weights: bytes
@@ -48,6 +52,13 @@ class RawAdapter:
     """Where they came from; shown to administrators only."""
     revision: str | None = None
     """The commit a Hub reference meant at that moment."""
+
+    @classmethod
+    def of(
+        cls, files: tuple[bytes, bytes], origin: str, limits: Limits, revision: str | None = None
+    ) -> Self:
+        """From config and weights as PEFT or MLX-LM left them. Raises as `in_peft_terms` does."""
+        return cls(*in_peft_terms(*files, limits), origin, revision)
 
 
 class LocalSources:
@@ -72,13 +83,16 @@ class LocalSources:
         Raises SourceForbidden, SourceNotFound, SourceUnavailable, AdapterTooLarge, or
         AdapterInvalid for pickle files and files that change while they are read.
         """
+        incomplete: SourceIncomplete | None = None
         for root, parts in self._candidates(reference):
             try:
                 with _descend(root, parts) as directory:
                     return self._read_pair(directory, str(root.joinpath(*parts)), follow=False)
+            except SourceIncomplete as error:
+                incomplete = incomplete or error
             except SourceNotFound:
                 continue
-        raise SourceNotFound(f"no adapter at {reference[:200]!r}")
+        raise incomplete or SourceNotFound(f"no adapter at {reference[:200]!r}")
 
     def fetch_trusted(self, path: Path) -> RawAdapter:
         """Read an adapter the operator named: any directory, symlinks followed.
@@ -130,18 +144,19 @@ class LocalSources:
         return inside
 
     def _read_pair(self, directory: int, origin: str, *, follow: bool) -> RawAdapter:
-        config = _read_file(
-            CONFIG_FILE, directory=directory, cap=self._limits.config_bytes, follow=follow
-        )
+        name = next((name for name in WEIGHTS_FILES if _exists(name, directory)), WEIGHTS_FILE)
         try:
+            config = _read_file(
+                CONFIG_FILE, directory=directory, cap=self._limits.config_bytes, follow=follow
+            )
             weights = _read_file(
-                WEIGHTS_FILE, directory=directory, cap=self._limits.file_bytes, follow=follow
+                name, directory=directory, cap=self._limits.file_bytes, follow=follow
             )
         except SourceNotFound:
-            if _exists(PICKLE_FILE, directory):
+            if _exists(CONFIG_FILE, directory) and _exists(PICKLE_FILE, directory):
                 raise only_pickle() from None
-            raise
-        return RawAdapter(config, weights, origin)
+            raise SourceIncomplete(what_is_there(directory)) from None
+        return RawAdapter.of((config, weights), origin, self._limits)
 
 
 def only_pickle() -> AdapterInvalid:

@@ -17,7 +17,8 @@ from fader_adapters.errors import (
     SourceUnavailable,
 )
 from fader_adapters.limits import Limits, Patience
-from fader_adapters.source import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, RawAdapter, only_pickle
+from fader_adapters.roots import CONFIG_FILE, WEIGHTS_FILE, WEIGHTS_FILES
+from fader_adapters.source import PICKLE_FILE, RawAdapter, only_pickle
 from fader_adapters.spec import LOCAL_PROTOCOLS, URL_PREFIX
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_=+@,-][A-Za-z0-9_.=+@,-]*", re.ASCII)
@@ -65,19 +66,20 @@ class UrlSource:
         deadline = time.monotonic() + self._patience.total
         with _translated():
             system = self._file_systems(url.partition("://")[0])
-            config, weights = self._sizes(system, folder)
-            state = _state(system, folder)
+            name = _weights_file(system, folder)
+            config, weights = self._sizes(system, folder, name)
+            state = _state(system, folder, name)
             key = f"url:{folder}#{state}"
             kept = self._cache.get(key) if self._cache else None
             if kept is not None:
                 return kept
-            raw = RawAdapter(
+            files = (
                 self._read(system, f"{folder}/{CONFIG_FILE}", config, deadline),
-                self._read(system, f"{folder}/{WEIGHTS_FILE}", weights, deadline),
-                url,
+                self._read(system, f"{folder}/{name}", weights, deadline),
             )
-            if _state(system, folder) != state:
+            if _state(system, folder, name) != state:
                 raise AdapterInvalid("the adapter changed while it was read; read it again")
+            raw = RawAdapter.of(files, url, self._limits)
         if self._cache:
             self._cache.put(key, raw)
         return raw
@@ -90,10 +92,10 @@ class UrlSource:
         if not all(_SEGMENT.fullmatch(segment) for segment in segments):
             raise SourceForbidden("a source below a URL prefix is plain names joined by '/'")
 
-    def _sizes(self, system: Any, folder: str) -> tuple[int, int]:  # noqa: ANN401 - fsspec is untyped
+    def _sizes(self, system: Any, folder: str, name: str) -> tuple[int, int]:  # noqa: ANN401 - fsspec is untyped
         config = self._size(system, folder, CONFIG_FILE, self._limits.config_bytes)
         try:
-            weights = self._size(system, folder, WEIGHTS_FILE, self._limits.file_bytes)
+            weights = self._size(system, folder, name, self._limits.file_bytes)
         except FileNotFoundError:
             if system.exists(f"{folder}/{PICKLE_FILE}"):
                 raise only_pickle() from None
@@ -153,9 +155,15 @@ class UrlSource:
         return fsspec.filesystem(protocol, **options)
 
 
-def _state(system: Any, folder: str) -> str:  # noqa: ANN401
+def _weights_file(system: Any, folder: str) -> str:  # noqa: ANN401
+    """The first name that is there, or PEFT's."""
+    there = (name for name in WEIGHTS_FILES if system.exists(f"{folder}/{name}"))
+    return next(there, WEIGHTS_FILE)
+
+
+def _state(system: Any, folder: str, weights_file: str) -> str:  # noqa: ANN401
     """Changes when a file does: by the store's own tags and times."""
-    marks = [system.ukey(f"{folder}/{name}") for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    marks = [system.ukey(f"{folder}/{name}") for name in (CONFIG_FILE, weights_file)]
     return hashlib.sha256("\n".join(map(str, marks)).encode()).hexdigest()
 
 

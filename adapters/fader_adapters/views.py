@@ -87,8 +87,9 @@ def view_base(paths: Iterable[str], base: BaseSpec) -> View:
     if len(found) == 1:
         return next(iter(found.values()))
     stranger = next((path for path in paths if path not in places), paths[0])
-    wrapper = next((name for name in _AROUND if f".{name}." in f".{stranger}"), None)
-    if wrapper is not None:
+    around = {f".{stranger}".find(f".{name}."): name for name in _AROUND}
+    wrapper = around[min(at for at in around if at >= 0)] if max(around) >= 0 else None
+    if wrapper is not None:  # the outermost
         raise AdapterInvalid(
             f"{stranger[:160]!r} was saved of a wrapped model: take {wrapper!r} out of the "
             "tensors' names, or save the model inside of the wrapper"

@@ -6,9 +6,11 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
+from fader_adapters.source import CONFIG_FILE, WEIGHTS_FILE, LocalSources
 from fader_server import config
 from fader_server.api.blends import AdapterRef, NamedTerm
 from fader_server.core import Request, SamplingParams, TokenEvent
@@ -86,6 +88,18 @@ def verify(
     names = [None, *adapters]
     ours = _fader(source, adapters, names, dtype=dtype, prompts=prompts, tokens=tokens)
     gc.collect()  # the server's base goes before PEFT's comes
+    with TemporaryDirectory() as scratch:
+        return _beside(ours, source, _as_peft_loads(adapters, Path(scratch)), dtype)
+
+
+def _beside(
+    ours: dict[str | None, list[Answer]],
+    source: str,
+    adapters: Mapping[str, Path],
+    dtype: torch.dtype,
+) -> Verified:
+    """What PEFT says to Fader's answers."""
+    names = list(ours)
     theirs = PeftSide(source, dtype, adapters)
     logits = {name: [_logits(theirs, answer, name) for answer in ours[name]] for name in names}
     without = {name: [_logits(theirs, answer, None) for answer in ours[name]] for name in names}
@@ -99,6 +113,19 @@ def verify(
                 threshold = max(threshold, SLACK * _largest(_chosen(rounded, answer), right))
     findings = [_finding(name, ours[name], logits[name], without[name]) for name in names]
     return Verified(tuple(findings), threshold, str(dtype).removeprefix("torch."))
+
+
+def _as_peft_loads(adapters: Mapping[str, Path], scratch: Path) -> dict[str, Path]:
+    """The folders, those without PEFT's files written anew below `scratch`. Raises AdapterError."""
+    found = dict(adapters)
+    for name, folder in adapters.items():
+        if not (folder / WEIGHTS_FILE).exists():
+            raw = LocalSources(()).fetch_trusted(folder)
+            found[name] = scratch / name
+            found[name].mkdir()
+            (found[name] / CONFIG_FILE).write_bytes(raw.config)
+            (found[name] / WEIGHTS_FILE).write_bytes(raw.weights)
+    return found
 
 
 def _fader(

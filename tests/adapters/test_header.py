@@ -183,3 +183,15 @@ def test_what_often_lies_in_the_place_of_weights_is_told_by_name(lying: bytes, w
         read_header(lying, Limits())
     with pytest.raises(AdapterTooLarge, match="the header"):  # anything else is a length
         read_header(b"x" + lying, Limits())
+
+
+def test_metadata_that_mlx_leaves_out_as_null_is_none():
+    (info,) = read_header(build({"__metadata__": None, "a": entry()}, b"\0" * 4), Limits())
+    assert info.name == "a"
+
+
+def test_weights_that_were_not_gathered_say_so():
+    with pytest.raises(AdapterInvalid, match="not gathered"):
+        read_header(build({"a": entry(shape=(0,), offsets=(0, 0))}), Limits())
+    with pytest.raises(AdapterInvalid, match="sizes ≥ 1"):
+        read_header(build({"a": entry(shape=(-1,))}, b"\0" * 4), Limits())

@@ -15,8 +15,10 @@ from fader_adapters.errors import (
 )
 from fader_adapters.hub import HubRef, HubSource, with_revision
 from fader_adapters.limits import Limits, Patience
+from fader_adapters.mlx import in_peft_terms
 from fader_adapters.source import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
 from tests.adapters.fake_hub import COMMIT, OTHER_COMMIT, FakeHub, serving
+from tests.adapters.mlx_files import MLX_WEIGHTS_FILE, mlx_files
 from tests.adapters.peft_files import make_raw, make_tensors
 
 RAW = make_raw()
@@ -260,3 +262,13 @@ def test_no_message_names_an_address(hub):
         with pytest.raises(AdapterError) as caught:
             source(hub).fetch(ref("org/tone"))
         assert "127.0.0.1" not in str(caught.value)
+
+
+def test_an_adapter_of_mlx_is_read_in_peft_terms_and_kept_so(hub, cache):
+    config, weights = mlx_files()
+    hub.files["org/tone", COMMIT] = {CONFIG_FILE: config, MLX_WEIGHTS_FILE: weights}
+    want = in_peft_terms(config, weights, Limits())
+    for _ in range(2):
+        raw = source(hub, cache=cache).fetch(ref(f"org/tone@{COMMIT}"))
+        assert (raw.config, raw.weights, raw.revision) == (*want, COMMIT)
+    assert hub.downloads == 2

@@ -361,6 +361,13 @@ def test_names_out_of_a_wrapper_say_which(wrapper):
         read(make_raw(tensors=given))
 
 
+def test_names_of_a_wrapped_peft_model_say_the_outermost_wrapper():
+    given = {f"module.{name}": tensor for name, tensor in make_tensors().items()}
+    with pytest.raises(AdapterInvalid, match="take 'module' out"):
+        read(make_raw(tensors=given))
+    read(make_raw(tensors={k.removeprefix("module."): t for k, t in given.items()}))  # then
+
+
 def test_a_name_with_half_a_character_is_refused_and_a_long_one_cut():
     with pytest.raises(AdapterInvalid, match="half a character"):
         read(make_raw(make_config(base_model_name_or_path="\ud800")))

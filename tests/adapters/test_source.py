@@ -10,6 +10,7 @@ from fader_adapters.errors import (
     AdapterInvalid,
     AdapterTooLarge,
     SourceForbidden,
+    SourceIncomplete,
     SourceNotFound,
     SourceUnavailable,
 )
@@ -355,3 +356,46 @@ def test_a_root_that_cannot_be_opened_for_now_gives_its_names_to_no_other(tmp_pa
     monkeypatch.setattr("fader_adapters.source.os.open", fail)
     with pytest.raises(SourceUnavailable):
         sources.fetch("tone")
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({}, "has no adapter_config.json$"),
+        ({"README.md"}, "has no adapter_config.json$"),
+        ({"checkpoint-500/adapter_config.json"}, "its folders checkpoint-500 have one"),
+        ({f"epoch_{i}/adapter_config.json" for i in range(6)}, "epoch_3, … have one"),
+        ({"adapter.gguf"}, "GGUF"),
+        ({"config.json", "model.safetensors"}, "a whole model"),
+        ({WEIGHTS_FILE}, "beside its weights"),
+        ({CONFIG_FILE}, "has no adapter_model.safetensors$"),
+        ({CONFIG_FILE, "model.safetensors"}, "; model.safetensors: rename it"),
+        ({CONFIG_FILE, f"{WEIGHTS_FILE}.index.json", "a-1-of-2.safetensors"}, "in shards"),
+    ],
+)
+def test_a_folder_without_an_adapter_says_what_it_has_instead(root, sources, files, told):
+    (root / "tone").mkdir()
+    for name in files:
+        (root / "tone" / name).parent.mkdir(exist_ok=True)
+        (root / "tone" / name).write_bytes(b"")
+    for fetch in (lambda: sources.fetch("tone"), lambda: sources.fetch_trusted(root / "tone")):
+        with pytest.raises(SourceIncomplete, match=told):
+            fetch()
+    with pytest.raises(SourceNotFound) as absent:
+        sources.fetch("absent")
+    assert not isinstance(absent.value, SourceIncomplete)
+
+
+def test_a_folder_without_an_adapter_hides_none_under_a_later_root(tmp_path):
+    (tmp_path / "a" / "tone").mkdir(parents=True)
+    write_files(tmp_path / "b" / "tone")
+    sources = LocalSources((tmp_path / "a", tmp_path / "b"))
+    assert sources.fetch("tone").origin == str(tmp_path / "b" / "tone")
+
+
+def test_a_link_to_another_folder_tells_nothing_of_it(root, sources):
+    (root.parent / "outside").mkdir()
+    (root.parent / "outside" / "config.json").write_bytes(b"")
+    (root / "link").symlink_to(root.parent / "outside")
+    with pytest.raises(SourceForbidden):
+        sources.fetch("link")

@@ -14,8 +14,10 @@ from fader_adapters.errors import (
     SourceUnavailable,
 )
 from fader_adapters.limits import Limits, Patience
+from fader_adapters.mlx import in_peft_terms
 from fader_adapters.source import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, RawAdapter
 from fader_adapters.urls import UrlSource
+from tests.adapters.mlx_files import MLX_WEIGHTS_FILE, mlx_files
 from tests.adapters.peft_files import make_raw, make_tensors
 
 RAW = make_raw()
@@ -183,3 +185,13 @@ def test_a_change_while_reading_is_refused(memory):
     counting.open = swap
     with pytest.raises(AdapterInvalid, match="changed"):
         source(counting).fetch(PREFIX + "tone")
+
+
+def test_an_adapter_of_mlx_is_read_in_peft_terms(memory):
+    config, weights = mlx_files()
+    memory.pipe(f"{PREFIX}tone/{CONFIG_FILE}", config)
+    memory.pipe(f"{PREFIX}tone/{MLX_WEIGHTS_FILE}", weights)
+    raw = UrlSource((PREFIX,)).fetch(PREFIX + "tone")
+    assert (raw.config, raw.weights) == in_peft_terms(config, weights, Limits())
+    put(memory, PREFIX + "tone")  # PEFT's name comes first
+    assert UrlSource((PREFIX,)).fetch(PREFIX + "tone").weights == RAW.weights

@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fader_adapters.source import WEIGHTS_FILE
+from fader_adapters.source import CONFIG_FILE, WEIGHTS_FILE
 from fader_server import demo, verification
 from fader_server.cli import main
 from fader_server.errors import ConfigInvalid
 from fader_server.peft_side import PeftSide
+from tests.adapters.mlx_files import make_mlx_config, mlx_files, write_mlx
 from tests.support.families import write_family
 from tests.support.many_families import MANY, write_many
 from tests.support.peft_adapters import train_copies, write_adapter
@@ -246,3 +247,20 @@ def test_an_adapter_that_peft_refuses_is_named_in_one_line(tmp_path):
     side = PeftSide(str(base), torch.float32, {"a": folder})
     with pytest.raises(ConfigInvalid, match=f"^PEFT cannot load {folder}: "):
         side.logits([5, 6], "a")
+
+
+def test_an_adapter_of_mlx_is_verified_as_what_peft_makes_of_it(tmp_path, capsys):
+    config = json.loads((SHOUT / CONFIG_FILE).read_bytes())
+    tensors = {
+        name.removeprefix("base_model.model.")
+        .replace("lora_A.weight", "lora_a")
+        .replace("lora_B.weight", "lora_b"): tensor.t().contiguous()
+        for name, tensor in load_file(SHOUT / WEIGHTS_FILE).items()
+    }
+    scale = {"rank": config["r"], "scale": config["lora_alpha"] / config["r"]}
+    run = make_mlx_config(lora_parameters=scale, num_layers=-1)
+    folder = write_mlx(tmp_path / "shout", mlx_files(run, tensors))
+    prompt = ["--prompt", "What colour is the sky?", "--tokens", "4"]
+    assert main(["verify", str(folder), "--base", str(BASE), *prompt, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["findings"][1]
+    assert found["effect"] > 1  # PEFT heard of it, too

@@ -134,6 +134,7 @@ _TABLE: tuple[tuple[type[Exception], Answer], ...] = (  # the first match wins: 
     (adapters.VersionConflict, Answer(409, INVALID, "adapter_version_conflict", retry=False)),
     (adapters.BlendInvalid, Answer(400, INVALID, "blend_invalid", param="adapters")),
     (adapters.SourceForbidden, _NO_SOURCE),
+    (adapters.SourceIncomplete, Answer(404, INVALID, "adapter_not_found", param="source")),
     (adapters.SourceNotFound, _NO_SOURCE),
     (
         adapters.SourceUnavailable,
