@@ -10,6 +10,7 @@ from fader_adapters.config_keys import check_init, invalid, require_known, shown
 from fader_adapters.errors import AdapterInvalid, AdapterTooLarge
 from fader_adapters.invocation import read_invocation
 from fader_adapters.limits import Limits
+from fader_adapters.mlx import MADE_BY_MLX
 from fader_adapters.pattern_nodes import Budget, PatternUnsafe
 from fader_adapters.patterns import Pattern
 from fader_adapters.strict_json import load_object
@@ -49,6 +50,8 @@ class LoraConfig:
     """Names of modules that were trained whole (modules_to_save)."""
     invocation: tuple[int, ...] = ()
     """Tokens that activate it; none: it always applies."""
+    mlx: bool = False
+    """It was trained by MLX-LM."""
 
     def saves(self, path: str) -> bool:
         """Whether PEFT trains the module at `path` of the adapter's model whole: by the end of its
@@ -135,6 +138,7 @@ def read_config(data: bytes, limits: Limits) -> LoraConfig:
         tokens=_tokens(fields.get("trainable_token_indices")),
         saved=_saved(fields.get("modules_to_save")),
         invocation=invocation,
+        mlx=fields.get("auto_mapping") == MADE_BY_MLX,
     )
 
 

@@ -11,6 +11,7 @@ PEFT's A and B are these transposed, its alpha is scale·rank, its magnitude is 
 inside a layer or of the whole model; without them every linear of a layer is meant. The last
 num_layers layers are adapted, all of them where it is 0 or less. Its loader passes over tensors of
 other modules, and leaves a module that has none at the base's; so do we with the latter.
+Its models read weights as Hugging Face's files have them, but for those of FOLDED.
 """
 
 import json
@@ -22,10 +23,18 @@ from typing import Any
 import numpy as np
 
 from fader_adapters.config_keys import shown
-from fader_adapters.errors import AdapterInvalid
+from fader_adapters.errors import AdapterInvalid, AdapterMismatch
 from fader_adapters.header import ELEMENT_BYTES, TensorInfo, read_header
 from fader_adapters.limits import Limits
+from fader_adapters.spec import BaseSpec
 from fader_adapters.strict_json import load_object
+
+FOLDED = frozenset({"falcon_h1"})
+"""Model types whose multipliers MLX-LM folds into the weights it trains on: a delta for those is
+another one for the weights as they are."""
+
+MADE_BY_MLX = {"parent_library": "mlx_lm"}
+"""The auto_mapping of what was put in PEFT's terms; PEFT says there what class a model was."""
 
 _MARKS = ("fine_tune_type", "lora_parameters")
 _READ = frozenset({"fine_tune_type", "lora_parameters", "model", "num_layers"})
@@ -89,6 +98,7 @@ def in_peft_terms(config: bytes, weights: bytes, limits: Limits) -> tuple[bytes,
     modules = _modules(read_header(weights, limits))
     _check_selected(modules, keys, _layers(fields.get("num_layers")))
     peft = {
+        "auto_mapping": MADE_BY_MLX,
         "base_model_name_or_path": fields.get("model"),
         "bias": "none",
         "lora_alpha": scale * rank,
@@ -99,6 +109,16 @@ def in_peft_terms(config: bytes, weights: bytes, limits: Limits) -> tuple[bytes,
         "use_dora": dora,
     }
     return json.dumps(peft).encode(), _rewritten(weights, modules)
+
+
+def check_folded(base: BaseSpec) -> None:
+    """Whether a delta of MLX-LM's is one for this base's weights. Raises AdapterMismatch."""
+    if base.model_type in FOLDED:
+        raise AdapterMismatch(
+            f"the adapter was trained by MLX-LM, which multiplies the weights of {base.model_type} "
+            "by the multipliers of its config: it is another one for the base as it is; train it "
+            "with PEFT"
+        )
 
 
 def _kind(fields: Mapping[str, Any]) -> bool:

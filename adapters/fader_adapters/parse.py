@@ -17,6 +17,7 @@ from fader_adapters.invocation import check_invocation
 from fader_adapters.limits import Limits
 from fader_adapters.linears import linears_of
 from fader_adapters.lora_config import LoraConfig, read_config
+from fader_adapters.mlx import check_folded
 from fader_adapters.modules import NOTHING, Checked, Module, check_modules
 from fader_adapters.pauses import Pause, never
 from fader_adapters.replaced import read_tables
@@ -91,6 +92,8 @@ def read_adapter(
     """
     limits = (limits or Limits()).over(base)
     config = read_config(raw.config, limits)
+    if config.mlx:
+        check_folded(base)
     pause()
     named = _named(raw.weights, limits, pause)
     checked = check_modules(named, config, base, limits, pause)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -190,6 +191,15 @@ def test_another_base_is_told_as_of_any_adapter():
     tensors = {name.replace("q_proj", "wq"): tensor for name, tensor in make_mlx_tensors().items()}
     with pytest.raises(AdapterMismatch, match="wq"):
         load(make_mlx_config(), tensors)
+
+
+def test_a_base_whose_weights_they_fold_multipliers_into_is_refused_to_them_alone():
+    base = replace(BASE, model_type="falcon_h1")
+    raw = raw_of(make_mlx_config(), make_mlx_tensors())
+    with pytest.raises(AdapterMismatch, match="multipliers"):
+        read_adapter(raw, base, dtype=torch.float32)
+    read_adapter(raw, BASE, dtype=torch.float32)
+    read_adapter(make_raw(), base, dtype=torch.float32)
 
 
 def test_files_of_peft_are_left_as_they_are():

@@ -47,7 +47,7 @@ async def read_json(
 
 async def _read(request: Request, limit: int) -> bytes:
     declared = request.headers.get("content-length", "0")
-    if declared.isdecimal() and len(declared) < 20 and int(declared) > limit:
+    if declared.isdecimal() and len(declared) <= 20 and int(declared) > limit:
         raise BodyTooLarge(f"the body is larger than {limit} bytes, see --max-body")
     raw = bytearray()
     async for chunk in request.stream():

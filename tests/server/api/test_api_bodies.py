@@ -463,6 +463,8 @@ async def test_slow_and_broken_requests_end(worlds):
         assert await raw(port) == b""
         huge = await raw(port, head + b"x-a: " + b"a" * 200_000 + b"\r\n\r\n")
         assert huge == b"" or huge.startswith(b"HTTP/1.1 400")
+        vast = await raw(port, head + b"content-length: " + b"9" * 20 + b"\r\n\r\n{")
+        assert vast.startswith(b"HTTP/1.1 413")  # at once, as any that is too large
         two = await raw(port, head + b"content-length: 2\r\ncontent-length: 3\r\n\r\n{}")
         assert two.startswith(b"HTTP/1.1 400")
         assert b'"code": "bad_request"' in two
