@@ -73,7 +73,7 @@ _TRAINING = frozenset(
 _PARAMETERS = frozenset({"dropout", "keys", "rank", "scale"})
 
 _ROLE = re.compile(r"(?P<path>.+)\.(?P<role>lora_a|lora_b|m)")
-_LAYER = re.compile(r"(?P<before>.+?\.|)(?P<layer>\d+)\.(?P<inside>.+)", re.ASCII)
+_LAYER = re.compile(r"(?:.+?\.|)(?P<layer>\d+)\.(?P<inside>.+)", re.ASCII)
 _PEFT_NAMES = {
     "lora_a": "lora_A.weight",
     "lora_b": "lora_B.weight",
