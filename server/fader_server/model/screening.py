@@ -26,6 +26,6 @@ def wanted(row: PlanRow) -> Wanted | None:
         return Wanted()
     if params.top_k:
         return Wanted(params.top_k, heat) if params.top_k <= MOST else None
-    if params.top_p < 1 or not COLDEST <= heat <= HOTTEST:
-        return None  # what a nucleus holds depends on every logit
-    return Wanted(heat=heat, key=row_key(row), min_p=params.min_p)
+    if not COLDEST <= heat <= HOTTEST:
+        return None
+    return Wanted(heat=heat, key=row_key(row), min_p=params.min_p, top_p=params.top_p)

@@ -116,7 +116,7 @@ def raced(rows):
     return native.Draws(
         heat=torch.tensor([row.heat for row in rows]),
         top_k=torch.zeros(len(rows), dtype=torch.int64),
-        top_p=torch.ones(len(rows), dtype=torch.float64),
+        top_p=torch.tensor([row.top_p for row in rows], dtype=torch.float64),
         min_p=torch.tensor([row.min_p for row in rows], dtype=torch.float64),
         key=torch.tensor([row.key for row in rows]),
     )

@@ -12,7 +12,7 @@ import torch  # first: its libgomp must be the one both use
 
 from fader_adapters.kernels.native.build import LIBRARY
 
-ABI = 12
+ABI = 13
 BUILDER = "fader_adapters.kernels.native.build"
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -79,6 +79,7 @@ class WantedStruct(ctypes.Structure):
         ("key", _L),
         *[(name, ctypes.c_int32) for name in ("keep", "race")],
         *[(name, _F) for name in ("heat", "reach")],
+        *[("top_p", ctypes.c_double), ("least", _L)],
     ]
 
 
@@ -88,7 +89,7 @@ class ScreenStruct(ctypes.Structure):
     _fields_ = [
         *[(name, _P) for name in ("codes", "scales")],
         ("rows", ctypes.POINTER(WantedStruct)),
-        ("count", _L),
+        *[(name, _L) for name in ("count", "computed")],
     ]
 
 

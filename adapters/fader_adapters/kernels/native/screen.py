@@ -27,7 +27,13 @@ COLDEST, HOTTEST = 0.01, 100.0
 """Between these draws from all outputs are foreseen."""
 ROWS = 8
 """SCREEN_ROWS of csrc/screen.h: calls with more leave nothing out."""
+WORTH = 0.35
+"""Of the panels, computed beside all codes: a search for a nucleus that took more did not pay."""
+_LEVELS = 12
+"""How patient at most: 63 tries that could be are left out for each that is made."""
 _NOT_FINITE = -3
+_ONE = 2**44
+"""What the likeliest token weighs."""
 _EVERYWHERE = 1e31
 """Farther than bounded outputs lie from each other."""
 
@@ -43,27 +49,52 @@ class Wanted:
     key: int | None = None
     min_p: float = 0.0
     """With a key: of those drawn from."""
+    top_p: float = 1.0
+    """With a key: of all."""
 
     def struct(self) -> WantedStruct:
-        given = WantedStruct(keep=self.count, heat=self.heat, reach=_EVERYWHERE)
+        least = max(1, math.ceil(self.min_p * _ONE))
+        given = WantedStruct(
+            keep=self.count, heat=self.heat, reach=_EVERYWHERE, top_p=self.top_p, least=least
+        )
         if self.key is not None:
             given.race, given.key = 1, self.key
         if self.min_p:
-            given.reach = given.heat * math.log(2**44 / max(1, math.ceil(self.min_p * 2**44)))
+            given.reach = given.heat * math.log(_ONE / least)
         return given
+
+
+class Patience:
+    """Whether a way that pays at times is worth another try. Counts tries; the more were in vain,
+    the longer the next one waits."""
+
+    def __init__(self) -> None:
+        self._level, self._wait = 0, 0
+
+    def tries(self) -> bool:
+        """Whether now; asked once before each try that could be."""
+        self._wait -= 1
+        return self._wait < 0
+
+    def learn(self, paid: bool) -> None:
+        """What a try led to. Two that paid make up for one that did not."""
+        self._level = max(0, self._level - 1) if paid else min(self._level + 2, _LEVELS)
+        self._wait = 2 ** (self._level // 2) - 1
 
 
 class Screen:
     """Codes of panels, and what sites over those may leave out.
 
     While it is `keeping` what is wanted of up to eight rows, fp32 outputs without deltas of as many
-    have all that may be among it exactly; what is smaller may be -inf.
+    have all that may be among it exactly; what is smaller may be -inf. A row that is drawn with
+    top_p may have the token that is drawn alone, and -inf else.
     """
 
-    def __init__(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
-        """codes: int8 [P, k/2, 32, 2]; scales: fp32 [P, k/64, 32]"""
-        self._keep = codes, scales
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, panels: int) -> None:
+        """codes: int8 [P, k/2, 32, 2]; scales: fp32 [P, k/64, 32], P = panels"""
+        self._keep, self._panels = (codes, scales), panels
         self._struct = ScreenStruct(codes=codes.data_ptr(), scales=scales.data_ptr())
+        self._patience = Patience()
 
     @classmethod
     def of(cls, panels: PlainPanels) -> "Screen | None":
@@ -84,20 +115,27 @@ class Screen:
         if code == _NOT_FINITE:
             return None
         assert not code, MESSAGES[code]
-        return cls(codes, scales)
+        return cls(codes, scales, count)
 
     @contextmanager
     def keeping(self, rows: Sequence[Wanted]) -> Iterator[None]:
         """For calls of this thread, while no other calls: of these rows, in order, no more is
-        wanted. Calls with another number of rows leave nothing out."""
+        wanted. Calls with another number of rows leave nothing out, nor do those with top_p for
+        some time after it did not pay."""
         assert all(0 < row.count <= MOST for row in rows)
         assert all(row.key is None or COLDEST <= row.heat <= HOTTEST for row in rows)
+        nuclei = any(row.key is not None and row.top_p < 1 for row in rows)
+        if nuclei and not self._patience.tries():
+            yield
+            return
         given = (WantedStruct * len(rows))(*(row.struct() for row in rows))
-        self._struct.rows, self._struct.count = given, len(rows)
+        self._struct.rows, self._struct.count, self._struct.computed = given, len(rows), -1
         try:
             yield
         finally:
             self._struct.count = 0
+        if self._struct.computed >= 0:
+            self._patience.learn(self._struct.computed < WORTH * self._panels)
 
     @property
     def address(self) -> int:

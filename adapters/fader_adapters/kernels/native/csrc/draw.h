@@ -60,11 +60,14 @@ template <class X> int64_t first_of(const X *x, int64_t n, const float *tops, fl
     return 0;
 }
 
-// e[n] = exp((x - best) / heat), and of each block the largest of those; returns the mass of all
-template <class X> int64_t weigh(const X *x, int64_t n, float best, float heat, float *e, float *tops) {
+// e[n] = exp((x - best) / heat), and of each block the largest of those; returns the mass of all. `tops` are of x: where one
+// is -inf, e stays unwritten
+template <class X> int64_t weigh(const X *x, int64_t n, float best, float heat, const float *tops, float *e, float *heaviest) {
     int64_t total = 0;
     for (int64_t b = 0; b < ceil_div(n, DRAW_BLOCK); b++) {
         const int64_t from = b * DRAW_BLOCK, size = min64(DRAW_BLOCK, n - b * DRAW_BLOCK);
+        heaviest[b] = 0.0f;
+        if (tops[b] == -INFINITY) continue;
         V top = vzero();
         over(x + from, size, -INFINITY, [&](V v, int64_t i) {
             const V w = vexp(vdiv(vadd(v, vset(-best)), vset(heat)));
@@ -73,7 +76,7 @@ template <class X> int64_t weigh(const X *x, int64_t n, float best, float heat, 
         });
         int64_t sum = 0;
         for (int64_t i = 0; i < size; i++) sum += mass_of(e[from + i]);
-        tops[b] = vtop(top);
+        heaviest[b] = vtop(top);
         total += sum;
     }
     return total;
@@ -233,7 +236,7 @@ template <class X> void draw_row(const fader_draw_t &d, int64_t r, const X *x, i
     if (!isfinite(best)) return;
     int64_t edge = 0;
     if ((d.top_k[r] > 0 && d.top_k[r] < n) || d.top_p[r] < 1.0 || d.min_p[r] > 0.0)
-        edge = edge_of(d, r, s, n, weigh(x, n, best, d.heat[r], s.e, s.heaviest));
+        edge = edge_of(d, r, s, n, weigh(x, n, best, d.heat[r], s.tops, s.e, s.heaviest));
     d.tokens[r] = race(x, n, best, d.heat[r], d.key[r], edge, s);
 }
 
@@ -260,7 +263,7 @@ template <class X> void score_row(const fader_scores_t &s, int64_t r, const X *x
         for (int64_t i = 0; i < wide; i++) out[i] = i >= 1 && i <= s.top ? (double)(i - 1) : NAN;
         return;
     }
-    const double total = log((double)weigh(x, n, best, 1.0f, w.e, w.heaviest) / (double)DRAW_ONE);
+    const double total = log((double)weigh(x, n, best, 1.0f, w.tops, w.e, w.heaviest) / (double)DRAW_ONE);
     const auto logprob = [&](float v) { return (double)(v - best) - total; };
     out[0] = logprob(load1(x + s.tokens[r]));
     if (!s.top) return;

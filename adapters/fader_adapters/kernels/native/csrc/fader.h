@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define FADER_ABI 12
+#define FADER_ABI 13
 enum { FADER_F32 = 0, FADER_BF16 = 1, FADER_F16 = 2 };
 enum { FADER_NF4 = 0, FADER_PLAIN = 1 };
 enum { FADER_SCALAR = 0, FADER_AVX2 = 1, FADER_AVX512 = 2, FADER_AVX512_BF16 = 3 };
@@ -83,15 +83,18 @@ int fader_plan_build(int64_t T, int64_t R, const int32_t *term_ptr, const int32_
 typedef struct { /* of a row, both kinds at a time */
     uint64_t key;         /* of `race` */
     int32_t keep;         /* how many of the largest, 1 to 128 */
-    int32_t race;         /* 1: and the token that fader_draw gives without top_k and top_p; heat is 0.01 to 100 then */
+    int32_t race;         /* 1: and the token that fader_draw gives without top_k; heat is 0.01 to 100 then */
     float heat;           /* 0: greedy; else what it is drawn at: of those that are kept, or of all */
     float reach;          /* race: tokens so far below the largest are not drawn (min_p); 1e31: all are */
+    double top_p;         /* race: as of fader_draw. Below 1 the row may be left with that token alone */
+    int64_t least;        /* of top_p: in units of 2^-44 what a token must weigh (min_p), 1 or more */
 } fader_wanted_t;
 typedef struct {
     const int8_t *codes;  /* [P][k/2][32][2] */
     const float *scales;  /* [P][k/64][32] */
     const fader_wanted_t *rows; /* [count] */
     int64_t count;        /* calls with as many rows leave out what theirs do not want; 0: no call does */
+    int64_t computed;     /* written by those that look for a nucleus: how many panels they computed */
 } fader_screen_t;
 /* of plain panels: a weight is about scale * code, off by half a scale at most. FADER_E_BOUNDS where one is not finite */
 int fader_screen_pack(int64_t n, int64_t k, const void *panels, int dtype, int8_t *codes, float *scales, int nt);
@@ -109,7 +112,7 @@ typedef struct {
     const int32_t *cols; /* [members][2]: n0, n1; ascending, disjoint */
     int64_t table_stride;
     int32_t members, slots, arena_dtype, weights; /* FADER_NF4 or FADER_PLAIN */
-    const fader_screen_t *screen; /* of plain panels, or NULL. While it is on, up to 8 rows, fp32 and without deltas here, have
+    fader_screen_t *screen; /* of plain panels, or NULL. While it is on, up to 8 rows, fp32 and without deltas here, have
                                      what may be wanted exactly, and may have -inf for the rest, which is smaller and weighs less */
 } fader_site_t;
 

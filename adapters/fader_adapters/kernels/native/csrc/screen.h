@@ -104,10 +104,11 @@ struct Screened {
     float *step, *slack;   // [T][k/64]: of q; what a scale is multiplied with to bound a block's error
     float *most, *least;   // [T][P] bounds of a panel's largest, from above and from below
     float *race;           // [T][P] of its best in the row's race, from above; where that is run
+    float *heavy, *light;  // [T][P] bounds of what a panel weighs, against exp(most / heat); where a nucleus is asked for
     uint8_t *hit;          // [P]: may hold what a row wants
     FADER_INLINE int64_t bytes(int64_t n, int64_t k, int64_t T) {
         const int64_t panels = ceil_div(n, PANEL), blocks = align64(T * (k / BLOCK) * 4);
-        return align64(T * k * 2) + 2 * blocks + 3 * align64(panels * T * 4) + align64(panels);
+        return align64(T * k * 2) + 2 * blocks + 5 * align64(panels * T * 4) + align64(panels);
     }
     Screened(char *p, int64_t n, int64_t k, int64_t T) {
         const int64_t panels = ceil_div(n, PANEL), blocks = align64(T * (k / BLOCK) * 4);
@@ -117,6 +118,8 @@ struct Screened {
         most = (float *)p, p += align64(panels * T * 4);
         least = (float *)p, p += align64(panels * T * 4);
         race = (float *)p, p += align64(panels * T * 4);
+        heavy = (float *)p, p += align64(panels * T * 4);
+        light = (float *)p, p += align64(panels * T * 4);
         hit = (uint8_t *)p;
     }
 };
@@ -210,6 +213,8 @@ FADER_INLINE double heated(float logit, float heat) { // from below
     return z - fabs(z) * 0x1p-40;
 }
 
+static bool asks_nucleus(const fader_wanted_t &wanted) { return wanted.race && wanted.top_p < 1.0; }
+
 template <int MR> void screen_bounds(const fader_site_t &s, int64_t p, const Screened &rows) {
     const int64_t panels = ceil_div(s.n, PANEL);
     float above[MR][PANEL], below[MR][PANEL], noise[PANEL];
@@ -223,6 +228,15 @@ template <int MR> void screen_bounds(const fader_site_t &s, int64_t p, const Scr
         for (int c = 0; c < PANEL; c += W)
             vstore(noise + c, vadd(vload(noise + c), heated(vload(above[m] + c), 1.0f / wanted.heat)));
         rows.race[m * panels + p] = top_of(noise);
+        if (!asks_nucleus(wanted)) continue;
+        const V top = vset(-rows.most[m * panels + p]), cold = vset(1.0f / wanted.heat);
+        V heavy = vzero(), light = vzero();
+        for (int c = 0; c < PANEL; c += W) {
+            heavy = vadd(heavy, vexp(vmul(vadd(vload(above[m] + c), top), cold)));
+            light = vadd(light, vexp(vmul(vadd(vload(below[m] + c), top), cold)));
+        }
+        rows.heavy[m * panels + p] = vsum(heavy);
+        rows.light[m * panels + p] = vsum(light);
     }
 }
 

@@ -3,7 +3,7 @@
 #pragma once
 #include "delta.h"
 #include "gemm.h"
-#include "screen.h"
+#include "nucleus.h"
 #include "team.h"
 
 namespace {
@@ -75,8 +75,9 @@ int site_run(const fader_site_t *s, const Plan *plan, int64_t T, const In *x, in
     const int64_t pack_one = direct ? 0 : align64(T * K * (int64_t)sizeof(X) * E::STEP / 2);
     const int64_t pack_bytes = apart ? nt * pack_one : pack_one;
     Delta d;
-    const int64_t screen_bytes = screened ? Screened::bytes(n, K, T) : 0;
-    const int64_t fixed = own * nt + pack_bytes + screen_bytes;
+    const bool nuclei = screened && asks_nuclei(*s, T);
+    const int64_t screen_bytes = screened ? Screened::bytes(n, K, T) : 0, before = own * nt + pack_bytes;
+    const int64_t fixed = before + screen_bytes + (nuclei ? nuclei_bytes(*s, T, nt) : 0);
     const int64_t total = fixed + (plan ? delta_bytes(*s, *plan) : 0);
     *need = total + 64;
     if (bytes < total) return FADER_E_SCRATCH;
@@ -84,8 +85,9 @@ int site_run(const fader_site_t *s, const Plan *plan, int64_t T, const In *x, in
         const int err = delta_layout(*s, *plan, scratch + fixed, nt, &d);
         if (err) return err;
     }
-    const Screened rows_screened(scratch + own * nt + pack_bytes, n, K, T);
+    const Screened rows_screened(scratch + before, n, K, T);
     const uint8_t *const hit = screened && screen(*s, T, x, xs, rows_screened, nt) ? rows_screened.hit : 0;
+    if (nuclei) s->screen->computed = panels;
     const int64_t pack_blocks = direct ? 0 : K / BLOCK, shrink_items = plan ? d.items : 0;
     const int64_t pack_items = apart ? 0 : ceil_div(pack_blocks, PACK_BLOCKS);
     const int64_t esize = out_dtype == FADER_F32 ? 4 : 2;
@@ -103,30 +105,34 @@ int site_run(const fader_site_t *s, const Plan *plan, int64_t T, const In *x, in
         }
     });
     bool ready[TEAM_MAX] = {}; // which threads have packed for themselves
-    share(nt, chunks * col_blocks, [&](int64_t u, int me) {
-        float *const acc = (float *)(scratch + own * me);
+    const auto products = [&](int me, int64_t m0, int64_t m1, int64_t p, int64_t np, float *a) {
         X *const packed = packs + (apart ? me * pack_one / (int64_t)sizeof(X) : 0);
         if (apart && !ready[me]) {
             pack(0, pack_blocks, packed);
             ready[me] = true;
         }
+        Rows<X> xc = direct ? Pack::view(x, xs) : Rows<X>{packed, Pack::PER_BLOCK, T * (int64_t)Pack::PER_BLOCK};
+        xc.p += m0 * xc.row;
+        Gemm<E>::run(m1 - m0, K, xc, s->panels + p * (K / 2) * E::PAIR, s->scales + (E::SCALED ? p * (K / BLOCK) * PANEL : 0), (int)np,
+                     a, width, scratch + own * me + acc_bytes);
+    };
+    const auto finish = [&](const float *a, int64_t as, int64_t m0, int64_t m1, int64_t c0, int64_t c1) {
+        for (int64_t m = m0; m < m1; m++)
+            finish_row(a + (m - m0) * as, s->bias ? s->bias + c0 : 0, c1 - c0, (char *)out + (m * os + c0) * esize, out_dtype);
+    };
+    share(nt, chunks * col_blocks, [&](int64_t u, int me) {
+        float *const acc = (float *)(scratch + own * me);
         const int64_t cb = u % col_blocks, m0 = u / col_blocks * rows, m1 = min64(T, m0 + rows);
         const int64_t c0 = cb * width, c1 = min64(n, c0 + width), p0 = cb * bp;
         float *a = acc;
         int64_t as = width;
         if (plan) expand_fetch<Ar>(*s, *plan, c0, c1);
         if (s->panels) {
-            Rows<X> xc = direct ? Pack::view(x, xs) : Rows<X>{packed, Pack::PER_BLOCK, T * (int64_t)Pack::PER_BLOCK};
-            xc.p += m0 * xc.row;
-            const auto run = [&](int64_t p, int np) {
-                Gemm<E>::run(m1 - m0, K, xc, s->panels + p * (K / 2) * E::PAIR, s->scales + (E::SCALED ? p * (K / BLOCK) * PANEL : 0), np,
-                             a + (p - p0) * PANEL, as, (char *)acc + acc_bytes);
-            };
             const int64_t p1 = min64(p0 + bp, panels);
-            if (!hit) run(p0, (int)(p1 - p0));
+            if (!hit) products(me, m0, m1, p0, p1 - p0, a);
             else
                 for (int64_t p = p0; p < p1; p++) {
-                    if (hit[p]) run(p, 1);
+                    if (hit[p]) products(me, m0, m1, p, 1, a + (p - p0) * PANEL);
                     else
                         for (int64_t m = 0; m < m1 - m0; m++)
                             for (int c = 0; c < PANEL; c++) a[m * as + (p - p0) * PANEL + c] = -INFINITY;
@@ -136,10 +142,20 @@ int site_run(const fader_site_t *s, const Plan *plan, int64_t T, const In *x, in
             as = os;
         }
         if (plan) expand_block<Ar>(*s, *plan, d, m0, m1, c0, c1, a, as);
-        if (s->panels)
-            for (int64_t m = m0; m < m1; m++)
-                finish_row(a + (m - m0) * as, s->bias ? s->bias + c0 : 0, c1 - c0,
-                           (char *)out + (m * os + c0) * esize, out_dtype);
+        if (s->panels) finish(a, as, m0, m1, c0, c1);
+    });
+    if (!hit || !nuclei) return 0;
+    find_nuclei(*s, T, (float *)out, os, rows_screened, scratch + before + screen_bytes, nt, [&] {
+        share(nt, ceil_div(panels, SCREEN_GROUP), [&](int64_t group, int me) {
+            float *const acc = (float *)(scratch + own * me);
+            const int64_t last = min64(panels, (group + 1) * SCREEN_GROUP);
+            for (int64_t p = group * SCREEN_GROUP, np; p < last; p += np) {
+                for (np = 1; np < bp && p + np < last && hit[p + np] == hit[p];) np++;
+                if (hit[p] != CHOSEN) continue;
+                products(me, 0, T, p, np, acc);
+                finish(acc, width, 0, T, p * PANEL, min64(n, (p + np) * PANEL));
+            }
+        });
     });
     return 0;
 }
