@@ -32,11 +32,11 @@ class Layer:
 
     def __init__(self, w, bias=None, tables=None):
         panels = native.PlainPanels.pack(w)
-        self.screen = native.Screen.of(panels)
-        assert self.screen is not None
+        screen = native.Screen.of(panels)
+        assert screen is not None
+        self.screen, self.n = screen, len(w)
         self.site = native.Site(panels, tables, bias=bias)
-        self.site.leave_out(self.screen)
-        self.n = len(w)
+        self.site.leave_out(screen)
 
     def __call__(self, x, plan=None):
         return self.site(x, plan, out=torch.full((len(x), self.n), math.nan))

@@ -49,9 +49,10 @@ def left_out(world: TinyWorld) -> list[float]:
 
 def questions(world: TinyWorld) -> list[Ask]:
     """Few enough at a time, greedy and drawn in turn, of base, adapters and blends."""
-    params = (greedy(8, logprobs=None), DRAWN, RACED, replace(RACED, min_p=0.1))
+    nucleus = replace(RACED, top_p=0.9)
+    params = (greedy(8, logprobs=None), DRAWN, RACED, nucleus, replace(RACED, min_p=0.1))
     found = asks(world.base.max_positions)
-    return [replace(ask, params=params[i % 4]) for i, ask in enumerate(found)]
+    return [replace(ask, params=params[i % 5]) for i, ask in enumerate(found)]
 
 
 def tokens(world: TinyWorld, given: list[Ask]) -> list[list[int]]:
@@ -98,7 +99,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Setting:
         greedy(4, logprobs=None, min_tokens=4, stop_token_ids=frozenset({2})),
         SamplingParams(max_tokens=4, temperature=1e-3),
         SamplingParams(max_tokens=4, top_k=200),
-        SamplingParams(max_tokens=4, top_p=0.5),
+        SamplingParams(max_tokens=4, top_k=200, top_p=0.5),
     ],
 )
 def test_who_asks_for_more_than_the_largest_gets_all_logits(llama: Setting, params):
@@ -113,6 +114,28 @@ def test_who_asks_for_more_than_the_largest_gets_all_logits(llama: Setting, para
     with_prompt = 1 if params.prompt_logprobs is not None else None
     assert max(shares[:with_prompt]) == 0
     assert together[0].tokens == alone.tokens
+
+
+@pytest.mark.parametrize("heat", [0.01, 0.02, 1.0])
+def test_a_nucleus_is_drawn_from_as_from_all(llama: Setting, monkeypatch, heat: float):
+    """Beside greedy rows; of sharp ones most is left out, of flat ones nothing for long."""
+    found = []
+    for size in (0, 1 << 40):
+        monkeypatch.setattr("fader_server.model.head.SCREENED", size)
+        world = llama.world()
+        shares = left_out(world)
+        asked = [
+            Ask([5, 6, 7 + i], {"r8": 1.0}, SamplingParams(heat, top_p=0.9, seed=i, max_tokens=24))
+            for i in range(3)
+        ]
+        answers = world.run([*asked, Ask([5, 6, 7], {"r8": 1.0}, greedy(24, logprobs=None))])
+        found.append([answer.tokens for answer in answers])
+        assert len(found[-1][0]) == 24
+        if size or heat == 1.0:
+            assert sorted(shares)[len(shares) // 2] == 0
+        else:
+            assert max(shares) > 0.7  # three rows with one token each
+    assert found[0] == found[1]
 
 
 @pytest.mark.usefixtures("every_size")

@@ -27,9 +27,10 @@ COLDEST, HOTTEST = 0.01, 100.0
 """Between these draws from all outputs are foreseen."""
 ROWS = 8
 """SCREEN_ROWS of csrc/screen.h: calls with more leave nothing out."""
-WORTH = 0.35
-"""Of the panels, computed beside all codes: a search for a nucleus that took more did not pay."""
-_LEVELS = 12
+NUCLEUS_ROWS = 4
+"""Rows, beyond which codes take as long as the weight itself, nearly: what a nucleus needs of that
+comes on top."""
+_LEVELS = 6
 """How patient at most: 63 tries that could be are left out for each that is made."""
 _NOT_FINITE = -3
 _ONE = 2**44
@@ -64,22 +65,31 @@ class Wanted:
         return given
 
 
+def _saved(rows: int, share: float) -> float:
+    """Of a computation of all, about, where a share of the panels was computed beside all codes."""
+    return 0.45 - 0.08 * rows - share
+
+
 class Patience:
-    """Whether a way that pays at times is worth another try. Counts tries; the more were in vain,
-    the longer the next one waits."""
+    """Whether a way that saves at times, and else costs, is worth another try. Counts tries: where
+    they cost more than they saved of late, each that costs doubles how many are passed over."""
 
     def __init__(self) -> None:
-        self._level, self._wait = 0, 0
+        self._credit, self._level, self._wait = 0.0, 0, 0
 
     def tries(self) -> bool:
         """Whether now; asked once before each try that could be."""
         self._wait -= 1
         return self._wait < 0
 
-    def learn(self, paid: bool) -> None:
-        """What a try led to. Two that paid make up for one that did not."""
-        self._level = max(0, self._level - 1) if paid else min(self._level + 2, _LEVELS)
-        self._wait = 2 ** (self._level // 2) - 1
+    def learn(self, saved: float) -> None:
+        """What a try led to; below 0: it cost."""
+        self._credit = max(-1.0, min(1.0, self._credit + saved))
+        if self._credit >= 0:
+            self._level = 0
+        elif saved < 0:
+            self._level = min(self._level + 1, _LEVELS)
+        self._wait = 2**self._level - 1
 
 
 class Screen:
@@ -125,7 +135,7 @@ class Screen:
         assert all(0 < row.count <= MOST for row in rows)
         assert all(row.key is None or COLDEST <= row.heat <= HOTTEST for row in rows)
         nuclei = any(row.key is not None and row.top_p < 1 for row in rows)
-        if nuclei and not self._patience.tries():
+        if nuclei and (len(rows) > NUCLEUS_ROWS or not self._patience.tries()):
             yield
             return
         given = (WantedStruct * len(rows))(*(row.struct() for row in rows))
@@ -135,7 +145,7 @@ class Screen:
         finally:
             self._struct.count = 0
         if self._struct.computed >= 0:
-            self._patience.learn(self._struct.computed < WORTH * self._panels)
+            self._patience.learn(_saved(len(rows), self._struct.computed / self._panels))
 
     @property
     def address(self) -> int:

@@ -213,6 +213,10 @@ FADER_INLINE double heated(float logit, float heat) { // from below
     return z - fabs(z) * 0x1p-40;
 }
 
+// 2^z for z <= 0, on a chord: not below it but for rounding, and at most SCREEN_CHORD of it; 2^-126 where z is less
+FADER_INLINE V vpower(V z) { return vof_bits(vmax(vfma(z, vset(0x1p23f), vset(127 * 0x1p23f)), vset(0x1p23f))); }
+const float SCREEN_CHORD = 1.0615f;
+
 static bool asks_nucleus(const fader_wanted_t &wanted) { return wanted.race && wanted.top_p < 1.0; }
 
 template <int MR> void screen_bounds(const fader_site_t &s, int64_t p, const Screened &rows) {
@@ -229,14 +233,14 @@ template <int MR> void screen_bounds(const fader_site_t &s, int64_t p, const Scr
             vstore(noise + c, vadd(vload(noise + c), heated(vload(above[m] + c), 1.0f / wanted.heat)));
         rows.race[m * panels + p] = top_of(noise);
         if (!asks_nucleus(wanted)) continue;
-        const V top = vset(-rows.most[m * panels + p]), cold = vset(1.0f / wanted.heat);
+        const V top = vset(-rows.most[m * panels + p]), cold = vset(1.44269504f / wanted.heat);
         V heavy = vzero(), light = vzero();
         for (int c = 0; c < PANEL; c += W) {
-            heavy = vadd(heavy, vexp(vmul(vadd(vload(above[m] + c), top), cold)));
-            light = vadd(light, vexp(vmul(vadd(vload(below[m] + c), top), cold)));
+            heavy = vadd(heavy, vpower(vmul(vadd(vload(above[m] + c), top), cold)));
+            light = vadd(light, vpower(vmul(vadd(vload(below[m] + c), top), cold)));
         }
         rows.heavy[m * panels + p] = vsum(heavy);
-        rows.light[m * panels + p] = vsum(light);
+        rows.light[m * panels + p] = vsum(light) / SCREEN_CHORD;
     }
 }
 

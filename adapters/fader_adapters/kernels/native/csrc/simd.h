@@ -34,6 +34,7 @@ FADER_INLINE V vpow2(V n) { // 2^n for whole n in [-126, 127]
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
+FADER_INLINE V vof_bits(V a) { return _mm512_castsi512_ps(_mm512_cvtps_epi32(a)); } // of a's whole number as bits
 FADER_INLINE V vload_bf16(const u16 *p) {
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
@@ -94,6 +95,7 @@ FADER_INLINE V vpow2(V n) {
     return _mm256_castsi256_ps(
         _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
+FADER_INLINE V vof_bits(V a) { return _mm256_castsi256_ps(_mm256_cvtps_epi32(a)); }
 FADER_INLINE V vload_bf16(const u16 *p) {
     return _mm256_castsi256_ps(
         _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
@@ -150,6 +152,7 @@ FADER_INLINE V vpow2(V n) { // of a NaN 1: it is multiplied with one anyway
     FADER_LANES n.f[i] = bits_float((u32)((n.f[i] == n.f[i] ? (int)n.f[i] : 0) + 127) << 23);
     return n;
 }
+FADER_INLINE V vof_bits(V a) { FADER_LANES a.f[i] = bits_float((u32)(int)a.f[i]); return a; }
 FADER_INLINE V vload_bf16(const u16 *p) { V r; FADER_LANES r.f[i] = from_bf16(p[i]); return r; }
 FADER_INLINE void vstore_bf16(u16 *p, V v) { FADER_LANES p[i] = to_bf16(v.f[i]); }
 FADER_INLINE P pload(const u16 *p) { P r; memcpy(&r, p, sizeof r); return r; }
