@@ -66,7 +66,8 @@ class Wanted:
 
 
 def _saved(rows: int, share: float) -> float:
-    """Of a computation of all, about, where a share of the panels was computed beside all codes."""
+    """Of a computation of all, about, where a share of the panels was computed beside all codes;
+    as `python -m bench.sampling --layers` measures it."""
     return 0.45 - 0.08 * rows - share
 
 

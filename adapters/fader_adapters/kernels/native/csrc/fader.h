@@ -113,7 +113,7 @@ typedef struct {
     int64_t table_stride;
     int32_t members, slots, arena_dtype, weights; /* FADER_NF4 or FADER_PLAIN */
     fader_screen_t *screen; /* of plain panels, or NULL. While it is on, up to 8 rows, fp32 and without deltas here, have
-                                     what may be wanted exactly, and may have -inf for the rest, which is not (see fader_wanted_t) */
+                               what may be wanted exactly, and may have -inf for the rest, which is not */
 } fader_site_t;
 
 /* x [T,k] of x_dtype, with plain panels theirs too, rows x_stride elements apart; out [T,n] of out_dtype, rows out_stride apart.
