@@ -26,6 +26,7 @@ from fader_server.model.memory import HOST_SHARE, MemoryPlan, plan_memory, works
 from fader_server.model.packed_states import KEPT
 from fader_server.model.runner import ModelRunner
 from fader_server.model.sampler import Sampler
+from fader_server.model.state_slots import SPARE
 from fader_server.tenants import Tenant
 
 _log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def memory_of(config: ServeConfig, base: LoadedBase, available: int) -> MemoryPl
             f"--max-model-len {config.max_model_len}: the base has {base.max_positions} positions; "
             "ask for at most that many"
         )
-    rows = config.max_batch_rows + (KEPT // 2 if base.packed_states is not None else 0)
+    rows = config.max_batch_rows + ((KEPT + SPARE) // 2 if base.packed_states is not None else 0)
     return plan_memory(
         available=available - room_to_keep(config, base) - rows * base.state.fixed,
         on_host=base.device.type == "cpu",

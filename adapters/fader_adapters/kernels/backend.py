@@ -15,6 +15,7 @@ from fader_adapters.kernels.nf4_stack import Nf4Stack
 from fader_adapters.kernels.reference import ReferenceBackend
 from fader_adapters.kernels.routing import Routing
 from fader_adapters.kernels.stack_weights import StackWeight
+from fader_adapters.kernels.states import StateMaker
 from fader_adapters.kernels.tables import Tables
 from fader_adapters.spec import SiteSpec, StepTerms
 
@@ -235,6 +236,13 @@ class StackBackend(Protocol):
         """Bring a base's experts into this backend's layout, once, at load; as they are where it
         has none."""
         ...
+
+
+@runtime_checkable
+class StateBackend(Protocol):
+    """A backend with kernels for layers that keep states; elsewhere the model's own code runs."""
+
+    def states(self) -> StateMaker: ...
 
 
 BackendName = Literal["auto", "reference", "native", "cuda"]

@@ -11,6 +11,7 @@ from fader_adapters.kernels.dense import DenseLinear, filled
 from fader_adapters.kernels.native import (
     ExpertPanels,
     Lookup,
+    NativeStates,
     Nf4Panels,
     PanelStore,
     PlainPanels,
@@ -277,6 +278,9 @@ class NativeBackend:
         kernel = NativeLookup(site, scratch=self._scratch, tape=self.tape)
         self._sites.append(kernel)
         return kernel
+
+    def states(self) -> NativeStates:
+        return NativeStates(self.tape)
 
     def router(self) -> None:
         return None

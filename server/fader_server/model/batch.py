@@ -97,11 +97,11 @@ class Batch:
             _block_tables(plan.rows, block_size),
             np.array(index, np.int64),
         )
-        tokens, places, written, starts, contexts, tables, wanted = packed(arrays, device)
-        kept = None
         if states is not None:
-            came_from, to = (torch.tensor(own, dtype=torch.int32) for own in states(plan))
-            kept = StateRows(starts, came_from, to)
+            arrays += tuple(np.array(own, np.int32) for own in states(plan))
+        sent = packed(arrays, device)
+        tokens, places, written, starts, contexts, tables, wanted = sent[:7]
+        kept = None if states is None else StateRows(starts, *sent[7:])
         return cls(
             input_ids=tokens,
             position_ids=places,

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from fader_adapters.kernels.native import StateRows
 from fader_server.core import Plan
-from fader_server.model.batch import AttentionRow, Batch
+from fader_server.model.batch import AttentionRow, Batch, Places
+from fader_server.model.state_slots import NOBODY
 
 
 class Mirror:
@@ -35,28 +37,39 @@ class GraphInputs:
     """One step of up to `rows` rows of one token, each of up to `context` keys.
 
     A row of padding has token 0, position 0, no keys and slot −1, so it stores nothing and attends
-    to nothing. Rows past a bucket hold whatever an earlier step left: a bucket never reads them.
+    to nothing; its state comes from nobody and goes nowhere. Rows past a bucket hold whatever an
+    earlier step left: a bucket never reads them.
     """
 
-    def __init__(self, *, rows: int, context: int, block_size: int, device: torch.device) -> None:
-        """Allocates, on the host too."""
+    def __init__(
+        self,
+        *,
+        rows: int,
+        context: int,
+        block_size: int,
+        device: torch.device,
+        states: Places | None = None,
+    ) -> None:
+        """Allocates, on the host too. states: of a base whose layers keep some."""
         self._rows = rows
+        self._states = states
         self._context = context
         self._block_size = block_size
         self._columns = -(-context // block_size)
-        self._words = Mirror(4 * rows, torch.int64, device)
+        self._words = Mirror(5 * rows, torch.int64, device)
         self._blocks = Mirror(rows * self._columns, torch.int32, device)
         self._sent: list[list[int]] = [[] for _ in range(rows)]
         """The blocks of each row that the device knows."""
         words = self._words.device
-        self._ids, self._positions, self._slots, contexts = words.view(4, rows)
+        self._ids, self._positions, self._slots, contexts, kept = words.view(5, rows)
         self._contexts = contexts.view(torch.int32)[:rows]
+        self._came_from, self._to = kept.view(torch.int32).view(2, rows)
         self._tables = self._blocks.device.view(rows, self._columns)
         self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._index = torch.arange(rows, device=device)
         self._device = device
-        self._words.open().reshape(4, rows)[2] = -1
-        self._words.send(0, 4 * rows)
+        self._words.open().reshape(5, rows)[[2, 4]] = -1
+        self._words.send(0, 5 * rows)
 
     def fill(self, plan: Plan, bucket: int, tokens: torch.Tensor | None = None) -> None:
         """Send the plan's rows, one token each, and padding up to `bucket` rows.
@@ -67,7 +80,7 @@ class GraphInputs:
         n = len(rows)
         starts = [row.start for row in rows]
         blocks = [row.sequence.blocks for row in rows]
-        words = self._words.open().reshape(4, self._rows)
+        words = self._words.open().reshape(5, self._rows)
         words[:2, n:bucket] = 0
         if tokens is None:
             words[0, :n] = [row.tokens[0] for row in rows]
@@ -79,7 +92,11 @@ class GraphInputs:
         contexts = words[3].view(np.int32)
         contexts[n:bucket] = 0
         contexts[:n] = [at + 1 for at in starts]
-        self._words.send(0, 4 * self._rows)
+        if self._states is not None:
+            kept = words[4].view(np.int32).reshape(2, self._rows)
+            kept[:, :n] = self._states(plan)
+            kept[:, n:bucket] = NOBODY
+        self._words.send(0, 5 * self._rows)
         if tokens is not None:
             self._ids[:n].copy_(tokens)
         self._send_blocks([own[: at // size + 1] for own, at in zip(blocks, starts, strict=True)])
@@ -108,6 +125,7 @@ class GraphInputs:
             rows=tuple(AttentionRow(i, 1, self._context) for i in range(rows)),
             sampling=tuple(range(rows)),
             scored=(),
+            states=self._kept(self._starts[: rows + 1], self._came_from[:rows], self._to[:rows]),
         )
 
     def prompt(self, tokens: int) -> Batch:
@@ -127,4 +145,8 @@ class GraphInputs:
             rows=(AttentionRow(0, tokens, tokens),),
             sampling=(0,),
             scored=(),
+            states=self._kept(whole, *torch.full((2, 1), NOBODY, dtype=whole.dtype).to(whole)),
         )
+
+    def _kept(self, *rows: torch.Tensor) -> StateRows | None:
+        return None if self._states is None else StateRows(*rows)

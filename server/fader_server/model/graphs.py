@@ -23,7 +23,7 @@ from fader_adapters.kernels.tables import Tables
 from fader_adapters.step_state import LaneWeights
 from fader_server.core import Plan
 from fader_server.model.attention import PagedAttention
-from fader_server.model.batch import Batch
+from fader_server.model.batch import Batch, Places
 from fader_server.model.cuda_attention import CudaAttention
 from fader_server.model.decode import Forward, decodes
 from fader_server.model.graph_inputs import GraphInputs
@@ -231,11 +231,16 @@ def capture(
         return None
     most = next((size for size in ROW_BUCKETS if size >= attention.max_rows), ROW_BUCKETS[-1])
     buckets = [size for size in ROW_BUCKETS if size <= most]
+    places = None
+    if base.packed_states is not None:
+        base.packed_states.settle()
+        places = base.packed_states.places
     inputs = GraphInputs(
         rows=most,
         context=attention.max_context,
         block_size=cache.block_size,
         device=base.device,
+        states=places,
     )
 
     def blank(rows: int, kind: Kind) -> Step | None:
@@ -258,7 +263,7 @@ def capture(
         if sizes:
             graphs.prompts = _capture_prompts(
                 *(backend, attention, every),
-                cache=cache, tables=tables, run=run, record=record, sizes=sizes,
+                cache=cache, tables=tables, run=run, record=record, sizes=sizes, states=places,
             )  # fmt: skip
     except _FAULTS as error:
         log.warning("steps of prompts run without CUDA graphs: %s", first_line(error))
@@ -285,6 +290,7 @@ def _capture_prompts(
     run: RunBatch,
     record: Record,
     sizes: Sequence[int],
+    states: Places | None,
 ) -> PromptGraphs:
     backend.reserve_prompts(tables, sizes)
     prompts = PromptGraphs(
@@ -293,6 +299,7 @@ def _capture_prompts(
             context=attention.max_context,
             block_size=cache.block_size,
             device=cache.device,
+            states=states,
         ),
         kinds,
     )

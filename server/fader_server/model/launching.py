@@ -50,8 +50,9 @@ class LaunchedStep:
     @property
     def ahead(self) -> "Callable[[Plan], LaunchedStep] | None":
         """After a captured decode step of one forward, where no row's next token depends on what
-        the host counts of its last ones."""
-        if len(self._parts) != 1 or not self._begun:
+        the host counts of its last ones, and rows leave no states behind: of two steps under way
+        the second writes over what the first, if it fails, would have to go on from again."""
+        if len(self._parts) != 1 or not self._begun or self._runner.keeps_states:
             return None
         (part,), (drawn,) = self._parts, self._begun
         if not decodes(part.plan) or not isinstance(part.replays, LeadingReplays):

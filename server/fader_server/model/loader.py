@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fader_adapters.errors import BaseUnsupported
-from fader_adapters.kernels.backend import Backend, StackBackend
+from fader_adapters.kernels.backend import Backend, StackBackend, StateBackend
 from fader_adapters.kernels.cpu import NativeBackend
 from fader_adapters.kernels.nf4_stack import Nf4Stack
 from fader_adapters.kernels.stack_weights import StackWeight
@@ -103,7 +103,8 @@ def load_base(
         from fader_server.model.solo_rehearsal import run_alone  # imports greenlet
 
         alone = run_alone(
-            model, installed.state, source, dtype=dtype, packed=error, tape=tape
+            model, installed.state, source, dtype=dtype, packed=error,
+            make=backend.states() if isinstance(backend, StateBackend) else None, tape=tape,
         )  # fmt: skip
         solo, packed_states = alone.forward, alone.states
         layers, state = alone.layers, alone.state

@@ -1,5 +1,5 @@
 """Layers that keep states of their own beside attention, computed for all rows of a step at once:
-the model's own forward, with native kernels where its functions over a sequence's tokens stand.
+the model's own forward, where a backend's kernels stand for its functions over a sequence's tokens.
 
 Knows modules by the functions that they call; what those compute `state_kernels` knows, where
 states lie `state_slots`. Each layer proves on a few tokens that it computes what it did.
@@ -13,8 +13,9 @@ from torch import nn
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 from fader_adapters.kernels.native import StateRows, Tape
+from fader_adapters.kernels.states import StateMaker
 from fader_server.core import Plan
-from fader_server.errors import ModelUnsupported
+from fader_server.errors import EngineFault, ModelUnsupported
 from fader_server.model.mixers import found
 from fader_server.model.rehearsal import distance
 from fader_server.model.state_kernels import StateKernels
@@ -35,17 +36,20 @@ BOUND_ROUNDED = 0.05
 class PackedStates:
     """Of one model. One thread at a time."""
 
-    def __init__(self, model: PreTrainedModel, tape: Tape) -> None:
-        """Raises ModelUnsupported where a layer calls no function that is known."""
+    def __init__(self, model: PreTrainedModel, make: StateMaker, tape: Tape | None) -> None:
+        """tape: of the native kernels, on a CPU that has them. Raises ModelUnsupported where a
+        layer calls no function that is known."""
         self.rows: StateRows | None = None
         """Of the forward that runs now; None: it is none of the engine's, and keeps no states."""
-        self._config = model.config
+        self._config, self._device = model.config, model.device
         self.slots = StateSlots()
         self._room = 0
+        self._settled = False
         self._layers: list[_Layer] = []
         try:
             for module, cache in found(model):
-                self._layers.append(_Layer(module, cache, tape, self))
+                own = StateKernels(make, lambda: self.rows)
+                self._layers.append(_Layer(module, cache, own, tape, self))
         except ModelUnsupported:
             self.end()
             raise
@@ -76,14 +80,18 @@ class PackedStates:
             layer.end()
 
     def reserve(self, rows: int) -> None:
-        """Have room for so many sequences, so that no step waits for it; memory is taken as it is
-        written to. What of it no sequence needs keeps states of prefixes."""
+        """Have room for so many sequences, so that no step waits for it; a CPU takes memory as it
+        is written to. What of it no sequence needs keeps states of prefixes."""
         self.slots.most = max(self.slots.most, SPARE + 2 * rows + KEPT)
         self._have(max(self._room, self.slots.most))
 
+    def settle(self) -> None:
+        """States stay where they are from now on: steps are captured over them."""
+        self._settled = True
+
     def places(self, plan: Plan) -> tuple[list[int], list[int]]:
         """Of each row the slot it goes on from and the one its state goes to, in which there is
-        room now. Raises EngineFault when a state is not known."""
+        room now. Raises EngineFault when a state is not known, or there is no room."""
         places = self.slots.places(plan.rows)
         if self.slots.count > self._room:
             self._have(self.slots.count + self.slots.count // 2)
@@ -92,7 +100,9 @@ class PackedStates:
     def made_up(self, counts: Sequence[int]) -> StateRows:
         """Up to two rows of nobody's, from their beginning."""
         assert len(counts) <= SPARE
-        return state_rows(counts, [NOBODY] * len(counts), list(range(len(counts))))
+        return state_rows(
+            counts, [NOBODY] * len(counts), list(range(len(counts))), device=self._device
+        )
 
     def left(self, rows: StateRows) -> list[torch.Tensor]:
         """Copies of the states that rows have left."""
@@ -122,7 +132,7 @@ class PackedStates:
         bound = BOUND.get(dtype, BOUND_ROUNDED)
         with torch.inference_mode():
             for layer in self._layers:
-                apart = layer.proof(self._config, dtype)
+                apart = layer.proof(self._config, dtype, self._device)
                 if not apart <= bound:
                     raise ModelUnsupported(
                         f"{type(layer.module).__name__} does not give with other kernels what it "
@@ -130,6 +140,10 @@ class PackedStates:
                     )
 
     def _have(self, slots: int) -> None:
+        if slots == self._room:
+            return
+        if self._settled:
+            raise EngineFault(f"there is room for {self._room} states, and {slots} are needed")
         self._room = slots
         for layer in self._layers:
             layer.kernels.grow(slots)
@@ -138,10 +152,17 @@ class PackedStates:
 class _Layer:
     """One of the modules; a function stands where its forward stood."""
 
-    def __init__(self, module: nn.Module, cache: str, tape: Tape, owner: PackedStates) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        cache: str,
+        kernels: StateKernels,
+        tape: Tape | None,
+        owner: PackedStates,
+    ) -> None:
         """cache: what it calls the cache it is given."""
         self.module = module
-        self.kernels = StateKernels(tape, lambda: owner.rows)
+        self.kernels = kernels
         self._owner = owner
         self._cache = cache
         self._own: Callable[..., torch.Tensor] = module.forward
@@ -159,7 +180,7 @@ class _Layer:
     def end(self) -> None:
         setattr(self.module, "forward", self._own)  # noqa: B010
 
-    def proof(self, config: PretrainedConfig, dtype: torch.dtype) -> float:
+    def proof(self, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> float:
         """The largest distance of an output from that of the module's own code, by two sequences
         in pieces."""
         generator = torch.Generator().manual_seed(0)
@@ -167,23 +188,29 @@ class _Layer:
         caches: list[Cache] = [new_cache(config), new_cache(config)]
         apart, slot = 0.0, NOBODY
         for at, counts in enumerate(PIECES):
-            given = [torch.randn(1, n, width, generator=generator).to(dtype) for n in counts]
+            given = [
+                torch.randn(1, n, width, generator=generator).to(device, dtype) for n in counts
+            ]
             expected = [
                 self._own(x, **{self._cache: cache})
                 for x, cache in zip(given, caches, strict=False)
             ]
             came_from = [slot, NOBODY][: len(counts)]
             slot = at % 2
-            with self._owner.of(state_rows(counts, came_from, [slot, 2][: len(counts)])):
+            to = [slot, 2][: len(counts)]
+            with self._owner.of(state_rows(counts, came_from, to, device=device)):
                 output = self.module(torch.cat(given, dim=1))
             apart = max(apart, distance(output[0], torch.cat(expected, dim=1)[0]))
         return apart
 
 
-def state_rows(counts: Sequence[int], came_from: list[int], to: list[int]) -> StateRows:
+def state_rows(
+    counts: Sequence[int], came_from: list[int], to: list[int], *, device: torch.device
+) -> StateRows:
     """The tensors of rows of so many tokens."""
     starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
-    return StateRows(*(torch.tensor(x, dtype=torch.int32) for x in (starts, came_from, to)))
+    given = (starts, came_from, to)
+    return StateRows(*(torch.tensor(x, dtype=torch.int32, device=device) for x in given))
 
 
 def _with_functions(module: nn.Module, kernels: StateKernels) -> Callable[..., torch.Tensor]:

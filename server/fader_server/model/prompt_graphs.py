@@ -14,11 +14,13 @@ from fader_adapters.kernels.backend import Step
 from fader_adapters.kernels.cuda.lora import LoraStep
 from fader_adapters.kernels.cuda.lora_rooms import PROMPT_ROWS
 from fader_adapters.kernels.cuda.nf4 import PIECE
+from fader_adapters.kernels.native import StateRows
 from fader_server.core import Plan
-from fader_server.model.batch import AttentionRow, Batch
+from fader_server.model.batch import AttentionRow, Batch, Places
 from fader_server.model.decode import Forward
 from fader_server.model.graph_inputs import Mirror
 from fader_server.model.graph_kinds import Blank, Kind, Record, Run, RunBatch, kind_of
+from fader_server.model.state_slots import NOBODY
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
@@ -43,36 +45,50 @@ class PromptInputs:
     """One step of up to PROMPT_ROWS prompts of up to `tokens` tokens at fixed addresses.
 
     Padding tokens belong to no row: slot −1, so they store nothing, and nothing reads what they
-    attend to. Padding rows have no tokens and no keys.
+    attend to. Padding rows have no tokens and no keys, and their states are nobody's.
     """
 
-    def __init__(self, *, tokens: int, context: int, block_size: int, device: torch.device) -> None:
-        """Allocates, on the host too."""
+    def __init__(
+        self,
+        *,
+        tokens: int,
+        context: int,
+        block_size: int,
+        device: torch.device,
+        states: Places | None = None,
+    ) -> None:
+        """Allocates, on the host too. states: of a base whose layers keep some."""
+        self._states = states
         self._tokens, self._context, self._block_size = tokens, context, block_size
         self._columns = -(-context // block_size)
         self._words = Mirror(3 * tokens + PROMPT_ROWS, torch.int64, device)
-        self._integers = Mirror(2 * _PLACES + PROMPT_ROWS * self._columns, torch.int32, device)
+        self._integers = Mirror(4 * _PLACES + PROMPT_ROWS * self._columns, torch.int32, device)
         self._ids, self._positions, self._slots, self._index = self._of_words(self._words.device)
-        self._starts, self._contexts, self._tables = self._of_integers(self._integers.device)
+        self._starts, self._contexts, self._kept, self._tables = self._of_integers(
+            self._integers.device
+        )
         self._of_words(self._words.open())[2][:] = -1
         self._words.send(0, len(self._words.device))
+        self._of_integers(self._integers.open())[2][:] = NOBODY
+        self._integers.send(0, len(self._integers.device))
 
     def _of_words(self, words: Array) -> tuple[Array, Array, Array, Array]:
         """ids, positions, slots [tokens] and the places whose logits are wanted [PROMPT_ROWS]."""
         n = self._tokens
         return words[:n], words[n : 2 * n], words[2 * n : 3 * n], words[3 * n :]
 
-    def _of_integers(self, integers: Array) -> tuple[Array, Array, Array]:
-        """cu_tokens [PROMPT_ROWS + 1], contexts [PROMPT_ROWS], block tables [PROMPT_ROWS, columns],
-        each at a multiple of 16 bytes."""
-        tables = integers[2 * _PLACES :].reshape(PROMPT_ROWS, self._columns)
-        return integers[: PROMPT_ROWS + 1], integers[_PLACES:][:PROMPT_ROWS], tables
+    def _of_integers(self, integers: Array) -> tuple[Array, Array, Array, Array]:
+        """cu_tokens [PROMPT_ROWS + 1], contexts [PROMPT_ROWS], where states come from and go to [2,
+        PROMPT_ROWS], block tables [PROMPT_ROWS, columns], each at a multiple of 16 bytes."""
+        kept = integers[2 * _PLACES : 4 * _PLACES].reshape(2, _PLACES)[:, :PROMPT_ROWS]
+        tables = integers[4 * _PLACES :].reshape(PROMPT_ROWS, self._columns)
+        return integers[: PROMPT_ROWS + 1], integers[_PLACES:][:PROMPT_ROWS], kept, tables
 
     def fill(self, plan: Plan, bucket: int) -> None:
         """Send the plan's rows, and padding up to `bucket` tokens."""
         size, words, integers = self._block_size, self._words.open(), self._integers.open()
         ids, positions, slots, index = self._of_words(words)
-        starts, contexts, tables = self._of_integers(integers)
+        starts, contexts, kept, tables = self._of_integers(integers)
         contexts[:] = index[:] = at = sampled = 0
         starts[0] = 0
         for i, row in enumerate(plan.rows):
@@ -90,6 +106,9 @@ class PromptInputs:
                 index[sampled] = end - 1
                 sampled += 1
         starts[len(plan.rows) + 1 :] = at
+        if self._states is not None:
+            kept[:, : len(plan.rows)] = self._states(plan)
+            kept[:, len(plan.rows) :] = NOBODY
         ids[at:bucket] = positions[at:bucket] = 0
         slots[at:bucket] = -1
         self._words.send(0, len(words))
@@ -108,6 +127,7 @@ class PromptInputs:
             rows=tuple(AttentionRow(0, bucket, self._context) for _ in range(PROMPT_ROWS)),
             sampling=tuple(range(PROMPT_ROWS)),
             scored=(),
+            states=None if self._states is None else StateRows(self._starts, *self._kept),
         )
 
 

@@ -94,6 +94,11 @@ class ModelRunner:
         self._lanes: dict[Lane, _Weights] = {}
 
     @property
+    def keeps_states(self) -> bool:
+        """Whether rows leave more behind than keys and values."""
+        return self._base.keeps_states
+
+    @property
     def learns(self) -> bool:
         """Whether steps are recorded as they come, so that later ones are quicker."""
         return isinstance(self._replays, NativeReplays)

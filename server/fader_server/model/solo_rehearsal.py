@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fader_adapters.errors import first_line
 from fader_adapters.kernels.native import Tape
+from fader_adapters.kernels.states import StateMaker
 from fader_adapters.spec import RowTerms, StepTerms
 from fader_adapters.step_state import StepState
 from fader_server.core import Plan, PlanRow, Request, SamplingParams, Sequence
@@ -61,18 +63,19 @@ def run_alone(
     *,
     dtype: torch.dtype,
     packed: ModelUnsupported,
+    make: StateMaker | None = None,
     tape: Tape | None = None,
 ) -> Apart:
     """How the rows of this model run. Raises ModelUnsupported, in one line.
 
-    `packed`: why rows cannot share forwards of the model's own code. `tape`: of the native kernels,
-    where states may lie in theirs.
+    `packed`: why rows cannot share forwards of the model's own code. `make`: of the backend's
+    kernels in which states may lie. `tape`: of the native ones.
     """
-    if tape is not None:
-        kept = rehearse_states(model, source, dtype=dtype, tape=tape)
+    if make is not None:
+        kept = rehearse_states(model, source, dtype=dtype, make=make, tape=tape)
         if kept is not None:
             states, layers = kept
-            log.info("%s: %d layers keep states in native kernels", source, len(states))
+            log.info("%s: %d layers keep states in the backend's kernels", source, len(states))
             return Apart(None, states, layers, states.state)
     solo = rehearse_solo(model, state, dtype=dtype, packed=packed)
     shape = measured(solo.solo, made_up(model, 2 * MEASURED).tolist())
@@ -111,23 +114,30 @@ def rehearse_solo(
 
 
 def rehearse_states(
-    model: PreTrainedModel, source: str, *, dtype: torch.dtype, tape: Tape
+    model: PreTrainedModel,
+    source: str,
+    *,
+    dtype: torch.dtype,
+    make: StateMaker,
+    tape: Tape | None,
 ) -> tuple[PackedStates, dict[nn.Module, LayerShape]] | None:
-    """The layers of a model that keep their states in native kernels, and the shapes of the others'
-    caches. None where they cannot.
+    """The layers of a model that keep their states in the backend's kernels, and the shapes of the
+    others' caches. None where they cannot.
 
     What those kernels compute is causal, and proven in pieces: no need to rehearse the model alone.
     """
     states, apart = None, _nothing
     try:
-        states = PackedStates(model, tape)
+        states = PackedStates(model, make, tape)
         states.prove(dtype)
         rehearsed = rehearse(model, source, dtype=dtype, aside=states)
+        if model.device.type != "cpu":  # a GPU's kernels see to it, step by step
+            return states, rehearsed.layers
         apart = keep_rows_apart(model, rehearsed.calls, tape)
         if same_bits(model, states):
             return states, rehearsed.layers
     except Exception as error:  # noqa: BLE001 - whatever it is, the model's own code is left
-        log.debug("%s: states cannot lie in native kernels: %s", source, error)
+        log.info("%s: states cannot lie in the backend's kernels: %s", source, first_line(error))
     attend_as_built(model)
     apart()
     if states is not None:

@@ -1,4 +1,4 @@
-"""Native kernels where transformers' functions over the tokens of one sequence stand: causal
+"""A backend's kernels where transformers' functions over the tokens of one sequence stand: causal
 convolutions, gated delta rules, state spaces. They take all rows of a step at once.
 
 Knows those functions by name and signature; knows no module, no cache and no request.
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fader_adapters.kernels.native import Convolution, Scan, ScanForm, StateRows, Tape
+from fader_adapters.kernels.native import ScanForm, StateRows
+from fader_adapters.kernels.states import ConvolutionKernel, ScanKernel, Slotted, StateMaker
 from fader_server.errors import ModelUnsupported
 
 Function = Callable[..., Any]
@@ -21,13 +22,13 @@ SILU = ("silu", "swish")
 class StateKernels:
     """Those of one layer."""
 
-    def __init__(self, tape: Tape, rows: Callable[[], StateRows | None]) -> None:
+    def __init__(self, make: StateMaker, rows: Callable[[], StateRows | None]) -> None:
         """rows: of the step that runs, while one of the functions is called."""
         self._rows = rows
-        self._tape = tape
+        self._make = make
         self._slots = 1
-        self._convolutions: dict[int, Convolution] = {}
-        self._scan: Scan | None = None
+        self._convolutions: dict[int, ConvolutionKernel] = {}
+        self._scan: ScanKernel | None = None
 
     @property
     def functions(self) -> Mapping[str, Function]:
@@ -54,7 +55,7 @@ class StateKernels:
         """Copies of the states in these slots."""
         return [kernel.states[slots] for kernel in self._kernels()]
 
-    def _kernels(self) -> list[Convolution | Scan]:
+    def _kernels(self) -> list[Slotted]:
         return [*self._convolutions.values(), *([self._scan] if self._scan else [])]
 
     def convolve(
@@ -70,9 +71,9 @@ class StateKernels:
             raise ModelUnsupported(f"a convolution with the activation {activation}")
         kernel = self._convolutions.get(weight.data_ptr())
         if kernel is None:
-            kernel = self._convolutions[weight.data_ptr()] = Convolution(
+            kernel = self._convolutions[weight.data_ptr()] = self._make.convolution(
                 weight.data.contiguous(), None if bias is None else bias.data,
-                slots=self._slots, silu=activation is not None, tape=self._tape,
+                slots=self._slots, silu=activation is not None,
             )  # fmt: skip
         x = hidden_states[0].t().to(weight.dtype)
         x = x if x.stride(1) == 1 else x.contiguous()
@@ -143,7 +144,7 @@ class StateKernels:
     ) -> Tensor:
         if self._scan is None:
             own = None if skip is None else skip.data
-            self._scan = Scan(form, slots=self._slots, skip=own, tape=self._tape)
+            self._scan = self._make.scan(form, slots=self._slots, skip=own)
         if self._scan.form != form:
             raise ModelUnsupported("a layer with two recurrences")
         x, places = parts

@@ -16,6 +16,7 @@ from fader_adapters.kernels.cuda.nf4_codes import CODES
 from fader_adapters.kernels.cuda.nf4_experts import CudaNf4Stack
 from fader_adapters.kernels.cuda.plain_experts import CudaStackWeight
 from fader_adapters.kernels.cuda.sites import CudaLookup, CudaSite, CudaStack
+from fader_adapters.kernels.cuda.states import CudaStates
 from fader_adapters.kernels.dense import DenseLinear, filled
 from fader_adapters.kernels.nf4 import BLOCK, Nf4Weight
 from fader_adapters.kernels.nf4 import filled as nf4_filled
@@ -126,6 +127,9 @@ class CudaBackend:
 
     def bind_stack(self, site: SiteSpec, experts: int) -> CudaStack:
         return CudaStack(self._deltas.bind_stack(site))
+
+    def states(self) -> CudaStates:
+        return CudaStates(self._scratch.table.device)
 
     def router(self) -> "Product":
         return partial(linear, scratch=self._scratch)

@@ -4,6 +4,7 @@ One compiled form of a kernel does whatever a row holds: neither a step's size n
 what it is given chooses another, so a row's bits are its own.
 """
 # ruff: noqa: ANN001, ANN201, ANN202
+# pyright: reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
@@ -82,12 +83,12 @@ def _token(
     x, q_at, k_at, v_at, gates, decays, strength, keys, values, there, in_keys, in_values,
     BY_KEY: tl.constexpr,
 ):  # fmt: skip
-    """q, k, v, e^g and β of one token and head, in fp32; zeros where it is not there."""
+    """q, k, v, e^g (of each key, beside values) and β of one token and head, in fp32."""
     q = tl.load(x + q_at + keys, mask=in_keys & there, other=0.0).to(tl.float32)
     k = tl.load(x + k_at + keys, mask=in_keys & there, other=0.0).to(tl.float32)
     v = tl.load(x + v_at + values, mask=in_values & there, other=0.0).to(tl.float32)
     if BY_KEY:
-        g = tl.load(gates + decays + keys, mask=in_keys & there, other=0.0)
+        g = tl.load(gates + decays + keys, mask=in_keys & there, other=0.0)[:, None]
     else:
         g = tl.load(gates + decays, mask=there, other=0.0)
     return q, k, v, tl.exp(g), tl.load(gates + strength, mask=there, other=0.0)
@@ -172,10 +173,7 @@ def scan_kernel(
         if UNIT:
             k = k * (1.0 / tl.sqrt(tl.sum(k * k, 0) + 1e-6))
             q = q * (1.0 / tl.sqrt(tl.sum(q * q, 0) + 1e-6)) * (KEYS**-0.5)
-        if BY_KEY:
-            s = s * d[:, None]
-        else:
-            s = s * d
+        s = s * d
         change = v
         if DELTA:
             change = v - tl.sum(s * k[:, None], 0)

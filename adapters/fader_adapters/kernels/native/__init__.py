@@ -28,7 +28,13 @@ from fader_adapters.kernels.native.quantise import (
 )
 from fader_adapters.kernels.native.screen import Screen
 from fader_adapters.kernels.native.site import Lookup, Site, SiteTables, delta, gemm
-from fader_adapters.kernels.native.states import Convolution, Scan, ScanForm, StateRows
+from fader_adapters.kernels.native.states import (
+    Convolution,
+    NativeStates,
+    Scan,
+    ScanForm,
+    StateRows,
+)
 from fader_adapters.kernels.native.step import StepPlan
 from fader_adapters.kernels.native.threads import alone, set_threads, threads
 from fader_adapters.kernels.native.workspace import Workspace
@@ -45,6 +51,7 @@ __all__ = [
     "Kind",
     "Lookup",
     "Map",
+    "NativeStates",
     "Nested",
     "Nf4Panels",
     "Op",

@@ -240,3 +240,18 @@ class Scan(_Slotted):
             op.size[0] = x.shape[0]
             self._tape.note(op, x, y=gates, out=out, keep=self)
         return out
+
+
+class NativeStates:
+    """Makes them; see kernels/states.py."""
+
+    def __init__(self, tape: Tape | None) -> None:
+        self._tape = tape
+
+    def convolution(
+        self, weight: Tensor, bias: Tensor | None, *, slots: int, silu: bool
+    ) -> Convolution:
+        return Convolution(weight, bias, slots=slots, silu=silu, tape=self._tape)
+
+    def scan(self, form: ScanForm, *, slots: int, skip: Tensor | None = None) -> Scan:
+        return Scan(form, slots=slots, skip=skip, tape=self._tape)
