@@ -1,4 +1,5 @@
-"""Modules of a model on a GPU by fewer kernels: norms, rotary positions, gated activations.
+"""Modules of a model on a GPU by fewer kernels: norms, gated ones too, rotary positions, gated
+activations.
 
 Their bits do not depend on the number of rows, which those of torch's norms do. What a module
 computes is found by asking it: its own output on a random input decides.
@@ -13,11 +14,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fader_adapters.describe import activation_dtype
-from fader_adapters.kernels.cuda.norm import rms_norm
+from fader_adapters.kernels.cuda.norm import gated_rms_norm, rms_norm
 from fader_adapters.kernels.cuda.norm_configs import MAX_WIDTH, Form
 from fader_adapters.kernels.cuda.pointwise import gated, rotary
 from fader_adapters.kernels.cuda.pointwise_configs import ACTS, Act
-from fader_server.model.norm import TOLERANCE, replace_modules
+from fader_server.model.norm import TOLERANCE, replace_gated_norms, replace_modules
 from fader_server.model.twin import calls, with_functions, written
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ def use_cuda(model: PreTrainedModel) -> None:
         return found
 
     replace_modules(model, norm)
+    replace_gated_norms(model, dtype=dtype, kernel=gated_rms_norm)
     if kept:
         log.warning(
             "norms whose values the kernel does not give run as the model has them, slower: %s",

@@ -1,7 +1,9 @@
-"""Replaces RMS norms, gated ones too, by the native kernel where it gives what the model's own
-gives."""
+"""Replaces RMS norms by the native kernel where it gives what the model's own gives, and gated ones
+by a backend's.
+"""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -34,7 +36,11 @@ class NativeNorm(nn.Module):
         return y.view(x.shape)
 
 
-class NativeGatedNorm(nn.Module):
+GatedKernel = Callable[..., torch.Tensor]
+"""A backend's: as native's gated_rms_norm without a tape."""
+
+
+class GatedNorm(nn.Module):
     """Stands where a model's gated RMS norm stood: x, gate [..., k] → [..., k]."""
 
     def __init__(
@@ -44,29 +50,36 @@ class NativeGatedNorm(nn.Module):
         form: GateForm,
         group: int,
         eps: float,
-        tape: Tape | None = None,
+        kernel: GatedKernel,
     ) -> None:
         super().__init__()
         self.weight = weight
         self._wide = weight.data.float()
         self._form, self._group, self._eps = form, group, eps
-        self._tape = tape
+        self._kernel = kernel
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         rows, gates = (t.reshape(-1, t.shape[-1]) for t in (x, gate))
-        y = gated_rms_norm(
-            rows, gates, self._wide,
-            form=self._form, group=self._group, eps=self._eps, tape=self._tape,
+        y = self._kernel(
+            rows, gates, self._wide, form=self._form, group=self._group, eps=self._eps
         )  # fmt: skip
         return y.view(x.shape)
 
 
-def replace_gated_norms(model: nn.Module, *, dtype: torch.dtype, tape: Tape | None = None) -> int:
+def replace_gated_norms(
+    model: nn.Module,
+    *,
+    dtype: torch.dtype,
+    tape: Tape | None = None,
+    kernel: GatedKernel | None = None,
+) -> int:
     """Replace every gated RMS norm that one of the kernel's forms reproduces; returns how many.
 
-    `dtype`: of the activations; a norm whose weight is of another stays.
+    `dtype`: of the activations; a norm whose weight is of another stays. `kernel`: None is the
+    native one, with its tape.
     """
-    return _replace(model, "RMSNormGated", dtype, lambda m: _gated(m, tape))
+    kernel = kernel or partial(gated_rms_norm, tape=tape)
+    return _replace(model, "RMSNormGated", dtype, lambda m: _gated(m, kernel))
 
 
 def replace_norms(model: nn.Module, *, dtype: torch.dtype, tape: Tape | None = None) -> int:
@@ -103,7 +116,7 @@ def replace_modules(model: nn.Module, stand_in: Callable[[nn.Module], nn.Module 
     return replaced
 
 
-def _gated(module: nn.Module, tape: Tape | None) -> NativeGatedNorm | None:
+def _gated(module: nn.Module, kernel: GatedKernel) -> GatedNorm | None:
     """Asked in fp32 and in the weight's dtype: what is normalised may be of either."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not isinstance(eps, float):
@@ -113,17 +126,19 @@ def _gated(module: nn.Module, tape: Tape | None) -> NativeGatedNorm | None:
     if weight.dtype not in TOLERANCE or group % 16 or width % group:
         return None
     generator = torch.Generator().manual_seed(0)
-    x, gate = (torch.randn(4, width, generator=generator).mul_(3.0) for _ in range(2))
+    x, gate = (
+        torch.randn(4, width, generator=generator).mul_(3.0).to(weight.device) for _ in range(2)
+    )
     with torch.inference_mode():
         for form in (
             GateForm(inside, sigmoid) for inside in (True, False) for sigmoid in (False, True)
         ):
-            native = NativeGatedNorm(weight, form=form, group=group, eps=eps, tape=tape)
+            found = GatedNorm(weight, form=form, group=group, eps=eps, kernel=kernel)
             if all(
-                _same(module, native, x.to(dtype), gate.to(weight.dtype))
+                _same(module, found, x.to(dtype), gate.to(weight.dtype))
                 for dtype in {torch.float32, weight.dtype}
             ):
-                return native
+                return found
     return None
 
 

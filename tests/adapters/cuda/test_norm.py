@@ -6,15 +6,20 @@ import pytest
 import torch
 from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearRMSNormGated
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNormGated
+from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 pytest.importorskip("triton", reason="the CUDA kernels need triton")
 
 from fader_adapters.kernels.cuda.dense import FixedRows
 from fader_adapters.kernels.cuda.nf4 import Scratch
+from fader_adapters.kernels.cuda.norm import gated_rms_norm
 from fader_adapters.kernels.dense import DenseLinear
 from fader_server.model import cuda_modules
 from fader_server.model.cuda_modules import CudaNorm
+from fader_server.model.norm import GatedNorm, replace_gated_norms
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted on the CPU")
 
@@ -36,6 +41,32 @@ def test_a_norm_gives_what_the_models_own_gives(kind: type[nn.Module], width: in
     torch.testing.assert_close(found(x), own(x), rtol=1e-5, atol=1e-6)
     wider = torch.randn(6, width + 16)[:, :width]
     torch.testing.assert_close(found(wider), own(wider), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 63])
+@pytest.mark.parametrize(
+    "own",
+    [
+        Qwen3_5RMSNormGated(64, eps=1e-5),
+        Zamba2RMSNormGated(192, 96, eps=1e-5),
+        KimiLinearRMSNormGated(64, eps=1e-5),
+    ],
+    ids=["behind a gate", "groups within one", "a sigmoid"],
+)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_a_gated_norm_gives_what_the_models_own_gives(own: nn.Module, rows: int) -> None:
+    width = own.weight.shape[0]  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
+    nn.init.normal_(own.get_parameter("weight"), 0.9, 0.2)
+    model = nn.Sequential(own)
+    assert replace_gated_norms(model, dtype=torch.float32, kernel=gated_rms_norm) == 1
+    found = model[0]
+    assert isinstance(found, GatedNorm)
+    wide = torch.full((2, rows, width + 32), torch.nan)
+    x, gate = wide[..., 16 : 16 + width].copy_(torch.randn(2, rows, width) * 5)
+    y = found(x, gate)
+    torch.testing.assert_close(y, own(x, gate), rtol=1e-5, atol=1e-6)
+    assert torch.equal(found(x[-1:], gate[-1:]), y[-1:])
+    assert not torch.allclose(found(x, gate.flip(-1)), y)
 
 
 def test_a_norm_of_another_formula_stays() -> None:

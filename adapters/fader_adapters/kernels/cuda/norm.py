@@ -1,4 +1,4 @@
-"""RMS norm in Triton, a program a row: its bits do not depend on the number of rows."""
+"""RMS norms in Triton, gated too, a program a row: bits do not depend on the number of rows."""
 # ruff: noqa: ANN001, ANN201
 
 from typing import Any
@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from fader_adapters.kernels.cuda import norm_configs as configs
+from fader_adapters.kernels.native import GateForm
 
 
 @triton.jit
@@ -38,7 +39,47 @@ def rms_norm_kernel(
     tl.store(out + row * width + at, result.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def gated_norm_kernel(
+    x,
+    gate,
+    weight,
+    out,
+    group,
+    x_row,
+    gate_row,
+    eps,
+    BLOCK: tl.constexpr,
+    INSIDE: tl.constexpr,
+    SIGMOID: tl.constexpr,
+):
+    """out = weight·n(x)·act(gate), INSIDE: weight·n(x·act(gate)); n(x) = x / √(mean(x²) + eps) of a
+    group, all in fp32, rounded once; act is SiLU, or a SIGMOID.
+
+    x, gate [rows, width] rows x_row and gate_row apart; weight [width] fp32; out [rows, width]
+    contiguous; grid (width/group, rows)
+    """
+    row = tl.program_id(1).to(tl.int64)
+    inner = tl.arange(0, BLOCK)
+    at, inside = tl.program_id(0) * group + inner, inner < group
+    values = tl.load(x + row * x_row + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gate + row * gate_row + at, mask=inside, other=0.0).to(tl.float32)
+    small = tl.exp(-tl.abs(g))  # never overflows
+    opened = tl.where(g < 0, small, 1.0) / (1.0 + small)
+    if not SIGMOID:
+        opened = g * opened
+    if INSIDE:
+        values = values * opened
+    scale = 1.0 / tl.sqrt(tl.sum(values * values) / group + eps)
+    result = values * scale * tl.load(weight + at, mask=inside, other=0.0)
+    if not INSIDE:
+        result = result * opened
+    width = tl.num_programs(0) * group
+    tl.store(out + row * width + at, result.to(out.dtype.element_ty), mask=inside)
+
+
 _kernel: Any = rms_norm_kernel
+_gated: Any = gated_norm_kernel
 
 
 def rms_norm(
@@ -59,6 +100,40 @@ def rms_norm(
             eps,
             **configs.constants(width, form),
             num_warps=configs.warps(width),
+            num_stages=1,
+        )
+    return out
+
+
+def gated_rms_norm(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    form: GateForm,
+    group: int,
+    eps: float,
+) -> torch.Tensor:
+    """As the native one: x, gate [rows, width], columns adjacent, any float dtypes; weight fp32
+    [width]; over each `group` columns of a row, one rounding to x's dtype."""
+    rows, width = x.shape
+    assert gate.shape == x.shape
+    assert x.stride(1) == gate.stride(1) == 1
+    assert width % group == 0
+    assert group <= configs.MAX_WIDTH
+    out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    if rows:
+        _gated[(width // group, rows)](
+            x,
+            gate,
+            weight,
+            out,
+            group,
+            x.stride(0) if rows > 1 else width,
+            gate.stride(0) if rows > 1 else width,
+            eps,
+            **configs.gated_constants(group, inside=form.inside, sigmoid=form.sigmoid),
+            num_warps=configs.warps(group),
             num_stages=1,
         )
     return out

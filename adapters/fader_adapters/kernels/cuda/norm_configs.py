@@ -1,8 +1,8 @@
-"""Launch configurations of the RMS norm kernel; torch-free."""
+"""Launch configurations of the RMS norm kernels; torch-free."""
 
 from typing import Any, Literal
 
-from fader_adapters.kernels.cuda.shipped import Shipped
+from fader_adapters.kernels.cuda.shipped import Shipped, signature_of
 
 Form = Literal["scale", "about_one"]
 """scale: w·(x̂ in the input's dtype). about_one: (1 + w)·x̂ in fp32, rounded once."""
@@ -27,15 +27,41 @@ def constants(width: int, form: Form) -> dict[str, Any]:
     return {"BLOCK": padded(width), "ABOUT_ONE": form == "about_one"}
 
 
+def gated_constants(group: int, *, inside: bool, sigmoid: bool) -> dict[str, Any]:
+    """Those of a gated norm."""
+    return {"BLOCK": padded(group), "INSIDE": inside, "SIGMOID": sigmoid}
+
+
 def shipped() -> list[Shipped]:
-    """Every padded width in both forms, in bf16. Imports triton."""
-    from fader_adapters.kernels.cuda.norm import rms_norm_kernel
+    """Every padded width in all forms, in bf16; what a state space gives a gated norm is fp32.
+    Imports triton."""
+    from fader_adapters.kernels.cuda.norm import gated_norm_kernel, rms_norm_kernel
 
     signature = {"x": "*bf16:16", "weight": "*bf16:16", "out": "*bf16:16"}
     signature |= {"width": "i32:16", "stride": "i32:16", "eps": "fp32"}
     forms: tuple[Form, ...] = ("scale", "about_one")
-    return [
+    plain = [
         Shipped(rms_norm_kernel, signature, constants(width, form), warps(width), 1)
         for width in WIDTHS
         for form in forms
+    ]
+    return plain + [
+        Shipped(
+            gated_norm_kernel,
+            signature_of(
+                gated_norm_kernel,
+                {"x": kind, "out": kind, "gate": "*bf16:16", "weight": "*fp32:16", "eps": "fp32"},
+                given := gated_constants(width, inside=inside, sigmoid=sigmoid),
+            ),
+            given,
+            warps(width),
+            1,
+        )
+        for width in WIDTHS
+        for kind, inside, sigmoid in (
+            ("*bf16:16", False, False),
+            ("*bf16:16", False, True),
+            ("*fp32:16", True, False),
+            ("*fp32:16", False, False),
+        )
     ]
