@@ -53,6 +53,7 @@ def sections() -> "tuple[Section, ...]":
         section("parity experts", "experts", "check_experts", 45),
         section("parity nf4 experts", "nf4_experts", "check_nf4_experts", 25),
         section("draws", "draws", "measure_draws", 15),
+        section("states", "states", "measure_states", 30),
         section("graphs", "steps", "check_graphs", 140),
         section("decode", "steps", "measure_decode", 30, "graphs"),
         section("ahead", "ahead", "measure_ahead", 20, "graphs"),

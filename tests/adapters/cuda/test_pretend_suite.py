@@ -30,6 +30,7 @@ SECTIONS = (
     "parity modules",
     "parity nf4 experts",
     "nf4 experts",
+    "states",
 )
 OVER_A_MODEL = ("graphs", "ahead", "swap")
 
@@ -41,7 +42,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendDevice]:
     def once(rig: Rig, work: Callable[[], object], repeats: int = 20) -> timing.Times:
         return measured(rig, work, 1)
 
-    for name in ("timing", "figures", "steps", "merged"):
+    for name in ("timing", "figures", "steps", "merged", "states"):
         module = importlib.import_module(f"bench.gpu.{name}")
         if hasattr(module, "events"):
             monkeypatch.setattr(module, "events", once)
