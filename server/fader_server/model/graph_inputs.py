@@ -133,6 +133,7 @@ class GraphInputs:
         tokens = min(tokens, self._context)
         zeros = torch.zeros(1, tokens, dtype=torch.int64, device=self._device)
         whole = torch.tensor([0, tokens], dtype=torch.int32, device=self._device)
+        nobody = torch.full((1,), NOBODY, dtype=torch.int32, device=self._device)
         table = torch.zeros(1, self._columns, dtype=torch.int32, device=self._device)
         return Batch(
             input_ids=zeros,
@@ -145,7 +146,7 @@ class GraphInputs:
             rows=(AttentionRow(0, tokens, tokens),),
             sampling=(0,),
             scored=(),
-            states=self._kept(whole, *torch.full((2, 1), NOBODY, dtype=whole.dtype).to(whole)),
+            states=self._kept(whole, nobody, nobody),
         )
 
     def _kept(self, *rows: torch.Tensor) -> StateRows | None:

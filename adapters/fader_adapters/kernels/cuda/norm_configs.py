@@ -1,5 +1,6 @@
 """Launch configurations of the RMS norm kernels; torch-free."""
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from fader_adapters.kernels.cuda.shipped import Shipped, signature_of
@@ -10,6 +11,8 @@ Form = Literal["scale", "about_one"]
 MAX_WIDTH = 16384
 WIDTHS = (64, 128, 256, 1024, 2048, 4096, 8192, MAX_WIDTH)
 """Padded widths that are compiled ahead of time."""
+HEAD = 256
+"""Up to which a gated norm is of a head, and from which on of a group of heads."""
 
 
 def padded(width: int) -> int:
@@ -33,9 +36,8 @@ def gated_constants(group: int, *, inside: bool, sigmoid: bool) -> dict[str, Any
 
 
 def shipped() -> list[Shipped]:
-    """Every padded width in all forms, in bf16; what a state space gives a gated norm is fp32.
-    Imports triton."""
-    from fader_adapters.kernels.cuda.norm import gated_norm_kernel, rms_norm_kernel
+    """Every padded width in both forms, in bf16, and gated norms. Imports triton."""
+    from fader_adapters.kernels.cuda.norm import rms_norm_kernel
 
     signature = {"x": "*bf16:16", "weight": "*bf16:16", "out": "*bf16:16"}
     signature |= {"width": "i32:16", "stride": "i32:16", "eps": "fp32"}
@@ -45,23 +47,17 @@ def shipped() -> list[Shipped]:
         for width in WIDTHS
         for form in forms
     ]
-    return plain + [
-        Shipped(
-            gated_norm_kernel,
-            signature_of(
-                gated_norm_kernel,
-                {"x": kind, "out": kind, "gate": "*bf16:16", "weight": "*fp32:16", "eps": "fp32"},
-                given := gated_constants(width, inside=inside, sigmoid=sigmoid),
-            ),
-            given,
-            warps(width),
-            1,
-        )
-        for width in WIDTHS
-        for kind, inside, sigmoid in (
-            ("*bf16:16", False, False),
-            ("*bf16:16", False, True),
-            ("*fp32:16", True, False),
-            ("*fp32:16", False, False),
-        )
-    ]
+    return [*plain, *_gated()]
+
+
+def _gated() -> Iterator[Shipped]:
+    """Of heads in bf16, as delta rules leave them, and of the fp32 of state spaces."""
+    from fader_adapters.kernels.cuda.norm import gated_norm_kernel
+
+    heads = [(w, "*bf16", False, sigmoid) for w in WIDTHS if w <= HEAD for sigmoid in (False, True)]
+    spaces = [(w, "*fp32", inside, False) for w in WIDTHS if w >= HEAD for inside in (False, True)]
+    for width, kind, inside, sigmoid in (*heads, *spaces):
+        given = gated_constants(width, inside=inside, sigmoid=sigmoid)
+        types = {"x": kind, "out": kind, "gate": "*bf16", "weight": "*fp32", "eps": "fp32"}
+        signature = signature_of(gated_norm_kernel, types, given)
+        yield Shipped(gated_norm_kernel, signature, given, warps(width), 1)
