@@ -1,5 +1,5 @@
 """RMS norms in Triton, gated too, a program a row: bits do not depend on the number of rows."""
-# ruff: noqa: ANN001, ANN201
+# ruff: noqa: ANN001, ANN201, ANN202
 
 from typing import Any
 
@@ -40,6 +40,17 @@ def rms_norm_kernel(
 
 
 @triton.jit
+def _opened(gate, inside, SIGMOID: tl.constexpr):
+    """How far gates at these places open."""
+    g = tl.load(gate, mask=inside, other=0.0).to(tl.float32)
+    small = tl.exp(-tl.abs(g))  # never overflows
+    opened = tl.where(g < 0, small, 1.0) / (1.0 + small)
+    if not SIGMOID:
+        opened = g * opened
+    return opened
+
+
+@triton.jit
 def gated_norm_kernel(
     x,
     gate,
@@ -63,17 +74,12 @@ def gated_norm_kernel(
     inner = tl.arange(0, BLOCK)
     at, inside = tl.program_id(0) * group + inner, inner < group
     values = tl.load(x + row * x_row + at, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(gate + row * gate_row + at, mask=inside, other=0.0).to(tl.float32)
-    small = tl.exp(-tl.abs(g))  # never overflows
-    opened = tl.where(g < 0, small, 1.0) / (1.0 + small)
-    if not SIGMOID:
-        opened = g * opened
     if INSIDE:
-        values = values * opened
+        values = values * _opened(gate + row * gate_row + at, inside, SIGMOID)
     scale = 1.0 / tl.sqrt(tl.sum(values * values) / group + eps)
     result = values * scale * tl.load(weight + at, mask=inside, other=0.0)
-    if not INSIDE:
-        result = result * opened
+    if not INSIDE:  # only now: a wide group fills the registers
+        result = result * _opened(gate + row * gate_row + at, inside, SIGMOID)
     width = tl.num_programs(0) * group
     tl.store(out + row * width + at, result.to(out.dtype.element_ty), mask=inside)
 
