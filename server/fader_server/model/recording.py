@@ -160,7 +160,7 @@ class Recorder(TorchDispatchMode):
 
     def heard_native(self, call: Call) -> None:
         """A native kernel ran."""
-        self._alive += [t for t in (call.x, call.y, call.out) if t is not None]
+        self._alive += call.tensors
         self._calls.append(call)
 
     def heard_torch(

@@ -15,6 +15,7 @@ from fader_adapters.step_state import StepState
 from fader_server.core import Plan, PlanRow, Request, SamplingParams, Sequence
 from fader_server.errors import ModelUnsupported
 from fader_server.model.alone import SoloModel, attend_as_built
+from fader_server.model.continuing import continue_scans
 from fader_server.model.experts import keep_rows_apart, routed
 from fader_server.model.kv_cache import LayerShape
 from fader_server.model.mixers import Mixers
@@ -68,6 +69,7 @@ def run_alone(
     `packed`: why rows cannot share forwards of the model's own code. `tape`: of the native kernels,
     where states may lie in theirs.
     """
+    continue_scans(model)
     if tape is not None:
         kept = rehearse_states(model, source, dtype=dtype, tape=tape)
         if kept is not None:

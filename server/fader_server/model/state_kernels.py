@@ -1,5 +1,5 @@
 """Native kernels where transformers' functions over the tokens of one sequence stand: causal
-convolutions, gated delta rules, state spaces. They take all rows of a step at once.
+convolutions, gated delta rules, state spaces, selective scans. They take all rows of a step at once.
 
 Knows those functions by name and signature; knows no module, no cache and no request.
 """
@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fader_adapters.kernels.native import Convolution, Scan, ScanForm, StateRows, Tape
+from fader_adapters.kernels.native import (
+    Convolution,
+    Scan,
+    ScanForm,
+    SelectiveScan,
+    StateRows,
+    Tape,
+)
 from fader_server.errors import ModelUnsupported
 
 Function = Callable[..., Any]
@@ -28,6 +35,7 @@ class StateKernels:
         self._slots = 1
         self._convolutions: dict[int, Convolution] = {}
         self._scan: Scan | None = None
+        self._selective: SelectiveScan | None = None
 
     @property
     def functions(self) -> Mapping[str, Function]:
@@ -37,6 +45,7 @@ class StateKernels:
             "torch_chunk_gated_delta_rule": self.delta_rule,
             "chunk_kimi_delta_attention": self.delta_rule,
             "mamba2_chunk_scan": self.state_space,
+            "mamba_selective_scan": self.select,
         }
 
     @property
@@ -54,8 +63,9 @@ class StateKernels:
         """Copies of the states in these slots."""
         return [kernel.states[slots] for kernel in self._kernels()]
 
-    def _kernels(self) -> list[Convolution | Scan]:
-        return [*self._convolutions.values(), *([self._scan] if self._scan else [])]
+    def _kernels(self) -> list[Convolution | Scan | SelectiveScan]:
+        scans = (self._scan, self._selective)
+        return [*self._convolutions.values(), *(scan for scan in scans if scan is not None)]
 
     def convolve(
         self,
@@ -132,6 +142,34 @@ class StateKernels:
         gates = torch.cat([dt * A.float(), dt], dim=-1)[0]
         parts = _side_by_side(C[0], B[0], hidden_states[0])
         return self._scanned(form, parts, gates, D, torch.float32)
+
+    def select(
+        self,
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_softplus: bool = False,
+        return_last_state: bool = False,
+        **_: object,
+    ) -> Tensor:
+        """`mamba_selective_scan` of the step's rows: x, dt and z [1, channels, T], A [channels,
+        keys], which is the same in every call, B and C [1, keys, T] → [1, channels, T].
+        """
+        if return_last_state or A.shape != (hidden_states.shape[1], B.shape[1]):
+            raise ModelUnsupported("a selective scan of other shapes, or asked for its states")
+        if self._selective is None:
+            self._selective = SelectiveScan(
+                A, delta_bias, D, slots=self._slots, softplus=delta_softplus, tape=self._tape
+            )
+        steps = torch.cat([part[0].t() for part in (dt, B, C)], dim=-1)
+        gate = None if z is None else z[0].t()
+        out = self._selective(hidden_states[0].t(), steps, self._told(), gate=gate)
+        return out.t().unsqueeze(0)
 
     def _scanned(
         self,

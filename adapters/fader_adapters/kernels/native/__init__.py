@@ -27,6 +27,7 @@ from fader_adapters.kernels.native.quantise import (
     quantise_nf4,
 )
 from fader_adapters.kernels.native.screen import Screen
+from fader_adapters.kernels.native.selective import SelectiveScan
 from fader_adapters.kernels.native.site import Lookup, Site, SiteTables, delta, gemm
 from fader_adapters.kernels.native.states import Convolution, Scan, ScanForm, StateRows
 from fader_adapters.kernels.native.step import StepPlan
@@ -56,6 +57,7 @@ __all__ = [
     "Scan",
     "ScanForm",
     "Screen",
+    "SelectiveScan",
     "Site",
     "SiteTables",
     "StateRows",
