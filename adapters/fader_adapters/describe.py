@@ -38,7 +38,8 @@ def describe(model: PreTrainedModel, *, name: str = "") -> BaseSpec:
 
     Raises BaseUnsupported when there is no linear.
     """
-    specs = [_linear(path, module, model) for path, module in linears(model)]
+    read = read_by_itself(model)
+    specs = [_linear(p, module, model) for p, module in _every_linear(model) if p not in read]
     if not specs:
         raise BaseUnsupported(_no_linear(model))
     for path, module in experts(model):
@@ -61,7 +62,7 @@ def describe(model: PreTrainedModel, *, name: str = "") -> BaseSpec:
         state.update(f"\0{spec.path}\0{spec.in_features}\0{spec.out_features}".encode())
     tied = head is not None and head.weight is getattr(embedding, "weight", None)
     digest = Digest(state.hexdigest())
-    return BaseSpec(tuple(specs), digest, model.config.model_type, name, tied)
+    return BaseSpec(tuple(specs), digest, model.config.model_type, name, tied, read=read)
 
 
 def linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:

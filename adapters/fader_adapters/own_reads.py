@@ -76,8 +76,9 @@ def _reads(kind: type[PreTrainedModel], config: object) -> set[Kind]:
 
 
 def _forward(model: nn.Module) -> None:
+    ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
     with torch.inference_mode():
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False)
+        model(input_ids=ids, use_cache=True)  # without one masks go by positions' values
 
 
 def _first_read(forward: Callable[[], None]) -> str | None:

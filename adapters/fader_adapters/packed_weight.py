@@ -11,7 +11,7 @@ class WeightRead(AttributeError):
     """A model reads a linear's weight by itself."""
 
     def __init__(self, path: str, what: str) -> None:
-        super().__init__(f"{path or 'a linear'}: its weight {what}")
+        super().__init__(f"{path or 'a linear'}'s weight {what}")
         self.path = path
 
 

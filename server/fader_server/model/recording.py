@@ -102,15 +102,12 @@ class Recorder(TorchDispatchMode):
 
     def record(self, forward: Callable[[], torch.Tensor]) -> Recording:
         """Run `forward` and write it down. Raises Unrepeatable; then its result is lost."""
-        self._tape.obstacle = ""
         self._tape.listener, self._tape.whole = self.heard_native, self._run_whole
         try:
             with self, self._unread():
                 result = forward()
         finally:
             self._tape.listener = self._tape.whole = None
-        if self._tape.obstacle:
-            raise Unrepeatable(self._tape.obstacle)
         return Recording(tuple(self._calls), self._made, result)
 
     @contextmanager

@@ -37,9 +37,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PACKED = {
     *("bamba", "falcon-h1", "granite-hybrid", "granite-hybrid-moe", "lfm2", "lfm2-moe"),
+    *("falcon-mamba", "jamba", "jamba-moe", "mamba"),
     *("nemotron-h", "olmo-hybrid", "qwen3-next", "qwen3.5", "qwen3.5-moe", "lara-mini"),
 } & SOLO.keys()
-QUICK = frozenset({"lfm2", "qwen3.5"})
+QUICK = frozenset({"jamba-moe", "lfm2", "mamba", "qwen3.5"})
 STATEFUL = "qwen3.5"
 FAMILIES = [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in sorted(PACKED)]
 KEYED = [pytest.param(f, marks=[] if f == "kimi-linear" else pytest.mark.slow) for f in BY_KEY]

@@ -99,15 +99,8 @@ class Tape:
     def __init__(self) -> None:
         self.listener: Callable[[Call], None] | None = None
         """Set while somebody records."""
-        self.obstacle = ""
-        """Why the step that is listened to has no record: something ran that cannot be told."""
         self.whole: Whole | None = None
         """Set while somebody records: runs a function and tells it as one call; what it returns."""
-
-    def refuse(self, reason: str) -> None:
-        """Tell that what runs now has no record."""
-        if self.recording:
-            self.obstacle = reason
 
     @property
     def recording(self) -> bool:
