@@ -137,10 +137,10 @@ def _four_bits() -> tuple[type[nn.Module], ...]:
 def kept_plain(model: PreTrainedModel) -> list[str] | None:
     """What bitsandbytes' quantiser is to leave alone (llm_int8_skip_modules), None: its own choice.
 
-    Beside that choice the linears whose rows NF4's blocks would straddle, and those whose weight the
-    model reads by itself: in towers for pictures or sound, and small ones of the text decoder, which
-    hold at most `_ODD_SHARE` of its weights. Where they hold more, the base is not one for NF4, and
-    they are not kept.
+    Beside that choice the linears whose rows NF4's blocks would straddle, and those whose weight
+    the model reads by itself: in towers for pictures or sound, and small ones of the text decoder,
+    which hold at most `_ODD_SHARE` of its weights. Where they hold more, the base is not one for
+    NF4, and they are not kept.
     """
     decoder = model.get_decoder()
     inside = {id(module) for module in decoder.modules()}

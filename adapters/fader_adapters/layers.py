@@ -212,7 +212,8 @@ def install(model: PreTrainedModel, backend: Backend, *, name: str = "") -> Inst
             path, module = found[index]
             assert isinstance(module.weight, nn.Parameter)
             weight = PackedWeight(base.plain_dtype or own, module.weight.device, path)
-            model.set_submodule(path, SiteLinear(site, place, weight, module.bias))
+            bias = module.bias if isinstance(module.bias, nn.Parameter) else None
+            model.set_submodule(path, SiteLinear(site, place, weight, bias))
             found[index] = (path, nn.Identity())  # lets go of a weight that nobody else keeps
     head = table = None
     for index, item in enumerate(spec.linears):

@@ -114,14 +114,14 @@ def check_modules(
 
 
 def _check_called(named: Named, base: BaseSpec) -> None:
-    """Raises AdapterMismatch for a linear that the base does not call: PEFT adapts what is called."""
+    """Raises AdapterMismatch for a linear that the base does not call: PEFT adapts calls."""
     for path in named.modules:
         for own in base.read:
             if f".{own}".endswith(f".{path}") or f".{path}".endswith(f".{own}"):
                 raise AdapterMismatch(
-                    f"{path[:160]!r} is a linear whose weight the base ({base.model_type}) reads by "
-                    "itself: LoRA on it has no effect in transformers with PEFT either; leave it "
-                    "out of target_modules"
+                    f"{path[:160]!r} is a linear whose weight the base ({base.model_type}) reads "
+                    "by itself: LoRA on it has no effect in transformers with PEFT either; leave "
+                    "it out of target_modules"
                 )
 
 

@@ -4,11 +4,13 @@ nothing that is computed, in PEFT as here, and NF4 cannot hold them: they stay a
 Found by running the model's own code without any values; knows no family.
 """
 
+import dis
 import inspect
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import lru_cache
-from types import CodeType, FunctionType
+from itertools import pairwise
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -31,38 +33,43 @@ def read_by_itself(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(path for path, kind in named if kind in read)
 
 
-def _children(model: nn.Module) -> Iterator[tuple[str, Kind]]:
+def _children(model: PreTrainedModel) -> Iterator[tuple[str, Kind]]:
+    """Without the output head, which keeps its weight wherever it stands."""
+    head = model.get_output_embeddings()
     for path, module in model.named_modules():
         for name, child in module.named_children():
-            if type(child) is nn.Linear:
+            if type(child) is nn.Linear and child is not head:
                 yield f"{path}.{name}" if path else name, (type(module), name)
 
 
-@lru_cache
 def _mentions(kind: type[nn.Module], name: str) -> bool:
-    """Whether a class' code has the names that reading a child's weight takes."""
-    return any({name, "weight"} <= names for names in _names(kind))
+    """Whether a class' code says `.name.weight` anywhere."""
+    return (name, "weight") in _read_in_a_row(kind)
 
 
-def _names(kind: type[nn.Module]) -> Iterator[set[str]]:
+@lru_cache
+def _read_in_a_row(kind: type[nn.Module]) -> frozenset[tuple[str, str]]:
+    """Attributes that are read of one another."""
+    found: set[tuple[str, str]] = set()
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         for value in vars(base).values():
             own = inspect.unwrap(value) if callable(value) else None
             if isinstance(own, FunctionType):
-                yield _of_code(own.__code__)
-
-
-def _of_code(code: CodeType) -> set[str]:
-    inner = (_of_code(part) for part in code.co_consts if isinstance(part, CodeType))
-    return {*code.co_names, *(name for names in inner for name in names)}
+                read = ((i.opname, str(i.argval)) for i in dis.get_instructions(own.__code__))
+                found.update(
+                    (name, of_it)
+                    for (first, name), (second, of_it) in pairwise(read)
+                    if first == second == "LOAD_ATTR"
+                )
+    return frozenset(found)
 
 
 def _reads(kind: type[PreTrainedModel], config: object) -> set[Kind]:
     """What a forward reads; what comes behind something that needs values is not seen."""
-    config = cast(Any, deepcopy(config))
-    config._attn_implementation = None
+    own: Any = deepcopy(config)
+    own._attn_implementation = None
     with torch.device("meta"):
-        model = cast(Any, kind)._from_config(config).eval()
+        model = cast(Any, kind)._from_config(own).eval()
     watched = dict(_children(model))
     for path in watched:
         model.set_submodule(path, _Watched(model.get_submodule(path), path))

@@ -19,7 +19,7 @@ SCAN = "mamba_selective_scan"
 
 
 def continue_scans(model: nn.Module) -> None:
-    """Let every layer that calls such a scan give for a sequence in chunks what it gives at once."""
+    """Let layers that call such a scan give for a sequence in chunks what they give at once."""
     for module, cache in found(model):
         if calls(module, SCAN):
             setattr(module, "forward", _continuing(module, cache))  # noqa: B010

@@ -16,11 +16,11 @@ from fader_adapters.kernels.native import StateRows, Tape
 from fader_server.core import Plan
 from fader_server.errors import ModelUnsupported
 from fader_server.model.mixers import found
+from fader_server.model.products import SteadyProducts
 from fader_server.model.rehearsal import distance
 from fader_server.model.state_kernels import StateKernels
 from fader_server.model.state_slots import NOBODY, SPARE, StateSlots
 from fader_server.model.states import StateShape, new_cache
-from fader_server.model.products import SteadyProducts
 from fader_server.model.steady import within
 from fader_server.model.twin import calls, with_functions
 

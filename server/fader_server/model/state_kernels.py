@@ -1,5 +1,6 @@
 """Native kernels where transformers' functions over the tokens of one sequence stand: causal
-convolutions, gated delta rules, state spaces, selective scans. They take all rows of a step at once.
+convolutions, gated delta rules, state spaces, selective scans. They take all rows of a step at
+once.
 
 Knows those functions by name and signature; knows no module, no cache and no request.
 """

@@ -158,7 +158,11 @@ def test_shapes_that_the_kernel_does_not_take_are_refused() -> None:
     for shape in ((24, 16), (16, 257)):
         with pytest.raises(ValueError, match="channels must be a multiple of 16"):
             SelectiveScan(torch.zeros(shape), None, None, slots=2, softplus=True)
-    kernel, given, rows = scan(16, torch.float32), Inputs.of(16, 4, torch.float32), rows_of([4], [-1], [0])
+    kernel, given, rows = (
+        scan(16, torch.float32),
+        Inputs.of(16, 4, torch.float32),
+        rows_of([4], [-1], [0]),
+    )
     with pytest.raises(ValueError, match=r"steps must have shape \[4, 112\]"):
         kernel(given.x, given.steps[:, :-1].contiguous(), rows)
     with pytest.raises(TypeError, match="steps must be"):

@@ -38,8 +38,8 @@ def adapters(base: Path, folder: Path, world: TinyWorld) -> dict[str, Path]:
     """PEFT's own, over every linear that PEFT lets one adapt.
 
     It turns the names of a mixture's MLPs into experts' parameters, which are no linears, looks for
-    those beside a decoder, and refuses, in families it names, the last linear of layers of the Mamba
-    kind.
+    those beside a decoder, and refuses the last linear of layers of the Mamba kind, in families
+    that it lists.
     """
     model = world.base.model
     experts = any("experts" in name for name, _ in model.named_modules())

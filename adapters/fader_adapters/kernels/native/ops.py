@@ -74,7 +74,8 @@ class Step(ctypes.Structure):
 class Call:
     """One native call with the tensors it read and wrote.
 
-    op holds everything but the addresses of x, y, z and out; keep holds what its other pointers need.
+    op holds everything but the addresses of x, y, z and out; keep holds what its other pointers
+    need.
     """
 
     op: Op
