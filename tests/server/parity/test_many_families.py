@@ -44,7 +44,7 @@ def adapters(base: Path, folder: Path, world: TinyWorld) -> dict[str, Path]:
     model = world.base.model
     experts = any("experts" in name for name, _ in model.named_modules())
     inside = {id(module) for module in model.get_decoder().modules()}
-    left_out = [".mlp.", ".feed_forward."] if experts else []
+    left_out = [".mlp.", ".mlps.", ".feed_forward."] if experts else []
     if model.config.model_type in WITHOUT_OUT:
         left_out += [".mamba.out_proj", ".mixer.out_proj"]
     paths = [
