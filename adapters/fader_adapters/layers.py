@@ -61,7 +61,7 @@ class Site:
             if not self._waiting:
                 self._input, self._ran = None, (None, None)
             return y
-        rows = _in_rows(x, self.spec.in_features)
+        rows = in_rows(x, self.spec.in_features)
         if not self.head:
             self._state.check_tokens(rows.shape[0])
         merged = None if lane is None else lane.bases.get(self)
@@ -76,7 +76,7 @@ class Site:
         return parts[member]
 
 
-def _in_rows(x: torch.Tensor, width: int) -> torch.Tensor:
+def in_rows(x: torch.Tensor, width: int) -> torch.Tensor:
     """[tokens, width], each side by side, as kernels take them."""
     rows = x.reshape(-1, width)
     return rows if rows.stride(-1) == 1 or width == 1 else rows.contiguous()

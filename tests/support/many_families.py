@@ -119,7 +119,7 @@ _MANY: dict[str, tuple[str, Mapping[str, Any]]] = {
     "hunyuan": ("hunyuan_v1_dense", {}),
     "hunyuan-moe": ("hunyuan_v1_moe", {**MOE, "moe_topk": 2}),
     "jetmoe": ("jetmoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),  # reads its routing
-    "longcat-flash": (  # two attentions and two MLPs a layer beside experts, some of which do nothing
+    "longcat-flash": (  # two attentions and MLPs a layer, experts that do nothing
         "longcat_flash",
         {
             **LATENT,

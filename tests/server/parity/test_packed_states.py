@@ -180,6 +180,18 @@ def test_a_merge_is_measured_there_too(setting: Setting):
     a_merge_is_measured(setting)
 
 
+@pytest.mark.parametrize("family", [f for f in ("jamba", "mamba") if f in SOLO])
+def test_selective_scans_are_measured_and_run_in_lanes_and_again(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Their own code, which measures, is given a text in chunks."""
+    selective = Setting.of(family, tmp_path)
+    a_merge_is_measured(selective)
+    a_lane_equals_peft(selective, rounds=3)
+    a_half_computed_step_runs_again(selective, monkeypatch)
+    assert sent_back(selective).blocks.hits
+
+
 def test_what_a_sequence_takes_is_what_was_planned(setting: Setting):
     base = setting.world().base
     recurrent, convolved = 4 * 32 * 32 * 4, (2 * 64 + 128) * 3 * 4
