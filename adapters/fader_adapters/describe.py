@@ -21,6 +21,7 @@ from fader_adapters.architecture import auto_class
 from fader_adapters.embed_scale import embed_scale
 from fader_adapters.errors import BaseUnsupported
 from fader_adapters.kernels.nf4 import BLOCK
+from fader_adapters.own_reads import read_by_itself
 from fader_adapters.spec import BaseSpec, Digest, LinearSpec, layer_of
 from fader_adapters.stacks import experts, routers, stack_names, stack_of
 
@@ -37,7 +38,8 @@ def describe(model: PreTrainedModel, *, name: str = "") -> BaseSpec:
 
     Raises BaseUnsupported when there is no linear.
     """
-    specs = [_linear(path, module, model) for path, module in linears(model)]
+    read = read_by_itself(model)
+    specs = [_linear(p, module, model) for p, module in _every_linear(model) if p not in read]
     if not specs:
         raise BaseUnsupported(_no_linear(model))
     for path, module in experts(model):
@@ -60,12 +62,19 @@ def describe(model: PreTrainedModel, *, name: str = "") -> BaseSpec:
         state.update(f"\0{spec.path}\0{spec.in_features}\0{spec.out_features}".encode())
     tied = head is not None and head.weight is getattr(embedding, "weight", None)
     digest = Digest(state.hexdigest())
-    return BaseSpec(tuple(specs), digest, model.config.model_type, name, tied)
+    return BaseSpec(tuple(specs), digest, model.config.model_type, name, tied, read=read)
 
 
 def linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """Every linear but the output head, in model order: what computes x·Wᵀ + b and nothing else, as
-    a class derived from it may do."""
+    a class derived from it may do. Nor those whose weight the model reads by itself."""
+    read = read_by_itself(model)
+    for path, module in _every_linear(model):
+        if path not in read:
+            yield path, module
+
+
+def _every_linear(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     head, plain = model.get_output_embeddings(), (nn.Linear, Conv1D, *_four_bits())
     for path, module in model.named_modules():
         if module is not head and (type(module) in plain or _as_linear(type(module))):
@@ -128,14 +137,15 @@ def _four_bits() -> tuple[type[nn.Module], ...]:
 def kept_plain(model: PreTrainedModel) -> list[str] | None:
     """What bitsandbytes' quantiser is to leave alone (llm_int8_skip_modules), None: its own choice.
 
-    Beside that choice the linears whose rows NF4's blocks would straddle: those of towers for
-    pictures or sound, and small ones of the text decoder, which hold at most `_ODD_SHARE` of its
-    weights. Where they hold more, the base is not one for NF4, and they are not kept.
+    Beside that choice the linears whose rows NF4's blocks would straddle, and those whose weight
+    the model reads by itself: in towers for pictures or sound, and small ones of the text decoder,
+    which hold at most `_ODD_SHARE` of its weights. Where they hold more, the base is not one for
+    NF4, and they are not kept.
     """
     decoder = model.get_decoder()
     inside = {id(module) for module in decoder.modules()}
-    every = list(linears(model))
-    odd = [(path, module) for path, module in every if _shape(module)[0] % BLOCK]
+    every, read = list(_every_linear(model)), read_by_itself(model)
+    odd = [(p, module) for p, module in every if p in read or _shape(module)[0] % BLOCK]
     weights = sum(prod(_shape(module)) for _, module in every if id(module) in inside)
     small = sum(prod(_shape(module)) for _, module in odd if id(module) in inside)
     if small > _ODD_SHARE * weights:
@@ -148,8 +158,15 @@ def kept_plain_of(config: PretrainedConfig) -> list[str] | None:
 
     Raises BaseUnsupported.
     """
+    config = deepcopy(config)
+    to_be_quantised(config)
     with torch.device("meta"):
-        return kept_plain(auto_class(config).from_config(deepcopy(config)))
+        return kept_plain(auto_class(config).from_config(config))
+
+
+def to_be_quantised(config: PretrainedConfig) -> None:
+    """Let a config say, as transformers' does of a quantised model, what some families go by."""
+    setattr(config, "_is_quantized", True)  # noqa: B010 - transformers sets it on any config
 
 
 def activation_dtype(model: PreTrainedModel) -> torch.dtype:

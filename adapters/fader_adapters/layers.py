@@ -61,7 +61,7 @@ class Site:
             if not self._waiting:
                 self._input, self._ran = None, (None, None)
             return y
-        rows = x.reshape(-1, self.spec.in_features)
+        rows = in_rows(x, self.spec.in_features)
         if not self.head:
             self._state.check_tokens(rows.shape[0])
         merged = None if lane is None else lane.bases.get(self)
@@ -76,12 +76,26 @@ class Site:
         return parts[member]
 
 
+def in_rows(x: torch.Tensor, width: int) -> torch.Tensor:
+    """[tokens, width], each side by side, as kernels take them."""
+    rows = x.reshape(-1, width)
+    return rows if rows.stride(-1) == 1 or width == 1 else rows.contiguous()
+
+
 class SiteLinear(nn.Module):
     """Stands in the model where a linear stood: x [..., in] → [..., out]."""
 
-    def __init__(self, site: Site, member: int, weight: PackedWeight | nn.Parameter) -> None:
+    def __init__(
+        self,
+        site: Site,
+        member: int,
+        weight: PackedWeight | nn.Parameter,
+        bias: nn.Parameter | None = None,
+    ) -> None:
+        """bias: what the site adds, for a model that takes it away again."""
         super().__init__()
         self.weight = weight
+        self.bias = bias
         self.site = site
         self.member = member
         self.in_features = site.spec.in_features
@@ -101,8 +115,7 @@ class SiteHead(SiteLinear):
 
     def __init__(self, site: Site, head: nn.Linear) -> None:
         assert isinstance(head.weight, nn.Parameter)
-        super().__init__(site, 0, head.weight)
-        self.bias = head.bias
+        super().__init__(site, 0, head.weight, head.bias)
 
 
 class SiteEmbedding(nn.Module):
@@ -198,8 +211,9 @@ def install(model: PreTrainedModel, backend: Backend, *, name: str = "") -> Inst
         for place, index in enumerate(members):
             path, module = found[index]
             assert isinstance(module.weight, nn.Parameter)
-            weight = PackedWeight(base.plain_dtype or own, module.weight.device)
-            model.set_submodule(path, SiteLinear(site, place, weight))
+            weight = PackedWeight(base.plain_dtype or own, module.weight.device, path)
+            bias = module.bias if isinstance(module.bias, nn.Parameter) else None
+            model.set_submodule(path, SiteLinear(site, place, weight, bias))
             found[index] = (path, nn.Identity())  # lets go of a weight that nobody else keeps
     head = table = None
     for index, item in enumerate(spec.linears):

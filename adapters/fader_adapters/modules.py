@@ -78,6 +78,7 @@ def check_modules(
     Raises AdapterInvalid, AdapterMismatch, AdapterTooLarge.
     """
     named = name_parameters(named, config.targets, base)
+    _check_called(named, base)
     view = view_base({**named.modules, **named.tokens}, base)
     saved = check_saved(named, config, view, base)
     whole = {table.place.path for table in saved if table.trained}
@@ -110,6 +111,18 @@ def check_modules(
     both = tied and len(ends) == len(ENDS)
     pair = (ends["embedding"], ends["head"]) if both else None
     return Checked(tuple(modules), tokens, saved, pair, unmatched)
+
+
+def _check_called(named: Named, base: BaseSpec) -> None:
+    """Raises AdapterMismatch for a linear that the base does not call: PEFT adapts calls."""
+    for path in named.modules:
+        for own in base.read:
+            if f".{own}".endswith(f".{path}") or f".{path}".endswith(f".{own}"):
+                raise AdapterMismatch(
+                    f"{path[:160]!r} is a linear whose weight the base ({base.model_type}) reads "
+                    "by itself: LoRA on it has no effect in transformers with PEFT either; leave "
+                    "it out of target_modules"
+                )
 
 
 def _check_trained_tokens(

@@ -190,6 +190,8 @@ class BaseSpec:
     """sha256 over what was read of the base; None: nobody hashed it."""
     left_out: frozenset[Role] = frozenset()
     """What the model has, too, and the kernels that serve it do not adapt."""
+    read: frozenset[str] = frozenset()
+    """Paths of linears whose weight the model reads by itself: LoRA on them has no effect."""
 
     @cached_property
     def identity(self) -> Digest:

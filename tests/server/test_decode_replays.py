@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fader_adapters.kernels import native
-from fader_adapters.kernels.native import Program
+from fader_adapters.kernels.native import Map, Program, Tape, activation
 from fader_server.model.decode import DecodeReplays
 from fader_server.model.recording import Recorder, Unrepeatable
 from fader_server.model.replay import Layout, Replay
@@ -130,6 +130,21 @@ def test_others_read_their_values_while_something_is_recorded():
 
     assert Recorder(tape).record(forward).result.tolist() == [9, 9]
     assert found == [[1, 1]]
+
+
+def test_what_nobody_reads_is_not_run_again():
+    tape, x, counter = Tape(), torch.randn(3, 16), torch.zeros(1)
+
+    def forward(read: bool) -> torch.Tensor:
+        constant = activation(x, Map.EXP, tape=tape).neg()
+        counter.add_(1)
+        y = x * 2
+        return y + constant if read else y
+
+    few = Recorder(tape).record(lambda: forward(False)).calls
+    every = Recorder(tape).record(lambda: forward(True)).calls
+    assert [call.function._schema.name for call in few] == ["aten::add_", "aten::mul"]
+    assert len(every) == len(few) + 3
 
 
 def test_layout_reuses_room_and_never_overlaps_what_lives():

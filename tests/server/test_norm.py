@@ -6,6 +6,7 @@ import transformers
 from torch import nn
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearRMSNormGated
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mamba.modeling_mamba import MambaRMSNorm
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNormGated
 from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
@@ -33,6 +34,24 @@ def test_norms_that_are_kept_in_fp32_beside_bf16_stay():
     for dtype, count in ((torch.bfloat16, 0), (torch.float32, 1)):
         assert replace_norms(nn.Sequential(plain), dtype=dtype) == count
         assert replace_gated_norms(nn.Sequential(gated), dtype=dtype) == count
+
+
+@pytest.mark.parametrize(("kind", "takes"), [(MambaRMSNorm, True), (LlamaRMSNorm, False)])
+def test_a_residual_in_fp32_is_taken_where_the_models_own_gives_the_same(kind, takes, monkeypatch):
+    if not takes:  # as of one that gives another dtype
+        forward = kind.forward
+        monkeypatch.setattr(kind, "forward", lambda self, x: forward(self, x).bfloat16())
+    own = kind(64, eps=1e-5).bfloat16()
+    nn.init.normal_(own.weight, 0.9, 0.2)
+    model = nn.Sequential(own)
+    assert replace_norms(model, dtype=torch.bfloat16) == 1
+    x = torch.randn(3, 64)
+    if not takes:
+        with pytest.raises(TypeError, match="x must be"):
+            model(x)
+        return
+    torch.testing.assert_close(model(x), own(x))
+    assert model(x.bfloat16()).dtype == torch.bfloat16
 
 
 class OddRMSNorm(nn.Module):

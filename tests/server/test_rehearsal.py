@@ -13,8 +13,8 @@ from fader_server.model.loader import LoadedBase, load_base
 from fader_server.model.rehearsal import rehearse
 from tests.support.families import write_family
 from tests.support.many_families import LATENT, MANY, MOE, write_many
+from tests.support.solo_families import SOLO
 
-JAMBA = {"num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1}
 CPU = torch.device("cpu")
 
 
@@ -92,8 +92,7 @@ def test_families_that_would_answer_wrongly_together_run_alone_and_say_why(
     [
         ("bert", {}, "is not causal; a token's logits depend on those behind it"),
         ("roberta", {"is_decoder": True}, "nor does it give in pieces what it gives at once"),
-        ("mamba", {}, "the model reads a linear's weight by itself"),
-        ("jamba", JAMBA, "the model reads a linear's weight by itself .*'bias'"),
+        ("mamba", {"time_step_rank": 64}, "reads a linear's weight by itself .*mixer.dt_proj's"),
     ],
 )
 def test_families_that_would_answer_wrongly_are_refused_by_name(
@@ -103,6 +102,17 @@ def test_families_that_would_answer_wrongly_are_refused_by_name(
     with pytest.raises(ModelUnsupported, match=reason) as caught:
         load(base)
     assert "\n" not in str(caught.value)
+
+
+def test_a_linear_that_the_model_reads_and_a_checkpoint_holds_packed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Transformers cannot run it either."""
+    base = write_many(*SOLO["mamba"], tmp_path / "base")
+    load(base)
+    monkeypatch.setattr("fader_adapters.describe.read_by_itself", lambda model: frozenset())
+    with pytest.raises(ModelUnsupported, match="reads a linear's weight by itself"):
+        load(base)
 
 
 def test_a_longrope_base_ends_at_its_original_length_and_says_so(

@@ -119,6 +119,20 @@ _MANY: dict[str, tuple[str, Mapping[str, Any]]] = {
     "hunyuan": ("hunyuan_v1_dense", {}),
     "hunyuan-moe": ("hunyuan_v1_moe", {**MOE, "moe_topk": 2}),
     "jetmoe": ("jetmoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),  # reads its routing
+    "longcat-flash": (  # two attentions and MLPs a layer, experts that do nothing
+        "longcat_flash",
+        {
+            **LATENT,
+            "head_dim": 32,
+            "qk_head_dim": 64,
+            "num_layers": 2,
+            "ffn_hidden_size": 192,
+            "expert_ffn_hidden_size": 64,
+            "n_routed_experts": 4,
+            "zero_expert_num": 2,
+            "moe_topk": 2,
+        },
+    ),
     "mimo-v2-flash": ("mimo_v2_flash", {**MOE, **SLIDING}),
     "minicpm3": ("minicpm3", LATENT),
     "mixtral": ("mixtral", {**MOE, "sliding_window": WINDOW}),

@@ -19,6 +19,13 @@ KEYED = {
     "linear_num_heads": 4,
     "linear_head_dim": 32,
 }
+JAMBA = {
+    "num_hidden_layers": 3,
+    "attn_layer_period": 3,
+    "attn_layer_offset": 1,
+    "mamba_d_state": 16,
+    "mamba_dt_rank": 64,
+}
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16}
 INDEXED = {**MOE, **LATENT, "index_topk": 32, "index_head_dim": 32, "index_n_heads": 32}
 """Attention to the keys that an indexer chooses, fewer than the tests' prompts have; with so many
@@ -43,10 +50,13 @@ _SOLO: dict[str, tuple[str, Mapping[str, Any]]] = {
         {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
     ),
     "falcon-h1": ("falcon_h1", {**MAMBA2, "mamba_d_ssm": 256, "mamba_n_groups": 1}),
+    "falcon-mamba": ("falcon_mamba", {"state_size": 16}),  # its dt_proj is no block wide
     "glm-moe-dsa": ("glm_moe_dsa", INDEXED),
     "granite-hybrid": ("granitemoehybrid", {**STATE_SPACE, "num_local_experts": 0}),
     "granite-hybrid-moe": ("granitemoehybrid", {**STATE_SPACE, **MOE}),
     "hy-v4": ("hy_v4", INDEXED),
+    "jamba": ("jamba", {**JAMBA, "num_experts": 1}),
+    "jamba-moe": ("jamba", {**JAMBA, **MOE, "expert_layer_period": 2}),
     "lara-mini": (
         "lara_mini",
         {
@@ -66,6 +76,7 @@ _SOLO: dict[str, tuple[str, Mapping[str, Any]]] = {
         "llama4_text",
         {"attention_chunk_size": 32, "num_local_experts": 4, "intermediate_size_mlp": 192},
     ),
+    "mamba": ("mamba", {"state_size": 16, "time_step_rank": 32, "use_bias": True}),
     "modernbert": ("modernbert-decoder", {}),
     "mpt": (
         "mpt",

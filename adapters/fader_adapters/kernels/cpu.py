@@ -171,7 +171,9 @@ class NativeSite:
         shape = (base.out_features, base.in_features)
         own = isinstance(base, PanelLinear)
         self._site = (
-            base.site if own else Site(None, bias=base.bias, shape=shape, workspace=scratch)
+            base.site
+            if own
+            else Site(None, bias=base.bias, shape=shape, workspace=scratch, tape=tape)
         )
 
     def bind(self, tables: Tables) -> None:
@@ -181,13 +183,11 @@ class NativeSite:
         )
 
     def __call__(self, x: torch.Tensor, step: object | None) -> torch.Tensor:
-        if not self._site.has_base:
-            self._tape.refuse("a linear outside NF4")
-        if step is None:
-            return self.base(x)
-        assert isinstance(step, StepPlan)
+        assert step is None or isinstance(step, StepPlan)
         if self._site.has_base:
             return self._site(x, step)
+        if step is None and not self._tape.recording:
+            return self.base(x)
         return self._site(x, step, out=self.base(x).float()).to(x.dtype)
 
 

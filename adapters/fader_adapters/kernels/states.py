@@ -48,6 +48,16 @@ class ScanKernel(Slotted, Protocol):
         ...
 
 
+class SelectiveKernel(Slotted, Protocol):
+    """h ← e^(step·decay)·h + step·x·B, y = Σ h·C (+ skip·x) for each channel of a token."""
+
+    def __call__(
+        self, x: Tensor, steps: Tensor, rows: StateRows, *, gate: Tensor | None = None
+    ) -> Tensor:
+        """x, gate [T, channels], steps [T, channels + 2·keys]: dt, B and C → [T, channels]."""
+        ...
+
+
 class StateMaker(Protocol):
     """Makes those of a backend. Whatever it raises, a model's own code is left."""
 
@@ -59,4 +69,16 @@ class StateMaker(Protocol):
 
     def scan(self, form: ScanForm, *, slots: int, skip: Tensor | None = None) -> ScanKernel:
         """skip [heads]: the result also has skip·v."""
+        ...
+
+    def selective(
+        self,
+        decay: Tensor,
+        bias: Tensor | None,
+        skip: Tensor | None,
+        *,
+        slots: int,
+        softplus: bool,
+    ) -> SelectiveKernel:
+        """decay [channels, keys], bias of steps and skip [channels]."""
         ...

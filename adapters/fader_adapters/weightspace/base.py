@@ -16,7 +16,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from fader_adapters.architecture import auto_class
-from fader_adapters.describe import describe, kept_plain, make_plain
+from fader_adapters.describe import describe, kept_plain, make_plain, to_be_quantised
 from fader_adapters.errors import (
     AdapterInvalid,
     BaseUnsupported,
@@ -235,6 +235,7 @@ def _skeleton(directory: Path) -> PreTrainedModel:
         if getattr(config, "quantization_config", None) is not None:
             delattr(config, "quantization_config")
         config._attn_implementation = None  # no model runs; the one named need not be installed
+        to_be_quantised(config)  # as it is served
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return auto_class(config).from_config(config, trust_remote_code=False)

@@ -13,12 +13,12 @@ from fader_adapters.kernels.native import Tape
 from fader_adapters.layers import SiteLinear
 from fader_adapters.stacks import experts
 from fader_server.model.callers import Heard
+from fader_server.model.products import MATMULS
 from fader_server.model.steady import Steady, unsteady, within
 
 BLOCK = 8
 """Rows of a product: few tokens of a step meet in one expert."""
 
-_MATMULS = (torch.matmul, torch.Tensor.matmul)
 _PRODUCTS = frozenset({"linear", "matmul", "mm", "addmm"})
 """What torch's operators are called that multiply by a router's or experts' weights."""
 
@@ -109,7 +109,7 @@ class _Apart(Steady):
         if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float32:
             if func is F.linear:
                 return _product(*args, **(kwargs or {}))
-            if func in _MATMULS and not kwargs and args[1].dim() == 2:  # weights [in, out]
+            if func in MATMULS and not kwargs and args[1].dim() == 2:  # weights [in, out]
                 return _product(args[0], args[1].T)
         return super().__torch_function__(func, types, args, kwargs)
 

@@ -27,12 +27,15 @@ class NativeNorm(nn.Module):
         self._eps = eps
         self._about_one = about_one
         self._tape = tape
+        self.wide: torch.Tensor | None = None
+        """The weight in fp32, for residuals of such, where a model keeps them so."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        y = rms_norm(
-            rows, self.weight.data, eps=self._eps, about_one=self._about_one, tape=self._tape
-        )
+        other = self.wide is not None and x.dtype == torch.float32
+        weight = self.wide if other else self.weight.data
+        assert weight is not None
+        y = rms_norm(rows, weight, eps=self._eps, about_one=self._about_one, tape=self._tape)
         return y.view(x.shape)
 
 
@@ -163,5 +166,17 @@ def _native(module: nn.Module, tape: Tape | None) -> NativeNorm | None:
         for about_one in (False, True):
             native = NativeNorm(weight, eps=eps, about_one=about_one, tape=tape)
             if torch.allclose(native(x), expected, rtol=TOLERANCE[x.dtype], atol=1e-6):
+                _widen(native, module, x.float())
                 return native
     return None
+
+
+def _widen(native: NativeNorm, module: nn.Module, x: torch.Tensor) -> None:
+    """Let it take fp32, too, where that gives what the model's own gives."""
+    if native.weight.dtype == x.dtype:
+        return
+    native.wide = native.weight.data.float()
+    expected, found = module(x), native(x)
+    tolerance = TOLERANCE[found.dtype]
+    if expected.dtype != found.dtype or not torch.allclose(found, expected, tolerance, 1e-6):
+        native.wide = None

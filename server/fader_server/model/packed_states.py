@@ -17,11 +17,12 @@ from fader_adapters.kernels.states import StateMaker
 from fader_server.core import Plan
 from fader_server.errors import EngineFault, ModelUnsupported
 from fader_server.model.mixers import found
+from fader_server.model.products import SteadyProducts
 from fader_server.model.rehearsal import distance
 from fader_server.model.state_kernels import StateKernels
 from fader_server.model.state_slots import NOBODY, SPARE, StateSlots
 from fader_server.model.states import StateShape, new_cache
-from fader_server.model.steady import Steady, within
+from fader_server.model.steady import within
 from fader_server.model.twin import calls, with_functions
 
 PIECES = ((6,), (1, 9), (1,), (5,))
@@ -167,7 +168,7 @@ class _Layer:
         self._cache = cache
         self._own: Callable[..., torch.Tensor] = module.forward
         own = self._own
-        packed = within(Steady(tape), _with_functions(module, self.kernels))
+        packed = within(SteadyProducts(tape), _with_functions(module, self.kernels))
 
         def forward(*args: object, **kwargs: object) -> torch.Tensor:
             if owner.rows is None:

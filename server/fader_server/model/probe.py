@@ -20,6 +20,7 @@ from fader_server.core import Sequence as Row
 from fader_server.model.alone import SoloModel, attend_as_built
 from fader_server.model.attention import StepAttention
 from fader_server.model.batch import Batch
+from fader_server.model.continuing import continue_scans
 from fader_server.model.expert_views import show_mixtures
 from fader_server.model.kernels import attention_alone
 from fader_server.model.kv_cache import KVCache
@@ -77,6 +78,7 @@ class ProbeModel:
         self._solo: SoloModel | None = None
         if base.keeps_states:
             attend_as_built(self._model)
+            continue_scans(self._model)
             self._solo = SoloModel(self._model)
 
     @property

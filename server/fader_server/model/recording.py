@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fader_adapters.kernels.native import Call, Tape
+from fader_adapters.kernels.native import Call, Kind, Tape
 
 UNREPEATABLE = (
     torch.Tag.data_dependent_output,
@@ -29,6 +29,9 @@ READERS = ("tolist", "numpy", "__array__", "__dlpack__")
 
 _guarding = threading.RLock()
 """One recording at a time guards those: what each leaves is what it found."""
+
+PURE = frozenset({Kind.NORM, Kind.GATED_NORM, Kind.GATHER, Kind.MAP})
+"""Native calls that read their arguments and write their result."""
 
 UNFILLED = frozenset({"aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty"})
 """Operators that give memory and no values."""
@@ -102,16 +105,27 @@ class Recorder(TorchDispatchMode):
 
     def record(self, forward: Callable[[], torch.Tensor]) -> Recording:
         """Run `forward` and write it down. Raises Unrepeatable; then its result is lost."""
-        self._tape.obstacle = ""
         self._tape.listener, self._tape.whole = self.heard_native, self._run_whole
         try:
             with self, self._unread():
                 result = forward()
         finally:
             self._tape.listener = self._tape.whole = None
-        if self._tape.obstacle:
-            raise Unrepeatable(self._tape.obstacle)
-        return Recording(tuple(self._calls), self._made, result)
+        return Recording(tuple(self._needed(result))[::-1], self._made, result)
+
+    def _needed(self, result: torch.Tensor) -> Iterator[Call | TorchCall]:
+        """The calls that change anything, or give what a later one of them reads; from the last on.
+
+        A layer may compute from its weights what its kernels took at its first call.
+        """
+        read = {address(result)}
+        for call in reversed(self._calls):
+            made = _only_made(call)
+            if made is None or any(
+                address(t) in read or address(t) not in self._made for t in made
+            ):
+                read.update(address(t) for t in call.tensors)
+                yield call
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -160,7 +174,7 @@ class Recorder(TorchDispatchMode):
 
     def heard_native(self, call: Call) -> None:
         """A native kernel ran."""
-        self._alive += [t for t in (call.x, call.y, call.out) if t is not None]
+        self._alive += call.tensors
         self._calls.append(call)
 
     def heard_torch(
@@ -208,6 +222,14 @@ class Recorder(TorchDispatchMode):
             return out
         self.heard_torch(func, args, kwargs, out, in_place=mutable)
         return out
+
+
+def _only_made(call: Call | TorchCall) -> list[torch.Tensor] | None:
+    """What a call gives, where it does nothing else; None where it may."""
+    if isinstance(call, Call):
+        return [call.out] if call.op.kind in PURE and call.out is not None else None
+    pure = isinstance(call.function, OpOverload) and not call.in_place
+    return tensors_of(call.out) if pure else None
 
 
 def _picks_by_number(func: OpOverload, args: tuple[Any, ...]) -> bool:

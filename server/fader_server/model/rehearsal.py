@@ -210,7 +210,6 @@ def _as(model: PreTrainedModel, implementation: str) -> Iterator[None]:
 
 def reason(error: Exception) -> str:
     line = first_line(error)
-    bias = f"'{SiteLinear.__name__}' object has no attribute" in line
-    if bias or isinstance(error, WeightRead):
+    if isinstance(error, WeightRead):
         return f"the model reads a linear's weight by itself ({line}), and Fader keeps it packed"
     return line

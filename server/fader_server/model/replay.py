@@ -139,6 +139,7 @@ class Replay:
         op = Op.from_buffer_copy(call.op)
         op.x = self._pointer(call.x)
         op.y = None if call.y is None else self._pointer(call.y)
+        op.z = None if call.z is None else self._pointer(call.z)
         op.out = None if call.out is None else self._pointer(call.out)
         return op
 

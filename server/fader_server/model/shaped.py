@@ -34,7 +34,7 @@ def _word(name: str) -> int:
     return getattr(Op, name).offset // 8
 
 
-_ADDRESSES = tuple(map(_word, ("x", "y", "out")))
+_ADDRESSES = tuple(map(_word, ("x", "y", "z", "out")))
 _KINDS = tuple(map(_word, ("kind", "dtype", "what", "bias", "scalar")))
 _ROWS = _word("size")
 _WHAT = _word("what")
@@ -230,7 +230,7 @@ def _words(
     storages: list[tuple[int, int, int]] = []
     for at, calls in enumerate(natives):
         for word, tensors in zip(
-            _ADDRESSES, zip(*((c.x, c.y, c.out) for c in calls), strict=True), strict=True
+            _ADDRESSES, zip(*((c.x, c.y, c.z, c.out) for c in calls), strict=True), strict=True
         ):
             there = [t for t in tensors if t is not None]
             if not there:

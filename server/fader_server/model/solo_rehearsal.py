@@ -17,6 +17,7 @@ from fader_adapters.step_state import StepState
 from fader_server.core import Plan, PlanRow, Request, SamplingParams, Sequence
 from fader_server.errors import ModelUnsupported
 from fader_server.model.alone import SoloModel, attend_as_built
+from fader_server.model.continuing import continue_scans
 from fader_server.model.experts import keep_rows_apart, routed
 from fader_server.model.kv_cache import LayerShape
 from fader_server.model.mixers import Mixers, found
@@ -71,6 +72,7 @@ def run_alone(
     `packed`: why rows cannot share forwards of the model's own code. `make`: of the backend's
     kernels in which states may lie. `tape`: of the native ones.
     """
+    continue_scans(model)
     if make is not None and any(True for _ in found(model)):
         kept = rehearse_states(model, source, dtype=dtype, make=make, tape=tape)
         if kept is not None:

@@ -1,5 +1,6 @@
 """A backend's kernels where transformers' functions over the tokens of one sequence stand: causal
-convolutions, gated delta rules, state spaces. They take all rows of a step at once.
+convolutions, gated delta rules, state spaces, selective scans. They take all rows of a step at
+once.
 
 Knows those functions by name and signature; knows no module, no cache and no request.
 """
@@ -12,7 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fader_adapters.kernels.native import ScanForm, StateRows
-from fader_adapters.kernels.states import ConvolutionKernel, ScanKernel, Slotted, StateMaker
+from fader_adapters.kernels.states import (
+    ConvolutionKernel,
+    ScanKernel,
+    SelectiveKernel,
+    Slotted,
+    StateMaker,
+)
 from fader_server.errors import ModelUnsupported
 
 Function = Callable[..., Any]
@@ -29,6 +36,7 @@ class StateKernels:
         self._slots = 1
         self._convolutions: dict[int, ConvolutionKernel] = {}
         self._scan: ScanKernel | None = None
+        self._selective: SelectiveKernel | None = None
 
     @property
     def functions(self) -> Mapping[str, Function]:
@@ -38,6 +46,7 @@ class StateKernels:
             "torch_chunk_gated_delta_rule": self.delta_rule,
             "chunk_kimi_delta_attention": self.delta_rule,
             "mamba2_chunk_scan": self.state_space,
+            "mamba_selective_scan": self.select,
         }
 
     @property
@@ -56,7 +65,8 @@ class StateKernels:
         return [kernel.states[slots] for kernel in self._kernels()]
 
     def _kernels(self) -> list[Slotted]:
-        return [*self._convolutions.values(), *([self._scan] if self._scan else [])]
+        scans = (self._scan, self._selective)
+        return [*self._convolutions.values(), *(scan for scan in scans if scan is not None)]
 
     def convolve(
         self,
@@ -133,6 +143,34 @@ class StateKernels:
         gates = torch.cat([dt * A.float(), dt], dim=-1)[0]
         parts = _side_by_side(C[0], B[0], hidden_states[0])
         return self._scanned(form, parts, gates, D, torch.float32)
+
+    def select(
+        self,
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_softplus: bool = False,
+        return_last_state: bool = False,
+        **_: object,
+    ) -> Tensor:
+        """`mamba_selective_scan` of the step's rows: x, dt and z [1, channels, T], A [channels,
+        keys], which is the same in every call, B and C [1, keys, T] → [1, channels, T].
+        """
+        if return_last_state or A.shape != (hidden_states.shape[1], B.shape[1]):
+            raise ModelUnsupported("a selective scan of other shapes, or asked for its states")
+        if self._selective is None:
+            self._selective = self._make.selective(
+                A, delta_bias, D, slots=self._slots, softplus=delta_softplus
+            )
+        steps = torch.cat([part[0].t() for part in (dt, B, C)], dim=-1)
+        gate = None if z is None else z[0].t()
+        out = self._selective(hidden_states[0].t(), steps, self._told(), gate=gate)
+        return out.t().unsqueeze(0)
 
     def _scanned(
         self,

@@ -15,7 +15,7 @@ from fader_adapters.kernels.backend import BaseLinear, ExpertsWeight
 from fader_adapters.kernels.dense import ByToken, EmbeddingTable
 from fader_adapters.kernels.native.panels import PANEL
 from fader_adapters.lane import MergedLane
-from fader_adapters.layers import Site, SiteLinear
+from fader_adapters.layers import Site, SiteLinear, in_rows
 from fader_adapters.pauses import Pause
 
 CHUNK_WEIGHTS = 1 << 19
@@ -97,6 +97,7 @@ class ProbeLinear(nn.Module):
     def __init__(self, original: SiteLinear, glass: Glass) -> None:
         super().__init__()
         self.in_features, self.out_features = original.in_features, original.out_features
+        self.weight, self.bias = original.weight, original.bias  # for models that ask for them
         self._site, self._glass = original.site, glass
         spec = self._site.spec
         self._linear = spec.linears[original.member]
@@ -106,7 +107,7 @@ class ProbeLinear(nn.Module):
         view = self._glass.view
         self._glass.pause()  # after what the model did before
         weight = view.weight(self._site)
-        rows = x.reshape(-1, self.in_features)
+        rows = in_rows(x, self.in_features)
         stop = self._start + self.out_features
         y = product(rows, weight, self._start, stop, self._glass.pause)
         change = view.change(self._linear)

@@ -37,9 +37,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PACKED = {
     *("bamba", "falcon-h1", "granite-hybrid", "granite-hybrid-moe", "lfm2", "lfm2-moe"),
+    *("falcon-mamba", "jamba", "jamba-moe", "mamba"),
     *("nemotron-h", "olmo-hybrid", "qwen3-next", "qwen3.5", "qwen3.5-moe", "lara-mini"),
 } & SOLO.keys()
-QUICK = frozenset({"lfm2", "qwen3.5"})
+QUICK = frozenset({"jamba-moe", "lfm2", "mamba", "qwen3.5"})
 STATEFUL = "qwen3.5"
 FAMILIES = [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in sorted(PACKED)]
 KEYED = [pytest.param(f, marks=[] if f == "kimi-linear" else pytest.mark.slow) for f in BY_KEY]
@@ -177,6 +178,18 @@ def test_a_merged_lane_runs_there_too(setting: Setting):
 
 def test_a_merge_is_measured_there_too(setting: Setting):
     a_merge_is_measured(setting)
+
+
+@pytest.mark.parametrize("family", [f for f in ("jamba", "mamba") if f in SOLO])
+def test_selective_scans_are_measured_and_run_in_lanes_and_again(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Their own code, which measures, is given a text in chunks."""
+    selective = Setting.of(family, tmp_path)
+    a_merge_is_measured(selective)
+    a_lane_equals_peft(selective, rounds=3)
+    a_half_computed_step_runs_again(selective, monkeypatch)
+    assert sent_back(selective).blocks.hits
 
 
 def test_what_a_sequence_takes_is_what_was_planned(setting: Setting):

@@ -10,6 +10,7 @@ from fader_adapters.errors import KernelUnavailable
 from fader_adapters.kernels.cuda import states_configs as configs
 from fader_adapters.kernels.cuda.states_kernels import conv_kernel, scan_kernel
 from fader_adapters.kernels.native import ScanForm, StateRows
+from fader_adapters.kernels.states import SelectiveKernel
 
 _conv: Any = conv_kernel
 _scan: Any = scan_kernel
@@ -123,6 +124,17 @@ class CudaStates:
 
     def scan(self, form: ScanForm, *, slots: int, skip: Tensor | None = None) -> CudaScan:
         return CudaScan(form, slots=slots, skip=skip, device=self._device)
+
+    def selective(
+        self,
+        decay: Tensor,
+        bias: Tensor | None,
+        skip: Tensor | None,
+        *,
+        slots: int,
+        softplus: bool,
+    ) -> SelectiveKernel:
+        raise KernelUnavailable("there is no selective scan in Triton yet")
 
 
 def _fresh(shape: tuple[int, ...], rows: StateRows, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -27,14 +27,10 @@ from fader_adapters.kernels.native.quantise import (
     quantise_nf4,
 )
 from fader_adapters.kernels.native.screen import Screen
+from fader_adapters.kernels.native.selective import SelectiveScan
 from fader_adapters.kernels.native.site import Lookup, Site, SiteTables, delta, gemm
-from fader_adapters.kernels.native.states import (
-    Convolution,
-    NativeStates,
-    Scan,
-    ScanForm,
-    StateRows,
-)
+from fader_adapters.kernels.native.state_maker import NativeStates
+from fader_adapters.kernels.native.states import Convolution, Scan, ScanForm, StateRows
 from fader_adapters.kernels.native.step import StepPlan
 from fader_adapters.kernels.native.threads import alone, set_threads, threads
 from fader_adapters.kernels.native.workspace import Workspace
@@ -63,6 +59,7 @@ __all__ = [
     "Scan",
     "ScanForm",
     "Screen",
+    "SelectiveScan",
     "Site",
     "SiteTables",
     "StateRows",

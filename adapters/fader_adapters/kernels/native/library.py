@@ -12,7 +12,7 @@ import torch  # first: its libgomp must be the one both use
 
 from fader_adapters.kernels.native.build import LIBRARY
 
-ABI = 13
+ABI = 14
 BUILDER = "fader_adapters.kernels.native.build"
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -46,6 +46,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "fader_gated_norm": [_L, _L, _L, _P, _I, _L, _P, _I, _L, _P, _I, _F, _P, _I],
     "fader_conv": [_P, _L, _L, _P, _P, _L, _P, _I],
     "fader_scan": [_P, _L, _L, _P, _P, _I, _L, _P, _P, _I, _I],
+    "fader_selective": [_P, _L, _L, _P, _P, _I, _L, _P, _P, _L, _P, _I],
     "fader_largest": [_P, _L, _P, _P, _P, _L, _P, _I],
     "fader_draw": [_P, _P, _L, _P, _L, _P, _I],
     "fader_score": [_P, _P, _L, _P, _L, _P, _I],
@@ -126,6 +127,16 @@ class ScanStruct(ctypes.Structure):
         *[(name, _P) for name in ("states", "skip")],
         *[(name, _L) for name in ("slots", "groups", "heads", "keys", "values", "q", "k", "v")],
         *[(name, ctypes.c_int32) for name in ("delta", "unit", "by_key", "pad")],
+    ]
+
+
+class SelectiveStruct(ctypes.Structure):
+    """fader_selective_t of csrc/fader.h, field for field."""
+
+    _fields_ = [
+        *[(name, _P) for name in ("states", "decay", "bias", "skip")],
+        *[(name, _L) for name in ("slots", "channels", "keys")],
+        *[(name, ctypes.c_int32) for name in ("softplus", "pad")],
     ]
 
 

@@ -25,6 +25,7 @@ class Kind(IntEnum):
     CONV = 8
     SCAN = 9
     GATED_NORM = 10
+    SELECTIVE = 11
 
 
 class Map(IntEnum):
@@ -50,7 +51,7 @@ class Op(ctypes.Structure):
 
     _fields_ = [
         *[(name, _I) for name in ("kind", "map", "dtype", "out_dtype")],
-        *[(name, _P) for name in ("what", "x", "y", "out", "bias")],
+        *[(name, _P) for name in ("what", "x", "y", "z", "out", "bias")],
         *[(name, _L) for name in ("n", "k", "x_stride", "y_stride", "out_stride")],
         *[(name, _L * 4) for name in ("size", "x_step", "y_step", "out_step")],
         ("scalar", _F),
@@ -73,7 +74,8 @@ class Step(ctypes.Structure):
 class Call:
     """One native call with the tensors it read and wrote.
 
-    op holds everything but the addresses of x, y and out; keep holds what its other pointers need.
+    op holds everything but the addresses of x, y, z and out; keep holds what its other pointers
+    need.
     """
 
     op: Op
@@ -81,10 +83,11 @@ class Call:
     y: Tensor | None
     out: Tensor | None
     keep: object
+    z: Tensor | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [t for t in (self.x, self.y, self.out) if t is not None]
+        return [t for t in (self.x, self.y, self.z, self.out) if t is not None]
 
 
 Whole = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -97,15 +100,8 @@ class Tape:
     def __init__(self) -> None:
         self.listener: Callable[[Call], None] | None = None
         """Set while somebody records."""
-        self.obstacle = ""
-        """Why the step that is listened to has no record: something ran that cannot be told."""
         self.whole: Whole | None = None
         """Set while somebody records: runs a function and tells it as one call; what it returns."""
-
-    def refuse(self, reason: str) -> None:
-        """Tell that what runs now has no record."""
-        if self.recording:
-            self.obstacle = reason
 
     @property
     def recording(self) -> bool:
@@ -121,8 +117,15 @@ class Tape:
             self.whole(function, args, {})
 
     def note(
-        self, op: Op, x: Tensor, *, y: Tensor | None = None, out: Tensor | None = None, keep: object
+        self,
+        op: Op,
+        x: Tensor,
+        *,
+        y: Tensor | None = None,
+        z: Tensor | None = None,
+        out: Tensor | None = None,
+        keep: object,
     ) -> None:
         """Remember a call, if anybody records."""
         if self.listener is not None:
-            self.listener(Call(op, x, y, out, keep))
+            self.listener(Call(op, x, y, out, keep, z))

@@ -13,6 +13,7 @@ from fader_adapters.kernels.native.library import (
     ConvStruct,
     RowsStruct,
     ScanStruct,
+    SelectiveStruct,
     check,
     library,
 )
@@ -46,11 +47,11 @@ class StateRows:
         return RowsStruct(self.start.data_ptr(), self.came_from.data_ptr(), self.to.data_ptr())
 
 
-class _Slotted:
+class Slotted:
     """What keeps states [slots, …], and is told to the library with their place and number."""
 
     states: Tensor
-    _struct: ConvStruct | ScanStruct
+    _struct: ConvStruct | ScanStruct | SelectiveStruct
 
     def grow(self, slots: int) -> None:
         """Have so many slots; those there were keep what they hold, recorded calls stay good."""
@@ -60,7 +61,7 @@ class _Slotted:
         self._struct.states, self._struct.slots = grown.data_ptr(), slots
 
 
-class Convolution(_Slotted):
+class Convolution(Slotted):
     """A causal depthwise convolution over a sequence's tokens."""
 
     def __init__(
@@ -155,7 +156,7 @@ class ScanForm:
         )
 
 
-class Scan(_Slotted):
+class Scan(Slotted):
     """A gated recurrence over a sequence's tokens: S ← e^g·S + k·uᵀ, y = Sᵀ·q."""
 
     def __init__(
@@ -240,18 +241,3 @@ class Scan(_Slotted):
             op.size[0] = x.shape[0]
             self._tape.note(op, x, y=gates, out=out, keep=self)
         return out
-
-
-class NativeStates:
-    """Makes them; see kernels/states.py."""
-
-    def __init__(self, tape: Tape | None) -> None:
-        self._tape = tape
-
-    def convolution(
-        self, weight: Tensor, bias: Tensor | None, *, slots: int, silu: bool
-    ) -> Convolution:
-        return Convolution(weight, bias, slots=slots, silu=silu, tape=self._tape)
-
-    def scan(self, form: ScanForm, *, slots: int, skip: Tensor | None = None) -> Scan:
-        return Scan(form, slots=slots, skip=skip, tape=self._tape)

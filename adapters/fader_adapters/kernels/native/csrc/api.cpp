@@ -262,6 +262,16 @@ int fader_scan(const fader_scan_t *s, int64_t T, int64_t R, const fader_rows_t *
     return status ? status : now().scan(s, R, rows, x, dtype, xs, gates, out, out_dtype, nt);
 }
 
+int fader_selective(const fader_selective_t *s, int64_t T, int64_t R, const fader_rows_t *rows, const void *x, int dtype, int64_t xs,
+                    const void *steps, const void *gate, int64_t gs, void *out, int nt) {
+    if (!s || T < 0 || R < 0 || nt < 1 || dtype < 0 || dtype > FADER_BF16 || !s->states || !s->decay || s->slots < 1) return FADER_E_ARG;
+    if (s->channels < 16 || s->channels % 16 || s->keys < 1 || s->keys > 256) return FADER_E_ARG;
+    if (!R) return T ? FADER_E_BOUNDS : 0;
+    if (T && (!x || !steps || !out || xs < s->channels || (gate && gs < s->channels))) return FADER_E_ARG;
+    const int status = rows_status(T, R, rows, s->slots);
+    return status ? status : now().selective(s, R, rows, x, dtype, xs, steps, gate, gs, out, nt);
+}
+
 int fader_gated_norm(int64_t M, int64_t K, int64_t group, const void *x, int dtype, int64_t xs, const void *gate, int gd,
                      int64_t gs, const float *w, int flags, float eps, void *y, int nt) {
     if (M < 0 || K <= 0 || nt < 1 || dtype < 0 || dtype > FADER_BF16 || gd < 0 || gd > FADER_BF16) return FADER_E_ARG;

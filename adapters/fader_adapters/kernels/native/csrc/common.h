@@ -94,6 +94,8 @@ struct Kernels {
     int (*conv)(const fader_conv_t *, int64_t, const fader_rows_t *, const void *, int64_t, void *, int);
     int (*scan)(const fader_scan_t *, int64_t, const fader_rows_t *, const void *, int, int64_t, const float *, void *, int,
                 int);
+    int (*selective)(const fader_selective_t *, int64_t, const fader_rows_t *, const void *, int, int64_t, const void *,
+                     const void *, int64_t, void *, int);
     int (*gated_norm)(int64_t, int64_t, int64_t, const void *, int, int64_t, const void *, int, int64_t, const float *, int,
                       float, void *, int);
     int (*largest)(const fader_logits_t *, int64_t, float *, int64_t *, void *, int64_t, int64_t *, int);

@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define FADER_ABI 13
+#define FADER_ABI 14
 enum { FADER_F32 = 0, FADER_BF16 = 1, FADER_F16 = 2 };
 enum { FADER_NF4 = 0, FADER_PLAIN = 1 };
 enum { FADER_SCALAR = 0, FADER_AVX2 = 1, FADER_AVX512 = 2, FADER_AVX512_BF16 = 3 };
@@ -217,12 +217,27 @@ typedef struct {
 int fader_scan(const fader_scan_t *scan, int64_t T, int64_t R, const fader_rows_t *rows, const void *x, int dtype,
                int64_t x_stride, const float *gates, void *out, int out_dtype, int nt);
 
+/* For each channel, with h its state [keys], step = softplus(dt + bias) if softplus, else dt + bias, each rounded to dtype:
+ *   h = exp(step decay) h + step x B;   out[t, channel] = (h^T C + skip x) silu(gate)
+ * A row of `steps` is dt [channels], B [keys], C [keys]. Whoever gives no gate leaves silu(gate) out */
+typedef struct {
+    float *states;       /* [slots][channels/16][keys][16] */
+    const float *decay;  /* [channels/16][keys][16] */
+    const float *bias;   /* [channels] or NULL */
+    const float *skip;   /* [channels] or NULL */
+    int64_t slots, channels, keys; /* channels % 16 == 0, keys <= 256 */
+    int32_t softplus, pad;
+} fader_selective_t;
+/* x [T, x_stride], steps [T, channels + 2 keys], gate [T, gate_stride] or NULL, out [T, channels], all of dtype */
+int fader_selective(const fader_selective_t *scan, int64_t T, int64_t R, const fader_rows_t *rows, const void *x, int dtype,
+                    int64_t x_stride, const void *steps, const void *gate, int64_t gate_stride, void *out, int nt);
+
 /* ---- Elementwise ---------------------------------------------------------------------------------
  * out = map(x, y) over `size`, steps in elements; y NULL: `scalar` stands for it. dtype is that of x and y;
  * only a copy may change it. GELU is x Phi(x), by erf; GELU_TANH its approximation. An element's bits depend
  * on nothing but itself: a tail goes through the same code. */
 enum { FADER_OP_SITE, FADER_OP_NORM, FADER_OP_WRITE_KV, FADER_OP_ATTEND, FADER_OP_GATHER, FADER_OP_MAP, FADER_OP_LOOKUP, FADER_OP_EXPERTS,
-       FADER_OP_CONV, FADER_OP_SCAN, FADER_OP_GATED_NORM };
+       FADER_OP_CONV, FADER_OP_SCAN, FADER_OP_GATED_NORM, FADER_OP_SELECTIVE };
 enum { FADER_MAP_COPY, FADER_MAP_NEG, FADER_MAP_ADD, FADER_MAP_SUB, FADER_MAP_MUL, FADER_MAP_SILU, FADER_MAP_GELU_TANH,
        FADER_MAP_SIGMOID, FADER_MAP_SOFTPLUS, FADER_MAP_EXP, FADER_MAP_LOG, FADER_MAP_GELU, FADER_MAP_TANH };
 typedef struct {
@@ -230,12 +245,13 @@ typedef struct {
                                             SITE: base only. out_dtype: GATED_NORM: of y, the gate */
     const void *what;                    /* the struct of the kind, or the weight of NORM, GATED_NORM */
     const void *x, *y; /* WRITE_KV: k, v; GATHER: rows [n,k], int64 index [size[0]]; LOOKUP: int64 ids, -;
-                          EXPERTS: -, int32 ends; SCAN: -, gates */
+                          EXPERTS: -, int32 ends; SCAN: -, gates; SELECTIVE: -, steps */
+    const void *z;     /* SELECTIVE: gate, rows y_stride apart */
     void *out;
     const float *bias;
     int64_t n, k, x_stride, y_stride, out_stride;
     int64_t size[4], x_step[4], y_step[4], out_step[4]; /* MAP; innermost x and out steps 1, y 0 or 1;
-                                                           SITE, LOOKUP, NORM, EXPERTS, CONV, SCAN, GATED_NORM: size[0] rows */
+                                                           SITE, LOOKUP, NORM, EXPERTS, CONV, SCAN, GATED_NORM, SELECTIVE: size[0] rows */
     float scalar;                                       /* NORM, GATED_NORM: eps */
     int32_t pad;
 } fader_op_t;

@@ -8,9 +8,10 @@
 #include "map.h"
 #include "norm.h"
 #include "quant.h"
+#include "selective.h"
 #include "site.h"
 #include "states.h"
 
 #define FADER_EXPORT(NAME) \
     extern const Kernels NAME = {site, attention, quantise, dequantise, probe_read, probe_dot, norm, map, lookup, keep, experts, conv, \
-                                 scan, gated_norm, largest, draw, screen_packed, score}
+                                 scan, selective, gated_norm, largest, draw, screen_packed, score}

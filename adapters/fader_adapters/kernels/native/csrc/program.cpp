@@ -46,6 +46,9 @@ static int attend(const fader_op_t &o, const fader_step_t &s, void *scratch, int
 static int go_on(const fader_op_t &o, const fader_step_t &s, int nt) {
     const fader_rows_t rows = {s.q_start, s.state_from, s.state_to};
     if (o.kind == FADER_OP_CONV) return fader_conv((const fader_conv_t *)o.what, o.size[0], s.rows, &rows, o.x, o.x_stride, o.out, nt);
+    if (o.kind == FADER_OP_SELECTIVE)
+        return fader_selective((const fader_selective_t *)o.what, o.size[0], s.rows, &rows, o.x, o.dtype, o.x_stride, o.y, o.z,
+                               o.y_stride, o.out, nt);
     return fader_scan((const fader_scan_t *)o.what, o.size[0], s.rows, &rows, o.x, o.dtype, o.x_stride, (const float *)o.y,
                       o.out, o.out_dtype, nt);
 }
@@ -71,7 +74,8 @@ static int run_one(const fader_op_t &o, const fader_step_t &s, void *scratch, in
         return fader_gated_norm(o.size[0], o.k, o.n, o.x, o.dtype, o.x_stride, o.y, o.out_dtype, o.y_stride,
                                 (const float *)o.what, o.map, o.scalar, o.out, nt);
     case FADER_OP_CONV:
-    case FADER_OP_SCAN: return go_on(o, s, nt);
+    case FADER_OP_SCAN:
+    case FADER_OP_SELECTIVE: return go_on(o, s, nt);
     }
     return FADER_E_ARG;
 }
