@@ -177,7 +177,7 @@ def test_what_follows_a_wrong_guess_or_the_end_is_nothing(drawn, told, accepted)
 def test_rates_follow_what_comes():
     right, wrong = taken_in([7, 8, 9]), taken_in([8, 8, 9])
     rates = [own._memories[sequence].rate for own, sequence, _ in (right, wrong)]
-    assert rates[0] > 0.6 > rates[1]
+    assert rates[0] > 0.7 > rates[1]
     own, sequence = lookup(), decoding(ROUND)
     sure(own, sequence, 0.2)
     waited = 0
