@@ -1,9 +1,10 @@
 """Tokens a second with and without prompt lookup, by what outputs repeat of what was said.
 
-Random models repeat themselves where they are greedy, and say nothing twice where tokens are drawn
-at temperature 1: the first shows what guesses that come are worth, the second what it costs to look
-for some. Two engines in this process, in turn, without HTTP. No figure unless the tokens are the
-same.
+A small random model repeats itself where it is greedy, and says nothing twice where tokens are
+drawn at temperature 1: the first shows what guesses that come are worth, the second what it costs
+to look for some. Foretold: drawn again, by who sends what comes as its `prediction`, with every
+16th token changed. Two engines in this process, in turn, without HTTP. No figure unless the tokens
+are the same.
 
     python -m bench.make_model 57m OUT --adapters 8
     python -m bench.prompt_lookup OUT [--tokens 96] [--rounds 9] [--json FILE]
@@ -29,13 +30,19 @@ from fader_server.launch import World
 from fader_server.metrics import Metrics
 from fader_server.world import open_world
 
-KINDS = {"greedy": 0.0, "drawn": 1.0}
+KINDS = {"greedy": 0.0, "drawn": 1.0, "foretold": 1.0}
 """The temperature of each."""
 ROWS = (1, 2, 4, 8)
 PROMPT = 64
+EDITED = 16
 
 
-def answers(world: World, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
+def answers(
+    world: World,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    predictions: list[list[int]] | None = None,
+) -> list[list[int]]:
     """Tokens of requests that run together, each with an adapter of its own but for the first."""
     names = [None, *sorted(info.name for info in world.adapters.list())]
     leases = []
@@ -44,7 +51,10 @@ def answers(world: World, prompts: list[list[int]], params: SamplingParams) -> l
         name = names[i % len(names)]
         lease = world.adapters.acquire([] if name is None else [NamedTerm(AdapterRef(name), 1.0)])
         leases.append(lease)
-        request = Request(str(i), tuple(prompt), params, lease.blend, lease.adapters, str(prompt))
+        request = Request(
+            *(str(i), tuple(prompt), params, lease.blend, lease.adapters, str(prompt)),
+            prediction=() if predictions is None else tuple(predictions[i]),
+        )
         world.engine.submit(request, events.put)
     found: list[list[int]] = [[] for _ in prompts]
     ended = 0
@@ -60,6 +70,11 @@ def answers(world: World, prompts: list[list[int]], params: SamplingParams) -> l
     return found
 
 
+def edited(tokens: list[int]) -> list[int]:
+    """With some of them changed."""
+    return [token ^ 1 if at % EDITED == EDITED - 1 else token for at, token in enumerate(tokens)]
+
+
 def measured(worlds: list[World], kind: str, rows: int, rounds: int, tokens: int) -> dict[str, Any]:
     """Of worlds without and with it: tokens a second, their ratio, how many came as guesses."""
     rng = random.Random(rows)
@@ -69,10 +84,12 @@ def measured(worlds: list[World], kind: str, rows: int, rounds: int, tokens: int
     for number in range(rounds + 1):  # the first is for caches
         prompts = [[rng.randrange(20, vocab) for _ in range(PROMPT)] for _ in range(rows)]
         params = SamplingParams(temperature=KINDS[kind], seed=number, max_tokens=tokens)
-        told = {}
-        for i in (0, 1) if number % 2 else (1, 0):
+        told: dict[int, list[list[int]]] = {}
+        foretold = kind == "foretold"
+        for i in (0, 1) if number % 2 or foretold else (1, 0):
+            predictions = [edited(tokens) for tokens in told[0]] if i and foretold else None
             began = time.perf_counter()
-            told[i] = answers(worlds[i], prompts, params)
+            told[i] = answers(worlds[i], prompts, params, predictions)
             rates[i].append(rows * tokens / (time.perf_counter() - began))
         if told[0] != told[1]:
             sys.exit("a guess changed an answer")
@@ -125,7 +142,7 @@ def main() -> None:
     for one in found:
         ratio = one["ratio"]
         print(
-            f"{one['kind']:7} {one['rows']} at a time: {one['without']['median']:7.1f} → "
+            f"{one['kind']:8} {one['rows']} at a time: {one['without']['median']:7.1f} → "
             f"{one['with']['median']:7.1f} tokens/s, {ratio['median']:.2f} times "
             f"({ratio['low']:.2f} … {ratio['high']:.2f}), {one['came_as_guesses']:.0%} as guesses"
         )
