@@ -20,7 +20,7 @@ _FIRST_RATE = 0.7
 _PATIENCE = 8
 """Guesses after which half of what a rate says is of them."""
 _FORGET = 0.003
-"""A rate so low that nothing is guessed rises by this, until something is."""
+"""A low rate rises by this where nothing is guessed, until something is."""
 
 
 @dataclass(slots=True)
@@ -75,7 +75,7 @@ class Lookup:
             best.taken.append(best.guesses[len(best.taken)])
             draft.add_guess(best.sequence, tuple(best.taken))
         for line in lines:
-            if not line.taken:
+            if not line.taken and line.memory.rate < _FIRST_RATE:
                 line.memory.rate += _FORGET
 
     def came(self, row: PlanRow) -> bool:

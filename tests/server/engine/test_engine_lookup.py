@@ -186,6 +186,16 @@ def test_rates_follow_what_comes():
     assert 10 < waited < 100, "it tries again, but not soon"
 
 
+def test_a_rate_is_no_more_than_what_came():
+    """Where steps have too many rows for guesses, for however long."""
+    own, crowd = lookup(), [decoding(ROUND, str(n)) for n in range(6)]
+    for sequence in crowd:
+        sure(own, sequence, 0.75)
+    for _ in range(500):
+        assert filled(own, *crowd) == []
+    assert {own._memories[sequence].rate for sequence in crowd} == {0.75}
+
+
 def test_a_failed_step_runs_again_without_guesses():
     sequence = decoding(ROUND)
     draft = Draft(LIMITS)
