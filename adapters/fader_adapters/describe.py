@@ -184,7 +184,7 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
 def _linear(path: str, module: nn.Module, model: PreTrainedModel) -> LinearSpec:
     conv1d = isinstance(module, Conv1D) or getattr(module, "source_cls", None) is Conv1D
     width, out = _shape(module)
-    parts = _parts(path.rpartition(".")[2], out, model)
+    parts = _parts(path, out, model)
     return LinearSpec(path, width, out, layer_of(path), conv1d, parts=parts)
 
 
@@ -196,8 +196,13 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return module.in_features, module.out_features
 
 
-def _parts(name: str, out: int, model: PreTrainedModel) -> tuple[int, ...]:
-    """Rows of the linears packed into one of this name, () where that is not known."""
+def _parts(path: str, out: int, model: PreTrainedModel) -> tuple[int, ...]:
+    """Rows of the linears packed into the one of this name, () where that is not known."""
+    parent, _, name = path.rpartition(".")
+    if name == "in_proj_qkv":  # of a delta rule, which knows how wide its keys and values are
+        rule = model.get_submodule(parent)
+        key, value = getattr(rule, "key_dim", 0), getattr(rule, "value_dim", 0)
+        return (key, key, value) if 2 * key + value == out else ()
     config = model.config.get_text_config(decoder=True)
     if _PACKS_IN_ORDER.isdisjoint((model.config.model_type, config.model_type)):
         return ()

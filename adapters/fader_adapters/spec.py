@@ -47,6 +47,7 @@ MAX_WEIGHT = 16.0
 
 PACKED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "in_proj_qkv": ("in_proj_q", "in_proj_k", "in_proj_v"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 """Linears whose rows are those of several others, one after the other."""

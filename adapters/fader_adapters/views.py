@@ -18,6 +18,8 @@ _TOWERS = ("vision_tower.", "vision_model.", "visual.", "audio_tower.", "multi_m
 """What older models name beside their text part, and newer ones inside `model.`."""
 _INNER = ".vision_model."
 """What older ones have inside a tower besides."""
+_HEAD = "unembed_tokens"
+"""What Tinker calls the output head, in whichever model."""
 _AROUND = (
     "_orig_mod",
     "_fsdp_wrapped_module",
@@ -37,7 +39,8 @@ class View:
     places: Mapping[str, Place]
     """By the base's path."""
     moved: Mapping[str, str]
-    """Theirs → ours, of linears in towers that stand elsewhere in the adapter's model."""
+    """Theirs → ours, of linears in towers that stand elsewhere in the adapter's model, and of an
+    output head with another name."""
 
     def place(self, path: str) -> Place | None:
         """Of a module path of the adapter."""
@@ -102,8 +105,11 @@ def view_base(paths: Iterable[str], base: BaseSpec) -> View:
 
 
 def _moved(path: str, places: Mapping[str, Place]) -> Iterator[str]:
-    """Where a tower's linear of an older model lies in the base; nothing where it did not move."""
+    """Where a tower's linear of an older model lies in the base, or the head under Tinker's name;
+    nothing where it did not move."""
     inside = path.removeprefix("model.")
+    if inside == _HEAD and path not in places:
+        yield from (there for there, place in places.items() if place.role == "head")
     if path in places or not inside.startswith(_TOWERS):
         return
     for there in (f"model.{inside}", f"model.{inside}".replace(_INNER, ".", 1)):

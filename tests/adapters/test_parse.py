@@ -158,6 +158,21 @@ def test_paths_of_wrapped_and_headless_models_are_accepted_when_unambiguous():
         read(make_raw(tensors=make_tensors(make_base("transformer.h."))))
 
 
+@pytest.mark.parametrize("ours", ["model.", "model.language_model."])
+@pytest.mark.parametrize("targets", ["all-linear", [*TARGETS, "unembed_tokens"]])
+def test_tinker_calls_the_output_head_by_a_name_of_its_own(ours, targets):
+    names = (*TARGETS, "lm_head")
+    tensors = make_tensors(targets=names)
+    theirs = {k.replace("lm_head", "model.unembed_tokens"): t for k, t in tensors.items()}
+    config = make_config(target_modules=targets)
+    parsed = read(make_raw(config, theirs), make_base(ours))
+    good = read(make_raw(make_config(target_modules=list(names)), tensors), make_base(ours))
+    assert parsed.spec.deltas == good.spec.deltas
+    assert parsed.report.matched == len(TARGETS) * LAYERS + 1
+    with pytest.raises(AdapterMismatch, match="another base"):
+        read(make_raw(config, theirs), make_base(ours, head=False))
+
+
 def test_an_adapter_that_fits_two_places_is_a_mismatch():
     two = make_base("model.").linears + make_base("language_model.", head=False).linears
     base = type(BASE)(two, BASE.fingerprint, "test")
