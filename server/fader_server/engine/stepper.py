@@ -170,7 +170,8 @@ class Stepper:
             for event in self.scheduler.commit(part, results):
                 self._emit(event)
         for sequence, error in outcome.crowded:
-            self._make_room(sequence, error)
+            if sequence.blocks:  # one that ended while its step was under way holds nothing
+                self._make_room(sequence, error)
         for sequence, error in outcome.failed:
             self._fail(sequence, "the engine failed on this request; others go on", error)
         if outcome.failed and not outcome.done:

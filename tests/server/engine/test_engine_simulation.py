@@ -120,7 +120,9 @@ def test_no_world_where_rows_go_on_from_states_breaks_a_promise(monkeypatch):
 
 
 def test_no_world_with_guesses_breaks_a_promise():
-    worlds = [live(seed, guesses=True) for seed in range(250)]
+    out_of_memory_without_one_that_ended = 2755
+    seeds = (*range(250), out_of_memory_without_one_that_ended)
+    worlds = [live(seed, guesses=True) for seed in seeds]
     looked = [w.scheduler.lookup for w in worlds]
     assert sum(own.accepted for own in looked) > 100
     assert sum(own.guessed - own.accepted for own in looked) > 20
