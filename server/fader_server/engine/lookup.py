@@ -18,7 +18,7 @@ _ROW_COST = 0.6
 of 1.1 billion parameters, 0.8 with one of 57 million."""
 _FIRST_RATE = 0.7
 _PATIENCE = 8
-"""Guesses after which half of what a rate says is of them."""
+"""A rate is the mean of about so many guesses, the last ones."""
 _FORGET = 0.003
 """A low rate rises by this where nothing is guessed, until something is."""
 

@@ -3,13 +3,14 @@
 Knows one sequence's tokens; no rows, no rates.
 """
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 _NGRAM = 3
 """Tokens in a row that must have been there before."""
 _REACH = 1 << 15
-"""Tokens of a text, the last ones when it is first read, in which they are sought."""
+"""Tokens in which they are sought: a text's last when it is first read, a prediction's first."""
 
 Gram = tuple[int, ...]
 
@@ -47,7 +48,7 @@ class _Foretold:
     """A text that the output may follow, from its beginning or from wherever it comes to it."""
 
     def __init__(self, text: Sequence[int], prompt_len: int) -> None:
-        self._text = list(text)
+        self._text = list(text[:_REACH])
         self._read = prompt_len
         self._at = 0
         """The place in the text of what would come next."""
@@ -68,10 +69,9 @@ class _Foretold:
             self._at += 1
             return
         places = self._places.get(tuple(tokens[end - _NGRAM : end]), [])
-        later = next((place for place in places if place > self._at), None)
         self._lost = not places
-        if places:
-            self._at = places[-1] if later is None else later
+        if places:  # the next one further on, or the last there is
+            self._at = places[min(bisect_right(places, self._at), len(places) - 1)]
 
 
 def _grams(tokens: list[int], first: int) -> Iterator[Gram]:

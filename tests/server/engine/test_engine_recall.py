@@ -34,6 +34,7 @@ def test_of_a_long_text_the_end_is_read(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(recall, "_REACH", 6)
     assert Recall((), 3).next([1, 2, 3, 9, 5, 6, 7, 8, 1, 2, 3], 2) == []
     assert Recall((), 3).next([5, 1, 2, 3, 9, 1, 2, 3], 1) == [9]
+    assert Recall(range(20, 40), 1).next([1], 9) == [20, 21, 22, 23, 24, 25]
 
 
 def test_reading_as_it_grows_is_reading_at_once():
